@@ -1,0 +1,55 @@
+"""The code that travels with every checkpoint, so that it loads with `trust_remote_code=True` where EVLGen is not installed.
+
+transformers' loader takes one flat folder of files that import each other as `from .name import X`. In this repository
+the code lives in three packages; a checkpoint gets a copy in which `from configuration_evlgen import X` has become
+`from .configuration_evlgen import X`. Code that was itself loaded from a checkpoint is copied as it is.
+"""
+
+import inspect
+import os
+import re
+from pathlib import Path
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_evlgen.EVLGenConfig",
+    "AutoModel": "modeling_evlgen.EVLGenForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_evlgen.EVLGenForConditionalGeneration",
+    "AutoProcessor": "processing_evlgen.EVLGenProcessor",
+}
+CUSTOM_PIPELINES = {
+    "image-to-text": {
+        "impl": "pipeline_evlgen.EVLGenImageToTextPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+    },
+}
+_PACKAGE = r"(?:configuration|modeling|processing)_evlgen"
+_CROSS_IMPORT = re.compile(rf"^(\s*)from (?:{_PACKAGE}\.)?(\w+_evlgen) import", flags=re.MULTILINE)
+
+
+def save_hub_code(save_directory: str | os.PathLike) -> list[Path]:
+    """Writes the code of configuration, model, processor and pipeline into a checkpoint's folder.
+
+    Args:
+        save_directory (`str` or `os.PathLike`): An existing folder.
+
+    Returns:
+        `list[Path]`: The files written.
+    """
+    folders = {Path(inspect.getfile(part)).parent for part in _parts()}
+    written = []
+    for source in sorted(path for folder in folders for path in folder.glob("*.py") if path.name != "__init__.py"):
+        target = Path(save_directory) / source.name
+        target.write_text(_CROSS_IMPORT.sub(r"\1from .\2 import", source.read_text("utf-8")), encoding="utf-8")
+        written.append(target)
+    return written
+
+
+def _parts() -> tuple[type, ...]:
+    # Imported here, since each of them imports this module. That they are all named in one file has a second use: the
+    # loader copies just the files that a module imports, at whatever depth, and each module reaches this one.
+    from configuration_evlgen import EVLGenConfig
+    from modeling_evlgen import EVLGenForConditionalGeneration
+    from processing_evlgen import EVLGenProcessor
+    from processing_evlgen.pipeline_evlgen import EVLGenImageToTextPipeline
+
+    return EVLGenConfig, EVLGenForConditionalGeneration, EVLGenProcessor, EVLGenImageToTextPipeline

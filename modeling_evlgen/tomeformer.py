@@ -1,0 +1,241 @@
+"""TomeFormer: a BERT encoder over visual tokens that merges similar ones in every layer (EVLGen, section 3.2)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from configuration_evlgen import TomeFormerConfig
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.bert.modeling_bert import eager_attention_forward
+
+from .token_merging import bipartite_soft_matching
+
+
+@dataclass
+class TomeFormerOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, output_tokens, hidden_size)`):
+            The tokens behind the last layer.
+        output_index (`torch.LongTensor` of shape `(batch, tokens)`):
+            The place in `last_hidden_state` of the token that each input token became part of.
+        hidden_states (`tuple[torch.Tensor]`, *optional*):
+            The embedded tokens and each layer's output, `num_hidden_layers + 1` in all, with fewer and fewer tokens.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    output_index: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class TomeFormerEmbeddings(nn.Module):
+    """Adds position and token-type embeddings; post-norm normalises the sum, as BERT does."""
+
+    def __init__(self, config: TomeFormerConfig):
+        super().__init__()
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = (
+            nn.Identity() if config.pre_norm else nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        position_embeddings = self.position_embeddings.weight[: inputs_embeds.shape[1]]  # (tokens, dim)
+        token_type_embedding = self.token_type_embeddings.weight[0]  # (dim,)
+        embeddings = inputs_embeds + token_type_embedding + position_embeddings  # (batch, tokens, dim)
+        return self.dropout(self.LayerNorm(embeddings))
+
+
+class TomeFormerSelfAttention(nn.Module):
+    """Attention of all tokens to all tokens; also hands out the keys' mean over the heads, by which tokens are matched."""
+
+    def __init__(self, config: TomeFormerConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.query(hidden_states).view(heads).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+        key = self.key(hidden_states).view(heads).transpose(1, 2)
+        value = self.value(hidden_states).view(heads).transpose(1, 2)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        context, _ = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask=None,
+            dropout=self.dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+        )
+        context = context.reshape(hidden_states.shape)  # (batch, tokens, dim)
+        metric = key.detach().mean(dim=1)  # (batch, tokens, head_dim)
+        return context, metric
+
+
+class TomeFormerBranchOutput(nn.Module):
+    """The end of a residual branch: projection, dropout, gains if there are any, the sum, and post-norm's LayerNorm.
+
+    Under pre-norm its LayerNorm is applied to the branch's input instead, by the layer. It is kept here, under BERT's
+    name for it, so that both kinds of block load BERT's weights.
+    """
+
+    def __init__(self, config: TomeFormerConfig, in_features: int):
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layer_scale = None
+        if config.layer_scale_init_value is not None:
+            self.layer_scale = nn.Parameter(torch.full((config.hidden_size,), float(config.layer_scale_init_value)))
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dropout(self.dense(hidden_states))  # (batch, tokens, dim)
+        if self.layer_scale is not None:
+            hidden_states = hidden_states * self.layer_scale
+        hidden_states = residual + hidden_states
+        return hidden_states if self.pre_norm else self.LayerNorm(hidden_states)
+
+
+class TomeFormerAttention(nn.Module):
+    def __init__(self, config: TomeFormerConfig):
+        super().__init__()
+        self.self = TomeFormerSelfAttention(config)
+        self.output = TomeFormerBranchOutput(config, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = self.output.LayerNorm(hidden_states) if self.output.pre_norm else hidden_states
+        context, metric = self.self(normed)
+        return self.output(context, hidden_states), metric
+
+
+class TomeFormerIntermediate(nn.Module):
+    def __init__(self, config: TomeFormerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(hidden_states))  # (batch, tokens, intermediate)
+
+
+class TomeFormerLayer(GradientCheckpointingLayer):
+    """One BERT layer with a merge between its two residual branches."""
+
+    def __init__(self, config: TomeFormerConfig):
+        super().__init__()
+        self.class_token = config.class_token
+        self.attention = TomeFormerAttention(config)
+        self.intermediate = TomeFormerIntermediate(config)
+        self.output = TomeFormerBranchOutput(config, config.intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_states, metric = self.attention(hidden_states)
+        merging = bipartite_soft_matching(metric, r, self.class_token)
+        hidden_states = merging.merge(hidden_states)  # (batch, tokens - r, dim)
+        normed = self.output.LayerNorm(hidden_states) if self.output.pre_norm else hidden_states
+        return self.output(self.intermediate(normed), hidden_states), merging.output_index
+
+
+class TomeFormerEncoder(nn.Module):
+    def __init__(self, config: TomeFormerConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(TomeFormerLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class TomeFormerModel(PreTrainedModel):
+    """The connector: `(batch, tokens, hidden_size)` in, fewer tokens of the same width out.
+
+    State-dict names are those of the original implementation (yiren-jian/EVLGen, `VLconnector.*`), which are BERT's. So
+    `TomeFormerModel.from_pretrained("bert-base-uncased", merge_r=19)` starts from BERT's encoder; its word embeddings and
+    its pooler are left out.
+    """
+
+    config: TomeFormerConfig
+    base_model_prefix = "bert"
+    main_input_name = "inputs_embeds"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules = ["TomeFormerLayer"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"word_embeddings",
+        r"pooler\.",
+        r"cls\.",
+        r"position_ids",
+    ]
+
+    def __init__(self, config: TomeFormerConfig):
+        super().__init__(config)
+        self.embeddings = TomeFormerEmbeddings(config)
+        self.encoder = TomeFormerEncoder(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TomeFormerBranchOutput) and module.layer_scale is not None:
+            init.constant_(module.layer_scale, float(self.config.layer_scale_init_value))
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError("A TomeFormer reads `inputs_embeds`; it has no input embeddings.")
+
+    def forward(
+        self, inputs_embeds: torch.Tensor, output_hidden_states: bool = False
+    ) -> TomeFormerOutput:
+        """
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`):
+                Tokens to merge, the class token first if there is one.
+            output_hidden_states (`bool`, *optional*, defaults to `False`):
+                Whether to return all hidden states.
+
+        Returns:
+            [`TomeFormerOutput`]
+
+        Raises:
+            ValueError: If `inputs_embeds` has a wrong shape or more tokens than `max_position_embeddings`.
+        """
+        config = self.config
+        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size:
+            raise ValueError(
+                f"`inputs_embeds` must have shape (batch, tokens, {config.hidden_size}), "
+                f"but has {tuple(inputs_embeds.shape)}."
+            )
+        batch, tokens, _ = inputs_embeds.shape
+        if tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"`inputs_embeds` has {tokens} tokens, more than `max_position_embeddings` "
+                f"({config.max_position_embeddings})."
+            )
+
+        hidden_states = self.embeddings(inputs_embeds)
+        all_hidden_states = (hidden_states,)
+        output_index = torch.arange(tokens, device=inputs_embeds.device).expand(batch, -1)
+        for layer, r in zip(self.encoder.layer, config.merge_schedule(tokens), strict=True):
+            hidden_states, layer_index = layer(hidden_states, r)
+            output_index = layer_index.gather(1, output_index)
+            all_hidden_states += (hidden_states,)
+        return TomeFormerOutput(
+            last_hidden_state=hidden_states,
+            output_index=output_index,
+            hidden_states=all_hidden_states if output_hidden_states else None,
+        )

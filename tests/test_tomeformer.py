@@ -1,0 +1,139 @@
+"""The TomeFormer connector: parity with the original, BERT's weights, and every way a user may run it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+from configuration_evlgen import TomeFormerConfig
+from modeling_evlgen import TomeFormerModel
+
+from .helpers import FIXTURES
+
+CASES = sorted(folder.name for folder in (FIXTURES / "tomeformer").iterdir())
+
+
+def tiny_config(**kwargs):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    return TomeFormerConfig(**{**sizes, "max_position_embeddings": 40, "merge_r": 5, **kwargs})
+
+
+def tokens(batch=2, count=33, dim=32, seed=0):
+    return torch.randn(batch, count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_original(case, attn_implementation):
+    folder = FIXTURES / "tomeformer" / case
+    meta = json.loads((folder / "meta.json").read_text())
+    inputs, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    fields = {k: v for k, v in meta["config"].items() if k not in ("r", "pooler", "word_embeddings")}
+    config = TomeFormerConfig(merge_r=meta["config"]["r"], attn_implementation=attn_implementation, **fields)
+    model = TomeFormerModel(config).eval()
+    model.load_state_dict(load_file(folder / "state.safetensors"), strict=True)
+
+    inputs_embeds = inputs["inputs_embeds"].clone().requires_grad_()
+    output = model(inputs_embeds, output_hidden_states=True)
+    (output.last_hidden_state * inputs["g"]).sum().backward()
+
+    assert [state.shape[1] for state in output.hidden_states] == meta["token_counts"]
+    for i, state in enumerate(output.hidden_states):
+        torch.testing.assert_close(state, expected[f"hidden_states.{i}"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.last_hidden_state, expected["last_hidden_state"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(inputs_embeds.grad, expected["grad_inputs_embeds"], atol=2e-5, rtol=1e-3)
+
+
+def test_output_index_is_composed_over_the_layers():
+    """With blocks that are pure merging, each output token is a mean of the input tokens that the index sends to it."""
+    config = tiny_config(pre_norm=True, layer_scale_init_value=0.0)
+    model = TomeFormerModel(config).eval()
+    x = tokens()
+    output = model(x, output_hidden_states=True)
+    embedded = output.hidden_states[0]
+    assert output.last_hidden_state.shape == (2, config.num_output_tokens(33), 32) == (2, 18, 32)
+    for place in range(18):
+        for row in range(2):
+            members = embedded[row, output.output_index[row] == place]
+            low, high = members.min(0).values, members.max(0).values
+            merged = output.last_hidden_state[row, place]
+            assert len(members) >= 1
+            assert ((merged >= low - 1e-5) & (merged <= high + 1e-5)).all()
+
+
+def test_gated_pre_norm_starts_as_pure_merging_and_learns():
+    config = tiny_config(pre_norm=True, layer_scale_init_value=0.0, merge_r=0)
+    model = TomeFormerModel(config).eval()
+    x = tokens()
+    output = model(x)
+    embedded = x + model.embeddings.position_embeddings.weight[:33] + model.embeddings.token_type_embeddings.weight[0]
+    torch.testing.assert_close(output.last_hidden_state, embedded)
+    output.last_hidden_state.square().sum().backward()
+    gains = [p for name, p in model.named_parameters() if name.endswith("layer_scale")]
+    assert len(gains) == 6
+    assert all(p.grad.abs().sum() > 0 for p in gains)
+
+
+def test_loads_a_bert_checkpoint(tmp_path):
+    bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64))
+    bert.save_pretrained(tmp_path)
+    model, report = TomeFormerModel.from_pretrained(tmp_path, merge_r=0, output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    bert, x = bert.eval(), tokens()
+    torch.testing.assert_close(model(x).last_hidden_state, bert(inputs_embeds=x).last_hidden_state)
+
+
+def test_saves_and_loads(tmp_path):
+    model = TomeFormerModel(tiny_config(pre_norm=True, layer_scale_init_value=0.5, class_token=False)).eval()
+    model.save_pretrained(tmp_path)
+    again = TomeFormerModel.from_pretrained(tmp_path)
+    assert again.config.to_dict() == model.config.to_dict()
+    assert torch.equal(again(tokens()).last_hidden_state, model(tokens()).last_hidden_state)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_compiles_without_a_graph_break_and_only_once(gated):
+    config = tiny_config(pre_norm=gated, layer_scale_init_value=0.0 if gated else None)
+    model = TomeFormerModel(config).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in (0, 1):
+            output, expected = compiled(tokens(seed=seed)), model(tokens(seed=seed))
+            assert torch.equal(output.output_index, expected.output_index)
+            torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = TomeFormerModel(tiny_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(tokens().requires_grad_()).last_hidden_state.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_runs_in_half_precision_and_under_autocast(dtype):
+    model = TomeFormerModel(tiny_config()).eval()
+    with torch.autocast("cpu", dtype=dtype):
+        mixed = model(tokens())
+    half = model.to(dtype)(tokens().to(dtype))
+    assert half.last_hidden_state.dtype == dtype
+    assert half.last_hidden_state.isfinite().all() and mixed.last_hidden_state.isfinite().all()
+    assert half.last_hidden_state.shape == mixed.last_hidden_state.shape
+
+
+def test_bad_input_is_named():
+    model = TomeFormerModel(tiny_config())
+    with pytest.raises(ValueError, match=r"`inputs_embeds` must have shape \(batch, tokens, 32\)"):
+        model(torch.zeros(1, 4, 16))
+    with pytest.raises(ValueError, match="has 41 tokens, more than `max_position_embeddings` \\(40\\)"):
+        model(torch.zeros(1, 41, 32))
