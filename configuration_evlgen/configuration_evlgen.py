@@ -1,5 +1,6 @@
 """EVLGen configuration: a vision tower, a TomeFormer connector and a language model."""
 
+import copy
 import os
 from typing import Any
 
@@ -172,7 +173,6 @@ class EVLGenConfig(PreTrainedConfig):
             self.connector_config or {}
         )
         super().__post_init__(**kwargs)
-        self.auto_map, self.custom_pipelines = dict(AUTO_MAP), dict(CUSTOM_PIPELINES)
 
         self._settle("num_vision_tokens", _num_vision_tokens(self.vision_config))
         self._settle("vision_hidden_size", getattr(self.vision_config, "hidden_size", None))
@@ -210,6 +210,17 @@ class EVLGenConfig(PreTrainedConfig):
     def num_image_tokens(self) -> int:
         """Tokens of the soft prompt for one image: what the connector leaves of the vision tower's tokens."""
         return self.connector_config.num_output_tokens(self.num_vision_tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        # Written here, since transformers records only the class that is saved, and `pipeline` changes what it reads.
+        return {**super().to_dict(), "auto_map": dict(AUTO_MAP), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EVLGenConfig":
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"The checkpoint's `model_type` is {model_type!r}, but an {cls.model_type!r} is wanted.")
+        return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves config.json and the code that it names, so that `AutoConfig` loads it with `trust_remote_code=True`."""

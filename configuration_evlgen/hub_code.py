@@ -22,8 +22,9 @@ CUSTOM_PIPELINES = {
         "pt": ["AutoModelForImageTextToText"],
     },
 }
-_PACKAGE = r"(?:configuration|modeling|processing)_evlgen"
-_CROSS_IMPORT = re.compile(rf"^(\s*)from (?:{_PACKAGE}\.)?(\w+_evlgen) import", flags=re.MULTILINE)
+_CROSS_IMPORT = re.compile(
+    r"^(\s*)from ((?:configuration|modeling|processing)_evlgen)(?:\.(\w+))? import", re.MULTILINE
+)
 
 
 def save_hub_code(save_directory: str | os.PathLike) -> list[Path]:
@@ -39,7 +40,8 @@ def save_hub_code(save_directory: str | os.PathLike) -> list[Path]:
     written = []
     for source in sorted(path for folder in folders for path in folder.glob("*.py") if path.name != "__init__.py"):
         target = Path(save_directory) / source.name
-        target.write_text(_CROSS_IMPORT.sub(r"\1from .\2 import", source.read_text("utf-8")), encoding="utf-8")
+        code = _CROSS_IMPORT.sub(lambda m: f"{m[1]}from .{m[3] or m[2]} import", source.read_text("utf-8"))
+        target.write_text(code, encoding="utf-8")
         written.append(target)
     return written
 

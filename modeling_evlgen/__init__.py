@@ -1,10 +1,28 @@
 """EVLGen's model: token merging, the TomeFormer connector and the model that ties it to a vision tower and an LLM.
 
-Importing this package makes the classes known to transformers' Auto classes, so `AutoModel.from_pretrained` takes them
-from here rather than from a checkpoint's own copy.
+Importing this package makes its classes known to transformers' Auto classes, so that a checkpoint loads with this code
+rather than with the copy that it carries.
 """
 
-from .tomeformer import TomeFormerModel, TomeFormerOutput
-from .token_merging import TokenMerging, bipartite_soft_matching
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-__all__ = ["TokenMerging", "TomeFormerModel", "TomeFormerOutput", "bipartite_soft_matching"]
+from configuration_evlgen import EVLGenConfig, TomeFormerConfig
+
+from .modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput
+from .token_merging import TokenMerging, bipartite_soft_matching
+from .tomeformer import TomeFormerModel, TomeFormerOutput
+
+for config_class in (EVLGenConfig, TomeFormerConfig):
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+AutoModel.register(TomeFormerConfig, TomeFormerModel, exist_ok=True)
+for auto_class in (AutoModel, AutoModelForImageTextToText):
+    auto_class.register(EVLGenConfig, EVLGenForConditionalGeneration, exist_ok=True)
+
+__all__ = [
+    "EVLGenForConditionalGeneration",
+    "EVLGenImageOutput",
+    "TokenMerging",
+    "TomeFormerModel",
+    "TomeFormerOutput",
+    "bipartite_soft_matching",
+]

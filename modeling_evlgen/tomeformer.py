@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from configuration_evlgen import TomeFormerConfig
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -12,6 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.bert.modeling_bert import eager_attention_forward
+
+from configuration_evlgen import TomeFormerConfig
 
 from .token_merging import bipartite_soft_matching
 
@@ -198,9 +199,7 @@ class TomeFormerModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("A TomeFormer reads `inputs_embeds`; it has no input embeddings.")
 
-    def forward(
-        self, inputs_embeds: torch.Tensor, output_hidden_states: bool = False
-    ) -> TomeFormerOutput:
+    def forward(self, inputs_embeds: torch.Tensor, output_hidden_states: bool = False) -> TomeFormerOutput:
         """
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`):

@@ -1,5 +1,155 @@
-"""What the tests share: where the fixtures are and tiny models of the real classes."""
+"""What the tests share: where the fixtures are, and tiny models, tokenizers and processors of the real classes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    ConvNextConfig,
+    Dinov2Config,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+    TimmWrapperConfig,
+    ViTConfig,
+)
+
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+
+ROOT = Path(__file__).parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
+IMAGE_SIZE = 32
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_CORPUS = [
+    "a red circle",
+    "a blue triangle to the left of a green square",
+    "Question: what is it? Short answer: a cat",
+]
+
+_VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+_VIT |= {"image_size": IMAGE_SIZE, "patch_size": 8}
+VISION_CONFIGS = {
+    "eva": Blip2VisionConfig(**_VIT, initializer_range=0.02),
+    "clip": CLIPVisionConfig(**_VIT),
+    "siglip": SiglipVisionConfig(**_VIT),
+    "dinov2": Dinov2Config(**_VIT),
+    "vit": ViTConfig(**_VIT),
+    "convnext": ConvNextConfig(hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], image_size=IMAGE_SIZE, patch_size=2),
+    "timm_cnn": TimmWrapperConfig(
+        architecture="tf_efficientnet_lite0", model_args={"features_only": True, "out_indices": [3]}
+    ),
+    "timm_vit": TimmWrapperConfig(
+        architecture="vit_tiny_patch16_224",
+        model_args={"img_size": IMAGE_SIZE, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
+    ),
+}
+
+_TEXT = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TEXT |= {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2 = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "bos_token_id": 1}
+TEXT_CONFIGS = {
+    "opt": OPTConfig(**_TEXT, ffn_dim=64, word_embed_proj_dim=16),  # project_in and project_out, as in OPT-350m
+    "llama": LlamaConfig(**_TEXT, intermediate_size=64, num_key_value_heads=1),
+    "qwen2": Qwen2Config(**_TEXT, intermediate_size=64, num_key_value_heads=1, tie_word_embeddings=True),
+    "gpt2": GPT2Config(**_GPT2, eos_token_id=2, pad_token_id=0),
+}
+
+
+def tiny_tokenizer(bos: bool = False, chat: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 300 tokens: <pad> 0, <s> 1, </s> 2. With `bos` it adds <s>, as OPT's and Llama's do."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>" if bos else None,
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE if chat else None,
+        model_max_length=128,
+    )
+
+
+def tiny_image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, do_center_crop=False)
+
+
+def tiny_towers(vision: str = "clip", text: str = "llama", seed: int = 0):
+    """A vision tower and a language model with random weights, large enough that words depend on what they see."""
+    torch.manual_seed(seed)
+    config = VISION_CONFIGS[vision]
+    tower = Blip2VisionModel(config) if vision == "eva" else AutoModel.from_config(config)
+    language_model = AutoModelForCausalLM.from_config(TEXT_CONFIGS[text])
+    with torch.no_grad():
+        for parameter in language_model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.3)
+    return tower.eval(), language_model.eval()
+
+
+def tiny_model(
+    vision: str = "clip", text: str = "llama", seed: int = 0, **connector
+) -> EVLGenForConditionalGeneration:
+    tower, language_model = tiny_towers(vision, text, seed)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "merge_r": 3,
+    }
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        tower, language_model, connector_config={**sizes, **connector}, image_size=IMAGE_SIZE, image_token_id=320
+    )
+    with torch.no_grad():
+        model.language_projection.weight.normal_(std=0.3)
+    return model
+
+
+def tiny_processor(model: EVLGenForConditionalGeneration, bos: bool = False, chat: bool = False) -> EVLGenProcessor:
+    processor = EVLGenProcessor(
+        tiny_image_processor(), tiny_tokenizer(bos, chat), num_image_tokens=model.config.num_image_tokens
+    )
+    model.config.image_token_id = processor.image_token_id
+    return processor
+
+
+def pictures(count: int = 2, size: int = 40) -> list[Image.Image]:
+    """Pictures of noise, each of another colour."""
+    generator = torch.Generator().manual_seed(0)
+    arrays = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
+    return [Image.fromarray(array.numpy()) for array in arrays]
+
+
+def run_clean(code: str, folder: Path, **environment: str) -> str:
+    """Runs Python code in a fresh process outside the repository, where EVLGen is not to be imported."""
+    env = {"PATH": "/usr/bin:/bin", "HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1", **environment}
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+    if result.returncode:
+        raise AssertionError(f"The process failed:\n{result.stdout}\n{result.stderr}")
+    return result.stdout

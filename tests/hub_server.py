@@ -11,10 +11,13 @@ It holds repositories in memory and answers what `huggingface_hub` and `transfor
 repository, upload to it and load from it. It differs from the Hub in these ways:
 
 - Every file is a "regular" file, whatever its size: its content travels in the commit request. LFS and Xet, which the
-  Hub would ask for large files, are not spoken (nor pull requests). As a consequence `upload_folder` starts another
-  commit after each 100 MB, where the Hub would take one.
+  Hub would ask for large files, are not spoken. As a consequence `upload_folder` starts another commit after each
+  100 MB, where the Hub would take one.
+- There are branches, but no tags and no pull requests.
 - A new repository is empty, where the Hub would put a `.gitattributes` in it.
-- Any token is good for every repository; a request that writes without one is refused. Private repositories are not.
+- Any token may write to every repository; without a token, writing is refused. Nothing is private.
+
+What it does not know it answers with status 501, which a test can look for in `hub.requests`.
 """
 
 import base64
@@ -62,10 +65,9 @@ class Repo:
         first = Commit(hashlib.sha1(repo_id.encode()).hexdigest(), None, "initial commit", "", [], {})
         self.by_sha = {first.sha: first}
         self.branches = {"main": first}
-        self.tags: dict[str, Commit] = {}
 
     def at(self, revision: str) -> Commit:
-        for known in (self.branches, self.tags, self.by_sha):
+        for known in (self.branches, self.by_sha):
             if revision in known:
                 return known[revision]
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -112,20 +114,16 @@ ROUTES = [  # method ("GET" answers HEAD too), path, and the method of HubServer
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
     ("POST", r"/api/repos/create", "create_repo"),
-    ("DELETE", r"/api/repos/delete", "delete_repo"),
     ("GET", REPO, "repo_info"),
     ("GET", rf"{REPO}/revision/{REV}", "repo_info"),
-    ("GET", rf"{REPO}/refs", "list_refs"),
-    ("GET", rf"{REPO}/commits/{REV}", "list_commits"),
     ("GET", rf"{REPO}/tree/{REV}(?:/(?P<path>.+))?", "list_tree"),
     ("POST", rf"{REPO}/paths-info/{REV}", "paths_info"),
     ("POST", rf"{REPO}/branch/{REV}", "create_branch"),
-    ("POST", rf"{REPO}/tag/{REV}", "create_tag"),
     ("POST", rf"{REPO}/preupload/{REV}", "preupload"),
     ("POST", rf"{REPO}/commit/{REV}", "commit"),
     ("GET", rf"/(?:(?P<kind>datasets|spaces)/)?(?P<repo_id>[^/]+(?:/[^/]+)?)/resolve/{REV}/(?P<path>.+)", "resolve"),
 ]
-NEEDS_TOKEN = {"whoami", "create_repo", "delete_repo", "create_branch", "create_tag", "preupload", "commit"}
+NEEDS_TOKEN = {"whoami", "create_repo", "create_branch", "preupload", "commit"}
 
 
 class HubServer:
@@ -135,7 +133,7 @@ class HubServer:
         self.repos: dict[tuple[str, str], Repo] = {}  # by kind ("models", "datasets", "spaces") and id
         self.requests: list[str] = []
         self.lock = threading.Lock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = Server(("127.0.0.1", 0), Handler)
         self.server.hub = self
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -162,7 +160,7 @@ class HubServer:
         history = reversed(self.repos[kind, repo_id].at("main").history())
         return [{"sha": commit.sha, "title": commit.title, "files": list(commit.changed)} for commit in history]
 
-    # What clients ask. Each method answers one route: bytes-like replies as they are, anything else as JSON.
+    # What clients ask. Each method answers one route, with a Reply or with what is to be sent as JSON.
 
     def answer(self, request: Request, path: str) -> Reply:
         method = "GET" if request.method == "HEAD" else request.method
@@ -181,7 +179,7 @@ class HubServer:
             with self.lock:
                 reply = getattr(self, name)(request, **args)
             return reply if isinstance(reply, Reply) else Reply(json.dumps(reply).encode())
-        raise HubError(404, f"The stand-in Hub has no answer to {request.method} {path}")
+        raise HubError(501, f"The stand-in Hub has no answer to {request.method} {path}")
 
     def whoami(self, request):
         token = {"displayName": "dummy", "role": "write"}
@@ -191,7 +189,9 @@ class HubServer:
         return {"errors": [], "warnings": []}
 
     def create_repo(self, request):
-        kind, repo_id = self.named_in(request)
+        asked = json.loads(request.body)
+        kind = (asked.get("type") or "model") + "s"
+        repo_id = f"{asked.get('organization') or USER}/{asked['name']}"
         url = f"{self.url}/{repo_id}" if kind == "models" else f"{self.url}/{kind}/{repo_id}"
         if (kind, repo_id) in self.repos:
             body = {"error": "You already created this repo", "url": url}
@@ -199,40 +199,16 @@ class HubServer:
         self.repos[kind, repo_id] = Repo(repo_id)
         return {"url": url, "name": repo_id}
 
-    def delete_repo(self, request):
-        if self.repos.pop(self.named_in(request), None) is None:
-            raise HubError(404, "Repository not found", "RepoNotFound")
-        return {}
-
-    def named_in(self, request) -> tuple[str, str]:
-        asked = json.loads(request.body)
-        return (asked.get("type") or "model") + "s", f"{asked.get('organization') or USER}/{asked['name']}"
-
     def repo_info(self, request, repo, rev="main"):
         commit = repo.at(rev)
         info = {"_id": git_oid(repo.id.encode()), "id": repo.id, "author": repo.id.split("/")[0], "sha": commit.sha}
         info |= {"lastModified": commit.date, "private": False, "gated": False, "disabled": False, "tags": []}
         info |= {"downloads": 0, "likes": 0}
-        with_blobs = "blobs" in request.query  # `model_info(..., files_metadata=True)`
-        blobs = {path: {"size": len(data), "blobId": git_oid(data)} for path, data in commit.files.items()}
-        return info | {"siblings": [{"rfilename": path, **(with_blobs and blobs[path] or {})} for path in blobs]}
-
-    def list_refs(self, request, repo):
-        def described(kind, refs):
-            return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": commit.sha} for n, commit in refs.items()]
-
-        return {
-            "branches": described("heads", repo.branches),
-            "tags": described("tags", repo.tags),
-            "converts": [],
-            "pullRequests": [],
-        }
-
-    def list_commits(self, request, repo, rev):
-        return [
-            {"id": c.sha, "title": c.title, "message": c.message, "date": c.date, "authors": [{"user": USER}]}
-            for c in repo.at(rev).history()
-        ]
+        if "blobs" in request.query:  # `model_info(..., files_metadata=True)`
+            details = {path: {"size": len(data), "blobId": git_oid(data)} for path, data in commit.files.items()}
+        else:
+            details = {path: {} for path in commit.files}
+        return info | {"siblings": [{"rfilename": path, **detail} for path, detail in details.items()]}
 
     def list_tree(self, request, repo, rev, path=""):
         commit = repo.at(rev)
@@ -245,10 +221,7 @@ class HubServer:
         return below
 
     def paths_info(self, request, repo, rev):
-        if request.headers.get("content-type", "").startswith("application/json"):
-            paths = json.loads(request.body)["paths"]
-        else:
-            paths = parse_qs(request.body.decode()).get("paths", [])
+        paths = parse_qs(request.body.decode()).get("paths", [])
         entries = self.entries(repo.at(rev))
         return [entries[path.strip("/")] for path in paths if path.strip("/") in entries]
 
@@ -262,37 +235,22 @@ class HubServer:
         return found
 
     def create_branch(self, request, repo, rev):
-        start = json.loads(request.body or b"{}").get("startingPoint", "main")
-        return self.create_ref(repo.branches, rev, repo.at(start))
-
-    def create_tag(self, request, repo, rev):
-        return self.create_ref(repo.tags, json.loads(request.body)["tag"], repo.at(rev))
-
-    def create_ref(self, refs, name, commit):
-        if name in refs:
-            raise HubError(409, f"Reference already exists: {name}")
-        refs[name] = commit
+        if rev in repo.branches:
+            raise HubError(409, f"Reference already exists: {rev}")
+        repo.branches[rev] = repo.at(json.loads(request.body).get("startingPoint", "main"))
         return {}
 
     def preupload(self, request, repo, rev):
-        there = repo.at(rev).files
-        return {
-            "files": [
-                {
-                    "path": asked["path"],
-                    "uploadMode": "regular",
-                    "shouldIgnore": False,
-                    "oid": git_oid(there[asked["path"]]) if asked["path"] in there else None,
-                }
-                for asked in json.loads(request.body)["files"]
-            ]
-        }
+        there = {path: git_oid(content) for path, content in repo.at(rev).files.items()}
+        asked = [file["path"] for file in json.loads(request.body)["files"]]
+        how = {"uploadMode": "regular", "shouldIgnore": False}
+        return {"files": [{"path": path, "oid": there.get(path), **how} for path in asked]}
 
     def commit(self, request, repo, rev):
         if rev not in repo.branches:
             raise HubError(404, f"Not a branch: {rev}", "RevisionNotFound")
         if "create_pr" in request.query:
-            raise HubError(400, "The stand-in Hub has no pull requests")
+            raise HubError(501, "The stand-in Hub has no pull requests")
         head, title, message, changes = repo.branches[rev], "", "", {}
         for line in request.body.splitlines():
             item = json.loads(line)
@@ -310,7 +268,7 @@ class HubServer:
                     raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
                 changes |= {p: None for p in gone if p not in changes}
             else:  # "lfsFile" comes only after `preupload` answered "lfs"
-                raise HubError(400, f"The stand-in Hub does not take {key!r} in a commit")
+                raise HubError(501, f"The stand-in Hub does not take {key!r} in a commit")
         new = repo.commit(rev, title, message, changes)
         return {"success": True, "commitOid": new.sha, "commitUrl": f"{self.url}/{repo.id}/commit/{new.sha}"}
 
@@ -335,6 +293,10 @@ class HubServer:
         return Reply(content[start : end + 1], 206, headers | {"Content-Range": f"bytes {start}-{end}/{size}"})
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # clients download with several threads
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keeps connections open, as clients like
     disable_nagle_algorithm = True
@@ -347,8 +309,8 @@ class Handler(BaseHTTPRequestHandler):
             reply = self.server.hub.answer(Request(self.command, parse_qs(query), headers, body), path)
         except HubError as error:
             reply = Reply(json.dumps({"error": str(error)}).encode(), error.status, error.headers)
-        except Exception as error:  # a fault of this file: clients show the message
-            reply = Reply(b"", 500, {"X-Error-Message": repr(error)})
+        except Exception as error:  # a fault of this file; clients show the message, and would retry after a 500
+            reply = Reply(b"", 501, {"X-Error-Message": repr(error)})
         self.server.hub.requests.append(f"{self.command} {unquote(path)} -> {reply.status}")
         self.send_response(reply.status)
         for name, value in ({"Content-Type": "application/json"} | reply.headers).items():
@@ -358,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(reply.body)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond  # noqa: N815
 
     def log_message(self, *args):
         pass

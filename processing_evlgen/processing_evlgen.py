@@ -1,0 +1,284 @@
+"""EVLGen's processor: pictures and text in, model inputs and labels out."""
+
+import os
+import re
+from typing import Any
+
+from tokenizers import AddedToken
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
+
+from .images import load_rgb_image
+
+# Language models' chat templates take a message's content as one string. This turns a list of parts into that string.
+_JOIN_PARTS = """\
+{%- set ns = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set text = namespace(value='') -%}
+{%- if message.content is string or message.content is none -%}
+{%- set text.value = message.content -%}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}
+{%- set text.value = text.value + 'IMAGE_TOKEN' -%}
+{%- else -%}
+{%- set text.value = text.value + part.text -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set ns.messages = ns.messages + [dict(message, content=text.value)] -%}
+{%- endfor -%}
+{%- set messages = ns.messages -%}
+"""
+
+
+def clean_caption(caption: str, max_words: int = 50) -> str:
+    """The original's caption clean-up: lower case, the marks ``.!"()*#:;~`` to spaces, spaces squeezed, `max_words` words.
+
+    Source: `pre_caption` of the original's `BlipCaptionProcessor` (lavis/processors/blip_processors.py).
+    """
+    caption = re.sub(r'[.!"()*#:;~]', " ", caption.lower())
+    return " ".join(caption.split()[:max_words])
+
+
+class EVLGenProcessor(ProcessorMixin):
+    r"""
+    Prepares inputs for [`EVLGenForConditionalGeneration`].
+
+    Every image takes `num_image_tokens` placeholder tokens. Where they stand:
+
+    - Where the text holds `image_token`, there. At the very start of the text they stand before the BOS token.
+    - In a text that holds none, before the BOS token and the text; or, where there is a chat template, at the start of
+      the user's turn, which the text then becomes.
+
+    Args:
+        image_processor (`BaseImageProcessor`): Resizes and normalises the images for the vision tower.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The language model's tokenizer. It is given `image_token` if it lacks it, and its EOS token for padding if it
+            has no padding token.
+        num_image_tokens (`int`): Placeholders for each image: the model's `config.num_image_tokens`.
+        chat_template (`str`, *optional*):
+            Template for messages with images. By default the tokenizer's, if it has one.
+        image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder.
+        end_of_text (`str`, *optional*):
+            What ends a `suffix` in training. By default the tokenizer's EOS token; `"\n"` in the paper's OPT recipe.
+        clean_captions (`bool`, *optional*, defaults to `False`):
+            Whether to clean a `suffix` up as the paper does, see [`clean_caption`].
+        bos_label (`bool`, *optional*, defaults to `False`):
+            Whether the BOS token that follows the images of an empty prompt is a target too, as in the paper's OPT recipe.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_image_tokens: int | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        end_of_text: str | None = None,
+        clean_captions: bool = False,
+        bos_label: bool = False,
+    ):
+        if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
+            raise ValueError(f"`num_image_tokens` must be an integer of 1 or more, but is {num_image_tokens!r}.")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"`tokenizer` must be a tokenizer, but is {type(tokenizer).__name__}.")
+        if chat_template is None and tokenizer.chat_template is not None:
+            chat_template = _JOIN_PARTS.replace("IMAGE_TOKEN", image_token) + tokenizer.get_chat_template()
+        tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
+        tokenizer.padding_side = "left"  # generation's; training pads on the right by itself
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.num_image_tokens = num_image_tokens
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.end_of_text = end_of_text
+        self.clean_captions = clean_captions
+        self.bos_label = bos_label
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def end_of_text_id(self) -> int:
+        """Id of the token that ends a `suffix`, at which generation stops.
+
+        Raises:
+            ValueError: If `end_of_text` is not a single token.
+        """
+        end = self.tokenizer.eos_token if self.end_of_text is None else self.end_of_text
+        ids = self.tokenizer(end, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"`end_of_text` must not be empty, but is {end!r}.")
+        return ids[-1]
+
+    def __call__(
+        self,
+        images: ImageInput | str | list[str] | None = None,
+        text: str | list[str] | None = None,
+        suffix: str | list[str] | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
+        """
+        Args:
+            images (image, path, URL or a list of these, *optional*):
+                The images, in the order of their placeholders. See [`load_rgb_image`] for what is understood.
+            text (`str` or `list[str]`, *optional*):
+                The prompts. One prompt without placeholders serves all images; none is an empty prompt.
+            suffix (`str` or `list[str]`, *optional*):
+                What the model is to say, one for each prompt. Gives `labels`.
+            kwargs:
+                Arguments of the image processor and the tokenizer, `return_tensors` (by default `"pt"`), `padding` (by
+                default `True`) and `padding_side` among them.
+
+        Returns:
+            `BatchFeature` with
+            - `input_ids`, `attention_mask`: int64, `(batch, sequence)`, padded on the left; on the right with a `suffix`.
+            - `pixel_values`: float32, `(images, channels, height, width)`, if there are images.
+            - `labels`: int64, `(batch, sequence)`, with a `suffix`: -100 on images, prompts and padding.
+
+        Raises:
+            ValueError: If images, placeholders and texts differ in number, an image cannot be read, a suffix is empty or
+                a text is longer than the language model allows.
+            TypeError: If a text is not a string.
+        """
+        if images is None and text is None:
+            raise ValueError("At least one of `images` and `text` must be given.")
+        images = [] if images is None else [load_rgb_image(image) for image in _flatten(images)]
+        prompts = _strings("text", "" if text is None else text)
+        if len(prompts) == 1 and self.image_token not in prompts[0]:
+            prompts = prompts * max(len(images), 1)
+        arguments = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_arguments = arguments["text_kwargs"]
+
+        prompt_strings = self._place_images(prompts, len(images))
+        add_special_tokens = text_arguments.get("add_special_tokens", True)
+        prompt_ids = [self._tokenize_prompt(prompt, add_special_tokens) for prompt in prompt_strings]
+        suffix_ids = None
+        if suffix is not None:
+            suffixes = self._clean(_strings("suffix", suffix))
+            if len(suffixes) != len(prompts):
+                raise ValueError(f"`suffix` has {len(suffixes)} entries, but there are {len(prompts)} prompts.")
+            pairs = zip(prompt_strings, prompt_ids, suffixes, strict=True)
+            suffix_ids = [self._tokenize_suffix(*pair, add_special_tokens) for pair in pairs]
+        data = self._assemble(prompt_ids, suffix_ids, text_arguments)
+        if images:
+            images_arguments = {**arguments["images_kwargs"], "return_tensors": "pt"}
+            data["pixel_values"] = self.image_processor(images, **images_arguments)["pixel_values"]
+        return BatchFeature(data, tensor_type=text_arguments.get("return_tensors", "pt"))
+
+    def _place_images(self, prompts: list[str], num_images: int) -> list[str]:
+        """Puts `image_token` into prompts that have none, and checks that there is one for each image."""
+        counts = [prompt.count(self.image_token) for prompt in prompts]
+        if num_images and not any(counts):
+            if num_images != len(prompts):
+                raise ValueError(f"`images` holds {num_images} images, but `text` holds {len(prompts)} prompts.")
+            return [self._wrap(prompt) for prompt in prompts]
+        if sum(counts) != num_images:
+            raise ValueError(
+                f"`text` holds {sum(counts)} {self.image_token} placeholders, but `images` holds {num_images} images."
+            )
+        return prompts
+
+    def _wrap(self, prompt: str) -> str:
+        if self.chat_template is None:
+            return self.image_token + prompt
+        parts = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
+        return self.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+
+    def _tokenize_prompt(self, prompt: str, add_special_tokens: bool) -> list[int]:
+        """Ids of a prompt with all its placeholders; those at its very start come before the BOS token."""
+        rest, images_first = prompt, 0
+        while rest.startswith(self.image_token):
+            rest, images_first = rest.removeprefix(self.image_token), images_first + 1
+        rest = rest.replace(self.image_token, self.image_token * self.num_image_tokens)
+        bos = self.tokenizer.bos_token
+        if bos is not None and rest.startswith(bos):  # a chat template has added it
+            add_special_tokens = False
+        ids = self.tokenizer(rest, add_special_tokens=add_special_tokens)["input_ids"]
+        return [self.image_token_id] * (images_first * self.num_image_tokens) + ids
+
+    def _tokenize_suffix(self, prompt: str, prompt_ids: list[int], suffix: str, add_special_tokens: bool) -> list[int]:
+        """Ids of a suffix and its end, as they follow the prompt in running text."""
+        end = self.tokenizer.eos_token if self.end_of_text is None else self.end_of_text
+        plain = self.chat_template is None and prompt.replace(self.image_token, "") != ""
+        separator = " " if plain and not prompt[-1].isspace() else ""
+        whole = self._tokenize_prompt(prompt + separator + suffix + end, add_special_tokens)
+        if whole[: len(prompt_ids)] == prompt_ids:
+            return whole[len(prompt_ids) :]
+        # The prompt's last and the suffix's first letters share a token. In generation the prompt stands alone.
+        return self.tokenizer(suffix + end, add_special_tokens=False)["input_ids"]
+
+    def _clean(self, suffixes: list[str]) -> list[str]:
+        cleaned = [clean_caption(suffix) if self.clean_captions else suffix for suffix in suffixes]
+        for index, (before, after) in enumerate(zip(suffixes, cleaned, strict=True)):
+            if not after.strip():
+                raise ValueError(f"`suffix` must not be empty, but entry {index} is {before!r}.")
+        return cleaned
+
+    def _assemble(
+        self, prompt_ids: list[list[int]], suffix_ids: list[list[int]] | None, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Joins prompts and suffixes and pads them; labels are masked by length, as padding may be EOS."""
+        training = suffix_ids is not None
+        sequences = [p + s for p, s in zip(prompt_ids, suffix_ids, strict=True)] if training else prompt_ids
+        limit = min(arguments.get("max_length") or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
+        for index, sequence in enumerate(sequences):
+            if len(sequence) > limit:
+                raise ValueError(f"`text` entry {index} has {len(sequence)} tokens, but at most {limit} are allowed.")
+        masks = [[1] * len(sequence) for sequence in sequences]
+        if not arguments.get("padding", True):
+            return {"input_ids": sequences, "attention_mask": masks}
+
+        side = arguments.get("padding_side") or ("right" if training else "left")
+        length = max(map(len, sequences))
+        data = {
+            "input_ids": _pad(sequences, length, self.tokenizer.pad_token_id, side),
+            "attention_mask": _pad(masks, length, 0, side),
+        }
+        if training:
+            unlabelled = [len(prompt) - int(self._labels_bos(prompt)) for prompt in prompt_ids]
+            labels = [[-100] * n + sequence[n:] for n, sequence in zip(unlabelled, sequences, strict=True)]
+            data["labels"] = _pad(labels, length, -100, side)
+        return data
+
+    def _labels_bos(self, prompt_ids: list[int]) -> bool:
+        if not self.bos_label or prompt_ids[-1] != self.tokenizer.bos_token_id:
+            return False
+        return all(token == self.image_token_id for token in prompt_ids[:-1])
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "labels"]
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> list[str]:
+        """Saves image processor, tokenizer, processor_config.json and the code that it names."""
+        os.makedirs(save_directory, exist_ok=True)
+        save_hub_code(save_directory)
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+def _strings(name: str, value: str | list[str]) -> list[str]:
+    values = [value] if isinstance(value, str) else list(value)
+    for entry in values:
+        if not isinstance(entry, str):
+            raise TypeError(f"`{name}` must be a string or a list of strings, but holds a {type(entry).__name__}.")
+    return values
+
+
+def _flatten(images: Any) -> list[Any]:
+    if isinstance(images, list | tuple):
+        return [image for entry in images for image in _flatten(entry)]
+    if getattr(images, "ndim", 3) == 4:  # a batch in one array
+        return list(images)
+    return [images]
+
+
+def _pad(rows: list[list[int]], length: int, value: int, side: str) -> list[list[int]]:
+    padding = [[value] * (length - len(row)) for row in rows]
+    return [pad + row if side == "left" else row + pad for pad, row in zip(padding, rows, strict=True)]
