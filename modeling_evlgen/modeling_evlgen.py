@@ -371,6 +371,14 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(limit, int) and isinstance(length, int) and length > limit:
             raise ValueError(f"`input_ids` has {length} tokens, but the language model has places for {limit}.")
 
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Turns images into soft prompts once, before the first step; `vision_features` as well as `pixel_values`."""
+        vision_features = model_kwargs.pop("vision_features", None)
+        model_kwargs = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        if vision_features is not None:
+            model_kwargs["mm_encoder_outputs"]["image"] = self.project_vision_features(vision_features)
+        return model_kwargs
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Keeps the placeholder out of what is said, and, as in the original, out of what a repetition penalty counts:
         only generated tokens do."""

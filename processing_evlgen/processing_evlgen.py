@@ -4,6 +4,7 @@ import os
 import re
 from typing import Any
 
+import torch
 from tokenizers import AddedToken
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
@@ -119,6 +120,7 @@ class EVLGenProcessor(ProcessorMixin):
         images: ImageInput | str | list[str] | None = None,
         text: str | list[str] | None = None,
         suffix: str | list[str] | None = None,
+        vision_features: torch.Tensor | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """
@@ -129,6 +131,8 @@ class EVLGenProcessor(ProcessorMixin):
                 The prompts. One prompt without placeholders serves all images; none is an empty prompt.
             suffix (`str` or `list[str]`, *optional*):
                 What the model is to say, one for each prompt. Gives `labels`.
+            vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
+                What the vision tower gave for the images, instead of `images`; handed on to the model.
             kwargs:
                 Arguments of the image processor and the tokenizer, `return_tensors` (by default `"pt"`), `padding` (by
                 default `True`) and `padding_side` among them.
@@ -140,20 +144,23 @@ class EVLGenProcessor(ProcessorMixin):
             - `labels`: int64, `(batch, sequence)`, with a `suffix`: -100 on images, prompts and padding.
 
         Raises:
-            ValueError: If images, placeholders and texts differ in number, an image cannot be read, a suffix is empty or
-                a text is longer than the language model allows.
+            ValueError: If images, placeholders and texts differ in number, an image cannot be read, a suffix is empty
+                or a text is longer than the language model allows.
             TypeError: If a text is not a string.
         """
-        if images is None and text is None:
-            raise ValueError("At least one of `images` and `text` must be given.")
+        if images is None and text is None and vision_features is None:
+            raise ValueError("At least one of `images`, `text` and `vision_features` must be given.")
+        if images is not None and vision_features is not None:
+            raise ValueError("Only one of `images` and `vision_features` can be given.")
         images = [] if images is None else [load_rgb_image(image) for image in _flatten(images)]
+        num_images = len(images) if vision_features is None else len(vision_features)
         prompts = _strings("text", "" if text is None else text)
         if len(prompts) == 1 and self.image_token not in prompts[0]:
-            prompts = prompts * max(len(images), 1)
+            prompts = prompts * max(num_images, 1)
         arguments = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_arguments = arguments["text_kwargs"]
 
-        prompt_strings = self._place_images(prompts, len(images))
+        prompt_strings = self._place_images(prompts, num_images)
         add_special_tokens = text_arguments.get("add_special_tokens", True)
         prompt_ids = [self._tokenize_prompt(prompt, add_special_tokens) for prompt in prompt_strings]
         suffix_ids = None
@@ -167,6 +174,8 @@ class EVLGenProcessor(ProcessorMixin):
         if images:
             images_arguments = {**arguments["images_kwargs"], "return_tensors": "pt"}
             data["pixel_values"] = self.image_processor(images, **images_arguments)["pixel_values"]
+        if vision_features is not None:
+            data["vision_features"] = vision_features
         return BatchFeature(data, tensor_type=text_arguments.get("return_tensors", "pt"))
 
     def _place_images(self, prompts: list[str], num_images: int) -> list[str]:

