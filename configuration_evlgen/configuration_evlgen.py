@@ -40,9 +40,9 @@ class TomeFormerConfig(PreTrainedConfig):
         initializer_range (`float`, defaults to 0.02): Standard deviation of freshly initialised weights.
         merge_r (`int`, `list[int]` or `tuple[int, float]`, defaults to 19):
             Tokens to merge: the same number in every layer; or one number per layer, padded with zeros; or a pair
-            `(r, inflection)`, for numbers that change linearly around `r` from `r * (1 - inflection)` in the first layer
-            to `r * (1 + inflection)` in the last (ToMe's schedules). A pair is turned into a list at once, since JSON
-            does not tell the two apart.
+            `(r, inflection)`, for numbers that change linearly around `r` from `r * (1 - inflection)` in the first
+            layer to `r * (1 + inflection)` in the last (ToMe's schedules). A pair is turned into a list at once,
+            since JSON does not tell the two apart.
         class_token (`bool`, defaults to `True`): Whether token 0 is a class token, which is never merged.
         pre_norm (`bool`, defaults to `False`):
             `False` is BERT's block, which normalises after each residual sum. `True` normalises the input of each
@@ -93,7 +93,7 @@ class TomeFormerConfig(PreTrainedConfig):
             raise ValueError(f"`merge_r` has {len(requested)} entries for {self.num_hidden_layers} layers.")
 
     def merge_schedule(self, num_tokens: int) -> list[int]:
-        """Tokens really merged in each layer, of `num_tokens` input tokens: no layer can merge more than half of its own.
+        """Tokens really merged in each layer, of `num_tokens` at the start: no layer merges more than half of its own.
 
         Returns:
             `list[int]` with `num_hidden_layers` entries.
@@ -130,10 +130,11 @@ class EVLGenConfig(PreTrainedConfig):
             Id of the placeholder token `<image>`. It is never looked up in the language model's embedding and may lie
             beyond it; by default it is the first id that does.
         num_vision_tokens (`int`, *optional*):
-            Tokens N that the vision tower gives for one image. Needed only where `vision_config` does not tell (feature
-            maps, timm); [`EVLGenForConditionalGeneration.from_vision_text_pretrained`] finds it out.
+            Tokens N that the vision tower gives for one image. Needed only where `vision_config` does not tell
+            (feature maps, timm); [`EVLGenForConditionalGeneration.from_vision_text_pretrained`] finds it out.
         vision_hidden_size (`int`, *optional*): Width Dv of these tokens. Needed where `num_vision_tokens` is.
-        vision_model_name_or_path, vision_model_revision, text_model_name_or_path, text_model_revision (`str`, *optional*):
+        vision_model_name_or_path, vision_model_revision, text_model_name_or_path, text_model_revision (`str`,
+        *optional*):
             The base models that the towers came from, and their revisions.
 
     Raises:
@@ -223,7 +224,7 @@ class EVLGenConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Saves config.json and the code that it names, so that `AutoConfig` loads it with `trust_remote_code=True`."""
+        """Saves config.json and the code that it names, for `AutoConfig` with `trust_remote_code=True`."""
         os.makedirs(save_directory, exist_ok=True)
         save_hub_code(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -1,4 +1,4 @@
-"""The code that travels with every checkpoint, so that it loads with `trust_remote_code=True` where EVLGen is not installed.
+"""The code that travels with every checkpoint, which loads it with `trust_remote_code=True` without EVLGen installed.
 
 transformers' loader takes one flat folder of files that import each other as `from .name import X`. In this repository
 the code lives in three packages; a checkpoint gets a copy in which `from configuration_evlgen import X` has become

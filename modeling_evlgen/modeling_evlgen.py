@@ -47,7 +47,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Generates text from images: vision tower → LayerNorm, Linear → TomeFormer → Linear → language model.
 
     Each `<image>` placeholder token of the text is replaced by one token of the soft prompt. The towers are frozen:
-    without gradient and in evaluation mode, whatever `train()` says, for as long as none of their parameters is trained.
+    without gradient and in evaluation mode, whatever `train()` says, for as long as none of their parameters is
+    trained.
 
     Args:
         config ([`EVLGenConfig`]): What to build.
@@ -108,11 +109,12 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 The connector's configuration, or, with `connector_model`, the fields in which it differs from that
                 model's. Unless it says `class_token`, the vision tower does.
             image_size (`int`, *optional*):
-                Height and width of the images in pixels; by default what the vision tower's configuration says, or 224.
+                Height and width of the images in pixels; by default what the vision tower's configuration says, or
+                224.
             kwargs:
                 Arguments with the prefix `vision_` or `text_` go to that tower's `from_pretrained` (`text_dtype`,
-                `vision_revision` …). The rest goes to [`EVLGenConfig`], e.g. `image_token_id`, which is by default the id
-                that the language model's tokenizer gives to a new token.
+                `vision_revision` …). The rest goes to [`EVLGenConfig`], e.g. `image_token_id`, which is by default
+                the id that the language model's tokenizer gives to a new token.
 
         Returns:
             [`EVLGenForConditionalGeneration`], in evaluation mode.
@@ -208,7 +210,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if pixel_values.ndim != 4:
             raise ValueError(
-                f"`pixel_values` must have shape (images, channels, height, width), but has {tuple(pixel_values.shape)}."
+                "`pixel_values` must have shape (images, channels, height, width), but has "
+                f"{tuple(pixel_values.shape)}."
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(self.vision_tower)):
             return extract_vision_tokens(self.vision_tower, pixel_values.to(self.vision_tower.dtype))
@@ -286,8 +289,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 Handed to the language model (`cache`, `use_cache` …), `num_items_in_batch` to the loss.
 
         Raises:
-            ValueError: If inputs contradict each other, placeholders and images differ in number, or the text is longer
-                than the language model allows.
+            ValueError: If inputs contradict each other, placeholders and images differ in number, or the text is
+                longer than the language model allows.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
@@ -354,8 +357,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         torch_compilable_check(
             num_placeholders == num_features,
             lambda: (
-                f"`input_ids` holds {int(num_placeholders)} image placeholders (id {self.config.image_token_id}), but the "
-                f"images give {num_features} tokens, {self.config.num_image_tokens} each."
+                f"`input_ids` holds {int(num_placeholders)} image placeholders (id {self.config.image_token_id}), but "
+                f"the images give {num_features} tokens, {self.config.num_image_tokens} each."
             ),
         )
         # The placeholder's own id may lie beyond the embedding, so it is never looked up.

@@ -1,7 +1,7 @@
 """Bipartite soft matching: which visual tokens are alike, and their merging by plain mean.
 
-The method is that of ToMe (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3), as EVLGen (Jian et
-al., ACL 2024, section 3.2) uses it: without sizes, so every merge is the mean of the tokens as they are.
+The method is that of ToMe (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3), as EVLGen
+(Jian et al., ACL 2024, section 3.2) uses it: without sizes, so every merge is the mean of the tokens as they are.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class TokenMerging:
-    """One way to merge `tokens` tokens into `num_output_tokens`: all tokens with the same output place become their mean.
+    """One way to merge `tokens` into `num_output_tokens` tokens: all with the same output place become their mean.
 
     Args:
         output_index (`torch.LongTensor` of shape `(batch, tokens)`):
@@ -73,14 +73,15 @@ class TokenMerging:
 def bipartite_soft_matching(metric: torch.Tensor, r: int, class_token: bool = False) -> TokenMerging:
     """Finds the `r` pairs of most similar tokens between the tokens at even places and those at odd places.
 
-    Every token at an even place (a source) is linked to the token at an odd place (a destination) with the highest cosine
-    similarity; the `r` strongest links are merged. The output holds the kept sources, then all destinations in their
-    order. Kept sources stand in ascending order of their places where there is a class token, so that it stays first,
-    and in descending order of their best similarity where there is none.
+    Every token at an even place (a source) is linked to the token at an odd place (a destination) with the highest
+    cosine similarity; the `r` strongest links are merged. The output holds the kept sources, then all destinations
+    in their order. Kept sources stand in ascending order of their places where there is a class token, so that it
+    stays first, and in descending order of their best similarity where there is none.
 
     Args:
         metric (`torch.Tensor` of shape `(batch, tokens, channels)`):
-            What similarity is measured on, of any floating dtype; compared in float32. A row of zeros is equally far from all.
+            What similarity is measured on, of any floating dtype; compared in float32. A row of zeros is equally far
+            from all.
         r (`int`):
             Number of tokens to remove, `r >= 0`. At most half of the tokens go, the class token not counted:
             `r` is lowered to `(tokens - class_token) // 2`. At 0 all tokens stay, in their order.

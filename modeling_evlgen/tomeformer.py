@@ -54,7 +54,7 @@ class TomeFormerEmbeddings(nn.Module):
 
 
 class TomeFormerSelfAttention(nn.Module):
-    """Attention of all tokens to all tokens; also hands out the keys' mean over the heads, by which tokens are matched."""
+    """Attention of all tokens to all; also hands out the keys' mean over the heads, by which tokens are matched."""
 
     def __init__(self, config: TomeFormerConfig):
         super().__init__()
@@ -164,9 +164,9 @@ class TomeFormerEncoder(nn.Module):
 class TomeFormerModel(PreTrainedModel):
     """The connector: `(batch, tokens, hidden_size)` in, fewer tokens of the same width out.
 
-    State-dict names are those of the original implementation (yiren-jian/EVLGen, `VLconnector.*`), which are BERT's. So
-    `TomeFormerModel.from_pretrained("bert-base-uncased", merge_r=19)` starts from BERT's encoder; its word embeddings and
-    its pooler are left out.
+    State-dict names are those of the original implementation (yiren-jian/EVLGen, `VLconnector.*`), which are BERT's.
+    So `TomeFormerModel.from_pretrained("bert-base-uncased", merge_r=19)` starts from BERT's encoder; its word
+    embeddings and its pooler are left out.
     """
 
     config: TomeFormerConfig
@@ -176,8 +176,8 @@ class TomeFormerModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _no_split_modules = ["TomeFormerLayer"]  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+    _no_split_modules = ["TomeFormerLayer"]
+    _keys_to_ignore_on_load_unexpected = [
         r"word_embeddings",
         r"pooler\.",
         r"cls\.",

@@ -17,7 +17,7 @@ class TowerShape(NamedTuple):
 
 
 def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """A vision tower with fresh weights. EVA ViT-g, as BLIP-2 carries it, is the one that `AutoModel` does not know."""
+    """A vision tower with fresh weights. EVA ViT-g, as BLIP-2 carries it, is one that `AutoModel` does not know."""
     if config.model_type == "blip_2_vision_model":
         return Blip2VisionModel._from_config(config)
     return AutoModel.from_config(config)
@@ -45,8 +45,8 @@ def load_vision_tower(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrai
 def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """Runs a vision tower and lays its output out as tokens.
 
-    A feature map becomes a sequence, row by row. EVA ViT-g's tokens are taken before BLIP-2's `post_layernorm`, which is
-    BLIP-2's trained connector norm and not part of the tower (EVLGen has its own).
+    A feature map becomes a sequence, row by row. EVA ViT-g's tokens are taken before BLIP-2's `post_layernorm`,
+    which is BLIP-2's trained connector norm and not part of the tower (EVLGen has its own).
 
     Args:
         tower (`PreTrainedModel`): The tower.

@@ -38,8 +38,8 @@ class EVLGenImageToTextPipeline(Pipeline):
                 `prompt` (`str`, by default empty), `batch_size`, and any argument of `generate`.
 
         Returns:
-            `[{"generated_text": str}, …]` for one image, with `num_return_sequences` entries; a list of these for a list;
-            an iterator over these for a data set or a generator.
+            `[{"generated_text": str}, …]` for one image, with `num_return_sequences` entries; a list of these for a
+            list; an iterator over these for a data set or a generator.
         """
         if type(images).__module__.startswith("datasets."):
             images = (row for row in images)

@@ -38,7 +38,7 @@ _JOIN_PARTS = """\
 
 
 def clean_caption(caption: str, max_words: int = 50) -> str:
-    """The original's caption clean-up: lower case, the marks ``.!"()*#:;~`` to spaces, spaces squeezed, `max_words` words.
+    """The original's clean-up: lower case, the marks ``.!"()*#:;~`` to spaces, spaces squeezed, `max_words` words.
 
     Source: `pre_caption` of the original's `BlipCaptionProcessor` (lavis/processors/blip_processors.py).
     """
@@ -59,8 +59,8 @@ class EVLGenProcessor(ProcessorMixin):
     Args:
         image_processor (`BaseImageProcessor`): Resizes and normalises the images for the vision tower.
         tokenizer (`PreTrainedTokenizerBase`):
-            The language model's tokenizer. It is given `image_token` if it lacks it, and its EOS token for padding if it
-            has no padding token.
+            The language model's tokenizer. It is given `image_token` if it lacks it, and its EOS token for padding
+            if it has no padding token.
         num_image_tokens (`int`): Placeholders for each image: the model's `config.num_image_tokens`.
         chat_template (`str`, *optional*):
             Template for messages with images. By default the tokenizer's, if it has one.
@@ -70,7 +70,8 @@ class EVLGenProcessor(ProcessorMixin):
         clean_captions (`bool`, *optional*, defaults to `False`):
             Whether to clean a `suffix` up as the paper does, see [`clean_caption`].
         bos_label (`bool`, *optional*, defaults to `False`):
-            Whether the BOS token that follows the images of an empty prompt is a target too, as in the paper's OPT recipe.
+            Whether the BOS token that follows the images of an empty prompt is a target too, as in the paper's OPT
+            recipe.
     """
 
     def __init__(
@@ -139,7 +140,8 @@ class EVLGenProcessor(ProcessorMixin):
 
         Returns:
             `BatchFeature` with
-            - `input_ids`, `attention_mask`: int64, `(batch, sequence)`, padded on the left; on the right with a `suffix`.
+            - `input_ids`, `attention_mask`: int64, `(batch, sequence)`, padded on the left; on the right with
+              a `suffix`.
             - `pixel_values`: float32, `(images, channels, height, width)`, if there are images.
             - `labels`: int64, `(batch, sequence)`, with a `suffix`: -100 on images, prompts and padding.
 

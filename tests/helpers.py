@@ -73,7 +73,7 @@ TEXT_CONFIGS = {
 
 
 def tiny_tokenizer(bos: bool = False, chat: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 300 tokens: <pad> 0, <s> 1, </s> 2. With `bos` it adds <s>, as OPT's and Llama's do."""
+    """A byte-level BPE tokenizer of 300 tokens: <pad> 0, <s> 1, </s> 2. With `bos` it adds <s>, like OPT's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,119 @@
+"""What the training scripts can be told, on the command line or in a YAML file."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    vision_model: str | None = field(default=None, metadata={"help": "Vision tower: a folder or a name on the Hub."})
+    text_model: str | None = field(default=None, metadata={"help": "Language model: a folder or a name on the Hub."})
+    connector_model: str | None = field(
+        default=None, metadata={"help": "BERT checkpoint to start the connector from, e.g. bert-base-uncased."}
+    )
+    connector_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of TomeFormerConfig; JSON on the command line."}
+    )
+    vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the vision tower."})
+    text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the language model."})
+    vision_dtype: str | None = field(default=None, metadata={"help": "dtype of the vision tower's weights."})
+    text_dtype: str | None = field(default=None, metadata={"help": "dtype of the language model's weights."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the base models carry."})
+
+
+@dataclass
+class DataArguments:
+    dataset: str = field(
+        default="openmoji-scenes",
+        metadata={
+            "help": "openmoji-scenes, easy-vqa, or what `datasets.load_dataset` takes: a folder with metadata, a name "
+            "on the Hub, or imagefolder, parquet, json, csv or webdataset together with data_files."
+        },
+    )
+    data_files: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Files or patterns of each split; JSON on the command line."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    test_split: str | None = field(default="test", metadata={"help": "Held-out split; leave empty for none."})
+    image_column: str = field(default="image", metadata={"help": "Column of images, paths or URLs."})
+    caption_column: str = field(default="caption", metadata={"help": "Column of captions; of a list, one is drawn."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first samples."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Use only the first held-out samples."})
+    streaming: bool = field(default=False, metadata={"help": "Read while training; needs max_steps."})
+    prompt: str = field(default="", metadata={"help": "What the model is told along with each picture."})
+    end_of_text: str | None = field(default=None, metadata={"help": "What ends a caption. Default: the EOS token."})
+    bos_label: bool = field(default=False, metadata={"help": "Train the BOS token behind the image, as with OPT."})
+    clean_captions: bool = field(default=False, metadata={"help": "Clean captions up as the paper does."})
+    chat_template: str | None = field(default=None, metadata={"help": "Jinja chat template in place of the model's."})
+    crop_scale: list[float] | None = field(
+        default=None, metadata={"help": "Train on random crops of this share of the picture, e.g. 0.5 1.0."}
+    )
+    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the training pictures."})
+    cache_features: bool = field(
+        default=False, metadata={"help": "Run the frozen vision tower once over the data and keep what it gives."}
+    )
+    skip_bad_images: bool = field(
+        default=False, metadata={"help": "Name and count unreadable pictures and go on, instead of stopping."}
+    )
+
+
+@dataclass
+class GenerationArguments:
+    num_beams: int = field(default=1, metadata={"help": "Beams when held-out captions are generated."})
+    min_new_tokens: int | None = field(default=None, metadata={"help": "Least length of a generated caption."})
+    max_new_tokens: int = field(default=30, metadata={"help": "Largest length of a generated caption."})
+
+
+@dataclass
+class TrainingSettings(TrainingArguments):
+    """transformers' TrainingArguments with the defaults of these scripts."""
+
+    output_dir: str = "outputs/pretrain"
+    remove_unused_columns: bool = False  # the collator needs the pictures and captions themselves
+    prediction_loss_only: bool = True  # or the Trainer would keep the logits of the whole held-out split
+
+    def __post_init__(self):
+        # bf16 works on a CPU as well, but the Trainer wants to be told that a CPU it is.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
+
+def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, ...]:
+    """Reads a YAML file given by `--config`, if there is one, and the command line, which overrides it.
+
+    Args:
+        dataclass_types: What to fill.
+        argv: The command line without the program's name; by default the process's.
+
+    Returns:
+        One instance of each dataclass.
+
+    Raises:
+        ValueError: If the YAML file holds a name that no dataclass has.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = HfArgumentParser(dataclass_types)
+    parser.add_argument("--config", type=Path, help="YAML file with any of these arguments.")
+    known = {action.dest for action in parser._actions}
+    settings = {}
+    if "--config" in argv:
+        path = Path(argv[argv.index("--config") + 1])
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        unknown = sorted(settings.keys() - known)
+        if unknown:
+            raise ValueError(f"{path} holds unknown arguments: {', '.join(unknown)}.")
+    parser.set_defaults(**settings)
+    parsed = parser.parse_args_into_dataclasses(argv)[: len(dataclass_types)]
+    for arguments in parsed:
+        for name, value in vars(arguments).items():  # JSON from the command line
+            if name in ("connector_config", "data_files") and isinstance(value, str) and value.startswith("{"):
+                setattr(arguments, name, json.loads(value))
+    return parsed

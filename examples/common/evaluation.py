@@ -1,0 +1,119 @@
+"""Does the model look at the picture? Held-out loss with the right pictures and with others, and what it says."""
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from common.arguments import DataArguments, GenerationArguments
+from common.data import CaptionCollator
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+
+
+@torch.no_grad()
+def caption_loss(
+    model: EVLGenForConditionalGeneration,
+    dataset: Dataset,
+    collator: CaptionCollator,
+    batch_size: int,
+    dtype: torch.dtype,
+) -> float:
+    """Mean cross-entropy of the captions, in nats per token over all tokens of the data set.
+
+    Args:
+        dtype: Precision of the arithmetic, for autocast.
+    """
+    model.eval()
+    loss, tokens = 0.0, 0
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
+    for batch in tqdm(loader, desc="Held-out loss", leave=False):
+        batch = batch.to(model.device)
+        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss += model(**batch, num_items_in_batch=1).loss.item()
+        tokens += int((batch["labels"][:, 1:] != -100).sum())
+    return loss / tokens
+
+
+class WrongPictures(Dataset):
+    """Every row with the picture of another row that has another caption."""
+
+    def __init__(self, dataset: Dataset, caption_column: str):
+        self.dataset = dataset
+        self.caption_column = caption_column
+        captions = [row[caption_column] for row in dataset]
+        count = len(captions)
+        self.donors = []
+        for index, caption in enumerate(captions):
+            others = ((index + step) % count for step in range(count // 2, count // 2 + count))
+            self.donors.append(next((other for other in others if captions[other] != caption), None))
+        if None in self.donors:
+            raise ValueError("All held-out captions are the same, so no picture is the wrong one.")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        donor = self.dataset[self.donors[index]]
+        return {**donor, self.caption_column: self.dataset[index][self.caption_column]}
+
+
+@torch.no_grad()
+def generate_captions(
+    model: EVLGenForConditionalGeneration,
+    dataset: Dataset,
+    collator: CaptionCollator,
+    generation: GenerationArguments,
+    batch_size: int,
+    dtype: torch.dtype,
+) -> list[str]:
+    """What the model says about each picture, in the data set's order."""
+    model.eval()
+    captions = []
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator.prompts)
+    for batch in tqdm(loader, desc="Captions", leave=False):
+        batch = batch.to(model.device)
+        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            sequences = model.generate(
+                **batch,
+                do_sample=False,
+                num_beams=generation.num_beams,
+                min_new_tokens=generation.min_new_tokens,
+                max_new_tokens=generation.max_new_tokens,
+            )
+        new_tokens = sequences[:, batch["input_ids"].shape[1] :]
+        captions += [text.strip() for text in collator.processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    return captions
+
+
+def evaluate_captions(
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    dataset: Dataset,
+    data: DataArguments,
+    generation: GenerationArguments,
+    batch_size: int,
+    dtype: torch.dtype,
+) -> tuple[dict[str, float], list[str]]:
+    """Losses with right and wrong pictures, their gap, and the share of captions that are right to the letter.
+
+    Returns:
+        The figures, and the generated captions in the data set's order.
+    """
+    collator = CaptionCollator(processor, data, training=False)
+    loss = caption_loss(model, dataset, collator, batch_size, dtype)
+    wrong_loss = caption_loss(model, WrongPictures(dataset, data.caption_column), collator, batch_size, dtype)
+    captions = generate_captions(model, dataset, collator, generation, batch_size, dtype)
+    references = [row[data.caption_column] for row in dataset]
+    right = sum(
+        caption in ([reference] if isinstance(reference, str) else reference)
+        for caption, reference in zip(captions, references, strict=True)
+    )
+    metrics = {
+        "test_loss": loss,
+        "test_loss_wrong_pictures": wrong_loss,
+        "test_loss_gap": wrong_loss - loss,
+        "test_exact_captions": right / len(captions),
+    }
+    return metrics, captions

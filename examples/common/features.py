@@ -1,0 +1,130 @@
+"""Features of a frozen vision tower, computed once and read from disk ever after."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from huggingface_hub import constants
+from tqdm import tqdm
+from transformers.utils import logging
+
+from common.arguments import DataArguments
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+from processing_evlgen.images import load_rgb_image
+
+logger = logging.get_logger(__name__)
+
+
+class FeatureDataset(torch.utils.data.Dataset):
+    """Rows of a data set with `vision_features` (tokens, dim), float16, from disk instead of the picture."""
+
+    def __init__(self, dataset: Dataset, features: np.ndarray, rows: list[int], image_column: str):
+        self.dataset = dataset.remove_columns(image_column)
+        self.features = features
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        return {**self.dataset[row], "vision_features": torch.from_numpy(self.features[row].copy())}
+
+
+def cache_vision_features(
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    dataset: Dataset,
+    arguments: DataArguments,
+    batch_size: int = 32,
+) -> FeatureDataset:
+    """Runs the vision tower over a data set, or finds that it was done before.
+
+    The features lie in `$HF_HOME/evlgen_features`, in one file for each tower (weights included), image processor and
+    data set. A run that is killed goes on where it was.
+
+    Args:
+        model, processor: The model whose vision tower runs, and the processor that prepares its pictures.
+        dataset: Rows with pictures, encoded or not.
+        arguments: Names the image column and says what to do with unreadable pictures.
+        batch_size: Pictures for each run of the tower.
+
+    Returns:
+        [`FeatureDataset`], without the rows of unreadable pictures if those are to be skipped.
+
+    Raises:
+        ValueError: If a picture cannot be read and is not to be skipped.
+    """
+    folder = Path(constants.HF_HOME) / "evlgen_features"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_key(model, processor, dataset)}.npy"
+    state_path = path.with_suffix(".json")
+    if not path.exists():
+        _compute(path, state_path, model, processor, dataset, arguments, batch_size)
+    bad_rows = set(json.loads(state_path.read_text())["bad_rows"])
+    if bad_rows and not arguments.skip_bad_images:
+        raise ValueError(
+            f"{len(bad_rows)} pictures cannot be read, in rows {sorted(bad_rows)[:10]}; see skip_bad_images."
+        )
+    rows = [row for row in range(len(dataset)) if row not in bad_rows]
+    return FeatureDataset(dataset, np.load(path, mmap_mode="r"), rows, arguments.image_column)
+
+
+def _compute(path, state_path, model, processor, dataset, arguments: DataArguments, batch_size: int) -> None:
+    partial = path.with_suffix(".partial.npy")
+    shape = (len(dataset), model.config.num_vision_tokens, model.config.vision_hidden_size)
+    state = {"done": 0, "bad_rows": []}
+    if partial.exists() and state_path.exists():
+        state = json.loads(state_path.read_text())
+    mode = "r+" if state["done"] else "w+"
+    features = np.lib.format.open_memmap(partial, mode=mode, dtype=np.float16, shape=shape)
+
+    progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="picture")
+    while state["done"] < len(dataset):
+        rows = range(state["done"], min(state["done"] + batch_size, len(dataset)))
+        images = {}
+        for row in rows:
+            try:
+                images[row] = load_rgb_image(dataset[row][arguments.image_column])
+            except ValueError as error:
+                if not arguments.skip_bad_images:
+                    raise ValueError(f"Row {row}: {error}") from error
+                state["bad_rows"].append(row)
+                logger.warning(f"Skipped picture {len(state['bad_rows'])} that cannot be read, in row {row}: {error}")
+        if images:
+            pixel_values = processor.image_processor(list(images.values()), return_tensors="pt")["pixel_values"]
+            with torch.no_grad():
+                batch = model.get_vision_features(pixel_values.to(model.vision_tower.device))
+            features[list(images)] = batch.half().cpu().numpy()
+        state["done"] = rows.stop
+        features.flush()
+        _write_state(state_path, state)
+        progress.update(len(rows))
+    progress.close()
+    os.replace(partial, path)
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(state))
+    os.replace(temporary, path)
+
+
+def _key(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, dataset: Dataset) -> str:
+    digest = hashlib.sha256(processor.image_processor.to_json_string().encode())
+    digest.update(model.config.vision_config.to_json_string().encode())
+    for name, tensor in sorted(model.vision_tower.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+            if tensor.ndim
+            else repr(tensor.item()).encode()
+        )
+    digest.update(dataset._fingerprint.encode())
+    return digest.hexdigest()[:32]
