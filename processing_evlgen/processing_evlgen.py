@@ -275,7 +275,7 @@ class EVLGenProcessor(ProcessorMixin):
 
 
 def _strings(name: str, value: str | list[str]) -> list[str]:
-    values = [value] if isinstance(value, str) else list(value)
+    values = list(value) if isinstance(value, list | tuple) else [value]
     for entry in values:
         if not isinstance(entry, str):
             raise TypeError(f"`{name}` must be a string or a list of strings, but holds a {type(entry).__name__}.")

@@ -61,9 +61,9 @@ VISION_CONFIGS = {
     ),
 }
 
-_TEXT = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_TEXT = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _TEXT |= {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_GPT2 = {"vocab_size": 320, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "bos_token_id": 1}
+_GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "bos_token_id": 1}
 TEXT_CONFIGS = {
     "opt": OPTConfig(**_TEXT, ffn_dim=64, word_embed_proj_dim=16),  # project_in and project_out, as in OPT-350m
     "llama": LlamaConfig(**_TEXT, intermediate_size=64, num_key_value_heads=1),
@@ -122,7 +122,7 @@ def tiny_model(
         "merge_r": 3,
     }
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        tower, language_model, connector_config={**sizes, **connector}, image_size=IMAGE_SIZE, image_token_id=320
+        tower, language_model, connector_config={**sizes, **connector}, image_size=IMAGE_SIZE, image_token_id=300
     )
     with torch.no_grad():
         model.language_projection.weight.normal_(std=0.3)
@@ -144,12 +144,25 @@ def pictures(count: int = 2, size: int = 40) -> list[Image.Image]:
     return [Image.fromarray(array.numpy()) for array in arrays]
 
 
-def run_clean(code: str, folder: Path, **environment: str) -> str:
-    """Runs Python code in a fresh process outside the repository, where EVLGen is not to be imported."""
-    env = {"PATH": "/usr/bin:/bin", "HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1", **environment}
+def run_clean(code: str, folder: Path, environment: dict[str, str] | None = None) -> str:
+    """Runs Python code in a fresh process outside the repository, without EVLGen installed; gives its output."""
+    env = {"PATH": "/usr/bin:/bin", "HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-I", "-c", _HIDE_EVLGEN + code],
+        cwd=folder,
+        env=environment or env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     if result.returncode:
         raise AssertionError(f"The process failed:\n{result.stdout}\n{result.stderr}")
     return result.stdout
+
+
+# An editable installation is seen from everywhere.
+_HIDE_EVLGEN = """
+import sys
+for name in ("configuration_evlgen", "modeling_evlgen", "processing_evlgen"):
+    sys.modules[name] = None
+"""

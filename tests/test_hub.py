@@ -1,0 +1,197 @@
+"""Checkpoints stand on their own: in clean processes outside the repository, from folders and from a Hub."""
+
+import errno
+import functools
+import http.server
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_evlgen import EVLGenForConditionalGeneration
+
+from .helpers import ROOT, pictures, run_clean, tiny_model, tiny_processor
+from .hub_server import HubServer
+
+# What a user without this repository does with a checkpoint. Prints the same words again and again.
+USE_CHECKPOINT = """
+import json
+from PIL import Image
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+
+name, image, again = {name!r}, Image.open({picture!r}), {again!r}
+def caption(folder, auto_class):
+    model = auto_class.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(images=image, text="what is it?")
+    new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1]:]
+    return processor.batch_decode(new, skip_special_tokens=True)[0].strip(), model, processor
+
+said, model, processor = caption(name, AutoModel)
+words = [said, caption(name, AutoModelForImageTextToText)[0]]
+settings = dict(model=name, trust_remote_code=True)
+captioner = pipeline("image-to-text", **settings)
+words.append(captioner(image, prompt="what is it?", max_new_tokens=8, do_sample=False)[0]["generated_text"])
+chat = pipeline("image-text-to-text", **settings)
+generated = chat(images=image, text="<image>what is it?", max_new_tokens=8, generate_kwargs=dict(do_sample=False),
+                 return_full_text=False)
+words.append(generated[0]["generated_text"].strip())
+model.save_pretrained(again)
+processor.save_pretrained(again)
+words.append(caption(again, AutoModel)[0])
+print(json.dumps(words))
+"""
+
+
+def checkpoint(folder, **kwargs):
+    """Saves a tiny model and its processor, and a picture beside them; gives them and what the model says."""
+    model = tiny_model(**kwargs)
+    processor = tiny_processor(model)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    inputs = processor(images=pictures(1), text="what is it?")
+    new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    return model, processor, processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+
+
+def save_picture(folder):
+    path = folder / "picture.png"
+    pictures(1)[0].save(path)
+    return str(path)
+
+
+def last_line(output):
+    return json.loads(output.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("vision", ["clip", "eva", "timm_cnn"])
+def test_a_folder_works_without_this_repository(vision, tmp_path):
+    *_, said = checkpoint(tmp_path / "model", vision=vision)
+    code = USE_CHECKPOINT.format(name="model", picture=save_picture(tmp_path), again="again")
+    assert last_line(run_clean(code, tmp_path)) == [said] * 5
+    files = {path.name for path in (tmp_path / "again").iterdir()}
+    assert {"model.safetensors", "modeling_evlgen.py", "token_merging.py", "pipeline_evlgen.py"} <= files
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+
+
+PUBLISH = """
+import sys
+sys.path.insert(0, {root!r})
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+EVLGenForConditionalGeneration.from_pretrained({folder!r}).push_to_hub("captioner")
+EVLGenProcessor.from_pretrained({folder!r}).push_to_hub("captioner")
+"""
+
+
+def test_a_repository_works_by_its_name(tmp_path):
+    *_, said = checkpoint(tmp_path / "model")
+    with HubServer() as hub:
+        environment = hub.client_env(tmp_path / "publisher")
+        publish = PUBLISH.format(root=str(ROOT), folder=str(tmp_path / "model"))
+        subprocess.run([sys.executable, "-I", "-c", publish], env=environment, check=True, timeout=300)
+        assert {"config.json", "model.safetensors", "processing_evlgen.py", "tokenizer.json"} <= hub.files(
+            "user/captioner"
+        ).keys()
+        code = USE_CHECKPOINT.format(name="user/captioner", picture=save_picture(tmp_path), again="again")
+        user = tmp_path / "user"
+        user.mkdir()
+        output = run_clean(code, user, hub.client_env(tmp_path / "user_home"))
+    assert last_line(output) == [said] * 5
+
+
+PIPELINE = """
+import json
+from datasets import Dataset, Image as ImageFeature
+from PIL import Image
+from transformers import pipeline
+
+captioner = pipeline("image-to-text", model="model", trust_remote_code=True)
+settings = dict(max_new_tokens=6, do_sample=False)
+path = {picture!r}
+image = Image.open(path)
+one = captioner(image, **settings)
+assert list(one[0]) == ["generated_text"], one
+assert captioner(path, **settings) == one
+assert captioner([path, image], batch_size=2, **settings) == [one, one]
+prompted = captioner(image, prompt="what is it?", **settings)
+assert captioner(dict(image=path, prompt="what is it?"), **settings) == prompted
+data = Dataset.from_dict({{"image": [path, path]}}).cast_column("image", ImageFeature())
+assert list(captioner(data, batch_size=2, **settings)) == [one, one]
+assert list(captioner(data["image"], **settings)) == [one, one]
+several = captioner(image, num_beams=3, num_return_sequences=3, **settings)
+assert len(several) == 3, several
+try:
+    captioner("nowhere.png")
+except ValueError as error:
+    assert "nowhere.png" in str(error)
+else:
+    raise AssertionError("a missing picture was not noticed")
+print(json.dumps([one, prompted]))
+"""
+
+
+def test_the_pipeline_takes_what_users_have(tmp_path):
+    *_, said = checkpoint(tmp_path / "model")
+    one, prompted = last_line(run_clean(PIPELINE.format(picture=save_picture(tmp_path)), tmp_path))
+    assert said.startswith(prompted[0]["generated_text"])
+    assert one != prompted
+
+
+def test_the_pipeline_takes_a_url(tmp_path):
+    checkpoint(tmp_path / "model")
+    save_picture(tmp_path)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = f"""
+from transformers import pipeline
+captioner = pipeline("image-to-text", model="model", trust_remote_code=True)
+url = "http://127.0.0.1:{server.server_port}/picture.png"
+assert captioner(url, do_sample=False) == captioner("picture.png", do_sample=False)
+"""
+    try:
+        run_clean(code, tmp_path)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_remote_code_is_not_switched_on_for_the_user(tmp_path):
+    checkpoint(tmp_path / "model")
+    code = """
+from transformers import AutoModel
+try:
+    AutoModel.from_pretrained("model")
+except ValueError as error:
+    assert "trust_remote_code" in str(error)
+else:
+    raise AssertionError("the code ran without being trusted")
+"""
+    run_clean(code, tmp_path)
+
+
+def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+    llama.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`model_type` is 'llama', but an 'evlgen' is wanted"):
+        EVLGenForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch):
+    model, *_ = checkpoint(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.language_projection.weight.zero_()
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1000))
+    with pytest.raises(OSError, match=r"The checkpoint needs .* GB, but only .* GB are free") as caught:
+        model.save_pretrained(tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert (tmp_path / "model.safetensors").read_bytes() == before

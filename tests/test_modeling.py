@@ -1,0 +1,268 @@
+"""The model: any tower with any language model, frozen towers, the loss, and generation."""
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    CLIPConfig,
+    CLIPModel,
+    SiglipConfig,
+    SiglipModel,
+)
+
+from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.vision_tower import extract_vision_tokens
+
+from .helpers import TEXT_CONFIGS, VISION_CONFIGS, pictures, tiny_model, tiny_processor, tiny_towers
+
+CAPTIONS = ["a red circle", "a blue triangle to the left of a green square"]
+PROMPTS = ["what is it?", "Question: what do you see to the left? Short answer:"]
+
+
+def training_batch(processor):
+    return processor(images=pictures(2), text=PROMPTS, suffix=CAPTIONS)
+
+
+@pytest.mark.parametrize("text", TEXT_CONFIGS)
+@pytest.mark.parametrize("vision", VISION_CONFIGS)
+def test_any_tower_with_any_language_model(vision, text):
+    model = tiny_model(vision, text)
+    processor = tiny_processor(model)
+    batch = training_batch(processor)
+    output = model.train()(**batch)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    text_dim = model.get_input_embeddings().weight.shape[1]
+    assert output.image_outputs.pooler_output.shape == (2, model.config.num_image_tokens, text_dim)
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"ln_vision", "vision_projection", "connector", "language_projection"}
+    words = model.generate(**processor(images=pictures(2), text=PROMPTS), max_new_tokens=3, do_sample=False)
+    assert words.shape[0] == 2
+
+
+def test_the_loss_is_the_captions_cross_entropy():
+    model = tiny_model()
+    processor = tiny_processor(model)
+    batch = training_batch(processor)
+    with torch.no_grad():
+        image_tokens = model.get_image_features(batch["pixel_values"]).pooler_output
+        ids, labels = batch["input_ids"], batch["labels"]
+        embeds = model.get_input_embeddings()(ids.clamp(max=299))
+        embeds[ids == 300] = image_tokens.flatten(0, 1)
+        logits = model.language_model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
+        expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        torch.testing.assert_close(model(**batch).loss, expected)
+        torch.testing.assert_close(model(**batch).logits, logits)
+
+
+def test_training_runs_the_head_over_captions_only():
+    model = tiny_model()
+    batch = training_batch(tiny_processor(model))
+    whole = model.eval()(**batch)
+    captions_only = model.train()(**batch)
+    assert whole.logits.shape[:2] == batch["input_ids"].shape
+    assert captions_only.logits.shape == ((batch["labels"] != -100).sum(), 300)
+
+
+def test_padding_and_prompts_carry_no_loss():
+    model = tiny_model()
+    processor = tiny_processor(model)
+    losses, counts = [], []
+    for image, prompt, caption in zip(pictures(2), PROMPTS, CAPTIONS, strict=True):
+        single = processor(images=image, text=prompt, suffix=caption)
+        losses.append(model(**single).loss)
+        counts.append((single["labels"] != -100).sum())
+    together = model(**training_batch(processor)).loss
+    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    torch.testing.assert_close(together, expected)
+
+
+def test_gradient_accumulation_equals_one_large_batch():
+    model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    processor = tiny_processor(model)
+    batch = processor(images=pictures(8), text="", suffix=[caption[: 5 + i] for i in range(4) for caption in CAPTIONS])
+    count = (batch["labels"][:, 1:] != -100).sum()
+
+    def gradients(parts):
+        model.zero_grad()
+        for part in parts:
+            model(**part, num_items_in_batch=count).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    whole = gradients([batch])
+    accumulated = gradients([{name: value[i : i + 1] for name, value in batch.items()} for i in range(8)])
+    assert whole.keys() == accumulated.keys() and len(whole) > 20
+    for name, gradient in whole.items():
+        torch.testing.assert_close(accumulated[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_the_towers_stay_bit_identical_and_in_evaluation_mode():
+    tower, language_model = tiny_towers("dinov2", "opt")
+    before = [{k: v.clone() for k, v in part.state_dict().items()} for part in (tower, language_model)]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        tower, language_model, connector_config={**sizes, "merge_r": 3}, image_token_id=300
+    )
+    connector_before = {k: v.clone() for k, v in model.connector.state_dict().items()}
+    batch = training_batch(tiny_processor(model))
+    model.train()
+    assert not any(module.training for part in (model.vision_tower, model.language_model) for module in part.modules())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    for part, state in zip((model.vision_tower, model.language_model), before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
+    assert any(not torch.equal(v, connector_before[k]) for k, v in model.connector.state_dict().items())
+
+
+def test_towers_stay_frozen_through_a_checkpoint(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    again = EVLGenForConditionalGeneration.from_pretrained(tmp_path).train()
+    trainable = {name.split(".")[0] for name, p in again.named_parameters() if p.requires_grad}
+    assert trainable == {"ln_vision", "vision_projection", "connector", "language_projection"}
+    assert not again.language_model.training and not again.vision_tower.training and again.connector.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+
+
+def test_cached_features_are_the_picture():
+    model = tiny_model("convnext", "qwen2")
+    processor = tiny_processor(model)
+    batch = training_batch(processor)
+    features = model.get_vision_features(batch["pixel_values"])
+    from_features = processor(vision_features=features, text=PROMPTS, suffix=CAPTIONS)
+    torch.testing.assert_close(model(**from_features).loss, model(**batch).loss)
+    prompt, prompt_features = processor(images=pictures(2)), processor(vision_features=features)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**prompt, **settings), model.generate(**prompt_features, **settings))
+
+
+@pytest.mark.parametrize("text", TEXT_CONFIGS)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"repetition_penalty": 1.5}],
+    ids=["greedy", "beam", "beam-returned", "penalty"],
+)
+def test_a_batch_says_what_its_members_say_alone(text, settings):
+    model = tiny_model("clip", text)
+    processor = tiny_processor(model)
+    settings = {"max_new_tokens": 8, "do_sample": False, **settings}
+
+    def say(images, prompts):
+        batch = processor(images=images, text=prompts)
+        new = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
+        return processor.batch_decode(new, skip_special_tokens=True)
+
+    together = say(pictures(2), PROMPTS)
+    alone = [words for picture, prompt in zip(pictures(2), PROMPTS, strict=True) for words in say(picture, prompt)]
+    assert together == alone
+    assert len(set(together)) > 1 and "<image>" not in "".join(together)
+
+
+def test_sampling_returns_several_sequences():
+    model = tiny_model()
+    batch = tiny_processor(model)(images=pictures(2), text=PROMPTS)
+    torch.manual_seed(0)
+    words = model.generate(**batch, do_sample=True, num_return_sequences=3, max_new_tokens=6)
+    assert words.shape[0] == 6
+    assert len({tuple(row.tolist()) for row in words}) > 3
+
+
+def test_the_picture_is_encoded_once():
+    model = tiny_model()
+    calls = []
+    model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(**tiny_processor(model)(images=pictures(2)), num_beams=3, max_new_tokens=5)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "blip2"])
+def test_the_vision_tower_of_a_whole_checkpoint_is_taken(family, tmp_path):
+    vision = VISION_CONFIGS["eva" if family == "blip2" else family].to_dict()
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    whole = {
+        "clip": lambda: CLIPModel(CLIPConfig(vision_config=vision, text_config=text)),
+        "siglip": lambda: SiglipModel(SiglipConfig(vision_config=vision, text_config=text)),
+        "blip2": lambda: Blip2ForConditionalGeneration(
+            Blip2Config(
+                vision_config=vision,
+                qformer_config={**text, "encoder_hidden_size": 16},
+                text_config=TEXT_CONFIGS["opt"].to_dict(),
+            )
+        ),
+    }[family]()
+    whole.save_pretrained(tmp_path / "vision")
+    _, language_model = tiny_towers()
+    language_model.save_pretrained(tmp_path / "text")
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        tmp_path / "vision",
+        tmp_path / "text",
+        connector_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "merge_r": 2},
+    )
+    pixel_values = torch.randn(1, 3, 32, 32)
+    expected = extract_vision_tokens(whole.eval().vision_model, pixel_values)
+    torch.testing.assert_close(model.get_vision_features(pixel_values), expected)
+    assert model.config.vision_model_name_or_path == str(tmp_path / "vision")
+
+
+def test_the_connector_starts_from_bert(tmp_path):
+    bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64))
+    bert.save_pretrained(tmp_path)
+    tower, language_model = tiny_towers("siglip")
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        tower, language_model, connector_model=tmp_path, connector_config={"merge_r": 2}
+    )
+    weight = model.connector.encoder.layer[1].attention.self.query.weight
+    assert torch.equal(weight, bert.encoder.layer[1].attention.self.query.weight)
+    assert (model.config.connector_config.merge_r, model.config.connector_config.class_token) == (2, False)
+
+
+@pytest.mark.parametrize("argument", ["vision_model", "text_model", "connector_model"])
+def test_a_missing_base_model_is_named(argument, tmp_path):
+    tower, language_model = tiny_towers()
+    parts = {"vision_model": tower, "text_model": language_model, argument: str(tmp_path / "nowhere")}
+    with pytest.raises(ValueError, match=f"`{argument}`='.*nowhere' cannot be loaded"):
+        EVLGenForConditionalGeneration.from_vision_text_pretrained(**parts)
+
+
+def test_bad_input_is_named():
+    model = tiny_model()
+    batch = tiny_processor(model)(images=pictures(2), text=PROMPTS)
+    one_image = {**batch, "pixel_values": batch["pixel_values"][:1]}
+    with pytest.raises((ValueError, RuntimeError), match=r"holds 22 image placeholders .* images give 11 tokens"):
+        model(**one_image)
+    with pytest.raises(ValueError, match=r"`pixel_values` must have shape \(images, channels, height, width\)"):
+        model(**{**batch, "pixel_values": batch["pixel_values"][0]})
+    with pytest.raises(ValueError, match=r"`vision_features` must have shape \(images, 17, 16\)"):
+        model(input_ids=batch["input_ids"], vision_features=torch.zeros(2, 5, 16))
+    with pytest.raises(ValueError, match="Only one of `pixel_values`, `vision_features`"):
+        model(**batch, vision_features=torch.zeros(2, 17, 16))
+    with pytest.raises(ValueError, match="Exactly one of `input_ids` and `inputs_embeds`"):
+        model(pixel_values=batch["pixel_values"])
+    with pytest.raises(ValueError, match="`input_ids` has 129 tokens, but the language model has places for 128"):
+        model(input_ids=torch.ones(1, 129, dtype=torch.long))
+
+
+def test_runs_in_bfloat16_with_towers_of_another_dtype():
+    model = tiny_model().eval()
+    batch = training_batch(tiny_processor(model))
+    expected = model(**batch).loss
+    model.language_model.to(torch.bfloat16)
+    model.vision_tower.to(torch.bfloat16)
+    torch.testing.assert_close(model(**batch).loss.float(), expected, atol=0.1, rtol=0.1)
+
+
+def test_compiles_without_a_graph_break():
+    model = tiny_model().train()
+    batch = dict(training_batch(tiny_processor(model)))
+    torch.manual_seed(0)
+    expected = model.eval()(**batch).loss
+    torch.compiler.reset()
+    compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch).loss, expected)

@@ -1,0 +1,203 @@
+"""The processor: where images go, what is a label, pictures of every kind, and clear errors."""
+
+import base64
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from processing_evlgen import EVLGenProcessor
+from processing_evlgen.images import load_rgb_image
+from processing_evlgen.processing_evlgen import clean_caption
+
+from .helpers import pictures, tiny_image_processor, tiny_tokenizer
+
+IMAGE, BOS, EOS = 300, 1, 2  # ids of the tiny tokenizer
+
+
+def make_processor(bos=False, chat=False, num_image_tokens=3, **kwargs):
+    return EVLGenProcessor(tiny_image_processor(), tiny_tokenizer(bos, chat), num_image_tokens, **kwargs)
+
+
+def labelled(batch, processor):
+    """The text that carries the loss, for each row."""
+    return [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+
+
+def test_images_come_before_bos_in_a_plain_prompt():
+    processor = make_processor(bos=True)
+    for text in ("what is it?", "<image>what is it?"):
+        ids = processor(images=pictures(1), text=text)["input_ids"][0].tolist()
+        assert ids[:4] == [IMAGE] * 3 + [BOS]
+        assert ids[4:] == processor.tokenizer("what is it?", add_special_tokens=False)["input_ids"]
+
+
+def test_images_stand_where_the_text_says():
+    processor = make_processor(bos=True)
+    ids = processor(images=pictures(2), text="left: <image> right: <image>")["input_ids"][0].tolist()
+    assert ids[0] == BOS and ids.count(IMAGE) == 6
+    assert processor.tokenizer.decode(ids[1:]).replace("<image><image><image>", "#") == "left: # right: #"
+
+
+def test_images_stand_inside_the_users_turn_of_a_chat_template():
+    processor = make_processor(chat=True)
+    expected = "<|im_start|>user\n<image><image><image>what is it?<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.tokenizer.decode(processor(images=pictures(1), text="what is it?")["input_ids"][0]) == expected
+
+
+def test_apply_chat_template_reads_pictures_and_text():
+    processor = make_processor(chat=True)
+    turn = {"role": "user", "content": [{"type": "image", "image": pictures(1)[0]}, {"type": "text", "text": "what?"}]}
+    messages = [turn, {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}]
+    text = processor.apply_chat_template(messages)
+    assert text == "<|im_start|>user\n<image>what?<|im_end|>\n<|im_start|>assistant\na cat<|im_end|>\n"
+    batch = processor.apply_chat_template([turn], tokenize=True, return_dict=True, add_generation_prompt=True)
+    direct = processor(images=pictures(1), text="what?")
+    assert torch.equal(batch["input_ids"], direct["input_ids"])
+    torch.testing.assert_close(batch["pixel_values"], direct["pixel_values"])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_labels_are_the_caption_and_its_end(chat):
+    processor = make_processor(bos=not chat, chat=chat)
+    batch = processor(images=pictures(2), text="what?", suffix=["a cat", "a blue triangle"])
+    space = "" if chat else " "
+    assert labelled(batch, processor) == [f"{space}a cat</s>", f"{space}a blue triangle</s>"]
+    assert batch["attention_mask"][0, -1] == 0  # padded on the right
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        assert torch.equal(ids[labels != -100], labels[labels != -100])
+
+
+def test_padding_that_equals_eos_is_masked_and_the_end_is_not():
+    processor = make_processor()
+    processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    batch = processor(images=pictures(2), suffix=["a", "a blue triangle to the left"])
+    assert labelled(batch, processor)[0] == "a</s>"
+    assert (batch["input_ids"][0] == EOS).sum() > 1
+
+
+def test_opt_recipe_labels_bos_and_ends_with_a_newline():
+    processor = make_processor(bos=True, bos_label=True, end_of_text="\n", clean_captions=True)
+    batch = processor(images=pictures(1), suffix='A "Cat" (small).')
+    assert labelled(batch, processor) == ["<s>a cat small\n"]
+    assert processor.end_of_text_id == processor.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    prompted = processor(images=pictures(1), text="what?", suffix="a cat")
+    assert labelled(prompted, processor) == [" a cat\n"]  # a prompt carries no loss, nor does its BOS
+
+
+def test_generation_pads_on_the_left():
+    batch = make_processor()(images=pictures(2), text=["a", "Question: what is it? Short answer:"])
+    assert batch["attention_mask"][0, 0] == 0 and batch["attention_mask"].all(dim=0)[-1]
+    assert "labels" not in batch
+
+
+def test_one_prompt_serves_all_images_and_none_is_empty():
+    processor = make_processor()
+    shared = processor(images=pictures(3), text="what?")
+    assert shared["input_ids"].shape[0] == 3 and shared["pixel_values"].shape == (3, 3, 32, 32)
+    assert processor(images=pictures(1))["input_ids"].tolist() == [[IMAGE] * 3]
+    assert "pixel_values" not in processor(text="only words")
+
+
+def test_clean_up_is_the_originals():
+    assert clean_caption('  A  "Dog" (on) #grass;: runs!~*.') == "a dog on grass runs"
+    assert clean_caption("what? it's well-known, yes") == "what? it's well-known, yes"
+    assert clean_caption(" ".join(map(str, range(60)))) == " ".join(map(str, range(50)))
+
+
+def encode(image, file_format):
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format)
+    return {"bytes": buffer.getvalue(), "path": "x"}
+
+
+def test_pictures_of_every_kind_become_rgb():
+    red = Image.new("RGB", (4, 2), (200, 30, 30))
+    assert np.allclose(load_rgb_image(red.convert("CMYK")), red, atol=3)
+    assert np.allclose(load_rgb_image(red.quantize()), red, atol=3)
+    grey = Image.new("L", (4, 2), 77)
+    assert np.array(load_rgb_image(grey)).tolist() == [[[77, 77, 77]] * 4] * 2
+    deep = Image.fromarray(np.full((2, 4), 77 * 256, dtype=np.uint16))
+    assert np.array(load_rgb_image(encode(deep, "PNG"))).tolist() == [[[77, 77, 77]] * 4] * 2
+    clear = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    assert np.array(load_rgb_image(clear)).tolist() == [[[255, 255, 255]] * 4] * 2  # as on paper
+    assert load_rgb_image(Image.new("1", (4, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_picture_that_the_camera_rotated_stands_upright():
+    image = Image.new("RGB", (4, 2), "white")
+    image.putpixel((0, 0), (0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be rotated by 90° clockwise
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", exif=exif)
+    upright = load_rgb_image({"bytes": buffer.getvalue(), "path": None})
+    assert upright.size == (2, 4) and upright.getpixel((1, 0)) == (0, 0, 0)
+
+
+def test_paths_base64_rows_and_arrays_are_understood(tmp_path):
+    image = pictures(1)[0]
+    path = tmp_path / "picture.png"
+    image.save(path)
+    text = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    row = datasets.Dataset.from_dict({"image": [str(path)]}).cast_column("image", datasets.Image(decode=False))[0]
+    processor = make_processor()
+    expected = processor(images=image)["pixel_values"]
+    for source in (path, str(path), text, row["image"], np.array(image)):
+        torch.testing.assert_close(processor(images=source)["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "message"),
+    [
+        ({"images": 2, "text": "<image> a"}, ValueError, "`text` holds 1 <image> placeholders, but `images` holds 2"),
+        ({"images": 1, "text": ["a", "b"]}, ValueError, "`images` holds 1 images, but `text` holds 2 prompts"),
+        ({"text": "<image> a"}, ValueError, "`text` holds 1 <image> placeholders, but `images` holds 0"),
+        ({"images": 1, "suffix": "  "}, ValueError, "`suffix` must not be empty, but entry 0 is '  '"),
+        ({"images": 2, "suffix": ["a"]}, ValueError, "`suffix` has 1 entries, but there are 2 prompts"),
+        ({"images": 1, "text": "a " * 200}, ValueError, "`text` entry 0 has .* tokens, but at most 128 are allowed"),
+        ({"images": 1, "suffix": "a " * 200}, ValueError, "`text` entry 0 has .* tokens, but at most 128 are allowed"),
+        ({"images": 1, "text": 7}, TypeError, "`text` must be a string or a list of strings"),
+        ({"images": 1, "text": ["a", 7]}, TypeError, "`text` must be a string or a list of strings, but holds a int"),
+        ({}, ValueError, "At least one of `images`, `text` and `vision_features` must be given"),
+    ],
+)
+def test_bad_input_is_named(inputs, error, message):
+    if "images" in inputs:
+        inputs = {**inputs, "images": pictures(inputs["images"])}
+    with pytest.raises(error, match=message):
+        make_processor()(**inputs)
+
+
+def test_unreadable_pictures_are_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    buffer = io.BytesIO()
+    pictures(1)[0].save(buffer, format="PNG")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    for name in ("broken.png", "cut.png", "missing.png"):
+        with pytest.raises(ValueError, match=f"`images`: .*{name}.* cannot be read"):
+            make_processor()(images=str(tmp_path / name))
+
+
+def test_a_clean_up_that_leaves_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"`suffix` must not be empty, but entry 0 is '\.\.\.'"):
+        make_processor(clean_captions=True)(images=pictures(1), suffix="...")
+
+
+@pytest.mark.parametrize("count", [None, 0, 1.5])
+def test_the_number_of_image_tokens_is_needed(count):
+    with pytest.raises(ValueError, match="`num_image_tokens` must be an integer of 1 or more"):
+        make_processor(num_image_tokens=count)
+
+
+def test_saves_and_loads(tmp_path):
+    processor = make_processor(bos=True, bos_label=True, end_of_text="\n", clean_captions=True)
+    processor.save_pretrained(tmp_path)
+    again = EVLGenProcessor.from_pretrained(tmp_path)
+    inputs = {"images": pictures(2), "suffix": ["A Cat.", "a blue triangle"]}
+    before, after = processor(**inputs), again(**inputs)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
