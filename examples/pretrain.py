@@ -13,12 +13,12 @@ A run that was cut off goes on with `--resume_from_checkpoint true`, from the la
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.arguments import DataArguments, GenerationArguments, ModelArguments, TrainingSettings, parse_arguments
 from common.data import CaptionCollator, load_captions
@@ -27,33 +27,31 @@ from common.features import cache_vision_features
 from common.models import build_model
 from common.report import draw_contact_sheet, draw_loss_curve
 from common.trainer import EVLGenTrainer
-from processing_evlgen.images import load_rgb_image
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    argv = sys.argv[1:] if argv is None else argv
-    if "--config" not in argv:
-        argv = ["--config", str(DEMO_RECIPE), *argv]
     model_arguments, data, generation, training = parse_arguments(
-        ModelArguments, DataArguments, GenerationArguments, TrainingSettings, argv=argv
+        ModelArguments, DataArguments, GenerationArguments, TrainingSettings, argv=argv, recipe=DEMO_RECIPE
     )
     set_seed(training.seed)
     with training.main_process_first(desc="preparing models and data"):
-        model, processor = build_model(model_arguments, data)
         train, test = load_captions(data)
         pictures = test
+        model, processor = build_model(model_arguments, data)
+        model.to(training.device)
         if data.cache_features:
             train = cache_vision_features(model, processor, train, data)
             test = None if test is None else cache_vision_features(model, processor, test, data)
 
+    collator = CaptionCollator(processor, data, training=True)
     trainer = EVLGenTrainer(
         model=model,
         args=training,
         train_dataset=train,
         eval_dataset=test,
-        data_collator=CaptionCollator(processor, data, training=True),
+        data_collator=collator,
         eval_collator=CaptionCollator(processor, data, training=False),
         processing_class=processor,
     )
@@ -61,6 +59,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         print(model.describe_parameters())
     trainer.train(resume_from_checkpoint=_checkpoint(training))
     trainer.save_model()
+
+    if collator.num_bad_images:
+        print(f"{int(collator.num_bad_images)} times a picture of this process could not be read and was skipped.")
 
     metrics = {}
     if trainer.is_world_process_zero():
@@ -71,26 +72,24 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             metrics, captions = evaluate_captions(
                 model, processor, test, data, generation, training.per_device_eval_batch_size, dtype
             )
-            shown = list(pictures.take(16))
-            draw_contact_sheet(
-                [load_rgb_image(row[data.image_column]) for row in shown],
-                [row[data.caption_column] for row in shown],
-                captions,
-                output / "captions.png",
-            )
+            draw_contact_sheet(pictures, captions, data, output / "captions.png")
             (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(_summary(output, metrics))
     return metrics
 
 
 def _checkpoint(training: TrainingSettings) -> str | None:
-    """The checkpoint to go on from: the one that is named, or the last one in `output_dir`."""
+    """The checkpoint to go on from: the one that is named, or the last complete one in `output_dir`, if any."""
     named = training.resume_from_checkpoint
     if named is None or named.lower() == "false":
         return None
     if named.lower() != "true":
         return named
-    return get_last_checkpoint(training.output_dir)
+    folders = Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    complete = [folder for folder in folders if (folder / TRAINER_STATE_NAME).exists()]  # written last
+    if not complete:
+        return None
+    return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2])))
 
 
 def _summary(output: Path, metrics: dict[str, float]) -> str:

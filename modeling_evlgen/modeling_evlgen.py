@@ -137,7 +137,7 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             connector = _load("connector_model", TomeFormerModel.from_pretrained, connector_model, fields)
             connector_config = connector.config
         fields = {
-            "image_token_id": _first_free_id(text_model, text_kwargs),
+            "image_token_id": _image_token_id(text_model, text_kwargs),
             "num_vision_tokens": tower.num_tokens,
             "vision_hidden_size": tower.hidden_size,
             "vision_model_name_or_path": vision_model.name_or_path or None,
@@ -429,12 +429,13 @@ def _load(argument: str, load: Callable, name_or_path: str | os.PathLike, kwargs
         raise ValueError(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
 
 
-def _first_free_id(text_model: PreTrainedModel, kwargs: dict[str, Any]) -> int:
-    """The id that the language model's tokenizer gives to a new token, which is how the processor adds `<image>`."""
+def _image_token_id(text_model: PreTrainedModel, kwargs: dict[str, Any]) -> int:
+    """The id that the processor gives to `<image>`: the one that it has, or the one of a new token."""
     hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
     if text_model.name_or_path:
         try:
-            return len(AutoTokenizer.from_pretrained(text_model.name_or_path, **hub_kwargs))
+            tokenizer = AutoTokenizer.from_pretrained(text_model.name_or_path, **hub_kwargs)
+            return tokenizer.get_vocab().get("<image>", len(tokenizer))
         except (OSError, ValueError):
             logger.warning(
                 f"There is no tokenizer beside {text_model.name_or_path}: pass `image_token_id` if it matters."

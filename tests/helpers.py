@@ -1,5 +1,6 @@
 """What the tests share: where the fixtures are, and tiny models, tokenizers and processors of the real classes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,32 @@ def pictures(count: int = 2, size: int = 40) -> list[Image.Image]:
     generator = torch.Generator().manual_seed(0)
     arrays = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(array.numpy()) for array in arrays]
+
+
+def save_towers(folder: Path, vision: str = "clip", text: str = "llama", **tokenizer) -> dict[str, str]:
+    """Saves a tiny vision tower and a tiny language model as a user has them; gives the arguments that name them."""
+    tower, language_model = tiny_towers(vision, text)
+    tower.save_pretrained(folder / "vision")
+    tiny_image_processor().save_pretrained(folder / "vision")
+    language_model.save_pretrained(folder / "text")
+    tiny_tokenizer(**tokenizer).save_pretrained(folder / "text")
+    return {"vision_model": str(folder / "vision"), "text_model": str(folder / "text")}
+
+
+COLORS = ("red", "green", "blue", "black")
+
+
+def save_image_folder(folder: Path, train: int = 16, test: int = 8) -> str:
+    """Saves pictures of one colour, captioned by it, as `datasets`' imagefolder wants them; gives the folder."""
+    for split, count in (("train", train), ("test", test)):
+        (folder / split).mkdir(parents=True)
+        rows = []
+        for index in range(count):
+            color = COLORS[index % len(COLORS)]
+            Image.new("RGB", (40, 40), color).save(folder / split / f"{index}.png")
+            rows.append(json.dumps({"file_name": f"{index}.png", "caption": f"a {color} picture"}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(rows))
+    return str(folder)
 
 
 def run_clean(code: str, folder: Path, environment: dict[str, str] | None = None) -> str:

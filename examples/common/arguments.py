@@ -1,8 +1,8 @@
 """What the training scripts can be told, on the command line or in a YAML file."""
 
 import json
-import sys
-from dataclasses import dataclass, field
+from argparse import ArgumentParser
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +80,21 @@ class TrainingSettings(TrainingArguments):
     remove_unused_columns: bool = False  # the collator needs the pictures and captions themselves
     prediction_loss_only: bool = True  # or the Trainer would keep the logits of the whole held-out split
 
+    ddp_find_unused_parameters: bool | None = False  # all trained parameters are used
+
     def __post_init__(self):
         # bf16 works on a CPU as well, but the Trainer wants to be told that a CPU it is.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
 
 
-def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, ...]:
-    """Reads a YAML file given by `--config`, if there is one, and the command line, which overrides it.
+def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path) -> tuple[Any, ...]:
+    """Reads the YAML file given by `--config`, or `recipe`, and the command line, which overrides it.
 
     Args:
         dataclass_types: What to fill.
-        argv: The command line without the program's name; by default the process's.
+        argv: The command line without the program's name; None for the process's.
+        recipe: The YAML file to read if the command line names none.
 
     Returns:
         One instance of each dataclass.
@@ -99,17 +102,15 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tu
     Raises:
         ValueError: If the YAML file holds a name that no dataclass has.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(dataclass_types)
-    parser.add_argument("--config", type=Path, help="YAML file with any of these arguments.")
-    known = {action.dest for action in parser._actions}
-    settings = {}
-    if "--config" in argv:
-        path = Path(argv[argv.index("--config") + 1])
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        unknown = sorted(settings.keys() - known)
-        if unknown:
-            raise ValueError(f"{path} holds unknown arguments: {', '.join(unknown)}.")
+    config = ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config", type=Path, default=recipe, help="YAML file with any of these arguments.")
+    path, argv = config.parse_known_args(argv)
+    parser = HfArgumentParser(dataclass_types, parents=[config], allow_abbrev=False)
+    settings = yaml.safe_load(path.config.read_text(encoding="utf-8")) or {}
+    known = {field.name for dataclass_type in dataclass_types for field in fields(dataclass_type)}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise ValueError(f"{path.config} holds unknown arguments: {', '.join(unknown)}.")
     parser.set_defaults(**settings)
     parsed = parser.parse_args_into_dataclasses(argv)[: len(dataclass_types)]
     for arguments in parsed:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
+from PIL import Image as PILImage
 from torchvision.transforms import InterpolationMode, v2
 from transformers import BatchFeature
 from transformers.utils import logging
@@ -21,16 +22,55 @@ def load_captions(arguments: DataArguments) -> tuple[Dataset | IterableDataset, 
     """Loads the training and the held-out split. Pictures stay encoded until a batch is made of them.
 
     Returns:
-        The training split, and the held-out split or None.
+        The training split, and the held-out split or None. All held-out pictures can be read.
 
     Raises:
-        ValueError: If a split or a column does not exist; the message names those that do.
+        ValueError: If a split or a column does not exist; the message names those that do. If a held-out picture
+            cannot be read and is not to be skipped.
     """
+    if arguments.streaming and arguments.cache_features:
+        raise ValueError("`cache_features` needs the whole data set, so it cannot be set with `streaming`.")
+    if arguments.cache_features and (arguments.crop_scale or arguments.horizontal_flip):
+        raise ValueError("`cache_features` keeps one view of a picture: unset `crop_scale` and `horizontal_flip`.")
+    if arguments.streaming and arguments.test_split and arguments.max_test_samples is None:
+        raise ValueError("`streaming` needs `max_test_samples`, or an empty `test_split`.")
     splits = _load_splits(arguments)
     train = _take(splits, "train_split", arguments, arguments.max_train_samples)
     if not arguments.test_split:
         return train, None
-    return train, _take(splits, "test_split", arguments, arguments.max_test_samples)
+    test = _take(splits, "test_split", arguments, arguments.max_test_samples)
+    if isinstance(test, IterableDataset):  # it is read again and again, and in another order
+        test = Dataset.from_list(list(test), features=test.features)
+    return train, _drop_unreadable(test, arguments)
+
+
+def _drop_unreadable(dataset: Dataset, arguments: DataArguments) -> Dataset:
+    column = arguments.image_column
+    rows = [i for i, source in enumerate(dataset[column]) if read_picture(source, f"row {i}", arguments) is not None]
+    return dataset if len(rows) == len(dataset) else dataset.select(rows)
+
+
+def read_picture(source: Any, place: str, arguments: DataArguments) -> PILImage.Image | None:
+    """Opens a picture of a data set.
+
+    Args:
+        source: What the data set's image column holds.
+        place: Where it stands, for messages.
+        arguments: Says what to do with unreadable pictures.
+
+    Returns:
+        The picture in RGB, or None if it cannot be read and is to be skipped, which is logged.
+
+    Raises:
+        ValueError: If it cannot be read and is not to be skipped.
+    """
+    try:
+        return load_rgb_image(source)
+    except ValueError as error:
+        if not arguments.skip_bad_images:
+            raise ValueError(f"{place}: {error} Set skip_bad_images to go on without it.") from error
+        logger.warning(f"Skipped {place}: {error}")
+        return None
 
 
 def _load_splits(arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
@@ -67,6 +107,12 @@ def _take(splits: Any, argument: str, arguments: DataArguments, limit: int | Non
     )
 
 
+def true_captions(row: dict[str, Any], arguments: DataArguments) -> list[str]:
+    """The captions of a row, of which there may be one or several."""
+    captions = row[arguments.caption_column]
+    return [captions] if isinstance(captions, str) else list(captions)
+
+
 class CaptionCollator:
     """Makes a batch of model inputs from rows of pictures, or of cached vision features, and captions.
 
@@ -81,7 +127,7 @@ class CaptionCollator:
         self.arguments = arguments
         self.training = training
         self.augment = _augmentation(processor, arguments) if training else None
-        self.num_bad_images = 0
+        self.num_bad_images = torch.zeros((), dtype=torch.int64).share_memory_()  # workers count as well
 
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
         """Inputs and labels for training.
@@ -100,26 +146,17 @@ class CaptionCollator:
         if "vision_features" in rows[0]:
             features = torch.stack([row["vision_features"] for row in rows])  # (batch, tokens, dim)
             return rows, {"vision_features": features.float()}
-        read = [(row, image) for row in rows if (image := self._read(row)) is not None]
+        column = self.arguments.image_column
+        read = [(row, read_picture(row[column], "a picture", self.arguments)) for row in rows]
+        read = [(row, image) for row, image in read if image is not None]
+        self.num_bad_images += len(rows) - len(read)
         if not read:
             raise ValueError(f"None of the {len(rows)} pictures of a batch can be read.")
         rows, images = zip(*read, strict=True)
         return list(rows), {"images": list(images) if self.augment is None else [self.augment(i) for i in images]}
 
-    def _read(self, row: dict[str, Any]) -> Any | None:
-        try:
-            return load_rgb_image(row[self.arguments.image_column])
-        except ValueError as error:
-            if not self.arguments.skip_bad_images:
-                raise
-            self.num_bad_images += 1
-            logger.warning(f"Skipped picture {self.num_bad_images} that cannot be read: {error}")
-            return None
-
     def _caption(self, row: dict[str, Any]) -> str:
-        captions = row[self.arguments.caption_column]
-        if isinstance(captions, str):
-            return captions
+        captions = true_captions(row, self.arguments)
         return random.choice(captions) if self.training else captions[0]
 
 

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from common.arguments import DataArguments
+from common.data import read_picture
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
-from processing_evlgen.images import load_rgb_image
 
 logger = logging.get_logger(__name__)
 
@@ -69,9 +69,9 @@ def cache_vision_features(
         _compute(path, state_path, model, processor, dataset, arguments, batch_size)
     bad_rows = set(json.loads(state_path.read_text())["bad_rows"])
     if bad_rows and not arguments.skip_bad_images:
-        raise ValueError(
-            f"{len(bad_rows)} pictures cannot be read, in rows {sorted(bad_rows)[:10]}; see skip_bad_images."
-        )
+        raise ValueError(f"{len(bad_rows)} pictures cannot be read, among them those in rows {sorted(bad_rows)[:10]}.")
+    if bad_rows:
+        logger.warning(f"{len(bad_rows)} of {len(dataset)} pictures cannot be read and are left out.")
     rows = [row for row in range(len(dataset)) if row not in bad_rows]
     return FeatureDataset(dataset, np.load(path, mmap_mode="r"), rows, arguments.image_column)
 
@@ -88,15 +88,9 @@ def _compute(path, state_path, model, processor, dataset, arguments: DataArgumen
     progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="picture")
     while state["done"] < len(dataset):
         rows = range(state["done"], min(state["done"] + batch_size, len(dataset)))
-        images = {}
-        for row in rows:
-            try:
-                images[row] = load_rgb_image(dataset[row][arguments.image_column])
-            except ValueError as error:
-                if not arguments.skip_bad_images:
-                    raise ValueError(f"Row {row}: {error}") from error
-                state["bad_rows"].append(row)
-                logger.warning(f"Skipped picture {len(state['bad_rows'])} that cannot be read, in row {row}: {error}")
+        images = {row: read_picture(dataset[row][arguments.image_column], f"row {row}", arguments) for row in rows}
+        state["bad_rows"] += [row for row, image in images.items() if image is None]
+        images = {row: image for row, image in images.items() if image is not None}
         if images:
             pixel_values = processor.image_processor(list(images.values()), return_tensors="pt")["pixel_values"]
             with torch.no_grad():

@@ -3,7 +3,12 @@
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    TimmWrapperImageProcessor,
+)
 
 from common.arguments import DataArguments, ModelArguments
 from common.demo_towers import prepare_language_model, prepare_vision_tower
@@ -25,17 +30,16 @@ def build_model(
     text = _without_none(revision=arguments.text_revision, trust_remote_code=arguments.trust_remote_code or None)
 
     image_processor = load_image_processor(vision_model, **vision)
-    tokenizer = AutoTokenizer.from_pretrained(text_model, **text)
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
         vision_model,
         text_model,
         connector_model=arguments.connector_model,
         connector_config=arguments.connector_config,
         image_size=image_processor.size["height"],
-        image_token_id=_image_token_id(tokenizer),
         **{f"vision_{name}": value for name, value in {**vision, **_dtype(arguments.vision_dtype)}.items()},
         **{f"text_{name}": value for name, value in {**text, **_dtype(arguments.text_dtype)}.items()},
     )
+    tokenizer = AutoTokenizer.from_pretrained(text_model, **text)
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit or tokenizer.model_max_length)
     if data.chat_template is not None:
@@ -56,13 +60,20 @@ def build_model(
 def load_image_processor(vision_model: str, **kwargs: Any) -> Any:
     """The vision tower's image processor, set to the original's evaluation transform: a plain resize, no crop.
 
-    A tower without one beside it gets CLIP's mean and standard deviation at 224 pixels.
+    A tower without one beside it gets CLIP's mean and standard deviation at 224 pixels. One of timm gets its own mean
+    and standard deviation; timm's transforms crop.
     """
     try:
         image_processor = AutoImageProcessor.from_pretrained(vision_model, **kwargs)
     except (OSError, ValueError):
-        image_processor = CLIPImageProcessor(
-            size={"height": 224, "width": 224}, crop_size={"height": 224, "width": 224}
+        return CLIPImageProcessor(size={"height": 224, "width": 224}, do_center_crop=False)
+    if isinstance(image_processor, TimmWrapperImageProcessor):
+        _, height, width = image_processor.data_config["input_size"]
+        return CLIPImageProcessor(
+            size={"height": height, "width": width},
+            do_center_crop=False,
+            image_mean=list(image_processor.data_config["mean"]),
+            image_std=list(image_processor.data_config["std"]),
         )
     image_processor.do_center_crop = False
     size = dict(image_processor.size)
@@ -70,12 +81,6 @@ def load_image_processor(vision_model: str, **kwargs: Any) -> Any:
         side = size.get("shortest_edge", 224)
         image_processor.size = {"height": side, "width": side}
     return image_processor
-
-
-def _image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that the processor is going to give to `<image>`."""
-    known = tokenizer.get_vocab().get("<image>")
-    return len(tokenizer) if known is None else known
 
 
 def _dtype(name: str | None) -> dict[str, torch.dtype]:

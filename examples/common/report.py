@@ -4,10 +4,14 @@ import textwrap
 from pathlib import Path
 
 import matplotlib
+from datasets import Dataset
+
+from common.arguments import DataArguments
+from common.data import true_captions
+from processing_evlgen.images import load_rgb_image
 
 matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
-from PIL import Image
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
@@ -31,27 +35,29 @@ def draw_loss_curve(log_history: list[dict[str, float]], path: str | Path) -> No
     plt.close(figure)
 
 
-def draw_contact_sheet(
-    images: list[Image.Image], references: list[str], captions: list[str], path: str | Path, columns: int = 4
-) -> None:
-    """Draws pictures with the generated caption below, green where it is the true one, else red with the true one.
+def draw_contact_sheet(dataset: Dataset, captions: list[str], arguments: DataArguments, path: str | Path) -> None:
+    """Draws the first 16 pictures, with the generated caption below: green where it is a true one, else red with it.
 
     Args:
-        images, references, captions: One of each for every picture.
+        dataset: Rows of pictures and true captions.
+        captions: The generated captions, in the same order.
+        arguments: Names the columns.
         path: The PNG file to write.
-        columns: Pictures in a row.
     """
-    rows = -(-len(images) // columns)
+    shown = dataset.select(range(min(16, len(dataset))))
+    columns = 4
+    rows = -(-len(shown) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.6 * columns, 3.1 * rows), layout="constrained", squeeze=False
     )
     for panel in axes.flat:
         panel.axis("off")
-    for panel, image, reference, caption in zip(axes.flat, images, references, captions, strict=False):
-        panel.imshow(image)
-        right = caption == reference
-        text = caption if right else f"{caption}\n(true: {reference})"
+    for panel, row, caption in zip(axes.flat, shown, captions, strict=False):
+        panel.imshow(load_rgb_image(row[arguments.image_column]))
+        references = true_captions(row, arguments)
+        right = caption in references
+        text = caption if right else f"{caption}\n(true: {references[0]})"
         wrapped = "\n".join(textwrap.fill(line, 30) for line in text.splitlines())
-        panel.set_title(wrapped, fontsize=8.5, color=RIGHT if right else WRONG, y=-0.02, va="top")
+        panel.set_title(wrapped, fontsize=8.5, color=RIGHT if right else WRONG, y=-0.02, va="top", parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

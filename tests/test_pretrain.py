@@ -1,0 +1,249 @@
+"""examples/pretrain.py end to end on tiny models: data of every kind, recipes, resuming, several processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pretrain
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import load_file
+
+from modeling_evlgen import EVLGenForConditionalGeneration
+
+from .helpers import ROOT, save_image_folder, save_towers
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Tiny towers and a folder of pictures, and a recipe that names them."""
+    folder = tmp_path_factory.mktemp("work")
+    recipe = {
+        **save_towers(folder),
+        "connector_config": {**SIZES, **NO_DROPOUT, "merge_r": 3},
+        "dataset": save_image_folder(folder / "pictures"),
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_new_tokens": 8,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def features_in_a_fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
+
+
+def arguments(work, output, **changes):
+    given = ["--config", str(work / "recipe.yaml"), "--output_dir", str(output)]
+    for name, value in changes.items():
+        given += [f"--{name}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
+    return given
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def losses(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def assert_same_weights(one, other, **tolerance):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, **tolerance)
+
+
+def test_trains_saves_and_reports(work, tmp_path):
+    changes = {"max_steps": 60, "save_steps": 60, "eval_strategy": "steps", "eval_steps": 30}
+    metrics = pretrain.main(arguments(work, tmp_path, **changes, report_to="tensorboard"))
+    assert metrics["test_loss_gap"] > 0.5  # it looks at the pictures
+    assert metrics["test_loss"] < losses(tmp_path / "checkpoint-60")[0] - 2
+    assert metrics == json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("loss.png", "captions.png"):
+        assert min(Image.open(tmp_path / name).size) > 300
+    assert list(tmp_path.rglob("events.out.tfevents*"))  # TensorBoard's
+    for folder in (tmp_path, tmp_path / "checkpoint-60"):
+        model = EVLGenForConditionalGeneration.from_pretrained(folder)
+        assert (folder / "modeling_evlgen.py").exists() and (folder / "processor_config.json").exists()
+        assert model.config.text_model_name_or_path == str(work / "text")
+        base = load_file(work / "text" / "model.safetensors")
+        trained = {name.removeprefix("language_model."): t for name, t in weights(folder).items()}
+        assert all(torch.equal(tensor, trained[name]) for name, tensor in base.items())
+
+
+def test_cached_features_train_like_pictures(work, tmp_path):
+    pictures = pretrain.main(arguments(work, tmp_path / "pictures"))
+    features = pretrain.main(arguments(work, tmp_path / "features", cache_features=True))
+    assert features["test_loss"] == pytest.approx(pictures["test_loss"], abs=1e-2)  # features are float16
+    cached = list((tmp_path / "hf_home" / "evlgen_features").glob("*.npy"))
+    assert len(cached) == 2
+    before = [path.stat().st_mtime_ns for path in cached]
+    pretrain.main(arguments(work, tmp_path / "again", cache_features=True))
+    assert [path.stat().st_mtime_ns for path in cached] == before
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(work, tmp_path):
+    pretrain.main(arguments(work, tmp_path / "whole"))
+    accumulated = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    pretrain.main(arguments(work, tmp_path / "accumulated", **accumulated))
+    assert_same_weights(tmp_path / "whole", tmp_path / "accumulated", atol=1e-4, rtol=1e-3)
+
+
+def launch(arguments, *launcher, **kwargs):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "examples" / "pretrain.py")]
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, **kwargs)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(work, tmp_path):
+    steps = {"max_steps": 6, "save_steps": 2, "dataloader_num_workers": 0}
+    pretrain.main(arguments(work, tmp_path / "unbroken", **steps))
+    # `max_steps` sets the learning rate's schedule, so the run is cut off from outside.
+    process = launch(arguments(work, tmp_path / "broken", **{**steps, "max_steps": 6}), start_new_session=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "broken" / "checkpoint-2" / "trainer_state.json").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for late in sorted((tmp_path / "broken").glob("checkpoint-[!2]")):  # whatever it did before the signal came
+        shutil.rmtree(late)
+    (tmp_path / "broken" / "checkpoint-4").mkdir()  # and a checkpoint that was being written
+    pretrain.main(arguments(work, tmp_path / "broken", **steps, resume_from_checkpoint=True))
+    assert_same_weights(tmp_path / "unbroken", tmp_path / "broken", atol=0, rtol=0)
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(work, tmp_path):
+    pretrain.main(arguments(work, tmp_path / "one", eval_strategy="steps", eval_steps=2))
+    two = arguments(work, tmp_path / "two", per_device_train_batch_size=2, eval_strategy="steps", eval_steps=2)
+    # Without a GPU, `--multi_gpu` still means one process each; they speak to each other through gloo.
+    process = launch(two, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    assert process.wait(timeout=240) == 0
+    assert_same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, rtol=1e-3)
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one["test_loss"] == pytest.approx(two["test_loss"], abs=1e-4)
+
+
+def parquet(folder, rows):
+    rows.to_parquet(folder / "train.parquet")
+    return {"dataset": "parquet", "data_files": json.dumps({"train": str(folder / "train.parquet")})}
+
+
+def webdataset(folder, rows):
+    with tarfile.open(folder / "train.tar", "w") as tar:
+        for index, row in enumerate(rows):
+            row["image"].save(folder / f"{index:03d}.png")
+            (folder / f"{index:03d}.txt").write_text(row["caption"])
+            for suffix in ("png", "txt"):
+                tar.add(folder / f"{index:03d}.{suffix}", arcname=f"{index:03d}.{suffix}")
+    files = {"dataset": "webdataset", "data_files": json.dumps({"train": str(folder / "train.tar")})}
+    return {**files, "image_column": "png", "caption_column": "txt"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", [parquet, webdataset])
+def test_reads_the_users_files(kind, streaming, work, tmp_path):
+    rows = load_dataset(str(work / "pictures"), split="train")
+    changes = {**kind(tmp_path, rows), "test_split": "", "streaming": streaming, "max_steps": 2}
+    assert pretrain.main(arguments(work, tmp_path / "out", **changes)) == {}
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_streams_with_held_out_pictures(work, tmp_path):
+    metrics = pretrain.main(arguments(work, tmp_path, streaming=True, max_steps=2, max_test_samples=4))
+    assert metrics["test_loss"] > 0
+
+
+def test_draws_one_of_several_captions(work, tmp_path):
+    rows = load_dataset(str(work / "pictures"), split="train").to_list()
+    several = [{"image": row["image"], "caption": [row["caption"], "a picture"]} for row in rows]
+    features = load_dataset(str(work / "pictures"), split="train").features
+    features["caption"] = [features["caption"]]
+    Dataset.from_list(several, features=features).to_parquet(tmp_path / "train.parquet")
+    files = json.dumps({name: str(tmp_path / "train.parquet") for name in ("train", "test")})
+    metrics = pretrain.main(arguments(work, tmp_path / "out", dataset="parquet", data_files=files))
+    assert 0 <= metrics["test_exact_captions"] <= 1
+
+
+def test_trains_on_crops_and_mirrored_pictures(work, tmp_path):
+    changes = {"crop_scale": [0.5, 1.0], "horizontal_flip": True, "clean_captions": True, "end_of_text": "."}
+    assert pretrain.main(arguments(work, tmp_path, **changes))["test_loss"] > 0
+
+
+@pytest.fixture
+def with_a_broken_picture(work, tmp_path):
+    shutil.copytree(work / "pictures", tmp_path / "pictures")
+    (tmp_path / "pictures" / "train" / "5.png").write_bytes(b"no picture")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("cache_features", [False, True])
+def test_a_broken_picture_is_named(cache_features, work, with_a_broken_picture, tmp_path):
+    changes = {
+        "dataset": with_a_broken_picture,
+        "cache_features": cache_features,
+        "num_train_epochs": 1,
+        "max_steps": -1,
+    }
+    with pytest.raises(ValueError, match=r"5\.png.* cannot be read"):
+        pretrain.main(arguments(work, tmp_path / "out", **changes))
+
+
+@pytest.mark.parametrize("cache_features", [False, True])
+def test_a_broken_picture_is_skipped_and_counted(
+    cache_features, work, with_a_broken_picture, tmp_path, capsys, caplog
+):
+    (with_a_broken_picture / "test" / "0.png").write_bytes(b"")
+    changes = {"dataset": with_a_broken_picture, "cache_features": cache_features, "skip_bad_images": True}
+    metrics = pretrain.main(arguments(work, tmp_path / "out", **changes, num_train_epochs=1, max_steps=-1))
+    output = capsys.readouterr().out + caplog.text
+    assert "5.png" in output and "0.png" in output
+    assert "1 times a picture" in output or "1 of 16 pictures" in output
+    assert metrics["test_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_column": "photo"}, r"`image_column` is 'photo', but the data set has \['image', 'caption'\]"),
+        ({"caption_column": "text"}, r"`caption_column` is 'text', but the data set has"),
+        ({"train_split": "training"}, r"`train_split` is 'training', but the data set has \['test', 'train'\]"),
+        ({"test_split": "dev"}, r"`test_split` is 'dev', but .*; leave it empty to train without held-out pictures"),
+        ({"cache_features": True, "horizontal_flip": True}, "`cache_features` keeps one view of a picture"),
+        ({"cache_features": True, "streaming": True}, "`cache_features` needs the whole data set"),
+        ({"streaming": True}, "`streaming` needs `max_test_samples`, or an empty `test_split`"),
+        ({"vision_model": "/nowhere"}, "`vision_model`='/nowhere' cannot be loaded"),
+        ({"text_model": "/nowhere"}, "`text_model`='/nowhere' cannot be loaded"),
+        ({"connector_config": '{"merge_r": -1}'}, "`merge_r` must hold integers of 0 or more"),
+        ({"lerning_rate": 1}, "lerning_rate"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        pretrain.main(arguments(work, tmp_path, **changes))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_recipe_with_an_unknown_name_is_refused(work, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("lerning_rate: 1")
+    with pytest.raises(ValueError, match=r"recipe\.yaml holds unknown arguments: lerning_rate"):
+        pretrain.main(["--config", str(tmp_path / "recipe.yaml")])
