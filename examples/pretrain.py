@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     set_seed(training.seed)
     with training.main_process_first(desc="preparing models and data"):
-        train, test = load_captions(data)
+        train, test = load_captions(data, training.seed)
         pictures = test
         model, processor = build_model(model_arguments, data)
         model.to(training.device)

@@ -59,6 +59,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    # What is trained stays in float32, whatever dtype the towers are loaded in.
+    _keep_in_fp32_modules_strict = ["ln_vision", "vision_projection", "connector", "language_projection"]
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -95,6 +97,7 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         connector_model: str | os.PathLike | None = None,
         connector_config: TomeFormerConfig | dict | None = None,
         image_size: int | None = None,
+        dtype: torch.dtype | str = "auto",
         **kwargs: Any,
     ) -> Self:
         """Builds a model from any vision tower and any causal language model, with a connector that is to be trained.
@@ -111,10 +114,12 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_size (`int`, *optional*):
                 Height and width of the images in pixels; by default what the vision tower's configuration says, or
                 224.
+            dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
+                Of the frozen towers; by default the language model's own. What is trained is float32.
             kwargs:
-                Arguments with the prefix `vision_` or `text_` go to that tower's `from_pretrained` (`text_dtype`,
-                `vision_revision` …). The rest goes to [`EVLGenConfig`], e.g. `image_token_id`, which is by default
-                the id that the language model's tokenizer gives to a new token.
+                Arguments with the prefix `vision_` or `text_` go to that tower's `from_pretrained` (`vision_revision`,
+                `text_attn_implementation` …). The rest goes to [`EVLGenConfig`], e.g. `image_token_id`, which is by
+                default the id that the language model's tokenizer has for `<image>` or gives to a new token.
 
         Returns:
             [`EVLGenForConditionalGeneration`], in evaluation mode.
@@ -123,10 +128,17 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ValueError: If a base model cannot be loaded or the parts do not fit each other.
         """
         vision_kwargs, text_kwargs = _pop_prefixed(kwargs, "vision_"), _pop_prefixed(kwargs, "text_")
-        if not isinstance(vision_model, PreTrainedModel):
-            vision_model = _load("vision_model", load_vision_tower, vision_model, vision_kwargs)
         if not isinstance(text_model, PreTrainedModel):
+            text_kwargs["dtype"] = dtype
             text_model = _load("text_model", AutoModelForCausalLM.from_pretrained, text_model, text_kwargs)
+        if not isinstance(vision_model, PreTrainedModel):
+            vision_kwargs["dtype"] = text_model.dtype
+            vision_model = _load("vision_model", load_vision_tower, vision_model, vision_kwargs)
+        if vision_model.dtype != text_model.dtype:
+            raise ValueError(
+                f"`vision_model` is {vision_model.dtype}, but `text_model` is {text_model.dtype}: the frozen towers "
+                "must have one dtype."
+            )
 
         tower = measure_vision_tower(vision_model.config, image_size)
         if not isinstance(connector_config, TomeFormerConfig):
@@ -134,6 +146,7 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         connector = None
         if connector_model is not None:
             fields = connector_config if isinstance(connector_config, dict) else connector_config.to_dict()
+            fields = {**fields, "dtype": torch.float32}
             connector = _load("connector_model", TomeFormerModel.from_pretrained, connector_model, fields)
             connector_config = connector.config
         fields = {

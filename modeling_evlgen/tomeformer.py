@@ -35,15 +35,13 @@ class TomeFormerOutput(ModelOutput):
 
 
 class TomeFormerEmbeddings(nn.Module):
-    """Adds position and token-type embeddings; post-norm normalises the sum, as BERT does."""
+    """Adds position and token-type embeddings and normalises the sum."""
 
     def __init__(self, config: TomeFormerConfig):
         super().__init__()
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = (
-            nn.Identity() if config.pre_norm else nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        )
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from transformers import (
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.vision_tower import extract_vision_tokens
 
-from .helpers import TEXT_CONFIGS, VISION_CONFIGS, pictures, tiny_model, tiny_processor, tiny_towers
+from .helpers import TEXT_CONFIGS, VISION_CONFIGS, pictures, save_towers, tiny_model, tiny_processor, tiny_towers
 
 CAPTIONS = ["a red circle", "a blue triangle to the left of a green square"]
 PROMPTS = ["what is it?", "Question: what do you see to the left? Short answer:"]
@@ -249,13 +249,31 @@ def test_bad_input_is_named():
         model(input_ids=torch.ones(1, 129, dtype=torch.long))
 
 
-def test_runs_in_bfloat16_with_towers_of_another_dtype():
-    model = tiny_model().eval()
+def test_towers_in_half_precision_leave_what_is_trained_in_float32(tmp_path):
+    towers = save_towers(tmp_path)
+    connector = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "merge_r": 2}
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        **towers, connector_config=connector, dtype="bfloat16"
+    )
     batch = training_batch(tiny_processor(model))
-    expected = model(**batch).loss
-    model.language_model.to(torch.bfloat16)
-    model.vision_tower.to(torch.bfloat16)
-    torch.testing.assert_close(model(**batch).loss.float(), expected, atol=0.1, rtol=0.1)
+    model.save_pretrained(tmp_path / "model")
+    weight = "connector.encoder.layer.0.output.dense.weight"
+    for loaded in (
+        model,
+        EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"),
+        EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16),
+    ):
+        dtypes = {name: next(part.parameters()).dtype for name, part in loaded.named_children()}
+        assert dtypes.pop("vision_tower") == dtypes.pop("language_model") == torch.bfloat16
+        assert set(dtypes.values()) == {torch.float32}
+        assert torch.equal(loaded.get_parameter(weight), model.get_parameter(weight))
+        torch.testing.assert_close(loaded(**batch).loss, model(**batch).loss)
+
+
+def test_towers_of_two_dtypes_are_refused():
+    tower, language_model = tiny_towers()
+    with pytest.raises(ValueError, match=r"`vision_model` is torch.float32, but `text_model` is torch.bfloat16"):
+        EVLGenForConditionalGeneration.from_vision_text_pretrained(tower, language_model.to(torch.bfloat16))
 
 
 def test_compiles_without_a_graph_break():

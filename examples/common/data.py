@@ -18,8 +18,12 @@ from processing_evlgen.images import load_rgb_image
 logger = logging.get_logger(__name__)
 
 
-def load_captions(arguments: DataArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
+def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """Loads the training and the held-out split. Pictures stay encoded until a batch is made of them.
+
+    Args:
+        arguments: Which data set, splits and columns.
+        seed: For shuffling a stream, in which the Trainer cannot draw.
 
     Returns:
         The training split, and the held-out split or None. All held-out pictures can be read.
@@ -36,6 +40,8 @@ def load_captions(arguments: DataArguments) -> tuple[Dataset | IterableDataset, 
         raise ValueError("`streaming` needs `max_test_samples`, or an empty `test_split`.")
     splits = _load_splits(arguments)
     train = _take(splits, "train_split", arguments, arguments.max_train_samples)
+    if arguments.streaming:
+        train = train.shuffle(seed=seed)
     if not arguments.test_split:
         return train, None
     test = _take(splits, "test_split", arguments, arguments.max_test_samples)

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -36,14 +35,15 @@ def build_model(
         connector_model=arguments.connector_model,
         connector_config=arguments.connector_config,
         image_size=image_processor.size["height"],
-        **{f"vision_{name}": value for name, value in {**vision, **_dtype(arguments.vision_dtype)}.items()},
-        **{f"text_{name}": value for name, value in {**text, **_dtype(arguments.text_dtype)}.items()},
+        dtype=arguments.dtype,
+        **{f"vision_{name}": value for name, value in vision.items()},
+        **{f"text_{name}": value for name, value in text.items()},
     )
     tokenizer = AutoTokenizer.from_pretrained(text_model, **text)
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit or tokenizer.model_max_length)
     if data.chat_template is not None:
-        tokenizer.chat_template = data.chat_template
+        tokenizer.chat_template = data.chat_template or None
     processor = EVLGenProcessor(
         image_processor,
         tokenizer,
@@ -81,10 +81,6 @@ def load_image_processor(vision_model: str, **kwargs: Any) -> Any:
         side = size.get("shortest_edge", 224)
         image_processor.size = {"height": side, "width": side}
     return image_processor
-
-
-def _dtype(name: str | None) -> dict[str, torch.dtype]:
-    return {} if name is None else {"dtype": getattr(torch, name)}
 
 
 def _without_none(**kwargs: Any) -> dict[str, Any]:
