@@ -26,7 +26,7 @@ from common.evaluation import evaluate_captions
 from common.features import cache_vision_features
 from common.models import build_model
 from common.report import draw_contact_sheet, draw_loss_curve
-from common.trainer import EVLGenTrainer
+from common.trainer import EVLGenTrainer, use_all_cores
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
 
@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_arguments, data, generation, training = parse_arguments(
         ModelArguments, DataArguments, GenerationArguments, TrainingSettings, argv=argv, recipe=DEMO_RECIPE
     )
+    use_all_cores(training)
     set_seed(training.seed)
     with training.main_process_first(desc="preparing models and data"):
         train, test = load_captions(data, training.seed)

@@ -30,10 +30,8 @@ easy-vqa: pictures and questions of easy-VQA by Victor Zhou (https://github.com/
 # English names of the `emoji` package. Each reads naturally after "a" or "an", no drawing carries letters (so each may
 # be mirrored), and a linear probe on the demo's vision tower tells the drawings apart.
 CONCEPTS = (
-    *("frog", "elephant", "giraffe", "penguin", "owl", "octopus", "crab", "turtle", "snail", "butterfly", "flamingo"),
-    *("rabbit", "banana", "strawberry", "pineapple", "carrot", "hamburger", "doughnut", "cupcake", "mushroom", "bus"),
-    *("bicycle", "tractor", "helicopter", "rocket", "sailboat", "airplane", "umbrella", "guitar", "trumpet"),
-    *("alarm clock", "house", "castle", "cactus", "teddy bear", "telephone"),
+    *("frog", "giraffe", "owl", "crab", "snail", "flamingo", "banana", "pineapple", "hamburger", "cupcake", "bus"),
+    *("tractor", "rocket", "airplane", "guitar", "alarm clock", "castle", "teddy bear"),
 )
 
 # Axis (0: x, 1: y) along which the first concept comes before the second. "right of" and "below" are left out, so that
@@ -42,10 +40,10 @@ RELATIONS = {"to the left of": 0, "above": 1}
 
 # Concepts this far apart in CONCEPTS (as in a ring) meet only in the test split. This holds out four partners of every
 # concept, and steps that are not small make most of these pairs cross categories, like the others do.
-HELD_OUT_STEPS = (7, 16)
+HELD_OUT_STEPS = (4, 7)
 
-TRAIN_SCENES = 5000
-TEST_SCENES = 400
+TRAIN_SCENES = 4000
+TEST_SCENES = 200
 SCENE_SIZE = 224  # pixels
 DRAWING_SIZES = (64, 96)  # smallest and largest longer side of a drawing, in pixels
 # Largest shift of a drawing from the middle of its half, in pixels. Along the relation's axis two drawings of the
@@ -57,7 +55,7 @@ COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 
 # Part of the cached folder's name: raise it with every change that gives other pictures or captions.
-RECIPE = 1
+RECIPE = 2
 
 
 def load_demo_dataset(name: str, max_train: int | None = None, max_test: int | None = None) -> DatasetDict:
