@@ -16,6 +16,7 @@ extras = {
         "sentencepiece>=0.2",
         "timm>=1.0.20",
     ],
+    "video": ["av>=15"],
     "train": ["tensorboard>=2.18", "webdataset>=0.2.100"],
     "quality": ["ruff>=0.14"],
     "test": ["pytest>=8.3"],

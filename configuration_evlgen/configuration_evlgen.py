@@ -129,6 +129,14 @@ class EVLGenConfig(PreTrainedConfig):
         image_token_id (`int`, *optional*):
             Id of the placeholder token `<image>`. It is never looked up in the language model's embedding and may lie
             beyond it; by default it is the first id that does.
+        video_token_id (`int`, *optional*):
+            Id of the placeholder token `<video>`, likewise; by default the one after `<image>`'s.
+        temporal_contextualizer (`bool`, *optional*, defaults to `False`):
+            Whether the frames of a video see each other inside the vision tower (EVLGen, section 3.3). Without it, a
+            video is the mean of its frames.
+        temporal_hidden_size (`int`, *optional*, defaults to 256): Width of the temporal queries and keys.
+        temporal_num_attention_heads (`int`, *optional*, defaults to 8):
+            Heads of the temporal attention; must divide `temporal_hidden_size` and `vision_hidden_size`.
         num_vision_tokens (`int`, *optional*):
             Tokens N that the vision tower gives for one image. Needed only where `vision_config` does not tell
             (feature maps, timm); [`EVLGenForConditionalGeneration.from_vision_text_pretrained`] finds it out.
@@ -162,6 +170,10 @@ class EVLGenConfig(PreTrainedConfig):
     connector_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int | None = None
+    video_token_id: int | None = None
+    temporal_contextualizer: bool = False
+    temporal_hidden_size: int = 256
+    temporal_num_attention_heads: int = 8
     num_vision_tokens: int | None = None
     vision_hidden_size: int | None = None
     vision_model_name_or_path: str | None = None
@@ -192,8 +204,20 @@ class EVLGenConfig(PreTrainedConfig):
             )
         if self.image_token_id is None:
             self.image_token_id = self.text_config.get_text_config().vocab_size
-        if self.image_token_id < 0:
-            raise ValueError(f"`image_token_id` must not be negative, but is {self.image_token_id}.")
+        if self.video_token_id is None:
+            self.video_token_id = self.image_token_id + 1
+        for name in ("image_token_id", "video_token_id"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must not be negative, but is {getattr(self, name)}.")
+        if self.image_token_id == self.video_token_id:
+            raise ValueError(f"`image_token_id` and `video_token_id` must differ, but both are {self.image_token_id}.")
+        if self.temporal_contextualizer:
+            for name in ("temporal_hidden_size", "vision_hidden_size"):
+                if getattr(self, name) % self.temporal_num_attention_heads:
+                    raise ValueError(
+                        f"`{name}` ({getattr(self, name)}) must be a multiple of `temporal_num_attention_heads` "
+                        f"({self.temporal_num_attention_heads})."
+                    )
 
     def _settle(self, name: str, told: int | None) -> None:
         """Takes field `name` from what the vision tower's configuration tells, and checks one against the other."""

@@ -21,6 +21,10 @@ CUSTOM_PIPELINES = {
         "impl": "pipeline_evlgen.EVLGenImageToTextPipeline",
         "pt": ["AutoModelForImageTextToText"],
     },
+    "video-to-text": {
+        "impl": "pipeline_evlgen.EVLGenVideoToTextPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+    },
 }
 _CROSS_IMPORT = re.compile(
     r"^(\s*)from ((?:configuration|modeling|processing)_evlgen)(?:\.(\w+))? import", re.MULTILINE

@@ -1,17 +1,14 @@
 """EVLGen: a frozen vision tower, a TomeFormer and a frozen language model, trained by the caption loss alone."""
 
 import copy
-import errno
 import inspect
 import os
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.generation import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -22,8 +19,10 @@ from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
 from configuration_evlgen import EVLGenConfig, TomeFormerConfig
 
+from .base_models import check_disk_space, load_base_model, placeholder_ids
+from .temporal import TemporalTower, encode_videos
 from .tomeformer import TomeFormerModel
-from .vision_tower import build_vision_tower, extract_vision_tokens, load_vision_tower, measure_vision_tower
+from .vision_tower import build_vision_tower, load_vision_tower, measure_vision_tower
 
 logger = logging.get_logger(__name__)
 
@@ -57,10 +56,10 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     config: EVLGenConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
     # What is trained stays in float32, whatever dtype the towers are loaded in.
-    _keep_in_fp32_modules_strict = ["ln_vision", "vision_projection", "connector", "language_projection"]
+    _keep_in_fp32_modules_strict = ["ln_vision", "vision_projection", "connector", "language_projection", "temporal"]
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -80,6 +79,10 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         connector_dim = config.connector_config.hidden_size
         text_dim = self.language_model.get_input_embeddings().weight.shape[1]
+        self.temporal = None
+        if config.temporal_contextualizer:
+            sizes = config.vision_hidden_size, config.temporal_hidden_size, config.temporal_num_attention_heads
+            self.temporal = TemporalTower(self.vision_tower, *sizes)
         self.ln_vision = nn.LayerNorm(config.vision_hidden_size)
         self.vision_projection = nn.Linear(config.vision_hidden_size, connector_dim)
         self.connector = TomeFormerModel._from_config(config.connector_config)
@@ -130,10 +133,10 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision_kwargs, text_kwargs = _pop_prefixed(kwargs, "vision_"), _pop_prefixed(kwargs, "text_")
         if not isinstance(text_model, PreTrainedModel):
             text_kwargs["dtype"] = dtype
-            text_model = _load("text_model", AutoModelForCausalLM.from_pretrained, text_model, text_kwargs)
+            text_model = load_base_model("text_model", AutoModelForCausalLM.from_pretrained, text_model, text_kwargs)
         if not isinstance(vision_model, PreTrainedModel):
             vision_kwargs["dtype"] = text_model.dtype
-            vision_model = _load("vision_model", load_vision_tower, vision_model, vision_kwargs)
+            vision_model = load_base_model("vision_model", load_vision_tower, vision_model, vision_kwargs)
         if vision_model.dtype != text_model.dtype:
             raise ValueError(
                 f"`vision_model` is {vision_model.dtype}, but `text_model` is {text_model.dtype}: the frozen towers "
@@ -147,10 +150,12 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if connector_model is not None:
             fields = connector_config if isinstance(connector_config, dict) else connector_config.to_dict()
             fields = {**fields, "dtype": torch.float32}
-            connector = _load("connector_model", TomeFormerModel.from_pretrained, connector_model, fields)
+            connector = load_base_model("connector_model", TomeFormerModel.from_pretrained, connector_model, fields)
             connector_config = connector.config
+        image_token_id, video_token_id = placeholder_ids(text_model, text_kwargs)
         fields = {
-            "image_token_id": _image_token_id(text_model, text_kwargs),
+            "image_token_id": image_token_id,
+            "video_token_id": video_token_id if "image_token_id" not in kwargs else None,
             "num_vision_tokens": tower.num_tokens,
             "vision_hidden_size": tower.hidden_size,
             "vision_model_name_or_path": vision_model.name_or_path or None,
@@ -169,6 +174,28 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model.connector.load_state_dict(connector.state_dict())
         model.generation_config = copy.deepcopy(text_model.generation_config)
         logger.info(model.describe_parameters())
+        return model.eval()
+
+    @classmethod
+    def from_image_model(cls, image_model: str | os.PathLike, **kwargs: Any) -> Self:
+        """Turns an image checkpoint into a video model, whose temporal contextualizer starts as the identity.
+
+        Args:
+            image_model (`str` or `os.PathLike`): A folder or a repository's name.
+            kwargs: `temporal_hidden_size` and `temporal_num_attention_heads` go to [`EVLGenConfig`]; the rest to
+                [`from_pretrained`].
+
+        Returns:
+            [`EVLGenForConditionalGeneration`], in evaluation mode. For a video of equal frames it gives what the image
+            model gives for one of them.
+        """
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("temporal_")}
+        image_model = cls.from_pretrained(image_model, **kwargs)
+        settings = {**image_model.config.to_dict(), "temporal_contextualizer": True, **fields}
+        model = cls(EVLGenConfig.from_dict(settings), image_model.vision_tower, image_model.language_model)
+        for name in ("ln_vision", "vision_projection", "connector", "language_projection"):
+            getattr(model, name).load_state_dict(getattr(image_model, name).state_dict())
+        model.generation_config = image_model.generation_config
         return model.eval()
 
     @classmethod
@@ -212,22 +239,35 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def get_vision_features(self, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Runs the vision tower alone; what it gives can be kept and handed in as `vision_features` later.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Images from the processor.
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`):
+                Images from the processor; or videos, of shape `(videos, frames, channels, height, width)`.
+            frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
+                False for frames that only fill a short video up.
 
         Returns:
-            `torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`.
+            `torch.Tensor` of shape `(images or videos, num_vision_tokens, vision_hidden_size)`. A video is the mean of
+            its frames. With a temporal contextualizer, an image is a video of one frame.
         """
-        if pixel_values.ndim != 4:
+        if pixel_values.ndim == 5:
+            videos = pixel_values
+        elif pixel_values.ndim == 4:
+            videos = pixel_values.unsqueeze(1)  # (images, 1, channels, height, width)
+        else:
             raise ValueError(
-                "`pixel_values` must have shape (images, channels, height, width), but has "
-                f"{tuple(pixel_values.shape)}."
+                "`pixel_values` must have shape (images, channels, height, width) or (videos, frames, channels, "
+                f"height, width), but has {tuple(pixel_values.shape)}."
             )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not _is_frozen(self.vision_tower)):
-            return extract_vision_tokens(self.vision_tower, pixel_values.to(self.vision_tower.dtype))
+        if frame_mask is not None and frame_mask.shape != videos.shape[:2]:
+            raise ValueError(
+                f"`frame_mask` must have shape {tuple(videos.shape[:2])}, but has {tuple(frame_mask.shape)}."
+            )
+        trained = not _is_frozen(self.vision_tower) or not (self.temporal is None or _is_frozen(self.temporal))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            return encode_videos(self.vision_tower, self.temporal, videos.to(self.vision_tower.dtype), frame_mask)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> EVLGenImageOutput:
@@ -240,6 +280,28 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             [`EVLGenImageOutput`]; its `pooler_output` is the soft prompt.
         """
         return self.project_vision_features(self.get_vision_features(pixel_values))
+
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, frame_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> EVLGenImageOutput:
+        """Turns videos into soft prompts, each of as many tokens as an image's.
+
+        Args:
+            pixel_values_videos (`torch.Tensor` of shape `(videos, frames, channels, height, width)`):
+                Videos from the processor.
+            frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
+                False for frames that only fill a short video up.
+
+        Returns:
+            [`EVLGenImageOutput`]; its `pooler_output` is the soft prompt.
+        """
+        if pixel_values_videos.ndim != 5:
+            raise ValueError(
+                "`pixel_values_videos` must have shape (videos, frames, channels, height, width), but has "
+                f"{tuple(pixel_values_videos.shape)}."
+            )
+        return self.project_vision_features(self.get_vision_features(pixel_values_videos, frame_mask))
 
     def project_vision_features(self, vision_features: torch.Tensor) -> EVLGenImageOutput:
         """Turns the vision tower's tokens into soft prompts: the part of the model that is trained.
@@ -271,6 +333,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        frame_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         vision_features: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -282,10 +346,15 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
-                Token ids, with `num_image_tokens` placeholders `image_token_id` for each image.
+                Token ids, with `num_image_tokens` placeholders `image_token_id` for each image, and as many
+                `video_token_id` for each video.
             attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 1 for tokens, 0 for padding.
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
                 The images, in the order in which their placeholders stand in the batch.
+            pixel_values_videos (`torch.Tensor` of shape `(videos, frames, channels, height, width)`, *optional*):
+                The videos, likewise.
+            frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
+                False for frames that only fill a short video up.
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 The ids to predict, -100 where nothing is to be predicted. They are shifted inside.
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
@@ -294,7 +363,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 Embedded text, instead of `input_ids`, without any images to fill in.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Positions of the tokens.
             mm_encoder_outputs (`dict[str, EVLGenImageOutput]`, *optional*):
-                What [`get_image_features`] gave for the images, under `"image"`, instead of `pixel_values`.
+                What [`get_image_features`] gave, under `"image"`, instead of `pixel_values`, and what
+                [`get_video_features`] gave, under `"video"`, instead of `pixel_values_videos`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
                 For which places to compute logits, as in transformers' language models. In training with `labels`,
                 the default is only those that have a label, and `logits` has shape `(labels, vocab)`; else all.
@@ -308,9 +378,10 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         image_outputs = self._encode_images(pixel_values, vision_features, mm_encoder_outputs)
+        video_outputs = self._encode_videos(pixel_values_videos, frame_mask, mm_encoder_outputs)
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, None if image_outputs is None else image_outputs.pooler_output)
-        elif image_outputs is not None:
+            inputs_embeds = self._embed(input_ids, image_outputs, video_outputs)
+        elif image_outputs is not None or video_outputs is not None:
             raise ValueError("Images need `input_ids`, whose placeholders say where they go, not `inputs_embeds`.")
         self._check_length(inputs_embeds.shape[1], kwargs.get("cache"))
 
@@ -344,6 +415,7 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             image_outputs=image_outputs,
+            video_outputs=video_outputs,
         )
 
     def _encode_images(
@@ -361,22 +433,51 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return self.project_vision_features(vision_features)
         return encoded
 
-    def _embed(self, input_ids: torch.LongTensor, soft_prompts: torch.Tensor | None) -> torch.Tensor:
+    def _encode_videos(
+        self,
+        pixel_values_videos: torch.Tensor | None,
+        frame_mask: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, EVLGenImageOutput] | None,
+    ) -> EVLGenImageOutput | None:
+        encoded = (mm_encoder_outputs or {}).get("video")
+        if pixel_values_videos is None:
+            return encoded
+        if encoded is not None:
+            raise ValueError("Only one of `pixel_values_videos` and `mm_encoder_outputs` can be given.")
+        return self.get_video_features(pixel_values_videos, frame_mask, return_dict=True)
+
+    def _embed(
+        self,
+        input_ids: torch.LongTensor,
+        image_outputs: EVLGenImageOutput | None,
+        video_outputs: EVLGenImageOutput | None,
+    ) -> torch.Tensor:
         """Embeds the text and fills the soft prompts into their placeholders, `(batch, sequence, text_dim)`."""
-        placeholders = input_ids == self.config.image_token_id  # (batch, sequence)
-        num_placeholders, num_features = placeholders.sum(), 0
-        if soft_prompts is not None:
-            num_features = soft_prompts.shape[0] * soft_prompts.shape[1]
+        images = input_ids == self.config.image_token_id  # (batch, sequence)
+        videos = input_ids == self.config.video_token_id
+        # The placeholders' own ids may lie beyond the embedding, so they are never looked up.
+        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(images | videos, 0))
+        inputs_embeds = self._fill("image", images, image_outputs, inputs_embeds)
+        return self._fill("video", videos, video_outputs, inputs_embeds)
+
+    def _fill(
+        self,
+        kind: str,
+        placeholders: torch.Tensor,
+        outputs: EVLGenImageOutput | None,
+        inputs_embeds: torch.Tensor,
+    ) -> torch.Tensor:
+        soft_prompts = inputs_embeds.new_empty(0) if outputs is None else outputs.pooler_output
+        num_placeholders = placeholders.sum()
+        num_features = soft_prompts.shape[:2].numel() if outputs is not None else 0
         torch_compilable_check(
             num_placeholders == num_features,
             lambda: (
-                f"`input_ids` holds {int(num_placeholders)} image placeholders (id {self.config.image_token_id}), but "
-                f"the images give {num_features} tokens, {self.config.num_image_tokens} each."
+                f"`input_ids` holds {int(num_placeholders)} {kind} placeholders, but the {kind}s give {num_features} "
+                f"tokens, {self.config.num_image_tokens} each."
             ),
         )
-        # The placeholder's own id may lie beyond the embedding, so it is never looked up.
-        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
-        if soft_prompts is None:
+        if outputs is None:
             return inputs_embeds
         soft_prompts = soft_prompts.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(placeholders.unsqueeze(2), soft_prompts)
@@ -396,13 +497,14 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return model_kwargs
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        """Keeps the placeholder out of what is said, and, as in the original, out of what a repetition penalty counts:
+        """Keeps placeholders out of what is said, and, as in the original, out of what a repetition penalty counts:
         only generated tokens do."""
         processors = super()._get_logits_processor(*args, **kwargs)
+        placeholders = [self.config.image_token_id, self.config.video_token_id]
         for processor in processors:
             if isinstance(processor, RepetitionPenaltyLogitsProcessor):
                 processor.prompt_ignore_length = kwargs.get("input_ids_seq_length") or 0
-        processors.append(SuppressTokensLogitsProcessor([self.config.image_token_id], device=kwargs.get("device")))
+        processors.append(SuppressTokensLogitsProcessor(placeholders, device=kwargs.get("device")))
         return processors
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -411,7 +513,7 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             OSError: If the disk has no room for the weights. A checkpoint that stands there already is left as it is.
         """
-        _check_disk_space(save_directory, self.get_memory_footprint())
+        check_disk_space(save_directory, self.get_memory_footprint())
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
@@ -419,38 +521,7 @@ def _is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _check_disk_space(save_directory: str | os.PathLike, needed: int) -> None:
-    folder = os.path.abspath(save_directory)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        message = f"The checkpoint needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
-        raise OSError(errno.ENOSPC, message, str(save_directory))
-
-
 def _pop_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Takes the arguments with a prefix out of `kwargs`, without it. The configuration's own fields stay."""
     names = [name for name in kwargs if name.startswith(prefix) and name not in EVLGenConfig.__dataclass_fields__]
     return {name.removeprefix(prefix): kwargs.pop(name) for name in names}
-
-
-def _load(argument: str, load: Callable, name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> PreTrainedModel:
-    try:
-        return load(name_or_path, **kwargs)
-    except OSError as error:
-        raise ValueError(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
-
-
-def _image_token_id(text_model: PreTrainedModel, kwargs: dict[str, Any]) -> int:
-    """The id that the processor gives to `<image>`: the one that it has, or the one of a new token."""
-    hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
-    if text_model.name_or_path:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(text_model.name_or_path, **hub_kwargs)
-            return tokenizer.get_vocab().get("<image>", len(tokenizer))
-        except (OSError, ValueError):
-            logger.warning(
-                f"There is no tokenizer beside {text_model.name_or_path}: pass `image_token_id` if it matters."
-            )
-    return text_model.config.get_text_config().vocab_size

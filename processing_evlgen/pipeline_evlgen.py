@@ -1,4 +1,4 @@
-"""What `pipeline("image-to-text")` runs for an EVLGen checkpoint."""
+"""What `pipeline("image-to-text")` and `pipeline("video-to-text")` run for an EVLGen checkpoint."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +20,7 @@ class EVLGenImageToTextPipeline(Pipeline):
     ```
     """
 
+    modality = "image"
     _load_processor = True
     _load_tokenizer = False
     _load_image_processor = False
@@ -52,9 +53,9 @@ class EVLGenImageToTextPipeline(Pipeline):
         return preprocess_parameters, {**(generate_kwargs or {}), **kwargs}, {}
 
     def preprocess(self, inputs: Any, prompt: str = "") -> dict[str, torch.Tensor]:
-        if isinstance(inputs, dict) and "image" in inputs:
-            inputs, prompt = inputs["image"], inputs.get("prompt", prompt)
-        return dict(self.processor(images=inputs, text=prompt, return_tensors="pt"))
+        if isinstance(inputs, dict) and self.modality in inputs:
+            inputs, prompt = inputs[self.modality], inputs.get("prompt", prompt)
+        return dict(self.processor(**{f"{self.modality}s": inputs}, text=prompt, return_tensors="pt"))
 
     def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
         batch, prompt_length = model_inputs["input_ids"].shape
@@ -65,3 +66,18 @@ class EVLGenImageToTextPipeline(Pipeline):
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
         texts = self.processor.batch_decode(model_outputs["generated"][0], skip_special_tokens=True)
         return [{"generated_text": text.strip()} for text in texts]
+
+
+class EVLGenVideoToTextPipeline(EVLGenImageToTextPipeline):
+    """Captions clips, or answers a prompt about them: files, URLs, arrays of frames, dicts with one under `"video"`.
+
+    ```python
+    >>> captioner = pipeline("video-to-text", model="my-video-model", trust_remote_code=True)
+    >>> captioner("clip.mp4")
+    [{'generated_text': 'a dog runs'}]
+    ```
+
+    A list holds several clips; a clip that is a list of frames is given as `{"video": frames}`.
+    """
+
+    modality = "video"

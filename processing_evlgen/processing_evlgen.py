@@ -1,10 +1,12 @@
-"""EVLGen's processor: pictures and text in, model inputs and labels out."""
+"""EVLGen's processor: pictures, clips and text in, model inputs and labels out."""
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import AddedToken
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
@@ -14,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
 
 from .images import load_rgb_image
+from .videos import load_rgb_frames
 
 # Language models' chat templates take a message's content as one string. This turns a list of parts into that string.
 _JOIN_PARTS = """\
@@ -26,6 +29,8 @@ _JOIN_PARTS = """\
 {%- for part in message.content -%}
 {%- if part.type == 'image' -%}
 {%- set text.value = text.value + 'IMAGE_TOKEN' -%}
+{%- elif part.type == 'video' -%}
+{%- set text.value = text.value + 'VIDEO_TOKEN' -%}
 {%- else -%}
 {%- set text.value = text.value + part.text -%}
 {%- endif -%}
@@ -50,21 +55,24 @@ class EVLGenProcessor(ProcessorMixin):
     r"""
     Prepares inputs for [`EVLGenForConditionalGeneration`].
 
-    Every image takes `num_image_tokens` placeholder tokens. Where they stand:
+    Every image and every video takes `num_image_tokens` placeholder tokens. Where they stand:
 
-    - Where the text holds `image_token`, there. At the very start of the text they stand before the BOS token.
+    - Where the text holds `image_token` or `video_token`, there. At the very start of the text they stand before the
+      BOS token.
     - In a text that holds none, before the BOS token and the text; or, where there is a chat template, at the start of
       the user's turn, which the text then becomes.
 
     Args:
         image_processor (`BaseImageProcessor`): Resizes and normalises the images for the vision tower.
         tokenizer (`PreTrainedTokenizerBase`):
-            The language model's tokenizer. It is given `image_token` if it lacks it, and its EOS token for padding
-            if it has no padding token.
-        num_image_tokens (`int`): Placeholders for each image: the model's `config.num_image_tokens`.
+            The language model's tokenizer. It is given the placeholders if it lacks them, and its EOS token for
+            padding if it has no padding token.
+        num_image_tokens (`int`): Placeholders for each image or video: the model's `config.num_image_tokens`.
         chat_template (`str`, *optional*):
             Template for messages with images. By default the tokenizer's, if it has one.
-        image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder.
+        image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder of an image.
+        video_token (`str`, *optional*, defaults to `"<video>"`): The placeholder of a video.
+        num_frames (`int`, *optional*, defaults to 4): Frames taken of each video.
         end_of_text (`str`, *optional*):
             What ends a `suffix` in training. By default the tokenizer's EOS token; `"\n"` in the paper's OPT recipe.
         clean_captions (`bool`, *optional*, defaults to `False`):
@@ -81,6 +89,8 @@ class EVLGenProcessor(ProcessorMixin):
         num_image_tokens: int | None = None,
         chat_template: str | None = None,
         image_token: str = "<image>",
+        video_token: str = "<video>",
+        num_frames: int = 4,
         end_of_text: str | None = None,
         clean_captions: bool = False,
         bos_label: bool = False,
@@ -90,14 +100,19 @@ class EVLGenProcessor(ProcessorMixin):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"`tokenizer` must be a tokenizer, but is {type(tokenizer).__name__}.")
         if chat_template is None and tokenizer.chat_template is not None:
-            chat_template = _JOIN_PARTS.replace("IMAGE_TOKEN", image_token) + tokenizer.get_chat_template()
-        tokenizer.add_tokens([AddedToken(image_token, special=True, normalized=False)], special_tokens=True)
+            join_parts = _JOIN_PARTS.replace("IMAGE_TOKEN", image_token).replace("VIDEO_TOKEN", video_token)
+            chat_template = join_parts + tokenizer.get_chat_template()
+        placeholders = [AddedToken(token, special=True, normalized=False) for token in (image_token, video_token)]
+        tokenizer.add_tokens(placeholders, special_tokens=True)
         tokenizer.padding_side = "left"  # generation's; training pads on the right by itself
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.video_token = video_token
+        self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
+        self.num_frames = num_frames
         self.end_of_text = end_of_text
         self.clean_captions = clean_captions
         self.bos_label = bos_label
@@ -121,7 +136,10 @@ class EVLGenProcessor(ProcessorMixin):
         images: ImageInput | str | list[str] | None = None,
         text: str | list[str] | None = None,
         suffix: str | list[str] | None = None,
+        videos: Any = None,
         vision_features: torch.Tensor | None = None,
+        num_frames: int | None = None,
+        frame_sampling: str = "uniform",
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """
@@ -129,11 +147,17 @@ class EVLGenProcessor(ProcessorMixin):
             images (image, path, URL or a list of these, *optional*):
                 The images, in the order of their placeholders. See [`load_rgb_image`] for what is understood.
             text (`str` or `list[str]`, *optional*):
-                The prompts. One prompt without placeholders serves all images; none is an empty prompt.
+                The prompts. One prompt without placeholders serves all images or videos; none is an empty prompt.
             suffix (`str` or `list[str]`, *optional*):
                 What the model is to say, one for each prompt. Gives `labels`.
+            videos (video, path, URL or a list of these, *optional*):
+                The videos, in the order of their placeholders. A list of frames is one video; see [`load_rgb_frames`]
+                for what is understood.
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
                 What the vision tower gave for the images, instead of `images`; handed on to the model.
+            num_frames (`int`, *optional*): Frames to take of each video; by default the processor's `num_frames`.
+            frame_sampling (`str`, *optional*, defaults to `"uniform"`):
+                How to choose them: `"uniform"`, or `"headtail"` for training. See [`sample_frames`].
             kwargs:
                 Arguments of the image processor and the tokenizer, `return_tensors` (by default `"pt"`), `padding` (by
                 default `True`) and `padding_side` among them.
@@ -143,6 +167,8 @@ class EVLGenProcessor(ProcessorMixin):
             - `input_ids`, `attention_mask`: int64, `(batch, sequence)`, padded on the left; on the right with
               a `suffix`.
             - `pixel_values`: float32, `(images, channels, height, width)`, if there are images.
+            - `pixel_values_videos`: float32, `(videos, frames, channels, height, width)`, if there are videos; and
+              `frame_mask`: bool, `(videos, frames)`, if they differ in their number of frames.
             - `labels`: int64, `(batch, sequence)`, with a `suffix`: -100 on images, prompts and padding.
 
         Raises:
@@ -150,19 +176,21 @@ class EVLGenProcessor(ProcessorMixin):
                 or a text is longer than the language model allows.
             TypeError: If a text is not a string.
         """
-        if images is None and text is None and vision_features is None:
-            raise ValueError("At least one of `images`, `text` and `vision_features` must be given.")
+        if images is None and videos is None and text is None and vision_features is None:
+            raise ValueError("At least one of `images`, `videos`, `text` and `vision_features` must be given.")
         if images is not None and vision_features is not None:
             raise ValueError("Only one of `images` and `vision_features` can be given.")
         images = [] if images is None else [load_rgb_image(image) for image in _flatten(images)]
         num_images = len(images) if vision_features is None else len(vision_features)
+        num_frames = self.num_frames if num_frames is None else num_frames
+        clips = [load_rgb_frames(clip, num_frames, frame_sampling) for clip in _list_videos(videos)]
         prompts = _strings("text", "" if text is None else text)
-        if len(prompts) == 1 and self.image_token not in prompts[0]:
-            prompts = prompts * max(num_images, 1)
+        if len(prompts) == 1 and not any(token in prompts[0] for token in (self.image_token, self.video_token)):
+            prompts = prompts * max(num_images, len(clips), 1)
         arguments = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_arguments = arguments["text_kwargs"]
 
-        prompt_strings = self._place_images(prompts, num_images)
+        prompt_strings = self._place(prompts, num_images, len(clips))
         add_special_tokens = text_arguments.get("add_special_tokens", True)
         prompt_ids = [self._tokenize_prompt(prompt, add_special_tokens) for prompt in prompt_strings]
         suffix_ids = None
@@ -176,45 +204,66 @@ class EVLGenProcessor(ProcessorMixin):
         if images:
             images_arguments = {**arguments["images_kwargs"], "return_tensors": "pt"}
             data["pixel_values"] = self.image_processor(images, **images_arguments)["pixel_values"]
+        if clips:
+            data.update(self._stack(clips, arguments["images_kwargs"]))
         if vision_features is not None:
             data["vision_features"] = vision_features
         return BatchFeature(data, tensor_type=text_arguments.get("return_tensors", "pt"))
 
-    def _place_images(self, prompts: list[str], num_images: int) -> list[str]:
-        """Puts `image_token` into prompts that have none, and checks that there is one for each image."""
-        counts = [prompt.count(self.image_token) for prompt in prompts]
-        if num_images and not any(counts):
-            if num_images != len(prompts):
-                raise ValueError(f"`images` holds {num_images} images, but `text` holds {len(prompts)} prompts.")
-            return [self._wrap(prompt) for prompt in prompts]
-        if sum(counts) != num_images:
-            raise ValueError(
-                f"`text` holds {sum(counts)} {self.image_token} placeholders, but `images` holds {num_images} images."
-            )
+    def _place(self, prompts: list[str], num_images: int, num_videos: int) -> list[str]:
+        """Puts placeholders into prompts that have none, and checks that there is one for each image and video."""
+        images = sum(prompt.count(self.image_token) for prompt in prompts)
+        videos = sum(prompt.count(self.video_token) for prompt in prompts)
+        if images == videos == 0 and (num_images or num_videos):
+            if num_images and num_videos:
+                raise ValueError("Images and videos together need a `text` whose placeholders say where they go.")
+            name, count = ("images", num_images) if num_images else ("videos", num_videos)
+            if count != len(prompts):
+                raise ValueError(f"`{name}` holds {count} {name}, but `text` holds {len(prompts)} prompts.")
+            return [self._wrap(prompt, name.removesuffix("s")) for prompt in prompts]
+        for name, token, found, wanted in (
+            ("images", self.image_token, images, num_images),
+            ("videos", self.video_token, videos, num_videos),
+        ):
+            if found != wanted:
+                raise ValueError(f"`text` holds {found} {token} placeholders, but `{name}` holds {wanted} {name}.")
         return prompts
 
-    def _wrap(self, prompt: str) -> str:
+    def _wrap(self, prompt: str, kind: str) -> str:
         if self.chat_template is None:
-            return self.image_token + prompt
-        parts = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
+            return {"image": self.image_token, "video": self.video_token}[kind] + prompt
+        parts = [{"type": kind}, *([{"type": "text", "text": prompt}] if prompt else [])]
         return self.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+
+    def _stack(self, clips: list[list[Any]], images_arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Prepares all frames as images; short clips are filled up with zeros, which `frame_mask` tells."""
+        lengths = [len(clip) for clip in clips]
+        frames = [frame for clip in clips for frame in clip]
+        pixels = self.image_processor(frames, **{**images_arguments, "return_tensors": "pt"})["pixel_values"]
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (videos, frames)
+        videos = pixels.new_zeros(*mask.shape, *pixels.shape[1:])  # (videos, frames, channels, height, width)
+        videos[mask] = pixels
+        return {"pixel_values_videos": videos} if mask.all() else {"pixel_values_videos": videos, "frame_mask": mask}
 
     def _tokenize_prompt(self, prompt: str, add_special_tokens: bool) -> list[int]:
         """Ids of a prompt with all its placeholders; those at its very start come before the BOS token."""
-        rest, images_first = prompt, 0
-        while rest.startswith(self.image_token):
-            rest, images_first = rest.removeprefix(self.image_token), images_first + 1
-        rest = rest.replace(self.image_token, self.image_token * self.num_image_tokens)
+        placeholders = {self.image_token: self.image_token_id, self.video_token: self.video_token_id}
+        rest, first = prompt, []
+        while token := next((token for token in placeholders if rest.startswith(token)), None):
+            rest = rest.removeprefix(token)
+            first += [placeholders[token]] * self.num_image_tokens
+        for token in placeholders:
+            rest = rest.replace(token, token * self.num_image_tokens)
         bos = self.tokenizer.bos_token
         if bos is not None and rest.startswith(bos):  # a chat template has added it
             add_special_tokens = False
-        ids = self.tokenizer(rest, add_special_tokens=add_special_tokens)["input_ids"]
-        return [self.image_token_id] * (images_first * self.num_image_tokens) + ids
+        return first + self.tokenizer(rest, add_special_tokens=add_special_tokens)["input_ids"]
 
     def _tokenize_suffix(self, prompt: str, prompt_ids: list[int], suffix: str, add_special_tokens: bool) -> list[int]:
         """Ids of a suffix and its end, as they follow the prompt in running text."""
         end = self.tokenizer.eos_token if self.end_of_text is None else self.end_of_text
-        plain = self.chat_template is None and prompt.replace(self.image_token, "") != ""
+        words = prompt.replace(self.image_token, "").replace(self.video_token, "")
+        plain = self.chat_template is None and words != ""
         separator = " " if plain and not prompt[-1].isspace() else ""
         whole = self._tokenize_prompt(prompt + separator + suffix + end, add_special_tokens)
         if whole[: len(prompt_ids)] == prompt_ids:
@@ -258,11 +307,11 @@ class EVLGenProcessor(ProcessorMixin):
     def _labels_bos(self, prompt_ids: list[int]) -> bool:
         if not self.bos_label or prompt_ids[-1] != self.tokenizer.bos_token_id:
             return False
-        return all(token == self.image_token_id for token in prompt_ids[:-1])
+        return all(token in (self.image_token_id, self.video_token_id) for token in prompt_ids[:-1])
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "labels"]
+        return ["input_ids", "attention_mask", "pixel_values", "pixel_values_videos", "frame_mask", "labels"]
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
@@ -288,6 +337,18 @@ def _flatten(images: Any) -> list[Any]:
     if getattr(images, "ndim", 3) == 4:  # a batch in one array
         return list(images)
     return [images]
+
+
+def _list_videos(videos: Any) -> list[Any]:
+    """One video or several as a list of videos; a list of frames is one video."""
+    if videos is None:
+        return []
+    if isinstance(videos, str | Path):
+        return [videos]
+    if isinstance(videos, list | tuple):
+        frames = len(videos) and (isinstance(videos[0], Image.Image) or getattr(videos[0], "ndim", None) == 3)
+        return [videos] if frames else list(videos)
+    return list(videos) if videos.ndim == 5 else [videos]
 
 
 def _pad(rows: list[list[int]], length: int, value: int, side: str) -> list[list[int]]:

@@ -162,7 +162,7 @@ def test_paths_base64_rows_and_arrays_are_understood(tmp_path):
         ({"images": 1, "suffix": "a " * 200}, ValueError, "`text` entry 0 has .* tokens, but at most 128 are allowed"),
         ({"images": 1, "text": 7}, TypeError, "`text` must be a string or a list of strings"),
         ({"images": 1, "text": ["a", 7]}, TypeError, "`text` must be a string or a list of strings, but holds a int"),
-        ({}, ValueError, "At least one of `images`, `text` and `vision_features` must be given"),
+        ({}, ValueError, "At least one of `images`, `videos`, `text` and `vision_features` must be given"),
     ],
 )
 def test_bad_input_is_named(inputs, error, message):

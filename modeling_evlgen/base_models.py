@@ -1,0 +1,56 @@
+"""The base models that an EVLGen is built from, and the room that a checkpoint needs."""
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def load_base_model(
+    argument: str, load: Callable, name_or_path: str | os.PathLike, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    """Calls `load(name_or_path, **kwargs)`.
+
+    Raises:
+        ValueError: If there is no such model; the message names `argument`.
+    """
+    try:
+        return load(name_or_path, **kwargs)
+    except OSError as error:
+        raise ValueError(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
+
+
+def placeholder_ids(text_model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """The ids that the processor gives to `<image>` and `<video>`: those that the tokenizer has, or the next ones."""
+    hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
+    known, free = {}, text_model.config.get_text_config().vocab_size
+    if text_model.name_or_path:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(text_model.name_or_path, **hub_kwargs)
+            known, free = tokenizer.get_vocab(), len(tokenizer)
+        except (OSError, ValueError):
+            logger.warning(
+                f"There is no tokenizer beside {text_model.name_or_path}: pass `image_token_id` if it matters."
+            )
+    image_token_id = known.get("<image>", free)
+    return image_token_id, known.get("<video>", free + ("<image>" not in known))
+
+
+def check_disk_space(save_directory: str | os.PathLike, needed: int) -> None:
+    """
+    Raises:
+        OSError: If fewer than `needed` bytes are free where `save_directory` is, or will be.
+    """
+    folder = os.path.abspath(save_directory)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        message = f"The checkpoint needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+        raise OSError(errno.ENOSPC, message, str(save_directory))

@@ -1,0 +1,292 @@
+"""Checkpoints of the original implementation, through the converter: every recorded tensor at its tolerance."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from convert_original_checkpoint import convert_state_dict, main
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from tokenizers.pre_tokenizers import Sequence, Split
+from transformers import (
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    CLIPImageProcessor,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.temporal import TemporalContextualizer
+from processing_evlgen import EVLGenProcessor
+
+from .helpers import FIXTURES, pictures, run_clean
+
+CASES = ["image_opt", "image_llama", "video_opt/alpha_nonzero", "video_opt/alpha_zero"]
+IMAGE, VIDEO = 200, 201  # ids of the placeholders: the first ones beyond the vocabulary
+
+
+def read(case):
+    """The recorded original: its description, state, inputs and outputs."""
+    folder, _, variant = case.partition("/")
+    path = FIXTURES / folder
+    meta = json.loads((path / "meta.json").read_text())
+    state = load_file(path / "state.safetensors")
+    if variant == "alpha_zero":
+        state |= {name: torch.zeros(()) for name in state if name.endswith(".alpha")}
+    expected = load_file(path / (f"expected_{variant}.safetensors" if variant else "expected.safetensors"))
+    return meta, state, load_file(path / "inputs.safetensors"), expected
+
+
+def save_base_models(meta, folder):
+    """The base models that the original was built from, with other weights; gives the converter's arguments."""
+    vision, text = meta["config"]["vision"], meta["config"]["lm"]
+    Blip2VisionModel(
+        Blip2VisionConfig(
+            hidden_size=vision["embed_dim"],
+            intermediate_size=int(vision["embed_dim"] * vision["mlp_ratio"]),
+            num_hidden_layers=vision["depth"],
+            num_attention_heads=vision["num_heads"],
+            image_size=vision["img_size"],
+            patch_size=vision["patch_size"],
+            layer_norm_eps=vision["norm_eps"],
+        )
+    ).save_pretrained(folder / "vision")
+    size = {"height": vision["img_size"], "width": vision["img_size"]}
+    CLIPImageProcessor(size=size, do_center_crop=False).save_pretrained(folder / "vision")
+    llama = meta["lm_class"] == "LlamaForCausalLM"
+    size = text["vocab_size"] - int(llama)  # the original adds a padding token to Llama's
+    config, model = (LlamaConfig, LlamaForCausalLM) if llama else (OPTConfig, OPTForCausalLM)
+    model(config(**{**text, "vocab_size": size})).save_pretrained(folder / "text")
+    words = {f"w{index}": index for index in range(size)}
+    named = {"</s>": 2, "<unk>": 0, "<s>": 1} if llama else {"</s>": 2, "<pad>": 1, "\n": 50}
+    words = {word: index for word, index in words.items() if index not in named.values()} | named
+    special = {"bos_token": "<s>", "unk_token": "<unk>"} if llama else {"bos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    tokenizer.pre_tokenizer = Sequence([Split("\n", "isolated"), Split(" ", "removed")])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **special).save_pretrained(folder / "text")
+    return ["--vision_model", str(folder / "vision"), "--text_model", str(folder / "text")]
+
+
+def convert(meta, state, folder, trained_only=False):
+    arguments = save_base_models(meta, folder)
+    if trained_only:
+        frozen = ("visual_encoder.", "opt_model.", "llm_model.")
+        state = {k: v for k, v in state.items() if not k.startswith(frozen) or "temporal_merge" in k}
+    torch.save({"model": state, "epoch": 0}, folder / "checkpoint.pth")
+    connector = meta["config"]["connector"]
+    arguments += ["--merge_r", str(connector["r"])]
+    arguments += ["--connector_num_attention_heads", str(connector["num_attention_heads"])]
+    main(["--checkpoint", str(folder / "checkpoint.pth"), *arguments, "--output_dir", str(folder / "out")])
+    return EVLGenForConditionalGeneration.from_pretrained(folder / "out")
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    meta, state, inputs, expected = read(request.param)
+    model = convert(meta, state, tmp_path_factory.mktemp("converted"))
+    return model, meta, inputs, expected
+
+
+def vision_inputs(inputs):
+    if inputs["image"].ndim == 5:  # (batch, channels, frames, height, width)
+        return {"pixel_values_videos": inputs["image"].transpose(1, 2)}, VIDEO
+    return {"pixel_values": inputs["image"]}, IMAGE
+
+
+def with_prefix(values, prefix, count=8):
+    return torch.cat([torch.full((len(values), count), prefix), values], dim=1)
+
+
+def close(actual, expected, tolerance):
+    torch.testing.assert_close(actual, expected, **tolerance)
+
+
+def test_activations_loss_and_gradients(case):
+    model, meta, inputs, expected = case
+    tolerance = meta["tolerance"]
+    seen = {}
+
+    def keep(name):
+        def hook(module, arguments, output):
+            output = output[0] if isinstance(output, tuple) else output
+            seen[name] = output if isinstance(output, torch.Tensor) else output.last_hidden_state
+
+        return hook
+
+    parts = {
+        "image_embeds": model.ln_vision,
+        "connector_in": model.vision_projection,
+        "connector_out": model.connector,
+        "lm_prefix": model.language_projection,
+        **{f"vit_block_{i}": layer for i, layer in enumerate(model.vision_tower.encoder.layers)},
+    }
+    handles = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
+    images, token = vision_inputs(inputs)
+    output = model(
+        input_ids=with_prefix(inputs["input_ids"], token),
+        attention_mask=with_prefix(inputs["attention_mask"], 1),
+        labels=expected["targets"],
+        **images,
+    )
+    output.loss.backward()
+    for handle in handles:
+        handle.remove()
+
+    assert torch.equal(with_prefix(inputs["attention_mask"], 1), expected["lm_attention_mask"])
+    for name, tensor in seen.items():
+        close(tensor, expected[name], tolerance["activations"])
+    tokens = model.get_vision_features(next(iter(images.values())))
+    vit_out = expected["vit_out"]
+    close(tokens, vit_out.mean(dim=1) if vit_out.ndim == 4 else vit_out, tolerance["activations"])
+    real = expected["lm_attention_mask"].bool()
+    close(output.logits[real], expected["logits"][real], tolerance["activations"])
+    close(output.loss.reshape(1), expected["loss"], tolerance["loss"])
+    names = [name for name in expected if name.startswith("grad.")]
+    assert len(names) >= 5
+    for name in names:
+        (converted,) = convert_state_dict({name.removeprefix("grad."): expected[name]})
+        close(model.get_parameter(converted).grad, expected[name], tolerance["gradients"])
+
+
+def test_prompts_carry_no_loss(case):
+    model, meta, inputs, expected = case
+    if "prompted.loss" not in expected:
+        pytest.skip("recorded for OPT only")
+    images, token = vision_inputs(inputs)
+    with torch.no_grad():
+        loss = model(
+            input_ids=with_prefix(inputs["input_ids"], token),
+            attention_mask=with_prefix(inputs["attention_mask"], 1),
+            labels=expected["prompted.targets"],
+            **images,
+        ).loss
+    close(loss.reshape(1), expected["prompted.loss"], meta["tolerance"]["loss"])
+
+
+def generate(case, prompt="gen", **settings):
+    model, meta, inputs, _ = case
+    images, token = vision_inputs(inputs)
+    ids = inputs[f"{prompt}.prompt_ids"]
+    mask = inputs.get(f"{prompt}.prompt_mask", torch.ones_like(ids))
+    special = meta["config"]["special_ids"]
+    llama = "newline" not in special
+    config = GenerationConfig(
+        **{
+            "max_new_tokens": 8,
+            "do_sample": False,
+            "eos_token_id": 2 if llama else special["newline"],
+            "pad_token_id": 0 if llama else 1,
+            **settings,
+        }
+    )
+    model.generation_config = config
+    words = model.generate(input_ids=with_prefix(ids, token), attention_mask=with_prefix(mask, 1), **images)
+    words = words[:, 8 + ids.shape[1] :]
+    words = torch.where(words == 0, 2, words) if llama else words  # as the original does
+    return torch.nn.functional.pad(words, (0, 8 - words.shape[1]), value=2 if llama else 1)
+
+
+def stop_id(case):
+    _, meta, _, expected = case
+    stop = meta["config"]["generation"]["stop_id"]
+    if isinstance(stop, dict):
+        return stop["alpha_nonzero" if expected["alpha"].any() else "alpha_zero"]
+    return stop
+
+
+def test_generates_the_same_words(case):
+    *_, expected = case
+    assert torch.equal(generate(case), expected["gen.ids"])
+    assert torch.equal(generate(case, "gen_leftpad"), expected["gen_leftpad.ids"])
+    assert torch.equal(generate(case, eos_token_id=stop_id(case)), expected["gen_stop.ids"])
+    if "gen_reppen.ids" in expected:
+        assert torch.equal(generate(case, repetition_penalty=1.5), expected["gen_reppen.ids"])
+
+
+def test_the_temporal_contextualizer_alone():
+    for variant in ("alpha_nonzero", "alpha_zero"):
+        _, state, _, expected = read(f"video_opt/{variant}")
+        contextualizer = TemporalContextualizer(64, 256, 8)
+        prefix = "visual_encoder.blocks.0.temporal_merge."
+        contextualizer.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        tokens = expected["temporal_0_in"].unflatten(0, (2, 4))
+        close(
+            tokens + contextualizer(tokens),
+            expected["temporal_0_out"].unflatten(0, (2, 4)),
+            {"atol": 1e-4, "rtol": 1e-4},
+        )
+
+
+@pytest.mark.parametrize("name", ["image_opt", "image_llama", "video_opt/alpha_nonzero"])
+def test_a_checkpoint_of_what_was_trained_takes_the_towers_from_the_base_models(name, tmp_path):
+    meta, state, _, _ = read(name)
+    model = convert(meta, state, tmp_path, trained_only=True)
+    converted = convert_state_dict(state)
+    for part, tensor in model.state_dict().items():
+        if part.startswith(("connector.", "ln_vision.", "vision_projection.", "language_projection.", "temporal.")):
+            assert torch.equal(tensor, converted[part])
+    tower = Blip2VisionModel.from_pretrained(tmp_path / "vision")
+    assert all(torch.equal(tensor, model.vision_tower.state_dict()[key]) for key, tensor in tower.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["image_opt", "image_llama"])
+def test_the_folder_captions_in_a_clean_process(name, tmp_path):
+    meta, state, _, _ = read(name)
+    convert(meta, state, tmp_path)
+    pictures(1)[0].save(tmp_path / "picture.png")
+    processor = EVLGenProcessor.from_pretrained(tmp_path / "out")
+    batch = processor(images=pictures(1), suffix="w10 w11")
+    end = 2 if name == "image_llama" else 50
+    assert batch["labels"][0, -1] == end and batch["input_ids"][0, :8].tolist() == [processor.image_token_id] * 8
+    code = """
+from transformers import AutoModel, pipeline
+model = AutoModel.from_pretrained("out", trust_remote_code=True)
+assert model.generation_config.num_beams == 5
+print(pipeline("image-to-text", model="out", trust_remote_code=True)("picture.png")[0]["generated_text"])
+"""
+    assert run_clean(code, tmp_path).strip()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"itm_head.weight": torch.zeros(2)}, "Unknown tensors: itm_head.weight"),
+        (lambda s: {k: v for k, v in s.items() if k != "VL_proj.bias"}, "Missing tensors: vision_projection.bias"),
+        (
+            lambda s: {k: v for k, v in s.items() if "blocks.1.norm1" not in k},
+            "Missing tensors: .*layers.1.layer_norm1",
+        ),
+        (
+            lambda s: s | {"VL_proj.weight": torch.zeros(48, 65)},
+            r"Misshapen tensors: vision_projection.weight \(48, 65\) for \(48, 64\)",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if "position" not in k},
+            "Missing tensors: connector.embeddings.position",
+        ),
+        (lambda s: {k: v for k, v in s.items() if "v_bias" not in k}, "Missing tensors: .*v_bias"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_written(change, message, tmp_path):
+    meta, state, _, _ = read("image_opt")
+    with pytest.raises(ValueError, match=message):
+        convert(meta, change(state), tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("code of a checkpoint ran",))
+
+    meta, _, _, _ = read("image_opt")
+    arguments = save_base_models(meta, tmp_path)
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        main(["--checkpoint", str(tmp_path / "evil.pth"), *arguments, "--output_dir", str(tmp_path / "out")])

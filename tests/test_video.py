@@ -1,0 +1,348 @@
+"""Videos: reading clips, the temporal contextualizer in any transformer tower, and batches of clips and pictures."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configuration_evlgen import EVLGenConfig
+from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.vision_tower import extract_vision_tokens
+from processing_evlgen.videos import load_rgb_frames, sample_frames
+
+from .helpers import IMAGE_SIZE, pictures, run_clean, tiny_model, tiny_processor, tiny_towers
+
+av = pytest.importorskip("av", reason="needs the video extra")
+
+TRANSFORMERS = ["eva", "clip", "siglip", "dinov2", "vit", "timm_vit"]
+SIZES = {"temporal_hidden_size": 8, "temporal_num_attention_heads": 2}
+
+
+def shades(count):
+    """Frames of one grey each, `10 * index`."""
+    return [Image.new("RGB", (48, 32), (10 * index,) * 3) for index in range(count)]
+
+
+def write_clip(path, count, codec="libx264", rate=10, pts=None):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for index, image in enumerate(shades(count)):
+            frame = av.VideoFrame.from_image(image)
+            frame.pts = index if pts is None else pts[index]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+def indices(frames):
+    return [round(np.asarray(frame).mean() / 10) for frame in frames]
+
+
+@pytest.mark.parametrize(
+    ("total", "wanted", "expected"),
+    [(8, 4, [0, 2, 4, 6]), (10, 4, [0, 2, 5, 7]), (3, 4, [0, 1, 2]), (1, 4, [0]), (5, 1, [0])],
+)
+def test_uniform_sampling_is_the_originals(total, wanted, expected):
+    assert sample_frames(total, wanted) == expected
+    assert sample_frames(total, wanted) == list(np.arange(0, total, total / min(wanted, total)).astype(int))
+
+
+@pytest.mark.parametrize(("total", "wanted"), [(8, 4), (9, 4), (20, 5), (3, 4), (1, 4), (2, 2)])
+def test_headtail_sampling_draws_from_both_halves(total, wanted):
+    random.seed(0)
+    drawn = [sample_frames(total, wanted, "headtail") for _ in range(50)]
+    for chosen in drawn:
+        assert chosen == sorted(set(chosen)) and len(chosen) == min(wanted, total)
+        assert sum(index < total // 2 for index in chosen) == min(min(wanted, total) // 2, total // 2)
+    assert len({tuple(chosen) for chosen in drawn}) > 1 or total <= wanted
+
+
+def test_bad_sampling_is_named():
+    with pytest.raises(ValueError, match="`frame_sampling` must be one of uniform, headtail, but is 'middle'"):
+        sample_frames(8, 4, "middle")
+    with pytest.raises(ValueError, match="must be at least 1, but are 0 and 4"):
+        sample_frames(0, 4)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("clip.mp4", "libx264"), ("clip.webm", "libvpx"), ("clip.avi", "mpeg4")])
+def test_reads_video_files(name, codec, tmp_path):
+    """WebM does not say how many frames it holds."""
+    path = write_clip(tmp_path / name, 16, codec)
+    frames = load_rgb_frames(path, 4)
+    assert indices(frames) == [0, 4, 8, 12]
+    assert frames[0].size == (48, 32) and frames[0].mode == "RGB"
+    assert len(load_rgb_frames(path, 40)) == 16
+
+
+def test_reads_a_clip_of_variable_frame_rate(tmp_path):
+    path = write_clip(tmp_path / "clip.mkv", 8, pts=[0, 1, 2, 3, 30, 31, 60, 61])
+    assert indices(load_rgb_frames(path, 4)) == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("name", ["clip.webp", "clip.gif"])
+def test_reads_animated_images(name, tmp_path):
+    first, *others = shades(8)
+    first.save(tmp_path / name, save_all=True, append_images=others, duration=[40] * 7 + [400], lossless=True)
+    assert indices(load_rgb_frames(tmp_path / name, 4)) == [0, 2, 4, 6]
+
+
+def test_reads_frames_and_arrays():
+    arrays = np.stack([np.asarray(frame) for frame in shades(8)])
+    for clip in (shades(8), arrays, torch.from_numpy(arrays).permute(0, 3, 1, 2)):
+        assert indices(load_rgb_frames(clip, 4)) == [0, 2, 4, 6]
+
+
+def test_a_clip_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"no clip")
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "broken.webp").write_bytes(b"no clip")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    for name in ("broken.mp4", "empty.mp4", "broken.webp", "sound.mp4", "missing.mp4"):
+        with pytest.raises(ValueError, match=f"`videos`: '.*{name}' cannot be read"):
+            load_rgb_frames(str(tmp_path / name), 4)
+    with pytest.raises(ValueError, match="`videos` holds a clip without frames"):
+        load_rgb_frames([], 4)
+
+
+def video_model(vision="clip", alpha=0.5, seed=0):
+    """A tiny video model whose contextualizers do something."""
+    tower, language_model = tiny_towers(vision, seed=seed)
+    connector = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        tower,
+        language_model,
+        connector_config={**connector, "merge_r": 3},
+        image_size=IMAGE_SIZE,
+        image_token_id=300,
+        temporal_contextualizer=True,
+        **SIZES,
+    )
+    with torch.no_grad():
+        model.language_projection.weight.normal_(std=0.3)
+        for contextualizer in model.temporal:
+            contextualizer.alpha.fill_(alpha)
+            contextualizer.query.weight.normal_()
+            contextualizer.key.weight.normal_()
+    return model
+
+
+def noise(*shape):
+    return torch.randn(*shape, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def blocks_of(tower):
+    norms = {"layer_norm1", "norm1", "layernorm_before"}
+    return [module for module in tower.modules() if norms & dict(module.named_children()).keys()]
+
+
+def blocks_by_hand(tower, contextualizers, pixel_values, frames):
+    """What the tower's blocks give with the contextualizers written out."""
+    seen = []
+    layers = blocks_of(tower)
+    handle = layers[0].register_forward_pre_hook(
+        lambda _, a, k: seen.append(a[0] if a else k["hidden_states"]), with_kwargs=True
+    )
+    extract_vision_tokens(tower, pixel_values)
+    handle.remove()
+    (x,) = seen
+    for layer, contextualizer in zip(layers, contextualizers, strict=True):
+        parts = dict(layer.named_children())
+        attention = parts.get("self_attn", parts.get("attention", parts.get("attn")))
+        norm1 = parts.get("layer_norm1", parts.get("norm1", parts.get("layernorm_before")))
+        norm2 = parts.get("layer_norm2", parts.get("norm2", parts.get("layernorm_after")))
+        scale1 = parts.get("layer_scale1", parts.get("ls1", torch.nn.Identity()))
+        scale2 = parts.get("layer_scale2", parts.get("ls2", torch.nn.Identity()))
+        attended = attention(norm1(x))
+        x = x + scale1(attended[0] if isinstance(attended, tuple) else attended)
+        video = x.unflatten(0, (-1, frames))
+        b, f, n, d = video.shape
+        q = contextualizer.query(video).view(b, f, n, 2, -1)
+        k = contextualizer.key(video).view(b, f, n, 2, -1)
+        scores = torch.einsum("bfnhd,bgnhd->bnhfg", q, k) * 8**-0.5
+        context = torch.einsum("bnhfg,bgnhd->bfnhd", scores.softmax(-1), video.view(b, f, n, 2, -1))
+        x = x + contextualizer.alpha * context.reshape(b * f, n, d)
+        x = x + scale2(parts["mlp"](norm2(x)))
+    return x
+
+
+@pytest.mark.parametrize("vision", TRANSFORMERS)
+def test_the_contextualizer_stands_between_attention_and_feed_forward(vision):
+    model = video_model(vision)
+    if vision == "dinov2":  # whose layer scale is part of the branch
+        for name, parameter in model.vision_tower.named_parameters():
+            if "lambda1" in name:
+                torch.nn.init.uniform_(parameter, 0.2, 2.0)
+    seen = []
+    blocks_of(model.vision_tower)[-1].register_forward_hook(lambda _, a, output: seen.append(output))
+    videos = noise(2, 3)
+    with torch.no_grad():
+        model.get_vision_features(videos)
+        last = seen[-1][0] if isinstance(seen[-1], tuple) else seen[-1]
+        by_hand = blocks_by_hand(model.vision_tower, model.temporal, videos.flatten(0, 1), 3)
+    torch.testing.assert_close(last, by_hand, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vision", TRANSFORMERS)
+def test_only_the_contextualizers_of_the_tower_are_trained(vision):
+    tower, _ = tiny_towers(vision)
+    names = tower.state_dict().keys()
+    model = video_model(vision).train()
+    assert model.vision_tower.state_dict().keys() == names
+    processor = tiny_processor(model)
+    batch = processor(videos=[pictures(3), pictures(3)[::-1]], suffix=["a red circle", "a blue triangle"])
+    model(**batch).loss.backward()
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"ln_vision", "vision_projection", "connector", "language_projection", "temporal"}
+    assert all(
+        p.grad.abs().sum() > 0
+        for name, p in model.temporal.named_parameters()
+        if "query" not in name or "bias" not in name
+    )
+
+
+def test_a_tower_without_transformer_blocks_is_refused_or_averaged():
+    with pytest.raises(
+        ValueError, match="needs a vision tower of pre-norm transformer blocks, but ConvNextModel has none"
+    ):
+        video_model("convnext")
+    model = tiny_model("convnext")
+    videos = noise(2, 3)
+    mean = torch.stack([model.get_vision_features(videos[:, i]) for i in range(3)]).mean(dim=0)
+    torch.testing.assert_close(model.get_vision_features(videos), mean)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(
+        ValueError, match=r"`vision_hidden_size` \(1408\) must be a multiple of `temporal_num_attention_heads`"
+    ):
+        EVLGenConfig(temporal_contextualizer=True, temporal_hidden_size=252, temporal_num_attention_heads=9)
+
+
+@pytest.mark.parametrize("vision", ["eva", "dinov2"])
+def test_an_image_model_becomes_a_video_model_that_starts_the_same(vision, tmp_path):
+    image_model = tiny_model(vision)
+    image_model.save_pretrained(tmp_path)
+    model = EVLGenForConditionalGeneration.from_image_model(tmp_path, **SIZES)
+    image = noise(2)
+    still = image.unsqueeze(1).expand(-1, 4, -1, -1, -1)
+    with torch.no_grad():
+        expected = image_model.get_image_features(image).pooler_output
+        torch.testing.assert_close(model.get_video_features(still).pooler_output, expected)
+        torch.testing.assert_close(model.get_image_features(image).pooler_output, expected)
+    assert not any(p.requires_grad for p in model.vision_tower.parameters())
+    assert all(p.requires_grad for p in model.temporal.parameters())
+
+
+def test_videos_of_different_lengths_give_what_each_gives_alone():
+    model = video_model()
+    processor = tiny_processor(model)
+    clips = [pictures(4), pictures(4)[2:], pictures(4)[1:2]]
+    suffixes = ["a red circle", "a blue triangle", "a cat"]
+    batch = processor(videos=clips, suffix=suffixes)
+    assert batch["frame_mask"].sum(dim=1).tolist() == [4, 2, 1]
+    together = model.get_video_features(batch["pixel_values_videos"], batch["frame_mask"]).pooler_output
+    for clip, row in zip(clips, together, strict=True):
+        alone = processor(videos=[clip])
+        assert "frame_mask" not in alone
+        torch.testing.assert_close(model.get_video_features(alone["pixel_values_videos"]).pooler_output[0], row)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    words = model.generate(**processor(videos=clips), **settings)[:, model.config.num_image_tokens :]
+    alone = [
+        model.generate(**processor(videos=[clip]), **settings)[0, model.config.num_image_tokens :] for clip in clips
+    ]
+    assert [row.tolist() for row in words] == [row.tolist() for row in alone]
+
+
+def test_pictures_and_clips_share_a_batch():
+    model = video_model()
+    processor = tiny_processor(model)
+    image, clip = pictures(4)[0], pictures(4)
+    texts = ["<video>what moves?", "<image>what is it?", "<image> before <video>"]
+    batch = processor(images=[image, clip[1]], videos=[clip, clip[::-1]], text=texts)
+    alone = [
+        processor(videos=[clip], text=texts[0]),
+        processor(images=image, text=texts[1]),
+        processor(images=clip[1], videos=[clip[::-1]], text=texts[2]),
+    ]
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    words = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
+    for row, single in zip(words, alone, strict=True):
+        assert row.tolist() == model.generate(**single, **settings)[0, single["input_ids"].shape[1] :].tolist()
+
+
+def test_the_processor_says_where_videos_go():
+    model = video_model()
+    processor = tiny_processor(model, chat=True)
+    count = model.config.num_image_tokens
+    text = processor.tokenizer.decode(processor(videos=pictures(4), text="what?")["input_ids"][0])
+    assert text == "<|im_start|>user\n" + "<video>" * count + "what?<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.video_token_id == model.config.video_token_id
+    assert processor(videos=pictures(4), num_frames=2)["pixel_values_videos"].shape == (1, 2, 3, 32, 32)
+    with pytest.raises(ValueError, match="`text` holds 2 <video> placeholders, but `videos` holds 1 videos"):
+        processor(videos=pictures(4), text="<video> or <video>?")
+    with pytest.raises(ValueError, match="Images and videos together need a `text` whose placeholders"):
+        processor(videos=pictures(4), images=pictures(1))
+    with pytest.raises(ValueError, match="`frame_sampling` must be one of"):
+        processor(videos=pictures(4), frame_sampling="middle")
+
+
+def test_bad_videos_are_named():
+    model = video_model()
+    with pytest.raises(
+        ValueError, match=r"`pixel_values_videos` must have shape \(videos, frames, channels, height, width\)"
+    ):
+        model.get_video_features(noise(2))
+    with pytest.raises(ValueError, match=r"`frame_mask` must have shape \(2, 3\), but has \(2, 4\)"):
+        model.get_video_features(noise(2, 3), torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_a_copy_has_contextualizers_of_its_own():
+    model = video_model()
+    twin = copy.deepcopy(model)
+    videos = noise(1, 3)
+    with torch.no_grad():
+        expected = model.get_vision_features(videos)
+        for contextualizer in model.temporal:
+            contextualizer.alpha.zero_()
+        torch.testing.assert_close(twin.get_vision_features(videos), expected)
+        assert not torch.allclose(model.get_vision_features(videos), expected)
+
+
+def test_compiles_without_a_graph_break():
+    model = video_model().eval()
+    videos = noise(2, 3)
+    torch.compiler.reset()
+    compiled = torch.compile(model.get_vision_features, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(videos), model.get_vision_features(videos))
+    torch.testing.assert_close(compiled(videos.flip(0)), model.get_vision_features(videos.flip(0)))
+
+
+def test_a_clip_is_captioned_in_a_clean_process(tmp_path):
+    model = video_model("eva")
+    processor = tiny_processor(model)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    clip = write_clip(tmp_path / "clip.mp4", 9)
+    inputs = processor(videos=clip, text="what is it?")
+    new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    said = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+    code = """
+from transformers import AutoModel, pipeline
+captioner = pipeline("video-to-text", model="model", trust_remote_code=True)
+settings = dict(prompt="what is it?", do_sample=False, max_new_tokens=8)
+one = captioner("clip.mp4", **settings)
+assert captioner(["clip.mp4", "clip.mp4"], batch_size=2, **settings) == [one, one]
+AutoModel.from_pretrained("model", trust_remote_code=True).save_pretrained("again")
+print(one[0]["generated_text"])
+"""
+    assert run_clean(code, tmp_path).strip().splitlines()[-1] == said
+    assert (tmp_path / "again" / "temporal.py").exists()
