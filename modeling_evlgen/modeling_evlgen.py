@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
 from configuration_evlgen import EVLGenConfig, TomeFormerConfig
 
-from .base_models import check_disk_space, load_base_model, placeholder_ids
+from .base_models import check_disk_space, load_base_model, load_connector, placeholder_ids, refuse_remote_code
 from .temporal import TemporalTower, encode_videos
 from .tomeformer import TomeFormerModel
 from .vision_tower import build_vision_tower, load_vision_tower, measure_vision_tower
@@ -137,6 +137,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not isinstance(vision_model, PreTrainedModel):
             vision_kwargs["dtype"] = text_model.dtype
             vision_model = load_base_model("vision_model", load_vision_tower, vision_model, vision_kwargs)
+        refuse_remote_code("vision_model", vision_model)
+        refuse_remote_code("text_model", text_model)
         if vision_model.dtype != text_model.dtype:
             raise ValueError(
                 f"`vision_model` is {vision_model.dtype}, but `text_model` is {text_model.dtype}: the frozen towers "
@@ -149,8 +151,7 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         connector = None
         if connector_model is not None:
             fields = connector_config if isinstance(connector_config, dict) else connector_config.to_dict()
-            fields = {**fields, "dtype": torch.float32}
-            connector = load_base_model("connector_model", TomeFormerModel.from_pretrained, connector_model, fields)
+            connector = load_connector(connector_model, fields)
             connector_config = connector.config
         image_token_id, video_token_id = placeholder_ids(text_model, text_kwargs)
         fields = {
@@ -172,7 +173,9 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model = cls(config, vision_tower=vision_model, language_model=text_model)
         if connector is not None:
             model.connector.load_state_dict(connector.state_dict())
-        model.generation_config = copy.deepcopy(text_model.generation_config)
+        text_defaults = text_model.generation_config  # its sampling is for chats
+        special = {name: getattr(text_defaults, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**special)
         logger.info(model.describe_parameters())
         return model.eval()
 
@@ -484,6 +487,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _check_length(self, length: int, cache: Any) -> None:
         limit = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
+        if limit is None:  # a model without positions, whose cache may not know its length
+            return
         length += cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         if isinstance(limit, int) and isinstance(length, int) and length > limit:
             raise ValueError(f"`input_ids` has {length} tokens, but the language model has places for {limit}.")

@@ -43,10 +43,11 @@ class TokenMerging:
         # One long list of rows: adding whole rows is several times faster than scattering over an expanded index.
         offset = torch.arange(batch, device=x.device).unsqueeze(1) * self.num_output_tokens
         rows = (self.output_index + offset).flatten()  # (batch * tokens,)
-        summed = x.new_zeros(batch * self.num_output_tokens, channels)
-        summed = summed.index_add(0, rows, x.reshape(-1, channels))
-        count = x.new_zeros(batch * self.num_output_tokens).index_add(0, rows, x.new_ones(rows.shape))
-        return (summed / count.unsqueeze(1)).view(batch, self.num_output_tokens, channels)
+        values = x.float() if x.dtype.itemsize < 4 else x  # half precision cannot count to more than a few hundred
+        summed = values.new_zeros(batch * self.num_output_tokens, channels)
+        summed = summed.index_add(0, rows, values.reshape(-1, channels))
+        count = values.new_zeros(batch * self.num_output_tokens).index_add(0, rows, values.new_ones(rows.shape))
+        return (summed / count.unsqueeze(1)).view(batch, self.num_output_tokens, channels).to(x.dtype)
 
     def unmerge(self, x: torch.Tensor) -> torch.Tensor:
         """Hands every input token the merged token that it became part of.

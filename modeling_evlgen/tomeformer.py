@@ -34,12 +34,16 @@ class TomeFormerOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
+class TomeFormerPositionEmbeddings(nn.Embedding):
+    """An embedding with a scale of its own at the start."""
+
+
 class TomeFormerEmbeddings(nn.Module):
     """Adds position and token-type embeddings and normalises the sum."""
 
     def __init__(self, config: TomeFormerConfig):
         super().__init__()
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.position_embeddings = TomeFormerPositionEmbeddings(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -190,6 +194,11 @@ class TomeFormerModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TomeFormerPositionEmbeddings):
+            config = self.config
+            std = config.position_initializer_range
+            init.normal_(module.weight, std=config.initializer_range if std is None else std)
+            return
         super()._init_weights(module)
         if isinstance(module, TomeFormerBranchOutput) and module.layer_scale is not None:
             init.constant_(module.layer_scale, float(self.config.layer_scale_init_value))

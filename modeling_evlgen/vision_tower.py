@@ -64,7 +64,9 @@ def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) ->
     features = output.feature_maps if "feature_maps" in output else output.last_hidden_state
     if isinstance(features, list | tuple):  # timm's multi-scale feature maps: the last one asked for
         features = features[-1]
-    if features.ndim == 4:  # (batch, dim, height, width)
+    if features.ndim == 4 and _channels_last(tower):  # (batch, height, width, dim)
+        features = features.flatten(1, 2)
+    elif features.ndim == 4:  # (batch, dim, height, width)
         features = features.flatten(2).transpose(1, 2)
     if features.ndim != 3:
         raise ValueError(
@@ -74,6 +76,11 @@ def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) ->
     return features
 
 
+def _channels_last(tower: PreTrainedModel) -> bool:
+    """Whether feature maps are (batch, height, width, dim), as those of timm's Swin are."""
+    return getattr(getattr(tower, "timm_model", None), "output_fmt", "NCHW") == "NHWC"
+
+
 def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None) -> TowerShape:
     """Finds out what a tower gives by a dry run on the meta device: no weights, no arithmetic.
 
@@ -81,6 +88,9 @@ def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None
         config (`PreTrainedConfig`): The tower's configuration.
         image_size (`int`, *optional*):
             Height and width of the images in pixels; by default what the configuration says, or 224.
+
+    Raises:
+        ValueError: If the tower cannot be run on pixels alone, or gives neither tokens nor a feature map.
     """
     if image_size is None:
         image_size = getattr(config, "image_size", None) or _timm_image_size(config) or 224
@@ -88,7 +98,10 @@ def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None
     with torch.device("meta"), torch.no_grad():
         tower = build_vision_tower(config).eval()
         pixel_values = torch.empty(1, getattr(config, "num_channels", 3), *image_size)
-        _, num_tokens, hidden_size = extract_vision_tokens(tower, pixel_values).shape
+        try:
+            _, num_tokens, hidden_size = extract_vision_tokens(tower, pixel_values).shape
+        except TypeError as error:
+            raise ValueError(f"`vision_model`: {type(tower).__name__} needs more than pixels: {error}") from error
     return TowerShape(num_tokens, hidden_size, _has_class_token(tower, num_tokens, image_size))
 
 
@@ -102,6 +115,9 @@ def _has_class_token(tower: PreTrainedModel, num_tokens: int, image_size: tuple[
     return num_tokens > (image_size[0] // patch_size) * (image_size[1] // patch_size)
 
 
-def _timm_image_size(config: PreTrainedConfig) -> tuple[int, int] | None:
+def _timm_image_size(config: PreTrainedConfig) -> int | tuple[int, int] | None:
+    told = (getattr(config, "model_args", None) or {}).get("img_size")
+    if told is not None:
+        return told
     input_size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")  # channels, height, width
     return tuple(input_size[1:]) if input_size else None

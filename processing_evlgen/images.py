@@ -26,6 +26,8 @@ def load_rgb_image(source: Any, timeout: float = 30.0) -> Any:
     Raises:
         ValueError: If the picture cannot be read; the message names it.
     """
+    if source is None:
+        raise ValueError("`images`: None is no picture.")
     if isinstance(source, Image.Image):
         image, name = source, getattr(source, "filename", "") or "the image"
     elif isinstance(source, str | Path | dict):
@@ -34,7 +36,7 @@ def load_rgb_image(source: Any, timeout: float = 30.0) -> Any:
         return source
     try:
         return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError) as error:  # what PIL raises for broken data
+    except Exception as error:  # what PIL raises for broken or oversized data is of many kinds
         raise ValueError(f"`images`: {name} cannot be read: {error}") from error
 
 
@@ -48,7 +50,7 @@ def _open(source: str | Path | dict, timeout: float) -> Image.Image:
         if str(source).startswith("data:image/"):
             return Image.open(BytesIO(base64.b64decode(source.split(",", 1)[1])))
         return Image.open(source)
-    except (OSError, SyntaxError, KeyError, httpx.HTTPError, ValueError) as error:
+    except Exception as error:
         raise ValueError(f"`images`: {_describe(source)} cannot be read: {error}") from error
 
 

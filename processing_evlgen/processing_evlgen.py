@@ -125,11 +125,12 @@ class EVLGenProcessor(ProcessorMixin):
         Raises:
             ValueError: If `end_of_text` is not a single token.
         """
-        end = self.tokenizer.eos_token if self.end_of_text is None else self.end_of_text
-        ids = self.tokenizer(end, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise ValueError(f"`end_of_text` must not be empty, but is {end!r}.")
-        return ids[-1]
+        if self.end_of_text is None:
+            return self.tokenizer.eos_token_id
+        ids = self.tokenizer(self.end_of_text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise ValueError(f"`end_of_text` must be one token, but {self.end_of_text!r} is {len(ids)}.")
+        return ids[0]
 
     def __call__(
         self,
@@ -159,8 +160,8 @@ class EVLGenProcessor(ProcessorMixin):
             frame_sampling (`str`, *optional*, defaults to `"uniform"`):
                 How to choose them: `"uniform"`, or `"headtail"` for training. See [`sample_frames`].
             kwargs:
-                Arguments of the image processor and the tokenizer, `return_tensors` (by default `"pt"`), `padding` (by
-                default `True`) and `padding_side` among them.
+                Arguments of the image processor, and the tokenizer's `return_tensors` (by default `"pt"`), `padding`
+                (by default `True`), `pad_to_multiple_of`, `padding_side`, `max_length` and `add_special_tokens`.
 
         Returns:
             `BatchFeature` with
@@ -180,6 +181,7 @@ class EVLGenProcessor(ProcessorMixin):
             raise ValueError("At least one of `images`, `videos`, `text` and `vision_features` must be given.")
         if images is not None and vision_features is not None:
             raise ValueError("Only one of `images` and `vision_features` can be given.")
+        nested = _rows_of_images(images)
         images = [] if images is None else [load_rgb_image(image) for image in _flatten(images)]
         num_images = len(images) if vision_features is None else len(vision_features)
         num_frames = self.num_frames if num_frames is None else num_frames
@@ -187,6 +189,14 @@ class EVLGenProcessor(ProcessorMixin):
         prompts = _strings("text", "" if text is None else text)
         if len(prompts) == 1 and not any(token in prompts[0] for token in (self.image_token, self.video_token)):
             prompts = prompts * max(num_images, len(clips), 1)
+        if nested is not None and len(nested) == len(prompts):
+            for index, (prompt, count) in enumerate(zip(prompts, nested, strict=True)):
+                found = prompt.count(self.image_token)
+                if found != count and any(self.image_token in other for other in prompts):
+                    raise ValueError(
+                        f"`text` entry {index} holds {found} {self.image_token} placeholders, but `images` entry "
+                        f"{index} holds {count} images."
+                    )
         arguments = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_arguments = arguments["text_kwargs"]
 
@@ -261,21 +271,26 @@ class EVLGenProcessor(ProcessorMixin):
 
     def _tokenize_suffix(self, prompt: str, prompt_ids: list[int], suffix: str, add_special_tokens: bool) -> list[int]:
         """Ids of a suffix and its end, as they follow the prompt in running text."""
-        end = self.tokenizer.eos_token if self.end_of_text is None else self.end_of_text
         words = prompt.replace(self.image_token, "").replace(self.video_token, "")
         plain = self.chat_template is None and words != ""
         separator = " " if plain and not prompt[-1].isspace() else ""
-        whole = self._tokenize_prompt(prompt + separator + suffix + end, add_special_tokens)
-        if whole[: len(prompt_ids)] == prompt_ids:
-            return whole[len(prompt_ids) :]
-        # The prompt's last and the suffix's first letters share a token. In generation the prompt stands alone.
-        return self.tokenizer(suffix + end, add_special_tokens=False)["input_ids"]
+        ids = self._tokenize_prompt(prompt + separator + suffix, add_special_tokens)
+        if ids[: len(prompt_ids)] == prompt_ids:
+            ids = ids[len(prompt_ids) :]
+        else:  # the prompt's last and the suffix's first letters share a token; in generation the prompt stands alone
+            ids = self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
+        return [*ids, self.end_of_text_id]
 
     def _clean(self, suffixes: list[str]) -> list[str]:
         cleaned = [clean_caption(suffix) if self.clean_captions else suffix for suffix in suffixes]
         for index, (before, after) in enumerate(zip(suffixes, cleaned, strict=True)):
             if not after.strip():
                 raise ValueError(f"`suffix` must not be empty, but entry {index} is {before!r}.")
+            for token in (self.image_token, self.video_token):
+                if token in after:
+                    raise ValueError(
+                        f"`suffix` must not hold the placeholder {token}, but entry {index} is {before!r}."
+                    )
         return cleaned
 
     def _assemble(
@@ -288,21 +303,19 @@ class EVLGenProcessor(ProcessorMixin):
         for index, sequence in enumerate(sequences):
             if len(sequence) > limit:
                 raise ValueError(f"`text` entry {index} has {len(sequence)} tokens, but at most {limit} are allowed.")
-        masks = [[1] * len(sequence) for sequence in sequences]
-        if not arguments.get("padding", True):
-            return {"input_ids": sequences, "attention_mask": masks}
-
-        side = arguments.get("padding_side") or ("right" if training else "left")
-        length = max(map(len, sequences))
-        data = {
-            "input_ids": _pad(sequences, length, self.tokenizer.pad_token_id, side),
-            "attention_mask": _pad(masks, length, 0, side),
+        columns = {
+            "input_ids": (sequences, self.tokenizer.pad_token_id),
+            "attention_mask": ([[1] * len(sequence) for sequence in sequences], 0),
         }
         if training:
             unlabelled = [len(prompt) - int(self._labels_bos(prompt)) for prompt in prompt_ids]
             labels = [[-100] * n + sequence[n:] for n, sequence in zip(unlabelled, sequences, strict=True)]
-            data["labels"] = _pad(labels, length, -100, side)
-        return data
+            columns["labels"] = (labels, -100)
+        length = _padded_length(max(map(len, sequences)), limit, arguments)
+        if length is None:
+            return {name: rows for name, (rows, _) in columns.items()}
+        side = arguments.get("padding_side") or ("right" if training else "left")
+        return {name: _pad(rows, length, value, side) for name, (rows, value) in columns.items()}
 
     def _labels_bos(self, prompt_ids: list[int]) -> bool:
         if not self.bos_label or prompt_ids[-1] != self.tokenizer.bos_token_id:
@@ -339,6 +352,13 @@ def _flatten(images: Any) -> list[Any]:
     return [images]
 
 
+def _rows_of_images(images: Any) -> list[int] | None:
+    """How many images belong to each text, where they come as a list for each."""
+    if isinstance(images, list | tuple) and images and all(isinstance(row, list | tuple) for row in images):
+        return [len(row) for row in images]
+    return None
+
+
 def _list_videos(videos: Any) -> list[Any]:
     """One video or several as a list of videos; a list of frames is one video."""
     if videos is None:
@@ -349,6 +369,21 @@ def _list_videos(videos: Any) -> list[Any]:
         frames = len(videos) and (isinstance(videos[0], Image.Image) or getattr(videos[0], "ndim", None) == 3)
         return [videos] if frames else list(videos)
     return list(videos) if videos.ndim == 5 else [videos]
+
+
+def _padded_length(longest: int, limit: int, arguments: dict[str, Any]) -> int | None:
+    """The length to pad to, None for no padding."""
+    padding = arguments.get("padding", True)
+    if arguments.get("truncation") not in (None, False, "do_not_truncate"):
+        raise ValueError("`truncation` is not supported: a prompt cut off would lose its images or its question.")
+    if padding in (False, "do_not_pad"):
+        return None
+    if padding == "max_length":
+        longest = limit
+    elif padding not in (True, "longest"):
+        raise ValueError(f"`padding` must be True, False, 'longest' or 'max_length', but is {padding!r}.")
+    multiple = arguments.get("pad_to_multiple_of") or 1
+    return -(-longest // multiple) * multiple
 
 
 def _pad(rows: list[list[int]], length: int, value: int, side: str) -> list[list[int]]:

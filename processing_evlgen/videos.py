@@ -3,6 +3,7 @@
 import importlib
 import os
 import random
+import tempfile
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,10 @@ def load_rgb_frames(source: Any, num_frames: int, sampling: str = "uniform") -> 
     """Reads a few frames of a clip, upright and in RGB.
 
     Args:
-        source (`str`, `pathlib.Path`, `list` or array):
+        source (`str`, `pathlib.Path`, `dict`, `list` or array):
             A file or URL that PyAV reads (mp4, webm, avi …) or an animated WebP, GIF or PNG; a list of frames, each
-            what [`load_rgb_image`] understands; or an array of shape `(frames, height, width, 3)` or
-            `(frames, 3, height, width)`.
+            what [`load_rgb_image`] understands; a row of a `datasets` video column (`{"bytes": ..., "path": ...}`);
+            or an array of shape `(frames, height, width, 3)` or `(frames, 3, height, width)`.
         num_frames, sampling: As in [`sample_frames`].
 
     Returns:
@@ -64,6 +65,8 @@ def load_rgb_frames(source: Any, num_frames: int, sampling: str = "uniform") -> 
         ValueError: If the clip cannot be read or has no frames; the message names it.
         ImportError: If a file needs PyAV, which is not installed.
     """
+    if isinstance(source, dict):
+        return _load_row(source, num_frames, sampling)
     if isinstance(source, str | Path):
         name = str(source)
         try:
@@ -80,11 +83,21 @@ def load_rgb_frames(source: Any, num_frames: int, sampling: str = "uniform") -> 
     return [load_rgb_image(source[index]) for index in sample_frames(len(source), num_frames, sampling)]
 
 
+def _load_row(row: dict[str, Any], num_frames: int, sampling: str) -> list[Any]:
+    if row.get("bytes") is None:
+        return load_rgb_frames(row["path"], num_frames, sampling)
+    name = Path(row.get("path") or "clip")
+    with tempfile.TemporaryDirectory() as folder:  # transformers' loader reads files only
+        path = Path(folder) / name.name
+        path.write_bytes(row["bytes"])
+        return load_rgb_frames(path, num_frames, sampling)
+
+
 def _read_file(name: str, num_frames: int, sampling: str) -> list[Any]:
     if Path(name.partition("?")[0]).suffix.lower() in _ANIMATED_IMAGES:
         return _read_animated_image(name, num_frames, sampling)
     if not is_av_available():
-        raise ImportError('Reading videos needs PyAV. Install it with: pip install "av>=15"')
+        raise ImportError('Reading videos needs PyAV. Install it with: pip install "av>=18.1"')
     if not name.startswith(("http://", "https://")) and not os.path.isfile(name):
         raise FileNotFoundError("there is no such file")
 

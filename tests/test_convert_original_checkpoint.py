@@ -9,6 +9,7 @@ from convert_original_checkpoint import convert_state_dict, main
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import Sequence, Split
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     Blip2VisionConfig,
     Blip2VisionModel,
@@ -68,6 +69,8 @@ def save_base_models(meta, folder):
     words = {word: index for word, index in words.items() if index not in named.values()} | named
     special = {"bos_token": "<s>", "unk_token": "<unk>"} if llama else {"bos_token": "</s>", "pad_token": "<pad>"}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    bos = special["bos_token"]
+    tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, words[bos])])
     tokenizer.pre_tokenizer = Sequence([Split("\n", "isolated"), Split(" ", "removed")])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **special).save_pretrained(folder / "text")
     return ["--vision_model", str(folder / "vision"), "--text_model", str(folder / "text")]
@@ -243,7 +246,8 @@ def test_the_folder_captions_in_a_clean_process(name, tmp_path):
     processor = EVLGenProcessor.from_pretrained(tmp_path / "out")
     batch = processor(images=pictures(1), suffix="w10 w11")
     end = 2 if name == "image_llama" else 50
-    assert batch["labels"][0, -1] == end and batch["input_ids"][0, :8].tolist() == [processor.image_token_id] * 8
+    assert batch["input_ids"].tolist() == [[processor.image_token_id] * 8 + [2, 10, 11, end]]
+    assert batch["labels"][0, 8:].tolist() == [-100 if name == "image_llama" else 2, 10, 11, end]
     code = """
 from transformers import AutoModel, pipeline
 model = AutoModel.from_pretrained("out", trust_remote_code=True)

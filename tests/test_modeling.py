@@ -3,18 +3,22 @@
 import pytest
 import torch
 from transformers import (
+    AutoModel,
     BertConfig,
     BertModel,
     Blip2Config,
     Blip2ForConditionalGeneration,
     CLIPConfig,
     CLIPModel,
+    Dinov2Config,
     SiglipConfig,
     SiglipModel,
+    TimmWrapperConfig,
 )
 
+from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.vision_tower import extract_vision_tokens
+from modeling_evlgen.vision_tower import extract_vision_tokens, measure_vision_tower
 
 from .helpers import TEXT_CONFIGS, VISION_CONFIGS, pictures, save_towers, tiny_model, tiny_processor, tiny_towers
 
@@ -229,6 +233,50 @@ def test_a_missing_base_model_is_named(argument, tmp_path):
     parts = {"vision_model": tower, "text_model": language_model, argument: str(tmp_path / "nowhere")}
     with pytest.raises(ValueError, match=f"`{argument}`='.*nowhere' cannot be loaded"):
         EVLGenForConditionalGeneration.from_vision_text_pretrained(**parts)
+
+
+@pytest.mark.parametrize("merge_r", [-1, [1] * 5])
+def test_fields_beside_a_connector_model_are_checked(merge_r, tmp_path):
+    BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`merge_r`"):
+        EVLGenForConditionalGeneration.from_vision_text_pretrained(
+            *tiny_towers(), connector_model=tmp_path, connector_config={"merge_r": merge_r}
+        )
+
+
+def test_dinov2_takes_images_of_another_size_than_it_was_trained_on():
+    config = Dinov2Config(**{**VISION_CONFIGS["dinov2"].to_diff_dict(), "image_size": 518, "patch_size": 14})
+    _, language_model = tiny_towers()
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        AutoModel.from_config(config), language_model, image_size=224, image_token_id=300
+    )
+    assert model.config.num_vision_tokens == 257
+    assert model.get_vision_features(torch.zeros(1, 3, 224, 224)).shape == (1, 257, 16)
+    assert EVLGenConfig.from_dict(model.config.to_dict()).num_vision_tokens == 257
+
+
+def test_timm_towers_with_channels_last_are_read_rightly():
+    arguments = {
+        "features_only": True,
+        "out_indices": [1],
+        "img_size": 64,
+        "embed_dim": 8,
+        "depths": [1, 1],
+        "num_heads": [1, 1],
+    }
+    config = TimmWrapperConfig(architecture="swin_tiny_patch4_window7_224", model_args=arguments)
+    tower = AutoModel.from_config(config).eval()
+    tokens = extract_vision_tokens(tower, torch.randn(1, 3, 64, 64))
+    shape = measure_vision_tower(config)
+    assert tokens.shape[1:] == (shape.num_tokens, shape.hidden_size) == (64, 16)
+
+
+def test_captions_are_greedy_whatever_the_language_model_does_in_chats():
+    tower, language_model = tiny_towers()
+    language_model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(tower, language_model, image_token_id=300)
+    assert not model.generation_config.do_sample
+    assert model.generation_config.eos_token_id == 2
 
 
 def test_bad_input_is_named():

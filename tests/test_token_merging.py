@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_evlgen import bipartite_soft_matching
+from modeling_evlgen.token_merging import TokenMerging
 
 from .helpers import FIXTURES
 
@@ -88,3 +89,10 @@ def test_bad_input_is_named():
         merging.merge(torch.zeros(1, 3, 4))
     with pytest.raises(ValueError, match=r"`x` must have shape \(1, 3, channels\)"):
         merging.unmerge(torch.zeros(1, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_half_precision_tokens_in_one_place_keep_their_mean(dtype):
+    merging = TokenMerging(torch.zeros(1, 577, dtype=torch.long), 1)
+    tokens = torch.full((1, 577, 4), 1.1, dtype=dtype)
+    assert torch.equal(merging.merge(tokens), tokens[:, :1])

@@ -85,6 +85,20 @@ def test_loads_a_bert_checkpoint(tmp_path):
     torch.testing.assert_close(model(x).last_hidden_state, bert(inputs_embeds=x).last_hidden_state)
 
 
+@pytest.mark.parametrize("merge_r", [-1, [1] * 5])
+def test_fields_that_differ_from_a_bert_checkpoints_are_checked(merge_r, tmp_path):
+    BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`merge_r`"):
+        TomeFormerModel.from_pretrained(tmp_path, merge_r=merge_r)
+    assert TomeFormerModel.from_pretrained(tmp_path, merge_r=(3, 0.5)).config.merge_r == [1, 3, 5]
+
+
+def test_positions_can_start_larger_than_the_rest():
+    model = TomeFormerModel(tiny_config(position_initializer_range=0.5))
+    assert model.embeddings.position_embeddings.weight.std().item() == pytest.approx(0.5, rel=0.1)
+    assert model.encoder.layer[0].attention.self.key.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 def test_saves_and_loads(tmp_path):
     model = TomeFormerModel(tiny_config(pre_norm=True, layer_scale_init_value=0.5, class_token=False)).eval()
     model.save_pretrained(tmp_path)

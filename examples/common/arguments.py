@@ -24,13 +24,12 @@ class ModelArguments:
     vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the vision tower."})
     text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the language model."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the frozen towers. Default: the language model's."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that the base models carry."})
 
 
 @dataclass
 class DataArguments:
-    dataset: str = field(
-        default="openmoji-scenes",
+    dataset: str | None = field(
+        default=None,
         metadata={
             "help": "openmoji-scenes, easy-vqa, or what `datasets.load_dataset` takes: a folder with metadata, a name "
             "on the Hub, or imagefolder, parquet, json, csv or webdataset together with data_files."
@@ -43,6 +42,8 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     test_split: str | None = field(default="test", metadata={"help": "Held-out split; leave empty for none."})
     image_column: str = field(default="image", metadata={"help": "Column of images, paths or URLs."})
+    video_column: str | None = field(default=None, metadata={"help": "Column of clips, in place of images."})
+    num_frames: int = field(default=4, metadata={"help": "Frames taken of each clip."})
     caption_column: str = field(default="caption", metadata={"help": "Column of captions; of a list, one is drawn."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first samples."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Use only the first held-out samples."})
@@ -61,8 +62,11 @@ class DataArguments:
     cache_features: bool = field(
         default=False, metadata={"help": "Run the frozen vision tower once over the data and keep what it gives."}
     )
-    skip_bad_images: bool = field(
-        default=False, metadata={"help": "Name and count unreadable pictures and go on, instead of stopping."}
+    skip_bad_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Name and count rows with an unreadable picture or no caption and go on, instead of stopping."
+        },
     )
 
 
@@ -79,6 +83,9 @@ class TrainingSettings(TrainingArguments):
 
     output_dir: str = "outputs/pretrain"
     remove_unused_columns: bool = False  # the collator needs the pictures and captions themselves
+    # The main process would have to join batches of different lengths to hand them out.
+    accelerator_config: dict | str | None = field(default_factory=lambda: {"dispatch_batches": False})
+    ddp_timeout: int = 86400  # seconds; other processes wait while one prepares models and data
     prediction_loss_only: bool = True  # or the Trainer would keep the logits of the whole held-out split
 
     ddp_find_unused_parameters: bool | None = False  # all trained parameters are used

@@ -1,19 +1,23 @@
 """Pictures with captions, from the demo, a folder, files or the Hub, and the batches that are made of them."""
 
 import random
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, Video, load_dataset
 from PIL import Image as PILImage
 from torchvision.transforms import InterpolationMode, v2
-from transformers import BatchFeature
+from transformers import BatchFeature, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from common.arguments import DataArguments
 from common.demo_data import DEMO_DATASETS, load_demo_dataset
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import load_rgb_image
+from processing_evlgen.videos import load_rgb_frames
 
 logger = logging.get_logger(__name__)
 
@@ -26,18 +30,24 @@ def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | Iterab
         seed: For shuffling a stream, in which the Trainer cannot draw.
 
     Returns:
-        The training split, and the held-out split or None. All held-out pictures can be read.
+        The training split, and the held-out split or None, without bad rows.
 
     Raises:
-        ValueError: If a split or a column does not exist; the message names those that do. If a held-out picture
-            cannot be read and is not to be skipped.
+        ValueError: If a split or a column does not exist; the message names those that do. If a held-out row is bad
+            and not to be skipped.
     """
     if arguments.streaming and arguments.cache_features:
         raise ValueError("`cache_features` needs the whole data set, so it cannot be set with `streaming`.")
     if arguments.cache_features and (arguments.crop_scale or arguments.horizontal_flip):
         raise ValueError("`cache_features` keeps one view of a picture: unset `crop_scale` and `horizontal_flip`.")
+    if arguments.cache_features and arguments.video_column:
+        raise ValueError("`cache_features` keeps one view of a picture, so it cannot be set for clips.")
     if arguments.streaming and arguments.test_split and arguments.max_test_samples is None:
         raise ValueError("`streaming` needs `max_test_samples`, or an empty `test_split`.")
+    if not arguments.dataset:
+        raise ValueError(
+            "`dataset` is needed: a folder, a name on the Hub, a kind of file with `data_files`, or a demo."
+        )
     splits = _load_splits(arguments)
     train = _take(splits, "train_split", arguments, arguments.max_train_samples)
     if arguments.streaming:
@@ -47,36 +57,7 @@ def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | Iterab
     test = _take(splits, "test_split", arguments, arguments.max_test_samples)
     if isinstance(test, IterableDataset):  # it is read again and again, and in another order
         test = Dataset.from_list(list(test), features=test.features)
-    return train, _drop_unreadable(test, arguments)
-
-
-def _drop_unreadable(dataset: Dataset, arguments: DataArguments) -> Dataset:
-    column = arguments.image_column
-    rows = [i for i, source in enumerate(dataset[column]) if read_picture(source, f"row {i}", arguments) is not None]
-    return dataset if len(rows) == len(dataset) else dataset.select(rows)
-
-
-def read_picture(source: Any, place: str, arguments: DataArguments) -> PILImage.Image | None:
-    """Opens a picture of a data set.
-
-    Args:
-        source: What the data set's image column holds.
-        place: Where it stands, for messages.
-        arguments: Says what to do with unreadable pictures.
-
-    Returns:
-        The picture in RGB, or None if it cannot be read and is to be skipped, which is logged.
-
-    Raises:
-        ValueError: If it cannot be read and is not to be skipped.
-    """
-    try:
-        return load_rgb_image(source)
-    except ValueError as error:
-        if not arguments.skip_bad_images:
-            raise ValueError(f"{place}: {error} Set skip_bad_images to go on without it.") from error
-        logger.warning(f"Skipped {place}: {error}")
-        return None
+    return train, _drop_bad(test, arguments)
 
 
 def _load_splits(arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
@@ -85,7 +66,7 @@ def _load_splits(arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
     return load_dataset(
         arguments.dataset,
         arguments.dataset_config,
-        data_files=arguments.data_files,
+        data_files=arguments.data_files or None,
         streaming=arguments.streaming,
     )
 
@@ -97,13 +78,16 @@ def _take(splits: Any, argument: str, arguments: DataArguments, limit: int | Non
         raise ValueError(f"`{argument}` is {name!r}, but the data set has {sorted(splits)}{hint}.")
     dataset = splits[name]
     columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
-    for column_argument in ("image_column", "caption_column"):
+    visual_argument = "video_column" if arguments.video_column else "image_column"
+    for column_argument in (visual_argument, "caption_column"):
         column = getattr(arguments, column_argument)
         if column not in columns:
             raise ValueError(f"`{column_argument}` is {column!r}, but the data set has {columns}.")
-    if dataset.features is not None and isinstance(dataset.features[arguments.image_column], Image):
-        dataset = dataset.cast_column(arguments.image_column, Image(decode=False))
-    dataset = dataset.select_columns([arguments.image_column, arguments.caption_column])
+    visual_column = getattr(arguments, visual_argument)
+    feature = None if dataset.features is None else dataset.features[visual_column]
+    if isinstance(feature, Image | Video):
+        dataset = dataset.cast_column(visual_column, type(feature)(decode=False))
+    dataset = dataset.select_columns([visual_column, arguments.caption_column])
     if limit is None:
         return dataset
     return (
@@ -113,6 +97,42 @@ def _take(splits: Any, argument: str, arguments: DataArguments, limit: int | Non
     )
 
 
+def _drop_bad(dataset: Dataset, arguments: DataArguments) -> Dataset:
+    rows = [index for index, row in enumerate(dataset) if read_row(row, arguments) is not None]
+    return dataset if len(rows) == len(dataset) else dataset.select(rows)
+
+
+def read_row(
+    row: dict[str, Any], arguments: DataArguments, frame_sampling: str = "uniform"
+) -> PILImage.Image | list[PILImage.Image] | None:
+    """Opens the picture or the clip of a row, and sees that it has a caption.
+
+    Args:
+        row: A row of a data set.
+        arguments: Names the columns, and says what to do with bad rows.
+        frame_sampling: How to choose a clip's frames, see [`sample_frames`].
+
+    Returns:
+        The picture, or the clip's frames, in RGB; None if the row is bad and to be skipped, which is logged.
+
+    Raises:
+        ValueError: If the picture cannot be read or there is no caption, and bad rows are not to be skipped.
+    """
+    captions = row[arguments.caption_column]
+    try:
+        if not captions or not all(isinstance(c, str) and c.strip() for c in true_captions(row, arguments)):
+            raise ValueError(f"`{arguments.caption_column}` must hold a caption, but is {captions!r}.")
+        if arguments.video_column:
+            return load_rgb_frames(row[arguments.video_column], arguments.num_frames, frame_sampling)
+        return load_rgb_image(row[arguments.image_column])
+    except ValueError as error:
+        name = f"the row with the caption {str(captions)[:80]!r}"
+        if not arguments.skip_bad_rows:
+            raise ValueError(f"{name}: {error} Set skip_bad_rows to go on without it.") from error
+        logger.warning(f"Skipped {name}: {error}")
+        return None
+
+
 def true_captions(row: dict[str, Any], arguments: DataArguments) -> list[str]:
     """The captions of a row, of which there may be one or several."""
     captions = row[arguments.caption_column]
@@ -120,26 +140,31 @@ def true_captions(row: dict[str, Any], arguments: DataArguments) -> list[str]:
 
 
 class CaptionCollator:
-    """Makes a batch of model inputs from rows of pictures, or of cached vision features, and captions.
+    """Makes a batch of model inputs from rows of pictures, clips or cached vision features, and captions.
 
     Args:
         processor ([`EVLGenProcessor`]): Prepares the inputs.
         arguments (`DataArguments`): Columns, prompt and augmentation.
-        training (`bool`): Whether to augment pictures, and to draw one of several captions rather than take the first.
+        training (`bool`):
+            Whether to augment pictures, to draw a clip's frames from its halves rather than at equal distances, and to
+            draw one of several captions rather than take the first.
+        seed (`int`, *optional*, defaults to 0): Of these draws.
     """
 
-    def __init__(self, processor: EVLGenProcessor, arguments: DataArguments, training: bool):
+    def __init__(self, processor: EVLGenProcessor, arguments: DataArguments, training: bool, seed: int = 0):
         self.processor = processor
         self.arguments = arguments
         self.training = training
         self.augment = _augmentation(processor, arguments) if training else None
-        self.num_bad_images = torch.zeros((), dtype=torch.int64).share_memory_()  # workers count as well
+        self.seed = seed
+        self.epoch = 0
+        self.num_bad_rows = torch.zeros((), dtype=torch.int64).share_memory_()  # workers count as well
 
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
         """Inputs and labels for training.
 
         Raises:
-            ValueError: If a picture cannot be read, unless bad pictures are to be skipped; then, if none is left.
+            ValueError: If a row is bad, unless bad rows are to be skipped; then, if none is left.
         """
         rows, pictures = self._pictures(rows)
         return self.processor(**pictures, text=self.arguments.prompt, suffix=[self._caption(row) for row in rows])
@@ -152,18 +177,53 @@ class CaptionCollator:
         if "vision_features" in rows[0]:
             features = torch.stack([row["vision_features"] for row in rows])  # (batch, tokens, dim)
             return rows, {"vision_features": features.float()}
-        column = self.arguments.image_column
-        read = [(row, read_picture(row[column], "a picture", self.arguments)) for row in rows]
-        read = [(row, image) for row, image in read if image is not None]
-        self.num_bad_images += len(rows) - len(read)
+        read = [(row, self._read(row)) for row in rows]
+        read = [(row, picture) for row, picture in read if picture is not None]
+        self.num_bad_rows += len(rows) - len(read)
         if not read:
-            raise ValueError(f"None of the {len(rows)} pictures of a batch can be read.")
-        rows, images = zip(*read, strict=True)
-        return list(rows), {"images": list(images) if self.augment is None else [self.augment(i) for i in images]}
+            raise ValueError(f"None of the {len(rows)} rows of a batch can be used.")
+        rows, pictures = zip(*read, strict=True)
+        if self.arguments.video_column:
+            return list(rows), {"videos": list(pictures), "num_frames": self.arguments.num_frames}
+        return list(rows), {"images": list(pictures)}
+
+    def _read(self, row: dict[str, Any]) -> PILImage.Image | list[PILImage.Image] | None:
+        with self._chance(row):
+            picture = read_row(row, self.arguments, "headtail" if self.training else "uniform")
+            # A clip's frames are augmented in one call, hence alike.
+            return picture if picture is None or self.augment is None else self.augment(picture)
 
     def _caption(self, row: dict[str, Any]) -> str:
         captions = true_captions(row, self.arguments)
-        return random.choice(captions) if self.training else captions[0]
+        with self._chance(row):
+            return random.choice(captions) if self.training else captions[0]
+
+    @contextmanager
+    def _chance(self, row: dict[str, Any]) -> Iterator[None]:
+        """Draws depend on seed, epoch and row alone, so a run that is resumed sees what an unbroken one would have."""
+        if not self.training:
+            yield
+            return
+        columns = [value for name, value in sorted(row.items()) if name != "vision_features"]
+        seed = zlib.crc32(repr((self.seed, self.epoch, columns)).encode())
+        state = random.getstate()
+        with torch.random.fork_rng(devices=[]):
+            random.seed(seed)
+            torch.manual_seed(seed)
+            try:
+                yield
+            finally:
+                random.setstate(state)
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the collator the epoch, for its draws."""
+
+    def __init__(self, collator: CaptionCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.collator.epoch = int(state.epoch or 0)
 
 
 def _augmentation(processor: EVLGenProcessor, arguments: DataArguments) -> v2.Compose | None:

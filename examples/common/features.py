@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from huggingface_hub import constants
 from tqdm import tqdm
 from transformers.utils import logging
 
 from common.arguments import DataArguments
-from common.data import read_picture
+from common.data import read_row
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -52,26 +53,27 @@ def cache_vision_features(
     Args:
         model, processor: The model whose vision tower runs, and the processor that prepares its pictures.
         dataset: Rows with pictures, encoded or not.
-        arguments: Names the image column and says what to do with unreadable pictures.
+        arguments: Names the image column and says what to do with bad rows.
         batch_size: Pictures for each run of the tower.
 
     Returns:
-        [`FeatureDataset`], without the rows of unreadable pictures if those are to be skipped.
+        [`FeatureDataset`], without bad rows if those are to be skipped.
 
     Raises:
-        ValueError: If a picture cannot be read and is not to be skipped.
+        ValueError: If a row is bad and not to be skipped, or a feature does not fit float16.
     """
     folder = Path(constants.HF_HOME) / "evlgen_features"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_key(model, processor, dataset)}.npy"
     state_path = path.with_suffix(".json")
-    if not path.exists():
-        _compute(path, state_path, model, processor, dataset, arguments, batch_size)
+    with FileLock(path.with_suffix(".lock")):  # another run may want the same
+        if not path.exists():
+            _compute(path, state_path, model, processor, dataset, arguments, batch_size)
     bad_rows = set(json.loads(state_path.read_text())["bad_rows"])
-    if bad_rows and not arguments.skip_bad_images:
-        raise ValueError(f"{len(bad_rows)} pictures cannot be read, among them those in rows {sorted(bad_rows)[:10]}.")
+    if bad_rows and not arguments.skip_bad_rows:
+        raise ValueError(f"{len(bad_rows)} rows are bad, among them {sorted(bad_rows)[:10]}; see skip_bad_rows.")
     if bad_rows:
-        logger.warning(f"{len(bad_rows)} of {len(dataset)} pictures cannot be read and are left out.")
+        logger.warning(f"{len(bad_rows)} of {len(dataset)} rows are bad and left out.")
     rows = [row for row in range(len(dataset)) if row not in bad_rows]
     return FeatureDataset(dataset, np.load(path, mmap_mode="r"), rows, arguments.image_column)
 
@@ -84,18 +86,23 @@ def _compute(path, state_path, model, processor, dataset, arguments: DataArgumen
         state = json.loads(state_path.read_text())
     mode = "r+" if state["done"] else "w+"
     features = np.lib.format.open_memmap(partial, mode=mode, dtype=np.float16, shape=shape)
+    with partial.open("r+b") as file:  # a full disk is an error now, not a crash when a page is written
+        os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
 
     progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="picture")
     while state["done"] < len(dataset):
         rows = range(state["done"], min(state["done"] + batch_size, len(dataset)))
-        images = {row: read_picture(dataset[row][arguments.image_column], f"row {row}", arguments) for row in rows}
+        images = {row: read_row(dataset[row], arguments) for row in rows}
         state["bad_rows"] += [row for row, image in images.items() if image is None]
         images = {row: image for row, image in images.items() if image is not None}
         if images:
             pixel_values = processor.image_processor(list(images.values()), return_tensors="pt")["pixel_values"]
             with torch.no_grad():
                 batch = model.get_vision_features(pixel_values.to(model.vision_tower.device))
-            features[list(images)] = batch.half().cpu().numpy()
+            batch = batch.half().cpu()
+            if not batch.isfinite().all():
+                raise ValueError("The vision tower's features do not fit float16, so they cannot be cached.")
+            features[list(images)] = batch.numpy()
         state["done"] = rows.stop
         features.flush()
         _write_state(state_path, state)

@@ -8,11 +8,14 @@ from transformers import (
     CLIPImageProcessor,
     TimmWrapperImageProcessor,
 )
+from transformers.utils import logging
 
 from common.arguments import DataArguments, ModelArguments
 from common.demo_towers import prepare_language_model, prepare_vision_tower
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
+
+logger = logging.get_logger(__name__)
 
 
 def build_model(
@@ -25,8 +28,8 @@ def build_model(
     """
     vision_model = arguments.vision_model or str(prepare_vision_tower())
     text_model = arguments.text_model or str(prepare_language_model())
-    vision = _without_none(revision=arguments.vision_revision, trust_remote_code=arguments.trust_remote_code or None)
-    text = _without_none(revision=arguments.text_revision, trust_remote_code=arguments.trust_remote_code or None)
+    vision = _without_none(revision=arguments.vision_revision)
+    text = _without_none(revision=arguments.text_revision)
 
     image_processor = load_image_processor(vision_model, **vision)
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
@@ -57,30 +60,26 @@ def build_model(
     return model, processor
 
 
-def load_image_processor(vision_model: str, **kwargs: Any) -> Any:
-    """The vision tower's image processor, set to the original's evaluation transform: a plain resize, no crop.
+def load_image_processor(vision_model: str, **kwargs: Any) -> CLIPImageProcessor:
+    """The original's evaluation transform, a plain bicubic resize without a crop, with the tower's size, mean and std.
 
-    A tower without one beside it gets CLIP's mean and standard deviation at 224 pixels. One of timm gets its own mean
-    and standard deviation; timm's transforms crop.
+    A tower without an image processor beside it gets CLIP's at 224 pixels, which is logged.
     """
     try:
-        image_processor = AutoImageProcessor.from_pretrained(vision_model, **kwargs)
-    except (OSError, ValueError):
+        known = AutoImageProcessor.from_pretrained(vision_model, **kwargs)
+    except (OSError, ValueError) as error:
+        logger.warning(f"{vision_model} has no image processor, so CLIP's at 224 pixels is taken: {error}")
         return CLIPImageProcessor(size={"height": 224, "width": 224}, do_center_crop=False)
-    if isinstance(image_processor, TimmWrapperImageProcessor):
-        _, height, width = image_processor.data_config["input_size"]
-        return CLIPImageProcessor(
-            size={"height": height, "width": width},
-            do_center_crop=False,
-            image_mean=list(image_processor.data_config["mean"]),
-            image_std=list(image_processor.data_config["std"]),
-        )
-    image_processor.do_center_crop = False
-    size = dict(image_processor.size)
-    if "height" not in size:
-        side = size.get("shortest_edge", 224)
-        image_processor.size = {"height": side, "width": side}
-    return image_processor
+    if isinstance(known, TimmWrapperImageProcessor):
+        _, height, width = known.data_config["input_size"]
+        mean, std = known.data_config["mean"], known.data_config["std"]
+    else:
+        size = known.crop_size if getattr(known, "do_center_crop", None) else known.size
+        height, width = (size[name] or size["shortest_edge"] for name in ("height", "width"))
+        mean, std = known.image_mean, known.image_std
+    return CLIPImageProcessor(
+        size={"height": height, "width": width}, do_center_crop=False, image_mean=list(mean), image_std=list(std)
+    )
 
 
 def _without_none(**kwargs: Any) -> dict[str, Any]:

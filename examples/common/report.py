@@ -2,13 +2,17 @@
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 from datasets import Dataset
+from PIL import Image
 
 from common.arguments import DataArguments
 from common.data import true_captions
 from processing_evlgen.images import load_rgb_image
+from processing_evlgen.videos import load_rgb_frames
 
 matplotlib.use("Agg")  # files only, no window
 import matplotlib.pyplot as plt
@@ -53,7 +57,7 @@ def draw_contact_sheet(dataset: Dataset, captions: list[str], arguments: DataArg
     for panel in axes.flat:
         panel.axis("off")
     for panel, row, caption in zip(axes.flat, shown, captions, strict=False):
-        panel.imshow(load_rgb_image(row[arguments.image_column]))
+        panel.imshow(_thumbnail(row, arguments))
         references = true_captions(row, arguments)
         right = caption in references
         text = caption if right else f"{caption}\n(true: {references[0]})"
@@ -61,3 +65,12 @@ def draw_contact_sheet(dataset: Dataset, captions: list[str], arguments: DataArg
         panel.set_title(wrapped, fontsize=8.5, color=RIGHT if right else WRONG, y=-0.02, va="top", parse_math=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _thumbnail(row: dict[str, Any], arguments: DataArguments) -> Image.Image | np.ndarray:
+    """The picture; or a clip's frames, two in a row."""
+    if not arguments.video_column:
+        return load_rgb_image(row[arguments.image_column])
+    frames = [np.asarray(frame) for frame in load_rgb_frames(row[arguments.video_column], 4)]
+    frames = [*frames, *frames, *frames, *frames][:4]
+    return np.concatenate([np.concatenate(frames[:2], axis=1), np.concatenate(frames[2:], axis=1)])

@@ -1,21 +1,12 @@
 """transformers' Trainer, with the paper's weight decay and a collator of its own for held-out pictures."""
 
-import os
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from common.data import CaptionCollator
-
-
-def use_all_cores(training: TrainingArguments) -> None:
-    """Shares the cores out among the processes of `accelerate launch`, which leaves each with one thread."""
-    if training.device.type == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, os.cpu_count() // processes))
 
 
 class EVLGenTrainer(Trainer):

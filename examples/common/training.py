@@ -1,0 +1,117 @@
+"""What all training scripts share: the run itself, from the last checkpoint on if there is one, and its report."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from common.arguments import DataArguments, GenerationArguments, TrainingSettings
+from common.data import CaptionCollator, SetEpoch
+from common.evaluation import evaluate_captions
+from common.report import draw_contact_sheet, draw_loss_curve
+from common.trainer import EVLGenTrainer
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+
+
+def use_all_cores(training: TrainingArguments) -> None:
+    """Shares the cores out among the processes of `accelerate launch`, which leaves each one thread by default."""
+    if training.device.type == "cpu" and {"ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS"} <= os.environ.keys():
+        if os.environ["OMP_NUM_THREADS"] != "1":
+            return
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // processes))
+
+
+def train_and_report(
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    train: Any,
+    test: Any | None,
+    pictures: Dataset | None,
+    data: DataArguments,
+    generation: GenerationArguments,
+    training: TrainingSettings,
+    trainer_class: type[EVLGenTrainer] = EVLGenTrainer,
+    **trainer_arguments: Any,
+) -> dict[str, float]:
+    """Trains, saves the model, and leaves loss.png, captions.png and metrics.json beside it.
+
+    Args:
+        model, processor: What to train, and what prepares its inputs.
+        train, test: Rows of pictures, clips or vision features, with captions.
+        pictures: The held-out rows with the pictures or clips themselves, for the contact sheet.
+        data, generation, training: The scripts' arguments.
+        trainer_class, trainer_arguments: What trains, and its arguments beyond the usual ones.
+
+    Returns:
+        The figures of [`evaluate_captions`], on the main process; none without held-out rows.
+    """
+    collator = CaptionCollator(processor, data, training=True, seed=training.seed)
+    trainer = trainer_class(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=test,
+        data_collator=collator,
+        eval_collator=CaptionCollator(processor, data, training=False),
+        processing_class=processor,
+        callbacks=[SetEpoch(collator)],
+        **trainer_arguments,
+    )
+    if trainer.is_world_process_zero():
+        print(model.describe_parameters())
+    trainer.train(resume_from_checkpoint=_checkpoint(training))
+    trainer.save_model()
+
+    if collator.num_bad_rows:
+        print(f"{int(collator.num_bad_rows)} times a bad row was skipped in this process.")
+
+    metrics = {}
+    if trainer.is_world_process_zero():
+        output = Path(training.output_dir)
+        draw_loss_curve(trainer.state.log_history, output / "loss.png")
+        if test is not None:
+            dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+            metrics, captions = evaluate_captions(
+                model, processor, test, data, generation, training.per_device_eval_batch_size, dtype
+            )
+            draw_contact_sheet(pictures, captions, data, output / "captions.png")
+            (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        print(_summary(output, metrics, "video-to-text" if data.video_column else "image-to-text"))
+    return metrics
+
+
+def _checkpoint(training: TrainingSettings) -> str | None:
+    """The checkpoint to go on from: the one that is named, or the last complete one in `output_dir`, if any."""
+    named = training.resume_from_checkpoint
+    if named is None or named.lower() == "false":
+        return None
+    if named.lower() != "true":
+        return named
+    folders = Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    complete = [folder for folder in folders if (folder / TRAINER_STATE_NAME).exists()]  # written last
+    if not complete:
+        return None
+    return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2])))
+
+
+def _summary(output: Path, metrics: dict[str, float], task: str) -> str:
+    figures = "\n".join(f"  {name}: {value:.4f}" for name, value in metrics.items())
+    return f"""
+Done. {output}/ holds the model, loss.png and captions.png.
+{figures}
+
+Caption a {"picture" if task == "image-to-text" else "clip"} with it:
+
+  from transformers import pipeline
+  captioner = pipeline("{task}", model="{output}", trust_remote_code=True)
+  print(captioner("{"picture.png" if task == "image-to-text" else "clip.mp4"}"))
+"""
