@@ -16,6 +16,8 @@ extras = {
         "timm>=1.0.20",
     ],
     "video": ["av>=18.1"],
+    # examples/train_scst.py: CIDEr-D.
+    "scst": ["pycocoevalcap>=1.2"],
     # examples/: reports, and logs for TensorBoard.
     "train": ["matplotlib>=3.11", "tensorboard>=2.21"],
     "quality": ["ruff>=0.14"],

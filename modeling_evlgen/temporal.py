@@ -1,7 +1,7 @@
 """The temporal contextualizer, which turns a frozen image tower into a video tower (EVLGen, section 3.3)."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .vision_tower import extract_vision_tokens
+
+# Without a gradient, clips run through the tower in parts of about so many frames.
+IMAGES_AT_ONCE = 32
+
+# Pairs of frames, over all places, that the temporal attention looks at in one go.
+SCORES_AT_ONCE = 2**20
 
 # The parts of a pre-norm transformer block, under the names that towers give them: the norm of the attention's input,
 # and the module whose output is added to the residual.
@@ -53,6 +59,12 @@ class TemporalContextualizer(nn.Module):
         Returns:
             `torch.Tensor` of the same shape: what is to be added to `hidden_states`.
         """
+        # Places are independent of each other; the scores of all of them at once would fill memory in long clips.
+        places = max(1, SCORES_AT_ONCE // hidden_states.shape[1] ** 2)
+        parts = [self._attend(part, frame_mask) for part in hidden_states.split(places, dim=2)]
+        return (self.alpha * torch.cat(parts, dim=2)).to(hidden_states.dtype)
+
+    def _attend(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
         videos, frames, tokens, dim = hidden_states.shape
         inputs = hidden_states.to(self.query.weight.dtype).transpose(1, 2)  # (videos, tokens, frames, dim)
         heads = (videos, tokens, frames, self.num_heads, -1)
@@ -61,8 +73,7 @@ class TemporalContextualizer(nn.Module):
         value = inputs.reshape(heads).transpose(2, 3)  # (videos, tokens, heads, frames, dim / heads)
         mask = None if frame_mask is None else frame_mask[:, None, None, None, :]
         context = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
-        context = context.permute(0, 3, 1, 2, 4).reshape(videos, frames, tokens, dim)
-        return (self.alpha * context).to(hidden_states.dtype)
+        return context.permute(0, 3, 1, 2, 4).reshape(videos, frames, tokens, dim)
 
     def join(self, norm: nn.Module, branch: nn.Module) -> None:
         """Puts the contextualizer into the block whose attention reads `norm` and ends in `branch`."""
@@ -142,15 +153,25 @@ def encode_videos(
     Returns:
         `torch.Tensor` of shape `(videos, tokens, dim)`.
     """
-    num_frames = pixel_values.shape[1]
-    context = nullcontext() if temporal is None else temporal.frames(num_frames, frame_mask)
-    with context:
-        tokens = extract_vision_tokens(vision_tower, pixel_values.flatten(0, 1))  # (videos * frames, tokens, dim)
-    tokens = tokens.unflatten(0, (-1, num_frames))
+    videos, num_frames = pixel_values.shape[:2]
     if frame_mask is None:
-        return tokens.mean(dim=1)
-    weight = frame_mask.to(tokens.dtype) / frame_mask.sum(dim=1, keepdim=True)  # (videos, frames)
-    return torch.einsum("vf,vftd->vtd", weight, tokens)
+        frame_mask = torch.ones(videos, num_frames, dtype=torch.bool, device=pixel_values.device)
+        padded = None
+    else:
+        padded = frame_mask
+    weight = frame_mask / frame_mask.sum(dim=1, keepdim=True)  # (videos, frames)
+    if temporal is not None:
+        with temporal.frames(num_frames, padded):
+            return _weighted_mean(vision_tower, pixel_values, weight)
+    # Frames that do not see each other can come one after the other, in as little memory as a few of them take.
+    at_once = num_frames if torch.is_grad_enabled() else max(1, IMAGES_AT_ONCE // videos)
+    parts = zip(pixel_values.split(at_once, dim=1), weight.split(at_once, dim=1), strict=True)
+    return sum(_weighted_mean(vision_tower, frames, part) for frames, part in parts)
+
+
+def _weighted_mean(vision_tower: PreTrainedModel, frames: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    tokens = extract_vision_tokens(vision_tower, frames.flatten(0, 1)).unflatten(0, weight.shape)
+    return torch.einsum("vf,vftd->vtd", weight.to(tokens.dtype), tokens)  # (videos, tokens, dim)
 
 
 def _find_blocks(vision_tower: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

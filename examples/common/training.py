@@ -39,6 +39,7 @@ def train_and_report(
     data: DataArguments,
     generation: GenerationArguments,
     training: TrainingSettings,
+    collator_class: type[CaptionCollator] = CaptionCollator,
     trainer_class: type[EVLGenTrainer] = EVLGenTrainer,
     **trainer_arguments: Any,
 ) -> dict[str, float]:
@@ -49,12 +50,13 @@ def train_and_report(
         train, test: Rows of pictures, clips or vision features, with captions.
         pictures: The held-out rows with the pictures or clips themselves, for the contact sheet.
         data, generation, training: The scripts' arguments.
+        collator_class: What makes the training batches.
         trainer_class, trainer_arguments: What trains, and its arguments beyond the usual ones.
 
     Returns:
         The figures of [`evaluate_captions`], on the main process; none without held-out rows.
     """
-    collator = CaptionCollator(processor, data, training=True, seed=training.seed)
+    collator = collator_class(processor, data, training=True, seed=training.seed)
     trainer = trainer_class(
         model=model,
         args=training,

@@ -1,0 +1,91 @@
+"""CIDEr-D as a reward: with the document frequencies of the training captions, in this process."""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from huggingface_hub import constants
+from pycocoevalcap.cider.cider_scorer import CiderScorer, precook
+from tqdm import tqdm
+
+from common.arguments import DataArguments
+from common.data import true_captions
+
+
+def tokenize_caption(caption: str) -> str:
+    """Lower-case words without punctuation, joined by spaces: what the scorer counts n-grams of."""
+    return " ".join(re.findall(r"\w+(?:['-]\w+)*", caption.lower()))
+
+
+class CiderDReward(CiderScorer):
+    """CIDEr-D (Vedantam et al., CVPR 2015) of single captions, by pycocoevalcap, with given document frequencies.
+
+    Args:
+        document_frequency (`Counter`):
+            For each n-gram (`tuple[str, ...]`, n up to 4), in how many images' captions it is.
+        num_documents (`int`): Images that were counted.
+    """
+
+    def __init__(self, document_frequency: Counter, num_documents: int):
+        super().__init__()
+        self.document_frequency = document_frequency
+        self.log_num_documents = math.log(num_documents)
+
+    @property
+    def ref_len(self) -> float:
+        return self.log_num_documents
+
+    @ref_len.setter
+    def ref_len(self, value: float | None) -> None:
+        """The scorer would take the number of captions that it is asked about."""
+
+    def score(self, captions: list[str], references: list[list[str]]) -> list[float]:
+        """
+        Args:
+            captions: What was said.
+            references: The true captions for each.
+
+        Returns:
+            CIDEr-D of each, in [0, 10].
+        """
+        self.ctest = [precook(tokenize_caption(caption)) for caption in captions]
+        self.crefs = [[precook(tokenize_caption(one)) for one in ones] for ones in references]
+        return [float(score) for score in self.compute_cider()]
+
+
+def load_reward(dataset: Dataset, arguments: DataArguments) -> CiderDReward:
+    """Counts the training captions' n-grams, or finds that it was done before, in `$HF_HOME/evlgen_cider`.
+
+    Args:
+        dataset: The training split.
+        arguments: Names the caption column.
+
+    Raises:
+        ValueError: If there are fewer than two rows, of which all frequencies would be alike.
+    """
+    if len(dataset) < 2:
+        raise ValueError(
+            f"CIDEr needs the captions of at least 2 pictures, but the training split has {len(dataset)}."
+        )
+    path = Path(constants.HF_HOME) / "evlgen_cider" / f"{dataset._fingerprint}-{arguments.caption_column}.json"
+    if not path.exists():
+        counted = _count(dataset.select_columns([arguments.caption_column]), arguments)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(json.dumps({" ".join(ngram): count for ngram, count in counted.items()}))
+        os.replace(partial, path)
+    counts = json.loads(path.read_text())
+    return CiderDReward(Counter({tuple(ngram.split()): count for ngram, count in counts.items()}), len(dataset))
+
+
+def _count(rows: Any, arguments: DataArguments) -> Counter:
+    counted: Counter = Counter()
+    for row in tqdm(rows, desc="Document frequencies", unit="picture"):
+        captions = (precook(tokenize_caption(caption)) for caption in true_captions(row, arguments))
+        counted.update({ngram for counts in captions for ngram in counts})
+    return counted

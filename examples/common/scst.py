@@ -1,0 +1,198 @@
+"""Self-critical sequence training: the model's own captions, weighted by how much better than its others they are."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+
+from common.cider import CiderDReward
+from common.data import CaptionCollator, true_captions
+from common.trainer import EVLGenTrainer
+from modeling_evlgen.modeling_evlgen import EVLGenImageOutput
+
+
+class SCSTCollator(CaptionCollator):
+    """Prompts without captions, and the true captions as lists of strings under `references`."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
+        rows, pictures = self._pictures(rows)
+        batch = self.processor(**pictures, text=self.arguments.prompt)
+        batch["references"] = [true_captions(row, self.arguments) for row in rows]
+        return batch
+
+
+def self_critical_advantage(rewards: torch.Tensor) -> torch.Tensor:
+    """Reward of each sample over the mean reward of the other samples for the same picture.
+
+    Source: Luo, "A Better Variant of Self-Critical Sequence Training", arXiv 2003.09971; as leave-one-out REINFORCE.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(pictures, samples)`): At least 2 samples.
+
+    Returns:
+        `torch.Tensor` of the same shape; the mean over a picture's samples is 0.
+    """
+    samples = rewards.shape[1]
+    if samples < 2:
+        raise ValueError(f"`rewards` must hold at least 2 samples for each picture, but holds {samples}.")
+    return (rewards - rewards.mean(dim=1, keepdim=True)) * samples / (samples - 1)
+
+
+def sequence_log_probabilities(
+    logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """Sums the log-probabilities of the tokens of each sequence.
+
+    Args:
+        logits (`torch.Tensor` of shape `(tokens, vocab)`): For the tokens of all sequences, one after the other.
+        targets (`torch.LongTensor` of shape `(tokens,)`): The tokens.
+        rows (`torch.LongTensor` of shape `(tokens,)`): The sequence that each belongs to.
+        num_rows (`int`): Sequences.
+
+    Returns:
+        `torch.Tensor` of shape `(num_rows,)`, float32.
+    """
+    chosen = logits.float().log_softmax(dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    return chosen.new_zeros(num_rows).index_add(0, rows, chosen)
+
+
+class SCSTTrainer(EVLGenTrainer):
+    """Policy gradient on CIDEr-D. Held-out rows are still scored by their caption loss.
+
+    Args:
+        reward ([`CiderDReward`]): Scores captions.
+        num_samples (`int`): Captions sampled for each picture.
+        greedy_baseline (`bool`):
+            Whether the baseline is the greedy caption's reward (Rennie et al., CVPR 2017), rather than the mean reward
+            of the picture's other samples.
+        max_new_tokens (`int`): Longest sample.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        reward: CiderDReward,
+        num_samples: int,
+        greedy_baseline: bool,
+        max_new_tokens: int,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.reward = reward
+        self.num_samples = num_samples
+        self.greedy_baseline = greedy_baseline
+        self.max_new_tokens = max_new_tokens
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._steps = 0
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "references" not in inputs:  # a held-out batch
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        references = inputs.pop("references")
+        evlgen = self.accelerator.unwrap_model(model)
+        encoded = self._encode(evlgen, inputs)
+        sampled = self._generate(
+            evlgen, inputs, encoded, do_sample=True, top_k=0, num_return_sequences=self.num_samples
+        )
+        rewards = self._rewards(sampled, references, self.num_samples)  # (pictures, samples)
+        if self.greedy_baseline:
+            greedy = self._generate(evlgen, inputs, encoded, do_sample=False)
+            advantage = rewards - self._rewards(greedy, references, 1)
+        else:
+            advantage = self_critical_advantage(rewards)
+
+        log_probabilities = self._score(model, inputs, encoded, sampled)
+        self._note(
+            reward=rewards.mean(),
+            baseline=(rewards - advantage).mean(),
+            length=_mask(sampled, evlgen).sum(1).float().mean(),
+        )
+        return -(advantage.flatten() * log_probabilities).mean()
+
+    def _encode(self, evlgen: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, EVLGenImageOutput]:
+        """Soft prompts, with gradient, once for all samples of a picture."""
+        if "pixel_values_videos" in inputs:
+            videos, mask = inputs.pop("pixel_values_videos"), inputs.pop("frame_mask", None)
+            return {"video": evlgen.get_video_features(videos, mask, return_dict=True)}
+        if "vision_features" in inputs:
+            return {"image": evlgen.project_vision_features(inputs.pop("vision_features"))}
+        return {"image": evlgen.get_image_features(inputs.pop("pixel_values"), return_dict=True)}
+
+    @torch.no_grad()
+    def _generate(
+        self, evlgen: torch.nn.Module, inputs: dict[str, Any], encoded: dict[str, EVLGenImageOutput], **settings: Any
+    ) -> torch.Tensor:
+        """New tokens, `(pictures * samples, tokens)`."""
+        fixed = {
+            kind: EVLGenImageOutput(pooler_output=output.pooler_output.detach()) for kind, output in encoded.items()
+        }
+        with self.compute_loss_context_manager():
+            sequences = evlgen.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                mm_encoder_outputs=fixed,
+                num_beams=1,
+                min_new_tokens=0,
+                max_new_tokens=self.max_new_tokens,
+                repetition_penalty=1.0,
+                temperature=1.0,
+                top_p=1.0,
+                **settings,
+            )
+        return sequences[:, inputs["input_ids"].shape[1] :]
+
+    def _rewards(self, new_tokens: torch.Tensor, references: list[list[str]], samples: int) -> torch.Tensor:
+        captions = self.processing_class.batch_decode(new_tokens, skip_special_tokens=True)
+        repeated = [ones for ones in references for _ in range(samples)]
+        scores = self.reward.score(captions, repeated)
+        return torch.tensor(scores, device=new_tokens.device).view(len(references), samples)
+
+    def _score(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        encoded: dict[str, EVLGenImageOutput],
+        sampled: torch.Tensor,
+    ) -> torch.Tensor:
+        """Log-probability of each sample, `(pictures * samples,)`, with gradient."""
+        repeats = len(sampled) // len(inputs["input_ids"])
+        prompt_ids = inputs["input_ids"].repeat_interleave(repeats, dim=0)
+        prompt_mask = inputs["attention_mask"].repeat_interleave(repeats, dim=0)
+        mask = _mask(sampled, self.accelerator.unwrap_model(model))  # (samples, tokens)
+        labels = torch.cat([torch.full_like(prompt_ids, -100), sampled.masked_fill(~mask, -100)], dim=1)
+        soft_prompts = {
+            kind: EVLGenImageOutput(pooler_output=output.pooler_output.repeat_interleave(repeats, dim=0))
+            for kind, output in encoded.items()
+        }
+        outputs = model(
+            input_ids=torch.cat([prompt_ids, sampled], dim=1),
+            attention_mask=torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], dim=1),
+            mm_encoder_outputs=soft_prompts,
+            labels=labels,
+        )
+        logits = outputs.logits
+        if logits.ndim == 3:  # else they are those of the labels alone, row by row
+            logits = logits[:, :-1][labels[:, 1:] != -100]
+        rows = torch.arange(len(mask), device=mask.device).unsqueeze(1).expand_as(mask)[mask]
+        return sequence_log_probabilities(logits, sampled[mask], rows, len(mask))
+
+    def _note(self, **values: torch.Tensor) -> None:
+        self._steps += 1
+        for name, value in values.items():
+            self._sums[name] += float(value)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._steps:
+            logs |= {name: round(total / self._steps, 4) for name, total in self._sums.items()}
+            self._sums.clear()
+            self._steps = 0
+        super().log(logs, *args, **kwargs)
+
+
+def _mask(new_tokens: torch.Tensor, evlgen: torch.nn.Module) -> torch.Tensor:
+    """True up to and with the first token that ends a caption, `(samples, tokens)`."""
+    ends = evlgen.generation_config.eos_token_id
+    ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=new_tokens.device)
+    ended = torch.isin(new_tokens, ends).long()
+    return (ended.cumsum(dim=1) - ended) == 0

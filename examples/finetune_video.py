@@ -1,0 +1,75 @@
+"""Turns an image captioner into a video captioner and fine-tunes it on clips with captions.
+
+    python examples/finetune_video.py
+
+goes on with the image demo's model, on animated emoji that npm brings. Your own clips, from a video model's recipe:
+
+    accelerate launch examples/finetune_video.py --config examples/configs/video-opt-2.7b.yaml \
+        --image_model path/to/image/model --dataset path/to/folder
+
+where the folder holds clips and a `metadata.jsonl` with their `file_name` and `caption`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import set_seed
+
+from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
+from common.data import load_captions
+from common.demo_clips import EMOJI_CLIPS, load_emoji_clips
+from common.training import train_and_report, use_all_cores
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+
+DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-video.yaml"
+
+
+@dataclass
+class VideoArguments:
+    image_model: str = field(
+        default="outputs/demo", metadata={"help": "Image captioner to start from: a folder or a name on the Hub."}
+    )
+    temporal_contextualizer: bool = field(
+        default=True,
+        metadata={"help": "Let frames see each other inside a transformer tower; without it a clip is their mean."},
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    video, data, generation, training = parse_arguments(
+        VideoArguments, DataArguments, GenerationArguments, TrainingSettings, argv=argv, recipe=DEMO_RECIPE
+    )
+    if data.video_column is None:
+        raise ValueError("`video_column` is needed: the column of clips.")
+    use_all_cores(training)
+    set_seed(training.seed)
+    with training.main_process_first(desc="preparing model and data"):
+        if data.dataset == EMOJI_CLIPS:
+            data.dataset = str(load_emoji_clips())
+        train, test = load_captions(data, training.seed)
+        model = load_image_model(video)
+        processor = EVLGenProcessor.from_pretrained(video.image_model)
+        processor.num_frames = data.num_frames
+    return train_and_report(model, processor, train, test, test, data, generation, training)
+
+
+def load_image_model(arguments: VideoArguments) -> EVLGenForConditionalGeneration:
+    """The image model, or the video model that it becomes.
+
+    Raises:
+        ValueError: If there is no such model, or its tower cannot take a temporal contextualizer.
+    """
+    name = arguments.image_model
+    load = EVLGenForConditionalGeneration.from_pretrained
+    if arguments.temporal_contextualizer:
+        load = EVLGenForConditionalGeneration.from_image_model
+    try:
+        return load(name)
+    except OSError as error:
+        hint = "; train it first, with examples/pretrain.py" if name == "outputs/demo" else ""
+        raise ValueError(f"`image_model`={name!r} cannot be loaded{hint}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

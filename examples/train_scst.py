@@ -1,0 +1,87 @@
+"""Fine-tunes a captioner on CIDEr-D by self-critical sequence training, the paper's last step for captions of videos.
+
+    python examples/train_scst.py --model outputs/demo
+
+Without more arguments it goes on with the demo's model and pictures. Only the connector's side is trained, and a video
+model's temporal contextualizer; reward, baseline and length of the samples are logged.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import set_seed
+
+from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
+from common.cider import load_reward
+from common.data import load_captions
+from common.features import cache_vision_features
+from common.scst import SCSTCollator, SCSTTrainer
+from common.training import train_and_report, use_all_cores
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+
+DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-scst.yaml"
+
+
+@dataclass
+class SCSTArguments:
+    model: str = field(
+        default="outputs/demo", metadata={"help": "Captioner to go on with: a folder or a name on the Hub."}
+    )
+    num_samples: int = field(default=5, metadata={"help": "Captions sampled for each picture, at least 2."})
+    greedy_baseline: bool = field(
+        default=False, metadata={"help": "Compare with the greedy caption, not the other samples."}
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    scst, data, generation, training = parse_arguments(
+        SCSTArguments, DataArguments, GenerationArguments, TrainingSettings, argv=argv, recipe=DEMO_RECIPE
+    )
+    if scst.num_samples < 2:
+        raise ValueError(f"`num_samples` must be at least 2, but is {scst.num_samples}.")
+    if data.streaming:
+        raise ValueError("`streaming` cannot be set: CIDEr needs the document frequencies of all training captions.")
+    use_all_cores(training)
+    set_seed(training.seed)
+    with training.main_process_first(desc="preparing model and data"):
+        train, test = load_captions(data, training.seed)
+        reward = load_reward(train, data)
+        pictures = test
+        model = load_model(scst.model).to(training.device)
+        processor = EVLGenProcessor.from_pretrained(scst.model)
+        if data.cache_features:
+            train = cache_vision_features(model, processor, train, data)
+            test = None if test is None else cache_vision_features(model, processor, test, data)
+    return train_and_report(
+        model,
+        processor,
+        train,
+        test,
+        pictures,
+        data,
+        generation,
+        training,
+        collator_class=SCSTCollator,
+        trainer_class=SCSTTrainer,
+        reward=reward,
+        num_samples=scst.num_samples,
+        greedy_baseline=scst.greedy_baseline,
+        max_new_tokens=generation.max_new_tokens,
+    )
+
+
+def load_model(name_or_path: str) -> EVLGenForConditionalGeneration:
+    """
+    Raises:
+        ValueError: If there is no such model.
+    """
+    try:
+        return EVLGenForConditionalGeneration.from_pretrained(name_or_path)
+    except OSError as error:
+        hint = "; train it first, with examples/pretrain.py" if name_or_path == "outputs/demo" else ""
+        raise ValueError(f"`model`={name_or_path!r} cannot be loaded{hint}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""examples/finetune_video.py end to end, on a user's folder of clips."""
+
+import json
+
+import finetune_video
+import pytest
+import torch
+
+from common import demo_clips
+from modeling_evlgen import EVLGenForConditionalGeneration
+
+from .helpers import tiny_model, tiny_processor
+from .test_video import SIZES, write_clip
+
+pytest.importorskip("av", reason="needs the video extra")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """An image model, and clips of three lengths with captions."""
+    folder = tmp_path_factory.mktemp("work")
+    model = tiny_model("eva")
+    model.save_pretrained(folder / "image")
+    tiny_processor(model).save_pretrained(folder / "image")
+    for split, count in (("train", 6), ("test", 3)):
+        (folder / "clips" / split).mkdir(parents=True)
+        rows = []
+        for index in range(count):
+            write_clip(folder / "clips" / split / f"{index}.mp4", (2, 5, 9)[index % 3])
+            rows.append(json.dumps({"file_name": f"{index}.mp4", "caption": f"a clip of {index % 3}"}))
+        (folder / "clips" / split / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def arguments(work, output, **changes):
+    options = {
+        "image_model": work / "image",
+        "dataset": work / "clips",
+        "video_column": "video",
+        "temporal_contextualizer": True,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "bf16": False,
+        "output_dir": output,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture(autouse=True)
+def small_contextualizers(monkeypatch):
+    load = EVLGenForConditionalGeneration.from_image_model
+    monkeypatch.setattr(EVLGenForConditionalGeneration, "from_image_model", lambda name: load(name, **SIZES))
+
+
+@pytest.mark.parametrize("temporal", [True, False])
+def test_an_image_model_learns_clips(temporal, work, tmp_path):
+    metrics = finetune_video.main(arguments(work, tmp_path, temporal_contextualizer=temporal))
+    assert metrics["test_loss"] > 0 and (tmp_path / "captions.png").exists()
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path)
+    image_model = EVLGenForConditionalGeneration.from_pretrained(work / "image")
+    tower = image_model.vision_tower.state_dict()
+    assert all(torch.equal(tensor, tower[name]) for name, tensor in model.vision_tower.state_dict().items())
+    if temporal:
+        assert all(contextualizer.alpha != 0 for contextualizer in model.temporal)
+    else:
+        assert model.temporal is None
+
+
+def test_a_broken_clip_is_named_or_skipped(work, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(work / "clips", tmp_path / "clips")
+    (tmp_path / "clips" / "train" / "1.mp4").write_bytes(b"no clip")
+    changes = {"dataset": tmp_path / "clips", "max_steps": -1, "num_train_epochs": 1}
+    with pytest.raises(ValueError, match=r"1\.mp4.* cannot be read"):
+        finetune_video.main(arguments(work, tmp_path / "out", **changes))
+    finetune_video.main(arguments(work, tmp_path / "out", **changes, skip_bad_rows=True))
+    assert "1 times a bad row was skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"video_column": "clip"}, r"`video_column` is 'clip', but the data set has \['video', 'caption'\]"),
+        ({"image_model": "/nowhere"}, "`image_model`='/nowhere' cannot be loaded"),
+        ({"cache_features": True}, "`cache_features` keeps one view of a picture, so it cannot be set for clips"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        finetune_video.main(arguments(work, tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ("1f468-1f3fe-200d-1f373", ("man cook", "medium-dark skin tone")),
+        ("1f468-200d-1f373", ("man cook", "")),
+        ("1f44b-1f3fb", ("waving hand", "light skin tone")),
+        ("1f3f4-e0067_e0062", None),
+        ("110000", None),
+    ],
+)
+def test_emoji_are_named_without_their_tone(codes, expected):
+    assert demo_clips._name(codes) == expected
+
+
+def test_a_missing_npm_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(demo_clips.shutil, "which", lambda _: None)
+    with pytest.raises(RuntimeError, match=r"fetches .* with npm, which is not installed"):
+        demo_clips._fetch(tmp_path)

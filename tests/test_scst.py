@@ -1,0 +1,160 @@
+"""Self-critical training: the reward, the gradient, and that it raises the reward."""
+
+import json
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("pycocoevalcap", reason="needs the scst extra")
+
+import train_scst
+from datasets import Dataset
+from huggingface_hub import constants
+from pycocoevalcap.cider.cider import Cider
+
+from common.arguments import DataArguments
+from common.cider import CiderDReward, load_reward, tokenize_caption
+from common.scst import SCSTTrainer, self_critical_advantage, sequence_log_probabilities
+from modeling_evlgen import EVLGenForConditionalGeneration
+
+from .helpers import save_image_folder, tiny_model, tiny_processor
+
+CAPTIONS = ["a red circle", "a blue circle", "a red square on a table", "two dogs"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
+
+
+def reward_of(captions):
+    return load_reward(Dataset.from_dict({"caption": captions}), DataArguments())
+
+
+def test_reward_is_pycocoevalcaps_on_the_corpus_that_was_counted():
+    said = ["a red circle", "a red circle on a table", "a dog", "two dogs"]
+    references = {index: [caption] for index, caption in enumerate(CAPTIONS)}
+    _, expected = Cider().compute_score(references, {index: [caption] for index, caption in enumerate(said)})
+    assert reward_of(CAPTIONS).score(said, list(references.values())) == pytest.approx(list(expected))
+
+
+def test_reward_does_not_depend_on_what_else_is_scored():
+    reward = reward_of(CAPTIONS)
+    alone = reward.score(["a red circle"], [["a red square on a table"]])
+    together = reward.score(["a red circle", "two dogs"], [["a red square on a table"], ["two dogs"]])
+    assert alone[0] == together[0] and together[1] == pytest.approx(
+        10.0 * 2 / 4
+    )  # of 1- and 2-grams; there are no more
+
+
+def test_reward_ignores_case_and_punctuation_and_is_counted_once(tmp_path):
+    reward = reward_of([["A red circle!", "a circle"], ["A blue circle."]])
+    assert reward.document_frequency[("circle",)] == 2 and reward.document_frequency[("red", "circle")] == 1
+    (path,) = (tmp_path / "hf_home" / "evlgen_cider").iterdir()
+    written = path.stat().st_mtime_ns
+    reward_of([["A red circle!", "a circle"], ["A blue circle."]])
+    assert path.stat().st_mtime_ns == written
+    assert tokenize_caption("A well-known DOG, isn't it?") == "a well-known dog isn't it"
+
+
+def test_one_picture_is_too_few():
+    with pytest.raises(
+        ValueError, match="CIDEr needs the captions of at least 2 pictures, but the training split has 1"
+    ):
+        reward_of(["a"])
+
+
+def test_advantage_is_over_the_mean_of_the_others():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 0.0]])
+    expected = torch.tensor([[1.0 - 4.0, 2.0 - 3.5, 6.0 - 1.5], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(self_critical_advantage(rewards), expected)
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        self_critical_advantage(torch.zeros(2, 1))
+
+
+def test_gradient_of_two_tokens_is_the_one_computed_by_hand():
+    """Two samples of one token each, over a vocabulary of two: d log p(a) / d logits = onehot(a) - p."""
+    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, math.log(3.0)]], requires_grad=True)  # p = 1/4, 3/4
+    targets, rows = torch.tensor([0, 1]), torch.tensor([0, 1])
+    advantage = self_critical_advantage(torch.tensor([[1.0, 0.0]])).flatten()  # 1, -1
+    log_probabilities = sequence_log_probabilities(logits, targets, rows, 2)
+    torch.testing.assert_close(log_probabilities, torch.tensor([0.25, 0.75]).log())
+    (-(advantage * log_probabilities).mean()).backward()
+    by_hand = torch.tensor([[-(1 - 0.25) / 2, 0.75 / 2], [(0 - 0.25) / 2, (1 - 0.75) / 2]])
+    torch.testing.assert_close(logits.grad, by_hand)
+
+
+def test_samples_are_scored_as_the_model_scores_them(tmp_path):
+    """The trainer's log-probabilities are those of a plain forward, up to the end of each sample."""
+    model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    processor = tiny_processor(model)
+    from .helpers import pictures
+
+    batch = processor(images=pictures(2), text=["what?", "what is it?"])
+    sampled = torch.tensor([[5, 6, 2, 0], [7, 2, 0, 0], [8, 9, 10, 11], [2, 0, 0, 0]])  # two of each picture; 2 ends
+    trainer = SCSTTrainer.__new__(SCSTTrainer)
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    encoded = {"image": model.get_image_features(batch["pixel_values"], return_dict=True)}
+    scored = trainer._score(model, dict(batch), encoded, sampled)
+    model.eval()
+    for index, length in enumerate((3, 2, 4, 1)):
+        row = index // 2
+        real = batch["attention_mask"][row].bool()
+        ids = torch.cat([batch["input_ids"][row][real], sampled[index, :length]]).unsqueeze(0)
+        logits = model(input_ids=ids, pixel_values=batch["pixel_values"][row : row + 1]).logits[0]
+        steps = logits[-length - 1 : -1].log_softmax(-1).gather(1, sampled[index, :length, None])
+        torch.testing.assert_close(scored[index], steps.sum(), atol=1e-4, rtol=1e-4)
+
+
+class WantsOneWord(CiderDReward):
+    """Rewards the share of one letter, which a tiny model can learn to say."""
+
+    def __init__(self):
+        super().__init__(Counter(), 2)
+
+    def score(self, captions, references):
+        return [caption.count("r") / max(len(caption), 1) for caption in captions]
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_training_raises_the_reward(greedy, tmp_path, monkeypatch):
+    model = tiny_model()
+    processor = tiny_processor(model)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(train_scst, "load_reward", lambda *_: WantsOneWord())
+    folder = save_image_folder(tmp_path / "pictures")
+    options = {
+        "model": tmp_path / "model",
+        "dataset": folder,
+        "max_steps": 60,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 8,
+        "max_new_tokens": 6,
+        "save_strategy": "steps",
+        "save_steps": 60,
+        "bf16": False,
+        "cache_features": False,
+        "greedy_baseline": greedy,
+        "output_dir": tmp_path / "out",
+        "disable_tqdm": True,
+    }
+    train_scst.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    history = json.loads((tmp_path / "out" / "checkpoint-60" / "trainer_state.json").read_text())["log_history"]
+    rewards = [entry["reward"] for entry in history if "reward" in entry]
+    assert rewards[-1] > 2 * rewards[0] + 0.05
+    assert all({"baseline", "length"} <= entry.keys() for entry in history if "reward" in entry)
+    before, after = (EVLGenForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("model", "out"))
+    for part in ("vision_tower", "language_model"):
+        old, new = getattr(before, part).state_dict(), getattr(after, part).state_dict()
+        assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
+
+
+def test_what_cannot_work_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`num_samples` must be at least 2, but is 1"):
+        train_scst.main(["--num_samples", "1"])
+    with pytest.raises(ValueError, match="`model`='/nowhere' cannot be loaded"):
+        train_scst.main(["--model", "/nowhere", "--dataset", save_image_folder(tmp_path / "pictures")])
