@@ -34,7 +34,8 @@ def draw_loss_curve(log_history: list[dict[str, float]], path: str | Path) -> No
             axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, label=label)
     axes.set(xlabel="step", ylabel="caption loss [nats per token]", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    if axes.has_data():
+        axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
