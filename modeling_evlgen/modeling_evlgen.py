@@ -501,10 +501,15 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model_kwargs["mm_encoder_outputs"]["image"] = self.project_vision_features(vision_features)
         return model_kwargs
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+    def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
         """Keeps placeholders out of what is said, and, as in the original, out of what a repetition penalty counts:
         only generated tokens do."""
-        processors = super()._get_logits_processor(*args, **kwargs)
+        for name in ("encoder_repetition_penalty", "prompt_lookup_num_tokens"):
+            if getattr(generation_config, name, None) not in (None, 1.0):
+                raise ValueError(
+                    f"`{name}` is not supported: it looks prompt ids up, and those of images are no words."
+                )
+        processors = super()._get_logits_processor(generation_config, **kwargs)
         placeholders = [self.config.image_token_id, self.config.video_token_id]
         for processor in processors:
             if isinstance(processor, RepetitionPenaltyLogitsProcessor):

@@ -169,6 +169,13 @@ def test_a_batch_says_what_its_members_say_alone(text, settings):
     assert len(set(together)) > 1 and "<image>" not in "".join(together)
 
 
+@pytest.mark.parametrize("settings", [{"prompt_lookup_num_tokens": 2}, {"encoder_repetition_penalty": 1.2}])
+def test_options_that_look_up_prompt_ids_are_refused(settings):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="is not supported: it looks prompt ids up"):
+        model.generate(**tiny_processor(model)(images=pictures(1), text="what?"), **settings)
+
+
 def test_sampling_returns_several_sequences():
     model = tiny_model()
     batch = tiny_processor(model)(images=pictures(2), text=PROMPTS)

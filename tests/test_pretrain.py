@@ -35,6 +35,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 from .helpers import ROOT, run_clean, save_image_folder, save_towers
+from .hub_server import HubServer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -166,6 +167,25 @@ def test_two_processes_share_a_stream(work, tmp_path):
     process = launch(two, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
     assert process.wait(timeout=240) == 0
     assert_same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, rtol=1e-3)
+
+
+def test_a_run_can_publish_its_model(work, tmp_path):
+    with HubServer() as hub:
+        changes = {"push_to_hub": True, "hub_model_id": "user/captioner", "max_steps": 2, "test_split": ""}
+        command = [
+            sys.executable,
+            str(ROOT / "examples" / "pretrain.py"),
+            *arguments(work, tmp_path / "out", **changes),
+        ]
+        subprocess.run(command, env=hub.client_env(tmp_path / "hf_home"), cwd=ROOT, check=True, timeout=240)
+        published = hub.files("user/captioner")
+    assert {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "processing_evlgen.py",
+        "tokenizer.json",
+    } <= published.keys()
 
 
 def parquet(folder, rows):
