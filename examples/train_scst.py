@@ -6,17 +6,20 @@ Without more arguments it goes on with the demo's model and pictures. Only the c
 model's temporal contextualizer; reward, baseline and length of the samples are logged.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 
 from transformers import set_seed
 
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
 from common.cider import load_reward
-from common.data import load_captions
+from common.data import CaptionCollator, load_captions, true_captions
+from common.evaluation import generate_captions
 from common.features import cache_vision_features
 from common.scst import SCSTCollator, SCSTTrainer
-from common.training import train_and_report, use_all_cores
+from common.training import arithmetic, train_and_report, use_all_cores
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -53,7 +56,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if data.cache_features:
             train = cache_vision_features(model, processor, train, data)
             test = None if test is None else cache_vision_features(model, processor, test, data)
-    return train_and_report(
+
+    def held_out_reward() -> float | None:
+        """Mean CIDEr-D of what the model says about held-out pictures, on the main process."""
+        if test is None or training.process_index != 0:
+            return None
+        collator = CaptionCollator(processor, data, training=False)
+        captions = generate_captions(
+            model, test, collator, generation, training.per_device_eval_batch_size, arithmetic(training)
+        )
+        return mean(reward.score(captions, [true_captions(row, data) for row in test]))
+
+    before = held_out_reward()
+    metrics = train_and_report(
         model,
         processor,
         train,
@@ -69,6 +84,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         greedy_baseline=scst.greedy_baseline,
         max_new_tokens=generation.max_new_tokens,
     )
+    if before is not None:
+        metrics |= {"test_cider_before": before, "test_cider": held_out_reward()}
+        (Path(training.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        print(f"CIDEr-D on held-out rows: {before:.3f} before, {metrics['test_cider']:.3f} now (at most 10).")
+    return metrics
 
 
 def load_model(name_or_path: str) -> EVLGenForConditionalGeneration:

@@ -30,6 +30,11 @@ def use_all_cores(training: TrainingArguments) -> None:
         torch.set_num_threads(max(1, cores // processes))
 
 
+def arithmetic(training: TrainingArguments) -> torch.dtype:
+    """The dtype of autocast that `--bf16` and `--fp16` ask for; float32 without."""
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+
+
 def train_and_report(
     model: EVLGenForConditionalGeneration,
     processor: EVLGenProcessor,
@@ -81,9 +86,8 @@ def train_and_report(
         output = Path(training.output_dir)
         draw_loss_curve(trainer.state.log_history, output / "loss.png")
         if test is not None:
-            dtype = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
             metrics, captions = evaluate_captions(
-                model, processor, test, data, generation, training.per_device_eval_batch_size, dtype
+                model, processor, test, data, generation, training.per_device_eval_batch_size, arithmetic(training)
             )
             draw_contact_sheet(pictures, captions, data, output / "captions.png")
             (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
