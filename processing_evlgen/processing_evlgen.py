@@ -2,7 +2,6 @@
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -152,8 +151,8 @@ class EVLGenProcessor(ProcessorMixin):
             suffix (`str` or `list[str]`, *optional*):
                 What the model is to say, one for each prompt. Gives `labels`.
             videos (video, path, URL or a list of these, *optional*):
-                The videos, in the order of their placeholders. A list of frames is one video; see [`load_rgb_frames`]
-                for what is understood.
+                The videos, in the order of their placeholders. A list of frames (images or arrays) is one video; see
+                [`load_rgb_frames`] for what is understood.
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
                 What the vision tower gave for the images, instead of `images`; handed on to the model.
             num_frames (`int`, *optional*): Frames to take of each video; by default the processor's `num_frames`.
@@ -360,15 +359,14 @@ def _rows_of_images(images: Any) -> list[int] | None:
 
 
 def _list_videos(videos: Any) -> list[Any]:
-    """One video or several as a list of videos; a list of frames is one video."""
+    """Videos as they come, one or several or a list for each text, as one list; a list of frames is one video."""
     if videos is None:
         return []
-    if isinstance(videos, str | Path):
-        return [videos]
     if isinstance(videos, list | tuple):
-        frames = len(videos) and (isinstance(videos[0], Image.Image) or getattr(videos[0], "ndim", None) == 3)
-        return [videos] if frames else list(videos)
-    return list(videos) if videos.ndim == 5 else [videos]
+        if len(videos) and (isinstance(videos[0], Image.Image) or getattr(videos[0], "ndim", None) == 3):
+            return [videos]
+        return [video for entry in videos for video in _list_videos(entry)]
+    return list(videos) if getattr(videos, "ndim", None) == 5 else [videos]
 
 
 def _padded_length(longest: int, limit: int, arguments: dict[str, Any]) -> int | None:

@@ -20,7 +20,8 @@ from common.cider import CiderDReward, load_reward, tokenize_caption
 from common.scst import SCSTTrainer, self_critical_advantage, sequence_log_probabilities
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .helpers import save_image_folder, tiny_model, tiny_processor
+from .helpers import pictures, save_image_folder, tiny_model, tiny_processor
+from .test_video import video_model, write_clip
 
 CAPTIONS = ["a red circle", "a blue circle", "a red square on a table", "two dogs"]
 
@@ -91,8 +92,6 @@ def test_samples_are_scored_as_the_model_scores_them(tmp_path):
     """The trainer's log-probabilities are those of a plain forward, up to the end of each sample."""
     model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     processor = tiny_processor(model)
-    from .helpers import pictures
-
     batch = processor(images=pictures(2), text=["what?", "what is it?"])
     sampled = torch.tensor([[5, 6, 2, 0], [7, 2, 0, 0], [8, 9, 10, 11], [2, 0, 0, 0]])  # two of each picture; 2 ends
     trainer = SCSTTrainer.__new__(SCSTTrainer)
@@ -152,6 +151,39 @@ def test_training_raises_the_reward(greedy, tmp_path, monkeypatch):
     for part in ("vision_tower", "language_model"):
         old, new = getattr(before, part).state_dict(), getattr(after, part).state_dict()
         assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
+
+
+def test_trains_on_clips(tmp_path, monkeypatch):
+    pytest.importorskip("av", reason="needs the video extra")
+    monkeypatch.setattr(train_scst, "load_reward", lambda *_: WantsOneWord())
+    model = video_model("eva")
+    processor = tiny_processor(model)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "clips" / "train").mkdir(parents=True)
+    rows = []
+    for index in range(4):
+        write_clip(tmp_path / "clips" / "train" / f"{index}.mp4", 2 + index)
+        rows.append(json.dumps({"file_name": f"{index}.mp4", "caption": f"{index} r"}))
+    (tmp_path / "clips" / "train" / "metadata.jsonl").write_text("\n".join(rows))
+    options = {
+        "model": tmp_path / "model",
+        "dataset": tmp_path / "clips",
+        "video_column": "video",
+        "test_split": "",
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "max_new_tokens": 6,
+        "bf16": False,
+        "cache_features": False,
+        "output_dir": tmp_path / "out",
+    }
+    train_scst.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    after = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert any(
+        not torch.equal(p, q) for p, q in zip(after.temporal.parameters(), model.temporal.parameters(), strict=True)
+    )
 
 
 def test_what_cannot_work_is_refused(tmp_path):

@@ -1,7 +1,10 @@
 """Videos: reading clips, the temporal contextualizer in any transformer tower, and batches of clips and pictures."""
 
 import copy
+import functools
+import http.server
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -293,6 +296,36 @@ def test_the_processor_says_where_videos_go():
         processor(videos=pictures(4), images=pictures(1))
     with pytest.raises(ValueError, match="`frame_sampling` must be one of"):
         processor(videos=pictures(4), frame_sampling="middle")
+
+
+def test_apply_chat_template_reads_clips(tmp_path):
+    processor = tiny_processor(video_model(), chat=True)
+    clip = write_clip(tmp_path / "clip.mp4", 9)
+    message = {"role": "user", "content": [{"type": "video", "path": clip}, {"type": "text", "text": "what?"}]}
+    batch = processor.apply_chat_template([message], tokenize=True, return_dict=True, add_generation_prompt=True)
+    direct = processor(videos=clip, text="what?")
+    assert torch.equal(batch["input_ids"], direct["input_ids"])
+    torch.testing.assert_close(batch["pixel_values_videos"], direct["pixel_values_videos"])
+
+
+@pytest.mark.parametrize(("name", "codec"), [("clip.mp4", "libx264"), ("clip.webm", "libvpx"), ("clip.webp", None)])
+def test_reads_urls(name, codec, tmp_path):
+    if codec is None:
+        first, *others = shades(16)
+        first.save(tmp_path / name, save_all=True, append_images=others, lossless=True)
+    else:
+        write_clip(tmp_path / name, 16, codec)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert indices(load_rgb_frames(f"{url}/{name}", 4)) == [0, 4, 8, 12]
+        with pytest.raises(ValueError, match=r"`videos`: '.*missing.* cannot be read"):
+            load_rgb_frames(f"{url}/missing-{name}", 4)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_bad_videos_are_named():
