@@ -16,7 +16,14 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from common.arguments import DataArguments, GenerationArguments, ModelArguments, TrainingSettings, parse_arguments
+from common.arguments import (
+    DataArguments,
+    GenerationArguments,
+    ModelArguments,
+    ProcessorArguments,
+    TrainingSettings,
+    parse_arguments,
+)
 from common.data import load_captions
 from common.features import cache_vision_features
 from common.models import build_model
@@ -26,15 +33,21 @@ DEMO_RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_arguments, data, generation, training = parse_arguments(
-        ModelArguments, DataArguments, GenerationArguments, TrainingSettings, argv=argv, recipe=DEMO_RECIPE
+    model_arguments, text_format, data, generation, training = parse_arguments(
+        ModelArguments,
+        ProcessorArguments,
+        DataArguments,
+        GenerationArguments,
+        TrainingSettings,
+        argv=argv,
+        recipe=DEMO_RECIPE,
     )
     use_all_cores(training)
     set_seed(training.seed)
     with training.main_process_first(desc="preparing models and data"):
         train, test = load_captions(data, training.seed)
         pictures = test
-        model, processor = build_model(model_arguments, data)
+        model, processor = build_model(model_arguments, text_format)
         model.to(training.device)
         if data.cache_features:
             train = cache_vision_features(model, processor, train, data)

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.generation import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -20,7 +21,7 @@ from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from configuration_evlgen import EVLGenConfig, TomeFormerConfig
 
 from .base_models import check_disk_space, load_base_model, load_connector, placeholder_ids, refuse_remote_code
-from .temporal import TemporalTower, encode_videos
+from .temporal import TemporalContextualizer, TemporalTower, encode_videos
 from .tomeformer import TomeFormerModel
 from .vision_tower import build_vision_tower, load_vision_tower, measure_vision_tower
 
@@ -91,6 +92,12 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._text_arguments = set(inspect.signature(self.language_model.forward).parameters)
         self.post_init()
         self.freeze_towers()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TemporalContextualizer):
+            init.zeros_(module.alpha)
 
     @classmethod
     def from_vision_text_pretrained(

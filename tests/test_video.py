@@ -241,6 +241,11 @@ def test_an_image_model_becomes_a_video_model_that_starts_the_same(vision, tmp_p
         expected = image_model.get_image_features(image).pooler_output
         torch.testing.assert_close(model.get_video_features(still).pooler_output, expected)
         torch.testing.assert_close(model.get_image_features(image).pooler_output, expected)
+    # The same by the configuration alone, where the contextualizers are missing in the checkpoint.
+    loaded = EVLGenForConditionalGeneration.from_pretrained(tmp_path, temporal_contextualizer=True, **SIZES)
+    assert all(contextualizer.alpha == 0 for contextualizer in loaded.temporal)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.get_video_features(still).pooler_output, expected)
     assert not any(p.requires_grad for p in model.vision_tower.parameters())
     assert all(p.requires_grad for p in model.temporal.parameters())
 

@@ -27,6 +27,16 @@ class ModelArguments:
 
 
 @dataclass
+class ProcessorArguments:
+    end_of_text: str | None = field(default=None, metadata={"help": "What ends a caption. Default: the EOS token."})
+    bos_label: bool = field(default=False, metadata={"help": "Train the BOS token behind the image, as with OPT."})
+    clean_captions: bool = field(default=False, metadata={"help": "Clean captions up as the paper does."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Jinja chat template in place of the model's; empty for none."}
+    )
+
+
+@dataclass
 class DataArguments:
     dataset: str | None = field(
         default=None,
@@ -49,12 +59,6 @@ class DataArguments:
     max_test_samples: int | None = field(default=None, metadata={"help": "Use only the first held-out samples."})
     streaming: bool = field(default=False, metadata={"help": "Read while training; needs max_steps."})
     prompt: str = field(default="", metadata={"help": "What the model is told along with each picture."})
-    end_of_text: str | None = field(default=None, metadata={"help": "What ends a caption. Default: the EOS token."})
-    bos_label: bool = field(default=False, metadata={"help": "Train the BOS token behind the image, as with OPT."})
-    clean_captions: bool = field(default=False, metadata={"help": "Clean captions up as the paper does."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "Jinja chat template in place of the model's; empty for none."}
-    )
     crop_scale: list[float] | None = field(
         default=None, metadata={"help": "Train on random crops of this share of the picture, e.g. 0.5 1.0."}
     )

@@ -10,7 +10,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from common.arguments import DataArguments, ModelArguments
+from common.arguments import ModelArguments, ProcessorArguments
 from common.demo_towers import prepare_language_model, prepare_vision_tower
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 def build_model(
-    arguments: ModelArguments, data: DataArguments
+    arguments: ModelArguments, text_format: ProcessorArguments
 ) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
     """Loads the towers, builds a connector between them, and the processor that fits.
 
@@ -45,15 +45,15 @@ def build_model(
     tokenizer = AutoTokenizer.from_pretrained(text_model, **text)
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit or tokenizer.model_max_length)
-    if data.chat_template is not None:
-        tokenizer.chat_template = data.chat_template or None
+    if text_format.chat_template is not None:
+        tokenizer.chat_template = text_format.chat_template or None
     processor = EVLGenProcessor(
         image_processor,
         tokenizer,
         num_image_tokens=model.config.num_image_tokens,
-        end_of_text=data.end_of_text,
-        clean_captions=data.clean_captions,
-        bos_label=data.bos_label,
+        end_of_text=text_format.end_of_text,
+        clean_captions=text_format.clean_captions,
+        bos_label=text_format.bos_label,
     )
     model.generation_config.eos_token_id = processor.end_of_text_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
