@@ -1,15 +1,17 @@
 """examples/finetune_video.py end to end, on a user's folder of clips."""
 
 import json
+import shutil
 
 import finetune_video
 import pytest
 import torch
+import train_scst
 
 from common import demo_clips
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .helpers import tiny_model, tiny_processor
+from .helpers import ROOT, tiny_model, tiny_processor
 from .test_video import SIZES, write_clip
 
 pytest.importorskip("av", reason="needs the video extra")
@@ -69,8 +71,6 @@ def test_an_image_model_learns_clips(temporal, work, tmp_path):
 
 
 def test_a_broken_clip_is_named_or_skipped(work, tmp_path, capsys):
-    import shutil
-
     shutil.copytree(work / "clips", tmp_path / "clips")
     (tmp_path / "clips" / "train" / "1.mp4").write_bytes(b"no clip")
     changes = {"dataset": tmp_path / "clips", "max_steps": -1, "num_train_epochs": 1}
@@ -78,6 +78,21 @@ def test_a_broken_clip_is_named_or_skipped(work, tmp_path, capsys):
         finetune_video.main(arguments(work, tmp_path / "out", **changes))
     finetune_video.main(arguments(work, tmp_path / "out", **changes, skip_bad_rows=True))
     assert "1 times a bad row was skipped" in capsys.readouterr().out
+
+
+def test_the_papers_video_recipes_run(work, tmp_path):
+    """The recipes as they are, one after the other, but with a tiny model and few clips."""
+    pytest.importorskip("pycocoevalcap", reason="needs the scst extra")
+    little = {"dataset": work / "clips", "max_steps": 1, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
+    for script, recipe, start in (
+        (finetune_video, "video-opt-2.7b", {"image_model": work / "image"}),
+        (train_scst, "scst-opt-2.7b", {"model": tmp_path / "video-opt-2.7b"}),
+    ):
+        options = {**little, **start, "output_dir": tmp_path / recipe}
+        given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        script.main(["--config", str(ROOT / "examples" / "configs" / f"{recipe}.yaml"), *given])
+        model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / recipe)
+        assert model.config.temporal_contextualizer and len(model.temporal) == 2
 
 
 @pytest.mark.parametrize(
