@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train, test = load_captions(data, training.seed)
         pictures = test
         model, processor = build_model(model_arguments, text_format)
+        model.generation_config.max_new_tokens = generation.max_new_tokens
         model.to(training.device)
         if data.cache_features:
             train = cache_vision_features(model, processor, train, data)

@@ -154,6 +154,9 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         tower = measure_vision_tower(vision_model.config, image_size)
         if not isinstance(connector_config, TomeFormerConfig):
+            unknown = sorted((connector_config or {}).keys() - TomeFormerConfig.__dataclass_fields__.keys())
+            if unknown:
+                raise ValueError(f"`connector_config` holds fields that TomeFormerConfig does not have: {unknown}.")
             connector_config = {"class_token": tower.class_token, **(connector_config or {})}
         connector = None
         if connector_model is not None:
@@ -234,7 +237,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         lines = []
         for name, part in self.named_children():
             count = sum(parameter.numel() for parameter in part.parameters())
-            lines.append(f"{name}: {count / 1e6:.2f} M parameters, {'frozen' if _is_frozen(part) else 'trained'}")
+            size = f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.2f} K"
+            lines.append(f"{name}: {size} parameters, {'frozen' if _is_frozen(part) else 'trained'}")
         return "\n".join(lines)
 
     def get_input_embeddings(self) -> nn.Module:

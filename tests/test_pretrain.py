@@ -30,6 +30,8 @@ from transformers import (
 )
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, OPENAI_CLIP_MEAN
 
+from common.arguments import DataArguments
+from common.data import CaptionCollator
 from common.models import load_image_processor
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -224,6 +226,22 @@ def test_streams_with_held_out_pictures(work, tmp_path):
     assert metrics["test_loss"] > 0
 
 
+def test_answers_questions_of_a_column(work, tmp_path):
+    rows = load_dataset(str(work / "pictures"), split="train")
+    rows = rows.add_column("question", [f"what is {index}?" for index in range(len(rows))])
+    changes = {**parquet(tmp_path, rows), "prompt_column": "question", "prompt": "Question: {} Short answer:"}
+    pretrain.main(arguments(work, tmp_path / "out", **changes, test_split="", eval_strategy="steps", eval_steps=2))
+    data = DataArguments(prompt_column="question", prompt=changes["prompt"])
+    processor = EVLGenProcessor.from_pretrained(tmp_path / "out")
+    batch = CaptionCollator(processor, data, training=False)([rows[3]])
+    assert "Question: what is 3? Short answer: a black picture" in processor.tokenizer.decode(batch["input_ids"][0])
+
+
+def test_a_resume_without_a_checkpoint_says_so(work, tmp_path, caplog):
+    pretrain.main(arguments(work, tmp_path, max_steps=1, test_split="", resume_from_checkpoint=True))
+    assert "There is no complete checkpoint in" in caplog.text
+
+
 def test_draws_one_of_several_captions(work, tmp_path):
     rows = load_dataset(str(work / "pictures"), split="train").to_list()
     several = [{"image": row["image"], "caption": [row["caption"], "a picture"]} for row in rows]
@@ -322,7 +340,7 @@ def test_a_towers_image_processor_becomes_a_plain_resize(processor, size, mean, 
         ({"image_column": "photo"}, r"`image_column` is 'photo', but the data set has \['image', 'caption'\]"),
         ({"caption_column": "text"}, r"`caption_column` is 'text', but the data set has"),
         ({"train_split": "training"}, r"`train_split` is 'training', but the data set has \['test', 'train'\]"),
-        ({"test_split": "dev"}, r"`test_split` is 'dev', but .*; leave it empty to train without held-out pictures"),
+        ({"test_split": "dev"}, "`test_split` is 'dev', but .*; --test_split \"\" trains without held-out pictures"),
         ({"cache_features": True, "horizontal_flip": True}, "`cache_features` keeps one view of a picture"),
         ({"cache_features": True, "streaming": True}, "`cache_features` needs the whole data set"),
         ({"streaming": True}, "`streaming` needs `max_test_samples`, or an empty `test_split`"),
@@ -330,7 +348,10 @@ def test_a_towers_image_processor_becomes_a_plain_resize(processor, size, mean, 
         ({"text_model": "/nowhere"}, "`text_model`='/nowhere' cannot be loaded"),
         ({"connector_config": '{"merge_r": -1}'}, "`merge_r` must hold integers of 0 or more"),
         ({"dataset": ""}, "`dataset` is needed"),
-        ({"lerning_rate": 1}, "lerning_rate"),
+        ({"dataset": "/nowhere"}, "`dataset` is '/nowhere', which is no folder, none of openmoji-scenes, easy-vqa"),
+        ({"connector_config": '{"merge_rr": 5}'}, "holds fields that TomeFormerConfig does not have: .'merge_rr'"),
+        ({"prompt_column": "question"}, "`prompt_column` is 'question', but the data set has"),
+        ({"lerning_rate": 1}, r"Unknown argument --lerning_rate\. Did you mean --learning_rate\?"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):

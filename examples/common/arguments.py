@@ -3,6 +3,7 @@
 import json
 from argparse import ArgumentParser
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ class ModelArguments:
         default=None, metadata={"help": "BERT checkpoint to start the connector from, e.g. bert-base-uncased."}
     )
     connector_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of TomeFormerConfig; JSON on the command line."}
+        default=None,
+        metadata={"help": "Fields of TomeFormerConfig, all of them: replaces a recipe's. JSON on the command line."},
     )
     vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the vision tower."})
     text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the language model."})
@@ -59,6 +61,12 @@ class DataArguments:
     max_test_samples: int | None = field(default=None, metadata={"help": "Use only the first held-out samples."})
     streaming: bool = field(default=False, metadata={"help": "Read while training; needs max_steps."})
     prompt: str = field(default="", metadata={"help": "What the model is told along with each picture."})
+    prompt_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of questions; {} in the prompt is where they go, e.g. 'Question: {} Short answer:'."
+        },
+    )
     crop_scale: list[float] | None = field(
         default=None, metadata={"help": "Train on random crops of this share of the picture, e.g. 0.5 1.0."}
     )
@@ -90,6 +98,7 @@ class TrainingSettings(TrainingArguments):
     # The main process would have to join batches of different lengths to hand them out.
     accelerator_config: dict | str | None = field(default_factory=lambda: {"dispatch_batches": False})
     ddp_timeout: int = 86400  # seconds; other processes wait while one prepares models and data
+    logging_first_step: bool = True
     prediction_loss_only: bool = True  # or the Trainer would keep the logits of the whole held-out split
 
     ddp_find_unused_parameters: bool | None = False  # all trained parameters are used
@@ -124,7 +133,12 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path
     if unknown:
         raise ValueError(f"{path.config} holds unknown arguments: {', '.join(unknown)}.")
     parser.set_defaults(**settings)
-    parsed = parser.parse_args_into_dataclasses(argv)[: len(dataclass_types)]
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    parsed = tuple(parsed[: len(dataclass_types)])
+    for option in unknown:
+        close = get_close_matches(option.lstrip("-"), known, n=1)
+        hint = f" Did you mean --{close[0]}?" if close else ""
+        raise ValueError(f"Unknown argument {option}.{hint}")
     for arguments in parsed:
         for name, value in vars(arguments).items():  # JSON from the command line
             if name in ("connector_config", "data_files") and isinstance(value, str) and value.startswith("{"):

@@ -10,11 +10,15 @@ from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import constants
-from pycocoevalcap.cider.cider_scorer import CiderScorer, precook
 from tqdm import tqdm
 
 from common.arguments import DataArguments
 from common.data import true_captions
+
+try:
+    from pycocoevalcap.cider.cider_scorer import CiderScorer, precook
+except ImportError as error:
+    raise ImportError('CIDEr needs pycocoevalcap. Install it with: pip install -e ".[scst]"') from error
 
 
 def tokenize_caption(caption: str) -> str:

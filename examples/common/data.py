@@ -63,23 +63,30 @@ def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | Iterab
 def _load_splits(arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
     if arguments.dataset in DEMO_DATASETS:
         return load_demo_dataset(arguments.dataset)
-    return load_dataset(
-        arguments.dataset,
-        arguments.dataset_config,
-        data_files=arguments.data_files or None,
-        streaming=arguments.streaming,
-    )
+    try:
+        return load_dataset(
+            arguments.dataset,
+            arguments.dataset_config,
+            data_files=arguments.data_files or None,
+            streaming=arguments.streaming,
+        )
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"`dataset` is {arguments.dataset!r}, which is no folder, none of {', '.join(DEMO_DATASETS)}, and cannot "
+            f"be had from the Hub: {error}"
+        ) from error
 
 
 def _take(splits: Any, argument: str, arguments: DataArguments, limit: int | None) -> Dataset | IterableDataset:
     name = getattr(arguments, argument)
     if name not in splits:
-        hint = "" if argument == "train_split" else "; leave it empty to train without held-out pictures"
+        hint = "" if argument == "train_split" else '; --test_split "" trains without held-out pictures'
         raise ValueError(f"`{argument}` is {name!r}, but the data set has {sorted(splits)}{hint}.")
     dataset = splits[name]
     columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
     visual_argument = "video_column" if arguments.video_column else "image_column"
-    for column_argument in (visual_argument, "caption_column"):
+    column_arguments = (visual_argument, "caption_column", *(["prompt_column"] if arguments.prompt_column else []))
+    for column_argument in column_arguments:
         column = getattr(arguments, column_argument)
         if column not in columns:
             raise ValueError(f"`{column_argument}` is {column!r}, but the data set has {columns}.")
@@ -87,7 +94,7 @@ def _take(splits: Any, argument: str, arguments: DataArguments, limit: int | Non
     feature = None if dataset.features is None else dataset.features[visual_column]
     if isinstance(feature, Image | Video):
         dataset = dataset.cast_column(visual_column, type(feature)(decode=False))
-    dataset = dataset.select_columns([visual_column, arguments.caption_column])
+    dataset = dataset.select_columns([getattr(arguments, name) for name in column_arguments])
     if limit is None:
         return dataset
     return (
@@ -128,7 +135,7 @@ def read_row(
     except ValueError as error:
         name = f"the row with the caption {str(captions)[:80]!r}"
         if not arguments.skip_bad_rows:
-            raise ValueError(f"{name}: {error} Set skip_bad_rows to go on without it.") from error
+            raise ValueError(f"{name}: {error} (`--skip_bad_rows true` goes on without it.)") from error
         logger.warning(f"Skipped {name}: {error}")
         return None
 
@@ -167,11 +174,18 @@ class CaptionCollator:
             ValueError: If a row is bad, unless bad rows are to be skipped; then, if none is left.
         """
         rows, pictures = self._pictures(rows)
-        return self.processor(**pictures, text=self.arguments.prompt, suffix=[self._caption(row) for row in rows])
+        return self.processor(**pictures, text=self._text(rows), suffix=[self._caption(row) for row in rows])
 
     def prompts(self, rows: list[dict[str, Any]]) -> BatchFeature:
         """Inputs for generation: the same without the captions."""
-        return self.processor(**self._pictures(rows)[1], text=self.arguments.prompt)
+        rows, pictures = self._pictures(rows)
+        return self.processor(**pictures, text=self._text(rows))
+
+    def _text(self, rows: list[dict[str, Any]]) -> str | list[str]:
+        column, prompt = self.arguments.prompt_column, self.arguments.prompt
+        if not column:
+            return prompt
+        return [prompt.replace("{}", row[column]) if prompt else row[column] for row in rows]
 
     def _pictures(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if "vision_features" in rows[0]:

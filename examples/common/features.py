@@ -69,19 +69,19 @@ def cache_vision_features(
     with FileLock(path.with_suffix(".lock")):  # another run may want the same
         if not path.exists():
             _compute(path, state_path, model, processor, dataset, arguments, batch_size)
-    bad_rows = set(json.loads(state_path.read_text())["bad_rows"])
+    bad_rows = json.loads(state_path.read_text())["bad_rows"]
     if bad_rows and not arguments.skip_bad_rows:
-        raise ValueError(f"{len(bad_rows)} rows are bad, among them {sorted(bad_rows)[:10]}; see skip_bad_rows.")
+        raise ValueError(f"Bad rows, by number and caption: {bad_rows} (`--skip_bad_rows true` goes on without them.)")
     if bad_rows:
-        logger.warning(f"{len(bad_rows)} of {len(dataset)} rows are bad and left out.")
-    rows = [row for row in range(len(dataset)) if row not in bad_rows]
+        logger.warning(f"{len(bad_rows)} of {len(dataset)} rows are bad and left out: {bad_rows}.")
+    rows = [row for row in range(len(dataset)) if str(row) not in bad_rows]
     return FeatureDataset(dataset, np.load(path, mmap_mode="r"), rows, arguments.image_column)
 
 
 def _compute(path, state_path, model, processor, dataset, arguments: DataArguments, batch_size: int) -> None:
     partial = path.with_suffix(".partial.npy")
     shape = (len(dataset), model.config.num_vision_tokens, model.config.vision_hidden_size)
-    state = {"done": 0, "bad_rows": []}
+    state = {"done": 0, "bad_rows": {}}  # the captions of rows that cannot be used
     if partial.exists() and state_path.exists():
         state = json.loads(state_path.read_text())
     mode = "r+" if state["done"] else "w+"
@@ -93,7 +93,8 @@ def _compute(path, state_path, model, processor, dataset, arguments: DataArgumen
     while state["done"] < len(dataset):
         rows = range(state["done"], min(state["done"] + batch_size, len(dataset)))
         images = {row: read_row(dataset[row], arguments) for row in rows}
-        state["bad_rows"] += [row for row, image in images.items() if image is None]
+        for row in [row for row, image in images.items() if image is None]:
+            state["bad_rows"][str(row)] = str(dataset[row][arguments.caption_column])[:80]
         images = {row: image for row, image in images.items() if image is not None}
         if images:
             pixel_values = processor.image_processor(list(images.values()), return_tensors="pt")["pixel_values"]

@@ -17,7 +17,7 @@ class SCSTCollator(CaptionCollator):
 
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
         rows, pictures = self._pictures(rows)
-        batch = self.processor(**pictures, text=self.arguments.prompt)
+        batch = self.processor(**pictures, text=self._text(rows))
         batch["references"] = [true_captions(row, self.arguments) for row in rows]
         return batch
 

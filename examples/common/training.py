@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.utils import logging
 
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings
 from common.data import CaptionCollator, SetEpoch
@@ -18,6 +19,8 @@ from common.report import draw_contact_sheet, draw_loss_curve
 from common.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
+
+logger = logging.get_logger(__name__)
 
 
 def use_all_cores(training: TrainingArguments) -> None:
@@ -61,6 +64,8 @@ def train_and_report(
     Returns:
         The figures of [`evaluate_captions`], on the main process; none without held-out rows.
     """
+    if test is None:
+        training.eval_strategy = IntervalStrategy.NO
     collator = collator_class(processor, data, training=True, seed=training.seed)
     trainer = trainer_class(
         model=model,
@@ -105,6 +110,9 @@ def _checkpoint(training: TrainingSettings) -> str | None:
     folders = Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     complete = [folder for folder in folders if (folder / TRAINER_STATE_NAME).exists()]  # written last
     if not complete:
+        logger.warning(
+            f"There is no complete checkpoint in {training.output_dir}: training starts from the first step."
+        )
         return None
     return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2])))
 
@@ -112,7 +120,7 @@ def _checkpoint(training: TrainingSettings) -> str | None:
 def _summary(output: Path, metrics: dict[str, float], task: str) -> str:
     figures = "\n".join(f"  {name}: {value:.4f}" for name, value in metrics.items())
     return f"""
-Done. {output}/ holds the model, loss.png and captions.png.
+Done. {output}/ holds the model{"" if not metrics else ", metrics.json, captions.png"} and loss.png.
 {figures}
 
 Caption a {"picture" if task == "image-to-text" else "clip"} with it:
