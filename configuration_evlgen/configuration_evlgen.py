@@ -55,7 +55,8 @@ class TomeFormerConfig(PreTrainedConfig):
             residual branch instead, so the residual path, and with it the merging, is left alone.
         layer_scale_init_value (`float`, *optional*):
             If given, each residual branch is scaled by learned per-channel gains that start at this value (LayerScale,
-            Touvron et al., ICCV 2021). With `pre_norm=True` and 0.0 the TomeFormer starts as pure token merging.
+            Touvron et al., ICCV 2021). With `pre_norm=True` and 0.0 the TomeFormer starts as pure token merging
+            behind the embeddings' LayerNorm.
 
     Raises:
         ValueError: If a field is out of range; the message names it.

@@ -18,6 +18,7 @@ from transformers import set_seed
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
 from common.data import load_captions
 from common.demo_clips import EMOJI_CLIPS, load_emoji_clips
+from common.models import load_captioner
 from common.training import train_and_report, use_all_cores
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -48,27 +49,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if data.dataset == EMOJI_CLIPS:
             data.dataset = str(load_emoji_clips())
         train, test = load_captions(data, training.seed)
-        model = load_image_model(video)
+        load = EVLGenForConditionalGeneration.from_pretrained
+        if video.temporal_contextualizer:
+            load = EVLGenForConditionalGeneration.from_image_model
+        model = load_captioner("image_model", load, video.image_model)
         processor = EVLGenProcessor.from_pretrained(video.image_model)
         processor.num_frames = data.num_frames
     return train_and_report(model, processor, train, test, test, data, generation, training)
-
-
-def load_image_model(arguments: VideoArguments) -> EVLGenForConditionalGeneration:
-    """The image model, or the video model that it becomes.
-
-    Raises:
-        ValueError: If there is no such model, or its tower cannot take a temporal contextualizer.
-    """
-    name = arguments.image_model
-    load = EVLGenForConditionalGeneration.from_pretrained
-    if arguments.temporal_contextualizer:
-        load = EVLGenForConditionalGeneration.from_image_model
-    try:
-        return load(name)
-    except OSError as error:
-        hint = "; train it first, with examples/pretrain.py" if name == "outputs/demo" else ""
-        raise ValueError(f"`image_model`={name!r} cannot be loaded{hint}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from common.cider import load_reward
 from common.data import CaptionCollator, load_captions, true_captions
 from common.evaluation import generate_captions
 from common.features import cache_vision_features
+from common.models import load_captioner
 from common.scst import SCSTCollator, SCSTTrainer
 from common.training import arithmetic, train_and_report, use_all_cores
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train, test = load_captions(data, training.seed)
         reward = load_reward(train, data)
         pictures = test
-        model = load_model(scst.model).to(training.device)
+        model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, scst.model)
+        model.to(training.device)
         processor = EVLGenProcessor.from_pretrained(scst.model)
         if data.cache_features:
             train = cache_vision_features(model, processor, train, data)
@@ -89,18 +91,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         (Path(training.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"CIDEr-D on held-out rows: {before:.3f} before, {metrics['test_cider']:.3f} now (at most 10).")
     return metrics
-
-
-def load_model(name_or_path: str) -> EVLGenForConditionalGeneration:
-    """
-    Raises:
-        ValueError: If there is no such model.
-    """
-    try:
-        return EVLGenForConditionalGeneration.from_pretrained(name_or_path)
-    except OSError as error:
-        hint = "; train it first, with examples/pretrain.py" if name_or_path == "outputs/demo" else ""
-        raise ValueError(f"`model`={name_or_path!r} cannot be loaded{hint}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -481,9 +481,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         outputs: EVLGenImageOutput | None,
         inputs_embeds: torch.Tensor,
     ) -> torch.Tensor:
-        soft_prompts = inputs_embeds.new_empty(0) if outputs is None else outputs.pooler_output
         num_placeholders = placeholders.sum()
-        num_features = soft_prompts.shape[:2].numel() if outputs is not None else 0
+        num_features = 0 if outputs is None else outputs.pooler_output.shape[:2].numel()
         torch_compilable_check(
             num_placeholders == num_features,
             lambda: (
@@ -493,7 +492,7 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         if outputs is None:
             return inputs_embeds
-        soft_prompts = soft_prompts.to(inputs_embeds.device, inputs_embeds.dtype)
+        soft_prompts = outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds.masked_scatter(placeholders.unsqueeze(2), soft_prompts)
 
     def _check_length(self, length: int, cache: Any) -> None:

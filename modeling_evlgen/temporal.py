@@ -155,13 +155,11 @@ def encode_videos(
     """
     videos, num_frames = pixel_values.shape[:2]
     if frame_mask is None:
-        frame_mask = torch.ones(videos, num_frames, dtype=torch.bool, device=pixel_values.device)
-        padded = None
+        weight = torch.full((videos, num_frames), 1 / num_frames, device=pixel_values.device)
     else:
-        padded = frame_mask
-    weight = frame_mask / frame_mask.sum(dim=1, keepdim=True)  # (videos, frames)
+        weight = frame_mask / frame_mask.sum(dim=1, keepdim=True)  # (videos, frames)
     if temporal is not None:
-        with temporal.frames(num_frames, padded):
+        with temporal.frames(num_frames, frame_mask):
             return _weighted_mean(vision_tower, pixel_values, weight)
     # Frames that do not see each other can come one after the other, in as little memory as a few of them take.
     at_once = num_frames if torch.is_grad_enabled() else max(1, IMAGES_AT_ONCE // videos)

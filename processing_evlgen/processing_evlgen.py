@@ -180,7 +180,7 @@ class EVLGenProcessor(ProcessorMixin):
             raise ValueError("At least one of `images`, `videos`, `text` and `vision_features` must be given.")
         if images is not None and vision_features is not None:
             raise ValueError("Only one of `images` and `vision_features` can be given.")
-        nested = _rows_of_images(images)
+        images_per_text = _images_per_text(images)
         images = [] if images is None else [load_rgb_image(image) for image in _flatten(images)]
         num_images = len(images) if vision_features is None else len(vision_features)
         num_frames = self.num_frames if num_frames is None else num_frames
@@ -188,14 +188,8 @@ class EVLGenProcessor(ProcessorMixin):
         prompts = _strings("text", "" if text is None else text)
         if len(prompts) == 1 and not any(token in prompts[0] for token in (self.image_token, self.video_token)):
             prompts = prompts * max(num_images, len(clips), 1)
-        if nested is not None and len(nested) == len(prompts):
-            for index, (prompt, count) in enumerate(zip(prompts, nested, strict=True)):
-                found = prompt.count(self.image_token)
-                if found != count and any(self.image_token in other for other in prompts):
-                    raise ValueError(
-                        f"`text` entry {index} holds {found} {self.image_token} placeholders, but `images` entry "
-                        f"{index} holds {count} images."
-                    )
+        if images_per_text is not None:
+            self._check_rows(prompts, images_per_text)
         arguments = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_arguments = arguments["text_kwargs"]
 
@@ -218,6 +212,17 @@ class EVLGenProcessor(ProcessorMixin):
         if vision_features is not None:
             data["vision_features"] = vision_features
         return BatchFeature(data, tensor_type=text_arguments.get("return_tensors", "pt"))
+
+    def _check_rows(self, prompts: list[str], images_per_text: list[int]) -> None:
+        found = [prompt.count(self.image_token) for prompt in prompts]
+        if not any(found) or len(found) != len(images_per_text):
+            return
+        for index, (placeholders, images) in enumerate(zip(found, images_per_text, strict=True)):
+            if placeholders != images:
+                raise ValueError(
+                    f"`text` entry {index} holds {placeholders} {self.image_token} placeholders, but `images` entry "
+                    f"{index} holds {images} images."
+                )
 
     def _place(self, prompts: list[str], num_images: int, num_videos: int) -> list[str]:
         """Puts placeholders into prompts that have none, and checks that there is one for each image and video."""
@@ -351,7 +356,7 @@ def _flatten(images: Any) -> list[Any]:
     return [images]
 
 
-def _rows_of_images(images: Any) -> list[int] | None:
+def _images_per_text(images: Any) -> list[int] | None:
     """How many images belong to each text, where they come as a list for each."""
     if isinstance(images, list | tuple) and images and all(isinstance(row, list | tuple) for row in images):
         return [len(row) for row in images]

@@ -130,6 +130,17 @@ def test_activations_loss_and_gradients(case):
         **{f"vit_block_{i}": layer for i, layer in enumerate(model.vision_tower.encoder.layers)},
     }
     handles = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
+
+    def keep_embeds(module, arguments, kwargs):
+        seen["lm_inputs_embeds"] = kwargs["inputs_embeds"]
+
+    def keep_temporal(module, arguments, output):
+        seen["temporal_0_in"] = arguments[0].flatten(0, 1)
+        seen["temporal_0_out"] = (arguments[0] + output).flatten(0, 1)
+
+    handles.append(model.language_model.register_forward_pre_hook(keep_embeds, with_kwargs=True))
+    if model.temporal is not None:
+        handles.append(model.temporal[0].register_forward_hook(keep_temporal))
     images, token = vision_inputs(inputs)
     output = model(
         input_ids=with_prefix(inputs["input_ids"], token),
@@ -142,6 +153,8 @@ def test_activations_loss_and_gradients(case):
         handle.remove()
 
     assert torch.equal(with_prefix(inputs["attention_mask"], 1), expected["lm_attention_mask"])
+    compared = {*seen, "vit_out", "logits", "loss", "targets", "lm_attention_mask", "alpha"}
+    assert {name for name in expected if not name.startswith(("grad.", "gen", "prompted."))} <= compared
     for name, tensor in seen.items():
         close(tensor, expected[name], tolerance["activations"])
     tokens = model.get_vision_features(next(iter(images.values())))

@@ -129,6 +129,8 @@ def read_row(
     try:
         if not captions or not all(isinstance(c, str) and c.strip() for c in true_captions(row, arguments)):
             raise ValueError(f"`{arguments.caption_column}` must hold a caption, but is {captions!r}.")
+        if arguments.prompt_column and not isinstance(row[arguments.prompt_column], str):
+            raise ValueError(f"`{arguments.prompt_column}` must hold a text, but is {row[arguments.prompt_column]!r}.")
         if arguments.video_column:
             return load_rgb_frames(row[arguments.video_column], arguments.num_frames, frame_sampling)
         return load_rgb_image(row[arguments.image_column])

@@ -70,10 +70,11 @@ def cache_vision_features(
         if not path.exists():
             _compute(path, state_path, model, processor, dataset, arguments, batch_size)
     bad_rows = json.loads(state_path.read_text())["bad_rows"]
-    if bad_rows and not arguments.skip_bad_rows:
-        raise ValueError(f"Bad rows, by number and caption: {bad_rows} (`--skip_bad_rows true` goes on without them.)")
     if bad_rows:
-        logger.warning(f"{len(bad_rows)} of {len(dataset)} rows are bad and left out: {bad_rows}.")
+        named = f"{len(bad_rows)} of {len(dataset)} rows are bad, by number and caption: {bad_rows}"
+        if not arguments.skip_bad_rows:
+            raise ValueError(f"{named} (`--skip_bad_rows true` goes on without them.)")
+        logger.warning(f"Left out: {named}.")
     rows = [row for row in range(len(dataset)) if str(row) not in bad_rows]
     return FeatureDataset(dataset, np.load(path, mmap_mode="r"), rows, arguments.image_column)
 
@@ -86,8 +87,9 @@ def _compute(path, state_path, model, processor, dataset, arguments: DataArgumen
         state = json.loads(state_path.read_text())
     mode = "r+" if state["done"] else "w+"
     features = np.lib.format.open_memmap(partial, mode=mode, dtype=np.float16, shape=shape)
-    with partial.open("r+b") as file:  # a full disk is an error now, not a crash when a page is written
-        os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+    if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash when a page is written
+        with partial.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
 
     progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="picture")
     while state["done"] < len(dataset):

@@ -1,5 +1,6 @@
 """From what the command line says to a model and its processor."""
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import (
@@ -58,6 +59,19 @@ def build_model(
     model.generation_config.eos_token_id = processor.end_of_text_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, processor
+
+
+def load_captioner(argument: str, load: Callable, name_or_path: str) -> EVLGenForConditionalGeneration:
+    """Loads a trained model to go on with, by `load(name_or_path)`.
+
+    Raises:
+        ValueError: If there is no such model; the message names `argument`.
+    """
+    try:
+        return load(name_or_path)
+    except OSError as error:
+        hint = "; train it first, with examples/pretrain.py" if name_or_path == "outputs/demo" else ""
+        raise ValueError(f"`{argument}`={name_or_path!r} cannot be loaded{hint}: {error}") from error
 
 
 def load_image_processor(vision_model: str, **kwargs: Any) -> CLIPImageProcessor:

@@ -9,7 +9,7 @@ from transformers import BatchFeature
 from common.cider import CiderDReward
 from common.data import CaptionCollator, true_captions
 from common.trainer import EVLGenTrainer
-from modeling_evlgen.modeling_evlgen import EVLGenImageOutput
+from modeling_evlgen import EVLGenImageOutput
 
 
 class SCSTCollator(CaptionCollator):
