@@ -1,6 +1,6 @@
 """The temporal contextualizer, which turns a frozen image tower into a video tower (EVLGen, section 3.3)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,16 +10,25 @@ from transformers import PreTrainedModel
 
 from .vision_tower import extract_vision_tokens
 
-# Without a gradient, clips run through the tower in parts of about so many frames.
-IMAGES_AT_ONCE = 32
+# Without a gradient, so many frames run through the tower, or through one part of it, at a time.
+FRAMES_AT_ONCE = 32
 
 # Pairs of frames, over all places, that the temporal attention looks at in one go.
 SCORES_AT_ONCE = 2**20
 
-# The parts of a pre-norm transformer block, under the names that towers give them: the norm of the attention's input,
-# and the module whose output is added to the residual.
-_NORMS = ("layer_norm1", "norm1", "layernorm_before")
-_BRANCH_ENDS = ("layer_scale1", "ls1", "self_attn", "attention", "attn")
+# The two residual branches of a pre-norm transformer block, as the names that towers give to their parts, in order.
+_ATTENTION = (
+    ("layer_norm1", "norm1", "layernorm_before"),
+    ("self_attn", "attention", "attn"),
+    ("layer_scale1", "ls1"),
+    ("drop_path1", "drop_path"),
+)
+_FEED_FORWARD = (
+    ("layer_norm2", "norm2", "layernorm_after"),
+    ("mlp",),
+    ("layer_scale2", "ls2"),
+    ("drop_path2", "drop_path"),
+)
 
 
 class TemporalContextualizer(nn.Module):
@@ -30,8 +39,8 @@ class TemporalContextualizer(nn.Module):
     output projection. The scale is `hidden_size**-0.5`, of the whole width and not a head's. `alpha` is a scalar that
     is learned and starts at zero. Source: `temporal_merge` of the original (yiren-jian/EVLGen).
 
-    The block's own code and parameter names stay as they are. It computes `x + branch(norm(x))`; hooks on `norm` and
-    `branch` add what the frames say to what `branch` gives.
+    The block keeps its parts and their names. While videos run through the tower, [`run_block`] takes the place of the
+    block's own `forward`.
 
     Args:
         dim (`int`): Width of the tokens, a multiple of `num_heads`.
@@ -48,7 +57,7 @@ class TemporalContextualizer(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(()))
         self.num_frames: int | None = None  # of each video, while a batch of videos runs through the tower
         self.frame_mask: torch.Tensor | None = None
-        self._residual: torch.Tensor | None = None
+        self._block: tuple[nn.Module, ...] = ()  # in a tuple, or it would be a part of this module
 
     def forward(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -59,40 +68,46 @@ class TemporalContextualizer(nn.Module):
         Returns:
             `torch.Tensor` of the same shape: what is to be added to `hidden_states`.
         """
-        # Places are independent of each other; the scores of all of them at once would fill memory in long clips.
-        places = max(1, SCORES_AT_ONCE // hidden_states.shape[1] ** 2)
-        parts = [self._attend(part, frame_mask) for part in hidden_states.split(places, dim=2)]
-        return (self.alpha * torch.cat(parts, dim=2)).to(hidden_states.dtype)
-
-    def _attend(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None) -> torch.Tensor:
-        videos, frames, tokens, dim = hidden_states.shape
         inputs = hidden_states.to(self.query.weight.dtype).transpose(1, 2)  # (videos, tokens, frames, dim)
-        heads = (videos, tokens, frames, self.num_heads, -1)
+        heads = (*inputs.shape[:3], self.num_heads, -1)
         query = self.query(inputs).view(heads).transpose(2, 3)  # (videos, tokens, heads, frames, head_dim)
         key = self.key(inputs).view(heads).transpose(2, 3)
         value = inputs.reshape(heads).transpose(2, 3)  # (videos, tokens, heads, frames, dim / heads)
         mask = None if frame_mask is None else frame_mask[:, None, None, None, :]
         context = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
-        return context.permute(0, 3, 1, 2, 4).reshape(videos, frames, tokens, dim)
+        context = context.permute(0, 3, 1, 2, 4).reshape(hidden_states.shape)
+        return (self.alpha * context).to(hidden_states.dtype)
 
-    def join(self, norm: nn.Module, branch: nn.Module) -> None:
-        """Puts the contextualizer into the block whose attention reads `norm` and ends in `branch`."""
-        norm.register_forward_pre_hook(self._keep_residual)
-        branch.register_forward_hook(self._add_context)
+    def join(self, block: nn.Module) -> None:
+        """Puts the contextualizer into a pre-norm transformer block."""
+        self._block = (block,)
+        block.forward = self.run_block
 
-    def _keep_residual(self, norm: nn.Module, arguments: tuple[torch.Tensor]) -> None:
-        if self.num_frames is not None:
-            self._residual = arguments[0]
+    def run_block(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The block with the contextualizer between its two branches; the plain block where no videos are announced.
 
-    def _add_context(self, branch: nn.Module, arguments: Any, output: Any) -> Any:
+        Without a gradient, memory beyond the tokens themselves does not grow with the number of frames.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(videos * frames, tokens, dim)`): The block's input.
+            args, kwargs: What else the tower gives to its blocks, for the attention.
+
+        Returns:
+            `torch.Tensor` of the same shape.
+        """
+        (block,) = self._block
         if self.num_frames is None:
-            return output
-        attended = output[0] if isinstance(output, tuple) else output
-        hidden_states = self._residual + attended  # (videos * frames, tokens, dim)
-        self._residual = None
-        video = hidden_states.unflatten(0, (-1, self.num_frames))
-        attended = attended + self(video, self.frame_mask).flatten(0, 1)
-        return (attended, *output[1:]) if isinstance(output, tuple) else attended
+            return type(block).forward(block, hidden_states, *args, **kwargs)
+        hidden_states = _add_in_parts(
+            lambda part: _branch(block, _ATTENTION, part, *args, **kwargs), hidden_states, FRAMES_AT_ONCE
+        )
+        video = hidden_states.unflatten(0, (-1, self.num_frames))  # (videos, frames, tokens, dim)
+        # Places are independent of each other; the scores of all of them at once would fill memory in long clips.
+        places = max(1, SCORES_AT_ONCE // self.num_frames**2)
+        video = _add_in_parts(lambda part: self(part, self.frame_mask), video, places, dim=2, inplace=True)
+        return _add_in_parts(
+            lambda part: _branch(block, _FEED_FORWARD, part), video.flatten(0, 1), FRAMES_AT_ONCE, inplace=True
+        )
 
 
 class TemporalTower(nn.ModuleList):
@@ -114,8 +129,8 @@ class TemporalTower(nn.ModuleList):
                 f"{type(vision_tower).__name__} has none. Without it, a video is the mean of its frames."
             )
         super().__init__(TemporalContextualizer(dim, hidden_size, num_heads) for _ in blocks)
-        for contextualizer, (norm, branch) in zip(self, blocks, strict=True):
-            contextualizer.join(norm, branch)
+        for contextualizer, block in zip(self, blocks, strict=True):
+            contextualizer.join(block)
 
     @contextmanager
     def frames(self, num_frames: int, frame_mask: torch.Tensor | None = None) -> Iterator[None]:
@@ -162,7 +177,7 @@ def encode_videos(
         with temporal.frames(num_frames, frame_mask):
             return _weighted_mean(vision_tower, pixel_values, weight)
     # Frames that do not see each other can come one after the other, in as little memory as a few of them take.
-    at_once = num_frames if torch.is_grad_enabled() else max(1, IMAGES_AT_ONCE // videos)
+    at_once = num_frames if torch.is_grad_enabled() else max(1, FRAMES_AT_ONCE // videos)
     parts = zip(pixel_values.split(at_once, dim=1), weight.split(at_once, dim=1), strict=True)
     return sum(_weighted_mean(vision_tower, frames, part) for frames, part in parts)
 
@@ -172,11 +187,36 @@ def _weighted_mean(vision_tower: PreTrainedModel, frames: torch.Tensor, weight: 
     return torch.einsum("vf,vftd->vtd", weight.to(tokens.dtype), tokens)  # (videos, tokens, dim)
 
 
-def _find_blocks(vision_tower: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """The attention's norm, and the module that ends the attention's branch, of each block."""
+def _find_blocks(vision_tower: nn.Module) -> Iterator[nn.Module]:
+    """The blocks that have a norm and an attention, and a norm and a feed-forward."""
     for module in vision_tower.modules():
-        parts = dict(module.named_children())
-        norm = next((parts[name] for name in _NORMS if name in parts), None)
-        branch = next((parts[name] for name in _BRANCH_ENDS if name in parts), None)
-        if norm is not None and branch is not None and "mlp" in parts:
-            yield norm, branch
+        if all(_part(module, names) is not None for names in (*_ATTENTION[:2], *_FEED_FORWARD[:2])):
+            yield module
+
+
+def _part(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    return next((getattr(block, name) for name in names if isinstance(getattr(block, name, None), nn.Module)), None)
+
+
+def _branch(
+    block: nn.Module, parts: tuple[tuple[str, ...], ...], hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """One residual branch of a block, without the sum; `args` and `kwargs` go to its attention."""
+    norm, middle, *ends = (_part(block, names) for names in parts)
+    output = middle(norm(hidden_states), *args, **kwargs)
+    output = output[0] if isinstance(output, tuple) else output  # beside attention probabilities
+    for end in ends:
+        output = output if end is None else end(output)
+    return output
+
+
+def _add_in_parts(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, size: int, dim: int = 0, inplace: bool = False
+) -> torch.Tensor:
+    """`x + function(x)`; without a gradient for `size` entries of `dim` at a time, and written over `x` if allowed."""
+    if torch.is_grad_enabled() or x.shape[dim] <= size:
+        return x + function(x)
+    total = x if inplace else torch.empty_like(x)
+    for part, target in zip(x.split(size, dim), total.split(size, dim), strict=True):
+        target.copy_(part + function(part))
+    return total

@@ -195,6 +195,24 @@ def test_the_contextualizer_stands_between_attention_and_feed_forward(vision):
 
 
 @pytest.mark.parametrize("vision", TRANSFORMERS)
+def test_a_long_clip_in_parts_gives_what_it_gives_at_once(vision, monkeypatch):
+    model = video_model(vision)
+    videos = noise(2, 5)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    largest = []
+    for block in blocks_of(model.vision_tower):
+        block.mlp.register_forward_hook(lambda _, inputs, output: largest.append(len(inputs[0])))
+    at_once = model.get_vision_features(videos, mask)
+    assert set(largest) == {10}
+    largest.clear()
+    monkeypatch.setattr("modeling_evlgen.temporal.FRAMES_AT_ONCE", 3)
+    monkeypatch.setattr("modeling_evlgen.temporal.SCORES_AT_ONCE", 100)
+    with torch.no_grad():
+        torch.testing.assert_close(model.get_vision_features(videos, mask), at_once)
+    assert max(largest) == 3
+
+
+@pytest.mark.parametrize("vision", TRANSFORMERS)
 def test_only_the_contextualizers_of_the_tower_are_trained(vision):
     tower, _ = tiny_towers(vision)
     names = tower.state_dict().keys()
