@@ -1,4 +1,4 @@
-"""EVLGen configuration: a vision tower, a TomeFormer connector and a language model."""
+"""EVLGen configuration: a vision tower, a connector and a language model."""
 
 import copy
 import os
@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .configuration_connectors import TomeFormerConfig, connector_config_class
 from .hub_code import AUTO_MAP, CUSTOM_PIPELINES, save_hub_code
 
 # These towers take images of any size, whatever `image_size` their configuration says.
@@ -23,111 +24,6 @@ _CLASS_TOKEN = {
 }
 
 
-class TomeFormerConfig(PreTrainedConfig):
-    r"""
-    Configuration of the TomeFormer, a BERT encoder that merges similar tokens in every layer (EVLGen, section 3.2).
-
-    The fields of BERT have BERT's names and `bert-base-uncased`'s defaults.
-
-    Args:
-        hidden_size (`int`, defaults to 768): Width D of the tokens.
-        num_hidden_layers (`int`, defaults to 12): Number of layers L.
-        num_attention_heads (`int`, defaults to 12): Heads of each layer; must divide `hidden_size`.
-        intermediate_size (`int`, defaults to 3072): Width of the feed-forward part.
-        hidden_act (`str`, defaults to `"gelu"`): Activation of the feed-forward part, a key of transformers' `ACT2FN`.
-        hidden_dropout_prob (`float`, defaults to 0.1): Dropout after the embeddings and in both residual branches.
-        attention_probs_dropout_prob (`float`, defaults to 0.1): Dropout of the attention probabilities.
-        max_position_embeddings (`int`, defaults to 512): Largest number of input tokens.
-        type_vocab_size (`int`, defaults to 2): Rows of the token-type table, of which the first is used.
-        layer_norm_eps (`float`, defaults to 1e-12): Epsilon of the LayerNorms.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of freshly initialised weights.
-        position_initializer_range (`float`, *optional*):
-            Standard deviation of freshly initialised position embeddings; by default `initializer_range`. Positions
-            that weigh about as much as the tokens make a fresh connector learn sooner where things are.
-        merge_r (`int`, `list[int]` or `tuple[int, float]`, defaults to 19):
-            Tokens to merge: the same number in every layer; or one number per layer, padded with zeros; or a pair
-            `(r, inflection)`, for numbers that change linearly around `r` from `r * (1 - inflection)` in the first
-            layer to `r * (1 + inflection)` in the last (ToMe's schedules). A pair is turned into a list at once,
-            since JSON does not tell the two apart.
-        class_token (`bool`, defaults to `True`): Whether token 0 is a class token, which is never merged.
-        pre_norm (`bool`, defaults to `False`):
-            `False` is BERT's block, which normalises after each residual sum. `True` normalises the input of each
-            residual branch instead, so the residual path, and with it the merging, is left alone.
-        layer_scale_init_value (`float`, *optional*):
-            If given, each residual branch is scaled by learned per-channel gains that start at this value (LayerScale,
-            Touvron et al., ICCV 2021). With `pre_norm=True` and 0.0 the TomeFormer starts as pure token merging
-            behind the embeddings' LayerNorm.
-
-    Raises:
-        ValueError: If a field is out of range; the message names it.
-    """
-
-    model_type = "tomeformer"
-    base_config_key = "connector_config"
-
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    position_initializer_range: float | None = None
-    merge_r: int | list[int] | tuple[int, float] = 19
-    class_token: bool = True
-    pre_norm: bool = False
-    layer_scale_init_value: float | None = None
-
-    def __post_init__(self, **kwargs: Any):
-        super().__post_init__(**kwargs)
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})."
-            )
-        if isinstance(self.merge_r, tuple):
-            self.merge_r = _linear_schedule(*self.merge_r, self.num_hidden_layers)
-        requested = self.merge_r if isinstance(self.merge_r, list) else [self.merge_r]
-        if any(not isinstance(r, int) or isinstance(r, bool) or r < 0 for r in requested):
-            raise ValueError(f"`merge_r` must hold integers of 0 or more, but is {self.merge_r}.")
-        if len(requested) > self.num_hidden_layers:
-            raise ValueError(f"`merge_r` has {len(requested)} entries for {self.num_hidden_layers} layers.")
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "TomeFormerConfig":
-        # Fields go through the checks of `__post_init__`; left to transformers, they would be set afterwards.
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
-        return super().from_dict({**config_dict, **fields}, **kwargs)
-
-    def merge_schedule(self, num_tokens: int) -> list[int]:
-        """Tokens really merged in each layer, of `num_tokens` at the start: no layer merges more than half of its own.
-
-        Returns:
-            `list[int]` with `num_hidden_layers` entries.
-        """
-        requested = self.merge_r
-        if isinstance(requested, int):
-            requested = [requested] * self.num_hidden_layers
-        requested = requested + [0] * (self.num_hidden_layers - len(requested))
-
-        schedule, remaining = [], num_tokens
-        for r in requested:
-            schedule.append(min(r, (remaining - int(self.class_token)) // 2))
-            remaining -= schedule[-1]
-        return schedule
-
-    def num_output_tokens(self, num_tokens: int) -> int:
-        """Tokens left of `num_tokens` input tokens behind the last layer."""
-        return num_tokens - sum(self.merge_schedule(num_tokens))
-
-
 class EVLGenConfig(PreTrainedConfig):
     r"""
     Configuration of [`EVLGenForConditionalGeneration`]. The defaults are the paper's model: EVA ViT-g, a TomeFormer of
@@ -137,7 +33,9 @@ class EVLGenConfig(PreTrainedConfig):
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the vision tower, of any type that `AutoModel` knows or `Blip2VisionConfig` (EVA ViT-g).
         connector_config ([`TomeFormerConfig`] or `dict`, *optional*):
-            Configuration of the connector. Where it does not say `class_token`, the vision tower does.
+            Configuration of the connector; or of one of its peers, [`QFormerConnectorConfig`] or
+            [`MLPConnectorConfig`], which a `dict` names by its `model_type`. Where it does not say `class_token`, the
+            vision tower does.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the language model, of any type that `AutoModelForCausalLM` knows.
         image_token_id (`int`, *optional*):
@@ -199,6 +97,8 @@ class EVLGenConfig(PreTrainedConfig):
         connector_says = not isinstance(self.connector_config, dict | None) or "class_token" in (
             self.connector_config or {}
         )
+        if isinstance(self.connector_config, dict):
+            self.connector_config = connector_config_class(self.connector_config)(**self.connector_config)
         super().__post_init__(**kwargs)
 
         self._settle("num_vision_tokens", _num_vision_tokens(self.vision_config))
@@ -211,11 +111,13 @@ class EVLGenConfig(PreTrainedConfig):
                 "`connector_config.class_token` is True, but a vision tower of type "
                 f"{self.vision_config.model_type!r} has no class token."
             )
-        if self.num_vision_tokens > self.connector_config.max_position_embeddings:
+        limit = self.connector_config.max_position_embeddings
+        if limit is not None and self.num_vision_tokens > limit:
             raise ValueError(
                 f"The vision tower gives {self.num_vision_tokens} tokens, more than "
-                f"`connector_config.max_position_embeddings` ({self.connector_config.max_position_embeddings})."
+                f"`connector_config.max_position_embeddings` ({limit})."
             )
+        self.connector_config.num_output_tokens(self.num_vision_tokens)  # raises where tokens cannot be pooled
         if self.image_token_id is None:
             self.image_token_id = self.text_config.get_text_config().vocab_size
         if self.video_token_id is None:
@@ -267,15 +169,6 @@ class EVLGenConfig(PreTrainedConfig):
         os.makedirs(save_directory, exist_ok=True)
         save_hub_code(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-
-def _linear_schedule(r: int, inflection: float, num_layers: int) -> list[int]:
-    """ToMe's `parse_r` (facebookresearch/ToMe, tome/utils.py) for a pair, for any number of layers, one included."""
-    if num_layers == 1:
-        return [int(r)]
-    first = int(r * (1.0 - inflection))
-    last = 2 * r - first
-    return [int(first + (last - first) * layer / (num_layers - 1)) for layer in range(num_layers)]
 
 
 def _num_vision_tokens(vision_config: PreTrainedConfig) -> int | None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen import EVLGenForConditionalGeneration, TomeFormerModel
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import load_rgb_image
 
@@ -37,6 +37,8 @@ def merged_tokens(model: EVLGenForConditionalGeneration, pixel_values: torch.Ten
         `list[torch.Tensor]`: For each layer, `(images, num_vision_tokens)`, the index of the token that each
         vision token is part of. The last one is the place in the soft prompt.
     """
+    if not isinstance(model.connector, TomeFormerModel):
+        raise ValueError(f"Tokens are merged by a TomeFormer, but the model has a {type(model.connector).__name__}.")
     composed: list[torch.Tensor] = []
 
     def compose(layer: torch.nn.Module, arguments: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:

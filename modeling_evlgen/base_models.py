@@ -39,8 +39,12 @@ def load_connector(name_or_path: str | os.PathLike, fields: dict[str, Any]) -> T
         fields: Fields of `TomeFormerConfig` in which it is to differ from that checkpoint's configuration.
 
     Raises:
-        ValueError: If there is no such checkpoint, or a field is out of range.
+        ValueError: If there is no such checkpoint, or a field is out of range, or another connector is wanted.
     """
+    if fields.get("model_type", TomeFormerConfig.model_type) != TomeFormerConfig.model_type:
+        raise ValueError(
+            f"`connector_model` is for a TomeFormer, but `connector_config` is of {fields['model_type']!r}."
+        )
     config_dict = load_base_model("connector_model", TomeFormerConfig.get_config_dict, name_or_path, {})[0]
     known = TomeFormerConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
     config = TomeFormerConfig(**{name: value for name, value in {**config_dict, **fields}.items() if name in known})

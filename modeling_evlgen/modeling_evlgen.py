@@ -18,11 +18,12 @@ from transformers.generation import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MultimodalCausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
-from configuration_evlgen import EVLGenConfig, TomeFormerConfig
+from configuration_evlgen import EVLGenConfig
+from configuration_evlgen.configuration_connectors import ConnectorConfig, connector_config_class
 
 from .base_models import check_disk_space, load_base_model, load_connector, placeholder_ids, refuse_remote_code
+from .connectors import build_connector
 from .temporal import TemporalContextualizer, TemporalTower, encode_videos
-from .tomeformer import TomeFormerModel
 from .vision_tower import build_vision_tower, load_vision_tower, measure_vision_tower
 
 logger = logging.get_logger(__name__)
@@ -37,7 +38,8 @@ class EVLGenImageOutput(BaseModelOutputWithPooling):
         pooler_output (`torch.Tensor` of shape `(batch, num_image_tokens, text_hidden_size)`):
             The soft prompt: merged tokens in the language model's embedding space.
         output_index (`torch.LongTensor` of shape `(batch, num_vision_tokens)`):
-            The place in the soft prompt of the token that each vision token became part of.
+            The place in the soft prompt of the token that each vision token became part of; None from a connector that
+            does not merge.
     """
 
     output_index: torch.Tensor | None = None
@@ -86,7 +88,7 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.temporal = TemporalTower(self.vision_tower, *sizes)
         self.ln_vision = nn.LayerNorm(config.vision_hidden_size)
         self.vision_projection = nn.Linear(config.vision_hidden_size, connector_dim)
-        self.connector = TomeFormerModel._from_config(config.connector_config)
+        self.connector = build_connector(config.connector_config)
         self.language_projection = nn.Linear(connector_dim, text_dim)
         # Language models differ in what they can be told.
         self._text_arguments = set(inspect.signature(self.language_model.forward).parameters)
@@ -105,7 +107,7 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         vision_model: str | os.PathLike | PreTrainedModel,
         text_model: str | os.PathLike | PreTrainedModel,
         connector_model: str | os.PathLike | None = None,
-        connector_config: TomeFormerConfig | dict | None = None,
+        connector_config: ConnectorConfig | dict | None = None,
         image_size: int | None = None,
         dtype: torch.dtype | str = "auto",
         **kwargs: Any,
@@ -120,7 +122,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 A BERT checkpoint to start the connector from, e.g. `bert-base-uncased`. By default it starts afresh.
             connector_config ([`TomeFormerConfig`] or `dict`, *optional*):
                 The connector's configuration, or, with `connector_model`, the fields in which it differs from that
-                model's. Unless it says `class_token`, the vision tower does.
+                model's. Unless it says `class_token`, the vision tower does. A `dict` may name another connector by
+                its `model_type`.
             image_size (`int`, *optional*):
                 Height and width of the images in pixels; by default what the vision tower's configuration says, or
                 224.
@@ -153,10 +156,14 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
 
         tower = measure_vision_tower(vision_model.config, image_size)
-        if not isinstance(connector_config, TomeFormerConfig):
-            unknown = sorted((connector_config or {}).keys() - TomeFormerConfig.__dataclass_fields__.keys())
+        if not isinstance(connector_config, ConnectorConfig):
+            config_class = connector_config_class(connector_config or {})
+            known = {"model_type", *config_class.__dataclass_fields__}
+            unknown = sorted((connector_config or {}).keys() - known)
             if unknown:
-                raise ValueError(f"`connector_config` holds fields that TomeFormerConfig does not have: {unknown}.")
+                raise ValueError(
+                    f"`connector_config` holds fields that {config_class.__name__} does not have: {unknown}."
+                )
             connector_config = {"class_token": tower.class_token, **(connector_config or {})}
         connector = None
         if connector_model is not None:
@@ -338,7 +345,9 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         connected = self.connector(tokens)
         soft_prompt = self.language_projection(connected.last_hidden_state)  # (images, num_image_tokens, text_dim)
         return EVLGenImageOutput(
-            last_hidden_state=vision_features, pooler_output=soft_prompt, output_index=connected.output_index
+            last_hidden_state=vision_features,
+            pooler_output=soft_prompt,
+            output_index=connected.get("output_index"),
         )
 
     @can_return_tuple

@@ -1,7 +1,8 @@
-"""Bipartite soft matching: which visual tokens are alike, and their merging by plain mean.
+"""Bipartite soft matching: which visual tokens are alike, and their merging by mean.
 
 The method is that of ToMe (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, section 3), as EVLGen
-(Jian et al., ACL 2024, section 3.2) uses it: without sizes, so every merge is the mean of the tokens as they are.
+(Jian et al., ACL 2024, section 3.2) uses it: without sizes, so every merge is the mean of the tokens as they are. With
+sizes it is ToMe's own.
 """
 
 from dataclasses import dataclass
@@ -24,15 +25,17 @@ class TokenMerging:
     output_index: torch.Tensor
     num_output_tokens: int
 
-    def merge(self, x: torch.Tensor) -> torch.Tensor:
+    def merge(self, x: torch.Tensor, size: torch.Tensor | None = None) -> torch.Tensor:
         """Averages the tokens that share a place.
 
         Args:
             x (`torch.Tensor` of shape `(batch, tokens, channels)`): Tokens to merge, of any floating dtype.
+            size (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
+                How much each token counts in the mean, above 0; by default all count the same.
 
         Returns:
             `torch.Tensor` of shape `(batch, num_output_tokens, channels)` and `x`'s dtype. A place with k contributors
-            hands each of them 1/k of its gradient.
+            hands each of them 1/k of its gradient, or its share of their sizes.
 
         Raises:
             ValueError: If `x` does not have the tokens that were matched.
@@ -44,10 +47,25 @@ class TokenMerging:
         offset = torch.arange(batch, device=x.device).unsqueeze(1) * self.num_output_tokens
         rows = (self.output_index + offset).flatten()  # (batch * tokens,)
         values = x.float() if x.dtype.itemsize < 4 else x  # half precision cannot count to more than a few hundred
+        if size is None:
+            size = values.new_ones(batch, tokens)
+        else:
+            size = size.to(values.dtype)
+            values = values * size.unsqueeze(2)
         summed = values.new_zeros(batch * self.num_output_tokens, channels)
         summed = summed.index_add(0, rows, values.reshape(-1, channels))
-        count = values.new_zeros(batch * self.num_output_tokens).index_add(0, rows, values.new_ones(rows.shape))
-        return (summed / count.unsqueeze(1)).view(batch, self.num_output_tokens, channels).to(x.dtype)
+        mean = summed / self.sum_sizes(size).flatten().unsqueeze(1)
+        return mean.view(batch, self.num_output_tokens, channels).to(x.dtype)
+
+    def sum_sizes(self, size: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            size (`torch.Tensor` of shape `(batch, tokens)`): Sizes of the input tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_output_tokens)`: the sum of the sizes at each place.
+        """
+        return size.new_zeros(len(size), self.num_output_tokens).scatter_add(1, self.output_index, size)
 
     def unmerge(self, x: torch.Tensor) -> torch.Tensor:
         """Hands every input token the merged token that it became part of.

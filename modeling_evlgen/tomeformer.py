@@ -69,7 +69,9 @@ class TomeFormerSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, size: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.query(hidden_states).view(heads).transpose(1, 2)  # (batch, heads, tokens, head_dim)
         key = self.key(hidden_states).view(heads).transpose(1, 2)
@@ -78,12 +80,14 @@ class TomeFormerSelfAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        # A token that stands for k tokens draws as much attention as k tokens would.
+        bias = None if size is None else size.log().to(query.dtype)[:, None, None]  # (batch, 1, 1, tokens)
         context, _ = attention(
             self,
             query,
             key,
             value,
-            attention_mask=None,
+            attention_mask=bias,
             dropout=self.dropout.p if self.training else 0.0,
             scaling=self.scaling,
         )
@@ -123,9 +127,11 @@ class TomeFormerAttention(nn.Module):
         self.self = TomeFormerSelfAttention(config)
         self.output = TomeFormerBranchOutput(config, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, size: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         normed = self.output.LayerNorm(hidden_states) if self.output.pre_norm else hidden_states
-        context, metric = self.self(normed)
+        context, metric = self.self(normed, size)
         return self.output(context, hidden_states), metric
 
 
@@ -149,12 +155,16 @@ class TomeFormerLayer(GradientCheckpointingLayer):
         self.intermediate = TomeFormerIntermediate(config)
         self.output = TomeFormerBranchOutput(config, config.intermediate_size)
 
-    def forward(self, hidden_states: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_states, metric = self.attention(hidden_states)
+    def forward(
+        self, hidden_states: torch.Tensor, r: int, size: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Tokens, each input token's place among them, and their sizes if sizes were given."""
+        hidden_states, metric = self.attention(hidden_states, size)
         merging = bipartite_soft_matching(metric, r, self.class_token)
-        hidden_states = merging.merge(hidden_states)  # (batch, tokens - r, dim)
+        hidden_states = merging.merge(hidden_states, size)  # (batch, tokens - r, dim)
+        size = None if size is None else merging.sum_sizes(size)  # (batch, tokens - r)
         normed = self.output.LayerNorm(hidden_states) if self.output.pre_norm else hidden_states
-        return self.output(self.intermediate(normed), hidden_states), merging.output_index
+        return self.output(self.intermediate(normed), hidden_states), merging.output_index, size
 
 
 class TomeFormerEncoder(nn.Module):
@@ -236,8 +246,9 @@ class TomeFormerModel(PreTrainedModel):
         hidden_states = self.embeddings(inputs_embeds)
         all_hidden_states = (hidden_states,)
         output_index = torch.arange(tokens, device=inputs_embeds.device).expand(batch, -1)
+        size = hidden_states.new_ones(batch, tokens, dtype=torch.float32) if config.size_weighting else None
         for layer, r in zip(self.encoder.layer, config.merge_schedule(tokens), strict=True):
-            hidden_states, layer_index = layer(hidden_states, r)
+            hidden_states, layer_index, size = layer(hidden_states, r, size)
             output_index = layer_index.gather(1, output_index)
             all_hidden_states += (hidden_states,)
         return TomeFormerOutput(

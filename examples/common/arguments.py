@@ -5,7 +5,7 @@ from argparse import ArgumentParser
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -16,12 +16,17 @@ from transformers import HfArgumentParser, TrainingArguments
 class ModelArguments:
     vision_model: str | None = field(default=None, metadata={"help": "Vision tower: a folder or a name on the Hub."})
     text_model: str | None = field(default=None, metadata={"help": "Language model: a folder or a name on the Hub."})
+    connector: Literal["tomeformer", "qformer", "mlp"] = field(
+        default="tomeformer", metadata={"help": "Kind of connector; the other two are there to be compared with."}
+    )
     connector_model: str | None = field(
         default=None, metadata={"help": "BERT checkpoint to start the connector from, e.g. bert-base-uncased."}
     )
     connector_config: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Fields of TomeFormerConfig, all of them: replaces a recipe's. JSON on the command line."},
+        metadata={
+            "help": "All fields of the connector's configuration, in place of a recipe's; as JSON on the command line."
+        },
     )
     vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the vision tower."})
     text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the language model."})

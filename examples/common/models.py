@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from common.arguments import ModelArguments, ProcessorArguments
 from common.demo_towers import prepare_language_model, prepare_vision_tower
+from configuration_evlgen import CONNECTOR_CONFIGS
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -37,7 +38,7 @@ def build_model(
         vision_model,
         text_model,
         connector_model=arguments.connector_model,
-        connector_config=arguments.connector_config,
+        connector_config=connector_fields(arguments.connector, arguments.connector_config or {}),
         image_size=image_processor.size["height"],
         dtype=arguments.dtype,
         **{f"vision_{name}": value for name, value in vision.items()},
@@ -59,6 +60,20 @@ def build_model(
     model.generation_config.eos_token_id = processor.end_of_text_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, processor
+
+
+def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """What of `fields` a connector has, so that a recipe's `connector_config` does for its peers as well.
+
+    Fields that only other connectors have are left out, which is logged; those that none has are left to be refused.
+    """
+    model_type = {"tomeformer": "tomeformer", "qformer": "evlgen_qformer", "mlp": "evlgen_mlp"}[connector]
+    own = CONNECTOR_CONFIGS[model_type].__dataclass_fields__.keys()
+    foreign = {name for peer in CONNECTOR_CONFIGS.values() for name in peer.__dataclass_fields__} - own
+    left_out = sorted(fields.keys() & foreign)
+    if left_out:
+        logger.warning(f"The connector is a {connector}: `connector_config`'s {', '.join(left_out)} are left out.")
+    return {**{name: value for name, value in fields.items() if name not in left_out}, "model_type": model_type}
 
 
 def load_captioner(argument: str, load: Callable, name_or_path: str) -> EVLGenForConditionalGeneration:

@@ -1,0 +1,269 @@
+"""Configurations of the connectors: the TomeFormer, and the two that it is measured against."""
+
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+
+class ConnectorConfig(PreTrainedConfig):
+    r"""
+    What all connectors tell: how wide their tokens are, and how many they make of how many.
+
+    Args:
+        hidden_size (`int`, defaults to 768): Width D of the tokens, in and out.
+        max_position_embeddings (`int`, *optional*, defaults to 512):
+            Largest number of input tokens; None for any number.
+        class_token (`bool`, defaults to `True`): Whether token 0 is a class token.
+    """
+
+    base_config_key = "connector_config"
+
+    hidden_size: int = 768
+    max_position_embeddings: int | None = 512
+    class_token: bool = True
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ConnectorConfig":
+        # Fields go through the checks of `__post_init__`; left to transformers, they would be set afterwards.
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
+        return super().from_dict({**config_dict, **fields}, **kwargs)
+
+    def num_output_tokens(self, num_tokens: int) -> int:
+        """Tokens that the connector makes of `num_tokens` input tokens."""
+        raise NotImplementedError
+
+    def _check_sizes(self, *names: str) -> None:
+        for name in ("hidden_size", *names):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
+
+    def _check_heads(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+
+
+class TomeFormerConfig(ConnectorConfig):
+    r"""
+    Configuration of the TomeFormer, a BERT encoder that merges similar tokens in every layer (EVLGen, section 3.2).
+
+    The fields of BERT have BERT's names and `bert-base-uncased`'s defaults.
+
+    Args:
+        hidden_size (`int`, defaults to 768): Width D of the tokens.
+        num_hidden_layers (`int`, defaults to 12): Number of layers L.
+        num_attention_heads (`int`, defaults to 12): Heads of each layer; must divide `hidden_size`.
+        intermediate_size (`int`, defaults to 3072): Width of the feed-forward part.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the feed-forward part, a key of transformers' `ACT2FN`.
+        hidden_dropout_prob (`float`, defaults to 0.1): Dropout after the embeddings and in both residual branches.
+        attention_probs_dropout_prob (`float`, defaults to 0.1): Dropout of the attention probabilities.
+        max_position_embeddings (`int`, defaults to 512): Largest number of input tokens.
+        type_vocab_size (`int`, defaults to 2): Rows of the token-type table, of which the first is used.
+        layer_norm_eps (`float`, defaults to 1e-12): Epsilon of the LayerNorms.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of freshly initialised weights.
+        position_initializer_range (`float`, *optional*):
+            Standard deviation of freshly initialised position embeddings; by default `initializer_range`. Positions
+            that weigh about as much as the tokens make a fresh connector learn sooner where things are.
+        merge_r (`int`, `list[int]` or `tuple[int, float]`, defaults to 19):
+            Tokens to merge: the same number in every layer; or one number per layer, padded with zeros; or a pair
+            `(r, inflection)`, for numbers that change linearly around `r` from `r * (1 - inflection)` in the first
+            layer to `r * (1 + inflection)` in the last (ToMe's schedules). A pair is turned into a list at once,
+            since JSON does not tell the two apart.
+        size_weighting (`bool`, defaults to `False`):
+            Whether a token counts for as many tokens as were merged into it: in later merges, which become weighted
+            means, and in the attention, whose scores gain the logarithm of the size (ToMe's proportional attention).
+            The paper's connector does without.
+        class_token (`bool`, defaults to `True`): Whether token 0 is a class token, which is never merged.
+        pre_norm (`bool`, defaults to `False`):
+            `False` is BERT's block, which normalises after each residual sum. `True` normalises the input of each
+            residual branch instead, so the residual path, and with it the merging, is left alone.
+        layer_scale_init_value (`float`, *optional*):
+            If given, each residual branch is scaled by learned per-channel gains that start at this value (LayerScale,
+            Touvron et al., ICCV 2021). With `pre_norm=True` and 0.0 the TomeFormer starts as pure token merging
+            behind the embeddings' LayerNorm.
+
+    Raises:
+        ValueError: If a field is out of range; the message names it.
+    """
+
+    model_type = "tomeformer"
+
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    position_initializer_range: float | None = None
+    merge_r: int | list[int] | tuple[int, float] = 19
+    size_weighting: bool = False
+    pre_norm: bool = False
+    layer_scale_init_value: float | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        self._check_sizes("num_hidden_layers", "num_attention_heads", "intermediate_size")
+        self._check_heads()
+        if isinstance(self.merge_r, tuple):
+            self.merge_r = _linear_schedule(*self.merge_r, self.num_hidden_layers)
+        requested = self.merge_r if isinstance(self.merge_r, list) else [self.merge_r]
+        if any(not isinstance(r, int) or isinstance(r, bool) or r < 0 for r in requested):
+            raise ValueError(f"`merge_r` must hold integers of 0 or more, but is {self.merge_r}.")
+        if len(requested) > self.num_hidden_layers:
+            raise ValueError(f"`merge_r` has {len(requested)} entries for {self.num_hidden_layers} layers.")
+
+    def merge_schedule(self, num_tokens: int) -> list[int]:
+        """Tokens really merged in each layer, of `num_tokens` at the start: no layer merges more than half of its own.
+
+        Returns:
+            `list[int]` with `num_hidden_layers` entries.
+        """
+        requested = self.merge_r
+        if isinstance(requested, int):
+            requested = [requested] * self.num_hidden_layers
+        requested = requested + [0] * (self.num_hidden_layers - len(requested))
+
+        schedule, remaining = [], num_tokens
+        for r in requested:
+            schedule.append(min(r, (remaining - int(self.class_token)) // 2))
+            remaining -= schedule[-1]
+        return schedule
+
+    def num_output_tokens(self, num_tokens: int) -> int:
+        """Tokens left of `num_tokens` input tokens behind the last layer."""
+        return num_tokens - sum(self.merge_schedule(num_tokens))
+
+
+class QFormerConnectorConfig(ConnectorConfig):
+    r"""
+    Configuration of BLIP-2's Q-Former (Li et al., ICML 2023) as a connector: learned queries that attend to the visual
+    tokens, in transformers' own `Blip2QFormerModel`. Its fields have that model's names and BLIP-2's values.
+
+    Args:
+        num_query_tokens (`int`, defaults to 32): Queries, hence tokens of the soft prompt.
+        query_initializer_range (`float`, defaults to 0.02): Standard deviation of fresh queries.
+        cross_attention_frequency (`int`, defaults to 2): Every how many layers the queries attend to visual tokens.
+        position_initializer_range (`float`, *optional*):
+            If given, learned positions are added to the visual tokens, with this standard deviation at the start.
+            BLIP-2 has none, since the tokens of a ViT know their places; those of a CNN do not.
+        num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, hidden_dropout_prob,
+        attention_probs_dropout_prob, layer_norm_eps, initializer_range: As in [`TomeFormerConfig`].
+
+    Raises:
+        ValueError: If a field is out of range; the message names it.
+    """
+
+    model_type = "evlgen_qformer"
+
+    num_query_tokens: int = 32
+    query_initializer_range: float = 0.02
+    cross_attention_frequency: int = 2
+    position_initializer_range: float | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        self._check_sizes(
+            "num_query_tokens",
+            "cross_attention_frequency",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+        )
+        self._check_heads()
+
+    def num_output_tokens(self, num_tokens: int) -> int:
+        """The queries, whatever the number of visual tokens."""
+        return self.num_query_tokens
+
+
+class MLPConnectorConfig(ConnectorConfig):
+    r"""
+    Configuration of an MLP on each visual token, as in LLaVA-1.5 (Liu et al., CVPR 2024). Between EVLGen's two linear
+    projections it is `dense_2(act(dense_1(norm(x))))`.
+
+    Args:
+        intermediate_size (`int`, defaults to 3072): Width between the two.
+        hidden_act (`str`, defaults to `"gelu"`): Activation, a key of transformers' `ACT2FN`.
+        residual (`bool`, defaults to `False`): Whether the input is added to the output.
+        pool_size (`int`, *optional*):
+            If given, the grid of visual tokens is averaged to `pool_size` x `pool_size` tokens first. The class token,
+            if there is one, is kept beside them.
+        layer_norm_eps, initializer_range: As in [`TomeFormerConfig`].
+
+    Raises:
+        ValueError: If a field is out of range; the message names it.
+    """
+
+    model_type = "evlgen_mlp"
+
+    max_position_embeddings: int | None = None
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    residual: bool = False
+    pool_size: int | None = None
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        self._check_sizes("intermediate_size", *([] if self.pool_size is None else ["pool_size"]))
+
+    def num_output_tokens(self, num_tokens: int) -> int:
+        """All tokens, or those of the pooled grid.
+
+        Raises:
+            ValueError: If tokens are to be pooled that are no square grid, or a smaller one.
+        """
+        if self.pool_size is None:
+            return num_tokens
+        patches = num_tokens - int(self.class_token)
+        side = round(patches**0.5)
+        if side**2 != patches or side < self.pool_size:
+            raise ValueError(
+                f"`pool_size` {self.pool_size} needs a square grid of at least as many tokens a side, but there are "
+                f"{patches} patch tokens."
+            )
+        return self.pool_size**2 + int(self.class_token)
+
+
+CONNECTOR_CONFIGS = {
+    config_class.model_type: config_class
+    for config_class in (TomeFormerConfig, QFormerConnectorConfig, MLPConnectorConfig)
+}
+
+
+def connector_config_class(fields: dict[str, Any]) -> type[ConnectorConfig]:
+    """The configuration that `fields` are of, by their `model_type`; a TomeFormer's without one.
+
+    Raises:
+        ValueError: If there is no such connector.
+    """
+    model_type = fields.get("model_type", TomeFormerConfig.model_type)
+    if model_type not in CONNECTOR_CONFIGS:
+        raise ValueError(
+            f"`connector_config`'s `model_type` must be one of {', '.join(CONNECTOR_CONFIGS)}, but is {model_type!r}."
+        )
+    return CONNECTOR_CONFIGS[model_type]
+
+
+def _linear_schedule(r: int, inflection: float, num_layers: int) -> list[int]:
+    """ToMe's `parse_r` (facebookresearch/ToMe, tome/utils.py) for a pair, for any number of layers, one included."""
+    if num_layers == 1:
+        return [int(r)]
+    first = int(r * (1.0 - inflection))
+    last = 2 * r - first
+    return [int(first + (last - first) * layer / (num_layers - 1)) for layer in range(num_layers)]

@@ -1,0 +1,132 @@
+"""The connectors: the TomeFormer, and the two that it is measured against, BLIP-2's Q-Former and an MLP.
+
+A connector takes `inputs_embeds` (batch, tokens, dim) and gives an output with `last_hidden_state` (batch, output
+tokens, dim). That of the TomeFormer also says where each token went, in `output_index`.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutput
+
+from configuration_evlgen.configuration_connectors import (
+    ConnectorConfig,
+    MLPConnectorConfig,
+    QFormerConnectorConfig,
+    TomeFormerConfig,
+)
+
+from .tomeformer import TomeFormerModel
+
+
+def build_connector(config: ConnectorConfig) -> PreTrainedModel:
+    """A connector with fresh weights, of the kind that its configuration is of."""
+    kinds = {
+        TomeFormerConfig.model_type: TomeFormerModel,
+        QFormerConnectorConfig.model_type: QFormerConnector,
+        MLPConnectorConfig.model_type: MLPConnector,
+    }
+    return kinds[config.model_type]._from_config(config)
+
+
+class QFormerConnector(PreTrainedModel):
+    """BLIP-2's Q-Former: learned queries that attend to the visual tokens, in transformers' own model of it.
+
+    Args:
+        config ([`QFormerConnectorConfig`]): What to build.
+    """
+
+    config: QFormerConnectorConfig
+    base_model_prefix = "qformer"
+    main_input_name = "inputs_embeds"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: QFormerConnectorConfig):
+        super().__init__(config)
+        self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
+        self.position_embeddings = None
+        if config.position_initializer_range is not None:
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        shared = Blip2QFormerConfig.__dataclass_fields__.keys() & QFormerConnectorConfig.__dataclass_fields__.keys()
+        own = {name: getattr(config, name) for name in shared - ConnectorConfig.__dataclass_fields__.keys()}
+        self.qformer = Blip2QFormerModel._from_config(
+            Blip2QFormerConfig(**own, hidden_size=config.hidden_size, encoder_hidden_size=config.hidden_size),
+            attn_implementation=config._attn_implementation,
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, QFormerConnector):
+            init.normal_(module.query_tokens, std=self.config.query_initializer_range)
+            if module.position_embeddings is not None:
+                init.normal_(module.position_embeddings.weight, std=self.config.position_initializer_range)
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError("A Q-Former reads `inputs_embeds`; it has no input embeddings.")
+
+    def forward(self, inputs_embeds: torch.Tensor) -> BaseModelOutput:
+        """
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Visual tokens.
+
+        Returns:
+            `BaseModelOutput` with `last_hidden_state` of shape `(batch, num_query_tokens, hidden_size)`.
+        """
+        if self.position_embeddings is not None:
+            inputs_embeds = inputs_embeds + self.position_embeddings.weight[: inputs_embeds.shape[1]]
+        queries = self.query_tokens.expand(len(inputs_embeds), -1, -1)  # (batch, queries, dim)
+        output = self.qformer(query_embeds=queries, encoder_hidden_states=inputs_embeds)
+        return BaseModelOutput(last_hidden_state=output.last_hidden_state)
+
+
+class MLPConnector(PreTrainedModel):
+    """An MLP on each visual token, LLaVA's way; of a pooled grid of them if the configuration says so.
+
+    Args:
+        config ([`MLPConnectorConfig`]): What to build.
+    """
+
+    config: MLPConnectorConfig
+    base_model_prefix = "mlp"
+    main_input_name = "inputs_embeds"
+    input_modalities = ("image",)
+
+    def __init__(self, config: MLPConnectorConfig):
+        super().__init__(config)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dense_1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dense_2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError("An MLP reads `inputs_embeds`; it has no input embeddings.")
+
+    def forward(self, inputs_embeds: torch.Tensor) -> BaseModelOutput:
+        """
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Visual tokens.
+
+        Returns:
+            `BaseModelOutput` with `last_hidden_state` of shape `(batch, output_tokens, hidden_size)`.
+        """
+        tokens = self._pool(inputs_embeds)
+        output = self.dense_2(self.activation(self.dense_1(self.LayerNorm(tokens))))  # (batch, output_tokens, dim)
+        return BaseModelOutput(last_hidden_state=tokens + output if self.config.residual else output)
+
+    def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.config.pool_size is None:
+            return tokens
+        first = int(self.config.class_token)
+        prefix, patches = tokens[:, :first], tokens[:, first:]
+        side = round(patches.shape[1] ** 0.5)
+        grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (batch, dim, side, side)
+        pooled = F.adaptive_avg_pool2d(grid, self.config.pool_size).flatten(2).transpose(1, 2)
+        return torch.cat([prefix, pooled], dim=1)

@@ -1,0 +1,182 @@
+"""The TomeFormer's peers: BLIP-2's Q-Former and an MLP, in the same model, processor, scripts and checkpoints."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, Blip2QFormerModel
+
+from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig, TomeFormerConfig
+from modeling_evlgen import (
+    EVLGenForConditionalGeneration,
+    MLPConnector,
+    QFormerConnector,
+    TokenMerging,
+    TomeFormerModel,
+)
+
+from .helpers import IMAGE_SIZE, pictures, run_clean, save_towers, tiny_model, tiny_processor, tiny_towers
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64}
+PEERS = {
+    "qformer": {
+        "model_type": "evlgen_qformer",
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_query_tokens": 5,
+        "position_initializer_range": 0.1,
+    },
+    "mlp": {"model_type": "evlgen_mlp"},
+    "pooled": {"model_type": "evlgen_mlp", "pool_size": 2, "residual": True},
+}
+TOKENS = {"qformer": 5, "mlp": 17, "pooled": 5}  # CLIP's 16 patches and a class token
+
+
+def peer_model(peer, vision="clip"):
+    tower, language_model = tiny_towers(vision)
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        tower, language_model, connector_config={**SIZES, **PEERS[peer]}, image_size=IMAGE_SIZE, image_token_id=300
+    )
+    with torch.no_grad():
+        model.language_projection.weight.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_peer_is_trained_in_place_of_the_tomeformer(peer):
+    model = peer_model(peer).train()
+    assert model.config.num_image_tokens == TOKENS[peer]
+    batch = tiny_processor(model)(images=pictures(2), suffix=["a red circle", "a blue triangle"])
+    model(**batch).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert any(name.startswith("connector.") for name in trained)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_checkpoint_of_a_peer_loads_in_a_clean_process(peer, tmp_path):
+    model = peer_model(peer)
+    processor = tiny_processor(model)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    image = pictures(1)[0]
+    image.save(tmp_path / "a.png")
+    inputs = processor(images=image)
+    new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    code = """
+from transformers import pipeline
+captioner = pipeline("image-to-text", model="model", trust_remote_code=True)
+print(captioner("a.png", do_sample=False, max_new_tokens=8)[0]["generated_text"])
+"""
+    assert (
+        run_clean(code, tmp_path).splitlines()[-1] == processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+    )
+
+
+def test_the_qformer_is_transformers_own_with_queries_and_positions():
+    torch.manual_seed(0)
+    config = QFormerConnectorConfig(
+        **SIZES, num_hidden_layers=2, num_attention_heads=4, num_query_tokens=5, position_initializer_range=0.1
+    )
+    connector = AutoModel.from_config(config).eval()
+    assert isinstance(connector, QFormerConnector)
+    tokens = torch.randn(2, 9, 32)
+    qformer = Blip2QFormerModel(connector.qformer.config).eval()
+    qformer.load_state_dict(connector.qformer.state_dict())
+    expected = qformer(
+        query_embeds=connector.query_tokens.expand(2, -1, -1),
+        encoder_hidden_states=tokens + connector.position_embeddings.weight[:9],
+    ).last_hidden_state
+    torch.testing.assert_close(connector(tokens).last_hidden_state, expected)
+    assert connector.query_tokens.std().item() == pytest.approx(0.02, rel=0.3)
+    assert connector.position_embeddings.weight.std().item() == pytest.approx(0.1, rel=0.1)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_pooling_takes_the_mean_of_neighbouring_patches(class_token):
+    config = MLPConnectorConfig(**SIZES, pool_size=2, residual=True, class_token=class_token)
+    connector = MLPConnector(config)
+    torch.nn.init.zeros_(connector.dense_2.weight)
+    tokens = torch.randn(1, 16 + class_token, 32)
+    output = connector(tokens).last_hidden_state
+    grid = tokens[:, int(class_token) :].view(1, 4, 4, 32)
+    torch.testing.assert_close(output[:, -4], grid[:, :2, :2].mean(dim=(1, 2)))
+    torch.testing.assert_close(output[:, -1], grid[:, 2:, 2:].mean(dim=(1, 2)))
+    assert output.shape[1] == config.num_output_tokens(16 + class_token) == 4 + class_token
+    if class_token:
+        torch.testing.assert_close(output[:, 0], tokens[:, 0])
+
+
+def test_an_mlp_is_two_linear_maps_on_each_token():
+    torch.manual_seed(0)
+    connector = MLPConnector(MLPConnectorConfig(**SIZES))
+    tokens = torch.randn(2, 7, 32)
+    normed = torch.nn.functional.layer_norm(tokens, (32,))
+    hidden = torch.nn.functional.gelu(normed @ connector.dense_1.weight.T + connector.dense_1.bias)
+    expected = hidden @ connector.dense_2.weight.T + connector.dense_2.bias
+    torch.testing.assert_close(connector(tokens).last_hidden_state, expected)
+
+
+def test_a_token_of_size_k_weighs_as_much_as_k_tokens():
+    """Merging tokens that are equal changes nothing, if sizes count; without sizes it changes what the rest sees."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 3, "num_attention_heads": 4, "class_token": False}
+    a, b, c = torch.randn(3, 32)
+    tokens = torch.stack([a, a, b, c, a, a]).unsqueeze(0)  # all of them `a`: places 0, 1, 4, 5
+
+    def output(**merging):
+        model = TomeFormerModel(TomeFormerConfig(**sizes, **merging)).eval()
+        model.load_state_dict(weights)
+        result = model(tokens)
+        return result.last_hidden_state.gather(1, result.output_index.unsqueeze(2).expand(-1, -1, 32))
+
+    weights = TomeFormerModel(TomeFormerConfig(**sizes)).state_dict()
+    weights["embeddings.position_embeddings.weight"].zero_()
+    unmerged = output(merge_r=0)
+    torch.testing.assert_close(output(merge_r=[2, 0, 0], size_weighting=True), unmerged)
+    assert not torch.allclose(output(merge_r=[2, 0, 0]), unmerged, atol=1e-3)
+
+
+def test_a_mean_is_weighted_by_size():
+    model = TomeFormerModel(TomeFormerConfig(**SIZES, num_hidden_layers=1, num_attention_heads=4))
+    assert not model.config.size_weighting  # the paper's connector
+    merging = TokenMerging(torch.tensor([[0, 1, 1]]), 2)
+    x, size = torch.tensor([[[1.0], [2.0], [6.0]]]), torch.tensor([[1.0, 3.0, 1.0]])
+    assert merging.merge(x, size).flatten().tolist() == [1.0, 3.0]
+    assert merging.sum_sizes(size).tolist() == [[1.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "resampler"}, "must be one of tomeformer, evlgen_qformer, evlgen_mlp, but is 'resampler'"),
+        ({"model_type": "evlgen_mlp", "pool_size": 20}, "`pool_size` 20 needs a square grid of at least as many"),
+        ({"model_type": "evlgen_mlp", "pool_size": 0}, "`pool_size` must be at least 1, but is 0"),
+        ({"model_type": "evlgen_qformer", "num_query_tokens": 0}, "`num_query_tokens` must be at least 1, but is 0"),
+        (
+            {"model_type": "evlgen_qformer", "num_attention_heads": 7},
+            r"`hidden_size` \(768\) must be a multiple of `num_attention_heads` \(7\)",
+        ),
+    ],
+)
+def test_a_connector_that_cannot_work_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        EVLGenConfig(connector_config=fields)
+
+
+def test_fields_of_another_connector_are_refused_by_name(tmp_path):
+    towers = save_towers(tmp_path)
+    with pytest.raises(ValueError, match=r"fields that QFormerConnectorConfig does not have: \['merge_r'\]"):
+        EVLGenForConditionalGeneration.from_vision_text_pretrained(
+            **towers, connector_config={"model_type": "evlgen_qformer", "merge_r": 3}
+        )
+    with pytest.raises(ValueError, match="`connector_model` is for a TomeFormer, but `connector_config` is of"):
+        EVLGenForConditionalGeneration.from_vision_text_pretrained(
+            **towers, connector_model="bert", connector_config={"model_type": "evlgen_mlp"}
+        )
+
+
+def test_old_checkpoints_have_a_tomeformer(tmp_path):
+    """A configuration that does not say which connector it has, as those of the first version."""
+    fields = tiny_model().config.to_dict()
+    del fields["connector_config"]["model_type"]
+    assert isinstance(EVLGenConfig.from_dict(fields).connector_config, TomeFormerConfig)
+    assert isinstance(AutoConfig.for_model("evlgen_mlp"), MLPConnectorConfig)
