@@ -1,0 +1,229 @@
+"""The paper's claims, tried out on the embedded data: EVLGen, BLIP-2's Q-Former in one and two stages, MLPs, controls.
+
+    python benchmarks/claims.py
+
+trains them all with the parts of `examples/pretrain.py` on cached features, each run from 5 minutes to an hour on two
+cores, and draws what came out. Every finished run is a small JSON file in `benchmarks/results/`; a command that is
+stopped goes on with the next run, and two commands side by side share the runs out. First comes a sweep of learning
+rates, one seed; each method is then trained at its best one. `--draw` draws what is there, `--list` shows what is to
+be done.
+
+Seconds on the axes are steps times the seconds of a step, which `benchmarks/training.py` measures side by side, so
+that a busy machine favours no one.
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from claims_report import draw_curves, table  # noqa: E402
+from claims_run import Run, time_steps, train, write_result  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+DATASETS = ("openmoji-scenes", "easy-vqa")
+STEPS = {"openmoji-scenes": 300, "easy-vqa": 200}
+EVAL_STEPS = {"openmoji-scenes": (50, 100, 150, 200, 300), "easy-vqa": (25, 50, 100, 150, 200)}
+SEEDS = (0, 1, 2)
+SWEEP_SEED = 100
+SWEEP_STEPS = 100
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_SIZE = {
+    "hidden_size": 384,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 3,
+    "intermediate_size": 1536,
+    **_NO_DROPOUT,
+}
+# 196 tokens become 98, 49 and 25, and start as merging alone: the demo's.
+_EVLGEN = {
+    **_SIZE,
+    "merge_r": [98, 49, 24],
+    "pre_norm": True,
+    "layer_scale_init_value": 0.0,
+    "position_initializer_range": 0.1,
+}
+# As deep, with cross-attention in every second layer as in BLIP-2, and a feed-forward that makes the sizes equal.
+_QFORMER = {**_SIZE, "intermediate_size": 1024, "num_query_tokens": 25, "position_initializer_range": 0.1}
+_MLP = {"hidden_size": 384, "intermediate_size": 6912}
+
+# Everything that is trained: connector, fields, and what else sets a run apart.
+METHODS: dict[str, dict[str, Any]] = {
+    "evlgen": {"connector": "tomeformer", "fields": _EVLGEN},
+    "evlgen-paper-blocks": {
+        "connector": "tomeformer",
+        "fields": {**_SIZE, "merge_r": [98, 49, 24]},
+    },
+    "qformer": {"connector": "qformer", "fields": _QFORMER},
+    "qformer-two-stage": {"connector": "qformer", "fields": _QFORMER, "stage_one_steps": 300},
+    "mean-pooling": {"connector": "mlp", "fields": {**_MLP, "pool_size": 5, "residual": True}},
+    "mlp-all-tokens": {"connector": "mlp", "fields": {**_MLP, "residual": True}},
+    "random-pruning": {"connector": "tomeformer", "fields": _EVLGEN, "random_pruning": True},
+}
+# Variants that are swept beside their method; the best one stands for it.
+VARIANTS = {
+    "qformer": {
+        "qformer-no-positions": {**_QFORMER, "position_initializer_range": None},
+        "qformer-large-queries": {**_QFORMER, "query_initializer_range": 1.0},
+    },
+    "mean-pooling": {"mean-pooling-plain": {**_MLP, "pool_size": 5}},
+}
+# One change each from EVLGen, on the scenes, seed 0.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "post-norm": {"fields": {"pre_norm": False, "layer_scale_init_value": None}},
+    "post-norm-gains": {"fields": {"pre_norm": False, "layer_scale_init_value": 0.0}},
+    "pre-norm-no-gains": {"fields": {"layer_scale_init_value": None}},
+    "gains-start-at-0.1": {"fields": {"layer_scale_init_value": 0.1}},
+    "constant-r": {"fields": {"merge_r": [57, 57, 57]}},
+    "back-loaded": {"fields": {"merge_r": [24, 49, 98]}},
+    "size-weighting": {"fields": {"size_weighting": True}},
+    "small-positions": {"fields": {"position_initializer_range": 0.02}},
+    "prompt-x5": {"prompt_scale": 5.0},
+    "prompt-x0.2": {"prompt_scale": 0.2},
+}
+
+
+def sweep(dataset: str) -> list[Run]:
+    """Short runs, one seed: every method at every learning rate, then its variants at its best one."""
+    runs = []
+    for method in ("evlgen", "evlgen-paper-blocks", "qformer", "mean-pooling"):
+        own = [_short(method, method, dataset, METHODS[method]["fields"], rate) for rate in LEARNING_RATES]
+        runs += own
+        chosen = _best_of(own)
+        for name, fields in VARIANTS.get(method, {}).items() if chosen else ():
+            runs.append(_short(name, method, dataset, fields, chosen["learning_rate"]))
+    return runs
+
+
+def _short(name: str, method: str, dataset: str, fields: dict[str, Any], learning_rate: float) -> Run:
+    settings = (name, dataset, METHODS[method]["connector"], fields, learning_rate, SWEEP_STEPS, SWEEP_SEED)
+    return Run(*settings, eval_steps=(SWEEP_STEPS,), group="sweep")
+
+
+def _best_of(runs: list[Run]) -> dict[str, Any] | None:
+    """The settings of the run with the lowest held-out loss; None while one of them is not done."""
+    results = [load(run) for run in runs]
+    return None if None in results else min(results, key=lambda result: result["curve"][-1]["loss"])["run"]
+
+
+def best(method: str, dataset: str) -> dict[str, Any] | None:
+    """Fields and learning rate of a method's best short run; None while its sweep is not done.
+
+    What is not swept takes what its nearest relative does: the two-stage Q-Former the Q-Former's, random pruning
+    EVLGen's, and the MLP on all tokens mean pooling's.
+    """
+    relative = {"qformer-two-stage": "qformer", "random-pruning": "evlgen", "mlp-all-tokens": "mean-pooling"}
+    swept = relative.get(method, method)
+    names = {swept, *VARIANTS.get(swept, {})}
+    runs = [run for run in sweep(dataset) if run.method in names]
+    chosen = _best_of(runs) if names == {run.method for run in runs} else None
+    if chosen is None:
+        return None
+    fields = chosen["fields"]
+    if method == "mlp-all-tokens":
+        fields = {name: value for name, value in fields.items() if name != "pool_size"}
+    return {"fields": fields, "learning_rate": chosen["learning_rate"]}
+
+
+def plan() -> list[Run]:
+    """All runs whose settings are known by now, the important ones first."""
+    runs = [run for dataset in DATASETS for run in sweep(dataset)]
+    for dataset in DATASETS:
+        for method in ("evlgen", "qformer", "mean-pooling", "qformer-two-stage", "evlgen-paper-blocks"):
+            runs += _long(method, dataset, SEEDS)
+        runs += _long("evlgen", dataset, SEEDS, name="evlgen-tenth-of-data", train_samples=400)
+        runs += _long("random-pruning", dataset, SEEDS[:1])
+    for name, changes in ABLATIONS.items():
+        runs += _long("evlgen", DATASETS[0], SEEDS[:1], name=name, group="ablation", **changes)
+    return runs + [run for dataset in DATASETS for run in _long("mlp-all-tokens", dataset, SEEDS[:1])]
+
+
+def _long(method: str, dataset: str, seeds: tuple[int, ...], name: str | None = None, **changes: Any) -> list[Run]:
+    chosen = best(method, dataset)
+    if chosen is None:
+        return []
+    fields = {**chosen["fields"], **changes.pop("fields", {})}
+    settings = {**METHODS[method], **chosen, **changes, "fields": fields}
+    if "stage_one_steps" in settings:
+        settings["stage_one_learning_rate"] = chosen["learning_rate"]
+    lengths = {"steps": STEPS[dataset], "eval_steps": EVAL_STEPS[dataset]}
+    return [Run(name or method, dataset, seed=seed, **lengths, **settings) for seed in seeds]
+
+
+def load(run: Run) -> dict[str, Any] | None:
+    """What a run gave, or None if it is not done.
+
+    Raises:
+        ValueError: If a run of this name was done with other settings.
+    """
+    path = RESULTS / f"{run.name}.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    if result["run"] != json.loads(json.dumps(asdict(run))):
+        raise ValueError(f"{path} was made with other settings than {run}; remove it to train again.")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="Regular expression: only runs whose name it is found in.")
+    parser.add_argument("--list", action="store_true", help="Show the runs and which are done.")
+    parser.add_argument("--time", action="store_true", help="Time a step of each method, taking turns.")
+    parser.add_argument("--draw", action="store_true", help="Draw and tabulate what is done.")
+    arguments = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    if arguments.list:
+        for run in plan():
+            print("done" if load(run) else "    ", run.name)
+        return
+    if arguments.time:
+        for dataset in DATASETS:
+            settings = {"learning_rate": 1e-3, "steps": 1, "seed": 0, "eval_steps": ()}
+            runs = [Run(name, dataset, **settings, **method) for name, method in METHODS.items()]
+            write_result(RESULTS / f"timing.{dataset}.json", time_steps(runs))
+    elif not arguments.draw:
+        # What is known of the plan grows with what is done.
+        while any(start(run) for run in plan() if re.search(arguments.only, run.name) and load(run) is None):
+            pass
+    report()
+
+
+def report() -> None:
+    """Draws and prints what is done."""
+    for dataset in DATASETS:
+        path = RESULTS / f"timing.{dataset}.json"
+        step_seconds = json.loads(path.read_text())["seconds"] if path.exists() else None
+        for group in ("sweep", "main", "ablation"):
+            done = [load(run) for run in plan() if (run.dataset, run.group) == (dataset, group) and load(run)]
+            if done:
+                print(f"\n{group}, {dataset}\n\n{table(done, step_seconds)}")
+            if done and group == "main":
+                draw_curves(done, step_seconds, RESULTS / f"{dataset}.png")
+
+
+def start(run: Run) -> bool:
+    """Trains a run, unless another process is at it."""
+    lock = FileLock(RESULTS / f"{run.name}.lock", blocking=False)
+    try:
+        with lock:
+            if load(run) is None:
+                write_result(RESULTS / f"{run.name}.json", train(run))
+        Path(lock.lock_file).unlink(missing_ok=True)
+        return True
+    except Timeout:
+        return False
+
+
+if __name__ == "__main__":
+    main()

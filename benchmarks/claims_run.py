@@ -1,0 +1,281 @@
+"""One training run of `claims.py`: the parts of `examples/pretrain.py`, with a curve of held-out figures."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback, set_seed
+
+from common.arguments import (
+    DataArguments,
+    GenerationArguments,
+    ModelArguments,
+    ProcessorArguments,
+    TrainingSettings,
+    parse_arguments,
+)
+from common.cider import CiderDReward, _count
+from common.data import CaptionCollator, SetEpoch, load_captions, true_captions
+from common.evaluation import WrongPictures, caption_loss, generate_captions
+from common.features import FeatureDataset, cache_vision_features
+from common.models import build_model
+from common.trainer import EVLGenTrainer
+from common.training import arithmetic
+from connector import take_turns
+from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.tomeformer import TomeFormerLayer
+from processing_evlgen import EVLGenProcessor
+from two_stage import CaptionVocabulary, StageOne, StageOneCollator
+
+DEMO_RECIPE = Path(__file__).parents[1] / "examples" / "configs" / "demo.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained.
+
+    Args:
+        method: Name of the connector and its recipe.
+        dataset: `"openmoji-scenes"` or `"easy-vqa"`.
+        connector: Which connector, as `--connector` says it.
+        fields: All fields of its configuration.
+        learning_rate, steps, seed: Of the caption loss; AdamW, cosine, batches of 16, as in the demo's recipe.
+        eval_steps: Steps after which held-out figures are taken; the last one is among them.
+        train_samples: Use only the first so many training pictures.
+        stage_one_steps, stage_one_learning_rate: BLIP-2's first stage before it.
+        random_pruning: Drop tokens at random where the TomeFormer would merge.
+        prompt_scale: Multiplies the fresh language projection, and so the soft prompt.
+    """
+
+    method: str
+    dataset: str
+    connector: str
+    fields: dict[str, Any]
+    learning_rate: float
+    steps: int
+    seed: int
+    eval_steps: tuple[int, ...]
+    group: str = "main"
+    train_samples: int | None = None
+    stage_one_steps: int = 0
+    stage_one_learning_rate: float = 1e-3
+    random_pruning: bool = False
+    prompt_scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}.{self.dataset}.{self.method}.lr{self.learning_rate:g}.seed{self.seed}"
+
+
+class RandomPruningLayer(TomeFormerLayer):
+    """Drops `r` tokens at random instead of merging them; the same ones at every evaluation."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, r: int, size: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        hidden_states, _ = self.attention(hidden_states)
+        batch, tokens, dim = hidden_states.shape
+        draw = torch.rand(batch, tokens) if self.training else torch.rand(tokens, generator=_fixed()).expand(batch, -1)
+        kept = draw.topk(tokens - r, dim=1).indices.sort(dim=1).values  # (batch, tokens - r)
+        hidden_states = hidden_states.gather(1, kept.unsqueeze(2).expand(-1, -1, dim))
+        normed = self.output.LayerNorm(hidden_states) if self.output.pre_norm else hidden_states
+        return self.output(self.intermediate(normed), hidden_states), kept.new_zeros(batch, tokens), None
+
+
+def _fixed() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def parse(run: Run, output_dir: str) -> tuple[Any, ...]:
+    """The arguments that `examples/pretrain.py` would be given for this run."""
+    argv = ["--connector", run.connector, "--connector_config", json.dumps(run.fields), "--dataset", run.dataset]
+    argv += ["--learning_rate", str(run.learning_rate), "--max_steps", str(run.steps), "--seed", str(run.seed)]
+    argv += ["--eval_strategy", "no", "--save_strategy", "no", "--output_dir", output_dir, "--max_new_tokens", "20"]
+    if run.train_samples is not None:
+        argv += ["--max_train_samples", str(run.train_samples)]
+    if run.dataset == "easy-vqa":
+        argv += ["--max_test_samples", "200"]
+    return parse_arguments(
+        ModelArguments,
+        ProcessorArguments,
+        DataArguments,
+        GenerationArguments,
+        TrainingSettings,
+        argv=argv,
+        recipe=DEMO_RECIPE,
+    )
+
+
+class Prepared(NamedTuple):
+    """A fresh model with its data, ready to be trained."""
+
+    model: EVLGenForConditionalGeneration
+    processor: EVLGenProcessor
+    train_rows: FeatureDataset
+    test_rows: FeatureDataset
+    data: DataArguments
+    generation: GenerationArguments
+    training: TrainingSettings
+
+
+def prepare(run: Run, output_dir: str) -> Prepared:
+    model_arguments, text_format, data, generation, training = parse(run, output_dir)
+    set_seed(run.seed)
+    train_rows, test_rows = load_captions(data, training.seed)
+    model, processor = build_model(model_arguments, text_format)
+    train_rows = cache_vision_features(model, processor, train_rows, data)
+    test_rows = cache_vision_features(model, processor, test_rows, data)
+    if run.random_pruning:
+        for layer in model.connector.encoder.layer:
+            layer.__class__ = RandomPruningLayer
+    with torch.no_grad():
+        model.language_projection.weight *= run.prompt_scale
+    return Prepared(model, processor, train_rows, test_rows, data, generation, training)
+
+
+class HeldOutCurve(TrainerCallback):
+    """Held-out loss with right and wrong pictures, and CIDEr-D and exact captions, after some of the steps."""
+
+    def __init__(self, run: Run, prepared: Prepared):
+        self.run, self.test, self.data = run, prepared.test_rows, prepared.data
+        self.generation, self.training = prepared.generation, prepared.training
+        self.collator = CaptionCollator(prepared.processor, prepared.data, training=False)
+        self.references = [true_captions(row, self.data) for row in self.test]
+        self.reward = CiderDReward(_count(self.test, self.data), len(self.test))
+        self.curve: list[dict[str, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        if state.global_step in self.run.eval_steps:
+            self.curve.append({"step": state.global_step, **self.measure(model)})
+            print(self.run.name, self.curve[-1], flush=True)
+
+    def measure(self, model: EVLGenForConditionalGeneration) -> dict[str, float]:
+        batch_size, dtype = self.training.per_device_eval_batch_size, arithmetic(self.training)
+        wrong = WrongPictures(self.test, self.data.caption_column)
+        loss = caption_loss(model, self.test, self.collator, batch_size, dtype)
+        wrong_loss = caption_loss(model, wrong, self.collator, batch_size, dtype)
+        captions = generate_captions(model, self.test, self.collator, self.generation, batch_size, dtype)
+        scores = self.reward.score(captions, self.references)
+        exact = mean(caption in ones for caption, ones in zip(captions, self.references, strict=True))
+        figures = {"loss": loss, "gap": wrong_loss - loss, "cider": 10 * mean(scores), "exact": exact}
+        return {name: round(float(value), 5) for name, value in figures.items()}
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Trains, and tells what came out: settings, sizes, cost of a step, and the curve."""
+    started = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(run, folder)
+        model, training = prepared.model, prepared.training
+        result = {"run": asdict(run), "trained_parameters": model.num_parameters(only_trainable=True)}
+        if run.stage_one_steps:
+            result |= train_stage_one(run, prepared)
+        collator = CaptionCollator(prepared.processor, prepared.data, training=True, seed=run.seed)
+        result["flops_per_step"] = step_flops(model.train(), first_batch(collator, prepared))
+        curve = HeldOutCurve(run, prepared)
+        trainer = EVLGenTrainer(
+            model=model,
+            args=training,
+            train_dataset=prepared.train_rows,
+            data_collator=collator,
+            eval_collator=curve.collator,
+            processing_class=prepared.processor,
+            callbacks=[SetEpoch(collator), curve],
+        )
+        trainer.train()
+    return {
+        **result,
+        "curve": curve.curve,
+        "training_loss": logged_losses(trainer),
+        "minutes": round((time.time() - started) / 60, 1),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def first_batch(collator: Callable, prepared: Prepared) -> dict[str, torch.Tensor]:
+    return collator([prepared.train_rows[row] for row in range(prepared.training.per_device_train_batch_size)])
+
+
+def logged_losses(trainer: EVLGenTrainer) -> list[list[float]]:
+    return [[entry["step"], round(entry["loss"], 5)] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def stage_one(prepared: Prepared) -> tuple[StageOne, StageOneCollator]:
+    captions = [true_captions(row, prepared.data)[0] for row in prepared.train_rows.dataset]
+    vocabulary = CaptionVocabulary(prepared.processor.tokenizer, captions)
+    return StageOne(prepared.model, len(vocabulary)), StageOneCollator(vocabulary, prepared.data)
+
+
+def train_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
+    """BLIP-2's first stage, on the Q-Former of the model."""
+    stage, collator = stage_one(prepared)
+    changes = {"max_steps": run.stage_one_steps, "learning_rate": run.stage_one_learning_rate}
+    flops = step_flops(stage.train(), first_batch(collator, prepared))
+    trainer = EVLGenTrainer(
+        model=stage,
+        args=replace(prepared.training, **changes),
+        train_dataset=prepared.train_rows,
+        data_collator=collator,
+        eval_collator=collator,
+    )
+    trainer.train()
+    return {"stage_one_flops_per_step": flops, "stage_one_training_loss": logged_losses(trainer)}
+
+
+def time_steps(runs: list[Run], rounds: int = 9) -> dict[str, Any]:
+    """Median seconds of a training step of each method, taken in turns, and of BLIP-2's first stage."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps: dict[str, Callable[[], None]] = {}
+        for run in runs:
+            prepared = prepare(run, folder)
+            if run.stage_one_steps:
+                stage, collator = stage_one(prepared)
+                steps["stage-one"] = _step(stage, first_batch(collator, prepared))
+            else:
+                collator = CaptionCollator(prepared.processor, prepared.data, training=True)
+                steps[run.method] = _step(prepared.model, first_batch(collator, prepared))
+    steps["qformer-two-stage"] = steps["qformer"]  # the second stage
+    return {"seconds": take_turns(steps, rounds, torch.device("cpu")), "threads": torch.get_num_threads()}
+
+
+def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
+    model.train()
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], fused=True
+    )
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
+    """Floating-point operations of one training step's matrix products, attention's included."""
+    state = torch.get_rng_state()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(**batch)["loss"].backward()
+    model.zero_grad()
+    torch.set_rng_state(state)
+    return counter.get_total_flops()
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """One finished run as JSON, or nothing."""
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(result) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,166 @@
+"""BLIP-2's first stage (Li et al., ICML 2023, section 3.1), so that the two-stage recipe can be run and timed.
+
+The Q-Former learns from pairs of pictures and captions without a language model, by three losses: contrast (ITC),
+matching (ITM) and captioning by the Q-Former itself (ITG). Its second stage is EVLGen's only one: the caption loss of
+the frozen language model. Source of the details: salesforce/LAVIS, lavis/models/blip2_models/blip2_qformer.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedTokenizerBase
+
+from common.arguments import DataArguments
+from common.data import true_captions
+from modeling_evlgen import EVLGenForConditionalGeneration, QFormerConnector
+
+PAD, CLS, DEC, SEP = range(4)
+LABEL_SMOOTHING = 0.1
+PROJECTION_DIM = 256
+
+
+class CaptionVocabulary:
+    """The tokens that training captions are made of, renumbered from 4 on, so that the text side stays small.
+
+    Args:
+        tokenizer: Cuts captions into tokens.
+        captions: The training captions.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, captions: list[str]):
+        self.tokenizer = tokenizer
+        ids = {token for tokens in tokenizer(captions, add_special_tokens=False)["input_ids"] for token in tokens}
+        self.ids = {token: place for place, token in enumerate(sorted(ids), start=SEP + 1)}
+
+    def __len__(self) -> int:
+        return SEP + 1 + len(self.ids)
+
+    def encode(self, captions: list[str]) -> torch.Tensor:
+        """`[CLS]`, the caption, `[SEP]`, then padding: `(captions, tokens)`."""
+        rows = self.tokenizer(captions, add_special_tokens=False)["input_ids"]
+        rows = [torch.tensor([CLS, *(self.ids[token] for token in row), SEP]) for row in rows]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+class StageOneCollator:
+    """Batches of cached vision features and captions as the first stage wants them."""
+
+    num_bad_rows = 0
+
+    def __init__(self, vocabulary: CaptionVocabulary, data: DataArguments):
+        self.vocabulary = vocabulary
+        self.data = data
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {
+            "vision_features": torch.stack([row["vision_features"] for row in rows]).float(),
+            "text_ids": self.vocabulary.encode([true_captions(row, self.data)[0] for row in rows]),
+        }
+
+
+class StageOne(nn.Module):
+    """The Q-Former of `model`, trained in place, with a text side that is thrown away afterwards.
+
+    Args:
+        model ([`EVLGenForConditionalGeneration`]): A model with a [`QFormerConnector`].
+        vocabulary_size (`int`): Tokens of the text side.
+    """
+
+    def __init__(self, model: EVLGenForConditionalGeneration, vocabulary_size: int):
+        super().__init__()
+        connector: QFormerConnector = model.connector
+        self.ln_vision, self.vision_projection = model.ln_vision, model.vision_projection
+        self.connector = connector
+        config = Blip2QFormerConfig(**{**connector.qformer.config.to_dict(), "use_qformer_text_input": True})
+        self.qformer = Blip2QFormerModel._from_config(config)
+        self.qformer.layernorm = connector.qformer.layernorm
+        for layer, shared in zip(self.qformer.encoder.layer, connector.qformer.encoder.layer, strict=True):
+            for name, part in shared.named_children():  # all but the text's feed-forward
+                setattr(layer, name, part)
+        dim = connector.config.hidden_size
+        self.word_embeddings = nn.Embedding(vocabulary_size, dim)
+        self.text_positions = nn.Embedding(64, dim)
+        self.image_head, self.text_head = nn.Linear(dim, PROJECTION_DIM), nn.Linear(dim, PROJECTION_DIM)
+        self.match_head = nn.Linear(dim, 2)
+        self.word_head = nn.Sequential(
+            nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim), nn.Linear(dim, vocabulary_size)
+        )
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        for table in (self.word_embeddings, self.text_positions):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, vision_features: torch.Tensor, text_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            vision_features (`torch.Tensor` of shape `(batch, num_vision_tokens, vision_hidden_size)`): Pictures.
+            text_ids (`torch.LongTensor` of shape `(batch, tokens)`): Their captions, by [`CaptionVocabulary`].
+        """
+        tokens = self.vision_projection(self.ln_vision(vision_features))  # (batch, num_vision_tokens, dim)
+        if self.connector.position_embeddings is not None:
+            tokens = tokens + self.connector.position_embeddings.weight[: tokens.shape[1]]
+        similarity, contrast_loss = self._contrast(tokens, text_ids)
+        loss = contrast_loss + self._matching(tokens, text_ids, similarity) + self._captioning(tokens, text_ids)
+        return {"loss": loss}
+
+    def _contrast(self, tokens: torch.Tensor, text_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Similarity of each picture to each caption, `(batch, batch)`, by the query that fits best; and ITC."""
+        queries = self.connector.query_tokens.expand(len(tokens), -1, -1)
+        seen = self.qformer(query_embeds=queries, encoder_hidden_states=tokens).last_hidden_state
+        read = self.qformer(
+            query_embeds=self._embed(text_ids), query_length=0, attention_mask=(text_ids != PAD).long()
+        ).last_hidden_state[:, 0]
+        pictures = F.normalize(self.image_head(seen), dim=-1)  # (batch, queries, projection)
+        captions = F.normalize(self.text_head(read), dim=-1)  # (batch, projection)
+        similarity = torch.einsum("iqd,jd->ijq", pictures, captions).amax(dim=2) / self.temperature
+        targets = torch.arange(len(tokens), device=tokens.device)
+        losses = [F.cross_entropy(s, targets, label_smoothing=LABEL_SMOOTHING) for s in (similarity, similarity.T)]
+        return similarity.detach(), sum(losses) / 2
+
+    def _matching(self, tokens: torch.Tensor, text_ids: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+        """ITM: does the caption fit the picture? Wrong partners are drawn by how much they look right."""
+        batch = len(tokens)
+        same = (text_ids[:, None] == text_ids[None]).all(dim=2)  # captions that are right for both are no negatives
+        wrong = similarity.float().softmax(dim=1).masked_fill(same, 0) + 1e-6 * ~same
+        wrong_captions = torch.multinomial(wrong, 1).squeeze(1)
+        wrong = similarity.float().T.softmax(dim=1).masked_fill(same, 0) + 1e-6 * ~same
+        wrong_pictures = torch.multinomial(wrong, 1).squeeze(1)
+        tokens = torch.cat([tokens, tokens[wrong_pictures], tokens])
+        text_ids = torch.cat([text_ids, text_ids, text_ids[wrong_captions]])
+        num_queries = self.connector.query_tokens.shape[1]
+        queries = self.connector.query_tokens.expand(len(tokens), -1, -1)
+        mask = torch.cat([text_ids.new_ones(len(tokens), num_queries), (text_ids != PAD).long()], dim=1)
+        output = self.qformer(
+            query_embeds=torch.cat([queries, self._embed(text_ids)], dim=1),
+            query_length=num_queries,
+            attention_mask=mask,
+            encoder_hidden_states=tokens,
+        ).last_hidden_state[:, :num_queries]
+        logits = self.match_head(output).mean(dim=1)  # (3 * batch, 2)
+        targets = (torch.arange(3 * batch, device=tokens.device) < batch).long()
+        return F.cross_entropy(logits, targets)
+
+    def _captioning(self, tokens: torch.Tensor, text_ids: torch.Tensor) -> torch.Tensor:
+        """ITG: words see the queries and the words before them; queries do not see words."""
+        num_queries = self.connector.query_tokens.shape[1]
+        inputs = text_ids.clone()
+        inputs[:, 0] = DEC
+        length = inputs.shape[1]
+        seen = torch.ones(num_queries + length, num_queries + length, dtype=torch.bool, device=tokens.device).tril()
+        seen[:num_queries, :num_queries] = True
+        padding = F.pad(text_ids != PAD, (num_queries, 0), value=True)  # (batch, queries + tokens)
+        mask = seen[None, None] & padding[:, None, None]
+        queries = self.connector.query_tokens.expand(len(tokens), -1, -1)
+        output = self.qformer(
+            query_embeds=torch.cat([queries, self._embed(inputs)], dim=1),
+            query_length=num_queries,
+            attention_mask=mask,
+            encoder_hidden_states=tokens,
+        ).last_hidden_state[:, num_queries:-1]
+        targets = text_ids[:, 1:].masked_fill(text_ids[:, 1:] == PAD, -100)
+        logits = self.word_head(output)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), label_smoothing=LABEL_SMOOTHING)
+
+    def _embed(self, text_ids: torch.Tensor) -> torch.Tensor:
+        return self.word_embeddings(text_ids) + self.text_positions.weight[: text_ids.shape[1]]  # (batch, tokens, dim)
