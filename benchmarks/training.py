@@ -1,0 +1,244 @@
+"""What a training step costs, and a generated caption: EVLGen, the Q-Former and MLPs on the same frozen towers.
+
+    python benchmarks/training.py
+
+At the demo's size (EfficientNet-Lite0's 196 tokens) and at that of CLIP ViT-L/14 (257 tokens), both with a language
+model of SmolLM2-135M's shape, random weights, batches of 16, bfloat16 autocast, from cached vision features. The
+candidates take turns, so that a busy machine slows all of them alike; medians are printed. Peak memory is that of a
+process of its own. Beside each stands how near its matrix products come to the rate that this machine reaches on one
+large product.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, LlamaConfig, TimmWrapperConfig
+
+from configuration_evlgen import EVLGenConfig
+from connector import measure, take_turns
+from modeling_evlgen import EVLGenForConditionalGeneration
+
+BATCH, PROMPT, CAPTION = 16, 10, 10
+VISION = {
+    "demo": {
+        "vision_config": TimmWrapperConfig(
+            architecture="tf_efficientnet_lite0", model_args={"features_only": True, "out_indices": [3]}
+        ),
+        "num_vision_tokens": 196,
+        "vision_hidden_size": 112,
+    },
+    "clip-l": {
+        "vision_config": CLIPVisionConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+        )
+    },
+}
+TEXT = LlamaConfig(
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    vocab_size=49152,
+    tie_word_embeddings=True,
+    pad_token_id=2,
+)
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_DEMO = {
+    "hidden_size": 384,
+    "num_attention_heads": 6,
+    "num_hidden_layers": 3,
+    "intermediate_size": 1536,
+    **_NO_DROPOUT,
+}
+_CLIP = {**_DEMO, "hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 6, "intermediate_size": 3072}
+_MLP = {"model_type": "evlgen_mlp"}
+_QFORMER = {"model_type": "evlgen_qformer"}
+CONNECTORS: dict[str, dict[str, dict[str, Any]]] = {
+    "demo": {
+        "EVLGen, front-loaded": {**_DEMO, "merge_r": [98, 49, 24], "pre_norm": True, "layer_scale_init_value": 0.0},
+        "EVLGen, r = 57": {**_DEMO, "merge_r": 57},
+        "Q-Former, 25 queries": {**_DEMO, **_QFORMER, "intermediate_size": 1024, "num_query_tokens": 25},
+        "MLP on 5 x 5 means": {**_MLP, "hidden_size": 384, "intermediate_size": 6912, "pool_size": 5},
+        "MLP on all tokens": {**_MLP, "hidden_size": 384, "intermediate_size": 6912},
+    },
+    "clip-l": {
+        "EVLGen, front-loaded": {
+            **_CLIP,
+            "merge_r": [128, 64, 32, 4],
+            "pre_norm": True,
+            "layer_scale_init_value": 0.0,
+        },
+        "EVLGen, r = 38": {**_CLIP, "merge_r": 38},
+        "Q-Former, 29 queries": {**_CLIP, **_QFORMER, "intermediate_size": 2048, "num_query_tokens": 29},
+        "MLP on 5 x 5 means": {**_MLP, "hidden_size": 768, "intermediate_size": 27648, "pool_size": 5},
+        "MLP on all tokens": {**_MLP, "hidden_size": 768, "intermediate_size": 27648},
+    },
+}
+
+
+def build(size: str, connector: str) -> EVLGenForConditionalGeneration:
+    torch.manual_seed(0)
+    config = EVLGenConfig(**VISION[size], connector_config=CONNECTORS[size][connector], text_config=TEXT)
+    return EVLGenForConditionalGeneration(config).train()
+
+
+def batch_of(model: EVLGenForConditionalGeneration, size: int = BATCH) -> dict[str, torch.Tensor]:
+    """Vision features, a prompt and a caption."""
+    config = model.config
+    text = torch.randint(3, 49152, (size, PROMPT + CAPTION), generator=torch.Generator().manual_seed(0))
+    images = torch.full((size, config.num_image_tokens), config.image_token_id)
+    input_ids = torch.cat([images, text], dim=1)  # (batch, image tokens + text)
+    labels = input_ids.clone()
+    labels[:, :-CAPTION] = -100
+    return {
+        "vision_features": torch.randn(size, config.num_vision_tokens, config.vision_hidden_size),
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "labels": labels,
+    }
+
+
+def parts_of_a_step(model: EVLGenForConditionalGeneration) -> dict[str, Callable[[], None]]:
+    """The whole step, and those of its parts that can run alone."""
+    batch = batch_of(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    pixel_values = torch.randn(BATCH, 3, 224, 224)
+    hidden = torch.randn(BATCH * CAPTION, TEXT.hidden_size, requires_grad=True)
+    targets = batch["labels"][batch["labels"] != -100]
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+
+    def step() -> None:
+        with autocast:
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def tower() -> None:
+        with torch.no_grad(), autocast:
+            model.get_vision_features(pixel_values)
+
+    def connector() -> None:
+        with autocast:
+            model.project_vision_features(batch["vision_features"])
+
+    def connector_backward() -> None:
+        with autocast:
+            prompt = model.project_vision_features(batch["vision_features"]).pooler_output
+        prompt.float().sum().backward()
+        optimizer.zero_grad()
+
+    def head() -> None:
+        with autocast:
+            logits = model.language_model.lm_head(hidden)
+        torch.nn.functional.cross_entropy(logits.float(), targets).backward()
+
+    return {
+        "step": step,
+        "tower": tower,
+        "connector": connector,
+        "connector, both ways": connector_backward,
+        "head": head,
+    }
+
+
+def generation(model: EVLGenForConditionalGeneration) -> Callable[[], None]:
+    """Captions of exactly 10 tokens for 8 pictures, by 5 beams."""
+    batch = batch_of(model, 8)
+    inputs = {name: batch[name] for name in ("vision_features", "input_ids", "attention_mask")}
+    inputs["input_ids"], inputs["attention_mask"] = (
+        inputs[name][:, :-CAPTION] for name in ("input_ids", "attention_mask")
+    )
+
+    def generate() -> None:
+        model.eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.generate(**inputs, num_beams=5, min_new_tokens=CAPTION, max_new_tokens=CAPTION, do_sample=False)
+        model.train()
+
+    return generate
+
+
+def count_flops(step: Callable[[], None]) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step()
+    return counter.get_total_flops()
+
+
+def matrix_rate(rounds: int) -> float:
+    """Floating-point operations per second of one large bfloat16 product: the median round."""
+    a, b = (torch.randn(4096, 4096, dtype=torch.bfloat16) for _ in range(2))
+    seconds = sorted(measure(lambda: a @ b, torch.device("cpu")) for _ in range(rounds))
+    return 2 * 4096**3 / seconds[rounds // 2]
+
+
+def peak_megabytes(size: str, connector: str) -> float:
+    """Of one step, in a process of its own, over what the process held before it."""
+    command = [sys.executable, __file__, "--peak", size, connector]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="Rounds over which medians are taken.")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        model = build(*arguments.peak)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        parts_of_a_step(model)["step"]()
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        return
+    for size, candidates in CONNECTORS.items():
+        print_table(size, list(candidates), arguments.rounds)
+
+
+def print_table(size: str, candidates: list[str], rounds: int) -> None:
+    runs, flops, tokens = {}, {}, {}
+    for name in candidates:
+        model = build(size, name)
+        parts = parts_of_a_step(model)
+        flops[name], tokens[name] = count_flops(parts["step"]), model.config.num_image_tokens
+        runs |= {(name, part): run for part, run in parts.items()}
+        runs[name, "generation"] = generation(model)
+    seconds = take_turns(runs, rounds, torch.device("cpu"))
+    rate = matrix_rate(rounds)
+    reference = seconds[candidates[0], "step"]
+    print(f"\n{size}: {torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s on one large product\n")
+    print(
+        "| connector | tokens | step | images/s | with the tower | connector | LLM | head | GEMM rate | peak | beam 5 |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for name in candidates:
+        step, tower, connector, head, words = (
+            seconds[name, part] for part in ("step", "tower", "connector, both ways", "head", "generation")
+        )
+        cells = [
+            name,
+            str(tokens[name]),
+            f"{step / reference:.2f}",
+            f"{BATCH / step:.1f}",
+            f"{BATCH / (step + tower):.1f}",
+            f"{connector / step:.0%}",
+            f"{(step - connector - head) / step:.0%}",
+            f"{head / step:.0%}",
+            f"{flops[name] / step / rate:.0%}",
+            f"{peak_megabytes(size, name):.0f} MB",
+            f"{words / seconds[candidates[0], 'generation']:.2f}",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
