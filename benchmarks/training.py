@@ -216,10 +216,10 @@ def print_table(size: str, candidates: list[str], rounds: int) -> None:
     rate = matrix_rate(rounds)
     reference = seconds[candidates[0], "step"]
     print(f"\n{size}: {torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s on one large product\n")
-    print(
-        "| connector | tokens | step | images/s | with the tower | connector | LLM | head | GEMM rate | peak | beam 5 |"
+    columns = (
+        "connector | tokens | step | images/s | with the tower | connector | LLM | head | GEMM rate | peak | beam 5"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print(f"| {columns} |\n{'|---' * 11}|")
     for name in candidates:
         step, tower, connector, head, words = (
             seconds[name, part] for part in ("step", "tower", "connector, both ways", "head", "generation")
