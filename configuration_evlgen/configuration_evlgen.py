@@ -56,6 +56,11 @@ class EVLGenConfig(PreTrainedConfig):
         vision_model_name_or_path, vision_model_revision, text_model_name_or_path, text_model_revision (`str`,
         *optional*):
             The base models that the towers came from, and their revisions.
+        vision_model_fingerprint, text_model_fingerprint (`str`, *optional*):
+            SHA-256 over their weight files; a checkpoint that names its towers is not loaded with others.
+        towers (`str`, *optional*):
+            Whether checkpoints hold the frozen towers, `"include"`, or only name them, `"reference"`. By default the
+            latter if both towers are repositories on the Hub. See [`~EVLGenForConditionalGeneration.save_pretrained`].
 
     Raises:
         ValueError: If the parts do not fit each other; the message names the field.
@@ -92,6 +97,9 @@ class EVLGenConfig(PreTrainedConfig):
     vision_model_revision: str | None = None
     text_model_name_or_path: str | None = None
     text_model_revision: str | None = None
+    vision_model_fingerprint: str | None = None
+    text_model_fingerprint: str | None = None
+    towers: str | None = None
 
     def __post_init__(self, **kwargs: Any):
         connector_says = not isinstance(self.connector_config, dict | None) or "class_token" in (
@@ -118,6 +126,8 @@ class EVLGenConfig(PreTrainedConfig):
                 f"`connector_config.max_position_embeddings` ({limit})."
             )
         self.connector_config.num_output_tokens(self.num_vision_tokens)  # raises where tokens cannot be pooled
+        if self.towers not in (None, "include", "reference"):
+            raise ValueError(f'`towers` must be "include" or "reference", but is {self.towers!r}.')
         if self.image_token_id is None:
             self.image_token_id = self.text_config.get_text_config().vocab_size
         if self.video_token_id is None:

@@ -1,20 +1,93 @@
-"""The base models that an EVLGen is built from, and the room that a checkpoint needs."""
+"""The base models that an EVLGen is built from."""
 
-import errno
+import copy
 import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from configuration_evlgen import TomeFormerConfig
+from configuration_evlgen import EVLGenConfig, TomeFormerConfig
+from configuration_evlgen.configuration_connectors import ConnectorConfig, connector_config_class
 
+from .fingerprints import fingerprint_files, remember_towers
 from .tomeformer import TomeFormerModel
+from .vision_tower import load_vision_tower, measure_vision_tower
 
 logger = logging.get_logger(__name__)
+
+
+def assemble(
+    model_class: type[PreTrainedModel],
+    vision_model: str | os.PathLike | PreTrainedModel,
+    text_model: str | os.PathLike | PreTrainedModel,
+    connector_model: str | os.PathLike | None,
+    connector_config: ConnectorConfig | dict | None,
+    image_size: int | None,
+    dtype: torch.dtype | str,
+    kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """Does the work of [`EVLGenForConditionalGeneration.from_vision_text_pretrained`], which tells the arguments."""
+    vision_kwargs, text_kwargs = _pop_prefixed(kwargs, "vision_"), _pop_prefixed(kwargs, "text_")
+    if not isinstance(text_model, PreTrainedModel):
+        text_kwargs["dtype"] = dtype
+        text_model = load_base_model("text_model", AutoModelForCausalLM.from_pretrained, text_model, text_kwargs)
+    if not isinstance(vision_model, PreTrainedModel):
+        vision_kwargs["dtype"] = text_model.dtype
+        vision_model = load_base_model("vision_model", load_vision_tower, vision_model, vision_kwargs)
+    refuse_remote_code("vision_model", vision_model)
+    refuse_remote_code("text_model", text_model)
+    if vision_model.dtype != text_model.dtype:
+        raise ValueError(
+            f"`vision_model` is {vision_model.dtype}, but `text_model` is {text_model.dtype}: the frozen towers "
+            "must have one dtype."
+        )
+
+    tower = measure_vision_tower(vision_model.config, image_size)
+    if not isinstance(connector_config, ConnectorConfig):
+        config_class = connector_config_class(connector_config or {})
+        known = {"model_type", *config_class.__dataclass_fields__}
+        unknown = sorted((connector_config or {}).keys() - known)
+        if unknown:
+            raise ValueError(f"`connector_config` holds fields that {config_class.__name__} does not have: {unknown}.")
+        connector_config = {"class_token": tower.class_token, **(connector_config or {})}
+    connector = None
+    if connector_model is not None:
+        fields = connector_config if isinstance(connector_config, dict) else connector_config.to_dict()
+        connector = load_connector(connector_model, fields)
+        connector_config = connector.config
+    image_token_id, video_token_id = placeholder_ids(text_model, text_kwargs)
+    fields = {
+        "image_token_id": image_token_id,
+        "video_token_id": video_token_id if "image_token_id" not in kwargs else None,
+        "num_vision_tokens": tower.num_tokens,
+        "vision_hidden_size": tower.hidden_size,
+        "vision_model_name_or_path": vision_model.name_or_path or None,
+        "vision_model_revision": vision_kwargs.get("revision"),
+        "vision_model_fingerprint": _fingerprint(vision_model, vision_kwargs),
+        "text_model_name_or_path": text_model.name_or_path or None,
+        "text_model_revision": text_kwargs.get("revision"),
+        "text_model_fingerprint": _fingerprint(text_model, text_kwargs),
+    }
+    text_config = copy.deepcopy(text_model.config)
+    if hasattr(text_config, "quantization_config"):  # said anew by whoever loads the checkpoint
+        del text_config.quantization_config
+    config = EVLGenConfig(  # of copies: it passes its own attention implementation on to its parts
+        vision_config=copy.deepcopy(vision_model.config),
+        connector_config=copy.deepcopy(connector_config),
+        text_config=text_config,
+        **{**fields, **kwargs},
+    )
+    model = model_class(config, vision_tower=vision_model, language_model=text_model)
+    if connector is not None:
+        model.connector.load_state_dict(connector.state_dict())
+    text_defaults = text_model.generation_config  # its sampling is for chats
+    special = {name: getattr(text_defaults, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**special)
+    remember_towers(model)
+    return model
 
 
 def load_base_model(
@@ -80,15 +153,12 @@ def placeholder_ids(text_model: PreTrainedModel, kwargs: dict[str, Any]) -> tupl
     return image_token_id, known.get("<video>", free + ("<image>" not in known))
 
 
-def check_disk_space(save_directory: str | os.PathLike, needed: int) -> None:
-    """
-    Raises:
-        OSError: If fewer than `needed` bytes are free where `save_directory` is, or will be.
-    """
-    folder = os.path.abspath(save_directory)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        message = f"The checkpoint needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
-        raise OSError(errno.ENOSPC, message, str(save_directory))
+def _fingerprint(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
+    hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
+    return fingerprint_files(model.name_or_path, **hub_kwargs) if model.name_or_path else None
+
+
+def _pop_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Takes the arguments with a prefix out of `kwargs`, without it. The configuration's own fields stay."""
+    names = [name for name in kwargs if name.startswith(prefix) and name not in EVLGenConfig.__dataclass_fields__]
+    return {name.removeprefix(prefix): kwargs.pop(name) for name in names}

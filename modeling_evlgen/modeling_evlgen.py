@@ -1,6 +1,5 @@
 """EVLGen: a frozen vision tower, a TomeFormer and a frozen language model, trained by the caption loss alone."""
 
-import copy
 import inspect
 import os
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import (
     LogitsProcessorList,
@@ -19,12 +18,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, Multimodal
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
 from configuration_evlgen import EVLGenConfig
-from configuration_evlgen.configuration_connectors import ConnectorConfig, connector_config_class
+from configuration_evlgen.configuration_connectors import ConnectorConfig
 
-from .base_models import check_disk_space, load_base_model, load_connector, placeholder_ids, refuse_remote_code
+from .base_models import assemble
+from .checkpoints import (
+    HUB_ARGUMENTS,
+    check_disk_space,
+    choose_towers,
+    leave_out_towers,
+    load_referenced,
+    towers_may_stay,
+)
 from .connectors import build_connector
+from .fingerprints import TOWERS
 from .temporal import TemporalContextualizer, TemporalTower, encode_videos
-from .vision_tower import build_vision_tower, load_vision_tower, measure_vision_tower
+from .vision_tower import build_vision_tower
 
 logger = logging.get_logger(__name__)
 
@@ -94,6 +102,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._text_arguments = set(inspect.signature(self.language_model.forward).parameters)
         self.post_init()
         self.freeze_towers()
+        self.register_load_state_dict_post_hook(towers_may_stay)
+        self.tower_hashes: dict[str, str | None] = {}  # of the towers as they were loaded from their base models
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -140,59 +150,7 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If a base model cannot be loaded or the parts do not fit each other.
         """
-        vision_kwargs, text_kwargs = _pop_prefixed(kwargs, "vision_"), _pop_prefixed(kwargs, "text_")
-        if not isinstance(text_model, PreTrainedModel):
-            text_kwargs["dtype"] = dtype
-            text_model = load_base_model("text_model", AutoModelForCausalLM.from_pretrained, text_model, text_kwargs)
-        if not isinstance(vision_model, PreTrainedModel):
-            vision_kwargs["dtype"] = text_model.dtype
-            vision_model = load_base_model("vision_model", load_vision_tower, vision_model, vision_kwargs)
-        refuse_remote_code("vision_model", vision_model)
-        refuse_remote_code("text_model", text_model)
-        if vision_model.dtype != text_model.dtype:
-            raise ValueError(
-                f"`vision_model` is {vision_model.dtype}, but `text_model` is {text_model.dtype}: the frozen towers "
-                "must have one dtype."
-            )
-
-        tower = measure_vision_tower(vision_model.config, image_size)
-        if not isinstance(connector_config, ConnectorConfig):
-            config_class = connector_config_class(connector_config or {})
-            known = {"model_type", *config_class.__dataclass_fields__}
-            unknown = sorted((connector_config or {}).keys() - known)
-            if unknown:
-                raise ValueError(
-                    f"`connector_config` holds fields that {config_class.__name__} does not have: {unknown}."
-                )
-            connector_config = {"class_token": tower.class_token, **(connector_config or {})}
-        connector = None
-        if connector_model is not None:
-            fields = connector_config if isinstance(connector_config, dict) else connector_config.to_dict()
-            connector = load_connector(connector_model, fields)
-            connector_config = connector.config
-        image_token_id, video_token_id = placeholder_ids(text_model, text_kwargs)
-        fields = {
-            "image_token_id": image_token_id,
-            "video_token_id": video_token_id if "image_token_id" not in kwargs else None,
-            "num_vision_tokens": tower.num_tokens,
-            "vision_hidden_size": tower.hidden_size,
-            "vision_model_name_or_path": vision_model.name_or_path or None,
-            "vision_model_revision": vision_kwargs.get("revision"),
-            "text_model_name_or_path": text_model.name_or_path or None,
-            "text_model_revision": text_kwargs.get("revision"),
-        }
-        config = EVLGenConfig(  # of copies: it passes its own attention implementation on to its parts
-            vision_config=copy.deepcopy(vision_model.config),
-            connector_config=copy.deepcopy(connector_config),
-            text_config=copy.deepcopy(text_model.config),
-            **{**fields, **kwargs},
-        )
-        model = cls(config, vision_tower=vision_model, language_model=text_model)
-        if connector is not None:
-            model.connector.load_state_dict(connector.state_dict())
-        text_defaults = text_model.generation_config  # its sampling is for chats
-        special = {name: getattr(text_defaults, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model.generation_config = GenerationConfig(**special)
+        model = assemble(cls, vision_model, text_model, connector_model, connector_config, image_size, dtype, kwargs)
         logger.info(model.describe_parameters())
         return model.eval()
 
@@ -216,12 +174,37 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         for name in ("ln_vision", "vision_projection", "connector", "language_projection"):
             getattr(model, name).load_state_dict(getattr(image_model, name).state_dict())
         model.generation_config = image_model.generation_config
+        model.tower_hashes = image_model.tower_hashes
         return model.eval()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
-        """Loads a checkpoint as [`~PreTrainedModel.from_pretrained`] does, and freezes the towers."""
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+    ) -> Self:
+        """Loads a checkpoint as [`~PreTrainedModel.from_pretrained`] does, and freezes the towers.
+
+        A checkpoint that names its towers instead of holding them is put together from the base models, which are
+        downloaded or found in the cache. `dtype`, `device_map` and `attn_implementation` are then those of the towers,
+        and `quantization_config` the language model's.
+
+        Raises:
+            ValueError: If a named tower cannot be loaded, or has other weights than those trained with.
+        """
+        name_or_path, config = pretrained_model_name_or_path, kwargs.get("config")
+        if name_or_path is not None and not isinstance(config, PreTrainedConfig):
+            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            config_dict, _ = EVLGenConfig.get_config_dict(name_or_path if config is None else config, **hub)
+            if config_dict.get("towers") == "reference":
+                own = {name: kwargs.pop(name) for name in list(kwargs) if name in EVLGenConfig.__dataclass_fields__}
+                dtype = own.pop("dtype", None)  # the towers', not a field to be changed
+                kwargs |= {} if dtype is None else {"dtype": dtype}
+                config = EVLGenConfig.from_dict(config_dict, **own)
+        if name_or_path is not None and config is not None and config.towers == "reference":
+            kwargs.pop("config", None)
+            wants_info = kwargs.pop("output_loading_info", False)
+            model, info = load_referenced(cls, name_or_path, config, kwargs)
+            return (model, info) if wants_info else model
+        loaded = super().from_pretrained(name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_towers()
         return loaded
@@ -536,21 +519,35 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         processors.append(SuppressTokensLogitsProcessor(placeholders, device=kwargs.get("device")))
         return processors
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, towers: str | None = None, **kwargs: Any
+    ) -> None:
         """Saves weights, configuration and code as [`~PreTrainedModel.save_pretrained`] does.
 
+        Args:
+            save_directory (`str` or `os.PathLike`): The folder.
+            towers (`str`, *optional*):
+                `"include"` saves the frozen towers as well. `"reference"` saves what is trained, and the names,
+                revisions and fingerprints of the base models, from which the checkpoint is put together again. By
+                default what `config.towers` says; where it says nothing, `"reference"` if both towers are those of
+                repositories on the Hub, unchanged, and `"include"` otherwise.
+            args, kwargs: As there.
+
         Raises:
+            ValueError: If `towers` is `"reference"`, but a tower has no name, or is not what it was when it was
+                loaded. If `"include"` is to save a quantised language model.
             OSError: If the disk has no room for the weights. A checkpoint that stands there already is left as it is.
         """
-        check_disk_space(save_directory, self.get_memory_footprint())
-        super().save_pretrained(save_directory, *args, **kwargs)
+        towers = choose_towers(self, towers)
+        leave_out_towers(self, towers == "reference")
+        parts = [part for name, part in self.named_children() if towers == "include" or name not in TOWERS.values()]
+        check_disk_space(save_directory, sum(t.nbytes for part in parts for t in part.state_dict().values()))
+        said, self.config.towers = self.config.towers, towers
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.towers = said
 
 
 def _is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _pop_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Takes the arguments with a prefix out of `kwargs`, without it. The configuration's own fields stay."""
-    names = [name for name in kwargs if name.startswith(prefix) and name not in EVLGenConfig.__dataclass_fields__]
-    return {name.removeprefix(prefix): kwargs.pop(name) for name in names}

@@ -402,6 +402,17 @@ def test_the_papers_recipes_run(recipe, text, work, tmp_path):
     assert end in (stops if isinstance(stops, list) else [stops])
 
 
+def test_a_run_resumes_from_checkpoints_without_towers(work, tmp_path, caplog):
+    pretrain.main(arguments(work, tmp_path / "unbroken", towers="reference"))
+    changes = {"towers": "reference", "save_steps": 2}
+    pretrain.main(arguments(work, tmp_path / "broken", **changes, max_steps=2, lr_scheduler_type="constant"))
+    assert not any(name.startswith("language_model.") for name in weights(tmp_path / "broken" / "checkpoint-2"))
+    pretrain.main(arguments(work, tmp_path / "broken", **changes, resume_from_checkpoint="true"))
+    assert "missing keys" not in caplog.text
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "broken")
+    assert model.config.towers == "reference"
+
+
 @pytest.mark.parametrize(("connector", "tokens"), [("qformer", 32), ("mlp", 17)])
 def test_the_peers_are_trained_by_the_same_script_and_recipe(work, tmp_path, caplog, connector, tokens):
     pretrain.main(arguments(work, tmp_path, connector=connector))

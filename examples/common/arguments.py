@@ -31,6 +31,12 @@ class ModelArguments:
     vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the vision tower."})
     text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the language model."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the frozen towers. Default: the language model's."})
+    towers: Literal["include", "reference"] | None = field(
+        default=None,
+        metadata={
+            "help": "Whether checkpoints hold the frozen towers or only name them. Default: name those from the Hub."
+        },
+    )
 
 
 @dataclass

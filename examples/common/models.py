@@ -44,6 +44,7 @@ def build_model(
         **{f"vision_{name}": value for name, value in vision.items()},
         **{f"text_{name}": value for name, value in text.items()},
     )
+    model.config.towers = arguments.towers
     tokenizer = AutoTokenizer.from_pretrained(text_model, **text)
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit or tokenizer.model_max_length)

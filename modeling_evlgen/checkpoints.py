@@ -1,0 +1,195 @@
+"""Checkpoints that hold what is trained and name the frozen towers, instead of holding them as well."""
+
+import errno
+import os
+import shutil
+from typing import Any
+
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+
+from configuration_evlgen import EVLGenConfig
+
+from .base_models import load_base_model
+from .fingerprints import TOWERS, fingerprint_files, hash_weights, remember_towers
+from .vision_tower import load_vision_tower
+
+logger = logging.get_logger(__name__)
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
+# What the tower's loaders are told; anything else is a mistake.
+_LOADING_ARGUMENTS = (
+    "dtype",
+    "device_map",
+    "max_memory",
+    "offload_folder",
+    "attn_implementation",
+    "quantization_config",
+    "low_cpu_mem_usage",
+)
+# What transformers' own callers add, which has no say here.
+_PASSING_ARGUMENTS = (
+    "_commit_hash",
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "code_revision",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+)
+
+
+def choose_towers(model: PreTrainedModel, asked: str | None) -> str:
+    """Whether a checkpoint is to hold the towers: `"include"` or `"reference"`; see `save_pretrained`."""
+    if asked not in (None, "include", "reference"):
+        raise ValueError(f'`towers` must be "include" or "reference", but is {asked!r}.')
+    names = {tower: getattr(model.config, f"{argument}_name_or_path") for argument, tower in TOWERS.items()}
+    on_hub = all(name and not os.path.isdir(name) for name in names.values())
+    chosen = asked or model.config.towers or ("reference" if on_hub else "include")
+    if chosen == "reference":
+        problems = [problem for tower, name in names.items() if (problem := _problem(model, tower, name))]
+        if problems and asked == "reference":
+            raise ValueError(f'`towers` cannot be "reference": {"; ".join(problems)}.')
+        if problems:
+            logger.warning(f"The checkpoint holds its towers: {'; '.join(problems)}.")
+            chosen = "include"
+    if chosen == "include" and getattr(model.language_model, "hf_quantizer", None) is not None:
+        raise ValueError('`towers` cannot be "include" with a quantised language model; its name must be enough.')
+    return chosen
+
+
+def _problem(model: PreTrainedModel, tower: str, name: str | None) -> str | None:
+    """What keeps a tower from being named instead of saved."""
+    if name is None:
+        return f"{tower} has no name"
+    loaded = model.tower_hashes.get(tower)
+    if loaded is None or loaded != hash_weights(getattr(model, tower).state_dict()):
+        return f"{tower} is not what was loaded from {name!r}"
+    return None
+
+
+def leave_out_towers(model: PreTrainedModel, leave_out: bool) -> None:
+    """Tells transformers which weights a checkpoint is not to hold."""
+    names = model.state_dict().keys() if leave_out else ()
+    model._keys_to_ignore_on_save = {name for name in names if _is_towers(name)}
+
+
+def towers_may_stay(model: PreTrainedModel, keys: Any) -> None:
+    """Where a state dict holds nothing of the towers, as a checkpoint that names them, nothing of them is missing."""
+    missing = {name for name in keys.missing_keys if _is_towers(name)}
+    if missing == {name for name in model.state_dict() if _is_towers(name)}:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name not in missing]
+
+
+def _is_towers(name: str) -> bool:
+    return name.split(".")[0] in TOWERS.values()
+
+
+def load_referenced(
+    model_class: type[PreTrainedModel], name_or_path: str | os.PathLike, config: EVLGenConfig, kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Puts a model together again from its checkpoint and the base models that this names.
+
+    Args:
+        model_class: `EVLGenForConditionalGeneration`, of this or of another copy of the code.
+        name_or_path (`str` or `os.PathLike`): The checkpoint: a folder or a repository's name.
+        config ([`EVLGenConfig`]): Its configuration.
+        kwargs: What else `from_pretrained` was told.
+
+    Returns:
+        The model, and what `output_loading_info` asks for.
+
+    Raises:
+        ValueError: If a base model cannot be loaded, or is not the one that the model was trained on.
+        TypeError: If there are arguments that mean nothing here.
+    """
+    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+    kwargs = {name: value for name, value in kwargs.items() if name not in _PASSING_ARGUMENTS}
+    unknown = sorted(kwargs.keys() - set(_LOADING_ARGUMENTS))
+    if unknown:
+        raise TypeError(f"A checkpoint without its towers does not take these arguments: {', '.join(unknown)}.")
+    weights_path = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **hub)
+    shared = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+    shared |= {"dtype": config.dtype, **kwargs}
+    quantization = {"quantization_config": shared.pop("quantization_config", None)}
+    vision_tower = _load_tower("vision_model", load_vision_tower, config, shared)
+    if quantization["quantization_config"] is not None:
+        shared |= quantization
+    language_model = _load_tower("text_model", AutoModelForCausalLM.from_pretrained, config, shared)
+
+    model = model_class(config, vision_tower, language_model)
+    remember_towers(model)
+    leave_out_towers(model, True)
+    state_dict = load_file(weights_path)
+    missing, unexpected = model.load_state_dict(state_dict, strict=False)
+    for names, what in ((missing, "start afresh: the checkpoint lacks"), (unexpected, "are left out: nothing takes")):
+        if names:
+            logger.warning(f"Some weights {what} {', '.join(names)}.")
+    for name, part in model.named_children():
+        if name not in TOWERS.values():
+            part.to(vision_tower.device)
+    places = {name: getattr(getattr(model, name), "hf_device_map", None) for name in TOWERS.values()}
+    if any(places.values()):
+        model.hf_device_map = _join_device_maps(model, places)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub)
+    except OSError:
+        logger.info("The checkpoint has no generation_config.json.")
+    return model.eval(), {"missing_keys": set(missing), "unexpected_keys": set(unexpected), "mismatched_keys": set()}
+
+
+def _load_tower(argument: str, load: Any, config: EVLGenConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+    name = getattr(config, f"{argument}_name_or_path")
+    revision = getattr(config, f"{argument}_revision")
+    if name is None:
+        raise ValueError(
+            f"The checkpoint does not hold its towers, and its configuration has no `{argument}_name_or_path`."
+        )
+    kwargs = {**kwargs, "revision": revision}
+    if isinstance(kwargs.get("device_map"), dict):
+        kwargs["device_map"] = _part_of(kwargs["device_map"], TOWERS[argument])
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    tower = load_base_model(f"{argument}_name_or_path", load, name, kwargs)
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    wanted, found = getattr(config, f"{argument}_fingerprint"), fingerprint_files(name, **hub)
+    if wanted is not None and found != wanted:
+        raise ValueError(
+            f"The weights of {name!r} (revision {revision or 'main'}) are not those that the model was trained on: "
+            f"their fingerprint is {found}, not {wanted}. Name the right ones by `{argument}_name_or_path` and "
+            f"`{argument}_revision`, or take these with `{argument}_fingerprint=None`."
+        )
+    return tower
+
+
+def _part_of(device_map: dict[str, Any], tower: str) -> dict[str, Any]:
+    """What a device map says of a tower, without the tower's name."""
+    own = {
+        name.removeprefix(tower).removeprefix("."): device
+        for name, device in device_map.items()
+        if name == tower or name.startswith(f"{tower}.")
+    }
+    return own or {"": device_map[""]}
+
+
+def _join_device_maps(model: PreTrainedModel, places: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+    joined: dict[str, Any] = {}
+    for name, part in model.named_children():
+        own = places.get(name) or {"": next(part.parameters()).device}
+        joined |= {f"{name}.{key}".rstrip("."): device for key, device in own.items()}
+    return joined
+
+
+def check_disk_space(save_directory: str | os.PathLike, needed: int) -> None:
+    """
+    Raises:
+        OSError: If fewer than `needed` bytes are free where `save_directory` is, or will be.
+    """
+    folder = os.path.abspath(save_directory)
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        message = f"The checkpoint needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+        raise OSError(errno.ENOSPC, message, str(save_directory))

@@ -1,0 +1,259 @@
+"""Checkpoints that name their frozen towers instead of holding them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+
+from configuration_evlgen import EVLGenConfig
+from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.fingerprints import fingerprint_files, hash_weights
+
+from .helpers import ROOT, pictures, run_clean, save_towers, tiny_model, tiny_processor
+from .hub_server import HubServer
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "merge_r": 3}
+TOWERS = ("vision_tower.", "language_model.")
+
+
+@pytest.fixture
+def model(tmp_path):
+    return build(save_towers(tmp_path / "base"))
+
+
+def build(towers, **kwargs):
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(**towers, connector_config=SIZES, **kwargs)
+    with torch.no_grad():
+        model.language_projection.weight.normal_(std=0.3)
+    return model
+
+
+def same(model, other):
+    assert model.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_what_is_trained_and_the_names_of_the_towers_are_enough(model, tmp_path):
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(tmp_path / "model", towers="reference")
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert saved.keys() == {name for name in model.state_dict() if not name.startswith(TOWERS)}
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["text_model_name_or_path"] == str(tmp_path / "base" / "text")
+    assert (config["towers"], len(config["text_model_fingerprint"])) == ("reference", 64)
+    assert model.config.towers is None  # saving left the model as it was
+
+    for load in (EVLGenForConditionalGeneration.from_pretrained, AutoModel.from_pretrained):
+        loaded = load(tmp_path / "model")
+        same(loaded, model)
+        assert not loaded.training
+        assert loaded.generation_config.max_new_tokens == 7
+        assert {n.split(".")[0] for n, p in loaded.named_parameters() if p.requires_grad} == {
+            "ln_vision",
+            "vision_projection",
+            "connector",
+            "language_projection",
+        }
+    loaded.save_pretrained(tmp_path / "again")  # what it was stays what it is
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "model" / "model.safetensors"
+    ).read_bytes()
+    loaded.save_pretrained(tmp_path / "whole", towers="include")
+    same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "whole"), model)
+
+
+def test_dtype_and_device_map_are_the_towers(model, tmp_path):
+    model.save_pretrained(tmp_path / "model", towers="reference")
+    loaded, info = EVLGenForConditionalGeneration.from_pretrained(
+        tmp_path / "model", dtype=torch.bfloat16, device_map="auto", output_loading_info=True
+    )
+    assert {loaded.vision_tower.dtype, loaded.language_model.dtype} == {torch.bfloat16}
+    assert {part.weight.dtype for part in (loaded.ln_vision, loaded.language_projection)} == {torch.float32}
+    assert info == {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    split = {"language_model.model": "cpu", "language_model.lm_head": "disk", "": "cpu"}
+    loaded = EVLGenForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=split, offload_folder=str(tmp_path / "offload")
+    )
+    assert loaded.hf_device_map["language_model.lm_head"] == "disk"
+    assert loaded.hf_device_map.keys() >= {"vision_tower", "language_model.model", "connector", "ln_vision"}
+    batch = tiny_processor(loaded)(images=pictures(1))
+    assert loaded.generate(**batch, max_new_tokens=3).shape[1] == batch["input_ids"].shape[1] + 3
+    with pytest.raises(TypeError, match="does not take these arguments: merge_rr"):
+        EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", merge_rr=3)
+
+
+def test_fields_can_be_changed_in_loading(model, tmp_path):
+    model.save_pretrained(tmp_path / "model", towers="reference")
+    video = EVLGenForConditionalGeneration.from_pretrained(
+        tmp_path / "model", temporal_contextualizer=True, temporal_hidden_size=8, temporal_num_attention_heads=2
+    )
+    assert all(contextualizer.alpha == 0 for contextualizer in video.temporal)
+    again = EVLGenForConditionalGeneration.from_image_model(
+        tmp_path / "model", temporal_hidden_size=8, temporal_num_attention_heads=2
+    )
+    again.save_pretrained(tmp_path / "video")
+    saved = load_file(tmp_path / "video" / "model.safetensors")
+    assert {name.split(".")[0] for name in saved} >= {"temporal", "connector"}
+    assert not any(name.startswith(TOWERS) for name in saved)
+
+
+@pytest.mark.parametrize("part", ["vision", "text"])
+def test_changed_files_are_refused(part, model, tmp_path):
+    model.save_pretrained(tmp_path / "model", towers="reference")
+    path = tmp_path / "base" / part / "model.safetensors"
+    weights = load_file(path)
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"/{part}' \(revision main\) are not those that the model was trained on"):
+        EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model")
+    taken = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", **{f"{part}_model_fingerprint": None})
+    assert hash_weights(taken.state_dict()) != hash_weights(model.state_dict())
+
+
+def test_a_missing_base_model_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path / "model", towers="reference")
+    (tmp_path / "base" / "text").rename(tmp_path / "base" / "elsewhere")
+    with pytest.raises(ValueError, match=r"`text_model_name_or_path`='.*base/text' cannot be loaded"):
+        EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model")
+    moved = str(tmp_path / "base" / "elsewhere")
+    same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", text_model_name_or_path=moved), model)
+
+
+def test_towers_that_were_changed_or_have_no_name_are_saved(model, tmp_path, caplog):
+    with pytest.raises(ValueError, match='`towers` must be "include" or "reference", but is \'none\''):
+        model.save_pretrained(tmp_path / "model", towers="none")
+    with torch.no_grad():
+        model.language_model.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"language_model is not what was loaded from '.*text'"):
+        model.save_pretrained(tmp_path / "model", towers="reference")
+    model.config.towers = "reference"  # as a default it gives way
+    model.save_pretrained(tmp_path / "model")
+    assert "The checkpoint holds its towers: language_model is not what was loaded from" in caplog.text
+    same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"), model)
+    with pytest.raises(ValueError, match="vision_tower has no name; language_model has no name"):
+        tiny_model().save_pretrained(tmp_path / "model", towers="reference")
+    with pytest.raises(ValueError, match='`towers` must be "include" or "reference", but is \'no\''):
+        EVLGenConfig(towers="no")
+
+
+PUBLISH = """
+import sys
+sys.path[:0] = [{root!r}]
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, AutoImageProcessor
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+AutoModel.from_pretrained("base/vision").push_to_hub("tower")
+AutoImageProcessor.from_pretrained("base/vision").push_to_hub("tower")
+AutoModelForCausalLM.from_pretrained("base/text").push_to_hub("llm")
+AutoTokenizer.from_pretrained("base/text").push_to_hub("llm")
+build = EVLGenForConditionalGeneration.from_vision_text_pretrained
+model = build("user/tower", "user/llm", connector_config={sizes!r})
+model.language_projection.weight.data.normal_(std=0.3)
+model.push_to_hub("captioner")
+tokenizer, images = AutoTokenizer.from_pretrained("user/llm"), AutoImageProcessor.from_pretrained("user/tower")
+EVLGenProcessor(images, tokenizer, num_image_tokens=model.config.num_image_tokens).push_to_hub("captioner")
+"""
+
+USE = """
+from transformers import AutoModel, pipeline
+words = []
+for name in ("image-to-text", "video-to-text"):
+    captioner = pipeline(name, model="user/captioner", trust_remote_code=True, device_map="auto")
+    picture = {picture!r}
+    words.append(captioner(picture if name == "image-to-text" else [picture] * 2, do_sample=False, max_new_tokens=6))
+chat = pipeline("image-text-to-text", model="user/captioner", trust_remote_code=True)
+model = AutoModel.from_pretrained("user/captioner", trust_remote_code=True, revision="main")
+model.save_pretrained("again")
+AutoModel.from_pretrained("again", trust_remote_code=True)
+print(words)
+"""
+
+
+def test_towers_on_the_hub_are_named_by_default_and_found_in_the_cache_offline(tmp_path):
+    save_towers(tmp_path / "base")
+    picture = str(tmp_path / "picture.png")
+    pictures(1)[0].save(picture)
+    with HubServer() as hub:
+        environment = hub.client_env(tmp_path / "publisher")
+        code = PUBLISH.format(root=str(ROOT), sizes=SIZES)
+        subprocess.run([sys.executable, "-I", "-c", code], env=environment, check=True, cwd=tmp_path, timeout=300)
+        files = hub.files("user/captioner")
+        assert b"language_model" not in files["model.safetensors"]
+        assert json.loads(files["config.json"])["text_model_name_or_path"] == "user/llm"
+        environment = hub.client_env(tmp_path / "user_home")
+        online = run_clean(USE.format(picture=picture), tmp_path, environment)
+    offline = run_clean(USE.format(picture=picture), tmp_path, {**environment, "HF_HUB_OFFLINE": "1"})
+    assert online.splitlines()[-1] == offline.splitlines()[-1]
+
+
+def test_a_fingerprint_is_of_the_weights_alone(tmp_path):
+    save_towers(tmp_path)
+    folder = tmp_path / "text"
+    before = fingerprint_files(folder)
+    (folder / "README.md").write_text("changed")
+    assert fingerprint_files(folder) == before
+    assert fingerprint_files(tmp_path) is None
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    for part, half in enumerate((names[:3], names[3:]), start=1):
+        save_file({name: weights[name] for name in half}, folder / f"model-0000{part}-of-00002.safetensors")
+    shards = {name: f"model-0000{1 if name in names[:3] else 2}-of-00002.safetensors" for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (folder / "model.safetensors").unlink()
+    sharded = fingerprint_files(folder)
+    assert sharded != before
+    weights[names[0]].view(-1)[0] += 1
+    save_file({name: weights[name] for name in names[:3]}, folder / "model-00001-of-00002.safetensors")
+    assert fingerprint_files(folder) not in (sharded, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_hash_notices_any_value(dtype):
+    weights = {"a": torch.arange(64).to(dtype), "b": torch.ones(3, 3).to(dtype)}
+    before = hash_weights(weights)
+    assert hash_weights({name: tensor.clone() for name, tensor in weights.items()}) == before
+    weights["a"][17] += 1
+    assert hash_weights(weights) != before
+    assert hash_weights({"a": torch.empty(3, device="meta")}) is None
+
+
+def test_the_papers_checkpoints_are_below_0_6_gb():
+    with torch.device("meta"):
+        model = EVLGenForConditionalGeneration(EVLGenConfig(temporal_contextualizer=True))
+    sizes = {name: sum(t.nbytes for t in part.state_dict().values()) for name, part in model.named_children()}
+    trained = sum(size for name, size in sizes.items() if name not in ("vision_tower", "language_model"))
+    assert 0.3e9 < trained < 0.6e9
+    assert sizes["language_model"] > 10e9
+
+
+MEMORY = """
+import resource, sys
+sys.path[:0] = [{root!r}]
+from modeling_evlgen import EVLGenForConditionalGeneration
+EVLGenForConditionalGeneration.from_pretrained("small")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = EVLGenForConditionalGeneration.from_pretrained({name!r})
+used = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(used / sum(parameter.nbytes for parameter in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize("towers", ["include", "reference"])
+def test_loading_takes_little_more_memory_than_the_model(towers, tmp_path):
+    small = build(save_towers(tmp_path / "base"))
+    small.save_pretrained(tmp_path / "small", towers=towers)
+    config = LlamaConfig(
+        vocab_size=100_000, hidden_size=768, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "large_text")  # 0.6 GB
+    large = build({"vision_model": tmp_path / "base" / "vision", "text_model": tmp_path / "large_text"})
+    large.save_pretrained(tmp_path / "large", towers=towers)
+    del large
+    code = MEMORY.format(root=str(ROOT), name="large")
+    output = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True)
+    assert float(output.stdout.splitlines()[-1]) < 1.15
