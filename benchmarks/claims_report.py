@@ -55,8 +55,10 @@ def draw_curves(results: list[dict[str, Any]], step_seconds: dict[str, float] | 
     for row, (name, label) in zip(panels, FIGURES.items(), strict=True):
         for panel, axis in zip(row, axes_names, strict=True):
             for color, (method, runs) in enumerate(groups.items()):
-                x = [position(runs[0], point["step"], axis, step_seconds) for point in runs[0]["curve"]]
-                values = list(zip(*[[point[name] for point in run["curve"]] for run in runs], strict=True))
+                steps = [point["step"] for point in runs[0]["curve"] if name in point]
+                x = [position(runs[0], step, axis, step_seconds) for step in steps]
+                curves = [[point[name] for point in run["curve"] if name in point] for run in runs]
+                values = list(zip(*curves, strict=True))
                 style = {"color": f"C{color}", "marker": "o", "markersize": 3}
                 panel.plot(x, [mean(ones) for ones in values], label=f"{method} ({len(runs)})", **style)
                 low, high = [min(ones) for ones in values], [max(ones) for ones in values]

@@ -143,7 +143,7 @@ def prepare(run: Run, output_dir: str) -> Prepared:
 
 
 class HeldOutCurve(TrainerCallback):
-    """Held-out loss with right and wrong pictures, and CIDEr-D and exact captions, after some of the steps."""
+    """After some of the steps: held-out loss with right and wrong pictures, CIDEr-D and the share of exact captions."""
 
     def __init__(self, run: Run, prepared: Prepared):
         self.run, self.test, self.data = run, prepared.test_rows, prepared.data
@@ -154,20 +154,27 @@ class HeldOutCurve(TrainerCallback):
         self.curve: list[dict[str, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
-        if state.global_step in self.run.eval_steps:
-            self.curve.append({"step": state.global_step, **self.measure(model)})
-            print(self.run.name, self.curve[-1], flush=True)
+        step, steps = state.global_step, self.run.eval_steps
+        if step not in steps:
+            return
+        figures = self.measure_losses(model)
+        if step in (*steps[1::2], steps[-1]):  # captions take as long as many steps
+            figures |= self.measure_captions(model)
+        self.curve.append({"step": step, **{name: round(float(value), 5) for name, value in figures.items()}})
+        print(self.run.name, self.curve[-1], flush=True)
 
-    def measure(self, model: EVLGenForConditionalGeneration) -> dict[str, float]:
+    def measure_losses(self, model: EVLGenForConditionalGeneration) -> dict[str, float]:
         batch_size, dtype = self.training.per_device_eval_batch_size, arithmetic(self.training)
         wrong = WrongPictures(self.test, self.data.caption_column)
         loss = caption_loss(model, self.test, self.collator, batch_size, dtype)
-        wrong_loss = caption_loss(model, wrong, self.collator, batch_size, dtype)
+        return {"loss": loss, "gap": caption_loss(model, wrong, self.collator, batch_size, dtype) - loss}
+
+    def measure_captions(self, model: EVLGenForConditionalGeneration) -> dict[str, float]:
+        batch_size, dtype = self.training.per_device_eval_batch_size, arithmetic(self.training)
         captions = generate_captions(model, self.test, self.collator, self.generation, batch_size, dtype)
-        scores = self.reward.score(captions, self.references)
         exact = mean(caption in ones for caption, ones in zip(captions, self.references, strict=True))
-        figures = {"loss": loss, "gap": wrong_loss - loss, "cider": 10 * mean(scores), "exact": exact}
-        return {name: round(float(value), 5) for name, value in figures.items()}
+        # pycocoevalcap's CIDEr-D reaches 10, which papers print as 1000.
+        return {"cider": 100 * mean(self.reward.score(captions, self.references)), "exact": exact}
 
 
 def train(run: Run) -> dict[str, Any]:
