@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -194,9 +195,10 @@ def main() -> None:
             runs = [Run(name, dataset, **settings, **method) for name, method in METHODS.items()]
             write_result(RESULTS / f"timing.{dataset}.json", time_steps(runs))
     elif not arguments.draw:
-        # What is known of the plan grows with what is done.
-        while any(start(run) for run in plan() if re.search(arguments.only, run.name) and load(run) is None):
-            pass
+        # What is known of the plan grows with what is done, here or in a process beside this one.
+        while pending := [run for run in plan() if re.search(arguments.only, run.name) and load(run) is None]:
+            if not any(start(run) for run in pending):
+                time.sleep(30)
     report()
 
 

@@ -143,7 +143,7 @@ def prepare(run: Run, output_dir: str) -> Prepared:
 
 
 class HeldOutCurve(TrainerCallback):
-    """After some of the steps: held-out loss with right and wrong pictures, CIDEr-D and the share of exact captions."""
+    """Held-out loss with right and wrong pictures, CIDEr-D and exact captions, after some of the steps."""
 
     def __init__(self, run: Run, prepared: Prepared):
         self.run, self.test, self.data = run, prepared.test_rows, prepared.data
