@@ -3,10 +3,11 @@
 import errno
 import os
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
 from configuration_evlgen import EVLGenConfig
@@ -87,43 +88,77 @@ def _is_towers(name: str) -> bool:
     return name.split(".")[0] in TOWERS.values()
 
 
-def load_referenced(
-    model_class: type[PreTrainedModel], name_or_path: str | os.PathLike, config: EVLGenConfig, kwargs: dict[str, Any]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+class Reference(NamedTuple):
+    """A checkpoint that names its towers: where it is, its configuration, and the adapter to be put on it, if any."""
+
+    name_or_path: str | os.PathLike
+    config: EVLGenConfig
+    hub_arguments: dict[str, Any]
+    adapter: str | None
+
+
+def find_reference(name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]) -> Reference | None:
+    """Looks whether a checkpoint, or the one that an adapter is for, names its towers instead of holding them.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`, *optional*): What `from_pretrained` was given.
+        kwargs: What else it was given. If there is such a checkpoint, what this function has made use of is taken out.
+    """
+    if name_or_path is None:
+        return None
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    adapter, base, _ = maybe_load_adapters(name_or_path, hub, **(kwargs.get("adapter_kwargs") or {}))
+    own = hub if base == name_or_path else {name: hub[name] for name in hub.keys() - {"revision", "subfolder"}}
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):  # of this or another copy of the code
+        config_dict, _ = EVLGenConfig.get_config_dict(base if config is None else config, **own)
+        if config_dict.get("towers") != "reference":
+            return None
+        fields = EVLGenConfig.__dataclass_fields__.keys() - {"dtype"}  # which is the towers' here
+        config = EVLGenConfig.from_dict(config_dict, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
+    if config.towers != "reference":
+        return None
+    for name in ("config", *hub, *_PASSING_ARGUMENTS):
+        kwargs.pop(name, None)
+    return Reference(base, config, own, adapter)
+
+
+def load_reference(
+    model_class: type[PreTrainedModel], reference: Reference, kwargs: dict[str, Any]
+) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
     """Puts a model together again from its checkpoint and the base models that this names.
 
     Args:
         model_class: `EVLGenForConditionalGeneration`, of this or of another copy of the code.
-        name_or_path (`str` or `os.PathLike`): The checkpoint: a folder or a repository's name.
-        config ([`EVLGenConfig`]): Its configuration.
+        reference: The checkpoint.
         kwargs: What else `from_pretrained` was told.
 
     Returns:
-        The model, and what `output_loading_info` asks for.
+        The model, in evaluation mode; with `output_loading_info`, also what that asks for.
 
     Raises:
         ValueError: If a base model cannot be loaded, or is not the one that the model was trained on.
         TypeError: If there are arguments that mean nothing here.
     """
-    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-    kwargs = {name: value for name, value in kwargs.items() if name not in _PASSING_ARGUMENTS}
+    name_or_path, config, hub, adapter = reference
+    wants_info = kwargs.pop("output_loading_info", False)
     unknown = sorted(kwargs.keys() - set(_LOADING_ARGUMENTS))
     if unknown:
         raise TypeError(f"A checkpoint without its towers does not take these arguments: {', '.join(unknown)}.")
     weights_path = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **hub)
     shared = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
     shared |= {"dtype": config.dtype, **kwargs}
-    quantization = {"quantization_config": shared.pop("quantization_config", None)}
+    quantization_config = shared.pop("quantization_config", None)
     vision_tower = _load_tower("vision_model", load_vision_tower, config, shared)
-    if quantization["quantization_config"] is not None:
-        shared |= quantization
+    if quantization_config is not None:
+        shared["quantization_config"] = quantization_config
     language_model = _load_tower("text_model", AutoModelForCausalLM.from_pretrained, config, shared)
 
     model = model_class(config, vision_tower, language_model)
+    model.config.name_or_path = name_or_path
+    model.name_or_path = str(name_or_path)
     remember_towers(model)
-    leave_out_towers(model, True)
-    state_dict = load_file(weights_path)
-    missing, unexpected = model.load_state_dict(state_dict, strict=False)
+    missing, unexpected = model.load_state_dict(load_file(weights_path), strict=False)
     for names, what in ((missing, "start afresh: the checkpoint lacks"), (unexpected, "are left out: nothing takes")):
         if names:
             logger.warning(f"Some weights {what} {', '.join(names)}.")
@@ -137,7 +172,11 @@ def load_referenced(
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub)
     except OSError:
         logger.info("The checkpoint has no generation_config.json.")
-    return model.eval(), {"missing_keys": set(missing), "unexpected_keys": set(unexpected), "mismatched_keys": set()}
+    if adapter is not None:
+        model.load_adapter(adapter, adapter_kwargs={name: hub[name] for name in hub.keys() & {"token", "cache_dir"}})
+    model.eval()
+    info = {"missing_keys": set(missing), "unexpected_keys": set(unexpected), "mismatched_keys": set()}
+    return (model, info) if wants_info else model
 
 
 def _load_tower(argument: str, load: Any, config: EVLGenConfig, kwargs: dict[str, Any]) -> PreTrainedModel:

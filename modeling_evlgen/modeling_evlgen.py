@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import (
     LogitsProcessorList,
@@ -22,11 +22,11 @@ from configuration_evlgen.configuration_connectors import ConnectorConfig
 
 from .base_models import assemble
 from .checkpoints import (
-    HUB_ARGUMENTS,
     check_disk_space,
     choose_towers,
+    find_reference,
     leave_out_towers,
-    load_referenced,
+    load_reference,
     towers_may_stay,
 )
 from .connectors import build_connector
@@ -190,21 +190,10 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If a named tower cannot be loaded, or has other weights than those trained with.
         """
-        name_or_path, config = pretrained_model_name_or_path, kwargs.get("config")
-        if name_or_path is not None and not isinstance(config, PreTrainedConfig):
-            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            config_dict, _ = EVLGenConfig.get_config_dict(name_or_path if config is None else config, **hub)
-            if config_dict.get("towers") == "reference":
-                own = {name: kwargs.pop(name) for name in list(kwargs) if name in EVLGenConfig.__dataclass_fields__}
-                dtype = own.pop("dtype", None)  # the towers', not a field to be changed
-                kwargs |= {} if dtype is None else {"dtype": dtype}
-                config = EVLGenConfig.from_dict(config_dict, **own)
-        if name_or_path is not None and config is not None and config.towers == "reference":
-            kwargs.pop("config", None)
-            wants_info = kwargs.pop("output_loading_info", False)
-            model, info = load_referenced(cls, name_or_path, config, kwargs)
-            return (model, info) if wants_info else model
-        loaded = super().from_pretrained(name_or_path, *args, **kwargs)
+        reference = find_reference(pretrained_model_name_or_path, kwargs)
+        if reference is not None:
+            return load_reference(cls, reference, kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.freeze_towers()
         return loaded
