@@ -1,5 +1,6 @@
 """Checkpoints that hold what is trained and name the frozen towers, instead of holding them as well."""
 
+import copy
 import errno
 import os
 import shutil
@@ -177,6 +178,28 @@ def load_reference(
     model.eval()
     info = {"missing_keys": set(missing), "unexpected_keys": set(unexpected), "mismatched_keys": set()}
     return (model, info) if wants_info else model
+
+
+def quantize_only_language_model(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` by which a `quantization_config` leaves all but the language model alone."""
+    if kwargs.get("quantization_config") is None:
+        return kwargs
+    quantization_config = copy.deepcopy(kwargs["quantization_config"])
+    others = ["vision_tower", "ln_vision", "vision_projection", "connector", "language_projection", "temporal"]
+    others += ["language_model.lm_head"]  # as transformers leaves it by default
+    others += getattr(quantization_config, "modules_to_not_convert", None) or []
+    quantization_config.modules_to_not_convert = others
+    return {**kwargs, "quantization_config": quantization_config}
+
+
+def hand_over_quantizer(model: PreTrainedModel) -> None:
+    """Makes it the language model that is quantised, not the whole, which a Trainer would refuse to train."""
+    if getattr(model, "hf_quantizer", None) is None:
+        return
+    model.language_model.hf_quantizer = model.hf_quantizer
+    model.language_model.is_quantized = True
+    model.is_quantized = False
+    del model.hf_quantizer, model.config.quantization_config
 
 
 def _load_tower(argument: str, load: Any, config: EVLGenConfig, kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -25,8 +25,10 @@ from .checkpoints import (
     check_disk_space,
     choose_towers,
     find_reference,
+    hand_over_quantizer,
     leave_out_towers,
     load_reference,
+    quantize_only_language_model,
     towers_may_stay,
 )
 from .connectors import build_connector
@@ -183,9 +185,9 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Self:
         """Loads a checkpoint as [`~PreTrainedModel.from_pretrained`] does, and freezes the towers.
 
-        A checkpoint that names its towers instead of holding them is put together from the base models, which are
-        downloaded or found in the cache. `dtype`, `device_map` and `attn_implementation` are then those of the towers,
-        and `quantization_config` the language model's.
+        `quantization_config` is the language model's; what is trained and the vision tower stay as they are. A
+        checkpoint that names its towers instead of holding them is put together from the base models, which are
+        downloaded or found in the cache; `dtype`, `device_map` and `attn_implementation` are those of the towers then.
 
         Raises:
             ValueError: If a named tower cannot be loaded, or has other weights than those trained with.
@@ -193,8 +195,10 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         reference = find_reference(pretrained_model_name_or_path, kwargs)
         if reference is not None:
             return load_reference(cls, reference, kwargs)
+        kwargs = quantize_only_language_model(kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        hand_over_quantizer(model)
         model.freeze_towers()
         return loaded
 
