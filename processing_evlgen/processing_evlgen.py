@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 import torch
-from PIL import Image
 from tokenizers import AddedToken
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
@@ -14,7 +13,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
 
+from .conversations import encode_conversation
 from .images import load_rgb_image
+from .inputs import flatten, images_per_text, list_videos, pad_rows, padded_length, strings
 from .videos import load_rgb_frames
 
 # Language models' chat templates take a message's content as one string. This turns a list of parts into that string.
@@ -137,6 +138,7 @@ class EVLGenProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         suffix: str | list[str] | None = None,
         videos: Any = None,
+        messages: list[list[dict[str, Any]]] | None = None,
         vision_features: torch.Tensor | None = None,
         num_frames: int | None = None,
         frame_sampling: str = "uniform",
@@ -153,6 +155,9 @@ class EVLGenProcessor(ProcessorMixin):
             videos (video, path, URL or a list of these, *optional*):
                 The videos, in the order of their placeholders. A list of frames (images or arrays) is one video; see
                 [`load_rgb_frames`] for what is understood.
+            messages (`list[list[dict]]`, *optional*):
+                Conversations to train on, instead of `text` and `suffix`. Gives `labels` on all that the assistant
+                says; see [`encode_conversation`]. For generation, `apply_chat_template` makes a `text` of one.
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
                 What the vision tower gave for the images, instead of `images`; handed on to the model.
             num_frames (`int`, *optional*): Frames to take of each video; by default the processor's `num_frames`.
@@ -165,45 +170,39 @@ class EVLGenProcessor(ProcessorMixin):
         Returns:
             `BatchFeature` with
             - `input_ids`, `attention_mask`: int64, `(batch, sequence)`, padded on the left; on the right with
-              a `suffix`.
+              labels.
             - `pixel_values`: float32, `(images, channels, height, width)`, if there are images.
             - `pixel_values_videos`: float32, `(videos, frames, channels, height, width)`, if there are videos; and
               `frame_mask`: bool, `(videos, frames)`, if they differ in their number of frames.
-            - `labels`: int64, `(batch, sequence)`, with a `suffix`: -100 on images, prompts and padding.
+            - `labels`: int64, `(batch, sequence)`, with a `suffix` or `messages`: -100 on images, prompts and padding.
 
         Raises:
             ValueError: If images, placeholders and texts differ in number, an image cannot be read, a suffix is empty
                 or a text is longer than the language model allows.
             TypeError: If a text is not a string.
         """
-        if images is None and videos is None and text is None and vision_features is None:
-            raise ValueError("At least one of `images`, `videos`, `text` and `vision_features` must be given.")
+        if images is None and videos is None and text is None and vision_features is None and messages is None:
+            raise ValueError(
+                "At least one of `images`, `videos`, `text`, `messages` and `vision_features` must be given."
+            )
+        if messages is not None and (text is not None or suffix is not None):
+            raise ValueError("`messages` is given instead of `text` and `suffix`, not beside them.")
         if images is not None and vision_features is not None:
             raise ValueError("Only one of `images` and `vision_features` can be given.")
-        images_per_text = _images_per_text(images)
-        images = [] if images is None else [load_rgb_image(image) for image in _flatten(images)]
+        row_lengths = images_per_text(images)
+        images = [] if images is None else [load_rgb_image(image) for image in flatten(images)]
         num_images = len(images) if vision_features is None else len(vision_features)
         num_frames = self.num_frames if num_frames is None else num_frames
-        clips = [load_rgb_frames(clip, num_frames, frame_sampling) for clip in _list_videos(videos)]
-        prompts = _strings("text", "" if text is None else text)
-        if len(prompts) == 1 and not any(token in prompts[0] for token in (self.image_token, self.video_token)):
-            prompts = prompts * max(num_images, len(clips), 1)
-        if images_per_text is not None:
-            self._check_rows(prompts, images_per_text)
+        clips = [load_rgb_frames(clip, num_frames, frame_sampling) for clip in list_videos(videos)]
         arguments = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_arguments = arguments["text_kwargs"]
-
-        prompt_strings = self._place(prompts, num_images, len(clips))
-        add_special_tokens = text_arguments.get("add_special_tokens", True)
-        prompt_ids = [self._tokenize_prompt(prompt, add_special_tokens) for prompt in prompt_strings]
-        suffix_ids = None
-        if suffix is not None:
-            suffixes = self._clean(_strings("suffix", suffix))
-            if len(suffixes) != len(prompts):
-                raise ValueError(f"`suffix` has {len(suffixes)} entries, but there are {len(prompts)} prompts.")
-            pairs = zip(prompt_strings, prompt_ids, suffixes, strict=True)
-            suffix_ids = [self._tokenize_suffix(*pair, add_special_tokens) for pair in pairs]
-        data = self._assemble(prompt_ids, suffix_ids, text_arguments)
+        if messages is None:
+            sequences, labels = self._encode(
+                text, suffix, row_lengths, num_images, len(clips), text_arguments.get("add_special_tokens", True)
+            )
+        else:
+            sequences, labels = self._encode_conversations(messages, num_images, len(clips))
+        data = self._pad(sequences, labels, text_arguments)
         if images:
             images_arguments = {**arguments["images_kwargs"], "return_tensors": "pt"}
             data["pixel_values"] = self.image_processor(images, **images_arguments)["pixel_values"]
@@ -212,6 +211,49 @@ class EVLGenProcessor(ProcessorMixin):
         if vision_features is not None:
             data["vision_features"] = vision_features
         return BatchFeature(data, tensor_type=text_arguments.get("return_tensors", "pt"))
+
+    def _encode(
+        self,
+        text: str | list[str] | None,
+        suffix: str | list[str] | None,
+        row_lengths: list[int] | None,
+        num_images: int,
+        num_videos: int,
+        add_special_tokens: bool,
+    ) -> tuple[list[list[int]], list[list[int]] | None]:
+        """Ids of prompts, and with suffixes those as well, and labels; masked by length, as padding may be EOS."""
+        prompts = strings("text", "" if text is None else text)
+        if len(prompts) == 1 and not any(token in prompts[0] for token in (self.image_token, self.video_token)):
+            prompts = prompts * max(num_images, num_videos, 1)
+        if row_lengths is not None:
+            self._check_rows(prompts, row_lengths)
+        prompts = self._place(prompts, num_images, num_videos)
+        prompt_ids = [self.tokenize_prompt(prompt, add_special_tokens) for prompt in prompts]
+        if suffix is None:
+            return prompt_ids, None
+        suffixes = self._clean(strings("suffix", suffix))
+        if len(suffixes) != len(prompts):
+            raise ValueError(f"`suffix` has {len(suffixes)} entries, but there are {len(prompts)} prompts.")
+        sequences, labels = [], []
+        for prompt, ids, words in zip(prompts, prompt_ids, suffixes, strict=True):
+            suffix_ids = self._tokenize_suffix(prompt, ids, words, add_special_tokens)
+            unlabelled = len(ids) - int(self._labels_bos(ids))
+            sequences.append(ids + suffix_ids)
+            labels.append([-100] * unlabelled + sequences[-1][unlabelled:])
+        return sequences, labels
+
+    def _encode_conversations(
+        self, messages: list[list[dict[str, Any]]], num_images: int, num_videos: int
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        encoded = [encode_conversation(self, conversation) for conversation in messages]
+        for name, token_id, wanted in (
+            ("images", self.image_token_id, num_images),
+            ("videos", self.video_token_id, num_videos),
+        ):
+            found = sum(ids.count(token_id) for ids, _ in encoded) // self.num_image_tokens
+            if found != wanted:
+                raise ValueError(f"`messages` holds {found} {name}, but `{name}` holds {wanted}.")
+        return [ids for ids, _ in encoded], [labels for _, labels in encoded]
 
     def _check_rows(self, prompts: list[str], images_per_text: list[int]) -> None:
         found = [prompt.count(self.image_token) for prompt in prompts]
@@ -259,7 +301,7 @@ class EVLGenProcessor(ProcessorMixin):
         videos[mask] = pixels
         return {"pixel_values_videos": videos} if mask.all() else {"pixel_values_videos": videos, "frame_mask": mask}
 
-    def _tokenize_prompt(self, prompt: str, add_special_tokens: bool) -> list[int]:
+    def tokenize_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a prompt with all its placeholders; those at its very start come before the BOS token."""
         placeholders = {self.image_token: self.image_token_id, self.video_token: self.video_token_id}
         rest, first = prompt, []
@@ -278,7 +320,7 @@ class EVLGenProcessor(ProcessorMixin):
         words = prompt.replace(self.image_token, "").replace(self.video_token, "")
         plain = self.chat_template is None and words != ""
         separator = " " if plain and not prompt[-1].isspace() else ""
-        ids = self._tokenize_prompt(prompt + separator + suffix, add_special_tokens)
+        ids = self.tokenize_prompt(prompt + separator + suffix, add_special_tokens)
         if ids[: len(prompt_ids)] == prompt_ids:
             ids = ids[len(prompt_ids) :]
         else:  # the prompt's last and the suffix's first letters share a token; in generation the prompt stands alone
@@ -297,12 +339,10 @@ class EVLGenProcessor(ProcessorMixin):
                     )
         return cleaned
 
-    def _assemble(
-        self, prompt_ids: list[list[int]], suffix_ids: list[list[int]] | None, arguments: dict[str, Any]
+    def _pad(
+        self, sequences: list[list[int]], labels: list[list[int]] | None, arguments: dict[str, Any]
     ) -> dict[str, Any]:
-        """Joins prompts and suffixes and pads them; labels are masked by length, as padding may be EOS."""
-        training = suffix_ids is not None
-        sequences = [p + s for p, s in zip(prompt_ids, suffix_ids, strict=True)] if training else prompt_ids
+        """Pads ids, and labels if there are any, to one length."""
         limit = min(arguments.get("max_length") or self.tokenizer.model_max_length, self.tokenizer.model_max_length)
         for index, sequence in enumerate(sequences):
             if len(sequence) > limit:
@@ -311,15 +351,13 @@ class EVLGenProcessor(ProcessorMixin):
             "input_ids": (sequences, self.tokenizer.pad_token_id),
             "attention_mask": ([[1] * len(sequence) for sequence in sequences], 0),
         }
-        if training:
-            unlabelled = [len(prompt) - int(self._labels_bos(prompt)) for prompt in prompt_ids]
-            labels = [[-100] * n + sequence[n:] for n, sequence in zip(unlabelled, sequences, strict=True)]
+        if labels is not None:
             columns["labels"] = (labels, -100)
-        length = _padded_length(max(map(len, sequences)), limit, arguments)
+        length = padded_length(max(map(len, sequences)), limit, arguments)
         if length is None:
             return {name: rows for name, (rows, _) in columns.items()}
-        side = arguments.get("padding_side") or ("right" if training else "left")
-        return {name: _pad(rows, length, value, side) for name, (rows, value) in columns.items()}
+        side = arguments.get("padding_side") or ("left" if labels is None else "right")
+        return {name: pad_rows(rows, length, value, side) for name, (rows, value) in columns.items()}
 
     def _labels_bos(self, prompt_ids: list[int]) -> bool:
         if not self.bos_label or prompt_ids[-1] != self.tokenizer.bos_token_id:
@@ -338,57 +376,3 @@ class EVLGenProcessor(ProcessorMixin):
         save_hub_code(save_directory)
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-
-def _strings(name: str, value: str | list[str]) -> list[str]:
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    for entry in values:
-        if not isinstance(entry, str):
-            raise TypeError(f"`{name}` must be a string or a list of strings, but holds a {type(entry).__name__}.")
-    return values
-
-
-def _flatten(images: Any) -> list[Any]:
-    if isinstance(images, list | tuple):
-        return [image for entry in images for image in _flatten(entry)]
-    if getattr(images, "ndim", 3) == 4:  # a batch in one array
-        return list(images)
-    return [images]
-
-
-def _images_per_text(images: Any) -> list[int] | None:
-    """How many images belong to each text, where they come as a list for each."""
-    if isinstance(images, list | tuple) and images and all(isinstance(row, list | tuple) for row in images):
-        return [len(row) for row in images]
-    return None
-
-
-def _list_videos(videos: Any) -> list[Any]:
-    """Videos as they come, one or several or a list for each text, as one list; a list of frames is one video."""
-    if videos is None:
-        return []
-    if isinstance(videos, list | tuple):
-        if len(videos) and (isinstance(videos[0], Image.Image) or getattr(videos[0], "ndim", None) == 3):
-            return [videos]
-        return [video for entry in videos for video in _list_videos(entry)]
-    return list(videos) if getattr(videos, "ndim", None) == 5 else [videos]
-
-
-def _padded_length(longest: int, limit: int, arguments: dict[str, Any]) -> int | None:
-    """The length to pad to, None for no padding."""
-    padding = arguments.get("padding", True)
-    if arguments.get("truncation") not in (None, False, "do_not_truncate"):
-        raise ValueError("`truncation` is not supported: a prompt cut off would lose its images or its question.")
-    if padding in (False, "do_not_pad"):
-        return None
-    if padding == "max_length":
-        longest = limit
-    elif padding not in (True, "longest"):
-        raise ValueError(f"`padding` must be True, False, 'longest' or 'max_length', but is {padding!r}.")
-    multiple = arguments.get("pad_to_multiple_of") or 1
-    return -(-longest // multiple) * multiple
-
-
-def _pad(rows: list[list[int]], length: int, value: int, side: str) -> list[list[int]]:
-    padding = [[value] * (length - len(row)) for row in rows]
-    return [pad + row if side == "left" else row + pad for pad, row in zip(padding, rows, strict=True)]

@@ -60,6 +60,62 @@ def test_apply_chat_template_reads_pictures_and_text():
     torch.testing.assert_close(batch["pixel_values"], direct["pixel_values"])
 
 
+def conversation(*turns):
+    roles = ("user", "assistant") * len(turns)
+    return [{"role": role, "content": content} for role, content in zip(roles, turns, strict=False)]
+
+
+def test_a_conversation_is_trained_on_what_the_assistant_says():
+    processor = make_processor(chat=True, end_of_text="<|im_end|>")
+    seen = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
+    long = conversation(seen, "a cat", "what color?", [{"type": "text", "text": "red"}])
+    short = conversation([{"type": "image", "text": None}], "a blue circle")
+    batch = processor(images=pictures(2), messages=[long, short])
+    assert labelled(batch, processor) == ["a cat<|im_end|>red<|im_end|>", "a blue circle<|im_end|>"]
+    whole = processor.tokenizer.decode(batch["input_ids"][0]).replace("<image><image><image>", "<image>")
+    assert processor.apply_chat_template(long).startswith(whole)
+    # Up to each answer the ids are those that generation starts from.
+    for turns in (1, 3):
+        prompt = processor(
+            images=pictures(1), text=processor.apply_chat_template(long[:turns], add_generation_prompt=True)
+        )
+        ids = prompt["input_ids"][0]
+        assert torch.equal(batch["input_ids"][0, : len(ids)], ids)
+    one_turn = processor(images=pictures(1), text="what is it?", suffix="a cat")
+    again = processor(images=pictures(1), messages=[long[:2]])
+    assert all(torch.equal(again[name], one_turn[name]) for name in one_turn)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "must end with a turn of the assistant"),
+        (conversation("what is it?"), "must end with a turn of the assistant"),
+        (conversation("what is it?", " "), "entry 1 is an empty turn of the assistant"),
+        (conversation("what?", [{"type": "image"}]), "entry 1 must be text alone"),
+        (
+            [{"role": "robot", "content": "hello"}],
+            "a `role` of system, user, assistant and a `content`, but entry 0 is",
+        ),
+        (conversation("what?", "a", "and?", "b"), "holds 0 images, but `images` holds 1"),
+    ],
+)
+def test_a_bad_conversation_is_named(messages, message):
+    processor = make_processor(chat=True, end_of_text="<|im_end|>")
+    with pytest.raises(ValueError, match=message):
+        processor(images=pictures(1), messages=[messages])
+
+
+def test_a_template_that_cannot_train_conversations_is_refused():
+    turns = conversation("what?", "a", "and?", "b")
+    with pytest.raises(ValueError, match="Conversations need a chat template"):
+        make_processor()(messages=[turns])
+    with pytest.raises(ValueError, match="followed by `end_of_text`"):
+        make_processor(chat=True)(messages=[turns])  # its turns end in <|im_end|>, not in </s>
+    with pytest.raises(ValueError, match="instead of `text` and `suffix`"):
+        make_processor(chat=True)(messages=[turns], text="what?")
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_labels_are_the_caption_and_its_end(chat):
     processor = make_processor(bos=not chat, chat=chat)
@@ -195,7 +251,7 @@ def test_paths_base64_rows_and_arrays_are_understood(tmp_path):
         ),
         ({"images": 1, "truncation": True}, ValueError, "`truncation` is not supported"),
         ({"images": 1, "padding": "short"}, ValueError, "`padding` must be True, False, 'longest' or 'max_length'"),
-        ({}, ValueError, "At least one of `images`, `videos`, `text` and `vision_features` must be given"),
+        ({}, ValueError, "At least one of `images`, `videos`, `text`, `messages` and"),
     ],
 )
 def test_bad_input_is_named(inputs, error, message):
