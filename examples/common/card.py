@@ -1,0 +1,238 @@
+"""The model card of a published model: what it is made of, how to use it, how well it does, and what it cannot do."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from configuration_evlgen import EVLGenConfig
+
+PAPER = "https://arxiv.org/abs/2310.03291"
+KIND = {"tomeformer": "a TomeFormer", "evlgen_qformer": "a Q-Former", "evlgen_mlp": "an MLP"}
+
+_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ summary }}
+{% if sheet %}
+![Held-out pictures and what the model says about them](captions.png)
+{% endif %}
+## How to use
+
+The code comes with the model, so look at it before you trust it, and name a `revision` where it matters.
+
+```python
+from transformers import pipeline
+
+captioner = pipeline("{{ task }}", model="{{ repo_id }}", trust_remote_code=True)
+captioner("{{ file }}")
+captioner("{{ file }}", prompt="Question: What is it? Short answer:", num_beams=5)
+```
+
+```python
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{{ repo_id }}", trust_remote_code=True)
+inputs = processor(images="picture.png", text="")
+words = model.generate(**inputs, max_new_tokens=30)
+processor.batch_decode(words[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+```
+
+## What it is made of
+
+{{ parts }}
+
+## Training
+
+{{ training }}
+
+## Evaluation
+
+{{ evaluation }}
+
+## Limits
+
+{{ limits }}
+
+## Licence
+
+{{ licence }}
+
+## Citation
+
+```bibtex
+@inproceedings{jian-etal-2024-expedited,
+    title = "Expedited Training of Visual Conditioned Language Generation via Redundancy Reduction",
+    author = "Jian, Yiren and Liu, Tingkai and Tao, Yunzhe and Zhang, Chunhui and Vosoughi, Soroush and Yang, Hongxia",
+    booktitle = "Proceedings of the 62nd Annual Meeting of the Association for Computational Linguistics",
+    year = "2024",
+}
+```
+"""
+
+
+def read_results(paths: list[str]) -> list[dict[str, Any]]:
+    """Reads what `examples/evaluate_captioning.py` and `evaluate_vqa.py` left behind.
+
+    Raises:
+        ValueError: If a file is missing or is not such a file.
+    """
+    results = []
+    for path in paths:
+        try:
+            entry = json.loads(Path(path).read_text(encoding="utf-8"))
+            results.append({name: entry[name] for name in ("task", "dataset", "metrics", "num_rows", "settings")})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"`results`: {path} is no results.json of an evaluation: {error!r}") from error
+    return results
+
+
+def model_card(
+    repo_id: str,
+    config: EVLGenConfig,
+    trained_parameters: int,
+    results: list[dict[str, Any]],
+    license: str | None,
+    datasets: list[str],
+    has_sheet: bool,
+    adapter_of: str | None = None,
+) -> ModelCard:
+    """Writes the card.
+
+    Args:
+        repo_id: The repository's name.
+        config: The model's configuration.
+        trained_parameters: How many parameters were trained.
+        results: See [`read_results`].
+        license: The Hub's name of a licence.
+        datasets: Names of data sets that it was trained on.
+        has_sheet: Whether captions.png lies beside the card.
+        adapter_of: The model that this is an adapter for, if it is one.
+    """
+    bases = [name for name in (config.vision_model_name_or_path, config.text_model_name_or_path) if on_hub(name)]
+    task = "video-to-text" if config.temporal_contextualizer else "image-to-text"
+    data = ModelCardData(
+        base_model=[adapter_of] if adapter_of else bases or None,
+        datasets=datasets or None,
+        eval_results=_eval_results(results) or None,
+        language="en",
+        library_name="peft" if adapter_of else "transformers",
+        license=license,
+        model_name=repo_id.split("/")[-1] if results else None,
+        pipeline_tag=task,
+        tags=["evlgen", "image-captioning", "vision-language", "arxiv:2310.03291"],
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        summary=_summary(config, task, adapter_of),
+        task=task,
+        file="clip.mp4" if config.temporal_contextualizer else "picture.png",
+        sheet=has_sheet,
+        parts=_parts(config, trained_parameters),
+        training=_training(datasets),
+        evaluation=_evaluation(results),
+        limits=_limits(config),
+        licence=_licence(license),
+    )
+
+
+def on_hub(name: str | None) -> bool:
+    """Whether a base model has a name that others can load it by."""
+    return bool(name) and not os.path.isabs(name) and not os.path.isdir(name)
+
+
+def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=entry["task"]["type"],
+            task_name=entry["task"]["name"],
+            dataset_type=entry["dataset"]["type"],
+            dataset_name=entry["dataset"]["name"],
+            dataset_config=entry["dataset"].get("config"),
+            dataset_split=entry["dataset"].get("split"),
+            dataset_args=entry["dataset"].get("args"),
+            metric_type=metric["type"],
+            metric_name=metric["name"],
+            metric_value=metric["value"],
+            metric_args=metric.get("args"),
+        )
+        for entry in results
+        for metric in entry["metrics"]
+    ]
+
+
+def _summary(config: EVLGenConfig, task: str, adapter_of: str | None) -> str:
+    seen = "clips and pictures" if task == "video-to-text" else "pictures"
+    tokens = f"{config.num_vision_tokens} tokens of a picture become {config.num_image_tokens}"
+    adapter = f" It is a LoRA adapter for [{adapter_of}](https://huggingface.co/{adapter_of})." if adapter_of else ""
+    return (
+        f"Says what is in {seen}, and answers questions about them as far as it was trained to. An "
+        f"[EVLGen]({PAPER}): a frozen vision tower, {KIND[config.connector_config.model_type]} that was trained with "
+        f"the caption loss alone, and a frozen language model; {tokens}.{adapter}"
+    )
+
+
+def _parts(config: EVLGenConfig, trained_parameters: int) -> str:
+    def base(name: str | None, revision: str | None) -> str:
+        shown = f"[{name}](https://huggingface.co/{name})" if on_hub(name) else "a model that is not on the Hub"
+        return shown + (f", revision `{revision}`" if revision else "")
+
+    held = "named by this repository and loaded from theirs" if config.towers == "reference" else "in this repository"
+    return "\n".join(
+        [
+            f"- Vision tower (`{config.vision_config.model_type}`), frozen: "
+            f"{base(config.vision_model_name_or_path, config.vision_model_revision)}",
+            f"- Language model (`{config.text_config.model_type}`), frozen: "
+            f"{base(config.text_model_name_or_path, config.text_model_revision)}",
+            f"- Trained: {trained_parameters / 1e6:.1f} M parameters.",
+            f"- The frozen towers are {held}.",
+        ]
+    )
+
+
+def _training(datasets: list[str]) -> str:
+    named = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
+    return f"Data: {named}." if named else "The data that it was trained on is not told."
+
+
+def _evaluation(results: list[dict[str, Any]]) -> str:
+    if not results:
+        return "Not evaluated."
+    lines = ["| data | rows | metric | value | decoding |", "|---|---|---|---|---|"]
+    for entry in results:
+        decoding = ", ".join(f"{name} {value}" for name, value in entry["settings"].items() if name in _DECODING)
+        split = f" ({entry['dataset']['split']})" if entry["dataset"].get("split") else ""
+        lines += [
+            f"| {entry['dataset']['name']}{split} | {entry['num_rows']} | {metric['name']} | {metric['value']:.2f} | "
+            f"{decoding} |"
+            for metric in entry["metrics"]
+        ]
+    return "\n".join(lines)
+
+
+_DECODING = ("num_beams", "min_new_tokens", "max_new_tokens", "length_penalty", "prompt")
+
+
+def _limits(config: EVLGenConfig) -> str:
+    order = "- The order of a clip's frames is not seen.\n" if config.temporal_contextualizer else ""
+    return (
+        "- It says what its training captions say; pictures unlike those get wrong captions, fluently.\n"
+        f"- A picture is {config.num_image_tokens} tokens: small print and many small things are lost.\n"
+        f"{order}"
+        "- Biases and errors of the base models are its own."
+    )
+
+
+def _licence(license: str | None) -> str:
+    own = f"`{license}` for what was trained and the code." if license else "Not told for what was trained."
+    return f"{own} The base models' licences hold for them."
