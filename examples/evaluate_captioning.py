@@ -33,7 +33,8 @@ from common.benchmarks import caption_rows
 from common.data import load_held_out
 from common.results import METRICS_FOLDER, check_source, output_folder, take, write_json, write_results
 
-# Least and largest number of new tokens that the original evaluated with (lavis/projects/EVLGen*/eval/*.yaml).
+# Least and largest number of new tokens that the original evaluated with: `min_len` and `max_len` of
+# lavis/projects/EVLGen/eval/caption_coco_opt2.7b_eval.yaml and EVLGen_video/eval/caption_msrvtt_opt2.7b_eval.yaml.
 LENGTHS = {
     "coco-karpathy": (8, 30),
     "nocaps": (8, 30),
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         EvaluationArguments, CaptionArguments, CaptionDecoding, argv=argv
     )
     name = check_source(evaluation, tuple(LENGTHS), default="openmoji-scenes", split_file=captions.split_file)
-    least, largest = LENGTHS.get(name, (1, 30))
+    least, largest = LENGTHS.get(evaluation.benchmark, (1, 30))
     if generation.min_new_tokens is None:
         generation.min_new_tokens = least
     if generation.max_new_tokens is None:

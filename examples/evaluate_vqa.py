@@ -79,10 +79,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if texts is None:  # the main process does the rest
         return {}
 
-    write_json(folder / "predictions.json", predictions(name, rows["id"][:], texts))
+    write_json(folder / "predictions.json", predictions(evaluation.benchmark, rows["id"][:], texts))
     metrics, details = [], {}
     if any(rows["answers"]):
-        metrics, details = score(name, texts, rows)
+        metrics, details = score(evaluation.benchmark, texts, rows)
     else:
         print(f"{name} has no answers here: {folder}/predictions.json is for its test server.")
     task = ("visual-question-answering", "Visual Question Answering")
@@ -138,21 +138,21 @@ def people(value: Any) -> list[str]:
     return answers
 
 
-def predictions(name: str, ids: list[int | str], texts: list[str]) -> list[dict[str, Any]]:
+def predictions(benchmark: str | None, ids: list[int | str], texts: list[str]) -> list[dict[str, Any]]:
     """The answers as the official tool of the benchmark reads them; OK-VQA's lemmatised, as they are scored."""
-    if name == "gqa":
+    if benchmark == "gqa":
         return [{"questionId": row, "prediction": text} for row, text in zip(ids, texts, strict=True)]
-    texts = lemmatize(texts) if name == "ok-vqa" else texts
+    texts = lemmatize(texts) if benchmark == "ok-vqa" else texts
     return [{"question_id": row, "answer": text} for row, text in zip(ids, texts, strict=True)]
 
 
-def score(name: str, texts: list[str], rows: Dataset) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def score(benchmark: str | None, texts: list[str], rows: Dataset) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Accuracy in percent, of all questions and of each answer type; and of each question type.
 
     Questions of your own with one right answer each are scored as GQA's, others as VQAv2's.
     """
-    rule = name
-    if name not in BENCHMARKS:
+    rule = benchmark
+    if rule is None:
         rule = "gqa" if all(len(answers) == 1 for answers in rows["answers"]) else "vqav2"
     types = {f"{kind}s": rows[kind][:] for kind in ("answer_type", "question_type") if kind in rows.column_names}
     metric = evaluate.load(str(METRICS_FOLDER / "vqa_accuracy"), keep_in_memory=True)

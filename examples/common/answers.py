@@ -9,6 +9,7 @@ import json
 import os
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -83,11 +84,11 @@ def answer_rows(
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {evaluation.dtype!r}.")
     if not len(rows):
         raise ValueError("There is nothing to evaluate: the split has no rows, or `max_samples` is 0.")
+    ids = _unique_ids(rows)
     dtype = DTYPES[evaluation.dtype]
     load = partial(EVLGenForConditionalGeneration.from_pretrained, dtype=dtype)
     model = load_captioner("model", load, evaluation.model)
     processor = EVLGenProcessor.from_pretrained(evaluation.model)
-    ids = _unique_ids(rows)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         prompts = rows[columns.prompt_column][:] if columns.prompt_column else None
@@ -115,19 +116,26 @@ def answer_rows(
         num_workers=evaluation.num_workers,
     )
     batches = generate_batches(model.to(state.device), loader, processor, generation, dtype)
-    part = folder / f"answers.part-{state.process_index}.jsonl"
-    progress = tqdm(total=sum(map(len, mine)), desc="Answers", unit="row", disable=not state.is_main_process)
-    with progress, part.open("a", encoding="utf-8") as file:
-        for indices, texts in zip(mine, batches, strict=True):
-            for index, text in zip(indices, texts, strict=True):
-                file.write(json.dumps({"id": ids[index], "text": text}, ensure_ascii=False) + "\n")
-            file.flush()
-            progress.update(len(indices))
+    named = [[ids[index] for index in batch] for batch in mine]
+    _write_part(folder / f"answers.part-{state.process_index}.jsonl", named, batches, state.is_main_process)
 
     state.wait_for_everyone()
-    if not state.is_main_process:
-        return None
-    return list(join_answers(folder, ids).values())
+    state.destroy_process_group()
+    return list(join_answers(folder, ids).values()) if state.is_main_process else None
+
+
+def _write_part(path: Path, ids: list[list[int | str]], batches: Iterator[list[str]], progress: bool) -> None:
+    """Writes each batch's answers as soon as they come; `ids` are those of each batch."""
+    total = sum(map(len, ids))
+    with path.open("a", encoding="utf-8") as file, tqdm(total=total, desc="Answers", disable=not progress) as bar:
+        for rows, texts in zip(ids, batches, strict=True):
+            file.writelines(_line(row, text) for row, text in zip(rows, texts, strict=True))
+            file.flush()
+            bar.update(len(rows))
+
+
+def _line(row: int | str, text: str) -> str:
+    return json.dumps({"id": row, "text": text}, ensure_ascii=False) + "\n"
 
 
 def pending_batches(ids: list[int | str], done: dict[int | str, str], batch_size: int) -> list[list[int]]:
@@ -163,8 +171,7 @@ def join_answers(folder: Path, ids: list[int | str]) -> dict[int | str, str]:
     for file in (*parts, path):
         found |= read_answers(file) if file.exists() else {}
     answers = {row: found[row] for row in ids if row in found}
-    lines = [json.dumps({"id": row, "text": text}, ensure_ascii=False) + "\n" for row, text in answers.items()]
-    write_whole(path, "".join(lines))
+    write_whole(path, "".join(_line(row, text) for row, text in answers.items()))
     for part in parts:
         part.unlink()
     return answers

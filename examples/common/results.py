@@ -6,6 +6,7 @@
 
 import json
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ DATASET_NAMES = {
     "ok-vqa": "OK-VQA",
 }
 BENCHMARKS_WITH_SPLITS = ("coco-karpathy", "flickr30k", "msr-vtt")  # in one file
-LIBRARIES = ("accelerate", "datasets", "evaluate", "torch", "transformers")
+LIBRARIES = ("accelerate", "datasets", "evaluate", "pycocoevalcap", "spacy", "torch", "transformers")
 
 
 def check_source(
@@ -107,7 +108,7 @@ def write_results(
         "model": evaluation.model,
         "num_rows": num_rows,
         "settings": json.loads((folder / "settings.json").read_text(encoding="utf-8")),
-        "versions": {library: version(library) for library in LIBRARIES},
+        "versions": {library: version(library) for library in LIBRARIES if find_spec(library)},
     }
     write_json(folder / "results.json", results)
     for metric in metrics:
