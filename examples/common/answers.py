@@ -126,8 +126,8 @@ def answer_rows(
 
 def _write_part(path: Path, ids: list[list[int | str]], batches: Iterator[list[str]], progress: bool) -> None:
     """Writes each batch's answers as soon as they come; `ids` are those of each batch."""
-    total = sum(map(len, ids))
-    with path.open("a", encoding="utf-8") as file, tqdm(total=total, desc="Answers", disable=not progress) as bar:
+    bar = tqdm(total=sum(map(len, ids)), desc="Answers", unit="row", disable=not progress)
+    with bar, path.open("a", encoding="utf-8") as file:
         for rows, texts in zip(ids, batches, strict=True):
             file.writelines(_line(row, text) for row, text in zip(rows, texts, strict=True))
             file.flush()

@@ -79,6 +79,7 @@ def generate_batches(
         The texts of a batch, without spaces around them.
     """
     model.eval()
+    of_beams = {"length_penalty": generation.length_penalty} if generation.num_beams > 1 else {}
     for batch in loader:
         batch = batch.to(model.device)
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -88,7 +89,7 @@ def generate_batches(
                 num_beams=generation.num_beams,
                 min_new_tokens=generation.min_new_tokens,
                 max_new_tokens=generation.max_new_tokens,
-                length_penalty=generation.length_penalty,
+                **of_beams,
             )
         new_tokens = sequences[:, batch["input_ids"].shape[1] :]
         yield [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
