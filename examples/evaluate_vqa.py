@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         EvaluationArguments, QuestionArguments, AnswerDecoding, argv=argv
     )
     name = check_source(evaluation, BENCHMARKS, default="easy-vqa", questions=questions.questions)
+    if questions.prompt and "{}" not in questions.prompt:
+        raise ValueError(f"`prompt` must hold {{}}, where the question goes, but is {questions.prompt!r}.")
     state = start_processes()
     with state.main_process_first():
         rows, columns = load_rows(name, evaluation, questions)
@@ -94,39 +96,45 @@ def load_rows(
 ) -> tuple[Dataset, DataArguments]:
     """Rows with the columns `id` and `answers`, and what their other columns are called."""
     columns = DataArguments(prompt=questions.prompt, prompt_column="question")
-    clean = questions.clean_questions
     if evaluation.benchmark:
         rows = Dataset.from_list(
             question_rows(name, questions.questions, evaluation.annotations, evaluation.media_dir)
         )
-        clean = True if clean is None else clean
     elif name == "easy-vqa":
         rows = Dataset.from_list(easy_vqa_questions(evaluation.test_split))
         if not evaluation.dataset:
             rows = rows.select(range(0, len(rows), len(rows) // DEMO_QUESTIONS)).take(DEMO_QUESTIONS)
     else:
-        columns = DataArguments(
-            dataset=name,
-            data_files=evaluation.data_files,
-            dataset_config=evaluation.dataset_config,
-            test_split=evaluation.test_split,
-            image_column=evaluation.image_column,
-            caption_column=questions.caption_column,
-            prompt=questions.prompt,
-            prompt_column=questions.prompt_column,
-        )
-        rows = load_held_out(columns)
-        for question in rows[questions.prompt_column]:
-            if not isinstance(question, str):
-                raise ValueError(f"`prompt_column` must hold a question, but a row holds {question!r}.")
-        answers = [people(value) for value in rows[questions.caption_column]]
-        rows = rows.remove_columns(questions.caption_column).add_column("answers", answers)
-        rows = rows.add_column("id", list(range(len(rows))))
+        rows, columns = own_rows(name, evaluation, questions)
     rows = take(rows, evaluation.max_samples)
+    clean = bool(evaluation.benchmark) if questions.clean_questions is None else questions.clean_questions
     if clean:
         cleaned = [clean_question(question) for question in rows[columns.prompt_column]]
         rows = rows.remove_columns(columns.prompt_column).add_column(columns.prompt_column, cleaned)
     return rows, columns
+
+
+def own_rows(
+    name: str, evaluation: EvaluationArguments, questions: QuestionArguments
+) -> tuple[Dataset, DataArguments]:
+    """The rows of a folder, files or a data set of the Hub, likewise."""
+    columns = DataArguments(
+        dataset=name,
+        data_files=evaluation.data_files,
+        dataset_config=evaluation.dataset_config,
+        test_split=evaluation.test_split,
+        image_column=evaluation.image_column,
+        caption_column=questions.caption_column,
+        prompt=questions.prompt,
+        prompt_column=questions.prompt_column,
+    )
+    rows = load_held_out(columns)
+    for question in rows[questions.prompt_column]:
+        if not isinstance(question, str):
+            raise ValueError(f"`prompt_column` must hold a question, but a row holds {question!r}.")
+    answers = [people(value) for value in rows[questions.caption_column]]
+    rows = rows.remove_columns(questions.caption_column).add_column("answers", answers)
+    return rows.add_column("id", list(range(len(rows)))), columns
 
 
 def people(value: Any) -> list[str]:
