@@ -253,3 +253,12 @@ def test_a_row_is_kept_once(tmp_path):
     assert join_answers(tmp_path, [0, 1, 2]) == {0: "x", 1: "first"}
     assert (tmp_path / "answers.jsonl").read_text() == '{"id": 0, "text": "x"}\n{"id": 1, "text": "first"}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+def test_arguments_come_from_a_yaml_file_too(work, tmp_path, monkeypatch):
+    said = Said(monkeypatch, ["red"] * 4)
+    files = {name: str(path) for name, path in vqav2(work).items()}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**files, "num_beams": 2, "max_new_tokens": 4}))  # JSON is YAML
+    evaluate_vqa.main(options(work, tmp_path / "out", config=tmp_path / "recipe.yaml", num_beams=3))
+    assert (said.generation.num_beams, said.generation.max_new_tokens) == (3, 4)
+    assert len(read_json(tmp_path / "out" / "predictions.json")) == 4
