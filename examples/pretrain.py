@@ -27,7 +27,8 @@ from common.arguments import (
 from common.data import load_captions
 from common.features import cache_vision_features
 from common.models import build_model
-from common.training import train_and_report, use_all_cores
+from common.processes import use_all_cores
+from common.training import train_and_report
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         argv=argv,
         recipe=DEMO_RECIPE,
     )
-    use_all_cores(training)
+    use_all_cores(training.device)
     set_seed(training.seed)
     with training.main_process_first(desc="preparing models and data"):
         train, test = load_captions(data, training.seed)

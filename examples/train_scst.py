@@ -19,8 +19,9 @@ from common.data import CaptionCollator, load_captions, true_captions
 from common.evaluation import generate_captions
 from common.features import cache_vision_features
 from common.models import load_captioner
+from common.processes import use_all_cores
 from common.scst import SCSTCollator, SCSTTrainer
-from common.training import arithmetic, train_and_report, use_all_cores
+from common.training import arithmetic, train_and_report
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise ValueError(f"`num_samples` must be at least 2, but is {scst.num_samples}.")
     if data.streaming:
         raise ValueError("`streaming` cannot be set: CIDEr needs the document frequencies of all training captions.")
-    use_all_cores(training)
+    use_all_cores(training.device)
     set_seed(training.seed)
     with training.main_process_first(desc="preparing model and data"):
         train, test = load_captions(data, training.seed)

@@ -1,4 +1,4 @@
-"""What the training scripts can be told, on the command line or in a YAML file."""
+"""What the scripts can be told, on the command line or in a YAML file."""
 
 import json
 from argparse import ArgumentParser
@@ -98,6 +98,44 @@ class GenerationArguments:
     num_beams: int = field(default=1, metadata={"help": "Beams when held-out captions are generated."})
     min_new_tokens: int | None = field(default=None, metadata={"help": "Least length of a generated caption."})
     max_new_tokens: int = field(default=30, metadata={"help": "Largest length of a generated caption."})
+    length_penalty: float = field(
+        default=1.0, metadata={"help": "Power of its length that a beam's score is divided by; 0 is the sum alone."}
+    )
+
+
+@dataclass
+class EvaluationArguments:
+    model: str = field(default="outputs/demo", metadata={"help": "Captioner: a folder or a name on the Hub."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where answers and results go; default: outputs/evaluation/<model>/<benchmark or dataset>."},
+    )
+    benchmark: str | None = field(
+        default=None,
+        metadata={"help": "A published benchmark, read from its own files; the script's head tells which there are."},
+    )
+    annotations: str | None = field(default=None, metadata={"help": "The benchmark's annotation file, as published."})
+    media_dir: str | None = field(default=None, metadata={"help": "Folder of the benchmark's pictures or clips."})
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of a benchmark: openmoji-scenes, easy-vqa, or what `datasets.load_dataset` takes: a "
+            "folder, a name on the Hub, or parquet, json, csv … together with data_files."
+        },
+    )
+    data_files: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Files or patterns of each split; JSON on the command line."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    test_split: str = field(default="test", metadata={"help": "Split, of a benchmark with splits or of the dataset."})
+    image_column: str = field(default="image", metadata={"help": "The dataset's column of images, paths or URLs."})
+    max_samples: int | None = field(default=None, metadata={"help": "Only the first rows, for a quick look."})
+    batch_size: int = field(default=16, metadata={"help": "Rows in a batch of each process."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that read pictures ahead."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "float32, or bfloat16, which is faster, but lets an answer depend on its batch."},
+    )
 
 
 @dataclass
@@ -120,13 +158,13 @@ class TrainingSettings(TrainingArguments):
         super().__post_init__()
 
 
-def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path) -> tuple[Any, ...]:
+def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path | None = None) -> tuple[Any, ...]:
     """Reads the YAML file given by `--config`, or `recipe`, and the command line, which overrides it.
 
     Args:
         dataclass_types: What to fill.
         argv: The command line without the program's name; None for the process's.
-        recipe: The YAML file to read if the command line names none.
+        recipe: The YAML file to read if the command line names none, if any.
 
     Returns:
         One instance of each dataclass.
@@ -138,7 +176,9 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path
     config.add_argument("--config", type=Path, default=recipe, help="YAML file with any of these arguments.")
     path, argv = config.parse_known_args(argv)
     parser = HfArgumentParser(dataclass_types, parents=[config], allow_abbrev=False)
-    settings = yaml.safe_load(path.config.read_text(encoding="utf-8")) or {}
+    settings = {}
+    if path.config is not None:
+        settings = yaml.safe_load(path.config.read_text(encoding="utf-8")) or {}
     known = {field.name for dataclass_type in dataclass_types for field in fields(dataclass_type)}
     unknown = sorted(settings.keys() - known)
     if unknown:

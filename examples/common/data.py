@@ -60,6 +60,18 @@ def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | Iterab
     return train, _drop_bad(test, arguments)
 
 
+def load_held_out(arguments: DataArguments) -> Dataset:
+    """Loads the held-out split alone, with all its rows. Pictures stay encoded until a batch is made of them.
+
+    Args:
+        arguments: Which data set, split and columns.
+
+    Raises:
+        ValueError: If the data set, the split or a column does not exist.
+    """
+    return _take(_load_splits(arguments), "test_split", arguments, arguments.max_test_samples)
+
+
 def _load_splits(arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
     if arguments.dataset in DEMO_DATASETS:
         return load_demo_dataset(arguments.dataset)

@@ -211,6 +211,37 @@ def easy_vqa_captions(questions: list[tuple[str, str, int]]) -> dict[int, str]:
     }
 
 
+def easy_vqa_questions(split: str) -> list[dict]:
+    """What easy-VQA asks about its pictures.
+
+    Args:
+        split: "train" (38,575 questions) or "test" (9,673).
+
+    Returns:
+        Rows `{"id": index, "image": path, "question": text, "answers": [the one right answer], "answer_type": kind}`,
+        where the kind is "yes/no", "color" or "shape".
+
+    Raises:
+        ImportError: If the package `easy-vqa` is not installed.
+        ValueError: If there is no such split.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"`test_split` is {split!r}, but easy-vqa has ['test', 'train'].")
+    folder = package_folder("easy_vqa") / "data" / split
+    questions = json.loads((folder / "questions.json").read_text())
+    kinds = dict.fromkeys(("yes", "no"), "yes/no") | dict.fromkeys(COLORS, "color") | dict.fromkeys(SHAPES, "shape")
+    return [
+        {
+            "id": index,
+            "image": str(folder / "images" / f"{picture}.png"),
+            "question": question,
+            "answers": [answer],
+            "answer_type": kinds[answer],
+        }
+        for index, (question, answer, picture) in enumerate(questions)
+    ]
+
+
 def _pixels(png: bytes) -> bytes:
     return PILImage.open(io.BytesIO(png)).convert("RGB").tobytes()
 

@@ -1,5 +1,6 @@
 """Does the model look at the picture? Held-out loss with the right pictures and with others, and what it says."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,6 +59,42 @@ class WrongPictures(Dataset):
 
 
 @torch.no_grad()
+def generate_batches(
+    model: EVLGenForConditionalGeneration,
+    loader: DataLoader,
+    processor: EVLGenProcessor,
+    generation: GenerationArguments,
+    dtype: torch.dtype,
+) -> Iterator[list[str]]:
+    """What the model says about the pictures or clips of each batch of prompts.
+
+    Args:
+        model: The captioner.
+        loader: Gives batches of prompts from the processor, without labels.
+        processor: Turns tokens into text.
+        generation: How to decode.
+        dtype: Precision of the arithmetic, for autocast.
+
+    Yields:
+        The texts of a batch, without spaces around them.
+    """
+    model.eval()
+    of_beams = {"length_penalty": generation.length_penalty} if generation.num_beams > 1 else {}
+    for batch in loader:
+        batch = batch.to(model.device)
+        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            sequences = model.generate(
+                **batch,
+                do_sample=False,
+                num_beams=generation.num_beams,
+                min_new_tokens=generation.min_new_tokens,
+                max_new_tokens=generation.max_new_tokens,
+                **of_beams,
+            )
+        new_tokens = sequences[:, batch["input_ids"].shape[1] :]
+        yield [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
 def generate_captions(
     model: EVLGenForConditionalGeneration,
     dataset: Dataset,
@@ -67,22 +104,9 @@ def generate_captions(
     dtype: torch.dtype,
 ) -> list[str]:
     """What the model says about each picture, in the data set's order."""
-    model.eval()
-    captions = []
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator.prompts)
-    for batch in tqdm(loader, desc="Captions", leave=False):
-        batch = batch.to(model.device)
-        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            sequences = model.generate(
-                **batch,
-                do_sample=False,
-                num_beams=generation.num_beams,
-                min_new_tokens=generation.min_new_tokens,
-                max_new_tokens=generation.max_new_tokens,
-            )
-        new_tokens = sequences[:, batch["input_ids"].shape[1] :]
-        captions += [text.strip() for text in collator.processor.batch_decode(new_tokens, skip_special_tokens=True)]
-    return captions
+    batches = generate_batches(model, loader, collator.processor, generation, dtype)
+    return [caption for batch in tqdm(batches, "Captions", len(loader), leave=False) for caption in batch]
 
 
 def evaluate_captions(

@@ -1,13 +1,11 @@
 """What all training scripts share: the run itself, from the last checkpoint on if there is one, and its report."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
@@ -23,17 +21,7 @@ from processing_evlgen import EVLGenProcessor
 logger = logging.get_logger(__name__)
 
 
-def use_all_cores(training: TrainingArguments) -> None:
-    """Shares the cores out among the processes of `accelerate launch`, which leaves each one thread by default."""
-    if training.device.type == "cpu" and {"ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS"} <= os.environ.keys():
-        if os.environ["OMP_NUM_THREADS"] != "1":
-            return
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // processes))
-
-
-def arithmetic(training: TrainingArguments) -> torch.dtype:
+def arithmetic(training: TrainingSettings) -> torch.dtype:
     """The dtype of autocast that `--bf16` and `--fp16` ask for; float32 without."""
     return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
 

@@ -1,0 +1,302 @@
+"""Published benchmarks, read from their own files: one function for each format, which gives its rows.
+
+A row of a caption benchmark is `{"id": int or str, "image" or "video": path, "captions": [str, …]}`, of NoCaps with a
+`"domain"`; a row of a question benchmark is `{"id", "image", "question", "answers": [str, …], "answer_type",
+"question_type"}`. Where a file tells no captions or answers, as those of test servers, the list is empty.
+"""
+
+import csv
+import io
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CLIP_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm", ".webp")
+
+
+def caption_rows(
+    benchmark: str, annotations: str | None, media_dir: str | None, split: str, split_file: str | None
+) -> list[dict[str, Any]]:
+    """Reads one of the caption benchmarks; see the functions for each format.
+
+    Raises:
+        ValueError: If a file or folder is not given, missing or not in the benchmark's format.
+    """
+    _check_folder(media_dir)
+    if benchmark == "msr-vtt":
+        rows = msr_vtt_rows(annotations, media_dir, split)
+    elif benchmark == "msvd":
+        rows = msvd_rows(annotations, media_dir, split_file)
+    elif benchmark == "nocaps" or _is_in_coco_format(annotations):
+        rows = coco_rows(annotations, media_dir)
+    else:
+        rows = karpathy_rows(annotations, media_dir, split)
+    return _not_empty("annotations", annotations, rows)
+
+
+def question_rows(
+    benchmark: str, questions: str | None, annotations: str | None, media_dir: str | None
+) -> list[dict[str, Any]]:
+    """Reads one of the question benchmarks; see the functions for each format.
+
+    Raises:
+        ValueError: If a file or folder is not given, missing or not in the benchmark's format.
+    """
+    _check_folder(media_dir)
+    rows = gqa_rows(questions, media_dir) if benchmark == "gqa" else vqa_rows(questions, annotations, media_dir)
+    return _not_empty("questions", questions, rows)
+
+
+def karpathy_rows(annotations: str, media_dir: str, split: str) -> list[dict[str, Any]]:
+    """COCO (`dataset_coco.json`) and Flickr30k (`dataset_flickr30k.json`) with Karpathy's splits.
+
+    Args:
+        annotations: The file.
+        media_dir: The folder of pictures; COCO's may lie in `val2014` and `train2014` below it.
+        split: "train", "restval", "val" or "test".
+
+    Raises:
+        ValueError: If a file is missing or not in this format, or there is no such split.
+    """
+    with _published("annotations", annotations, "file of Karpathy's splits") as data:
+        images = data["images"]
+        _check_split(split, {image["split"] for image in images}, annotations)
+        return [
+            {
+                "id": image.get("cocoid", image["imgid"]),
+                "image": _picture(media_dir, image["filename"], image.get("filepath")),
+                "captions": [sentence["raw"] for sentence in image["sentences"]],
+            }
+            for image in images
+            if image["split"] == split
+        ]
+
+
+def coco_rows(annotations: str, media_dir: str) -> list[dict[str, Any]]:
+    """Captions in COCO's own format, all of a file's pictures; NoCaps' file has it too.
+
+    Args:
+        annotations: E.g. `nocaps_val_4500_captions.json`, or `coco_karpathy_test_gt.json`, which names no files.
+        media_dir: The folder of pictures; COCO's may lie in `val2014` below it.
+
+    Raises:
+        ValueError: If a file is missing or not in this format, or only some pictures have captions.
+    """
+    with _published("annotations", annotations, "file of captions in COCO's format") as data:
+        captions = defaultdict(list)
+        for annotation in data.get("annotations", []):
+            captions[annotation["image_id"]].append(annotation["caption"])
+        rows = []
+        for image in data["images"]:
+            name = image.get("file_name") or f"COCO_val2014_{image['id']:012d}.jpg"
+            row = {"id": image["id"], "image": _picture(media_dir, name, "val2014"), "captions": captions[image["id"]]}
+            rows.append(row | ({"domain": image["domain"]} if "domain" in image else {}))
+            if not row["captions"] and "annotations" in data:
+                raise ValueError(f"`annotations`: {annotations} holds no caption of the image {image['id']}.")
+        return rows
+
+
+def msr_vtt_rows(annotations: str, media_dir: str, split: str) -> list[dict[str, Any]]:
+    """MSR-VTT, `train_val_videodatainfo.json` or `test_videodatainfo.json`.
+
+    Args:
+        annotations: The file.
+        media_dir: The folder of clips, `video0.mp4` and so on.
+        split: "train", "validate" or "test".
+
+    Raises:
+        ValueError: If a file is missing or not in this format, or there is no such split.
+    """
+    clips = _clips(media_dir)
+    with _published("annotations", annotations, "videodatainfo file of MSR-VTT") as data:
+        captions = defaultdict(list)
+        for sentence in data["sentences"]:
+            captions[sentence["video_id"]].append(sentence["caption"])
+        _check_split(split, {video["split"] for video in data["videos"]}, annotations)
+        names = [video["video_id"] for video in data["videos"] if video["split"] == split]
+        return [{"id": name, "video": _clip(clips, name, media_dir), "captions": captions[name]} for name in names]
+
+
+def msvd_rows(annotations: str, media_dir: str, split_file: str | None) -> list[dict[str, Any]]:
+    """MSVD, `AllVideoDescriptions.txt` or `MSR Video Description Corpus.csv`, of which the English captions are taken.
+
+    Args:
+        annotations: The file.
+        media_dir: The folder of clips, `-4wsuPCjDBc_5_15.avi` and so on.
+        split_file: The clips to take, as the first word of each line. None for all that have a caption, which the
+            files tell no splits of.
+
+    Raises:
+        ValueError: If a file is missing or not in this format, or has no caption of a clip.
+    """
+    clips = _clips(media_dir)
+    captions = defaultdict(list)
+    for name, caption in _msvd_captions(annotations):
+        captions[name].append(caption)
+    names = list(captions)
+    if split_file:
+        names = [line.split()[0] for line in _read_text("split_file", split_file).splitlines() if line.strip()]
+    for name in names:
+        if name not in captions:
+            raise ValueError(f"`split_file`: {split_file} names {name!r}, of which {annotations} has no caption.")
+    return [{"id": name, "video": _clip(clips, name, media_dir), "captions": captions[name]} for name in names]
+
+
+def _msvd_captions(path: str) -> list[tuple[str, str]]:
+    text = _read_text("annotations", path)
+    if path.endswith(".csv"):
+        try:
+            return [
+                (f"{line['VideoID']}_{line['Start']}_{line['End']}", line["Description"].strip())
+                for line in csv.DictReader(io.StringIO(text, newline=""))
+                if line["Language"] == "English" and line["Description"].strip()
+            ]
+        except (KeyError, AttributeError) as error:
+            raise ValueError(f"`annotations`: {path} is no corpus of MSVD: it lacks {error}.") from error
+    pairs = [line.strip().partition(" ") for line in text.split("\n") if line.strip() and not line.startswith("#")]
+    if not pairs or not all(re.search(r"_\d+_\d+$", name) and caption for name, _, caption in pairs):
+        raise ValueError(
+            f"`annotations`: {path} is no list of MSVD's clips and captions, 'VIDEO_START_END a caption'."
+        )
+    return [(name, caption) for name, _, caption in pairs]
+
+
+def vqa_rows(questions: str, annotations: str | None, media_dir: str) -> list[dict[str, Any]]:
+    """VQAv2 and OK-VQA.
+
+    Args:
+        questions: E.g. `v2_OpenEnded_mscoco_val2014_questions.json`.
+        annotations: E.g. `v2_mscoco_val2014_annotations.json`; None for a test split.
+        media_dir: The folder of COCO's pictures; they may lie in `val2014` or the like below it.
+
+    Raises:
+        ValueError: If a file is missing or not in this format, or a question has no annotation.
+    """
+    annotated = {}
+    if annotations:
+        with _published("annotations", annotations, "file of VQAv2's annotations") as data:
+            types = data.get("question_types", {})  # OK-VQA's have numbers, whose meaning it tells
+            for entry in data["annotations"]:
+                annotated[entry["question_id"]] = {
+                    "answers": [answer["answer"] for answer in entry["answers"]],
+                    "answer_type": entry["answer_type"],
+                    "question_type": types.get(entry["question_type"], entry["question_type"]),
+                }
+    with _published("questions", questions, "file of VQAv2's questions") as data:
+        subtype = data["data_subtype"].replace("-dev", "")  # test-dev is a part of test
+        rows = []
+        for question in data["questions"]:
+            if annotations and question["question_id"] not in annotated:
+                raise ValueError(
+                    f"`annotations`: {annotations} has no answers to the question {question['question_id']} of "
+                    f"{questions}."
+                )
+            name = f"COCO_{subtype}_{question['image_id']:012d}.jpg"
+            row = {"id": question["question_id"], "image": _picture(media_dir, name, subtype)}
+            row["question"] = question["question"]
+            rows.append(row | annotated.get(question["question_id"], {"answers": []}))
+        return rows
+
+
+def gqa_rows(questions: str, media_dir: str) -> list[dict[str, Any]]:
+    """GQA, e.g. `testdev_balanced_questions.json`. Its answer types are those of the official tool, open and binary.
+
+    Args:
+        questions: The file.
+        media_dir: The folder of pictures, `n161313.jpg` and so on.
+
+    Raises:
+        ValueError: If a file is missing or not in this format.
+    """
+    with _published("questions", questions, "file of GQA's questions") as data:
+        rows = []
+        for name, question in data.items():
+            row = {"id": name, "image": _picture(media_dir, f"{question['imageId']}.jpg", "images")}
+            row |= {"question": question["question"], "answers": []}
+            if "answer" in question:
+                structure = question["types"]["structural"]
+                row |= {"answers": [question["answer"]], "question_type": structure}
+                row["answer_type"] = "open" if structure == "query" else "binary"
+            rows.append(row)
+        return rows
+
+
+def clean_question(question: str, max_words: int = 50) -> str:
+    """The original's clean-up of questions: lower case, without the marks ``.!"()*#:;~``, `max_words` words.
+
+    Source: `BlipQuestionProcessor` of the original (lavis/processors/blip_processors.py). The original also cuts the
+    prompt off behind 32 tokens, and with it the end of long questions; that is not done here.
+    """
+    words = re.sub(r'[.!"()*#:;~]', "", question.lower()).rstrip(" ").split(" ")
+    return " ".join(words[:max_words])
+
+
+def _check_folder(media_dir: str | None) -> None:
+    if not media_dir:
+        raise ValueError("`media_dir` is needed: the folder of the benchmark's pictures or clips.")
+    if not Path(media_dir).is_dir():
+        raise ValueError(f"`media_dir`: {media_dir} is no folder.")
+
+
+def _is_in_coco_format(annotations: str | None) -> bool:
+    with _published("annotations", annotations, "file of captions") as data:
+        return "annotations" in data
+
+
+def _not_empty(argument: str, path: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not rows:
+        raise ValueError(f"`{argument}`: {path} holds no rows.")
+    return rows
+
+
+def _read_text(argument: str, path: str | None) -> str:
+    if not path:
+        raise ValueError(f"`{argument}` is needed: a file of the benchmark.")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"`{argument}`: {path} cannot be read: {error}") from error
+
+
+@contextmanager
+def _published(argument: str, path: str | None, what: str) -> Iterator[Any]:
+    """The JSON file's content; what its format lacks is reported as a `ValueError` that names it."""
+    text = _read_text(argument, path)
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{argument}`: {path} is no {what}, as it is no JSON: {error}") from error
+    try:
+        yield data
+    except (KeyError, TypeError, AttributeError) as error:
+        problem = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"`{argument}`: {path} is no {what}: {problem}.") from error
+
+
+def _check_split(split: str, splits: set[str], path: str) -> None:
+    if split not in splits:
+        raise ValueError(f"`test_split` is {split!r}, but {path} has {sorted(splits)}.")
+
+
+def _picture(media_dir: str, name: str, subfolder: str | None = None) -> str:
+    """Path of a picture, which lies in `media_dir` or in a folder of it."""
+    candidates = [Path(media_dir, name), *([Path(media_dir, subfolder, name)] if subfolder else [])]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise ValueError(f"`media_dir`: there is no {' or '.join(map(str, candidates))}.")
+    return str(found)
+
+
+def _clips(media_dir: str) -> dict[str, str]:
+    """Paths of a folder's clips by name without suffix."""
+    return {path.stem: str(path) for path in Path(media_dir).iterdir() if path.suffix.lower() in CLIP_SUFFIXES}
+
+
+def _clip(clips: dict[str, str], name: str, media_dir: str) -> str:
+    if name not in clips:
+        raise ValueError(f"`media_dir`: {media_dir} holds no clip {name} ({', '.join(CLIP_SUFFIXES)}).")
+    return clips[name]

@@ -1,0 +1,168 @@
+"""Captions the pictures or clips of a benchmark and scores the captions, with the paper's decoding.
+
+Without arguments: the demo's model on the demo's held-out scenes. It needs `.[demo]` and `.[scst]`.
+
+    python examples/evaluate_captioning.py
+
+A published benchmark, read from its own files, with several processes if you like:
+
+    accelerate launch --num_processes 8 examples/evaluate_captioning.py --model path/to/model \
+        --benchmark coco-karpathy --annotations dataset_coco.json --media_dir coco
+
+| benchmark | `--annotations` | `--media_dir` |
+|---|---|---|
+| `coco-karpathy` | `dataset_coco.json`, or a split in COCO's format | COCO's pictures, or the folder of `val2014` |
+| `nocaps` | `nocaps_val_4500_captions.json` | the validation pictures |
+| `flickr30k` | `dataset_flickr30k.json` | the pictures |
+| `msr-vtt` | `test_videodatainfo.json` | `video7010.mp4` and so on |
+| `msvd` | `AllVideoDescriptions.txt` or `MSR Video Description Corpus.csv`, and `--split_file` | the clips |
+
+Your own: `--dataset` and its columns, as in the training scripts. A run that was cut off goes on when it is started
+again.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import evaluate
+from datasets import Dataset
+
+from common.answers import answer_rows, start_processes
+from common.arguments import DataArguments, EvaluationArguments, GenerationArguments, parse_arguments
+from common.benchmarks import caption_rows
+from common.data import load_held_out
+from common.results import METRICS_FOLDER, check_source, output_folder, take, write_json, write_results
+
+# Least and largest number of new tokens that the original evaluated with: `min_len` and `max_len` of
+# lavis/projects/EVLGen/eval/caption_coco_opt2.7b_eval.yaml and EVLGen_video/eval/caption_msrvtt_opt2.7b_eval.yaml.
+LENGTHS = {
+    "coco-karpathy": (8, 30),
+    "nocaps": (8, 30),
+    "flickr30k": (8, 30),
+    "msr-vtt": (5, 20),
+    "msvd": (5, 20),
+}
+
+METRIC_NAMES = {
+    "cider": "CIDEr",
+    **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
+    "rouge_l": "ROUGE-L",
+    "meteor": "METEOR",
+    "spice": "SPICE",
+}
+
+
+@dataclass
+class CaptionArguments:
+    split_file: str | None = field(default=None, metadata={"help": "msvd: which clips to take, one in each line."})
+    video_column: str | None = field(default=None, metadata={"help": "The dataset's column of clips, if any."})
+    caption_column: str = field(
+        default="caption", metadata={"help": "The dataset's column of captions, one or several."}
+    )
+    num_frames: int = field(default=4, metadata={"help": "Frames taken of each clip, at equal distances."})
+    prompt: str = field(default="", metadata={"help": "What the model is told along with each picture."})
+    metrics: list[str] = field(
+        default_factory=lambda: ["cider", "bleu", "rouge_l"],
+        metadata={"help": "Of cider, bleu, rouge_l, and meteor and spice, which need Java."},
+    )
+
+
+@dataclass
+class CaptionDecoding(GenerationArguments):
+    num_beams: int = field(default=5, metadata={"help": "Beams; 1 is greedy."})
+    min_new_tokens: int | None = field(
+        default=None, metadata={"help": "Least length of a caption; default: the paper's for a benchmark, else 1."}
+    )
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Largest length of a caption; default: the paper's for a benchmark, else 30."}
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    evaluation, captions, generation = parse_arguments(
+        EvaluationArguments, CaptionArguments, CaptionDecoding, argv=argv
+    )
+    name = check_source(evaluation, tuple(LENGTHS), default="openmoji-scenes", split_file=captions.split_file)
+    least, largest = LENGTHS.get(evaluation.benchmark, (1, 30))
+    if generation.min_new_tokens is None:
+        generation.min_new_tokens = least
+    if generation.max_new_tokens is None:
+        generation.max_new_tokens = largest
+    unknown = set(captions.metrics) - {*METRIC_NAMES, "bleu"}
+    if unknown or not captions.metrics:
+        raise ValueError(f"`metrics` must be some of {', '.join(METRIC_NAMES)}, but is {captions.metrics}.")
+    state = start_processes()
+    with state.main_process_first():
+        rows, columns = load_rows(name, evaluation, captions)
+    folder = output_folder(evaluation, name)
+    texts = answer_rows(rows, columns, generation, evaluation, folder, state)
+    if texts is None:  # the main process does the rest
+        return {}
+
+    predictions = [{"image_id": row, "caption": text} for row, text in zip(rows["id"], texts, strict=True)]
+    write_json(folder / "predictions.json", predictions)
+    metrics = []
+    if any(rows["captions"]):
+        domains = rows["domain"][:] if "domain" in rows.column_names else []
+        metrics = score(texts, rows["captions"][:], domains, captions.metrics)
+    else:
+        print(f"{name} has no captions here: {folder}/predictions.json is for its test server.")
+    task = ("video-to-text", "Video Captioning") if columns.video_column else ("image-to-text", "Image Captioning")
+    return write_results(folder, task, name, metrics, evaluation, len(texts))
+
+
+def load_rows(name: str, evaluation: EvaluationArguments, captions: CaptionArguments) -> tuple[Dataset, DataArguments]:
+    """Rows with the columns `id` and `captions`, and what their other columns are called."""
+    shown = {"num_frames": captions.num_frames, "prompt": captions.prompt}
+    if evaluation.benchmark:
+        rows = caption_rows(
+            name, evaluation.annotations, evaluation.media_dir, evaluation.test_split, captions.split_file
+        )
+        columns = DataArguments(video_column="video" if "video" in rows[0] else None, **shown)
+        return take(Dataset.from_list(rows), evaluation.max_samples), columns
+    columns = DataArguments(
+        dataset=name,
+        data_files=evaluation.data_files,
+        dataset_config=evaluation.dataset_config,
+        test_split=evaluation.test_split,
+        image_column=evaluation.image_column,
+        video_column=captions.video_column,
+        caption_column=captions.caption_column,
+        **shown,
+    )
+    rows = load_held_out(columns)
+    references = [caption_list(value) for value in rows[captions.caption_column]]
+    rows = rows.remove_columns(captions.caption_column).add_column("captions", references)
+    return take(rows.add_column("id", list(range(len(rows)))), evaluation.max_samples), columns
+
+
+def caption_list(value: Any) -> list[str]:
+    """A data set's caption or captions as a list."""
+    captions = [value] if isinstance(value, str) else value or []
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        raise ValueError(f"`caption_column` must hold a caption or several, but a row holds {value!r}.")
+    return captions
+
+
+def score(texts: list[str], references: list[list[str]], domains: list[str], names: list[str]) -> list[dict[str, Any]]:
+    """The caption metrics times 100, of all rows and, where there are any, of each domain's rows by themselves."""
+    metric = evaluate.load(str(METRICS_FOLDER / "coco_caption"), keep_in_memory=True)
+    entries = []
+    for domain in (None, *sorted(set(domains))):
+        chosen = [index for index in range(len(texts)) if domain is None or domains[index] == domain]
+        if domain and len(chosen) < 2:  # CIDEr wants two
+            continue
+        values = metric.compute(
+            predictions=[texts[index] for index in chosen],
+            references=[references[index] for index in chosen],
+            metrics=names,
+        )
+        for kind, name in METRIC_NAMES.items():
+            if kind in values:
+                entry = {"type": kind, "name": f"{name} ({domain})" if domain else name, "value": values[kind]}
+                entries.append(entry | ({"args": {"domain": domain}} if domain else {}))
+    return entries
+
+
+if __name__ == "__main__":
+    main()

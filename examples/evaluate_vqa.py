@@ -1,0 +1,178 @@
+"""Answers the questions of a benchmark and scores the answers, with the paper's decoding.
+
+Without arguments: the demo's model on 200 of easy-VQA's 9,673 test questions; `--dataset easy-vqa` takes all. Needs
+`.[demo]`.
+
+    python examples/evaluate_vqa.py
+
+A published benchmark, read from its own files, with several processes if you like:
+
+    accelerate launch --num_processes 8 examples/evaluate_vqa.py --model path/to/model --benchmark vqav2 \
+        --questions v2_OpenEnded_mscoco_val2014_questions.json --annotations v2_mscoco_val2014_annotations.json \
+        --media_dir coco
+
+| benchmark | `--questions` | `--annotations` | `--media_dir` |
+|---|---|---|---|
+| `vqav2` | `v2_OpenEnded_mscoco_val2014_questions.json` | `v2_mscoco_val2014_annotations.json` | COCO's pictures |
+| `ok-vqa` | `OpenEnded_mscoco_val2014_questions.json` | `mscoco_val2014_annotations.json` | COCO's pictures |
+| `gqa` | `testdev_balanced_questions.json` | | the pictures |
+
+COCO's pictures may lie in folders such as `val2014`. Without `--annotations`, as for VQAv2's test splits, the answers
+are written as its test server wants them. Answers of OK-VQA are lemmatised, which needs `.[vqa]`. Your own:
+`--dataset` and its columns, as in the training scripts. A run that was cut off goes on when it is started again.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import evaluate
+from datasets import Dataset
+
+from common.answers import answer_rows, start_processes
+from common.arguments import DataArguments, EvaluationArguments, GenerationArguments, parse_arguments
+from common.benchmarks import clean_question, question_rows
+from common.data import load_held_out
+from common.demo_data import easy_vqa_questions
+from common.results import METRICS_FOLDER, check_source, output_folder, take, write_json, write_results
+from metrics.vqa_accuracy.lemmatization import lemmatize
+
+BENCHMARKS = ("vqav2", "gqa", "ok-vqa")
+DEMO_QUESTIONS = 200  # easy-VQA's answered without arguments; all of them take hours on two cores
+
+
+@dataclass
+class QuestionArguments:
+    questions: str | None = field(default=None, metadata={"help": "The benchmark's question file, as published."})
+    prompt: str = field(
+        default="Question: {} Short answer:", metadata={"help": "What the model is told; {} is the question."}
+    )
+    prompt_column: str = field(default="question", metadata={"help": "The dataset's column of questions."})
+    caption_column: str = field(
+        default="answer", metadata={"help": "The dataset's column of answers: one, or several people's."}
+    )
+    clean_questions: bool | None = field(
+        default=None,
+        metadata={"help": "Lower case and fewer marks, as in the paper; default: for benchmarks, not for a dataset."},
+    )
+
+
+@dataclass
+class AnswerDecoding(GenerationArguments):
+    num_beams: int = field(default=5, metadata={"help": "Beams; 1 is greedy."})
+    min_new_tokens: int | None = field(default=1, metadata={"help": "Least length of an answer."})
+    max_new_tokens: int = field(default=10, metadata={"help": "Largest length of an answer."})
+    length_penalty: float = field(
+        default=0.0, metadata={"help": "Power of its length that a beam's score is divided by; BLIP-2 takes -1."}
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    evaluation, questions, generation = parse_arguments(
+        EvaluationArguments, QuestionArguments, AnswerDecoding, argv=argv
+    )
+    name = check_source(evaluation, BENCHMARKS, default="easy-vqa", questions=questions.questions)
+    if questions.prompt and "{}" not in questions.prompt:
+        raise ValueError(f"`prompt` must hold {{}}, where the question goes, but is {questions.prompt!r}.")
+    state = start_processes()
+    with state.main_process_first():
+        rows, columns = load_rows(name, evaluation, questions)
+    folder = output_folder(evaluation, name)
+    texts = answer_rows(rows, columns, generation, evaluation, folder, state)
+    if texts is None:  # the main process does the rest
+        return {}
+
+    write_json(folder / "predictions.json", predictions(evaluation.benchmark, rows["id"][:], texts))
+    metrics, details = [], {}
+    if any(rows["answers"]):
+        metrics, details = score(evaluation.benchmark, texts, rows)
+    else:
+        print(f"{name} has no answers here: {folder}/predictions.json is for its test server.")
+    task = ("visual-question-answering", "Visual Question Answering")
+    return write_results(folder, task, name, metrics, evaluation, len(texts), **details)
+
+
+def load_rows(
+    name: str, evaluation: EvaluationArguments, questions: QuestionArguments
+) -> tuple[Dataset, DataArguments]:
+    """Rows with the columns `id` and `answers`, and what their other columns are called."""
+    columns = DataArguments(prompt=questions.prompt, prompt_column="question")
+    if evaluation.benchmark:
+        rows = Dataset.from_list(
+            question_rows(name, questions.questions, evaluation.annotations, evaluation.media_dir)
+        )
+    elif name == "easy-vqa":
+        rows = Dataset.from_list(easy_vqa_questions(evaluation.test_split))
+        if not evaluation.dataset:
+            rows = rows.select(range(0, len(rows), len(rows) // DEMO_QUESTIONS)).take(DEMO_QUESTIONS)
+    else:
+        rows, columns = own_rows(name, evaluation, questions)
+    rows = take(rows, evaluation.max_samples)
+    clean = bool(evaluation.benchmark) if questions.clean_questions is None else questions.clean_questions
+    if clean:
+        cleaned = [clean_question(question) for question in rows[columns.prompt_column]]
+        rows = rows.remove_columns(columns.prompt_column).add_column(columns.prompt_column, cleaned)
+    return rows, columns
+
+
+def own_rows(
+    name: str, evaluation: EvaluationArguments, questions: QuestionArguments
+) -> tuple[Dataset, DataArguments]:
+    """The rows of a folder, files or a data set of the Hub, likewise."""
+    columns = DataArguments(
+        dataset=name,
+        data_files=evaluation.data_files,
+        dataset_config=evaluation.dataset_config,
+        test_split=evaluation.test_split,
+        image_column=evaluation.image_column,
+        caption_column=questions.caption_column,
+        prompt=questions.prompt,
+        prompt_column=questions.prompt_column,
+    )
+    rows = load_held_out(columns)
+    for question in rows[questions.prompt_column]:
+        if not isinstance(question, str):
+            raise ValueError(f"`prompt_column` must hold a question, but a row holds {question!r}.")
+    answers = [people(value) for value in rows[questions.caption_column]]
+    rows = rows.remove_columns(questions.caption_column).add_column("answers", answers)
+    return rows.add_column("id", list(range(len(rows)))), columns
+
+
+def people(value: Any) -> list[str]:
+    """A data set's answer or answers as a list: a text, several, or VQAv2's dicts with an `answer`."""
+    answers = [value] if isinstance(value, str) else value or []
+    answers = [answer["answer"] if isinstance(answer, dict) else answer for answer in answers]
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"`caption_column` must hold an answer or several people's, but a row holds {value!r}.")
+    return answers
+
+
+def predictions(benchmark: str | None, ids: list[int | str], texts: list[str]) -> list[dict[str, Any]]:
+    """The answers as the official tool of the benchmark reads them; OK-VQA's lemmatised, as they are scored."""
+    if benchmark == "gqa":
+        return [{"questionId": row, "prediction": text} for row, text in zip(ids, texts, strict=True)]
+    texts = lemmatize(texts) if benchmark == "ok-vqa" else texts
+    return [{"question_id": row, "answer": text} for row, text in zip(ids, texts, strict=True)]
+
+
+def score(benchmark: str | None, texts: list[str], rows: Dataset) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Accuracy in percent, of all questions and of each answer type; and of each question type.
+
+    Questions of your own with one right answer each are scored as GQA's, others as VQAv2's.
+    """
+    rule = benchmark
+    if rule is None:
+        rule = "gqa" if all(len(answers) == 1 for answers in rows["answers"]) else "vqav2"
+    types = {f"{kind}s": rows[kind][:] for kind in ("answer_type", "question_type") if kind in rows.column_names}
+    metric = evaluate.load(str(METRICS_FOLDER / "vqa_accuracy"), keep_in_memory=True)
+    result = metric.compute(predictions=texts, references=rows["answers"][:], benchmark=rule, **types)
+    kind, label = ("accuracy", "Accuracy") if rule == "gqa" else ("vqa_accuracy", "VQA accuracy")
+    entries = [{"type": kind, "name": f"{label} [%]", "value": result["accuracy"]}]
+    for answer_type, value in result.get("accuracy_per_answer_type", {}).items():
+        entry = {"type": kind, "name": f"{label} [%], {answer_type}", "value": value}
+        entries.append(entry | {"args": {"answer_type": answer_type}})
+    per_question_type = result.get("accuracy_per_question_type")
+    return entries, {"accuracy_per_question_type": per_question_type} if per_question_type else {}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Accuracy of short answers to questions about pictures, as VQAv2, OK-VQA and GQA are scored: an `evaluate` metric."""
+
+from collections import defaultdict
+from statistics import fmean
+
+import datasets
+import evaluate
+
+from .answer_normalization import gqa_score, vqa_score
+from .lemmatization import lemmatize
+
+_CITATION = """\
+@inproceedings{goyal2017making,
+  title = {Making the {V} in {VQA} Matter: Elevating the Role of Image Understanding in Visual Question Answering},
+  author = {Goyal, Yash and Khot, Tejas and Summers-Stay, Douglas and Batra, Dhruv and Parikh, Devi},
+  booktitle = {CVPR},
+  year = {2017}
+}
+"""
+
+_DESCRIPTION = """\
+Accuracy of short answers to questions about pictures. VQAv2: an answer is right to the degree that people gave the
+same one, min(1, matches / 3), averaged over leaving each person out, after the official normalisation. OK-VQA: the
+same with lemmatised predictions. GQA: exact match of the normalised prediction with the one right answer, as LAVIS
+runs it.
+"""
+
+_KWARGS_DESCRIPTION = """
+Args:
+    predictions (`list[str]`): The model's answers, as generated.
+    references (`list[list[str]]`): People's answers to each question: 10 for VQAv2 and OK-VQA, 1 for GQA.
+    benchmark (`str`): Whose rule: "vqav2" (the default), "ok-vqa" or "gqa".
+    answer_types (`list[str]`, *optional*): Of each question, e.g. "yes/no", "number" and "other".
+    question_types (`list[str]`, *optional*): Of each question, e.g. "how many".
+
+Returns:
+    accuracy (`float`): Mean over all questions, in percent; the official tool rounds it to two digits.
+    num_questions (`int`): How many there were.
+    accuracy_per_answer_type, accuracy_per_question_type (`dict[str, float]`): The same for each type, where types are
+        given.
+
+Examples:
+
+    >>> metric = evaluate.load("examples/metrics/vqa_accuracy")
+    >>> people = ["blue"] * 2 + ["navy"] * 8
+    >>> metric.compute(predictions=["Blue."], references=[people], answer_types=["other"])
+    {'accuracy': 60.0, 'num_questions': 1, 'accuracy_per_answer_type': {'other': 60.0}}
+"""
+
+BENCHMARKS = ("vqav2", "ok-vqa", "gqa")
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class VQAAccuracy(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Value("string"),
+                    "references": datasets.Sequence(datasets.Value("string")),
+                }
+            ),
+            reference_urls=["https://visualqa.org/evaluation.html", "https://github.com/GT-Vision-Lab/VQA"],
+        )
+
+    def _compute(
+        self,
+        predictions: list[str],
+        references: list[list[str]],
+        benchmark: str = "vqav2",
+        answer_types: list[str] | None = None,
+        question_types: list[str] | None = None,
+    ) -> dict[str, float | int | dict[str, float]]:
+        if benchmark not in BENCHMARKS:
+            raise ValueError(f"`benchmark` must be one of {', '.join(BENCHMARKS)}, but is {benchmark!r}.")
+        _check_references(references, benchmark)
+        if benchmark == "ok-vqa":
+            predictions = lemmatize(predictions)
+        score = _gqa_score if benchmark == "gqa" else vqa_score
+        scores = [score(answer, people) for answer, people in zip(predictions, references, strict=True)]
+        results = {"accuracy": 100 * fmean(scores), "num_questions": len(scores)}
+        for name, types in (("answer_type", answer_types), ("question_type", question_types)):
+            if types is not None:
+                results[f"accuracy_per_{name}"] = _mean_per_type(f"{name}s", types, scores)
+        return results
+
+
+def _gqa_score(prediction: str, answers: list[str]) -> float:
+    return gqa_score(prediction, answers[0])
+
+
+def _check_references(references: list[list[str]], benchmark: str) -> None:
+    for index, answers in enumerate(references):
+        if benchmark == "gqa" and len(answers) != 1:
+            raise ValueError(f"`references` entry {index} must hold one answer for gqa, but holds {len(answers)}.")
+        if benchmark != "gqa" and len(answers) < 2:
+            raise ValueError(
+                f"`references` entry {index} must hold the answers of at least 2 people for {benchmark}, but holds "
+                f'{len(answers)}. With one right answer for each question, take benchmark="gqa".'
+            )
+
+
+def _mean_per_type(argument: str, types: list[str], scores: list[float]) -> dict[str, float]:
+    if len(types) != len(scores):
+        raise ValueError(f"`{argument}` must hold {len(scores)} types, one for each question, but holds {len(types)}.")
+    grouped = defaultdict(list)
+    for kind, score in zip(types, scores, strict=True):
+        grouped[kind].append(score)
+    return {kind: 100 * fmean(scores) for kind, scores in sorted(grouped.items())}

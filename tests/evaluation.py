@@ -1,0 +1,93 @@
+"""What the tests of the evaluation scripts share: drawn pictures and clips for the published files, and a stand-in."""
+
+import json
+
+from PIL import Image, ImageDraw
+
+from common import answers
+
+from .helpers import COLORS, FIXTURES, tiny_model, tiny_processor
+
+PUBLISHED = FIXTURES / "benchmarks"
+COCO_PICTURES = (522418, 184613, 318219, 391895, 57870, 60623, 318556, 262148, 393225, 297147, 339761)
+CLIPS = ("video7010", "video7011", "video7012", "video6513")
+CLIPS += ("-4wsuPCjDBc_5_15", "-7KMZQEsJW4_205_208", "-8y1Q0rA3n8_108_115")
+OPENIMAGES = [
+    image["file_name"] for image in json.loads((PUBLISHED / "nocaps_val_4500_captions.json").read_text())["images"]
+]
+
+
+def draw(path, color):
+    picture = Image.new("RGB", (48, 40), "white")
+    ImageDraw.Draw(picture).ellipse((8, 4, 40, 36), fill=color)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def animate(path, brightness):
+    frames = [Image.new("RGB", (32, 32), (brightness + 5 * index,) * 3) for index in range(6)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def save_work(folder):
+    """A tiny model, and the pictures and clips that the fixtures' files name, drawn."""
+    model = tiny_model()
+    processor = tiny_processor(model)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    for index, picture in enumerate(COCO_PICTURES):
+        draw(folder / "coco" / "val2014" / f"COCO_val2014_{picture:012d}.jpg", COLORS[index % 4])
+    for index, picture in enumerate((1, 16)):
+        draw(folder / "coco" / f"COCO_test2015_{picture:012d}.jpg", COLORS[index])
+    for index, name in enumerate(OPENIMAGES):
+        draw(folder / "nocaps" / name, COLORS[index % 4])
+    for index, name in enumerate(("1007129816.jpg", "1009434119.jpg")):
+        draw(folder / "flickr" / name, COLORS[index])
+    for index, name in enumerate(("n161313.jpg", "n235859.jpg")):
+        draw(folder / "gqa" / name, COLORS[index])
+    for index, name in enumerate(CLIPS):
+        animate(folder / "clips" / f"{name}.webp", 30 * index)
+    return folder
+
+
+def options(work, output, **changes):
+    given = {"model": work / "model", "output_dir": output, "batch_size": 4, **changes}
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def published(work, benchmark, media, **files):
+    return {
+        "benchmark": benchmark,
+        "media_dir": work / media,
+        **{name: value if name == "test_split" else PUBLISHED / value for name, value in files.items()},
+    }
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+class Said:
+    """In place of a model: says what is in a list, row by row."""
+
+    def __init__(self, monkeypatch, texts):
+        self.texts = texts
+        monkeypatch.setattr(answers, "generate_batches", self)
+
+    def __call__(self, model, loader, processor, generation, dtype):
+        self.generation = generation
+        texts = iter(self.texts)
+        for batch in loader:
+            self.prompts = processor.batch_decode(batch["input_ids"], skip_special_tokens=True)
+            yield [next(texts) for _ in range(len(batch["input_ids"]))]
+
+
+def value(results, name):
+    (metric,) = [metric for metric in results["metrics"] if metric["name"] == name]
+    return metric["value"]
+
+
+def vqav2(work, **changes):
+    files = {"questions": "v2_OpenEnded_mscoco_val2014_questions.json"}
+    return published(work, "vqav2", "coco", annotations="v2_mscoco_val2014_annotations.json", **files) | changes

@@ -1,0 +1,260 @@
+"""Published benchmarks in their own formats: what is read, said, scored and handed in, and what is refused."""
+
+import json
+
+import evaluate_captioning
+import evaluate_vqa
+import pytest
+
+from common import benchmarks
+from common.answers import read_answers
+
+from .evaluation import CLIPS, PUBLISHED, Said, options, published, read_json, save_work, value, vqav2
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return save_work(tmp_path_factory.mktemp("work"))
+
+
+CAPTION_FILES = {
+    "karpathy": ("coco-karpathy", "coco", {"annotations": "dataset_coco.json"}, [522418, 184613, 318219]),
+    "karpathy val": (
+        "coco-karpathy",
+        "coco",
+        {"annotations": "dataset_coco.json", "test_split": "val"},
+        [391895, 318556],
+    ),
+    "coco": ("coco-karpathy", "coco", {"annotations": "coco_karpathy_test_gt.json"}, [522418, 184613, 318219]),
+    "nocaps": ("nocaps", "nocaps", {"annotations": "nocaps_val_4500_captions.json"}, list(range(6))),
+    "flickr30k": ("flickr30k", "flickr", {"annotations": "dataset_flickr30k.json"}, [0, 1]),
+    "msr-vtt": ("msr-vtt", "clips", {"annotations": "test_videodatainfo.json"}, list(CLIPS[:3])),
+    "msvd txt": (
+        "msvd",
+        "clips",
+        {"annotations": "AllVideoDescriptions.txt", "split_file": "test_list.txt"},
+        [CLIPS[5], CLIPS[4]],
+    ),
+    "msvd csv": ("msvd", "clips", {"annotations": "MSR Video Description Corpus.csv"}, list(CLIPS[4:])),
+}
+
+
+@pytest.mark.parametrize("kind", CAPTION_FILES)
+def test_captions_of_published_files_are_scored(kind, work, tmp_path, monkeypatch):
+    benchmark, media, files, ids = CAPTION_FILES[kind]
+    said = Said(monkeypatch, [f"a thing that is number {index}" for index in range(len(ids))])
+    results = evaluate_captioning.main(options(work, tmp_path, **published(work, benchmark, media, **files)))
+    least, largest = (5, 20) if benchmark in ("msr-vtt", "msvd") else (8, 30)
+    assert (said.generation.min_new_tokens, said.generation.max_new_tokens) == (least, largest)
+    assert (said.generation.num_beams, said.generation.length_penalty) == (5, 1.0)
+    assert read_json(tmp_path / "predictions.json") == [
+        {"image_id": row, "caption": f"a thing that is number {index}"} for index, row in enumerate(ids)
+    ]
+    assert results == read_json(tmp_path / "results.json")
+    assert results["num_rows"] == len(ids) and results["dataset"]["type"] == benchmark
+    assert results["dataset"]["args"] == {"annotations": files["annotations"]}
+    assert {"CIDEr", "BLEU-4", "ROUGE-L"} <= {metric["name"] for metric in results["metrics"]}
+
+
+def test_captions_are_those_of_the_files(work):
+    """All of them, in the published order, with the domain where there is one; of MSVD the English ones."""
+    read = {
+        kind: benchmarks.caption_rows(
+            benchmark,
+            str(PUBLISHED / files["annotations"]),
+            str(work / media),
+            files.get("test_split", "test"),
+            str(PUBLISHED / files["split_file"]) if "split_file" in files else None,
+        )
+        for kind, (benchmark, media, files, _) in CAPTION_FILES.items()
+    }
+    circle = {
+        "id": 522418,
+        "image": str(work / "coco" / "val2014" / "COCO_val2014_000000522418.jpg"),
+        "captions": ["A red circle on a white paper.", "The round shape is red.", "A drawing of a red circle"],
+    }
+    assert read["karpathy"][0] == read["coco"][0] == circle
+    assert [row["domain"] for row in read["nocaps"]][:3] == ["near-domain", "out-domain", "in-domain"]
+    assert read["flickr30k"][1]["captions"] == ["A blue triangle.", "A triangle drawn in blue."]
+    assert read["msr-vtt"][0]["captions"] == ["a screen gets brighter", "a dark screen becomes gray"]
+    assert read["msvd txt"][0] == {
+        "id": "-7KMZQEsJW4_205_208",
+        "video": str(work / "clips" / "-7KMZQEsJW4_205_208.webp"),
+        "captions": ["a black screen turns gray", "the picture becomes light"],
+    }
+    assert [row["captions"] for row in read["msvd csv"]] == [
+        ["a screen gets brighter", "a dark screen becomes gray, slowly"],
+        ["a black screen turns gray"],
+        ["a dark video"],
+    ]
+
+
+def test_nocaps_is_scored_by_domain(work, tmp_path, monkeypatch):
+    """Right captions in one domain alone."""
+    references = read_json(PUBLISHED / "nocaps_val_4500_captions.json")
+    domains = {image["id"]: image["domain"] for image in references["images"]}
+    right = {entry["image_id"]: entry["caption"] for entry in references["annotations"]}
+    Said(monkeypatch, [right[row] if domain == "in-domain" else "what" for row, domain in domains.items()])
+    files = published(work, "nocaps", "nocaps", annotations="nocaps_val_4500_captions.json")
+    results = evaluate_captioning.main(options(work, tmp_path, **files))
+    by_domain = {name: value(results, f"CIDEr ({name})") for name in ("in-domain", "near-domain", "out-domain")}
+    assert by_domain["in-domain"] > 100 and by_domain["near-domain"] == by_domain["out-domain"] == 0
+    assert 0 < value(results, "CIDEr") < by_domain["in-domain"]
+
+
+def test_predictions_are_what_the_official_coco_tool_reads(work, tmp_path, monkeypatch):
+    coco = pytest.importorskip("pycocotools.coco", reason="needs the scst extra")
+    Said(monkeypatch, ["a red circle", "a blue triangle", "a green square"])
+    files = published(work, "coco-karpathy", "coco", annotations="dataset_coco.json")
+    evaluate_captioning.main(options(work, tmp_path, **files))
+    official = coco.COCO(str(PUBLISHED / "coco_karpathy_test_gt.json"))
+    loaded = official.loadRes(str(tmp_path / "predictions.json"))
+    assert [entry["caption"] for entry in loaded.loadAnns(loaded.getAnnIds([184613]))] == ["a blue triangle"]
+
+
+def test_vqav2_is_scored_by_the_official_rule(work, tmp_path, monkeypatch):
+    said = Said(monkeypatch, ["Navy blue.", "no", "one", "a circle"])
+    results = evaluate_vqa.main(options(work, tmp_path, **vqav2(work)))
+    # 2 of 10 said "navy blue", 0.6; 9 said "no"; 8 said "1"; all said "circle".
+    assert value(results, "VQA accuracy [%]") == pytest.approx(90)
+    types = {"number": 100, "other": 80, "yes/no": 100}
+    assert {name: value(results, f"VQA accuracy [%], {name}") for name in types} == pytest.approx(types)
+    assert results["accuracy_per_question_type"]["what color is the"] == pytest.approx(60)
+    assert said.prompts[1].endswith("Question: is there a circle? Short answer:")  # cleaned as in the paper
+    generation = said.generation
+    assert (generation.num_beams, generation.min_new_tokens, generation.max_new_tokens) == (5, 1, 10)
+    assert generation.length_penalty == 0
+    assert read_json(tmp_path / "predictions.json")[1] == {"question_id": 262148001, "answer": "no"}
+
+
+def test_a_test_split_of_vqav2_becomes_a_submission(work, tmp_path, monkeypatch, capsys):
+    Said(monkeypatch, ["red", "yes"])
+    files = {"questions": PUBLISHED / "v2_OpenEnded_mscoco_test-dev2015_questions.json", "media_dir": work / "coco"}
+    results = evaluate_vqa.main(options(work, tmp_path, benchmark="vqav2", **files))
+    assert results["metrics"] == []
+    assert "predictions.json is for its test server" in capsys.readouterr().out
+    assert read_json(tmp_path / "predictions.json") == [
+        {"question_id": 1000, "answer": "red"},
+        {"question_id": 16000, "answer": "yes"},
+    ]
+
+
+def test_gqa_wants_the_right_answer_to_the_letter(work, tmp_path, monkeypatch):
+    Said(monkeypatch, ["the blue", "Yes.", "red"])
+    files = published(work, "gqa", "gqa", questions="testdev_balanced_questions.json")
+    results = evaluate_vqa.main(options(work, tmp_path, **files))
+    assert value(results, "Accuracy [%]") == pytest.approx(200 / 3)
+    assert value(results, "Accuracy [%], open") == 100 and value(results, "Accuracy [%], binary") == 50
+    assert read_json(tmp_path / "predictions.json")[0] == {"questionId": "201307251", "prediction": "the blue"}
+
+
+def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
+    pytest.importorskip("spacy", reason="needs the vqa extra")
+    Said(monkeypatch, ["racing", "the circles"])
+    questions = "OpenEnded_mscoco_val2014_questions.json"
+    files = published(work, "ok-vqa", "coco", questions=questions, annotations="mscoco_val2014_annotations.json")
+    results = evaluate_vqa.main(options(work, tmp_path, **files))
+    assert value(results, "VQA accuracy [%]") == 100
+    assert results["accuracy_per_question_type"] == {"Other": 100, "Sports and Recreation": 100}
+    assert [entry["answer"] for entry in read_json(tmp_path / "predictions.json")] == ["race", "the circle"]
+    assert read_answers(tmp_path / "answers.jsonl")[2971475] == "racing"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"benchmark": "coco"}, "`benchmark` must be one of coco-karpathy, nocaps, .*, but is 'coco'"),
+        ({"dataset": "easy-vqa"}, "`benchmark` and `dataset` cannot both be given"),
+        ({"benchmark": None}, "`annotations` belongs to a benchmark: say which with --benchmark"),
+        ({"annotations": None}, "`annotations` is needed: a file of the benchmark"),
+        ({"media_dir": None}, "`media_dir` is needed: the folder of the benchmark's pictures or clips"),
+        ({"media_dir": "/nowhere"}, "`media_dir`: /nowhere is no folder"),
+        ({"annotations": "/nowhere.json"}, r"`annotations`: /nowhere\.json cannot be read: .*No such file"),
+        (
+            {"annotations": PUBLISHED / "test_list.txt"},
+            r"`annotations`: .*test_list\.txt is no file of captions, as it",
+        ),
+        (
+            {"annotations": PUBLISHED / "v2_OpenEnded_mscoco_val2014_questions.json"},
+            r"`annotations`: .*questions\.json is no file of Karpathy's splits: it lacks 'images'",
+        ),
+        ({"test_split": "testing"}, r"`test_split` is 'testing', but .* has \['restval', 'test', 'train', 'val'\]"),
+        ({"metrics": "clip"}, r"`metrics` must be some of cider, .*, spice, but is \['clip'\]"),
+        ({"model": "/nowhere"}, "`model`='/nowhere' cannot be loaded"),
+        ({"dtype": "float8"}, "`dtype` must be one of float32, bfloat16, but is 'float8'"),
+        ({"num_beam": 3}, r"Unknown argument --num_beam\. Did you mean --num_beams\?"),
+        (
+            {"benchmark": "msr-vtt"},
+            r"`annotations`: .*dataset_coco\.json is no videodatainfo file of MSR-VTT: it lacks",
+        ),
+        ({"benchmark": "msvd"}, r"`annotations`: .*dataset_coco\.json is no list of MSVD's clips and captions"),
+        ({"benchmark": "nocaps"}, r"`annotations`: .*dataset_coco\.json is no file of captions in COCO's format: it"),
+    ],
+)
+def test_captioning_refuses_what_cannot_work(changes, message, work, tmp_path):
+    given = published(work, "coco-karpathy", "coco", annotations="dataset_coco.json") | changes
+    given = {name: value for name, value in given.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        evaluate_captioning.main(options(work, tmp_path, **given))
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"questions": None}, "`questions` is needed: a file of the benchmark"),
+        (
+            {"annotations": PUBLISHED / "mscoco_val2014_annotations.json"},
+            r"`annotations`: .* has no answers to the question 262148000 of .*questions\.json",
+        ),
+        (
+            {"questions": PUBLISHED / "testdev_balanced_questions.json"},
+            r"`questions`: .* is no file of VQAv2's questions: it lacks 'data_subtype'",
+        ),
+        ({"benchmark": "gqa"}, r"`questions`: .*questions\.json is no file of GQA's questions"),
+        ({"benchmark": None, "annotations": None, "media_dir": None}, "`questions` belongs to a benchmark: say which"),
+        ({"prompt": "What is it?"}, r"`prompt` must hold \{\}, where the question goes, but is 'What is it\?'"),
+        ({"benchmark": "vizwiz"}, "`benchmark` must be one of vqav2, gqa, ok-vqa, but is 'vizwiz'"),
+    ],
+)
+def test_vqa_refuses_what_cannot_work(changes, message, work, tmp_path):
+    given = {name: value for name, value in vqav2(work, **changes).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        evaluate_vqa.main(options(work, tmp_path, **given))
+
+
+def test_nothing_to_evaluate_is_an_error(work, tmp_path):
+    (tmp_path / "questions.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"`questions`: .*questions\.json holds no rows"):
+        evaluate_vqa.main(
+            options(work, tmp_path, benchmark="gqa", media_dir=work / "gqa", questions=tmp_path / "questions.json")
+        )
+    with pytest.raises(ValueError, match=r"There is nothing to evaluate: .* `max_samples` is 0"):
+        evaluate_vqa.main(options(work, tmp_path, **vqav2(work), max_samples=0))
+
+
+def test_missing_pictures_and_clips_are_named_before_anything_is_said(work, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for script, given, message in (
+        (evaluate_vqa, vqav2(work), r"`media_dir`: there is no .*COCO_val2014_000000262148\.jpg or .*val2014"),
+        (
+            evaluate_captioning,
+            published(work, "msr-vtt", "clips", annotations="test_videodatainfo.json"),
+            "`media_dir`: .* holds no clip video7010",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.main(options(work, tmp_path / "out", **given | {"media_dir": tmp_path / "empty"}))
+
+
+def test_rows_with_the_same_id_are_refused(work, tmp_path):
+    questions = read_json(PUBLISHED / "v2_OpenEnded_mscoco_val2014_questions.json")
+    questions["questions"] += questions["questions"][:1]
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    with pytest.raises(ValueError, match="ids, but 262148000 is there twice"):
+        evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, questions=tmp_path / "questions.json")))
+
+
+def test_questions_are_cleaned_as_in_the_paper():
+    assert benchmarks.clean_question('Is the "Stop" sign (red)? ') == "is the stop sign red?"
+    assert benchmarks.clean_question("a " * 60) == " ".join(["a"] * 50)

