@@ -165,7 +165,7 @@ class HeldOutCurve(TrainerCallback):
 
     def measure_losses(self, model: EVLGenForConditionalGeneration) -> dict[str, float]:
         batch_size, dtype = self.training.per_device_eval_batch_size, arithmetic(self.training)
-        wrong = WrongPictures(self.test, self.data.caption_column)
+        wrong = WrongPictures(self.test, self.data)
         loss = caption_loss(model, self.test, self.collator, batch_size, dtype)
         return {"loss": loss, "gap": caption_loss(model, wrong, self.collator, batch_size, dtype) - loss}
 

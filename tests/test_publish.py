@@ -62,7 +62,7 @@ def test_a_model_is_published_in_one_commit_and_works(tmp_path):
     assert commit["title"] == "Model, processor, code and card"
     expected = {"README.md", "captions.png", "config.json", "model.safetensors", "modeling_evlgen.py"}
     assert files.keys() >= expected | {"processing_evlgen.py", "processor_config.json", "tokenizer.json"}
-    assert not [name for name in files if name.endswith((".bin", ".pt")) or name.startswith("checkpoint")]
+    assert not [name for name in files if name.endswith((".bin", ".pt")) or name.startswith("checkpoint-")]
     assert "user/captioner says: " in done.stdout
 
     card = ModelCard(files["README.md"].decode())

@@ -78,6 +78,10 @@ class DataArguments:
             "help": "Column of questions; {} in the prompt is where they go, e.g. 'Question: {} Short answer:'."
         },
     )
+    messages_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of conversations in the `messages` format, in place of captions and prompts."},
+    )
     crop_scale: list[float] | None = field(
         default=None, metadata={"help": "Train on random crops of this share of the picture, e.g. 0.5 1.0."}
     )

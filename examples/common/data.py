@@ -97,7 +97,9 @@ def _take(splits: Any, argument: str, arguments: DataArguments, limit: int | Non
     dataset = splits[name]
     columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
     visual_argument = "video_column" if arguments.video_column else "image_column"
-    column_arguments = (visual_argument, "caption_column", *(["prompt_column"] if arguments.prompt_column else []))
+    text_arguments = ["messages_column"] if arguments.messages_column else ["caption_column"]
+    text_arguments += ["prompt_column"] if arguments.prompt_column else []
+    column_arguments = (visual_argument, *text_arguments)
     for column_argument in column_arguments:
         column = getattr(arguments, column_argument)
         if column not in columns:
@@ -132,20 +134,23 @@ def read_row(
         frame_sampling: How to choose a clip's frames, see [`sample_frames`].
 
     Returns:
-        The picture, or the clip's frames, in RGB; None if the row is bad and to be skipped, which is logged.
+        The picture or pictures, or the clip's frames, in RGB; None if the row is bad and to be skipped, which is logged.
 
     Raises:
         ValueError: If the picture cannot be read or there is no caption, and bad rows are not to be skipped.
     """
-    captions = row[arguments.caption_column]
+    column = arguments.messages_column or arguments.caption_column
+    captions = row[column]
     try:
         if not captions or not all(isinstance(c, str) and c.strip() for c in true_captions(row, arguments)):
-            raise ValueError(f"`{arguments.caption_column}` must hold a caption, but is {captions!r}.")
+            wanted = "a conversation that ends with the assistant" if arguments.messages_column else "a caption"
+            raise ValueError(f"`{column}` must hold {wanted}, but is {captions!r}.")
         if arguments.prompt_column and not isinstance(row[arguments.prompt_column], str):
             raise ValueError(f"`{arguments.prompt_column}` must hold a text, but is {row[arguments.prompt_column]!r}.")
         if arguments.video_column:
             return load_rgb_frames(row[arguments.video_column], arguments.num_frames, frame_sampling)
-        return load_rgb_image(row[arguments.image_column])
+        pictures = row[arguments.image_column]
+        return [load_rgb_image(p) for p in pictures] if isinstance(pictures, list) else load_rgb_image(pictures)
     except ValueError as error:
         name = f"the row with the caption {str(captions)[:80]!r}"
         if not arguments.skip_bad_rows:
@@ -155,7 +160,10 @@ def read_row(
 
 
 def true_captions(row: dict[str, Any], arguments: DataArguments) -> list[str]:
-    """The captions of a row, of which there may be one or several."""
+    """The captions of a row, of which there may be one or several; the assistant's last words of a conversation."""
+    if arguments.messages_column:
+        content = row[arguments.messages_column][-1]["content"]
+        return [content if isinstance(content, str) else "".join(part["text"] or "" for part in content)]
     captions = row[arguments.caption_column]
     return [captions] if isinstance(captions, str) else list(captions)
 
@@ -188,6 +196,8 @@ class CaptionCollator:
             ValueError: If a row is bad, unless bad rows are to be skipped; then, if none is left.
         """
         rows, pictures = self._pictures(rows)
+        if self.arguments.messages_column:
+            return self.processor(**pictures, messages=[row[self.arguments.messages_column] for row in rows])
         return self.processor(**pictures, text=self._text(rows), suffix=[self._caption(row) for row in rows])
 
     def prompts(self, rows: list[dict[str, Any]]) -> BatchFeature:
@@ -196,6 +206,9 @@ class CaptionCollator:
         return self.processor(**pictures, text=self._text(rows))
 
     def _text(self, rows: list[dict[str, Any]]) -> str | list[str]:
+        if self.arguments.messages_column:
+            asked = [row[self.arguments.messages_column][:-1] for row in rows]
+            return [self.processor.apply_chat_template(turns, add_generation_prompt=True) for turns in asked]
         column, prompt = self.arguments.prompt_column, self.arguments.prompt
         if not column:
             return prompt

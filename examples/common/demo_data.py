@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.demo_towers import package_folder, prepare_once
 
-DEMO_DATASETS = ("openmoji-scenes", "easy-vqa")
+DEMO_DATASETS = ("openmoji-scenes", "easy-vqa", "easy-vqa-questions")
 
 DEMO_ATTRIBUTION = """\
 openmoji-scenes: all emojis designed by OpenMoji, the open-source emoji and icon project (https://openmoji.org).
@@ -67,7 +67,8 @@ def load_demo_dataset(name: str, max_train: int | None = None, max_test: int | N
         max_test: The same for the test split.
 
     Returns:
-        Splits "train" and "test" with columns `image` (RGB) and `caption` (str).
+        Splits "train" and "test" with columns `image` (RGB) and `caption` (str); easy-vqa-questions with `image` (a
+        path), `question` and `answer`.
 
     Raises:
         ImportError: If a package of the demo extra is not installed.
@@ -75,6 +76,11 @@ def load_demo_dataset(name: str, max_train: int | None = None, max_test: int | N
     """
     if name not in DEMO_DATASETS:
         raise ValueError(f"Unknown demo data set {name!r}; choose one of {', '.join(DEMO_DATASETS)}.")
+    if name == "easy-vqa-questions":
+        rows = {split: easy_vqa_questions(split) for split in ("train", "test")}
+        columns = {split: [{**row, "answer": row["answers"][0]} for row in rows[split]] for split in rows}
+        # Questions stand by picture; the first few of them shall be about many.
+        return DatasetDict({split: Dataset.from_list(columns[split]).shuffle(seed=0) for split in rows})
     write = _write_openmoji_scenes if name == "openmoji-scenes" else _write_easy_vqa
     splits = load_from_disk(prepare_once(f"data/{name}-v{RECIPE}", write))
     for split, limit in (("train", max_train), ("test", max_test)):

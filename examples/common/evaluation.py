@@ -1,5 +1,6 @@
 """Does the model look at the picture? Held-out loss with the right pictures and with others, and what it says."""
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,10 +41,10 @@ def caption_loss(
 class WrongPictures(Dataset):
     """Every row with the picture of another row that has another caption, of which there must be one."""
 
-    def __init__(self, dataset: Dataset, caption_column: str):
+    def __init__(self, dataset: Dataset, data: DataArguments):
         self.dataset = dataset
-        self.caption_column = caption_column
-        captions = [row[caption_column] for row in dataset]
+        self.pictures = {"vision_features", data.image_column, data.video_column}
+        captions = [true_captions(row, data) for row in dataset]
         count = len(captions)
         self.donors = []
         for index, caption in enumerate(captions):
@@ -55,7 +56,33 @@ class WrongPictures(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         donor = self.dataset[self.donors[index]]
-        return {**donor, self.caption_column: self.dataset[index][self.caption_column]}
+        return self.dataset[index] | {name: value for name, value in donor.items() if name in self.pictures}
+
+
+def majority_accuracy(train: Any, test: Any, data: DataArguments) -> float:
+    """The share of held-out questions that the most frequent answer in training to the same question gets right.
+
+    Args:
+        train, test: Rows with questions and answers.
+        data: Names their columns.
+
+    Returns:
+        `float` from 0 to 1. A question that training does not hold gets the most frequent answer of all.
+    """
+    counts: defaultdict[str | None, Counter] = defaultdict(Counter)
+    for row in _text_rows(train, data):
+        answer = true_captions(row, data)[0]
+        counts[row[data.prompt_column]][answer] += 1
+        counts[None][answer] += 1
+    rows = _text_rows(test, data)
+    guesses = [counts[q if (q := row[data.prompt_column]) in counts else None].most_common(1)[0][0] for row in rows]
+    return sum(guess in true_captions(row, data) for guess, row in zip(guesses, rows, strict=True)) / len(rows)
+
+
+def _text_rows(dataset: Any, data: DataArguments) -> Any:
+    """The rows without their pictures."""
+    plain = getattr(dataset, "dataset", dataset)  # of cached features
+    return plain.select_columns([data.prompt_column, data.caption_column])
 
 
 @torch.no_grad()
@@ -128,7 +155,7 @@ def evaluate_captions(
     loss = caption_loss(model, dataset, collator, batch_size, dtype)
     metrics = {"test_loss": loss}
     if len({tuple(true_captions(row, data)) for row in dataset}) > 1:
-        wrong_loss = caption_loss(model, WrongPictures(dataset, data.caption_column), collator, batch_size, dtype)
+        wrong_loss = caption_loss(model, WrongPictures(dataset, data), collator, batch_size, dtype)
         metrics |= {"test_loss_wrong_pictures": wrong_loss, "test_loss_gap": wrong_loss - loss}
     captions = generate_captions(model, dataset, collator, generation, batch_size, dtype)
     right = sum(caption in true_captions(row, data) for caption, row in zip(captions, dataset, strict=True))

@@ -71,7 +71,8 @@ def draw_contact_sheet(dataset: Dataset, captions: list[str], arguments: DataArg
 def _thumbnail(row: dict[str, Any], arguments: DataArguments) -> Image.Image | np.ndarray:
     """The picture; or a clip's frames, two in a row."""
     if not arguments.video_column:
-        return load_rgb_image(row[arguments.image_column])
+        pictures = row[arguments.image_column]
+        return load_rgb_image(pictures[0] if isinstance(pictures, list) else pictures)
     frames = [np.asarray(frame) for frame in load_rgb_frames(row[arguments.video_column], 4)]
     frames = [*frames, *frames, *frames, *frames][:4]
     return np.concatenate([np.concatenate(frames[:2], axis=1), np.concatenate(frames[2:], axis=1)])

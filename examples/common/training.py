@@ -1,6 +1,7 @@
 """What all training scripts share: the run itself, from the last checkpoint on if there is one, and its report."""
 
 import json
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.utils import logging
 
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings
 from common.data import CaptionCollator, SetEpoch
-from common.evaluation import evaluate_captions
+from common.evaluation import evaluate_captions, majority_accuracy
 from common.report import draw_contact_sheet, draw_loss_curve
 from common.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -82,6 +83,8 @@ def train_and_report(
             metrics, captions = evaluate_captions(
                 model, processor, test, data, generation, training.per_device_eval_batch_size, arithmetic(training)
             )
+            if data.prompt_column and isinstance(train, Sized):
+                metrics["test_majority_per_question"] = majority_accuracy(train, test, data)
             draw_contact_sheet(pictures, captions, data, output / "captions.png")
             (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(_summary(output, metrics, "video-to-text" if data.video_column else "image-to-text"))
