@@ -16,14 +16,15 @@ extras = {
         "timm>=1.0.20",
     ],
     "video": ["av>=18.1"],
-    # examples/train_scst.py: CIDEr-D.
-    "scst": ["pycocoevalcap>=1.2"],
+    # examples/metrics/coco_caption and examples/train_scst.py: CIDEr-D and the like.
+    "evaluate": ["pycocoevalcap>=1.2"],
     # examples/: reports, and logs for TensorBoard.
     "train": ["matplotlib>=3.11", "tensorboard>=2.21"],
     "quality": ["ruff>=0.14"],
     "test": ["pytest>=8.3"],
 }
 extras["demo"] += extras["train"]
+extras["scst"] = extras["evaluate"]
 extras["dev"] = sorted({requirement for group in extras.values() for requirement in group})
 
 setup(
