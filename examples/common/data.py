@@ -134,7 +134,8 @@ def read_row(
         frame_sampling: How to choose a clip's frames, see [`sample_frames`].
 
     Returns:
-        The picture or pictures, or the clip's frames, in RGB; None if the row is bad and to be skipped, which is logged.
+        The picture or pictures, or the clip's frames, in RGB; None if the row is bad and to be skipped, which is
+        logged.
 
     Raises:
         ValueError: If the picture cannot be read or there is no caption, and bad rows are not to be skipped.
