@@ -26,7 +26,6 @@ extras = {
     "test": ["pytest>=8.3"],
 }
 extras["demo"] += extras["train"]
-extras["scst"] = extras["evaluate"]
 extras["dev"] = sorted({requirement for group in extras.values() for requirement in group})
 
 setup(

@@ -23,7 +23,7 @@ from common.arguments import (
     TrainingSettings,
     parse_arguments,
 )
-from common.cider import CiderDReward, _count
+from common.cider import CiderDReward, count_ngrams
 from common.data import CaptionCollator, SetEpoch, load_captions, true_captions
 from common.evaluation import WrongPictures, caption_loss, generate_captions
 from common.features import FeatureDataset, cache_vision_features
@@ -150,7 +150,7 @@ class HeldOutCurve(TrainerCallback):
         self.generation, self.training = prepared.generation, prepared.training
         self.collator = CaptionCollator(prepared.processor, prepared.data, training=False)
         self.references = [true_captions(row, self.data) for row in self.test]
-        self.reward = CiderDReward(_count(self.test, self.data), len(self.test))
+        self.reward = CiderDReward(count_ngrams(self.test, self.data), len(self.test))
         self.curve: list[dict[str, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:

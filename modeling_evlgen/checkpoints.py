@@ -58,7 +58,10 @@ def choose_towers(model: PreTrainedModel, asked: str | None) -> str:
             logger.warning(f"The checkpoint holds its towers: {'; '.join(problems)}.")
             chosen = "include"
     if chosen == "include" and getattr(model.language_model, "hf_quantizer", None) is not None:
-        raise ValueError('`towers` cannot be "include" with a quantised language model; its name must be enough.')
+        raise ValueError(
+            '`towers` cannot be "include" with a quantised language model. A checkpoint that only names its towers, '
+            'saved with `towers="reference"`, can be loaded quantised, trained and saved; so can an adapter.'
+        )
     return chosen
 
 

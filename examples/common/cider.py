@@ -77,7 +77,7 @@ def load_reward(dataset: Dataset, arguments: DataArguments) -> CiderDReward:
     name = f"{dataset._fingerprint}-{arguments.caption_column}-ptb.json"
     path = Path(constants.HF_HOME) / "evlgen_cider" / name
     if not path.exists():
-        counted = _count(dataset.select_columns([arguments.caption_column]), arguments)
+        counted = count_ngrams(dataset.select_columns([arguments.caption_column]), arguments)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
         partial.write_text(json.dumps({" ".join(ngram): count for ngram, count in counted.items()}))
@@ -86,7 +86,8 @@ def load_reward(dataset: Dataset, arguments: DataArguments) -> CiderDReward:
     return CiderDReward(Counter({tuple(ngram.split()): count for ngram, count in counts.items()}), len(dataset))
 
 
-def _count(rows: Any, arguments: DataArguments) -> Counter:
+def count_ngrams(rows: Any, arguments: DataArguments) -> Counter:
+    """In how many rows' captions each n-gram is."""
     counted: Counter = Counter()
     for row in tqdm(rows, desc="Document frequencies", unit="picture"):
         captions = (precook(tokenize_caption(caption)) for caption in true_captions(row, arguments))

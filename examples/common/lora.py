@@ -61,7 +61,8 @@ def target_modules(model: EVLGenForConditionalGeneration, towers: str) -> str:
             raise ValueError(
                 f"`lora` knows the layers of these {kind} models: {', '.join(known)}; not of {config.model_type!r}."
             )
-        expressions.append(rf"{tower}\..*\.({'|'.join(known[config.model_type])})")
+        # Inside a numbered layer; a head for pooling, which EVLGen does not use, has maps of the same names.
+        expressions.append(rf"{tower}\.(.*\.)?\d+\.(.*\.)?({'|'.join(known[config.model_type])})")
     return "|".join(expressions)
 
 

@@ -77,14 +77,14 @@ def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in fields.items() if name not in left_out}, "model_type": model_type}
 
 
-def load_captioner(argument: str, load: Callable, name_or_path: str) -> EVLGenForConditionalGeneration:
-    """Loads a trained model to go on with, by `load(name_or_path)`.
+def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
+    """Loads a trained model to go on with, by `load(name_or_path, **kwargs)`.
 
     Raises:
         ValueError: If there is no such model; the message names `argument`.
     """
     try:
-        return load(name_or_path)
+        return load(name_or_path, **kwargs)
     except OSError as error:
         hint = "; train it first, with examples/pretrain.py" if name_or_path == "outputs/demo" else ""
         raise ValueError(f"`{argument}`={name_or_path!r} cannot be loaded{hint}: {error}") from error

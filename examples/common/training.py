@@ -17,6 +17,7 @@ from common.evaluation import evaluate_captions, majority_accuracy
 from common.report import draw_contact_sheet, draw_loss_curve
 from common.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.checkpoints import choose_towers
 from processing_evlgen import EVLGenProcessor
 
 logger = logging.get_logger(__name__)
@@ -53,6 +54,8 @@ def train_and_report(
     Returns:
         The figures of [`evaluate_captions`], on the main process; none without held-out rows.
     """
+    if isinstance(model, EVLGenForConditionalGeneration):
+        choose_towers(model, None)  # raises now, not after hours, if it cannot be saved
     if test is None:
         training.eval_strategy = IntervalStrategy.NO
     collator = collator_class(processor, data, training=True, seed=training.seed)

@@ -1,0 +1,78 @@
+"""Adapts a trained model to captions, questions or conversations: LoRA on the frozen towers beside the connector.
+
+    python examples/finetune.py
+
+goes on with the demo's captioner on easy-VQA's questions. Your own data: captions as in `pretrain.py`, questions with
+`--prompt_column question --caption_column answer --prompt "Question: {} Short answer:"`, or conversations in the usual
+`messages` format with `--messages_column messages`:
+
+    accelerate launch examples/finetune.py --config examples/configs/finetune-chat.yaml --model path/to/model \
+        --dataset path/to/folder
+
+What comes out is an adapter, with the connector's side in it, in `output_dir`: pipelines, `AutoModel` and the other
+scripts load it like a model, as long as the model that it is for is where it was. `--lora none` trains the connector's
+side alone and saves a whole model. `--text_quantization int8` or `int4` keeps the frozen language model small.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import set_seed
+
+from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
+from common.data import load_captions
+from common.features import cache_vision_features
+from common.lora import LoraArguments, add_lora, quantization_config
+from common.models import load_captioner
+from common.processes import use_all_cores
+from common.training import train_and_report
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+
+DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-vqa.yaml"
+
+
+@dataclass
+class FinetuneArguments:
+    model: str = field(
+        default="outputs/demo", metadata={"help": "Model to go on with: a folder or a name on the Hub."}
+    )
+    text_quantization: Literal["int8", "int4"] | None = field(
+        default=None, metadata={"help": "Keep the language model's weights in 8 or 4 bits."}
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    finetune, lora, data, generation, training = parse_arguments(
+        FinetuneArguments,
+        LoraArguments,
+        DataArguments,
+        GenerationArguments,
+        TrainingSettings,
+        argv=argv,
+        recipe=DEMO_RECIPE,
+    )
+    if data.cache_features and lora.lora in ("vision", "both"):
+        raise ValueError("`cache_features` is for a frozen vision tower, but `lora` adapts it.")
+    use_all_cores(training.device)
+    set_seed(training.seed)
+    with training.main_process_first(desc="preparing model and data"):
+        train, test = load_captions(data, training.seed)
+        pictures = test
+        quantization = quantization_config(finetune.text_quantization)
+        model = load_captioner(
+            "model", EVLGenForConditionalGeneration.from_pretrained, finetune.model, quantization_config=quantization
+        )
+        processor = EVLGenProcessor.from_pretrained(finetune.model)
+        model.to(training.device)
+        if data.cache_features:
+            train = cache_vision_features(model, processor, train, data)
+            test = None if test is None else cache_vision_features(model, processor, test, data)
+        if lora.lora != "none":
+            model = add_lora(model, lora)
+    return train_and_report(model, processor, train, test, pictures, data, generation, training)
+
+
+if __name__ == "__main__":
+    main()

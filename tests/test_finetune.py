@@ -1,0 +1,192 @@
+"""examples/finetune.py: LoRA beside the connector, on questions and conversations; adapters as users take them."""
+
+import json
+
+import finetune
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModel
+
+from common.arguments import DataArguments
+from common.data import true_captions
+from common.evaluation import WrongPictures, majority_accuracy
+from common.lora import LoraArguments, add_lora, target_modules
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+
+from .helpers import COLORS, TEXT_CONFIGS, run_clean, save_towers, tiny_image_processor, tiny_model, tiny_tokenizer
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "merge_r": 3}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A tiny model in a folder, and folders of questions and of conversations about pictures of one colour."""
+    folder = tmp_path_factory.mktemp("work")
+    towers = save_towers(folder / "base")
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(**towers, connector_config=SIZES)
+    processor = EVLGenProcessor(
+        tiny_image_processor(), tiny_tokenizer(chat=True), model.config.num_image_tokens, end_of_text="<|im_end|>"
+    )
+    model.generation_config.eos_token_id = processor.end_of_text_id
+    for name in ("include", "reference"):
+        model.save_pretrained(folder / name, towers=name)
+        processor.save_pretrained(folder / name)
+    for split, count in (("train", 16), ("test", 8)):
+        for kind in ("vqa", "chat"):
+            (folder / kind / split).mkdir(parents=True)
+            rows = [row(kind, index, folder / kind / split) for index in range(count)]
+            (folder / kind / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def row(kind, index, folder):
+    color = COLORS[index % len(COLORS)]
+    Image.new("RGB", (40, 40), color).save(folder / f"{index}.png")
+    if kind == "vqa":
+        question = "what is it?" if index % 3 else "is it red?"
+        answer = color if index % 3 else ("yes" if color == "red" else "no")
+        return {"file_name": f"{index}.png", "question": question, "answer": answer}
+    turns = [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "what is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a picture"}]},
+        {"role": "user", "content": [{"type": "text", "text": "what color?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": color}]},
+    ]
+    return {"file_name": f"{index}.png", "messages": turns}
+
+
+def arguments(work, output, kind="vqa", model="include", **changes):
+    given = {
+        "model": work / model,
+        "dataset": work / kind,
+        "output_dir": output,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "lora_r": 4,
+        "logging_steps": 1,
+        "disable_tqdm": "true",
+        **changes,
+    }
+    recipe = {"prompt_column": "question", "caption_column": "answer", "max_new_tokens": 4}
+    recipe = recipe if kind == "vqa" else {"messages_column": "messages", "max_new_tokens": 4}
+    (work / f"{kind}.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    listed = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    return ["--config", str(work / f"{kind}.yaml"), *listed]
+
+
+def test_an_adapter_is_trained_loaded_merged_and_used_like_a_model(work, tmp_path):
+    metrics = finetune.main(arguments(work, tmp_path / "adapter", lora="both"))
+    assert metrics.keys() >= {"test_loss", "test_loss_gap", "test_exact_captions", "test_majority_per_question"}
+    files = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "processor_config.json"} <= files
+    assert "model.safetensors" not in files
+
+    base = EVLGenForConditionalGeneration.from_pretrained(work / "include")
+    processor = EVLGenProcessor.from_pretrained(tmp_path / "adapter")
+    batch = processor(images=Image.new("RGB", (40, 40), "red"), text="what is it?")
+    with torch.no_grad():
+        plain = base(**batch).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+        expected = adapted(**batch).logits
+        assert not torch.allclose(plain, expected, atol=1e-3)
+        for load in (EVLGenForConditionalGeneration.from_pretrained, AutoModel.from_pretrained):
+            torch.testing.assert_close(load(tmp_path / "adapter")(**batch).logits, expected)
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-4, rtol=1e-4)
+    new = merged.generate(**batch, do_sample=False, max_new_tokens=4)[:, batch["input_ids"].shape[1] :]
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    code = """
+from transformers import pipeline
+captioner = pipeline("image-to-text", model="adapter", trust_remote_code=True)
+print("said:", captioner("red.png", prompt="what is it?", do_sample=False, max_new_tokens=4)[0]["generated_text"])
+"""
+    said = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+    assert run_clean(code, tmp_path).strip().splitlines()[-1].removeprefix("said:").strip() == said
+
+
+def test_towers_stay_and_a_run_resumes(work, tmp_path):
+    finetune.main(arguments(work, tmp_path / "unbroken", save_steps=2, lora_dropout=0.0))
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    (tmp_path / "unbroken" / "checkpoint-2").rename(resumed / "checkpoint-2")
+    finetune.main(arguments(work, resumed, save_steps=2, lora_dropout=0.0, resume_from_checkpoint="true"))
+    name = "adapter_model.safetensors"
+    assert (resumed / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
+
+
+def test_conversations_are_trained_and_answered(work, tmp_path):
+    metrics = finetune.main(arguments(work, tmp_path / "chat", kind="chat", model="reference"))
+    assert metrics.keys() >= {"test_loss", "test_exact_captions"}
+    loaded = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "chat")  # on a base that names its towers
+    assert any("lora_A" in name for name, _ in loaded.named_parameters())
+
+
+def test_without_lora_the_connectors_side_is_trained_and_saved_as_a_model(work, tmp_path):
+    finetune.main(arguments(work, tmp_path / "model", lora="none", model="reference"))
+    before = EVLGenForConditionalGeneration.from_pretrained(work / "reference").state_dict()
+    after = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model").state_dict()
+    changed = {name.split(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert changed == {"ln_vision", "vision_projection", "connector", "language_projection"}
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_the_connector_is_trained_through_a_quantised_language_model(bits, work, tmp_path):
+    pytest.importorskip("torchao", reason="needs the quantization extra")
+    finetune.main(arguments(work, tmp_path / "adapter", text_quantization=bits))
+    finetune.main(arguments(work, tmp_path / "model", text_quantization=bits, lora="none", model="reference"))
+    loaded = EVLGenForConditionalGeneration.from_pretrained(
+        tmp_path / "model", quantization_config=finetune.quantization_config(bits)
+    )
+    kinds = {name.split(".")[0] for name, p in loaded.named_parameters() if type(p) is not torch.nn.Parameter}
+    assert kinds == {"language_model"}
+    with pytest.raises(ValueError, match='`towers` cannot be "include" with a quantised language model'):
+        finetune.main(arguments(work, tmp_path / "no", text_quantization=bits, lora="none"))
+
+
+@pytest.mark.parametrize("text", TEXT_CONFIGS)
+@pytest.mark.parametrize("vision", ["eva", "clip", "siglip", "dinov2", "vit"])
+def test_every_linear_map_of_a_layer_gets_an_adapter(vision, text):
+    model = add_lora(tiny_model(vision, text), LoraArguments(lora="both"))
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    for tower in ("vision_tower", "language_model"):
+        layers = {
+            name
+            for name, module in model.named_modules()
+            if f".{tower}." in name
+            and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
+            and any(part.isdigit() for part in name.split("."))
+            and "lora" not in name
+        }
+        assert layers and {name.removesuffix(".base_layer") for name in layers} == {n for n in adapted if tower in n}
+    assert not any("connector" in name for name in adapted)
+
+
+def test_a_tower_of_unknown_layers_is_refused():
+    with pytest.raises(ValueError, match=r"knows the layers of these vision models: .*; not of 'convnext'"):
+        target_modules(tiny_model("convnext"), "both")
+
+
+def test_the_baseline_answers_each_question_as_training_mostly_did():
+    data = DataArguments(prompt_column="q", caption_column="a")
+    train = Dataset.from_dict({"q": ["x", "x", "x", "y", "y"], "a": ["no", "no", "yes", "red", "red"]})
+    test = Dataset.from_dict({"q": ["x", "x", "y", "z"], "a": ["no", "yes", "red", "no"]})
+    assert majority_accuracy(train, test, data) == 0.75  # z is new: "no" and "red" are as frequent, "no" came first
+
+
+def test_a_wrong_picture_keeps_the_question():
+    data = DataArguments(prompt_column="q", caption_column="a")
+    rows = Dataset.from_dict({"image": ["1", "2"], "q": ["x", "y"], "a": ["no", "red"]})
+    assert list(WrongPictures(rows, data)) == [
+        {"image": "2", "q": "x", "a": "no"},
+        {"image": "1", "q": "y", "a": "red"},
+    ]
+
+
+def test_the_answer_of_a_conversation_is_its_last_turn(work):
+    given = row("chat", 0, work)
+    assert true_captions(given, DataArguments(messages_column="messages")) == ["red"]
