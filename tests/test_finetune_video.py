@@ -82,7 +82,7 @@ def test_a_broken_clip_is_named_or_skipped(work, tmp_path, capsys):
 
 def test_the_papers_video_recipes_run(work, tmp_path):
     """The recipes as they are, one after the other, but with a tiny model and few clips."""
-    pytest.importorskip("pycocoevalcap", reason="needs the scst extra")
+    pytest.importorskip("pycocoevalcap", reason="needs the evaluate extra")
     little = {"dataset": work / "clips", "max_steps": 1, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
     for script, recipe, start in (
         (finetune_video, "video-opt-2.7b", {"image_model": work / "image"}),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("pycocoevalcap", reason="needs the scst extra")
+pytest.importorskip("pycocoevalcap", reason="needs the evaluate extra")
 
 import train_scst
 from datasets import Dataset
@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from pycocoevalcap.cider.cider import Cider
 
 from common.arguments import DataArguments
-from common.cider import CiderDReward, load_reward, tokenize_caption
+from common.cider import CiderDReward, load_reward
 from common.scst import SCSTTrainer, self_critical_advantage, sequence_log_probabilities
 from modeling_evlgen import EVLGenForConditionalGeneration
 
@@ -58,7 +58,7 @@ def test_reward_ignores_case_and_punctuation_and_is_counted_once(tmp_path):
     written = path.stat().st_mtime_ns
     reward_of([["A red circle!", "a circle"], ["A blue circle."]])
     assert path.stat().st_mtime_ns == written
-    assert tokenize_caption("A well-known DOG, isn't it?") == "a well-known dog isn't it"
+    assert reward.score(["The RED circle, isn't it?"], [["the red circle isn't it"]]) == pytest.approx([10.0])
 
 
 def test_one_picture_is_too_few():

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,20 +13,19 @@ from tqdm import tqdm
 
 from common.arguments import DataArguments
 from common.data import true_captions
+from metrics.coco_caption.ptb_tokenizer import tokenize_caption
 
 try:
     from pycocoevalcap.cider.cider_scorer import CiderScorer, precook
 except ImportError as error:
-    raise ImportError('CIDEr needs pycocoevalcap. Install it with: pip install -e ".[scst]"') from error
-
-
-def tokenize_caption(caption: str) -> str:
-    """Lower-case words without punctuation, joined by spaces: what the scorer counts n-grams of."""
-    return " ".join(re.findall(r"\w+(?:['-]\w+)*", caption.lower()))
+    raise ImportError('CIDEr needs pycocoevalcap. Install it with: pip install -e ".[evaluate]"') from error
 
 
 class CiderDReward(CiderScorer):
     """CIDEr-D (Vedantam et al., CVPR 2015) of single captions, by pycocoevalcap, with given document frequencies.
+
+    With the document frequencies of the references, the mean is a hundredth of what `examples/metrics/coco_caption`
+    gives; but each caption is taken by itself (see the text of its `ptb_tokenizer.py`).
 
     Args:
         document_frequency (`Counter`):
@@ -76,7 +74,8 @@ def load_reward(dataset: Dataset, arguments: DataArguments) -> CiderDReward:
         raise ValueError(
             f"CIDEr needs the captions of at least 2 pictures, but the training split has {len(dataset)}."
         )
-    path = Path(constants.HF_HOME) / "evlgen_cider" / f"{dataset._fingerprint}-{arguments.caption_column}.json"
+    name = f"{dataset._fingerprint}-{arguments.caption_column}-ptb.json"
+    path = Path(constants.HF_HOME) / "evlgen_cider" / name
     if not path.exists():
         counted = _count(dataset.select_columns([arguments.caption_column]), arguments)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,213 @@
+"""CIDEr-D, BLEU, ROUGE-L, METEOR and SPICE of captions, as the COCO evaluation server computes them."""
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import datasets
+import evaluate
+import pycocoevalcap
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+
+from .ptb_tokenizer import tokenize_captions
+
+logger = evaluate.logging.get_logger(__name__)
+
+BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
+DEFAULT = ("cider", *BLEU, "rouge_l")
+NAMES = (*DEFAULT, "meteor", "spice")
+# COCO's splits have 5,000 images (Karpathy), Flickr30k's 1,000; the idf of fewer says little about English captions.
+FEW_IMAGES = 1000
+SPICE_FOLDER = Path(next(iter(pycocoevalcap.__path__))) / "spice"
+
+_CITATION = """\
+@article{chen2015microsoft,
+  title={{Microsoft COCO} Captions: Data Collection and Evaluation Server},
+  author={Chen, Xinlei and Fang, Hao and Lin, Tsung-Yi and Vedantam, Ramakrishna and Gupta, Saurabh
+    and Doll{\\'a}r, Piotr and Zitnick, C. Lawrence},
+  journal={arXiv preprint arXiv:1504.00325},
+  year={2015}
+}
+"""
+
+_DESCRIPTION = """\
+CIDEr-D, BLEU-1 to 4, ROUGE-L, METEOR and SPICE of image or video captions, as the COCO evaluation server and
+pycocoevalcap compute them, with the same Penn Treebank words, but without Java for the first three.
+"""
+
+_INPUTS = """
+Args:
+    predictions (`list[str]`): One caption for each image. It may be empty, which scores 0.
+    references (`list[list[str]]`): The true captions of each image, one or more.
+    metrics (`list[str]`, *optional*):
+        What to compute: `"cider"`, `"bleu_1"` to `"bleu_4"` (`"bleu"` for the four), `"rouge_l"`, `"meteor"`,
+        `"spice"`. By default all but METEOR and SPICE, which need Java and are computed only when they are named.
+
+Returns:
+    `dict`: for each metric that was asked for, 100 times what pycocoevalcap returns, as papers print it: BLEU,
+    ROUGE-L, METEOR and SPICE are in [0, 100], CIDEr-D is in [0, 1000]. With `"cider"` also `"cider_idf_images"`, the
+    number of images whose references the document frequencies come from: only scores with the same references can be
+    compared.
+
+Raises:
+    ValueError: If there are no images, an image has no references, a metric is unknown, or CIDEr is asked for with one
+        image, for which every n-gram has the weight log(1) = 0.
+    TypeError: If `metrics` is a string.
+    RuntimeError: If METEOR or SPICE was asked for and cannot run; it says what is missing, and how to get it.
+
+Examples:
+    >>> coco_caption = evaluate.load("examples/metrics/coco_caption")
+    >>> coco_caption.compute(
+    ...     predictions=["a dog on a sofa", "two men play football"],
+    ...     references=[["A dog lies on a sofa.", "a brown dog on the couch"], ["Men playing football in a park."]],
+    ...     metrics=["cider", "rouge_l"],
+    ... )
+"""
+
+
+class CocoCaption(evaluate.Metric):
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Value("string"),
+                    "references": datasets.Sequence(datasets.Value("string")),
+                }
+            ),
+            codebase_urls=["https://github.com/salaniz/pycocoevalcap", "https://github.com/tylin/coco-caption"],
+            reference_urls=["https://arxiv.org/abs/1504.00325", "https://arxiv.org/abs/1411.5726"],
+        )
+
+    def _compute(
+        self, predictions: list[str], references: list[list[str]], metrics: list[str] | None = None
+    ) -> dict[str, float | int]:
+        names = requested(metrics)
+        check(predictions, references, names)
+        said, truths = words(predictions, references)
+        scores: dict[str, float] = {}
+        if "cider" in names:
+            scores["cider"], _ = Cider().compute_score(truths, said)
+        if not names.isdisjoint(BLEU):
+            bleu, _ = Bleu(4).compute_score(truths, said, verbose=0)
+            scores |= zip(BLEU, bleu, strict=True)
+        if "rouge_l" in names:
+            scores["rouge_l"], _ = Rouge().compute_score(truths, said)
+        if "meteor" in names:
+            scores["meteor"] = meteor(truths, said)
+        if "spice" in names:
+            scores["spice"] = spice(truths, said)
+        results: dict[str, float | int] = {name: 100 * float(scores[name]) for name in NAMES if name in names}
+        return results | ({"cider_idf_images": len(predictions)} if "cider" in names else {})
+
+
+def requested(metrics: list[str] | None) -> set[str]:
+    """The keys of the results that were asked for."""
+    if metrics is None:
+        return set(DEFAULT)
+    if isinstance(metrics, str):
+        raise TypeError(f"`metrics` must be a list of names, but is the string {metrics!r}.")
+    unknown = [name for name in metrics if name not in (*NAMES, "bleu")]
+    if unknown or not metrics:
+        raise ValueError(f"`metrics` must name some of {', '.join(NAMES)}, or bleu for all four, but is {metrics!r}.")
+    return {key for name in metrics for key in (BLEU if name == "bleu" else (name,))}
+
+
+def check(predictions: list[str], references: list[list[str]], names: set[str]) -> None:
+    """Refuses what has no score or cannot run, before anything is computed; warns of a CIDEr that can mislead."""
+    if not predictions:
+        raise ValueError("`predictions` must hold at least one caption, but is empty.")
+    for index, captions in enumerate(references):
+        if not captions:
+            raise ValueError(f"`references[{index}]` must hold at least one caption, but is empty.")
+    if "cider" in names and len(predictions) == 1:
+        raise ValueError(
+            "CIDEr needs the references of at least 2 images, but there is 1: each n-gram is weighted by how few of "
+            'the images have it, which here is nothing. Leave CIDEr out, as in metrics=["bleu", "rouge_l"].'
+        )
+    if "cider" in names and len(predictions) < FEW_IMAGES:
+        logger.warning(
+            f"CIDEr's n-gram weights come from the references of only {len(predictions)} images; the score cannot be "
+            "compared with one of the whole split, or of any other images."
+        )
+    java = [name for name in ("meteor", "spice") if name in names]
+    if java and not shutil.which("java"):
+        raise RuntimeError(
+            f"{' and '.join(java).upper()} cannot run: there is no `java` on PATH. Install a Java runtime (for SPICE "
+            "version 8 or 11), for example with `apt install default-jre-headless` or `conda install openjdk`."
+        )
+    missing = [path for path in spice_models() if not path.exists()] if "spice" in names else []
+    if missing:
+        raise RuntimeError(
+            f"SPICE cannot run: it needs Stanford CoreNLP 3.6.0, and there is no {missing[0]}. Get it (0.4 GB, from "
+            "nlp.stanford.edu) with `python -m pycocoevalcap.spice.get_stanford_models`."
+        )
+
+
+def words(predictions: list[str], references: list[list[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Penn Treebank words, by image, as pycocoevalcap's scorers want them: predictions (one each) and references."""
+    tokenized = iter(tokenize_captions(caption for captions in references for caption in captions))
+    truths = {image: [next(tokenized) for _ in captions] for image, captions in enumerate(references)}
+    return {image: [caption] for image, caption in enumerate(tokenize_captions(predictions))}, truths
+
+
+def meteor(truths: dict[int, list[str]], said: dict[int, list[str]]) -> float:
+    """METEOR 1.5, in [0, 1]."""
+    with meteor_process() as scorer:
+        try:
+            return scorer.compute_score(truths, said)[0]
+        except (OSError, ValueError) as error:  # the pipe broke, or gave no number
+            scorer.meteor_p.kill()
+            raise RuntimeError(f"METEOR's Java process failed: {scorer.meteor_p.stderr.read().decode()}") from error
+
+
+@contextmanager
+def meteor_process() -> Iterator[Meteor]:
+    """pycocoevalcap's wrapper ends its process when Python collects it, never closes its pipes, and waits for ever on
+    its own lock after an error."""
+    scorer = Meteor()
+    try:
+        yield scorer
+    finally:
+        scorer.meteor_p.kill()
+        scorer.meteor_p.communicate()
+        if scorer.lock.locked():
+            scorer.lock.release()
+
+
+def spice(truths: dict[int, list[str]], said: dict[int, list[str]]) -> float:
+    """SPICE 1.0, in [0, 1]: the mean F-score of the images.
+
+    pycocoevalcap's own wrapper downloads by itself, and writes into the package's folder; this writes into a temporary
+    one, so that the installation may be read-only, and processes do not meet. It keeps no cache of parsed captions.
+    """
+    rows = [{"image_id": image, "test": said[image][0], "refs": truths[image]} for image in said]
+    with tempfile.TemporaryDirectory() as folder:
+        source, result = Path(folder) / "captions.json", Path(folder) / "scores.json"
+        source.write_text(json.dumps(rows), encoding="utf-8")
+        jar = SPICE_FOLDER / "spice-1.0.jar"
+        command = ["java", "-Xmx8G", "-jar", jar, source, "-out", result, "-subset", "-silent"]
+        run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if run.returncode or not result.exists():
+            raise RuntimeError(
+                f"SPICE's Java process failed with status {run.returncode}. It needs some 8 GB of memory and Java 8 "
+                "or 11; Java 16 and newer refuse it (InaccessibleObjectException). It said:\n" + run.stderr[-2000:]
+            )
+        scored: list[dict[str, Any]] = json.loads(result.read_text(encoding="utf-8"))
+    f_scores = [row["scores"]["All"]["f"] for row in scored]
+    return mean(float("nan") if score is None else float(score) for score in f_scores)
+
+
+def spice_models() -> list[Path]:
+    return [SPICE_FOLDER / "lib" / f"stanford-corenlp-3.6.0{part}.jar" for part in ("", "-models")]

@@ -1,0 +1,321 @@
+"""Captioning metrics: the words and the scores are pycocoevalcap's, and what cannot be compared or run is said."""
+
+import json
+import logging
+import os
+import random
+import re
+import runpy
+import shutil
+import stat
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("pycocoevalcap", reason="needs the evaluate extra")
+
+import evaluate
+import yaml
+from datasets import Dataset
+from huggingface_hub import constants
+from pycocoevalcap import eval as coco_eval
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+from common.arguments import DataArguments
+from common.cider import load_reward
+from metrics.coco_caption import ptb_tokenizer
+from metrics.coco_caption.ptb_tokenizer import tokenize_caption, tokenize_captions
+
+from .helpers import FIXTURES, ROOT, run_clean
+
+FOLDER = ROOT / "examples" / "metrics" / "coco_caption"
+PACKAGE = Path(coco_eval.__file__).parent
+WORDS = json.loads((FIXTURES / "ptb_tokenizer.json").read_text(encoding="utf-8"))["captions and words"]
+CAPTIONS, TOKENIZED = (list(column) for column in zip(*WORDS, strict=True))
+COCO = json.loads((FIXTURES / "coco_caption.json").read_text(encoding="utf-8"))
+# Our names of what COCOEvalCap calls otherwise.
+NAMES = {"bleu_1": "Bleu_1", "bleu_2": "Bleu_2", "bleu_3": "Bleu_3", "bleu_4": "Bleu_4", "meteor": "METEOR"}
+NAMES |= {"rouge_l": "ROUGE_L", "cider": "CIDEr"}
+TWO = {"predictions": ["a dog on a sofa", "two men"], "references": [["A dog on a sofa."], ["Two men walk.", "men"]]}
+
+needs_java = pytest.mark.skipif(not shutil.which("java"), reason="needs java")
+needs_java_tokenizer = pytest.mark.skipif(
+    not shutil.which("java") or not os.access(PACKAGE / "tokenizer", os.W_OK),
+    reason="needs java, and pycocoevalcap's folder to be writable, as its tokenizer writes there",
+)
+
+
+@pytest.fixture(scope="module")
+def metric():
+    return evaluate.load(str(FOLDER), keep_in_memory=True)
+
+
+@pytest.fixture
+def module(metric):
+    """The module of the metric, as evaluate has loaded it."""
+    return sys.modules[type(metric).__module__]
+
+
+@pytest.fixture
+def java_reads_utf8(monkeypatch):
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dfile.encoding=UTF-8")
+
+
+@pytest.fixture
+def fake_java(tmp_path, monkeypatch):
+    """Puts a `java` of some lines of shell first on PATH."""
+
+    def put(script: str) -> None:
+        path = tmp_path / "bin" / "java"
+        path.parent.mkdir()
+        path.write_text("#!/bin/sh\n" + script)
+        path.chmod(path.stat().st_mode | stat.S_IEXEC)
+        monkeypatch.setenv("PATH", str(path.parent), prepend=os.pathsep)
+
+    return put
+
+
+# --- Words ---
+
+
+def test_words_are_those_that_java_gave():
+    assert tokenize_captions(CAPTIONS) == TOKENIZED
+
+
+@pytest.mark.parametrize("index", range(len(ptb_tokenizer.RULES)), ids=[rule.name for rule in ptb_tokenizer.RULES])
+def test_every_rule_is_needed(index, monkeypatch):
+    rules = ptb_tokenizer._COMPILED
+    monkeypatch.setattr(ptb_tokenizer, "_COMPILED", rules[:index] + rules[index + 1 :])
+    assert tokenize_captions(CAPTIONS) != TOKENIZED
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("The man's dogs can't swim, don't they?", "the man 's dogs ca n't swim do n't they"),
+        (
+            "A well-known T-shirt (black/white) for $1,000.50!",
+            "a well-known t-shirt -lrb- black/white -rrb- for $ 1,000.50",
+        ),
+        ("Mr. Smith, of the U.S., at 5 o'clock.", "mr. smith of the u.s. at 5 o'clock"),
+        ("“Café” at ½ £ … 🐶", "café at 1/2 #"),
+        ("", ""),
+    ],
+)
+def test_words_of_a_caption(caption, words):
+    assert tokenize_caption(caption) == words
+
+
+def test_the_next_caption_decides_about_a_letter():
+    assert tokenize_captions(["the letter b.", "A dog."]) == ["the letter b", "a dog"]
+    assert tokenize_captions(["the letter b.", "some dogs"]) == ["the letter b.", "some dogs"]
+
+
+def test_line_breaks_stay_within_a_caption():
+    assert tokenize_captions(["a\ndog\r\nruns", "two\u2028cats", "", "x"]) == ["a dog runs", "two cats", "", "x"]
+    with pytest.raises(TypeError, match="Caption 1 must be a string, but is None"):
+        tokenize_captions(["a", None])
+
+
+@needs_java_tokenizer
+def test_words_are_those_of_java_here(java_reads_utf8):
+    """The recorded captions, and new ones: their words put together anew, with and without spaces."""
+    generator = random.Random(0)
+    pieces = [piece for caption in CAPTIONS for piece in caption.split(" ")]
+    new = [
+        "".join(generator.choice(pieces) + generator.choice(["", " ", " "]) for _ in range(generator.randint(1, 8)))
+        for _ in range(4000)
+    ]
+    captions = CAPTIONS + new
+    java = PTBTokenizer().tokenize({index: [{"caption": caption}] for index, caption in enumerate(captions)})
+    ours = tokenize_captions(captions)
+    different = [(one, java[i][0], ours[i]) for i, one in enumerate(captions) if java[i][0] != ours[i]]
+    assert not different
+
+
+# --- Scores ---
+
+
+def recorded(name):
+    return pytest.approx(100 * COCO["scores"][NAMES[name]], rel=1e-12)
+
+
+def test_scores_are_cocoevalcaps(metric):
+    """Recorded from COCOEvalCap with Java's words."""
+    results = metric.compute(predictions=COCO["predictions"], references=COCO["references"])
+    assert results.pop("cider_idf_images") == len(COCO["predictions"])
+    assert list(results) == ["cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"]
+    assert results == {name: recorded(name) for name in results}
+
+
+@needs_java
+def test_meteor_is_cocoevalcaps_and_ends_its_process(metric, module, monkeypatch):
+    started = []
+    meteor = module.Meteor
+    monkeypatch.setattr(module, "Meteor", lambda: started.append(meteor()) or started[-1])
+    results = metric.compute(**{key: COCO[key] for key in ("predictions", "references")}, metrics=["meteor"])
+    assert results == {"meteor": recorded("meteor")}
+    (scorer,) = started
+    assert scorer.meteor_p.returncode is not None
+    assert all(pipe.closed for pipe in (scorer.meteor_p.stdin, scorer.meteor_p.stdout, scorer.meteor_p.stderr))
+
+
+@needs_java_tokenizer
+def test_scores_are_those_of_cocoevalcap_here(metric, monkeypatch, java_reads_utf8):
+    class Left:  # METEOR, which the test above has, and SPICE, which would download
+        def method(self):
+            return "left out"
+
+        def compute_score(self, truths, said):
+            return 0.0, [0.0] * len(said)
+
+    monkeypatch.setattr(coco_eval, "Meteor", Left)
+    monkeypatch.setattr(coco_eval, "Spice", Left)
+    said = {image: [{"caption": caption}] for image, caption in enumerate(COCO["predictions"])}
+    truths = {image: [{"caption": one} for one in captions] for image, captions in enumerate(COCO["references"])}
+    theirs = coco_eval.COCOEvalCap(
+        SimpleNamespace(getImgIds=lambda: list(truths), imgToAnns=truths), SimpleNamespace(imgToAnns=said)
+    )
+    theirs.evaluate()
+    ours = metric.compute(predictions=COCO["predictions"], references=COCO["references"])
+    assert ours.pop("cider_idf_images") == len(said)
+    assert ours == {name: pytest.approx(100 * theirs.eval[NAMES[name]], rel=1e-12) for name in ours}
+
+
+def test_reward_of_self_critical_training_is_the_metric(metric, tmp_path, monkeypatch):
+    """But for captions that end in a letter and a full stop, as the reward knows no next caption."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    rows = zip(COCO["predictions"], COCO["references"], strict=True)
+    rows = [(said, truths) for said, truths in rows if not any(re.search(r"\b\w\.$", one) for one in [said, *truths])]
+    said, truths = (list(column) for column in zip(*rows, strict=True))
+    scores = load_reward(Dataset.from_dict({"caption": truths}), DataArguments()).score(said, truths)
+    assert len(said) > 130
+    expected = metric.compute(predictions=said, references=truths, metrics=["cider"])
+    assert 100 * sum(scores) / len(scores) == pytest.approx(expected["cider"])
+
+
+# --- What is asked for, and what cannot be ---
+
+
+def test_gives_what_is_asked_for(metric):
+    assert set(metric.compute(**TWO, metrics=["bleu_4", "rouge_l"])) == {"bleu_4", "rouge_l"}
+    assert set(metric.compute(**TWO, metrics=["cider"])) == {"cider", "cider_idf_images"}
+    assert set(metric.compute(**TWO, metrics=["bleu"])) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4"}
+
+
+def test_perfect_captions_and_empty_ones(metric):
+    truths = [["a red bus in the rain"], ["two men play chess outside"]]
+    perfect = metric.compute(predictions=[one for (one,) in truths], references=truths)
+    assert perfect["cider"] == pytest.approx(1000) and perfect["rouge_l"] == pytest.approx(100)
+    silent = metric.compute(predictions=["", ""], references=truths)
+    assert silent["cider"] == silent["rouge_l"] == 0 and silent["bleu_1"] == pytest.approx(0, abs=1e-6)
+
+
+def test_few_images_are_warned_of(metric, module, caplog, monkeypatch):
+    logger = logging.getLogger(module.__name__)
+    logger.addHandler(caplog.handler)
+    try:
+        metric.compute(**TWO)
+        assert "from the references of only 2 images" in caplog.text
+        caplog.clear()
+        metric.compute(**TWO, metrics=["rouge_l"])
+        monkeypatch.setattr(module, "FEW_IMAGES", 2)
+        metric.compute(**TWO)
+        assert not caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def test_one_image_has_no_cider(metric):
+    one = {"predictions": ["a dog"], "references": [["a dog"]]}
+    with pytest.raises(ValueError, match=r"CIDEr needs the references of at least 2 images, but there is 1"):
+        metric.compute(**one)
+    assert metric.compute(**one, metrics=["rouge_l"]) == {"rouge_l": pytest.approx(100)}
+
+
+def test_what_cannot_be_scored_is_refused(metric):
+    with pytest.raises(ValueError, match=r"`references\[1\]` must hold at least one caption"):
+        metric.compute(predictions=["a", "b"], references=[["a"], []])
+    with pytest.raises(ValueError, match="`predictions` must hold at least one caption"):
+        metric.compute(predictions=[], references=[])
+    with pytest.raises(ValueError, match="expected a list"):
+        metric.compute(predictions=["a", "b"], references=["a", "b"])
+    with pytest.raises(ValueError, match="Mismatch in the number of predictions"):
+        metric.compute(predictions=["a", "b"], references=[["a"]])
+    with pytest.raises(ValueError, match=r"`metrics` must name some of cider, .* but is \['cidre'\]"):
+        metric.compute(**TWO, metrics=["cidre"])
+    with pytest.raises(TypeError, match="`metrics` must be a list of names, but is the string 'cider'"):
+        metric.compute(**TWO, metrics="cider")
+
+
+def test_without_java_only_what_needs_it_fails(metric, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "cider" in metric.compute(**TWO)
+    for name in ("meteor", "spice"):
+        with pytest.raises(RuntimeError, match=f"{name.upper()} cannot run: there is no `java` on PATH. Install"):
+            metric.compute(**TWO, metrics=["cider", name])
+
+
+def test_meteor_that_fails_says_why(metric, fake_java):
+    fake_java('echo "out of luck" >&2; exit 1\n')
+    with pytest.raises(RuntimeError, match="METEOR's Java process failed: out of luck"):
+        metric.compute(**TWO, metrics=["meteor"])
+
+
+# --- SPICE, whose models no package brings: with a `java` that answers as it does ---
+
+
+@pytest.fixture
+def spice_models(module, tmp_path, monkeypatch):
+    (tmp_path / "spice" / "lib").mkdir(parents=True)
+    monkeypatch.setattr(module, "SPICE_FOLDER", tmp_path / "spice")
+    for path in module.spice_models():
+        path.touch()
+
+
+def test_spice_without_models_says_how_to_get_them(metric, module, fake_java, tmp_path, monkeypatch):
+    fake_java("exit 1\n")
+    monkeypatch.setattr(module, "SPICE_FOLDER", tmp_path / "nowhere")
+    with pytest.raises(RuntimeError, match=r"CoreNLP 3.6.0, .* `python -m pycocoevalcap.spice.get_stanford_models`"):
+        metric.compute(**TWO, metrics=["spice"])
+
+
+def test_spice_is_the_mean_f_score(metric, fake_java, spice_models, tmp_path):
+    scores = [{"image_id": image, "scores": {"All": {"f": f}}} for image, f in enumerate((0.25, 0.5))]
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    fake_java(f'[ "$5" = "-out" ] && cp "$4" {tmp_path}/asked.json && cp {tmp_path}/scores.json "$6"\n')
+    assert metric.compute(**TWO, metrics=["spice"]) == {"spice": 37.5}
+    assert json.loads((tmp_path / "asked.json").read_text()) == [
+        {"image_id": 0, "test": "a dog on a sofa", "refs": ["a dog on a sofa"]},
+        {"image_id": 1, "test": "two men", "refs": ["two men walk", "men"]},
+    ]
+    assert [path.name for path in (tmp_path / "spice").iterdir()] == ["lib"]
+
+
+def test_spice_that_fails_says_why(metric, fake_java, spice_models):
+    fake_java('echo "java.lang.reflect.InaccessibleObjectException: no" >&2; exit 1\n')
+    with pytest.raises(RuntimeError, match=r"Java 8 or 11; (.|\n)*InaccessibleObjectException: no"):
+        metric.compute(**TWO, metrics=["spice"])
+
+
+# --- As the Hub has it ---
+
+
+def test_loads_from_a_copy_in_a_clean_process(tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "coco_caption", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import evaluate; print(evaluate.load('coco_caption').compute(predictions=['A dog.', 'two men'], "
+    code += "references=[['a dog'], ['two cats']], metrics=['bleu_1', 'cider']))"
+    output = run_clean(code, tmp_path)
+    assert output.startswith("{'cider': ") and "'bleu_1': 74.99" in output
+
+
+def test_the_page_shows_the_metric(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("evaluate.utils.launch_gradio_widget", shown.append)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(FOLDER / "app.py"))
+    assert [metric.name for metric in shown] == ["coco_caption"]
+    header = yaml.safe_load((FOLDER / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert {"evaluate", "metric"} <= set(header["tags"]) and (FOLDER / header["app_file"]).exists()
