@@ -103,7 +103,7 @@ def test_nocaps_is_scored_by_domain(work, tmp_path, monkeypatch):
 
 
 def test_predictions_are_what_the_official_coco_tool_reads(work, tmp_path, monkeypatch):
-    coco = pytest.importorskip("pycocotools.coco", reason="needs the scst extra")
+    coco = pytest.importorskip("pycocotools.coco", reason="needs the evaluate extra")
     Said(monkeypatch, ["a red circle", "a blue triangle", "a green square"])
     files = published(work, "coco-karpathy", "coco", annotations="dataset_coco.json")
     evaluate_captioning.main(options(work, tmp_path, **files))
