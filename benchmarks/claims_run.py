@@ -26,7 +26,7 @@ from common.arguments import (
 from common.cider import CiderDReward, count_ngrams
 from common.data import CaptionCollator, SetEpoch, load_captions, true_captions
 from common.evaluation import WrongPictures, caption_loss, generate_captions
-from common.features import FeatureDataset, cache_vision_features
+from common.features import FeatureDataset, cache_splits
 from common.models import build_model
 from common.trainer import EVLGenTrainer
 from common.training import arithmetic
@@ -132,8 +132,7 @@ def prepare(run: Run, output_dir: str) -> Prepared:
     set_seed(run.seed)
     train_rows, test_rows = load_captions(data, training.seed)
     model, processor = build_model(model_arguments, text_format)
-    train_rows = cache_vision_features(model, processor, train_rows, data)
-    test_rows = cache_vision_features(model, processor, test_rows, data)
+    train_rows, test_rows = cache_splits(model, processor, train_rows, test_rows, data, training.seed)
     if run.random_pruning:
         for layer in model.connector.encoder.layer:
             layer.__class__ = RandomPruningLayer

@@ -7,6 +7,7 @@ the frozen language model. Source of the details: salesforce/LAVIS, lavis/models
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -55,7 +56,7 @@ class StageOneCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         return {
-            "vision_features": torch.stack([row["vision_features"] for row in rows]).float(),
+            "vision_features": torch.from_numpy(np.stack([row["vision_features"][0] for row in rows])).float(),
             "text_ids": self.vocabulary.encode([true_captions(row, self.data)[0] for row in rows]),
         }
 

@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
 from common.data import load_captions
-from common.features import cache_vision_features
+from common.features import cache_splits
 from common.lora import LoraArguments, add_lora, quantization_config
 from common.models import load_captioner
 from common.processes import use_all_cores
@@ -67,8 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processor = EVLGenProcessor.from_pretrained(finetune.model)
         model.to(training.device)
         if data.cache_features:
-            train = cache_vision_features(model, processor, train, data)
-            test = None if test is None else cache_vision_features(model, processor, test, data)
+            train, test = cache_splits(model, processor, train, test, data, training.seed)
         if lora.lora != "none":
             model = add_lora(model, lora)
     return train_and_report(model, processor, train, test, pictures, data, generation, training)

@@ -25,7 +25,7 @@ from common.arguments import (
     parse_arguments,
 )
 from common.data import load_captions
-from common.features import cache_vision_features
+from common.features import cache_splits
 from common.models import build_model
 from common.processes import use_all_cores
 from common.training import train_and_report
@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model.generation_config.max_new_tokens = generation.max_new_tokens
         model.to(training.device)
         if data.cache_features:
-            train = cache_vision_features(model, processor, train, data)
-            test = None if test is None else cache_vision_features(model, processor, test, data)
+            train, test = cache_splits(model, processor, train, test, data, training.seed)
 
     return train_and_report(model, processor, train, test, pictures, data, generation, training)
 

@@ -17,7 +17,7 @@ from common.arguments import DataArguments, GenerationArguments, TrainingSetting
 from common.cider import load_reward
 from common.data import CaptionCollator, load_captions, true_captions
 from common.evaluation import generate_captions
-from common.features import cache_vision_features
+from common.features import cache_splits
 from common.models import load_captioner
 from common.processes import use_all_cores
 from common.scst import SCSTCollator, SCSTTrainer
@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model.to(training.device)
         processor = EVLGenProcessor.from_pretrained(scst.model)
         if data.cache_features:
-            train = cache_vision_features(model, processor, train, data)
-            test = None if test is None else cache_vision_features(model, processor, test, data)
+            train, test = cache_splits(model, processor, train, test, data, training.seed)
 
     def held_out_reward() -> float | None:
         """Mean CIDEr-D of what the model says about held-out pictures, on the main process."""

@@ -100,7 +100,7 @@ def test_the_papers_video_recipes_run(work, tmp_path):
     [
         ({"video_column": "clip"}, r"`video_column` is 'clip', but the data set has \['video', 'caption'\]"),
         ({"image_model": "/nowhere"}, "`image_model`='/nowhere' cannot be loaded"),
-        ({"cache_features": True}, "`cache_features` keeps one view of a picture, so it cannot be set for clips"),
+        ({"cache_features": True}, "`cache_features` keeps views of a picture, so it cannot be set for clips"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):

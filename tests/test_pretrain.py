@@ -32,11 +32,12 @@ from transformers.image_utils import IMAGENET_STANDARD_MEAN, OPENAI_CLIP_MEAN
 
 from common.arguments import DataArguments
 from common.data import CaptionCollator
+from common.features import cache_splits
 from common.models import load_image_processor
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import ROOT, run_clean, save_image_folder, save_towers
+from .helpers import ROOT, pictures, run_clean, save_image_folder, save_towers, tiny_model, tiny_processor
 from .hub_server import HubServer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -109,14 +110,36 @@ def test_trains_saves_and_reports(work, tmp_path):
 
 
 def test_cached_features_train_like_pictures(work, tmp_path):
-    pictures = pretrain.main(arguments(work, tmp_path / "pictures"))
+    plain = pretrain.main(arguments(work, tmp_path / "pictures"))
     features = pretrain.main(arguments(work, tmp_path / "features", cache_features=True))
-    assert features["test_loss"] == pytest.approx(pictures["test_loss"], abs=1e-2)  # features are float16
+    assert features["test_loss"] == pytest.approx(plain["test_loss"], abs=1e-2)  # features are float16
     cached = list((tmp_path / "hf_home" / "evlgen_features").glob("*.npy"))
     assert len(cached) == 2
     before = [path.stat().st_mtime_ns for path in cached]
     pretrain.main(arguments(work, tmp_path / "again", cache_features=True))
     assert [path.stat().st_mtime_ns for path in cached] == before
+
+
+def test_cached_views_are_the_crops_of_the_first_epochs():
+    model = tiny_model()
+    processor = tiny_processor(model)
+    rows = Dataset.from_dict({"image": pictures(4), "caption": ["a", "b", "c", "d"]})
+    data = DataArguments(crop_scale=[0.2, 0.6], horizontal_flip=True, cache_features=True, cached_views=2)
+    train, test = cache_splits(model, processor, rows, rows, data, seed=3)
+    collator = CaptionCollator(processor, data, training=True, seed=3)
+    seen = []
+    for epoch in (0, 1, 2):
+        collator.epoch = epoch
+        cached = collator([train[row] for row in (2, 0)])["vision_features"]
+        collator.epoch = epoch % 2
+        crops = collator([rows[row] for row in (2, 0)])["pixel_values"]
+        with torch.no_grad():
+            torch.testing.assert_close(cached, model.get_vision_features(crops), atol=1e-2, rtol=1e-2)
+        seen.append(cached)
+    assert torch.equal(seen[0], seen[2]) and not torch.allclose(seen[0], seen[1], atol=0.1)
+    plain = CaptionCollator(processor, data, training=False)
+    whole = model.get_vision_features(plain([rows[1]])["pixel_values"])
+    torch.testing.assert_close(plain([test[1]])["vision_features"], whole, atol=1e-2, rtol=1e-2)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(work, tmp_path):
@@ -341,7 +364,9 @@ def test_a_towers_image_processor_becomes_a_plain_resize(processor, size, mean, 
         ({"caption_column": "text"}, r"`caption_column` is 'text', but the data set has"),
         ({"train_split": "training"}, r"`train_split` is 'training', but the data set has \['test', 'train'\]"),
         ({"test_split": "dev"}, "`test_split` is 'dev', but .*; --test_split \"\" trains without held-out pictures"),
-        ({"cache_features": True, "horizontal_flip": True}, "`cache_features` keeps one view of a picture"),
+        ({"cache_features": True, "horizontal_flip": True}, "needs `cached_views`: how many"),
+        ({"cached_views": 2, "cache_features": True}, "goes with `cache_features` and with `crop_scale`"),
+        ({"cached_views": 0, "cache_features": True, "horizontal_flip": True}, "it must be 1 or more"),
         ({"cache_features": True, "streaming": True}, "`cache_features` needs the whole data set"),
         ({"streaming": True}, "`streaming` needs `max_test_samples`, or an empty `test_split`"),
         ({"vision_model": "/nowhere"}, "`vision_model`='/nowhere' cannot be loaded"),

@@ -89,6 +89,9 @@ class DataArguments:
     cache_features: bool = field(
         default=False, metadata={"help": "Run the frozen vision tower once over the data and keep what it gives."}
     )
+    cached_views: int | None = field(
+        default=None, metadata={"help": "How many crops and flips of each training picture to keep, with them set."}
+    )
     skip_bad_rows: bool = field(
         default=False,
         metadata={

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, Video, load_dataset
 from PIL import Image as PILImage
@@ -38,10 +39,17 @@ def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | Iterab
     """
     if arguments.streaming and arguments.cache_features:
         raise ValueError("`cache_features` needs the whole data set, so it cannot be set with `streaming`.")
-    if arguments.cache_features and (arguments.crop_scale or arguments.horizontal_flip):
-        raise ValueError("`cache_features` keeps one view of a picture: unset `crop_scale` and `horizontal_flip`.")
+    augmented = bool(arguments.crop_scale or arguments.horizontal_flip)
+    views = arguments.cached_views
+    if arguments.cache_features and augmented and views is None:
+        raise ValueError("`cache_features` with `crop_scale` or `horizontal_flip` needs `cached_views`: how many.")
+    if views is not None and not (arguments.cache_features and augmented and views > 0):
+        raise ValueError(
+            f"`cached_views` is {views}: it must be 1 or more, and goes with `cache_features` and with `crop_scale` "
+            "or `horizontal_flip`."
+        )
     if arguments.cache_features and arguments.video_column:
-        raise ValueError("`cache_features` keeps one view of a picture, so it cannot be set for clips.")
+        raise ValueError("`cache_features` keeps views of a picture, so it cannot be set for clips.")
     if arguments.streaming and arguments.test_split and arguments.max_test_samples is None:
         raise ValueError("`streaming` needs `max_test_samples`, or an empty `test_split`.")
     if not arguments.dataset:
@@ -153,11 +161,16 @@ def read_row(
         pictures = row[arguments.image_column]
         return [load_rgb_image(p) for p in pictures] if isinstance(pictures, list) else load_rgb_image(pictures)
     except ValueError as error:
-        name = f"the row with the caption {str(captions)[:80]!r}"
+        name = f"the row with the caption {caption_of(row, arguments)!r}"
         if not arguments.skip_bad_rows:
             raise ValueError(f"{name}: {error} (`--skip_bad_rows true` goes on without it.)") from error
         logger.warning(f"Skipped {name}: {error}")
         return None
+
+
+def caption_of(row: dict[str, Any], arguments: DataArguments) -> str:
+    """The beginning of what a row says, by which it can be found, whether it is right or not."""
+    return str(row[arguments.messages_column or arguments.caption_column])[:80]
 
 
 def true_captions(row: dict[str, Any], arguments: DataArguments) -> list[str]:
@@ -217,9 +230,10 @@ class CaptionCollator:
 
     def _pictures(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if "vision_features" in rows[0]:
-            features = torch.stack([row["vision_features"] for row in rows])  # (batch, tokens, dim)
-            return rows, {"vision_features": features.float()}
-        read = [(row, self._read(row)) for row in rows]
+            features = [row["vision_features"] for row in rows]  # (views, tokens, dim) each, on disk
+            view = self.epoch % len(features[0])
+            return rows, {"vision_features": torch.from_numpy(np.stack([one[view] for one in features])).float()}
+        read = [(row, self.read(row)) for row in rows]
         read = [(row, picture) for row, picture in read if picture is not None]
         self.num_bad_rows += len(rows) - len(read)
         if not read:
@@ -229,7 +243,8 @@ class CaptionCollator:
             return list(rows), {"videos": list(pictures), "num_frames": self.arguments.num_frames}
         return list(rows), {"images": list(pictures)}
 
-    def _read(self, row: dict[str, Any]) -> PILImage.Image | list[PILImage.Image] | None:
+    def read(self, row: dict[str, Any]) -> PILImage.Image | list[PILImage.Image] | None:
+        """A row's picture or clip as the model is to see it in this epoch; None if it is bad and to be skipped."""
         with self._chance(row):
             picture = read_row(row, self.arguments, "headtail" if self.training else "uniform")
             # A clip's frames are augmented in one call, hence alike.
@@ -237,17 +252,16 @@ class CaptionCollator:
 
     def _caption(self, row: dict[str, Any]) -> str:
         captions = true_captions(row, self.arguments)
-        with self._chance(row):
+        with self._chance(captions):  # not of the picture, which cached features do without
             return random.choice(captions) if self.training else captions[0]
 
     @contextmanager
-    def _chance(self, row: dict[str, Any]) -> Iterator[None]:
+    def _chance(self, key: Any) -> Iterator[None]:
         """Draws depend on seed, epoch and row alone, so a run that is resumed sees what an unbroken one would have."""
         if not self.training:
             yield
             return
-        columns = [value for name, value in sorted(row.items()) if name != "vision_features"]
-        seed = zlib.crc32(repr((self.seed, self.epoch, columns)).encode())
+        seed = zlib.crc32(repr((self.seed, self.epoch, key)).encode())
         state = random.getstate()
         with torch.random.fork_rng(devices=[]):
             random.seed(seed)
