@@ -15,6 +15,7 @@ import pretrain
 import pytest
 import torch
 from datasets import Dataset, load_dataset
+from datasets import Image as ImageFeature
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
@@ -124,6 +125,7 @@ def test_cached_views_are_the_crops_of_the_first_epochs():
     model = tiny_model()
     processor = tiny_processor(model)
     rows = Dataset.from_dict({"image": pictures(4), "caption": ["a", "b", "c", "d"]})
+    rows = rows.cast_column("image", ImageFeature(decode=False))  # as `load_captions` leaves them
     data = DataArguments(crop_scale=[0.2, 0.6], horizontal_flip=True, cache_features=True, cached_views=2)
     train, test = cache_splits(model, processor, rows, rows, data, seed=3)
     collator = CaptionCollator(processor, data, training=True, seed=3)
