@@ -16,12 +16,14 @@ extras = {
         "timm>=1.0.20",
     ],
     "video": ["av>=18.1"],
+    # examples/app.py: the page, and the clips that it takes.
+    "app": ["av>=18.1", "gradio>=6.31"],
     # examples/train_scst.py: CIDEr-D.
     "scst": ["pycocoevalcap>=1.2"],
     # examples/: reports, and logs for TensorBoard.
     "train": ["matplotlib>=3.11", "tensorboard>=2.21"],
     "quality": ["ruff>=0.14"],
-    "test": ["pytest>=8.3"],
+    "test": ["pytest>=8.3", "selenium>=4.51"],
 }
 extras["demo"] += extras["train"]
 extras["dev"] = sorted({requirement for group in extras.values() for requirement in group})
