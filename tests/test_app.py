@@ -1,0 +1,400 @@
+"""examples/app.py: what the page is told and shows, without a browser; the real page in Chromium; and the Space."""
+
+import http.client
+import importlib
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+
+from .helpers import IMAGE_SIZE, ROOT, pictures, tiny_model, tiny_processor, tiny_towers
+
+gr = pytest.importorskip("gradio", reason="needs the app extra")
+app = importlib.import_module("app")
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    model = tiny_model()
+    return model, tiny_processor(model)
+
+
+@pytest.fixture(scope="module")
+def folder(captioner, tmp_path_factory):
+    """A checkpoint, and files that a visitor may send."""
+    folder = tmp_path_factory.mktemp("captioner")
+    for part in captioner:
+        part.save_pretrained(folder)
+    first, *rest = pictures(6)
+    first.save(folder / "picture.PNG")
+    first.save(folder / "clip.webp", save_all=True, append_images=rest, lossless=True)
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "broken.png").write_text("no picture")
+    (folder / "broken.mp4").write_text("no clip")
+    return folder
+
+
+def test_reads_pictures_and_clips(folder):
+    kind, frames = app.read_file(folder / "picture.PNG", 4, 1)
+    assert kind == "images" and np.array_equal(frames[0], pictures(1)[0])
+    kind, frames = app.read_file(folder / "clip.webp", 3, 1)
+    assert kind == "videos" and len(frames) == 3
+    assert all(np.array_equal(frame, pictures(6)[2 * index]) for index, frame in enumerate(frames))
+
+
+def test_the_pages_of_a_file_are_no_clip(tmp_path):
+    first, *rest = pictures(3)
+    first.save(tmp_path / "pages.tiff", save_all=True, append_images=rest)
+    kind, frames = app.read_file(tmp_path / "pages.tiff", 4, 1)
+    assert kind == "images" and np.array_equal(frames[0], first)
+
+
+@pytest.mark.parametrize(
+    ("name", "max_mb", "message"),
+    [
+        ("notes.txt", 1, r"^The file 'notes.txt' is neither a picture \(\.png, .*\) nor a clip \(\.mp4, .*\)\.$"),
+        ("picture.PNG", 0.001, r"^The file 'picture.PNG' has 0.0 MB, but at most 0.001 MB are read\.$"),
+        ("broken.png", 1, r"^The file 'broken.png' cannot be read; it is damaged, or not what its name says\.$"),
+        ("broken.mp4", 1, r"^The file 'broken.mp4' cannot be read; it is damaged, or not what its name says\.$"),
+    ],
+)
+def test_other_files_are_refused_by_their_name(folder, name, max_mb, message):
+    """By the name that the visitor knows, not by the server's path."""
+    if name.endswith(".mp4"):
+        pytest.importorskip("av", reason="needs the video extra")
+    with pytest.raises(ValueError, match=message):
+        app.read_file(folder / name, 4, max_mb)
+
+
+def generated(model, processor, inputs, **settings):
+    words = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(words, skip_special_tokens=True)[0].strip()
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("kind", ["images", "videos"])
+def test_the_text_and_the_merging_are_the_models(captioner, kind, num_beams):
+    model, processor = captioner
+    frames = pictures(1 if kind == "images" else 4)
+    settings = app.generation_settings(num_beams, 0, 1, 40)
+    steps = list(app.describe(model, processor, kind, frames, "what?", settings))
+    inputs = processor(**{kind: frames}, text="what?")
+    expected = generated(model, processor, inputs, do_sample=False, num_beams=num_beams, max_new_tokens=40)
+    texts = [text for text, _, _ in steps]
+    assert texts[0] == "" and texts[-1] == expected != ""
+    assert all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(texts))
+    assert (len(set(texts)) > 2) == (num_beams == 1)  # streamed, or whole
+
+    _, merging, milliseconds = steps[-1]
+    pixels = inputs["pixel_values" if kind == "images" else "pixel_values_videos"]
+    features = model.project_vision_features(model.get_vision_features(pixels))
+    assert np.array_equal(merging.groups[-1], features.output_index[0, 1:].reshape(4, 4))
+    assert len(np.unique(merging.groups[0])) == 16 and merging.counts == [17, 14, 11]
+    assert len(merging.frames) == len(frames)
+    assert list(milliseconds) == ["tower", "connector", "language model"] and min(milliseconds.values()) > 0
+
+
+def last_text(model, processor, *settings):
+    *_, (text, _, _) = app.describe(model, processor, "images", pictures(1), "", app.generation_settings(*settings))
+    return text
+
+
+def test_sampling_draws_as_generate_does(captioner):
+    model, processor = captioner
+    torch.manual_seed(1)
+    drawn = last_text(model, processor, 1, 2.0, 0.9, 12)
+    torch.manual_seed(1)
+    settings = {"do_sample": True, "temperature": 2.0, "top_p": 0.9, "max_new_tokens": 12}
+    expected = generated(model, processor, processor(images=pictures(1)), **settings)
+    assert drawn == expected != last_text(model, processor, 1, 0, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((0, 0, 1, 30), "`num_beams` must be 1 or more, but is 0"),
+        ((1, -1, 1, 30), "`temperature` must be 0 or more, but is -1"),
+        ((1, 1, 1.5, 30), "`top_p` must be above 0 and at most 1, but is 1.5"),
+        ((1, 0, 1, 0), "`max_new_tokens` must be 1 or more, but is 0"),
+    ],
+)
+def test_options_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        app.generation_settings(*settings)
+
+
+def test_errors_are_shown_as_text_and_the_next_visitor_is_served(captioner):
+    model, processor = captioner
+    settings = app.generation_settings(1, 0, 1, 8)
+    with pytest.raises(gr.Error) as shown, app.shown_errors():
+        list(app.describe(model, processor, "images", pictures(1), "<image><image>", settings))
+    assert shown.value.message == "`text` holds 2 &lt;image&gt; placeholders, but `images` holds 1 images."
+    with pytest.raises(ValueError, match="the language model has places for 128"):  # in the middle of a text
+        last_text(model, processor, 1, 0, 1, 300)
+    assert last_text(model, processor, 1, 0, 1, 8)
+    with pytest.raises(gr.Error) as shown, app.shown_errors():
+        raise RuntimeError("out of memory")
+    assert shown.value.message == "RuntimeError: out of memory" and shown.value.print_exception
+
+
+def test_threads_that_are_left_behind_do_not_mix_mergings(captioner):
+    model, processor = captioner
+    settings = app.generation_settings(1, 0, 1, 2)
+
+    def groups(picture):
+        *_, (_, merging, _) = app.describe(model, processor, "images", [picture], "", settings)
+        return [index.tolist() for index in merging.groups]
+
+    expected = [groups(picture) for picture in pictures(4)]
+    slow = model.connector.encoder.layer[0].register_forward_hook(lambda *_: time.sleep(0.05))
+    with ThreadPoolExecutor(max_workers=4) as executor:
+        assert list(executor.map(groups, pictures(4))) == expected
+    slow.remove()
+
+
+def test_who_goes_away_stops_the_model(captioner):
+    model, processor = captioner
+    calls = []
+    hook = model.language_model.register_forward_hook(lambda *_: calls.append(time.sleep(0.02)))
+    settings = app.generation_settings(1, 0, 1, 80)
+    steps = app.describe(model, processor, "images", pictures(1), "", settings)
+    next(steps)
+    assert calls == []
+    while not next(steps)[0]:
+        pass
+    steps.close()
+    at_close = len(calls)
+    time.sleep(0.2)
+    hook.remove()
+    assert len(calls) == at_close < 40
+
+
+def test_draws_each_frame_beside_what_a_layer_leaves_of_it():
+    grey, white = (Image.new("RGB", (448, 448), color) for color in ("grey", "white"))
+    groups = [np.array([[0, 1], [2, 3]]), np.zeros((2, 2), dtype=int)]
+    merging = app.Merging([grey, white], groups, [4, 1])
+    images, captions = zip(*app.draw_layer(merging, 1), strict=True)
+    assert captions == ("frame 1", "frame 1, layer 1: 1 tokens", "frame 2", "frame 2, layer 1: 1 tokens")
+    assert all(np.array_equal(image, frame) for image, frame in zip(images, [grey, grey, white, white], strict=True))
+    (_, _), (unmerged, caption) = app.draw_layer(app.Merging([white], groups, [4, 1]), 0)
+    assert caption == "picture, layer 0: 4 tokens" and len(np.unique(unmerged)) == 2  # outlines
+    assert app.draw_layer(app.Merging([white]), 1) == [(white, "picture")] and app.draw_layer(None, 1) == []
+    table = app.figures(merging, {"tower": 1.25, "connector": 0.5})
+    assert table.splitlines()[2] == "| 2 frames x 4 | 1 | 1.2 ms | 0.5 ms | … |"
+
+
+def test_other_connectors_are_refused_before_there_is_a_page():
+    mlp = {"model_type": "evlgen_mlp", "hidden_size": 32, "intermediate_size": 64}
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        *tiny_towers(), connector_config=mlp, image_size=IMAGE_SIZE, image_token_id=300
+    )
+    with pytest.raises(ValueError, match="merged by a TomeFormer, but the model has a MLPConnector"):
+        app.build_page(model, tiny_processor(model), 1)
+
+
+def test_the_page_is_local_bounded_and_tells_nobody(folder, monkeypatch):
+    launched = {}
+    monkeypatch.setattr(gr.Blocks, "launch", lambda page, **settings: launched.update(settings, page=page))
+    app.main(["--model", str(folder), "--max_mb", "2"])
+    assert launched["share"] is False and launched["max_file_size"] == 2 * 2**20
+    page = launched["page"]
+    assert not page.analytics_enabled and page._queue.max_size == 16
+    assert all(function.concurrency_limit in (1, "default") for function in page.fns.values())
+    assert page._queue.default_concurrency_limit == 1
+    with pytest.raises(SystemExit):
+        app.main(["--model", str(folder), "--max_mb", "0"])
+    with pytest.raises(ValueError, match=r"`model`='.*nowhere' cannot be loaded"):
+        app.main(["--model", str(folder / "nowhere")])
+
+
+CHROMIUM_FLAGS = """
+    --headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run
+    --disable-background-networking --disable-component-update --disable-sync --window-size=1280,1000
+"""
+
+# A process that has this on its path writes down with whom it speaks, beside itself.
+_LISTEN = """
+import sys
+from pathlib import Path
+
+log = Path(__file__).with_name("spoken_with.txt")
+log.touch()
+
+def write_down(event, arguments):
+    if event == "socket.connect" and isinstance(arguments[1], tuple) and not arguments[1][0].startswith("127."):
+        log.write_text(log.read_text() + str(arguments[1]))
+    if event == "socket.getaddrinfo" and arguments[0] not in ("localhost", "127.0.0.1"):
+        log.write_text(log.read_text() + str(arguments))
+
+sys.addaudithook(write_down)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    """The real script as a process; gives its address and the file in which it writes down with whom it speaks."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(_LISTEN)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "examples/app.py", "--model", str(folder), "--port", str(port), "--max_mb", "0.1"]
+    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    log = site / "log.txt"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 120
+        while not _answers("127.0.0.1", port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"The page does not come up:\n{log.read_text()}")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}", site / "spoken_with.txt"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _answers(host, port):
+    try:
+        connection = http.client.HTTPConnection(host, port, timeout=5)
+        connection.request("GET", "/config")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def browser():
+    selenium = pytest.importorskip("selenium.webdriver", reason="needs the test extra")
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in paths:
+        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
+    options = selenium.ChromeOptions()
+    options.binary_location = paths[0]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        for flag in CHROMIUM_FLAGS.split():
+            options.add_argument(flag)
+        options.add_argument(f"--user-data-dir={profile}")
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        driver = selenium.Chrome(options=options, service=selenium.ChromeService(paths[1]))
+        try:
+            yield driver
+        finally:
+            driver.quit()
+
+
+def test_the_page_in_a_browser(server, browser, folder):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    address, spoken_with = server
+
+    def find(selector):
+        return browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def wait(condition):
+        return WebDriverWait(browser, 60).until(lambda _: condition())
+
+    browser.get(address)
+    wait(lambda: find("#file input[type=file]"))[0].send_keys(str(folder / "picture.PNG"))
+    wait(lambda: len(find("#gallery img")) == 1)
+    find("#start")[0].click()
+    model, processor = (kind.from_pretrained(folder) for kind in (EVLGenForConditionalGeneration, EVLGenProcessor))
+    settings = app.generation_settings(1, 0, 1, 30)
+    *_, (text, merging, _) = app.describe(model, processor, "images", pictures(1), "", settings)
+    wait(lambda: find("#text textarea, #text input")[0].get_attribute("value") == text != "")
+    wait(lambda: re.search(r"17 11 [\d.]+ ms [\d.]+ ms [\d.]+ ms", find("#figures")[0].text))
+
+    def drawn_layer(layer):
+        if len(find("#gallery img")) != 2:
+            return False
+        source = find("#gallery img")[1].get_attribute("src")
+        with urllib.request.urlopen(source) as response:
+            image = Image.open(BytesIO(response.read())).convert("RGB")
+        return np.array_equal(image, app.draw_layer(merging, layer)[1][0])
+
+    wait(lambda: drawn_layer(2))
+    number = find("#layer input[type=number]")[0]
+    number.send_keys(Keys.CONTROL, "a")
+    number.send_keys("1", Keys.TAB)
+    wait(lambda: drawn_layer(1))
+
+    for name, message in (
+        ("notes.txt", "The file 'notes.txt' is neither a picture"),
+        ("broken.png", "The file 'broken.png' cannot be read"),
+        ("large.png", "exceed the maximum allowed size"),
+    ):
+        if name == "large.png":
+            Image.effect_noise((400, 400), 100).save(folder / name)  # noise cannot be compressed
+        for button in find("#file button[aria-label=Clear]"):
+            button.click()
+        wait(lambda: find("#file input[type=file]"))[0].send_keys(str(folder / name))
+        wait(lambda message=message: any(message in toast.text for toast in find(".toast-body")))
+    assert not any("Traceback" in toast.text or str(folder) in toast.text for toast in find(".toast-body"))
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert [url for url in urls if url.startswith(("http:", "https:")) and not url.startswith(address)] == []
+    assert spoken_with.read_text() == ""
+
+
+def test_a_request_cannot_make_the_server_fetch_or_read(server):
+    address, spoken_with = server
+    for path, message in (
+        ("https://example.com/a.png", "Files are uploaded; URLs are not fetched."),
+        ("/etc/passwd", "not uploaded by a user"),
+    ):
+        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}]
+        body = json.dumps({"data": data, "fn_index": 0, "session_hash": path[-4:]}).encode()
+        headers = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/gradio_api/queue/join", body, headers)):
+            pass
+        with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={path[-4:]}") as events:
+            assert message in events.read().decode()
+    assert spoken_with.read_text() == ""
+    assert not _answers("127.0.0.2", int(address.rpartition(":")[2]))  # it listens at one address
+
+
+def test_the_documented_commands_make_a_space(tmp_path):
+    """The folder has what the Hub asks for, and the script finds there all that it imports."""
+    for name in ("examples", "configuration_evlgen", "modeling_evlgen", "processing_evlgen"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "images"))
+    (tmp_path / "outputs" / "demo").mkdir(parents=True)
+    commands = [line.strip() for line in app.__doc__.splitlines() if re.match(r"    (mkdir|cp) ", line)]
+    subprocess.run("\n".join(["set -e", *commands]), shell=True, check=True, cwd=tmp_path)
+    space = tmp_path / "my-space"
+    assert (space / "outputs" / "demo").is_dir()
+    _, header, _ = (space / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    settings = yaml.safe_load(header)
+    assert settings["sdk"] == "gradio" and (space / settings["app_file"]).is_file()
+    declared = (ROOT / "setup.py").read_text()
+    assert f'"gradio>={settings["sdk_version"].rpartition(".")[0]}"' in declared
+    requirements = (space / "requirements.txt").read_text().split()
+    assert all(f'"{requirement}"' in declared for requirement in requirements)
+
+    others = ["accelerate", "datasets", "evaluate", "matplotlib", "peft", "pycocoevalcap", "tensorboard"]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({others})); import app, modeling_evlgen as m; print(m.__file__)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=space, env=environment, capture_output=True, text=True)
+    assert Path(result.stdout.strip()).parent == space / "modeling_evlgen", result.stderr
