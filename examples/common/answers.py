@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class PromptCollator(CaptionCollator):
     """Prompts of rows that need no captions, but an `id`, which an unreadable picture is reported with."""
 
-    def _read(self, row: dict[str, Any]) -> Image.Image | list[Image.Image]:
+    def read(self, row: dict[str, Any]) -> Image.Image | list[Image.Image]:
         try:
             if self.arguments.video_column:
                 return load_rgb_frames(row[self.arguments.video_column], self.arguments.num_frames)
