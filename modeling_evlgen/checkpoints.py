@@ -7,7 +7,7 @@ import shutil
 from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
 
@@ -156,7 +156,7 @@ def load_reference(
     vision_tower = _load_tower("vision_model", load_vision_tower, config, shared)
     if quantization_config is not None:
         shared["quantization_config"] = quantization_config
-    language_model = _load_tower("text_model", AutoModelForCausalLM.from_pretrained, config, shared)
+    language_model = _load_tower("text_model", model_class.load_language_model, config, shared)
 
     model = model_class(config, vision_tower, language_model)
     model.config.name_or_path = name_or_path

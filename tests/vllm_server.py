@@ -1,0 +1,134 @@
+"""A small stand-in for `vllm serve` on 127.0.0.1, for tests of what is sent to one and of what it answers.
+
+    with VLLMServer(model.language_model, processor.tokenizer) as server:
+        serve_prompt_embeds.main(["--server", server.url, ...])
+        server.requests[0]["prompt_embeds"]  # tensors, as the server has decoded them
+
+It answers `/v1/models` and, for prompt embeddings, `/v1/completions`: with the words of the language model that it is
+given, greedily, and with the status and the error messages of vLLM 0.32. It knows the fields that are looked up below
+and refuses others, which vLLM would not do.
+"""
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+
+import torch
+
+FIELDS = {"model", "prompt", "max_tokens", "temperature", "frequency_penalty", "presence_penalty", "prompt_embeds"}
+FIELDS |= {"repetition_penalty", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "logit_bias"}
+
+
+class VLLMServer:
+    """
+    Args:
+        language_model, tokenizer: What it serves.
+        name: What it calls them.
+        prompt_embeds: Whether it was started with `--enable-prompt-embeds`.
+        max_model_len: Tokens in a prompt and its answer together.
+        api_key: What it was started with as `--api-key`.
+        **told: Changes of what `/v1/models` tells of the model; None leaves a field out.
+    """
+
+    def __init__(
+        self,
+        language_model,
+        tokenizer,
+        name="text-model",
+        prompt_embeds=True,
+        max_model_len=128,
+        api_key=None,
+        **told,
+    ):
+        self.language_model, self.tokenizer, self.name = language_model, tokenizer, name
+        self.prompt_embeds, self.max_model_len, self.api_key = prompt_embeds, max_model_len, api_key
+        told = {"id": name, "object": "model", "root": name, "max_model_len": max_model_len} | told
+        self.told = {field: value for field, value in told.items() if value is not None}
+        self.requests = []
+
+    def __enter__(self):
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.http.shutdown()
+        self.http.server_close()
+
+    def complete(self, body):
+        """Status and answer to a request."""
+        if body["model"] != self.name:
+            return _error(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
+        if not self.prompt_embeds:
+            return _error(400, "You must set `--enable-prompt-embeds` to input `prompt_embeds`.")
+        if body.keys() - FIELDS or body.get("prompt") is not None:
+            return _error(400, f"The stand-in does not know what to do with {body.keys() - FIELDS or body['prompt']}.")
+        prompts = [
+            torch.load(BytesIO(base64.b64decode(prompt, validate=True)), weights_only=True)
+            for prompt in body["prompt_embeds"]
+        ]
+        self.requests.append(body | {"payload": body["prompt_embeds"], "prompt_embeds": prompts})
+        for prompt in prompts:
+            if prompt.ndim != 2 or prompt.shape[1] != self.language_model.config.hidden_size:
+                return _error(400, f"`prompt_embeds` has shape {tuple(prompt.shape)}.")
+            if len(prompt) > self.max_model_len:
+                return _error(400, f"This model's maximum context length is {self.max_model_len} tokens.")
+        choices = [{"index": index, "text": self.say(prompt, body)} for index, prompt in enumerate(prompts)]
+        return 200, {"id": "cmpl-0", "object": "text_completion", "model": self.name, "choices": choices[::-1]}
+
+    @torch.no_grad()
+    def say(self, prompt, body):
+        if body["temperature"] != 0 or body["repetition_penalty"] != 1:
+            raise NotImplementedError("The stand-in is greedy.")
+        own = self.language_model.generation_config.eos_token_id
+        stop = {*body["stop_token_ids"], *([] if body["ignore_eos"] else [own])}
+        embeds, said = prompt.to(self.language_model.dtype), []
+        embed = self.language_model.get_input_embeddings()
+        while len(said) < min(body["max_tokens"], self.max_model_len - len(prompt)):
+            logits = self.language_model(inputs_embeds=embeds[None]).logits[0, -1]
+            for token_id, bias in body["logit_bias"].items():
+                logits[int(token_id)] += bias
+            token_id = int(logits.argmax())
+            if token_id not in stop or body["include_stop_str_in_output"]:
+                said.append(token_id)
+            if token_id in stop:
+                break
+            embeds = torch.cat([embeds, embed(torch.tensor([token_id]))])
+        return self.tokenizer.decode(said, skip_special_tokens=True)
+
+
+def _error(status, message, kind="BadRequestError"):
+    return status, {"error": {"message": message, "type": kind, "param": None, "code": status}}
+
+
+def _handler(server):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.answer(*(self.refused() or (200, {"object": "list", "data": [server.told]})))
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.answer(*(self.refused() or server.complete(body)))
+
+        def refused(self):
+            if server.api_key and self.headers.get("Authorization") != f"Bearer {server.api_key}":
+                return _error(401, "Unauthorized", "AuthenticationError")
+            if self.path not in ("/v1/models", "/v1/completions"):
+                return _error(404, "Not Found", "NotFoundError")
+            return None
+
+        def answer(self, status, body):
+            content = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments):
+            pass
+
+    return Handler
