@@ -1,12 +1,14 @@
 """What the tests of the evaluation scripts share: drawn pictures and clips for the published files, and a stand-in."""
 
 import json
+import subprocess
+import sys
 
 from PIL import Image, ImageDraw
 
 from common import answers
 
-from .helpers import COLORS, FIXTURES, tiny_model, tiny_processor
+from .helpers import COLORS, FIXTURES, ROOT, tiny_model, tiny_processor
 
 PUBLISHED = FIXTURES / "benchmarks"
 COCO_PICTURES = (522418, 184613, 318219, 391895, 57870, 60623, 318556, 262148, 393225, 297147, 339761)
@@ -66,6 +68,11 @@ def published(work, benchmark, media, **files):
 
 def read_json(path):
     return json.loads(path.read_text())
+
+
+def launch(script, arguments, *launcher, **kwargs):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "examples" / script)]
+    return subprocess.Popen([*command, *arguments], cwd=ROOT, **kwargs)
 
 
 class Said:

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import evaluate_captioning
@@ -21,8 +20,8 @@ from common.demo_data import easy_vqa_questions
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .evaluation import Said, draw, options, published, read_json, save_work, value, vqav2
-from .helpers import ROOT, save_image_folder, tiny_model
+from .evaluation import Said, draw, launch, options, published, read_json, save_work, value, vqav2
+from .helpers import save_image_folder, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +111,6 @@ def test_questions_of_your_own_are_answered(column, name, work, tmp_path, monkey
     expected = {1: 50, 2: 100 * (1 / 3) / 2, 3: 100 * (4 / 9 + 2 / 9) / 2}[len(column) if column != "red" else 1]
     assert value(results, name) == pytest.approx(expected)
     assert said.prompts[0].endswith("Question: What Color? Short answer:")  # as it is in training
-
-
-def launch(script, arguments, *launcher, **kwargs):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "examples" / script)]
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, **kwargs)
 
 
 def test_a_killed_run_goes_on(work, tmp_path):
@@ -241,18 +235,20 @@ def test_a_broken_picture_and_a_broken_line_are_named(work, tmp_path):
 
 
 def test_batches_begin_at_the_same_rows_whatever_is_done():
-    ids = list("abcdefg")
-    assert pending_batches(ids, {}, 3) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert pending_batches(ids, dict.fromkeys("abcd", ""), 3) == [[3, 4, 5], [6]]
-    assert pending_batches(ids, dict.fromkeys(ids, ""), 3) == []
+    batches = [range(3), range(3, 6), range(6, 7)]
+    assert pending_batches([False] * 7, 3) == batches
+    assert pending_batches([True] * 4 + [False] * 3, 3) == batches[1:]
+    assert pending_batches([True] * 7, 3) == []
 
 
 def test_a_row_is_kept_once(tmp_path):
     (tmp_path / "answers.jsonl").write_text('{"id": 1, "text": "first"}\n')
     (tmp_path / "answers.part-0.jsonl").write_text('{"id": 1, "text": "again"}\n{"id": 0, "text": "x"}\n{"id": 2, "te')
-    assert join_answers(tmp_path, [0, 1, 2]) == {0: "x", 1: "first"}
-    assert (tmp_path / "answers.jsonl").read_text() == '{"id": 0, "text": "x"}\n{"id": 1, "text": "first"}\n'
-    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+    for ids in ([0, 1, 2], range(3)):
+        join_answers(tmp_path, ids)
+        assert list(read_answers(tmp_path / "answers.jsonl").items()) == [(0, "x"), (1, "first")]
+        assert (tmp_path / "answers.jsonl").read_text() == '{"id": 0, "text": "x"}\n{"id": 1, "text": "first"}\n'
+        assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
 
 
 def test_arguments_come_from_a_yaml_file_too(work, tmp_path, monkeypatch):

@@ -7,22 +7,26 @@ number of processes nor an interruption changes an answer.
 
 import json
 import os
+import sys
 import zlib
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import BatchFeature
 
-from common.arguments import DataArguments, EvaluationArguments, GenerationArguments
+from common.arguments import AnswerArguments, DataArguments, EvaluationArguments, GenerationArguments
 from common.data import CaptionCollator
 from common.evaluation import generate_batches
 from common.models import load_captioner
@@ -80,101 +84,199 @@ def answer_rows(
         ValueError: If the model cannot be loaded, ids are not unique, a picture cannot be read, or the answers in
             `folder` come from other settings.
     """
-    if evaluation.dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {evaluation.dtype!r}.")
     if not len(rows):
         raise ValueError("There is nothing to evaluate: the split has no rows, or `max_samples` is 0.")
     ids = _unique_ids(rows)
-    dtype = DTYPES[evaluation.dtype]
-    load = partial(EVLGenForConditionalGeneration.from_pretrained, dtype=dtype)
-    model = load_captioner("model", load, evaluation.model)
-    processor = EVLGenProcessor.from_pretrained(evaluation.model)
+    model, processor = load_answering_model(evaluation)
     if state.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         prompts = rows[columns.prompt_column][:] if columns.prompt_column else None
         settings = {
-            "weights": weights_checksum(model),
             "rows": _checksum([ids, prompts]),
             "prompt": columns.prompt,
             "num_frames": columns.num_frames if columns.video_column else None,
-            **vars(generation),
-            "batch_size": evaluation.batch_size,
-            "dtype": evaluation.dtype,
+            **answering_settings(model, generation, evaluation),
         }
         check_settings(folder, settings)
+    collate = PromptCollator(processor, columns, training=False).prompts
+    answer_pending(rows, ids, collate, model, processor, generation, evaluation, folder, state)
+    return list(read_answers(folder / "answers.jsonl").values()) if state.is_main_process else None
+
+
+def load_answering_model(arguments: AnswerArguments) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
+    """Loads a model in the precision that it is to answer in, and its processor.
+
+    Raises:
+        ValueError: If there is no such model or precision.
+    """
+    if arguments.dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {arguments.dtype!r}.")
+    load = partial(EVLGenForConditionalGeneration.from_pretrained, dtype=DTYPES[arguments.dtype])
+    model = load_captioner("model", load, arguments.model)
+    return model, EVLGenProcessor.from_pretrained(arguments.model)
+
+
+def answering_settings(
+    model: EVLGenForConditionalGeneration, generation: GenerationArguments, arguments: AnswerArguments
+) -> dict[str, Any]:
+    """What answers depend on, beside the rows and what is asked about them."""
+    return {
+        "weights": weights_checksum(model),
+        **vars(generation),
+        "batch_size": arguments.batch_size,
+        "dtype": arguments.dtype,
+    }
+
+
+def answer_pending(
+    rows: Dataset,
+    ids: Sequence[int | str],
+    collate: Callable[[list[dict[str, Any]]], BatchFeature],
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    generation: GenerationArguments,
+    arguments: AnswerArguments,
+    folder: Path,
+    state: PartialState,
+) -> None:
+    """Asks a model about each row that `folder` has no answer to yet; then its `answers.jsonl` has one to every row.
+
+    Args:
+        rows: What `collate` makes prompts of.
+        ids: Of the rows, in their order.
+        collate: Makes the prompts of a batch of rows. Beside the inputs it may give a list `errors`: None, or what is
+            wrong with a row, which is then kept in place of what the model says about it.
+        model, processor, generation, arguments: As in [`answer_rows`].
+        folder: Where the answers are kept.
+        state: From [`start_processes`]. Its processes part at the end.
+    """
+    path = folder / "answers.jsonl"
+    if state.is_main_process:
         join_answers(folder, ids)
     state.wait_for_everyone()
 
-    done = read_answers(folder / "answers.jsonl")
-    if state.is_main_process and done:
-        print(f"{len(done)} of {len(ids)} rows have been answered before.")
-    mine = pending_batches(ids, done, evaluation.batch_size)[state.process_index :: state.num_processes]
-    loader = DataLoader(
-        rows,
-        batch_sampler=mine,
-        collate_fn=PromptCollator(processor, columns, training=False).prompts,
-        num_workers=evaluation.num_workers,
+    done = find_answers([path], ids)[:, 0] >= 0
+    if state.is_main_process and done.any():
+        print(f"{done.sum()} of {len(ids)} rows have been answered before.")
+    batches = pending_batches(done, arguments.batch_size)
+    first, last = (len(batches) * (state.process_index + step) // state.num_processes for step in (0, 1))
+    mine = batches[first:last]  # neighbours, which may lie in the same file
+    loader = DataLoader(rows, batch_sampler=mine, collate_fn=collate, num_workers=arguments.num_workers)
+    generate = partial(
+        generate_batches,
+        model.to(state.device),
+        processor=processor,
+        generation=generation,
+        dtype=DTYPES[arguments.dtype],
     )
-    batches = generate_batches(model.to(state.device), loader, processor, generation, dtype)
-    named = [[ids[index] for index in batch] for batch in mine]
-    _write_part(folder / f"answers.part-{state.process_index}.jsonl", named, batches, state.is_main_process)
+    named = ([ids[index] for index in batch] for batch in mine)
+    part = folder / f"answers.part-{state.process_index}.jsonl"
+    _write_part(part, named, _answers(loader, generate), sum(map(len, mine)), state.is_main_process)
 
     state.wait_for_everyone()
     state.destroy_process_group()
-    return list(join_answers(folder, ids).values()) if state.is_main_process else None
+    if state.is_main_process:
+        join_answers(folder, ids)
 
 
-def _write_part(path: Path, ids: list[list[int | str]], batches: Iterator[list[str]], progress: bool) -> None:
+def _answers(loader: DataLoader, generate: Callable[..., Iterator[list[str]]]) -> Iterator[list[dict[str, Any]]]:
+    """Each batch's answers, as they are kept: a text, or in its place an error."""
+    errors: deque[list[str | None] | None] = deque()
+
+    def inputs() -> Iterator[BatchFeature]:
+        for batch in loader:
+            errors.append(batch.pop("errors", None))
+            yield batch
+
+    for texts in generate(inputs()):
+        problems = errors.popleft() or [None] * len(texts)
+        yield [
+            {"text": text} if problem is None else {"text": None, "error": problem}
+            for text, problem in zip(texts, problems, strict=True)
+        ]
+
+
+def _write_part(
+    path: Path,
+    ids: Iterator[list[int | str]],
+    answers: Iterator[list[dict[str, Any]]],
+    total: int,
+    progress: bool,
+) -> None:
     """Writes each batch's answers as soon as they come; `ids` are those of each batch."""
-    bar = tqdm(total=sum(map(len, ids)), desc="Answers", unit="row", disable=not progress)
+    bar = tqdm(total=total, desc="Answers", unit="row", disable=not progress)
     with bar, path.open("a", encoding="utf-8") as file:
-        for rows, texts in zip(ids, batches, strict=True):
-            file.writelines(_line(row, text) for row, text in zip(rows, texts, strict=True))
+        for rows, batch in zip(ids, answers, strict=True):
+            entries = [{"id": row, **answer} for row, answer in zip(rows, batch, strict=True)]
+            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
             file.flush()
             bar.update(len(rows))
+            for problem in (entry["error"] for entry in entries if "error" in entry):
+                bar.write(f"Left out: {problem}", file=sys.stderr)
 
 
-def _line(row: int | str, text: str) -> str:
-    return json.dumps({"id": row, "text": text}, ensure_ascii=False) + "\n"
-
-
-def pending_batches(ids: list[int | str], done: dict[int | str, str], batch_size: int) -> list[list[int]]:
+def pending_batches(done: Sequence[bool], batch_size: int) -> list[range]:
     """Indices of the rows of each batch in which an answer is missing; batches always begin at the same rows."""
-    batches = [list(range(start, min(start + batch_size, len(ids)))) for start in range(0, len(ids), batch_size)]
-    return [batch for batch in batches if any(ids[index] not in done for index in batch)]
+    starts = range(0, len(done), batch_size)
+    batches = [range(start, min(start + batch_size, len(done))) for start in starts]
+    return [batch for batch in batches if not all(done[batch.start : batch.stop])]
 
 
 def read_answers(path: Path) -> dict[int | str, str]:
-    """Answers by the id of their row; a last line that was cut off by a kill is left out.
+    """Answers by the id of their row, in the file's order; see [`read_lines`]."""
+    return {entry["id"]: entry["text"] for _, entry in read_lines(path)}
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The answers in a file, and where each begins, in bytes; a last line that was cut off by a kill is left out.
 
     Raises:
         ValueError: If another line is broken.
     """
-    answers: dict[int | str, str] = {}
-    *lines, _ = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            entry = json.loads(line)
-            answers[entry["id"]] = entry["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"`output_dir`: line {number} of {path} is broken: {error}") from error
-    return answers
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                entry = json.loads(line)
+                _ = entry["id"], entry["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"`output_dir`: line {number} of {path} is broken: {error}") from error
+            yield offset, entry
+            offset += len(line)
 
 
-def join_answers(folder: Path, ids: list[int | str]) -> dict[int | str, str]:
-    """Moves the processes' parts into `answers.jsonl`, which exists afterwards; gives all answers in the rows' order.
+def find_answers(files: list[Path], ids: Sequence[int | str]) -> np.ndarray:
+    """Where the first answer to each row is, `(rows, 2)`: number of the file and place in bytes; -1 for none."""
+    index = ids.index if isinstance(ids, range) else {row: index for index, row in enumerate(ids)}.__getitem__
+    places = np.full((len(ids), 2), -1, dtype=np.int64)
+    for number, file in enumerate(files):
+        for offset, entry in read_lines(file):
+            row = index(entry["id"])
+            if places[row, 0] < 0:
+                places[row] = number, offset
+    return places
 
-    An answer that is in `answers.jsonl` stays: a batch that was cut off is answered as a whole again.
+
+def join_answers(folder: Path, ids: Sequence[int | str]) -> None:
+    """Moves the processes' parts into `answers.jsonl`, which exists afterwards, in the rows' order.
+
+    An answer that is in `answers.jsonl` stays: a batch that was cut off is answered as a whole again. Answers stay on
+    disk, of which there may be more than memory holds.
     """
     path, parts = folder / "answers.jsonl", sorted(folder.glob("answers.part-*.jsonl"))
-    found: dict[int | str, str] = {}
-    for file in (*parts, path):
-        found |= read_answers(file) if file.exists() else {}
-    answers = {row: found[row] for row in ids if row in found}
-    write_whole(path, "".join(_line(row, text) for row, text in answers.items()))
+    path.touch()
+    if not parts:
+        return
+    places = find_answers([path, *parts], ids)
+    with ExitStack() as stack, replacing(path) as partial_path:
+        files = [stack.enter_context(file.open("rb")) for file in (path, *parts)]
+        whole = stack.enter_context(partial_path.open("wb"))
+        for number, offset in places[places[:, 0] >= 0]:
+            files[number].seek(offset)
+            whole.write(files[number].readline())
     for part in parts:
         part.unlink()
-    return answers
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -184,6 +286,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         ValueError: If the folder holds answers that other settings gave; the message names these.
     """
     path = folder / "settings.json"
+    folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         write_whole(path, json.dumps(settings, indent=2) + "\n")
         return
@@ -209,8 +312,15 @@ def weights_checksum(model: torch.nn.Module) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file that, whenever the process is killed, is either the old or the new one."""
+    with replacing(path) as partial_path:
+        partial_path.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what is to replace `path` as a whole, once it is written."""
     partial_path = path.with_name(f".{path.name}.tmp")
-    partial_path.write_text(text, encoding="utf-8")
+    yield partial_path
     os.replace(partial_path, path)
 
 

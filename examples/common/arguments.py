@@ -111,8 +111,18 @@ class GenerationArguments:
 
 
 @dataclass
-class EvaluationArguments:
+class AnswerArguments:
     model: str = field(default="outputs/demo", metadata={"help": "Captioner: a folder or a name on the Hub."})
+    batch_size: int = field(default=16, metadata={"help": "Rows in a batch of each process."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that read pictures ahead."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "float32, or bfloat16, which is faster, but lets an answer depend on its batch."},
+    )
+
+
+@dataclass
+class EvaluationArguments(AnswerArguments):
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Where answers and results go; default: outputs/evaluation/<model>/<benchmark or dataset>."},
@@ -137,12 +147,6 @@ class EvaluationArguments:
     test_split: str = field(default="test", metadata={"help": "Split, of a benchmark with splits or of the dataset."})
     image_column: str = field(default="image", metadata={"help": "The dataset's column of images, paths or URLs."})
     max_samples: int | None = field(default=None, metadata={"help": "Only the first rows, for a quick look."})
-    batch_size: int = field(default=16, metadata={"help": "Rows in a batch of each process."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that read pictures ahead."})
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "float32, or bfloat16, which is faster, but lets an answer depend on its batch."},
-    )
 
 
 @dataclass
