@@ -206,7 +206,7 @@ def complete(
     max_new_tokens: int,
     stop_token_ids: list[int],
     banned_token_ids: tuple[int, ...] = (),
-) -> list[str]:
+) -> list[list[int]]:
     """What the server's language model says after each prompt, greedily.
 
     Args:
@@ -217,11 +217,11 @@ def complete(
         banned_token_ids: Ids that are never said.
 
     Returns:
-        The texts in the order of the prompts, without spaces around them.
+        Ids of the tokens, one list for each prompt. The server's text would leave out bytes that are no whole letters.
 
     Raises:
         ConnectionError: If the server does not answer.
-        RuntimeError: If it refuses, e.g. because it was started without `--enable-prompt-embeds`.
+        RuntimeError: If it refuses, e.g. because it was started without `--enable-prompt-embeds`, or gives no ids.
     """
     with explained(server.url):
         answer = server.client.completions.create(
@@ -236,13 +236,15 @@ def complete(
                 "repetition_penalty": 1.0,  # the server's default may be another
                 "stop_token_ids": stop_token_ids,
                 "ignore_eos": True,
-                "include_stop_str_in_output": True,  # as in `generate`; special tokens are no text in both
+                "return_token_ids": True,
                 "logit_bias": {str(token_id): -100.0 for token_id in banned_token_ids},
             },
         )
     if len(answer.choices) != len(prompts):
         raise RuntimeError(f"`server`: {server.url} gave {len(answer.choices)} answers to {len(prompts)} prompts.")
-    return [choice.text.strip() for choice in sorted(answer.choices, key=lambda choice: choice.index)]
+    if not all(isinstance(getattr(choice, "token_ids", None), list) for choice in answer.choices):
+        raise RuntimeError(f"`server`: {server.url} tells no ids of tokens, as vLLM does since 0.10.2.")
+    return [choice.token_ids for choice in sorted(answer.choices, key=lambda choice: choice.index)]
 
 
 @contextmanager
@@ -306,7 +308,8 @@ def caption(
         inputs = processor(**{kind: sources[batch]}, text=prompts[batch]).to(model.device)
         embeds = model.embed_prompts(**inputs)
         check_prompts(embeds, text_config.hidden_size, max_new_tokens, server.max_model_len)
-        yield complete(server, embeds, max_new_tokens, ends, banned)
+        said = complete(server, embeds, max_new_tokens, ends, banned)
+        yield [text.strip() for text in processor.batch_decode(said, skip_special_tokens=True)]
 
 
 def main(argv: list[str] | None = None) -> list[str]:

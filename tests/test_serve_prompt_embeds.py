@@ -208,6 +208,7 @@ def test_embeddings_narrower_than_the_language_model_are_refused(tmp_path):
     [
         ({"prompt_embeds": False}, [], RuntimeError, "takes no prompt embeddings. Start it with: vllm"),
         ({"api_key": "secret"}, [], RuntimeError, "wants its API key in the environment variable VLLM_API_KEY"),
+        ({"token_ids": False}, [], RuntimeError, "tells no ids of tokens, as vLLM does since 0.10.2"),
         ({"max_model_len": None}, [], ValueError, "does not tell the `max_model_len`"),
         ({}, ["--served_model", "other"], ValueError, "`served_model` is 'other', but .* serves 'text-model'"),
         ({}, ["--prompts", "a", "b"], ValueError, "`prompts` holds 2 prompts for 1 images: give one, or one each"),

@@ -18,7 +18,7 @@ from io import BytesIO
 import torch
 
 FIELDS = {"model", "prompt", "max_tokens", "temperature", "frequency_penalty", "presence_penalty", "prompt_embeds"}
-FIELDS |= {"repetition_penalty", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "logit_bias"}
+FIELDS |= {"repetition_penalty", "stop_token_ids", "ignore_eos", "return_token_ids", "logit_bias"}
 
 
 class VLLMServer:
@@ -27,6 +27,7 @@ class VLLMServer:
         language_model, tokenizer: What it serves.
         name: What it calls them.
         prompt_embeds: Whether it was started with `--enable-prompt-embeds`.
+        token_ids: Whether it can tell the ids of what it says, as vLLM does since 0.10.2.
         max_model_len: Tokens in a prompt and its answer together.
         api_key: What it was started with as `--api-key`.
         **told: Changes of what `/v1/models` tells of the model; None leaves a field out.
@@ -38,12 +39,14 @@ class VLLMServer:
         tokenizer,
         name="text-model",
         prompt_embeds=True,
+        token_ids=True,
         max_model_len=128,
         api_key=None,
         **told,
     ):
         self.language_model, self.tokenizer, self.name = language_model, tokenizer, name
-        self.prompt_embeds, self.max_model_len, self.api_key = prompt_embeds, max_model_len, api_key
+        self.prompt_embeds, self.token_ids = prompt_embeds, token_ids
+        self.max_model_len, self.api_key = max_model_len, api_key
         told = {"id": name, "object": "model", "root": name, "max_model_len": max_model_len} | told
         self.told = {field: value for field, value in told.items() if value is not None}
         self.requests = []
@@ -76,7 +79,7 @@ class VLLMServer:
                 return _error(400, f"`prompt_embeds` has shape {tuple(prompt.shape)}.")
             if len(prompt) > self.max_model_len:
                 return _error(400, f"This model's maximum context length is {self.max_model_len} tokens.")
-        choices = [{"index": index, "text": self.say(prompt, body)} for index, prompt in enumerate(prompts)]
+        choices = [{"index": index, **self.say(prompt, body)} for index, prompt in enumerate(prompts)]
         return 200, {"id": "cmpl-0", "object": "text_completion", "model": self.name, "choices": choices[::-1]}
 
     @torch.no_grad()
@@ -92,12 +95,12 @@ class VLLMServer:
             for token_id, bias in body["logit_bias"].items():
                 logits[int(token_id)] += bias
             token_id = int(logits.argmax())
-            if token_id not in stop or body["include_stop_str_in_output"]:
-                said.append(token_id)
+            said.append(token_id)
             if token_id in stop:
                 break
             embeds = torch.cat([embeds, embed(torch.tensor([token_id]))])
-        return self.tokenizer.decode(said, skip_special_tokens=True)
+        text = self.tokenizer.decode(said, skip_special_tokens=True)
+        return {"text": text, "token_ids": said if self.token_ids else None}
 
 
 def _error(status, message, kind="BadRequestError"):
