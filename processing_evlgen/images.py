@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import httpx
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 def load_rgb_image(source: Any, timeout: float = 30.0) -> Any:
@@ -50,6 +50,8 @@ def _open(source: str | Path | dict, timeout: float) -> Image.Image:
         if str(source).startswith("data:image/"):
             return Image.open(BytesIO(base64.b64decode(source.split(",", 1)[1])))
         return Image.open(source)
+    except UnidentifiedImageError as error:  # which would name a place in memory where there is no path
+        raise ValueError(f"`images`: {_describe(source)} cannot be read: it is no picture that PIL knows") from error
     except Exception as error:
         raise ValueError(f"`images`: {_describe(source)} cannot be read: {error}") from error
 

@@ -90,7 +90,10 @@ def _load_row(row: dict[str, Any], num_frames: int, sampling: str) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:  # transformers' loader reads files only
         path = Path(folder) / name.name
         path.write_bytes(row["bytes"])
-        return load_rgb_frames(path, num_frames, sampling)
+        try:
+            return load_rgb_frames(path, num_frames, sampling)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), str(name))) from error
 
 
 def _read_file(name: str, num_frames: int, sampling: str) -> list[Any]:
