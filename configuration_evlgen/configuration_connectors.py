@@ -71,6 +71,9 @@ class TomeFormerConfig(ConnectorConfig):
             `(r, inflection)`, for numbers that change linearly around `r` from `r * (1 - inflection)` in the first
             layer to `r * (1 + inflection)` in the last (ToMe's schedules). A pair is turned into a list at once,
             since JSON does not tell the two apart.
+        keep_order (`bool`, defaults to `False`):
+            Whether merged tokens stand in the order of their places in the picture, so that the language model reads
+            them row by row. In the paper's connector those that were not merged come first.
         size_weighting (`bool`, defaults to `False`):
             Whether a token counts for as many tokens as were merged into it: in later merges, which become weighted
             means, and in the attention, whose scores gain the logarithm of the size (ToMe's proportional attention).
@@ -102,6 +105,7 @@ class TomeFormerConfig(ConnectorConfig):
     initializer_range: float = 0.02
     position_initializer_range: float | None = None
     merge_r: int | list[int] | tuple[int, float] = 19
+    keep_order: bool = False
     size_weighting: bool = False
     pre_norm: bool = False
     layer_scale_init_value: float | None = None

@@ -92,6 +92,10 @@ def _is_towers(name: str) -> bool:
     return name.split(".")[0] in TOWERS.values()
 
 
+# What quantisation is to leave alone, as most of transformers' configurations call it; bitsandbytes' has its own name.
+_SKIPPED = "modules_to_not_convert"
+
+
 class Reference(NamedTuple):
     """A checkpoint that names its towers: where it is, its configuration, and the adapter to be put on it, if any."""
 
@@ -190,8 +194,8 @@ def quantize_only_language_model(kwargs: dict[str, Any]) -> dict[str, Any]:
     quantization_config = copy.deepcopy(kwargs["quantization_config"])
     others = ["vision_tower", "ln_vision", "vision_projection", "connector", "language_projection", "temporal"]
     others += ["language_model.lm_head"]  # as transformers leaves it by default
-    others += getattr(quantization_config, "modules_to_not_convert", None) or []
-    quantization_config.modules_to_not_convert = others
+    skipped = "llm_int8_skip_modules" if hasattr(quantization_config, "llm_int8_skip_modules") else _SKIPPED
+    setattr(quantization_config, skipped, others + (getattr(quantization_config, skipped, None) or []))
     return {**kwargs, "quantization_config": quantization_config}
 
 

@@ -89,13 +89,16 @@ class TokenMerging:
         return x.shape
 
 
-def bipartite_soft_matching(metric: torch.Tensor, r: int, class_token: bool = False) -> TokenMerging:
+def bipartite_soft_matching(
+    metric: torch.Tensor, r: int, class_token: bool = False, keep_order: bool = False
+) -> TokenMerging:
     """Finds the `r` pairs of most similar tokens between the tokens at even places and those at odd places.
 
     Every token at an even place (a source) is linked to the token at an odd place (a destination) with the highest
     cosine similarity; the `r` strongest links are merged. The output holds the kept sources, then all destinations
     in their order. Kept sources stand in ascending order of their places where there is a class token, so that it
-    stays first, and in descending order of their best similarity where there is none.
+    stays first, and in descending order of their best similarity where there is none. That is the original's order;
+    with `keep_order` all tokens stand in the order of their places, a merged one at its destination's.
 
     Args:
         metric (`torch.Tensor` of shape `(batch, tokens, channels)`):
@@ -106,6 +109,7 @@ def bipartite_soft_matching(metric: torch.Tensor, r: int, class_token: bool = Fa
             `r` is lowered to `(tokens - class_token) // 2`. At 0 all tokens stay, in their order.
         class_token (`bool`, *optional*, defaults to `False`):
             Whether token 0 is a class token, which is never merged and has nothing merged into it.
+        keep_order (`bool`, *optional*, defaults to `False`): Whether tokens keep their order.
 
     Returns:
         [`TokenMerging`]: Carries no gradient; the indices depend on `metric`, the merged values do not.
@@ -127,6 +131,8 @@ def bipartite_soft_matching(metric: torch.Tensor, r: int, class_token: bool = Fa
         best, destination = similarity.max(dim=-1)  # (batch, sources)
         order = best.argsort(dim=-1, descending=True)
         merged, kept = order[:, :r], order[:, r:]
+        if keep_order:
+            return TokenMerging(_places_in_order(merged, destination.gather(1, merged), tokens), tokens - r)
         if class_token:
             kept = kept.sort(dim=-1).values
 
@@ -140,6 +146,16 @@ def bipartite_soft_matching(metric: torch.Tensor, r: int, class_token: bool = Fa
         output_index[:, ::2] = source_place
         output_index[:, 1::2] = num_kept + torch.arange(tokens // 2, device=metric.device)
     return TokenMerging(output_index, tokens - r)
+
+
+def _places_in_order(merged: torch.Tensor, destination: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Where each of `tokens` tokens goes if the sources `merged` go to `destination` and the rest close ranks.
+
+    Both `(batch, r)`: `merged` counts the tokens at even places, `destination` those at odd places.
+    """
+    stays = merged.new_ones(len(merged), tokens).scatter(1, 2 * merged, 0)
+    place = stays.cumsum(dim=1) - 1  # (batch, tokens)
+    return place.scatter(1, 2 * merged, place.gather(1, 2 * destination + 1))
 
 
 def _cosine_similarity(metric: torch.Tensor, class_token: bool) -> torch.Tensor:

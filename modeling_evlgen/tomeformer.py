@@ -151,6 +151,7 @@ class TomeFormerLayer(GradientCheckpointingLayer):
     def __init__(self, config: TomeFormerConfig):
         super().__init__()
         self.class_token = config.class_token
+        self.keep_order = config.keep_order
         self.attention = TomeFormerAttention(config)
         self.intermediate = TomeFormerIntermediate(config)
         self.output = TomeFormerBranchOutput(config, config.intermediate_size)
@@ -160,7 +161,7 @@ class TomeFormerLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Tokens, each input token's place among them, and their sizes if sizes were given."""
         hidden_states, metric = self.attention(hidden_states, size)
-        merging = bipartite_soft_matching(metric, r, self.class_token)
+        merging = bipartite_soft_matching(metric, r, self.class_token, self.keep_order)
         hidden_states = merging.merge(hidden_states, size)  # (batch, tokens - r, dim)
         size = None if size is None else merging.sum_sizes(size)  # (batch, tokens - r)
         normed = self.output.LayerNorm(hidden_states) if self.output.pre_norm else hidden_states

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from common.arguments import DataArguments
 from common.data import true_captions
@@ -32,6 +32,14 @@ def work(tmp_path_factory):
         tiny_image_processor(), tiny_tokenizer(chat=True), model.config.num_image_tokens, end_of_text="<|im_end|>"
     )
     model.generation_config.eos_token_id = processor.end_of_text_id
+    wide = LlamaConfig(
+        **{**TEXT_CONFIGS["llama"].to_dict(), "hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    )
+    LlamaForCausalLM(wide).save_pretrained(folder / "wide_text")  # bitsandbytes packs 64 weights at least
+    wide_towers = {**towers, "text_model": folder / "wide_text"}
+    wide = EVLGenForConditionalGeneration.from_vision_text_pretrained(**wide_towers, connector_config=SIZES)
+    wide.save_pretrained(folder / "wide", towers="reference")
+    processor.save_pretrained(folder / "wide")
     for name in ("include", "reference"):
         model.save_pretrained(folder / name, towers=name)
         processor.save_pretrained(folder / name)
@@ -136,16 +144,27 @@ def test_without_lora_the_connectors_side_is_trained_and_saved_as_a_model(work, 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_the_connector_is_trained_through_a_quantised_language_model(bits, work, tmp_path):
-    pytest.importorskip("torchao", reason="needs the quantization extra")
-    finetune.main(arguments(work, tmp_path / "adapter", text_quantization=bits))
-    finetune.main(arguments(work, tmp_path / "model", text_quantization=bits, lora="none", model="reference"))
+    for library in ("torchao", "bitsandbytes"):
+        pytest.importorskip(library, reason="needs the quantization extra")
+    finetune.main(arguments(work, tmp_path / "adapter", text_quantization=bits, model="wide"))
+    finetune.main(arguments(work, tmp_path / "model", text_quantization=bits, lora="none", model="wide"))
     loaded = EVLGenForConditionalGeneration.from_pretrained(
         tmp_path / "model", quantization_config=finetune.quantization_config(bits)
     )
-    kinds = {name.split(".")[0] for name, p in loaded.named_parameters() if type(p) is not torch.nn.Parameter}
-    assert kinds == {"language_model"}
+    assert {name.split(".")[0] for name, p in loaded.named_parameters() if type(p) is not torch.nn.Parameter} == {
+        "language_model"
+    }
     with pytest.raises(ValueError, match='`towers` cannot be "include" with a quantised language model'):
         finetune.main(arguments(work, tmp_path / "no", text_quantization=bits, lora="none"))
+
+
+def test_quantisation_leaves_what_a_checkpoint_holds_besides_the_language_model(work):
+    pytest.importorskip("torchao", reason="needs the quantization extra")
+    given = finetune.quantization_config("int8")
+    loaded = EVLGenForConditionalGeneration.from_pretrained(work / "include", quantization_config=given)
+    quantised = {name for name, p in loaded.named_parameters() if type(p) is not torch.nn.Parameter}
+    assert len(quantised) == 14 and all(name.startswith("language_model.model.layers.") for name in quantised)
+    assert loaded.config.to_dict().get("quantization_config") is None  # a checkpoint says nothing of it
 
 
 @pytest.mark.parametrize("text", TEXT_CONFIGS)

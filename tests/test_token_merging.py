@@ -96,3 +96,27 @@ def test_many_half_precision_tokens_in_one_place_keep_their_mean(dtype):
     merging = TokenMerging(torch.zeros(1, 577, dtype=torch.long), 1)
     tokens = torch.full((1, 577, 4), 1.1, dtype=dtype)
     assert torch.equal(merging.merge(tokens), tokens[:, :1])
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_tokens_keep_their_order_if_asked(class_token):
+    generator = torch.Generator().manual_seed(0)
+    metric, x = torch.randn(2, 13, 8, generator=generator), torch.randn(2, 13, 5, generator=generator)
+    plain = bipartite_soft_matching(metric, 4, class_token)
+    ordered = bipartite_soft_matching(metric, 4, class_token, keep_order=True)
+    for row in range(2):
+        plain_groups = {frozenset(g) for g in _groups(plain, row)}
+        assert plain_groups == {frozenset(g) for g in _groups(ordered, row)}  # the same tokens are merged
+        # A token stands where its destination, at an odd place, or it itself stood.
+        places = [next((place for place in group if place % 2), group[0]) for group in _groups(ordered, row)]
+        assert places == sorted(places)
+    assert ordered.merge(x).shape == (2, 9, 5)
+    if class_token:
+        assert torch.equal(ordered.merge(x)[:, 0], x[:, 0])
+
+
+def _groups(merging, row):
+    """The input tokens of each output token, in the output's order."""
+    return [
+        (merging.output_index[row] == place).nonzero().flatten().tolist() for place in range(merging.num_output_tokens)
+    ]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, TorchAoConfig
-from transformers.utils import is_torchao_available
+from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 
@@ -84,17 +84,21 @@ def add_lora(model: EVLGenForConditionalGeneration, arguments: LoraArguments) ->
 
 
 def quantization_config(bits: Literal["int8", "int4"] | None) -> Any | None:
-    """How a frozen language model is quantised: by bitsandbytes where there is a GPU, by torchao elsewhere.
+    """How a language model is quantised: to 4 bits (NF4) by bitsandbytes, to 8 by that or, on a CPU, by torchao.
+
+    On a CPU, torchao holds 4 bits in 8, and gradients through bitsandbytes' 8 bits are wrong (0.50).
 
     Raises:
-        ImportError: If torchao is needed and is not installed.
+        ImportError: If the library is not installed.
     """
     if bits is None:
         return None
-    if torch.cuda.is_available():
-        return BitsAndBytesConfig(load_in_8bit=bits == "int8", load_in_4bit=bits == "int4")
-    if not is_torchao_available():
-        raise ImportError('A quantised model needs torchao here. Install it with: pip install -e ".[quantization]"')
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    by_torchao = bits == "int8" and not torch.cuda.is_available()
+    if not (is_torchao_available() if by_torchao else is_bitsandbytes_available()):
+        library = "torchao" if by_torchao else "bitsandbytes"
+        raise ImportError(f'`text_quantization` needs {library}. Install it with: pip install -e ".[quantization]"')
+    if by_torchao:
+        from torchao.quantization import Int8WeightOnlyConfig
 
-    return TorchAoConfig(Int8WeightOnlyConfig() if bits == "int8" else IntxWeightOnlyConfig(weight_dtype=torch.int4))
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    return BitsAndBytesConfig(load_in_8bit=bits == "int8", load_in_4bit=bits == "int4", bnb_4bit_quant_type="nf4")
