@@ -53,6 +53,7 @@ _EVLGEN = {
     "pre_norm": True,
     "layer_scale_init_value": 0.0,
     "position_initializer_range": 0.1,
+    "keep_order": True,
 }
 # As deep, with cross-attention in every second layer as in BLIP-2, and a feed-forward that makes the sizes equal.
 _QFORMER = {**_SIZE, "intermediate_size": 1024, "num_query_tokens": 25, "position_initializer_range": 0.1}
@@ -81,6 +82,7 @@ VARIANTS = {
 }
 # One change each from EVLGen, on the scenes, seed 0.
 ABLATIONS: dict[str, dict[str, Any]] = {
+    "original-order": {"fields": {"keep_order": False}},
     "post-norm": {"fields": {"pre_norm": False, "layer_scale_init_value": None}},
     "post-norm-gains": {"fields": {"pre_norm": False, "layer_scale_init_value": 0.0}},
     "pre-norm-no-gains": {"fields": {"layer_scale_init_value": None}},
