@@ -1,8 +1,10 @@
 """transformers' Trainer, with the paper's weight decay and a collator of its own for held-out pictures."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -19,6 +21,16 @@ class EVLGenTrainer(Trainer):
     def __init__(self, *args: Any, eval_collator: CaptionCollator, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            # Under `--bf16`, accelerate's policy would compute the trained part in bfloat16 and sum its gradients so.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager:
+        # Under FSDP accelerate leaves mixed precision to that policy; elsewhere the model's forward has autocast.
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         training_collator, self.data_collator = self.data_collator, self.eval_collator

@@ -81,6 +81,9 @@ def train_and_report(
     metrics = {}
     if trainer.is_world_process_zero():
         output = Path(training.output_dir)
+        if test is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            # Each process has its share of the weights, and the others are done: the saved model is asked.
+            model = EVLGenForConditionalGeneration.from_pretrained(output).to(training.device)
         draw_loss_curve(trainer.state.log_history, output / "loss.png")
         if test is not None:
             metrics, captions = evaluate_captions(
