@@ -45,9 +45,7 @@ _PASSING_ARGUMENTS = (
 )
 
 
-def choose_towers(
-    model: PreTrainedModel, asked: str | None, weights: Mapping[str, torch.Tensor] | None = None
-) -> str:
+def choose_towers(model: PreTrainedModel, asked: str | None, weights: Mapping[str, torch.Tensor] | None = None) -> str:
     """Whether a checkpoint is to hold the towers: `"include"` or `"reference"`; see `save_pretrained`.
 
     Args:
@@ -76,9 +74,7 @@ def choose_towers(
     return chosen
 
 
-def _problem(
-    model: PreTrainedModel, tower: str, name: str | None, weights: Mapping[str, torch.Tensor]
-) -> str | None:
+def _problem(model: PreTrainedModel, tower: str, name: str | None, weights: Mapping[str, torch.Tensor]) -> str | None:
     """What keeps a tower from being named instead of saved."""
     if name is None:
         return f"{tower} has no name"

@@ -23,13 +23,18 @@ class EVLGenTrainer(Trainer):
         self.eval_collator = eval_collator
 
     def create_accelerator_and_postprocess(self) -> None:
+        """Under `--bf16`, FSDP and DeepSpeed would compute and sum the gradients of what is trained in bfloat16, and
+        DeepSpeed would save it so. What is trained stays in float32, under autocast, as with one process."""
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
-            # Under `--bf16`, accelerate's policy would compute the trained part in bfloat16 and sum its gradients so.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        if self.is_deepspeed_enabled and self.args.bf16:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            config["bf16"] = {"enabled": False}
+            config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
     def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager:
-        # Under FSDP accelerate leaves mixed precision to that policy; elsewhere the model's forward has autocast.
+        # accelerate leaves autocast under FSDP to the policy above; elsewhere the model's forward has it.
         return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
