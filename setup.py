@@ -24,6 +24,8 @@ extras = {
     "quantization": ["bitsandbytes>=0.49; sys_platform == 'linux'", "torchao>=0.17"],
     # examples/app.py: the page, and the clips that it takes.
     "app": ["av>=18.1", "gradio>=6.31"],
+    # examples/export.py: ONNX.
+    "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
     # examples/: reports, and logs for TensorBoard.
     "train": ["matplotlib>=3.11", "tensorboard>=2.21"],
     "quality": ["ruff>=0.14"],
