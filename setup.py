@@ -26,6 +26,8 @@ extras = {
     "app": ["av>=18.1", "gradio>=6.31"],
     # examples/serve_prompt_embeds.py: the client of a vLLM server.
     "serve": ["openai>=3.57"],
+    # examples/export.py: ONNX.
+    "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
     # examples/: reports, and logs for TensorBoard.
     "train": ["matplotlib>=3.11", "tensorboard>=2.21"],
     "quality": ["ruff>=0.14"],

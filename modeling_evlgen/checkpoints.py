@@ -4,8 +4,10 @@ import copy
 import errno
 import os
 import shutil
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.peft import maybe_load_adapters
@@ -43,15 +45,22 @@ _PASSING_ARGUMENTS = (
 )
 
 
-def choose_towers(model: PreTrainedModel, asked: str | None) -> str:
-    """Whether a checkpoint is to hold the towers: `"include"` or `"reference"`; see `save_pretrained`."""
+def choose_towers(model: PreTrainedModel, asked: str | None, weights: Mapping[str, torch.Tensor] | None = None) -> str:
+    """Whether a checkpoint is to hold the towers: `"include"` or `"reference"`; see `save_pretrained`.
+
+    Args:
+        model: `EVLGenForConditionalGeneration`.
+        asked: What `save_pretrained` was told.
+        weights: The model's weights, where it holds only a share of them itself, as under FSDP.
+    """
     if asked not in (None, "include", "reference"):
         raise ValueError(f'`towers` must be "include" or "reference", but is {asked!r}.')
     names = {tower: getattr(model.config, f"{argument}_name_or_path") for argument, tower in TOWERS.items()}
     on_hub = all(name and not os.path.isdir(name) for name in names.values())
     chosen = asked or model.config.towers or ("reference" if on_hub else "include")
     if chosen == "reference":
-        problems = [problem for tower, name in names.items() if (problem := _problem(model, tower, name))]
+        weights = model.state_dict() if weights is None else weights
+        problems = [problem for tower, name in names.items() if (problem := _problem(model, tower, name, weights))]
         if problems and asked == "reference":
             raise ValueError(f'`towers` cannot be "reference": {"; ".join(problems)}.')
         if problems:
@@ -65,12 +74,13 @@ def choose_towers(model: PreTrainedModel, asked: str | None) -> str:
     return chosen
 
 
-def _problem(model: PreTrainedModel, tower: str, name: str | None) -> str | None:
+def _problem(model: PreTrainedModel, tower: str, name: str | None, weights: Mapping[str, torch.Tensor]) -> str | None:
     """What keeps a tower from being named instead of saved."""
     if name is None:
         return f"{tower} has no name"
-    loaded = model.tower_hashes.get(tower)
-    if loaded is None or loaded != hash_weights(getattr(model, tower).state_dict()):
+    loaded, prefix = model.tower_hashes.get(tower), f"{tower}."
+    own = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+    if loaded is None or loaded != hash_weights(own):
         return f"{tower} is not what was loaded from {name!r}"
     return None
 

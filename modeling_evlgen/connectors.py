@@ -81,7 +81,7 @@ class QFormerConnector(PreTrainedModel):
         """
         if self.position_embeddings is not None:
             inputs_embeds = inputs_embeds + self.position_embeddings.weight[: inputs_embeds.shape[1]]
-        queries = self.query_tokens.expand(len(inputs_embeds), -1, -1)  # (batch, queries, dim)
+        queries = self.query_tokens.expand(inputs_embeds.shape[0], -1, -1)  # (batch, queries, dim)
         output = self.qformer(query_embeds=queries, encoder_hidden_states=inputs_embeds)
         return BaseModelOutput(last_hidden_state=output.last_hidden_state)
 

@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from configuration_evlgen import EVLGenConfig
 from configuration_evlgen.configuration_connectors import ConnectorConfig
 
+from .activation_checkpointing import checkpoint_frozen_layers
 from .base_models import assemble
 from .checkpoints import (
     check_disk_space,
@@ -103,6 +104,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Language models differ in what they can be told.
         self._text_arguments = set(inspect.signature(self.language_model.forward).parameters)
         self.post_init()
+        # Sharding looks every one of these layers up, and towers also name some that only their text models have.
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
         self.freeze_towers()
         self.register_load_state_dict_post_hook(towers_may_stay)
         self.tower_hashes: dict[str, str | None] = {}  # of the towers as they were loaded from their base models
@@ -219,6 +222,10 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if _is_frozen(tower):
                 tower.eval()
         return self
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        checkpoint_frozen_layers(self.language_model)
 
     def describe_parameters(self) -> str:
         """One line for each part: how many parameters it has, and whether they are trained."""
@@ -400,6 +407,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if position_ids is not None and "position_ids" in self._text_arguments:
             kwargs["position_ids"] = position_ids
 
+        if self.training:
+            kwargs.setdefault("use_cache", False)  # a frozen language model does not know that it is trained through
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs
         )
@@ -536,7 +545,7 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 loaded. If `"include"` is to save a quantised language model.
             OSError: If the disk has no room for the weights. A checkpoint that stands there already is left as it is.
         """
-        towers = choose_towers(self, towers)
+        towers = choose_towers(self, towers, kwargs.get("state_dict"))
         leave_out_towers(self, towers == "reference")
         parts = [part for name, part in self.named_children() if towers == "include" or name not in TOWERS.values()]
         check_disk_space(save_directory, sum(t.nbytes for part in parts for t in part.state_dict().values()))

@@ -65,7 +65,7 @@ class TokenMerging:
         Returns:
             `torch.Tensor` of shape `(batch, num_output_tokens)`: the sum of the sizes at each place.
         """
-        return size.new_zeros(len(size), self.num_output_tokens).scatter_add(1, self.output_index, size)
+        return size.new_zeros(size.shape[0], self.num_output_tokens).scatter_add(1, self.output_index, size)
 
     def unmerge(self, x: torch.Tensor) -> torch.Tensor:
         """Hands every input token the merged token that it became part of.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 @dataclass
@@ -167,6 +168,9 @@ class TrainingSettings(TrainingArguments):
         # bf16 works on a CPU as well, but the Trainer wants to be told that a CPU it is.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        # Or `from_pretrained` would share each tower out at once under ZeRO-3, together with processes that wait for
+        # their turn, and towers in parts cannot be hashed. DeepSpeed shares the whole model out before training.
+        unset_hf_deepspeed_config()
 
 
 def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path | None = None) -> tuple[Any, ...]:

@@ -67,6 +67,9 @@ class SCSTTrainer(EVLGenTrainer):
             Whether the baseline is the greedy caption's reward (Rennie et al., CVPR 2017), rather than the mean reward
             of the picture's other samples.
         max_new_tokens (`int`): Longest sample.
+
+    Raises:
+        ValueError: If the model is to be shared out by FSDP or DeepSpeed.
     """
 
     def __init__(
@@ -79,6 +82,11 @@ class SCSTTrainer(EVLGenTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "Self-critical training runs parts of the model by themselves, so it cannot be shared out by FSDP or "
+                "DeepSpeed. Launch it with examples/accelerate_configs/multi_gpu.yaml."
+            )
         self.reward = reward
         self.num_samples = num_samples
         self.greedy_baseline = greedy_baseline

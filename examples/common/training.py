@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
@@ -81,6 +82,10 @@ def train_and_report(
     metrics = {}
     if trainer.is_world_process_zero():
         output = Path(training.output_dir)
+        if test is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            # Each process has its share of the weights, and the others are done: the saved model is asked.
+            unset_hf_deepspeed_config()
+            model = EVLGenForConditionalGeneration.from_pretrained(output).to(training.device)
         draw_loss_curve(trainer.state.log_history, output / "loss.png")
         if test is not None:
             metrics, captions = evaluate_captions(

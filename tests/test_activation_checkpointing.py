@@ -1,0 +1,93 @@
+"""Activations of a frozen language model's layers: dropped and computed again, to the same loss and gradients."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from modeling_evlgen import EVLGenForConditionalGeneration
+
+from .helpers import TEXT_CONFIGS, pictures, tiny_processor, tiny_towers
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "merge_r": 3}
+# 8 layers that would drop something out if they were in training.
+DEEP = {
+    "opt": {"num_hidden_layers": 8, "dropout": 0.5, "layerdrop": 0.5},
+    "llama": {"num_hidden_layers": 8, "attention_dropout": 0.5},
+    "qwen2": {"num_hidden_layers": 8, "attention_dropout": 0.5, "layer_types": None},
+    "gpt2": {"n_layer": 8, "resid_pdrop": 0.5, "attn_pdrop": 0.5},
+}
+
+
+def build(text, **connector):
+    config = TEXT_CONFIGS[text]
+    vision_tower, _ = tiny_towers("clip", text)
+    language_model = AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), **DEEP[text]}))
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        vision_tower, language_model, connector_config={**SIZES, **connector}, image_size=32, image_token_id=300
+    )
+    batch = tiny_processor(model)(images=pictures(2), text=["what is it?", "what?"], suffix=["a red circle", "a cat"])
+    return model, batch
+
+
+def training_step(model, batch):
+    """Loss, gradients, and the bytes that autograd keeps between the forward and the backward pass."""
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(0)  # of the connector's dropout
+    model.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(**batch).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, sum(kept.values())
+
+
+@pytest.mark.parametrize("text", TEXT_CONFIGS)
+def test_same_loss_and_gradients_from_less_memory(text):
+    model, batch = build(text)
+    loss, gradients, kept = training_step(model.train(), batch)
+    model.activation_checkpointing_enable()
+    model.activation_checkpointing_enable()  # twice is once
+    again, gradients_again, kept_again = training_step(model, batch)
+    assert torch.equal(again, loss)
+    assert gradients_again.keys() == gradients.keys() and len(gradients) > 20
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_again[name], gradient, atol=1e-6, rtol=1e-5)
+    assert kept_again < kept / 3
+    assert not any(module.training for module in model.language_model.modules())
+
+    model.activation_checkpointing_disable()
+    assert training_step(model, batch)[2] == kept
+
+
+@pytest.mark.parametrize("text", TEXT_CONFIGS)
+def test_the_language_model_says_what_it_said(text):
+    model, batch = build(text, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    prompts = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        before = model.eval()(**batch).logits
+    words = model.generate(**prompts, max_new_tokens=4, do_sample=False)
+    model.activation_checkpointing_enable()
+    for training in (True, False):
+        assert torch.equal(model.train(training).generate(**prompts, max_new_tokens=4, do_sample=False), words)
+    outputs = model(**batch, use_cache=True)  # with a gradient, but not in training
+    assert outputs.cache.get_seq_length() == batch["input_ids"].shape[1]
+    torch.testing.assert_close(outputs.logits, before)
+    outputs.loss.backward()
+
+
+def test_a_copy_has_layers_of_its_own():
+    model, batch = build("opt")
+    model.train().activation_checkpointing_enable()
+    loss = training_step(model, batch)[0]
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.language_model.parameters():
+            parameter.zero_()
+    assert torch.equal(training_step(twin, batch)[0], loss)

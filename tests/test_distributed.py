@@ -1,0 +1,212 @@
+"""The files of examples/accelerate_configs: what accelerate makes of them, and that training comes out the same."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pretrain
+import pytest
+import torch
+from accelerate.commands import launch as launch_module
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FullStateDictConfig, OffloadPolicy, StateDictType
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+from common.scst import SCSTTrainer
+from common.trainer import EVLGenTrainer
+from modeling_evlgen import EVLGenForConditionalGeneration
+
+from .helpers import ROOT, VISION_CONFIGS, save_image_folder, save_towers, tiny_model
+
+CONFIGS = ROOT / "examples" / "accelerate_configs"
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "merge_r": 3}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def environment_of(name, monkeypatch):
+    """Puts what `accelerate launch --config_file …` tells the training script into this process's environment."""
+
+    def launcher(arguments, prepare=prepare_multi_gpu_env):
+        for key, value in prepare(arguments).items():
+            monkeypatch.setenv(key, value)
+
+    monkeypatch.setattr(launch_module, "multi_gpu_launcher", launcher)
+    monkeypatch.setattr(
+        launch_module, "deepspeed_launcher", lambda args: launcher(args, lambda a: prepare_deepspeed_cmd_env(a)[1])
+    )
+    arguments = ["--config_file", str(CONFIGS / name), "script.py"]
+    launch_module.launch_command(launch_module.launch_command_parser().parse_args(arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "processes"),
+    [
+        ("single_gpu.yaml", DistributedType.NO, 1),
+        ("multi_gpu.yaml", DistributedType.MULTI_GPU, 8),
+        ("fsdp2.yaml", DistributedType.FSDP, 8),
+        ("deepspeed_zero2.yaml", DistributedType.DEEPSPEED, 8),
+        ("deepspeed_zero3.yaml", DistributedType.DEEPSPEED, 8),
+    ],
+)
+def test_every_file_is_of_its_kind(name, kind, processes):
+    config = load_config_from_file(str(CONFIGS / name))
+    assert (config.distributed_type, config.num_processes, config.use_cpu) == (kind, processes, False)
+    assert len(list(CONFIGS.glob("*.yaml"))) == 5
+
+
+def test_the_fsdp_file_becomes_the_plugin_that_is_meant(monkeypatch):
+    environment_of("fsdp2.yaml", monkeypatch)
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+    assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
+    assert plugin.transformer_cls_names_to_wrap is None  # the model says which
+    assert plugin.state_dict_type is StateDictType.FULL_STATE_DICT
+    assert plugin.state_dict_config == FullStateDictConfig(offload_to_cpu=True, rank0_only=True)
+    assert type(plugin.cpu_offload) is OffloadPolicy
+    assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_deepspeed_files_become_the_configuration_that_is_meant(stage, monkeypatch):
+    environment_of(f"deepspeed_zero{stage}.yaml", monkeypatch)
+    plugin = DeepSpeedPlugin()
+    assert plugin.zero_stage == stage and not plugin.zero3_init_flag
+    config = plugin.deepspeed_config
+    assert config["gradient_accumulation_steps"] == config["gradient_clipping"] == "auto"
+    zero = config["zero_optimization"]
+    assert zero["stage"] == stage
+    assert {zero[f"offload_{what}"]["device"] for what in ("optimizer", "param")} == {"none"}
+    assert zero["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
+
+
+@pytest.mark.parametrize("text", ["opt", "gpt2"])
+@pytest.mark.parametrize("vision", VISION_CONFIGS)
+def test_the_layers_to_share_out_are_in_the_model(vision, text):
+    model = tiny_model(vision, text)
+    names = [type(module).__name__ for module in model.modules()]
+    assert {"TomeFormerLayer", {"opt": "OPTDecoderLayer", "gpt2": "GPT2Block"}[text]} <= model._no_split_modules
+    assert model._no_split_modules <= set(names)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """The paper's towers, tiny, in bfloat16 beside a float32 connector; and the run of one process."""
+    folder = tmp_path_factory.mktemp("work")
+    recipe = {
+        **save_towers(folder, "eva", "opt", bos=True),
+        "dtype": "bfloat16",
+        "connector_config": {**SIZES, **NO_DROPOUT},
+        "dataset": save_image_folder(folder / "pictures"),
+        "max_steps": 4,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "max_new_tokens": 4,
+        "logging_steps": 1,
+        "activation_checkpointing": True,
+        "disable_tqdm": True,
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    pretrain.main(arguments(folder, folder / "one", per_device_train_batch_size=4))
+    return folder
+
+
+def arguments(work, output, **changes):
+    given = ["--config", str(work / "recipe.yaml"), "--output_dir", str(output)]
+    return given + [text for name, value in changes.items() for text in (f"--{name}", str(value))]
+
+
+def launch(work, output, config, shared=True, **changes):
+    """Trains with two CPU processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+    script = ([str(ROOT / "tests" / "shared_on_cpu.py")] if shared else []) + [str(ROOT / "examples" / "pretrain.py")]
+    changes |= {"per_device_train_batch_size": 2, "dataloader_pin_memory": False}
+    command += ["--num_processes", "2", *script, *arguments(work, output, **changes)]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
+
+
+def logged(folder, name, step=4):
+    history = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
+def assert_same_model(one, other, **tolerance):
+    """As they load in one process, without any launcher."""
+    one, other = (EVLGenForConditionalGeneration.from_pretrained(folder).state_dict() for folder in (one, other))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert other[name].dtype == tensor.dtype
+        torch.testing.assert_close(other[name], tensor, **tolerance)
+
+
+def assert_same_run(one, other):
+    assert logged(other, "loss") == pytest.approx(logged(one, "loss"), abs=1e-3)
+    assert_same_model(one, other, atol=1e-4, rtol=1e-3)
+    one, other = (json.loads((folder / "metrics.json").read_text()) for folder in (one, other))
+    assert other == pytest.approx(one, abs=1e-3)
+
+
+def test_ddp_trains_as_one_process(work, tmp_path):
+    launch(work, tmp_path, "multi_gpu.yaml", shared=False)
+    assert_same_run(work / "one", tmp_path)
+
+
+def test_fsdp_trains_as_one_process_and_goes_on(work, tmp_path):
+    launch(work, tmp_path / "two", "fsdp2.yaml", towers="reference")
+    assert_same_run(work / "one", tmp_path / "two")
+    saved = load_file(tmp_path / "two" / "model.safetensors")
+    assert {name.split(".")[0] for name in saved} == {
+        "ln_vision",
+        "vision_projection",
+        "connector",
+        "language_projection",
+    }
+    checkpoint = tmp_path / "two" / "checkpoint-2"
+    assert (checkpoint / "pytorch_model_fsdp.bin").exists()  # or it was DDP
+    assert json.loads((checkpoint / "config.json").read_text())["towers"] == "reference"
+    shutil.copytree(checkpoint, tmp_path / "resumed" / "checkpoint-2")
+    launch(work, tmp_path / "resumed", "fsdp2.yaml", towers="reference", resume_from_checkpoint=True)
+    assert logged(tmp_path / "resumed", "loss") == logged(tmp_path / "two", "loss")
+    assert_same_model(tmp_path / "two", tmp_path / "resumed", atol=0, rtol=0)
+
+
+def test_fsdp_saves_whole_models_and_trains_in_float32_under_bf16(work, tmp_path):
+    changes = {"towers": "include", "bf16": True, "max_steps": 1, "save_steps": 1}
+    pretrain.main(arguments(work, tmp_path / "one", per_device_train_batch_size=4, **changes))
+    launch(work, tmp_path / "two", "fsdp2.yaml", **changes)
+    for name, tolerance in (("loss", 2e-4), ("grad_norm", 5e-3)):  # bfloat16 trainable parts are 1e-3 and 3e-2 off
+        one, two = (logged(tmp_path / folder, name, step=1) for folder in ("one", "two"))
+        assert two == pytest.approx(one, rel=tolerance)
+    saved = load_file(tmp_path / "two" / "model.safetensors")
+    towers = {name: tensor for name, tensor in saved.items() if name.startswith(("vision_tower.", "language_model."))}
+    before = load_file(work / "one" / "model.safetensors")
+    assert all(torch.equal(towers[name], before[name]) for name in towers.keys() & before.keys())
+    assert {tensor.dtype for tensor in towers.values()} == {torch.bfloat16}
+    assert {saved[name].dtype for name in saved.keys() - towers.keys()} == {torch.float32}
+    optimizer = torch.load(tmp_path / "two" / "checkpoint-1" / "optimizer.bin")
+    assert {state["exp_avg"].dtype for state in optimizer["state"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_trains_as_one_process(stage, work, tmp_path):
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    launch(work, tmp_path, f"deepspeed_zero{stage}.yaml")
+    assert_same_run(work / "one", tmp_path)
+    assert list((tmp_path / "checkpoint-4").glob("global_step4/*"))
+
+
+def test_self_critical_training_refuses_a_model_that_is_shared_out(monkeypatch):
+    def under_fsdp(trainer):
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(EVLGenTrainer, "__init__", under_fsdp)
+    with pytest.raises(ValueError, match=r"cannot be shared out by FSDP .* with .*multi_gpu\.yaml"):
+        SCSTTrainer(reward=None, num_samples=2, greedy_baseline=False, max_new_tokens=1)

@@ -1,0 +1,153 @@
+"""examples/export.py: pixels to soft prompt in one file, which gives what the model gives and needs no code."""
+
+import json
+
+import export
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from common.exporting import SoftPrompt, convert_to_onnx, export_graph
+from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput
+
+from .helpers import IMAGE_SIZE, pictures, run_clean, tiny_model, tiny_processor, tiny_towers
+
+TOWERS = ["clip", "eva", "siglip", "dinov2", "timm_cnn"]
+CONNECTORS = {
+    "tomeformer": {"num_hidden_layers": 2, "num_attention_heads": 4, "merge_r": 3, "size_weighting": True},
+    "evlgen_qformer": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_query_tokens": 5},
+    "evlgen_mlp": {"pool_size": 2},
+}
+SIZE = (IMAGE_SIZE, IMAGE_SIZE)
+
+
+def build(vision="clip", connector="tomeformer", **config):
+    tower, language_model = tiny_towers(vision)
+    fields = {"model_type": connector, "hidden_size": 32, "intermediate_size": 64, **CONNECTORS[connector]}
+    return EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        tower, language_model, connector_config=fields, image_size=IMAGE_SIZE, image_token_id=300, **config
+    )
+
+
+def save(folder, vision="clip"):
+    model = tiny_model(vision)
+    processor = tiny_processor(model)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+@torch.no_grad()
+def assert_same(prompt, run, **tolerance):
+    for number in (1, 2, 5):
+        pixels = torch.randn(number, 3, *SIZE)
+        torch.testing.assert_close(run(pixels), prompt(pixels), **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("vision", "connector"),
+    [*((vision, "tomeformer") for vision in TOWERS), ("eva", "evlgen_qformer"), ("timm_cnn", "evlgen_mlp")],
+)
+def test_a_graph_gives_what_the_model_gives(vision, connector, tmp_path):
+    model = build(vision, connector)
+    pixels = torch.randn(3, 3, *SIZE)
+    with torch.no_grad():
+        expected = model.get_image_features(pixels).pooler_output
+    prompt = SoftPrompt(model)
+    program = export_graph(prompt, SIZE)
+    torch.export.save(program, tmp_path / "soft_prompt.pt2")
+    run = torch.export.load(tmp_path / "soft_prompt.pt2").module()
+    assert torch.equal(run(pixels), expected)
+    assert_same(prompt, run, atol=0, rtol=0)
+    assert not any("language_model" in name for name in program.state_dict)
+
+
+def test_a_video_models_graph_takes_a_picture_for_a_video_of_one_frame(tmp_path):
+    model = build(temporal_contextualizer=True, temporal_hidden_size=8, temporal_num_attention_heads=2)
+    with torch.no_grad():
+        for contextualizer in model.temporal:
+            contextualizer.alpha.fill_(0.5)
+        pixels = torch.randn(40, 3, *SIZE)  # more than go through the tower at a time
+        expected = model.get_image_features(pixels).pooler_output
+    run = export_graph(SoftPrompt(model), SIZE).module()
+    torch.testing.assert_close(run(pixels), expected)
+
+
+@pytest.mark.parametrize(
+    ("vision", "connector"), [("eva", "tomeformer"), ("timm_cnn", "evlgen_qformer"), ("siglip", "evlgen_mlp")]
+)
+def test_onnxruntime_gives_what_the_model_gives(vision, connector, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs the export extra")
+    prompt = SoftPrompt(build(vision, connector))
+    convert_to_onnx(export_graph(prompt, SIZE)).save(tmp_path / "soft_prompt.onnx")
+    run = export.load_exported("onnx", tmp_path / "soft_prompt.onnx")
+    assert_same(prompt, run, atol=1e-5, rtol=1e-4)
+
+
+def test_the_script_writes_what_runs_without_this_repository(tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="needs the export extra")
+    model, processor = save(tmp_path / "model")
+    out = tmp_path / "out"
+    given = ["--model", str(tmp_path / "model"), "--output_dir", str(out), "--formats", "pt2", "onnx"]
+    export.main([*given, "--check", "true"])
+    assert capsys.readouterr().out.count("checked: 8 soft prompts") == 2
+    pixels = processor.image_processor(pictures(3), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        save_file({"pixels": pixels, "soft_prompt": model.get_image_features(pixels).pooler_output}, out / "told")
+    code = """
+import sys
+sys.modules["transformers"] = None
+import onnxruntime, torch
+from safetensors.torch import load_file
+told, files = load_file("out/told"), {"image_processor.json": ""}
+program = torch.export.load("out/soft_prompt.pt2", extra_files=files).module()
+torch.testing.assert_close(program(told["pixels"]), told["soft_prompt"])
+session = onnxruntime.InferenceSession("out/soft_prompt.onnx")
+(soft_prompt,) = session.run(["soft_prompt"], {"pixel_values": told["pixels"].numpy()})
+torch.testing.assert_close(torch.from_numpy(soft_prompt), told["soft_prompt"], atol=1e-4, rtol=1e-4)
+assert session.get_modelmeta().custom_metadata_map["image_processor.json"] == files["image_processor.json"]
+print(files["image_processor.json"])
+"""
+    settings = json.loads(run_clean(code, tmp_path))
+    assert settings["image_mean"] == list(processor.image_processor.image_mean)
+
+
+def test_generate_takes_an_exported_soft_prompt(tmp_path):
+    model, processor = save(tmp_path / "model")
+    export.main(["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")])
+    run = torch.export.load(tmp_path / "out" / "soft_prompt.pt2").module()
+    inputs = processor(images=pictures(2), text=["what is it?", "what?"])
+    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    soft_prompt = EVLGenImageOutput(pooler_output=run(inputs.pop("pixel_values")))
+    words = model.generate(**inputs, mm_encoder_outputs={"image": soft_prompt}, max_new_tokens=5, do_sample=False)
+    assert torch.equal(words, expected)
+
+
+def test_the_check_notices_another_result(tmp_path):
+    save(tmp_path / "model")
+    path = tmp_path / "soft_prompt.pt2"
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.language_projection.bias[0] += 1e-2
+    torch.export.save(export_graph(SoftPrompt(model), SIZE), path)
+    prompt = SoftPrompt(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"))
+    with pytest.raises(RuntimeError, match=r"soft_prompt\.pt2 does not give what the model gives: 8 soft prompts"):
+        export.compare(prompt, SIZE, "pt2", path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"formats": ["pt2", "tflite"]}, r"`formats` must be some of pt2, onnx, but is \['pt2', 'tflite'\]"),
+        ({"formats": ["onnx"], "dtype": "bfloat16"}, "`dtype` must be float32 with `formats` onnx, but is 'bfloat16'"),
+        ({"dtype": "int8"}, "`dtype` must be float32 or bfloat16 with `formats` pt2, but is 'int8'"),
+        ({"model": "/nowhere"}, "`model`='/nowhere' cannot be loaded"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(changes, message, tmp_path):
+    given = ["--output_dir", str(tmp_path / "out")]
+    for name, value in changes.items():
+        given += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    with pytest.raises(ValueError, match=message):
+        export.main(given)
+    assert not (tmp_path / "out").exists()
