@@ -1,14 +1,11 @@
-"""Streams that outgrow a disk: shared out among processes and workers, mixed by weights, resumed where they stood."""
+"""Streams that outgrow a disk: shared out among processes and workers, and resumed where they stood."""
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
-from collections import Counter
 from dataclasses import replace
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -18,57 +15,24 @@ import pretrain
 import psutil
 import pytest
 import torch
-import yaml
-from datasets import Dataset, load_dataset
-from PIL import Image
+from datasets import load_dataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from common.arguments import DataArguments, parse_arguments
-from common.data import load_captions
-from common.mixture import read_mixture
+from common.arguments import DataArguments
+from common.data import CaptionCollator
 from common.records import RECORD, RecordingCollator
-from common.streams import EPOCH, CaptionStream, Source, SourceReader
+from common.streams import EPOCH, SourceReader
 
-from .helpers import COLORS, ROOT, save_towers
+from .helpers import ROOT, pictures, save_towers, tiny_model, tiny_processor
 from .hub_server import HubServer, Repo
-
-SIZES = (6, 3, 7, 2, 5, 4)  # rows of the shards
-ALL = [f"picture {index}" for index in range(sum(SIZES))]
+from .shards import ALL, SIZES, captions, options, stream_of, webdataset, write_tars
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     """`datasets` sleeps after it has read Parquet files by turns, for the sake of pyarrow's threads."""
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-
-
-def png(color):
-    picture = io.BytesIO()
-    Image.new("RGB", (40, 40), color).save(picture, format="PNG")
-    return picture.getvalue()
-
-
-def write_tars(folder, sizes, first=0, broken=()):
-    """WebDataset shards of pictures with captions "picture 0", "picture 1", …; those of some numbers are broken."""
-    folder.mkdir(parents=True, exist_ok=True)
-    number = first
-    for shard, size in enumerate(sizes):
-        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
-            for _ in range(size):
-                image = b"no picture" if number in broken else png(COLORS[number % len(COLORS)])
-                for suffix, content in (("png", image), ("txt", f"picture {number}".encode())):
-                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-                number += 1
-    return folder
-
-
-def webdataset(folder, **changes):
-    files = {"train": str(folder / "*.tar")}
-    named = {"dataset": "webdataset", "data_files": files, "image_column": "png", "caption_column": "txt"}
-    return DataArguments(**named, test_split="", streaming=True, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +65,6 @@ def kinds(tars, tmp_path_factory):
         "first rows": webdataset(tars, max_train_samples=20),
         "map": rows.to_iterable_dataset(num_shards=6),
     }
-
-
-def captions(rows):
-    return [row["txt" if "txt" in row else "caption"] for row in rows]
-
-
-def stream_of(kind, seed=0, buffer_size=4):
-    if isinstance(kind, DataArguments):
-        return load_captions(replace(kind, shuffle_buffer=buffer_size), seed)[0]
-    return CaptionStream([Source("rows", kind)], seed, buffer_size)
 
 
 @pytest.mark.parametrize("readers", [1, 2, 4, 5, 6, 8])
@@ -151,6 +105,14 @@ def test_too_few_rows_for_all_readers_are_refused(tars):
     rows = iter(SourceReader(stream_of(webdataset(tars, max_train_samples=2)).sources[0], 0, 2, 3, 4))
     with pytest.raises(ValueError, match=r"webdataset .* has no rows for reader 3 of 3 \(processes x workers\)"):
         next(rows)
+
+
+def test_a_shard_that_was_cut_off_is_reported(tmp_path):
+    folder = write_tars(tmp_path / "tars", [20, 20])
+    path = folder / "001.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"webdataset .*/tars/\*\.tar.*: a file, not only a row, cannot be read"):
+        list(islice(iter(stream_of(webdataset(folder))), 40))
 
 
 class Captions:
@@ -207,95 +169,18 @@ def test_what_was_read_before_is_not_read_again(tmp_path):
     assert sorted(captions(rows + rest)) == sorted(f"picture {index}" for index in range(90))
 
 
-def paper_mixture(folder, **changes):
-    """The paper's weights, over three little data sets with column names of their own."""
-    entries = []
-    for name, sizes, weight, first in (("laion", [40, 40], 15, 0), ("ccs", [20], 4, 1000)):
-        files = {"train": str(write_tars(folder / name, sizes, first) / "*.tar")}
-        entries.append({"dataset": "webdataset", "data_files": files, "weight": weight})
-        entries[-1] |= {"image_column": "png", "caption_column": "txt"}
-    rows = [{"photo": {"bytes": png("red"), "path": None}, "caption": f"picture {2000 + i}"} for i in range(5)]
-    Dataset.from_list(rows).cast_column("photo", datasets.Image()).to_parquet(folder / "coco.parquet")
-    files = {"train": str(folder / "coco.parquet")}
-    entries.append({"dataset": "parquet", "data_files": files, "image_column": "photo", "weight": 1})
-    return DataArguments(mixture=entries, test_split="", **changes)
+def test_crops_and_captions_are_drawn_anew_in_each_round():
+    """Whatever the Trainer calls an epoch: a small data set of a mixture goes round many times in it."""
+    data = DataArguments(crop_scale=[0.2, 0.6])
+    processor = tiny_processor(tiny_model())
+    collator = CaptionCollator(processor, data, training=True, seed=3)
+    row = {"image": pictures(1)[0], "caption": [f"caption {index}" for index in range(50)]}
+    one, again, other = (collator([{**row, EPOCH: epoch}]) for epoch in (4, 4, 5))
+    assert torch.equal(one["pixel_values"], again["pixel_values"]) and torch.equal(one["labels"], again["labels"])
+    assert not torch.equal(one["pixel_values"], other["pixel_values"])
+    assert one["labels"].tolist() != other["labels"].tolist()
 
 
-def origin(caption):
-    return ("laion", "ccs", "coco")[int(caption.split()[1]) // 1000]
-
-
-def test_streams_are_mixed_by_their_weights(tmp_path):
-    arguments = paper_mixture(tmp_path, streaming=True, shuffle_buffer=40)
-    arguments.mixture[2]["streaming"] = False
-    stream, test = load_captions(arguments, seed=0)
-    rows = list(islice(iter(stream), 2000))
-    assert test is None and rows[0]["image"]["bytes"] is not None
-    drawn = Counter(origin(row["caption"]) for row in rows)
-    for name, share in (("laion", 15 / 20), ("ccs", 4 / 20), ("coco", 1 / 20)):
-        assert drawn[name] / 2000 == pytest.approx(share, abs=0.03)
-    # Each goes round by itself: every row once before any comes again.
-    for name, size in (("laion", 80), ("ccs", 20), ("coco", 5)):
-        own = [row["caption"] for row in rows if origin(row["caption"]) == name]
-        for start in range(0, len(own) - size, size):
-            assert len(set(own[start : start + size])) == size
-
-
-def test_data_sets_on_disk_are_mixed_until_all_were_seen(tmp_path):
-    mixed, _ = load_captions(paper_mixture(tmp_path), seed=0)
-    drawn = Counter(mixed["caption"])
-    assert len(drawn) == 80 + 20 + 5  # every row of each
-    shares = Counter(origin(caption) for caption in mixed["caption"])
-    assert shares["laion"] / len(mixed) == pytest.approx(15 / 20, abs=0.1)
-    assert load_captions(paper_mixture(tmp_path), seed=0)[0]["caption"] == mixed["caption"]
-    assert load_captions(paper_mixture(tmp_path), seed=1)[0]["caption"] != mixed["caption"]
-
-
-@pytest.mark.parametrize(
-    ("entry", "changes", "message"),
-    [
-        ({"weight": 0}, {}, "needs a `weight` above 0, but has 0"),
-        ({"weight": "15"}, {}, "needs a `weight` above 0, but has '15'"),
-        ({"dataset": ""}, {}, "needs a `dataset`"),
-        ({"caption": "txt"}, {}, "holds unknown names: caption"),
-        ({"streaming": True}, {}, "is to be streamed, which takes `--streaming true`"),
-        ({"prompt_column": "question"}, {}, "sets `prompt_column`, but the mixture has it at None"),
-        ({"caption_column": "text"}, {}, "`caption_column` is 'text', but the data set has"),
-        ({}, {"test_split": "test"}, "needs a `dataset` with held-out rows, or an empty `test_split`"),
-        ({}, {"mixture": "nowhere.yaml"}, "`mixture` is 'nowhere.yaml', which is no YAML file"),
-        ({}, {"streaming": True, "shuffle_buffer": 0}, "`shuffle_buffer` must be 1 or more, but is 0"),
-    ],
-)
-def test_mixtures_that_cannot_work_are_refused(entry, changes, message, tars):
-    files = {"train": str(tars / "*.tar")}
-    whole = {"dataset": "webdataset", "data_files": files, "image_column": "png", "caption_column": "txt", "weight": 1}
-    arguments = DataArguments(mixture=[{**whole, **entry}], test_split="")
-    with pytest.raises(ValueError, match=message):
-        load_captions(replace(arguments, **changes), seed=0)
-
-
-def test_mixtures_are_given_in_a_recipe_as_a_file_or_as_json(tmp_path):
-    entries = [{"dataset": "a", "weight": 15, "caption_column": "txt"}, {"dataset": "b", "weight": 0.5}]
-    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(entries))
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"mixture": entries, "image_column": "jpg"}))
-    for argv in (
-        ["--config", str(tmp_path / "recipe.yaml")],
-        ["--mixture", str(tmp_path / "mixture.yaml"), "--image_column", "jpg"],
-        ["--mixture", json.dumps(entries), "--image_column", "jpg"],
-    ):
-        (first_weight, first), (second_weight, second) = read_mixture(parse_arguments(DataArguments, argv=argv)[0])
-        assert (first_weight, second_weight) == (15, 0.5) and (first.dataset, second.dataset) == ("a", "b")
-        assert (first.caption_column, second.caption_column, first.image_column) == ("txt", "caption", "jpg")
-
-
-def test_the_papers_mixture_is_15_to_4_to_1():
-    path = ROOT / "examples" / "configs" / "laion-ccs-coco.yaml"
-    mixture = read_mixture(DataArguments(mixture=str(path), streaming=True))
-    assert [weight for weight, _ in mixture] == [15, 4, 1]
-    assert [part.streaming for _, part in mixture] == [True, True, False]
-
-
-SIZES_OF_LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 # Writes down what each process trains on, step by step.
 RECORDER = """
 import json, sys
@@ -320,28 +205,6 @@ pretrain.main()
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
     return save_towers(tmp_path_factory.mktemp("towers"))
-
-
-def options(towers, tars, output, **changes):
-    given = {
-        **towers,
-        "connector_config": json.dumps({**SIZES_OF_LAYERS, "merge_r": 3}),  # with dropout
-        "dataset": "webdataset",
-        "data_files": json.dumps({"train": str(tars / "*.tar")}),
-        "image_column": "png",
-        "caption_column": "txt",
-        "streaming": True,
-        "test_split": "",
-        "skip_bad_rows": True,
-        "shuffle_buffer": 4,
-        "per_device_train_batch_size": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "output_dir": output,
-        **changes,
-    }
-    return ["--config", os.devnull, *(text for name, value in given.items() for text in (f"--{name}", str(value)))]
 
 
 def start(script, arguments, processes=1, **kwargs):

@@ -122,8 +122,10 @@ def _source(rows: Dataset | IterableDataset, part: DataArguments, weight: float)
     name = part.dataset if files is None else f"{part.dataset} ({str(files)[:100]})"
     if isinstance(rows, Dataset):  # of a demo, or not to be streamed: any row can be read at once
         return Source(name, rows.to_iterable_dataset(num_shards=max(1, min(len(rows), 1024))), weight)
+    if part.max_train_samples is None:
+        return Source(name, rows, weight)
     # The first rows are not the first ones of each shard.
-    return Source(name, rows, weight, splittable=part.max_train_samples is None)
+    return Source(f"{name}, {part.max_train_samples} rows", rows, weight, splittable=False)
 
 
 def _load_splits(arguments: DataArguments) -> DatasetDict | IterableDatasetDict:

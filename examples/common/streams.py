@@ -118,7 +118,7 @@ class SourceReader:
         """The rows, with the number of rounds before as [`EPOCH`].
 
         Raises:
-            ValueError: If there are none for this reader.
+            ValueError: If there are none for this reader, or a file is damaged or cannot be reached.
         """
         state = self.state or {"epoch": 0, "block": 0, "taken": 0, "dataset": None}
         yield from self._round(**state)
@@ -133,7 +133,10 @@ class SourceReader:
         for number in count(block):
             start = dataset or rows.state_dict()
             dataset = None
-            held = [{name: values[0] for name, values in one.items()} for one in islice(unread, self.buffer_size)]
+            try:
+                held = [{name: values[0] for name, values in one.items()} for one in islice(unread, self.buffer_size)]
+            except Exception as error:  # of many kinds: what tar, Parquet, text and network raise
+                raise ValueError(f"{self.source.name}: a file, not only a row, cannot be read: {error!r}") from error
             if not held:
                 break
             order = np.random.default_rng((self.seed, self.part, epoch, number)).permutation(len(held))
