@@ -48,8 +48,6 @@ class CaptionVocabulary:
 class StageOneCollator:
     """Batches of cached vision features and captions as the first stage wants them."""
 
-    num_bad_rows = 0
-
     def __init__(self, vocabulary: CaptionVocabulary, data: DataArguments):
         self.vocabulary = vocabulary
         self.data = data

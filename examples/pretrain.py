@@ -9,6 +9,11 @@ Any towers and data, from a recipe, with changes on the command line:
 
     accelerate launch examples/pretrain.py --config examples/configs/opt-2.7b.yaml --dataset path/to/folder
 
+Data that outgrow a disk are read while training, and several data sets are mixed by weights:
+
+    accelerate launch examples/pretrain.py --config examples/configs/opt-2.7b.yaml --streaming true --test_split "" \
+        --mixture examples/configs/laion-ccs-coco.yaml
+
 A run that was cut off goes on with `--resume_from_checkpoint true`, from the last checkpoint in `output_dir`.
 """
 

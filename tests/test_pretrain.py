@@ -188,7 +188,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(work, tmp_path):
 
 def test_two_processes_share_a_stream(work, tmp_path):
     """Their batches are padded to different lengths."""
-    changes = {"streaming": True, "test_split": "", "max_steps": 2, "clean_captions": True}
+    changes = {"streaming": True, "test_split": "", "max_steps": 2, "clean_captions": True, "shuffle_buffer": 1}
     pretrain.main(arguments(work, tmp_path / "one", **changes))
     two = arguments(work, tmp_path / "two", **changes, per_device_train_batch_size=2)
     process = launch(two, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")

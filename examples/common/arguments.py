@@ -63,6 +63,13 @@ class DataArguments:
         default=None, metadata={"help": "Files or patterns of each split; JSON on the command line."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    mixture: list[dict[str, Any]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several data sets to train on, in place of `dataset`, which then gives held-out rows alone: a "
+            "list of {dataset, weight, data_files, caption_column, ...}; JSON or a YAML file on the command line."
+        },
+    )
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     test_split: str | None = field(default="test", metadata={"help": "Held-out split; leave empty for none."})
     image_column: str = field(default="image", metadata={"help": "Column of images, paths or URLs."})
@@ -72,6 +79,9 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first samples."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Use only the first held-out samples."})
     streaming: bool = field(default=False, metadata={"help": "Read while training; needs max_steps."})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Rows of a stream that each of its readers holds and shuffles at a time."}
+    )
     prompt: str = field(default="", metadata={"help": "What the model is told along with each picture."})
     prompt_column: str | None = field(
         default=None,
@@ -99,6 +109,13 @@ class DataArguments:
             "help": "Name and count rows with an unreadable picture or no caption and go on, instead of stopping."
         },
     )
+
+    @property
+    def used_columns(self) -> tuple[str, ...]:
+        """Those of these arguments that name a column that is read."""
+        text = ("messages_column",) if self.messages_column else ("caption_column",)
+        prompt = ("prompt_column",) if self.prompt_column else ()
+        return ("video_column" if self.video_column else "image_column", *text, *prompt)
 
 
 @dataclass
@@ -207,6 +224,7 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path
         raise ValueError(f"Unknown argument {option}.{hint}")
     for arguments in parsed:
         for name, value in vars(arguments).items():  # JSON from the command line
-            if name in ("connector_config", "data_files") and isinstance(value, str) and value.startswith("{"):
+            holds_json = isinstance(value, str) and value.startswith(("{", "["))
+            if name in ("connector_config", "data_files", "mixture") and holds_json:
                 setattr(arguments, name, json.loads(value))
     return parsed

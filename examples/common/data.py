@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict, Video, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Video,
+    interleave_datasets,
+    load_dataset,
+)
 from PIL import Image as PILImage
 from torchvision.transforms import InterpolationMode, v2
 from transformers import BatchFeature, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,26 +25,33 @@ from transformers.utils import logging
 
 from common.arguments import DataArguments
 from common.demo_data import DEMO_DATASETS, load_demo_dataset
+from common.mixture import read_mixture, renamed_columns
+from common.streams import EPOCH, CaptionStream, Source
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import load_rgb_frames
 
 logger = logging.get_logger(__name__)
 
+WEBDATASET_NAMES = ("__key__", "__url__")  # columns that tell where a row is from
 
-def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | IterableDataset, Dataset | None]:
+
+def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | CaptionStream, Dataset | None]:
     """Loads the training and the held-out split. Pictures stay encoded until a batch is made of them.
 
+    A mixture of map-style data sets has every row of each at least once in an epoch: it ends with the data set that
+    is the largest for its weight, and takes rows of the others repeatedly. A stream does not end.
+
     Args:
-        arguments: Which data set, splits and columns.
-        seed: For shuffling a stream, in which the Trainer cannot draw.
+        arguments: Which data sets, splits and columns.
+        seed: For shuffling a stream, in which the Trainer cannot draw, and for mixing.
 
     Returns:
         The training split, and the held-out split or None, without bad rows.
 
     Raises:
         ValueError: If a split or a column does not exist; the message names those that do. If a held-out row is bad
-            and not to be skipped.
+            and not to be skipped. If the columns of a map-style mixture are of different types.
     """
     if arguments.streaming and arguments.cache_features:
         raise ValueError("`cache_features` needs the whole data set, so it cannot be set with `streaming`.")
@@ -52,14 +68,14 @@ def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | Iterab
         raise ValueError("`cache_features` keeps views of a picture, so it cannot be set for clips.")
     if arguments.streaming and arguments.test_split and arguments.max_test_samples is None:
         raise ValueError("`streaming` needs `max_test_samples`, or an empty `test_split`.")
-    if not arguments.dataset:
+    if not arguments.dataset and not arguments.mixture:
         raise ValueError(
             "`dataset` is needed: a folder, a name on the Hub, a kind of file with `data_files`, or a demo."
         )
-    splits = _load_splits(arguments)
-    train = _take(splits, "train_split", arguments, arguments.max_train_samples)
-    if arguments.streaming:
-        train = train.shuffle(seed=seed)
+    if not arguments.dataset and arguments.test_split:
+        raise ValueError("`mixture` needs a `dataset` with held-out rows, or an empty `test_split`.")
+    splits = _load_splits(arguments) if arguments.dataset else {}
+    train = _load_train(arguments, splits, seed)
     if not arguments.test_split:
         return train, None
     test = _take(splits, "test_split", arguments, arguments.max_test_samples)
@@ -78,6 +94,38 @@ def load_held_out(arguments: DataArguments) -> Dataset:
         ValueError: If the data set, the split or a column does not exist.
     """
     return _take(_load_splits(arguments), "test_split", arguments, arguments.max_test_samples)
+
+
+def _load_train(arguments: DataArguments, splits: Any, seed: int) -> Dataset | CaptionStream:
+    parts = read_mixture(arguments)
+    weights = [weight for weight, _ in parts]
+    loaded = []
+    for _, part in parts:
+        own = splits if part is arguments else _load_splits(part)
+        rows = _take(own, "train_split", part, part.max_train_samples)
+        renamed = renamed_columns(part, arguments)
+        loaded.append(rows.rename_columns(renamed) if renamed else rows)
+    if arguments.streaming:
+        sources = [_source(rows, part, weight) for rows, (weight, part) in zip(loaded, parts, strict=True)]
+        return CaptionStream(sources, seed, arguments.shuffle_buffer)
+    if len(loaded) == 1:
+        return loaded[0]
+    shares = [weight / sum(weights) for weight in weights]
+    try:
+        return interleave_datasets(loaded, shares, seed, stopping_strategy="all_exhausted")
+    except ValueError as error:
+        raise ValueError(f"`mixture`: columns of its data sets are of different types: {error}") from error
+
+
+def _source(rows: Dataset | IterableDataset, part: DataArguments, weight: float) -> Source:
+    files = part.data_files.get(part.train_split) if isinstance(part.data_files, dict) else part.data_files
+    name = part.dataset if files is None else f"{part.dataset} ({str(files)[:100]})"
+    if isinstance(rows, Dataset):  # of a demo, or not to be streamed: any row can be read at once
+        return Source(name, rows.to_iterable_dataset(num_shards=max(1, min(len(rows), 1024))), weight)
+    if part.max_train_samples is None:
+        return Source(name, rows, weight)
+    # The first rows are not the first ones of each shard.
+    return Source(f"{name}, {part.max_train_samples} rows", rows, weight, splittable=False)
 
 
 def _load_splits(arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
@@ -104,19 +152,16 @@ def _take(splits: Any, argument: str, arguments: DataArguments, limit: int | Non
         raise ValueError(f"`{argument}` is {name!r}, but the data set has {sorted(splits)}{hint}.")
     dataset = splits[name]
     columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
-    visual_argument = "video_column" if arguments.video_column else "image_column"
-    text_arguments = ["messages_column"] if arguments.messages_column else ["caption_column"]
-    text_arguments += ["prompt_column"] if arguments.prompt_column else []
-    column_arguments = (visual_argument, *text_arguments)
-    for column_argument in column_arguments:
+    for column_argument in arguments.used_columns:
         column = getattr(arguments, column_argument)
         if column not in columns:
             raise ValueError(f"`{column_argument}` is {column!r}, but the data set has {columns}.")
-    visual_column = getattr(arguments, visual_argument)
+    visual_column = getattr(arguments, arguments.used_columns[0])
     feature = None if dataset.features is None else dataset.features[visual_column]
     if isinstance(feature, Image | Video):
         dataset = dataset.cast_column(visual_column, type(feature)(decode=False))
-    dataset = dataset.select_columns([getattr(arguments, name) for name in column_arguments])
+    used = [getattr(arguments, name) for name in arguments.used_columns]
+    dataset = dataset.select_columns([*used, *(name for name in WEBDATASET_NAMES if name in columns)])
     if limit is None:
         return dataset
     return (
@@ -132,7 +177,10 @@ def _drop_bad(dataset: Dataset, arguments: DataArguments) -> Dataset:
 
 
 def read_row(
-    row: dict[str, Any], arguments: DataArguments, frame_sampling: str = "uniform"
+    row: dict[str, Any],
+    arguments: DataArguments,
+    frame_sampling: str = "uniform",
+    bad_rows: list[dict[str, Any]] | None = None,
 ) -> PILImage.Image | list[PILImage.Image] | None:
     """Opens the picture or the clip of a row, and sees that it has a caption.
 
@@ -140,6 +188,7 @@ def read_row(
         row: A row of a data set.
         arguments: Names the columns, and says what to do with bad rows.
         frame_sampling: How to choose a clip's frames, see [`sample_frames`].
+        bad_rows: Where a row that is skipped is put down, if anywhere.
 
     Returns:
         The picture or pictures, or the clip's frames, in RGB; None if the row is bad and to be skipped, which is
@@ -162,9 +211,13 @@ def read_row(
         return [load_rgb_image(p) for p in pictures] if isinstance(pictures, list) else load_rgb_image(pictures)
     except ValueError as error:
         name = f"the row with the caption {caption_of(row, arguments)!r}"
+        if row.get("__key__"):
+            name += f" ({row['__key__']} in {row['__url__']})"
         if not arguments.skip_bad_rows:
             raise ValueError(f"{name}: {error} (`--skip_bad_rows true` goes on without it.)") from error
         logger.warning(f"Skipped {name}: {error}")
+        if bad_rows is not None:
+            bad_rows.append({"row": name, "error": str(error)})
         return None
 
 
@@ -200,8 +253,8 @@ class CaptionCollator:
         self.training = training
         self.augment = _augmentation(processor, arguments) if training else None
         self.seed = seed
-        self.epoch = 0
-        self.num_bad_rows = torch.zeros((), dtype=torch.int64).share_memory_()  # workers count as well
+        self.epoch = 0  # of rows that do not tell it themselves, as those of a stream do
+        self.bad_rows: list[dict[str, Any]] = []  # that were skipped, until someone takes them
 
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
         """Inputs and labels for training.
@@ -235,7 +288,6 @@ class CaptionCollator:
             return rows, {"vision_features": torch.from_numpy(np.stack([one[view] for one in features])).float()}
         read = [(row, self.read(row)) for row in rows]
         read = [(row, picture) for row, picture in read if picture is not None]
-        self.num_bad_rows += len(rows) - len(read)
         if not read:
             raise ValueError(f"None of the {len(rows)} rows of a batch can be used.")
         rows, pictures = zip(*read, strict=True)
@@ -245,23 +297,28 @@ class CaptionCollator:
 
     def read(self, row: dict[str, Any]) -> PILImage.Image | list[PILImage.Image] | None:
         """A row's picture or clip as the model is to see it in this epoch; None if it is bad and to be skipped."""
-        with self._chance(row):
-            picture = read_row(row, self.arguments, "headtail" if self.training else "uniform")
+        bad_rows: list[dict[str, Any]] = []
+        with self._chance(row, row):
+            picture = read_row(row, self.arguments, "headtail" if self.training else "uniform", bad_rows)
+            self.bad_rows += [{"epoch": self._epoch(row), **bad} for bad in bad_rows]
             # A clip's frames are augmented in one call, hence alike.
             return picture if picture is None or self.augment is None else self.augment(picture)
 
     def _caption(self, row: dict[str, Any]) -> str:
         captions = true_captions(row, self.arguments)
-        with self._chance(captions):  # not of the picture, which cached features do without
+        with self._chance(row, captions):  # not of the picture, which cached features do without
             return random.choice(captions) if self.training else captions[0]
 
+    def _epoch(self, row: dict[str, Any]) -> int:
+        return row.get(EPOCH, self.epoch)
+
     @contextmanager
-    def _chance(self, key: Any) -> Iterator[None]:
+    def _chance(self, row: dict[str, Any], key: Any) -> Iterator[None]:
         """Draws depend on seed, epoch and row alone, so a run that is resumed sees what an unbroken one would have."""
         if not self.training:
             yield
             return
-        seed = zlib.crc32(repr((self.seed, self.epoch, key)).encode())
+        seed = zlib.crc32(repr((self.seed, self._epoch(row), key)).encode())
         state = random.getstate()
         with torch.random.fork_rng(devices=[]):
             random.seed(seed)

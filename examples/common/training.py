@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
@@ -15,7 +16,9 @@ from transformers.utils import logging
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings
 from common.data import CaptionCollator, SetEpoch
 from common.evaluation import evaluate_captions, majority_accuracy
+from common.records import BAD_ROWS, RecordingCollator, forget_bad_rows, read_bad_rows
 from common.report import draw_contact_sheet, draw_loss_curve
+from common.streams import CaptionStream
 from common.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.checkpoints import choose_towers
@@ -42,7 +45,7 @@ def train_and_report(
     trainer_class: type[EVLGenTrainer] = EVLGenTrainer,
     **trainer_arguments: Any,
 ) -> dict[str, float]:
-    """Trains, saves the model, and leaves loss.png, captions.png and metrics.json beside it.
+    """Trains, saves the model, and leaves loss.png, captions.png, metrics.json and bad_rows.jsonl, if any, beside it.
 
     Args:
         model, processor: What to train, and what prepares its inputs.
@@ -65,7 +68,7 @@ def train_and_report(
         args=training,
         train_dataset=train,
         eval_dataset=test,
-        data_collator=collator,
+        data_collator=RecordingCollator(collator, train),
         eval_collator=CaptionCollator(processor, data, training=False),
         processing_class=processor,
         callbacks=[SetEpoch(collator)],
@@ -73,19 +76,28 @@ def train_and_report(
     )
     if trainer.is_world_process_zero():
         print(model.describe_parameters())
-    trainer.train(resume_from_checkpoint=_checkpoint(training))
+    output = Path(training.output_dir)
+    checkpoint = _checkpoint(training)
+    state = _read_state(checkpoint)
+    if trainer.is_world_process_zero():  # before other processes add to them, which takes a step of all processes
+        forget_bad_rows(output, state.global_step)
+    if 0 < training.max_steps <= state.global_step:  # the Trainer would take one step more
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state = state
+    else:
+        if checkpoint and isinstance(train, CaptionStream) and not training.ignore_data_skip:
+            trainer.resume_stream(checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-
-    if collator.num_bad_rows:
-        print(f"{int(collator.num_bad_rows)} times a bad row was skipped in this process.")
 
     metrics = {}
     if trainer.is_world_process_zero():
-        output = Path(training.output_dir)
         if test is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             # Each process has its share of the weights, and the others are done: the saved model is asked.
             unset_hf_deepspeed_config()
             model = EVLGenForConditionalGeneration.from_pretrained(output).to(training.device)
+        if bad_rows := read_bad_rows(output):
+            print(f"{len(bad_rows)} times a bad row was skipped; {output / BAD_ROWS} names them.")
         draw_loss_curve(trainer.state.log_history, output / "loss.png")
         if test is not None:
             metrics, captions = evaluate_captions(
@@ -114,6 +126,12 @@ def _checkpoint(training: TrainingSettings) -> str | None:
         )
         return None
     return str(max(complete, key=lambda folder: int(folder.name.rpartition("-")[2])))
+
+
+def _read_state(checkpoint: str | None) -> TrainerState:
+    """How far a checkpoint has come; a state of no steps without one."""
+    path = Path(checkpoint or "") / TRAINER_STATE_NAME
+    return TrainerState.load_from_json(str(path)) if checkpoint and path.exists() else TrainerState()
 
 
 def _summary(output: Path, metrics: dict[str, float], task: str) -> str:

@@ -1,0 +1,79 @@
+"""What the tests of streams share: tar shards of pictures, arguments that name them, and the streams themselves."""
+
+import io
+import json
+import os
+import tarfile
+from dataclasses import replace
+
+from PIL import Image
+
+from common.arguments import DataArguments
+from common.data import load_captions
+from common.streams import CaptionStream, Source
+
+from .helpers import COLORS
+
+SIZES = (6, 3, 7, 2, 5, 4)  # rows of the shards
+ALL = [f"picture {index}" for index in range(sum(SIZES))]
+SIZES_OF_LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def png(color):
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 40), color).save(picture, format="PNG")
+    return picture.getvalue()
+
+
+def write_tars(folder, sizes, first=0, broken=()):
+    """WebDataset shards of pictures with captions "picture 0", "picture 1", …; those of some numbers are broken."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = first
+    for shard, size in enumerate(sizes):
+        with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
+            for _ in range(size):
+                image = b"no picture" if number in broken else png(COLORS[number % len(COLORS)])
+                for suffix, content in (("png", image), ("txt", f"picture {number}".encode())):
+                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                number += 1
+    return folder
+
+
+def webdataset(folder, **changes):
+    files = {"train": str(folder / "*.tar")}
+    named = {"dataset": "webdataset", "data_files": files, "image_column": "png", "caption_column": "txt"}
+    return DataArguments(**named, test_split="", streaming=True, **changes)
+
+
+def captions(rows):
+    return [row["txt" if "txt" in row else "caption"] for row in rows]
+
+
+def stream_of(kind, seed=0, buffer_size=4):
+    if isinstance(kind, DataArguments):
+        return load_captions(replace(kind, shuffle_buffer=buffer_size), seed)[0]
+    return CaptionStream([Source("rows", kind)], seed, buffer_size)
+
+
+def options(towers, tars, output, **changes):
+    given = {
+        **towers,
+        "connector_config": json.dumps({**SIZES_OF_LAYERS, "merge_r": 3}),  # with dropout
+        "dataset": "webdataset",
+        "data_files": json.dumps({"train": str(tars / "*.tar")}),
+        "image_column": "png",
+        "caption_column": "txt",
+        "streaming": True,
+        "test_split": "",
+        "skip_bad_rows": True,
+        "shuffle_buffer": 4,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "output_dir": output,
+        **changes,
+    }
+    return ["--config", os.devnull, *(text for name, value in given.items() for text in (f"--{name}", str(value)))]

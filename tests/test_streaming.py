@@ -1,0 +1,331 @@
+"""Streams that outgrow a disk: shared out among processes and workers, and resumed where they stood."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import chain, islice, takewhile
+from pathlib import Path
+
+import datasets
+import pretrain
+import psutil
+import pytest
+import torch
+from datasets import load_dataset
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+
+from common.arguments import DataArguments
+from common.data import CaptionCollator
+from common.records import RECORD, RecordingCollator
+from common.streams import EPOCH, SourceReader
+
+from .helpers import ROOT, pictures, save_towers, tiny_model, tiny_processor
+from .hub_server import HubServer, Repo
+from .shards import ALL, SIZES, captions, options, stream_of, webdataset, write_tars
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """`datasets` sleeps after it has read Parquet files by turns, for the sake of pyarrow's threads."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    return write_tars(tmp_path_factory.mktemp("tars"), SIZES)
+
+
+@pytest.fixture(scope="module")
+def kinds(tars, tmp_path_factory):
+    """The same rows, streamed from tar shards, Parquet files and a folder, and from a data set on disk."""
+    folder = tmp_path_factory.mktemp("kinds")
+    rows = load_dataset("webdataset", data_files=str(tars / "*.tar"), cache_dir=folder / "cache", split="train")
+    rows = rows.rename_columns({"png": "image", "txt": "caption"}).select_columns(["image", "caption"])
+    stop = 0
+    for shard, size in enumerate(SIZES):
+        rows.select(range(stop, stop + size)).to_parquet(folder / f"{shard}.parquet", batch_size=2)
+        stop += size
+    (folder / "pictures" / "train").mkdir(parents=True)
+    lines = []
+    for index, row in enumerate(rows):
+        row["image"].save(folder / "pictures" / "train" / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "caption": row["caption"]}))
+    (folder / "pictures" / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    streamed = DataArguments(test_split="", streaming=True)
+    files = {"train": str(folder / "*.parquet")}
+    return {
+        "webdataset": webdataset(tars),
+        "parquet": replace(streamed, dataset="parquet", data_files=files),
+        "folder": replace(streamed, dataset=str(folder / "pictures")),
+        "first rows": webdataset(tars, max_train_samples=20),
+        "map": rows.to_iterable_dataset(num_shards=6),
+    }
+
+
+@pytest.mark.parametrize("readers", [1, 2, 4, 5, 6, 8])
+@pytest.mark.parametrize("kind", ["webdataset", "parquet", "folder", "first rows", "map"])
+def test_in_each_round_every_row_goes_to_one_reader(kind, readers, kinds):
+    """With as many shards as readers, more and fewer; 5 shards for 4 readers and one shard for all are among them."""
+    source = stream_of(kinds[kind]).sources[0]
+    rounds = [
+        list(takewhile(lambda row: row[EPOCH] < 2, SourceReader(source, 0, part, readers, buffer_size=4)))
+        for part in range(readers)
+    ]
+    wanted = sorted(ALL[:20] if kind == "first rows" else ALL)
+    for epoch in (0, 1):
+        assert sorted(captions(row for row in chain(*rounds) if row[EPOCH] == epoch)) == wanted
+    one, other = (captions(row for row in rounds[0] if row[EPOCH] == epoch) for epoch in (0, 1))
+    assert one != other
+
+
+def test_shards_are_read_by_one_reader_where_there_are_enough(tars):
+    """So no more is read than is needed; 4 readers of 6 shards, of which they get 2, 2, 1 and 1."""
+    source = stream_of(webdataset(tars)).sources[0]
+    shards = [
+        {row["__url__"] for row in takewhile(lambda row: row[EPOCH] < 1, SourceReader(source, 0, part, 4, 4))}
+        for part in range(4)
+    ]
+    assert sorted(map(len, shards)) == [1, 1, 2, 2] and len(set.union(*shards)) == 6
+
+
+def test_too_few_shards_are_announced(tars, caplog):
+    stream = stream_of(webdataset(tars))
+    stream.split(0, 2, 3)
+    assert not caplog.records
+    stream.split(0, 2, 2 * 3)
+    assert "has 6 shards for 12 readers (2 processes x 6 workers): 2 of them read each shard" in caplog.text
+
+
+def test_too_few_rows_for_all_readers_are_refused(tars):
+    rows = iter(SourceReader(stream_of(webdataset(tars, max_train_samples=2)).sources[0], 0, 2, 3, 4))
+    with pytest.raises(ValueError, match=r"webdataset .* has no rows for reader 3 of 3 \(processes x workers\)"):
+        next(rows)
+
+
+def test_a_shard_that_was_cut_off_is_reported(tmp_path):
+    folder = write_tars(tmp_path / "tars", [20, 20])
+    path = folder / "001.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"webdataset .*/tars/\*\.tar.*: a file, not only a row, cannot be read"):
+        list(islice(iter(stream_of(webdataset(folder))), 40))
+
+
+class Captions:
+    """Stands in for the collator, to see rows."""
+
+    bad_rows: list = []
+
+    def __call__(self, rows):
+        return {"rows": captions(rows), "epochs": [row[EPOCH] for row in rows]}
+
+
+def loader(stream, num_workers, rank=0, world_size=1):
+    stream.split(rank, world_size, num_workers)
+    return DataLoader(stream, 3, collate_fn=RecordingCollator(Captions(), stream), num_workers=num_workers)
+
+
+def test_workers_of_two_processes_share_each_round(tars):
+    seen = []
+    for rank in (0, 1):
+        batches = islice(loader(stream_of(webdataset(tars)), 2, rank, 2), 12)
+        seen += [row for batch in batches for row in zip(batch["rows"], batch["epochs"], strict=True)]
+    first = [row for row, epoch in seen if epoch == 0]
+    assert sorted(first) == sorted(ALL)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("stop", [1, 6, 7])
+def test_a_loader_goes_on_where_it_stood(num_workers, stop, kinds, tars):
+    """At the beginning, in the middle of blocks, and in the second round; one data set and two."""
+    tar_files = {"dataset": "webdataset", "data_files": {"train": str(tars / "*.tar")}, "weight": 3}
+    tar_files |= {"image_column": "png", "caption_column": "txt"}
+    others = {"dataset": "parquet", "data_files": kinds["parquet"].data_files, "weight": 1}
+    mixture = DataArguments(mixture=[tar_files, others], streaming=True, test_split="")
+    for arguments in (kinds["webdataset"], kinds["parquet"], mixture):
+        whole = list(islice(loader(stream_of(arguments), num_workers), stop + 12))
+        places = [json.loads(batch[RECORD])["place"] for batch in whole[:stop]]
+        states = {reader: json.loads(json.dumps(state)) for reader, state in places}
+        stream = stream_of(arguments)
+        stream.load_states(states, (places[-1][0] + 1) % max(1, num_workers))
+        rest = islice(loader(stream, num_workers), 12)
+        assert [batch["rows"] for batch in rest] == [batch["rows"] for batch in whole[stop:]]
+
+
+def test_what_was_read_before_is_not_read_again(tmp_path):
+    """Shards that are done with cannot be read any more when the stream goes on. Ten are read by turns."""
+    folder = write_tars(tmp_path / "tars", [3] * 30)
+    stream = stream_of(webdataset(folder))
+    rows = list(islice(iter(stream), 75))
+    again = stream_of(webdataset(folder))
+    again.load_states({0: stream.place[1]}, 0)
+    for path in {row["__url__"] for row in rows[:20]}:
+        Path(path).write_bytes(b"")
+    rest = list(islice(iter(again), 15))
+    assert sorted(captions(rows + rest)) == sorted(f"picture {index}" for index in range(90))
+
+
+def test_crops_and_captions_are_drawn_anew_in_each_round():
+    """Whatever the Trainer calls an epoch: a small data set of a mixture goes round many times in it."""
+    data = DataArguments(crop_scale=[0.2, 0.6])
+    processor = tiny_processor(tiny_model())
+    collator = CaptionCollator(processor, data, training=True, seed=3)
+    row = {"image": pictures(1)[0], "caption": [f"caption {index}" for index in range(50)]}
+    one, again, other = (collator([{**row, EPOCH: epoch}]) for epoch in (4, 4, 5))
+    assert torch.equal(one["pixel_values"], again["pixel_values"]) and torch.equal(one["labels"], again["labels"])
+    assert not torch.equal(one["pixel_values"], other["pixel_values"])
+    assert one["labels"].tolist() != other["labels"].tolist()
+
+
+# Writes down what each process trains on, step by step.
+RECORDER = """
+import json, sys
+from pathlib import Path
+import pretrain
+from common.trainer import EVLGenTrainer
+
+train = EVLGenTrainer.training_step
+
+def recorded(self, model, inputs, *args, **kwargs):
+    decode = self.processing_class.tokenizer.decode
+    captions = [decode(row[row != -100], skip_special_tokens=True).strip() for row in inputs["labels"]]
+    with Path(self.args.output_dir, f"seen-{self.args.process_index}.jsonl").open("a") as file:
+        file.write(json.dumps([self.state.global_step + 1, captions]) + "\\n")
+    return train(self, model, inputs, *args, **kwargs)
+
+EVLGenTrainer.training_step = recorded
+pretrain.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    return save_towers(tmp_path_factory.mktemp("towers"))
+
+
+def start(script, arguments, processes=1, **kwargs):
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), *arguments]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return subprocess.Popen(command, env=environment, **kwargs)
+
+
+def kill_after(process, checkpoint):
+    """Kills a run (SIGKILL) as soon as it has a checkpoint, and takes away later ones, if it was too fast."""
+    deadline = time.time() + 240
+    while not (checkpoint / "trainer_state.json").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    launcher = psutil.Process(process.pid)
+    family = [launcher, *launcher.children(recursive=True)]
+    for member in family:  # the launcher's processes have sessions of their own
+        member.kill()
+    psutil.wait_procs(family)
+    for later in set(checkpoint.parent.glob("checkpoint-*")) - {checkpoint}:
+        shutil.rmtree(later)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_two_processes_with_two_workers_see_every_row_once_also_after_a_kill(towers, tmp_path):
+    broken = (7, 30)
+    tars = write_tars(tmp_path / "tars", [6] * 8, broken=broken)
+    script = tmp_path / "recorder.py"
+    script.write_text(RECORDER)
+    steps = {"max_steps": 12, "save_steps": 5, "dataloader_num_workers": 2}  # 8 steps are a round
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+
+    process = start(script, options(towers, tars, unbroken, **steps), 2, stdout=subprocess.PIPE, text=True)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0
+    seen = [read_lines(unbroken / f"seen-{rank}.jsonl") for rank in (0, 1)]
+    first = [caption for rank in (0, 1) for step, captions in seen[rank] if step <= 8 for caption in captions]
+    assert sorted(first) == sorted(f"picture {index}" for index in range(48) if index not in broken)
+    second = [caption for rank in (0, 1) for step, captions in seen[rank] if step > 8 for caption in captions]
+    assert len(set(second)) == len(second) >= 22
+
+    bad = read_lines(unbroken / "bad_rows.jsonl")
+    assert sorted(row["row"].split("'")[1] for row in bad if row["epoch"] == 0) == ["picture 30", "picture 7"]
+    assert "0007 in " in str(bad) and "001.tar" in str(bad) and "'0007.png' cannot be read" in str(bad)
+    assert f"{len(bad)} times a bad row was skipped; {unbroken / 'bad_rows.jsonl'} names them." in output
+
+    kill_after(start(script, options(towers, tars, resumed, **steps), 2), resumed / "checkpoint-5")
+    before = [[line for line in read_lines(resumed / f"seen-{rank}.jsonl") if line[0] <= 5] for rank in (0, 1)]
+    for rank in (0, 1):
+        (resumed / f"seen-{rank}.jsonl").unlink()
+    again = options(towers, tars, resumed, **steps, resume_from_checkpoint=True)
+    assert start(script, again, 2).wait(timeout=240) == 0
+    assert [before[rank] + read_lines(resumed / f"seen-{rank}.jsonl") for rank in (0, 1)] == seen
+    bad_again = read_lines(resumed / "bad_rows.jsonl")
+    assert sorted((row["step"], row["row"]) for row in bad_again) == sorted((row["step"], row["row"]) for row in bad)
+
+
+def test_a_killed_stream_goes_on_to_the_same_weights(towers, tars, tmp_path):
+    steps = {"max_steps": 16, "save_steps": 6, "dataloader_num_workers": 2, "gradient_accumulation_steps": 2}
+    steps |= {"crop_scale": "0.5 1.0", "horizontal_flip": True}
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    given = options(towers, tars, unbroken, **steps)
+    place = given.index("0.5 1.0")
+    given[place : place + 1] = ["0.5", "1.0"]
+    pretrain.main(given)
+    given[given.index(str(unbroken))] = str(resumed)
+    kill_after(start(ROOT / "examples" / "pretrain.py", given), resumed / "checkpoint-6")
+    pretrain.main([*given, "--resume_from_checkpoint", "true"])
+    assert_same_weights(unbroken, resumed)
+    states = [json.loads((folder / "checkpoint-16/trainer_state.json").read_text()) for folder in (unbroken, resumed)]
+    one, other = ([entry["epoch"] for entry in state["log_history"] if "loss" in entry] for state in states)
+    assert one == other
+    pretrain.main([*given, "--resume_from_checkpoint", "true"])  # of a run that is done
+    assert_same_weights(unbroken, resumed)
+    assert not (resumed / "checkpoint-17").exists()
+
+
+def assert_same_weights(one, other):
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"dataloader_num_workers": 2},
+            "stands in a stream with num_workers 1, not 2: --ignore_data_skip true starts",
+        ),
+        ({"seed": 1}, "stands in a stream with seed 42, not 1"),
+        ({"shuffle_buffer": 5}, "stands in a stream with shuffle_buffer 4, not 5"),
+    ],
+)
+def test_a_stream_does_not_go_on_under_other_conditions(changes, message, towers, tars, tmp_path):
+    pretrain.main(options(towers, tars, tmp_path, max_steps=1, save_steps=1))
+    given = options(towers, tars, tmp_path, max_steps=2, resume_from_checkpoint=True, **changes)
+    with pytest.raises(ValueError, match=message):
+        pretrain.main(given)
+    pretrain.main([*given, "--ignore_data_skip", "true"])
+    (tmp_path / "checkpoint-1" / "stream.json").unlink()
+    with pytest.raises(ValueError, match="does not tell where its data stood in a stream"):
+        pretrain.main([*given, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")])
+
+
+def test_a_data_set_is_streamed_from_the_hub(towers, tars, tmp_path):
+    files = {path.name: path.read_bytes() for path in tars.glob("*.tar")}
+    with HubServer() as hub:
+        hub.repos["datasets", "user/pictures"] = Repo("user/pictures")
+        hub.repos["datasets", "user/pictures"].commit("main", "pictures", "", files)
+        given = options(towers, tars, tmp_path / "out", max_steps=4, dataloader_num_workers=2, dataset="user/pictures")
+        place = given.index("--data_files")
+        del given[place : place + 2]
+        environment = {**hub.client_env(tmp_path / "hf_home"), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, str(ROOT / "examples" / "pretrain.py"), *given]
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=240)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not list((tmp_path / "hf_home").rglob("*.tar"))  # nothing was kept
+    assert all(any(f"/{name} -> 20" in request for request in hub.requests) for name in files)
