@@ -16,11 +16,20 @@ class EVLGenTrainer(Trainer):
     Args:
         eval_collator ([`CaptionCollator`]): Makes the held-out batches, without augmentation.
         kwargs: What [`Trainer`] takes.
+
+    Raises:
+        ValueError: If a model with a temporal contextualizer is to be shared out by FSDP or DeepSpeed.
     """
 
     def __init__(self, *args: Any, eval_collator: CaptionCollator, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator
+        scalars = [name for name, parameter in self.model.named_parameters() if parameter.ndim == 0]
+        if scalars and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"FSDP and DeepSpeed cannot share out scalars, such as {scalars[0]}. Launch the training with "
+                "examples/accelerate_configs/multi_gpu.yaml."
+            )
 
     def create_accelerator_and_postprocess(self) -> None:
         """Under `--bf16`, FSDP and DeepSpeed would compute and sum the gradients of what is trained in bfloat16, and
