@@ -17,10 +17,12 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FullStateDictConfig, OffloadPolicy, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers import Trainer
 
 from common.scst import SCSTTrainer
 from common.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.temporal import TemporalTower
 
 from .helpers import ROOT, VISION_CONFIGS, save_image_folder, save_towers, tiny_model
 
@@ -210,3 +212,15 @@ def test_self_critical_training_refuses_a_model_that_is_shared_out(monkeypatch):
     monkeypatch.setattr(EVLGenTrainer, "__init__", under_fsdp)
     with pytest.raises(ValueError, match=r"cannot be shared out by FSDP .* with .*multi_gpu\.yaml"):
         SCSTTrainer(reward=None, num_samples=2, greedy_baseline=False, max_new_tokens=1)
+
+
+def test_a_temporal_contextualizer_is_not_shared_out(monkeypatch):
+    def under_fsdp(trainer, model):
+        trainer.model, trainer.is_fsdp_enabled = model, True
+
+    monkeypatch.setattr(Trainer, "__init__", under_fsdp)
+    EVLGenTrainer(tiny_model(), eval_collator=None)
+    video_model = tiny_model()
+    video_model.temporal = TemporalTower(video_model.vision_tower, 16, 8, 2)
+    with pytest.raises(ValueError, match=r"cannot share out scalars, such as temporal\.0\.alpha.*multi_gpu\.yaml"):
+        EVLGenTrainer(video_model, eval_collator=None)

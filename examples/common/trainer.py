@@ -26,11 +26,20 @@ class EVLGenTrainer(Trainer):
     Args:
         eval_collator ([`CaptionCollator`]): Makes the held-out batches, without augmentation.
         kwargs: What [`Trainer`] takes.
+
+    Raises:
+        ValueError: If a model with a temporal contextualizer is to be shared out by FSDP or DeepSpeed.
     """
 
     def __init__(self, *args: Any, eval_collator: CaptionCollator, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator
+        scalars = [name for name, parameter in self.model.named_parameters() if parameter.ndim == 0]
+        if scalars and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"FSDP and DeepSpeed cannot share out scalars, such as {scalars[0]}. Launch the training with "
+                "examples/accelerate_configs/multi_gpu.yaml."
+            )
         self.places: dict[str, Any] = {"next_reader": 0, "states": {}}  # of a stream, after the last batch
         if isinstance(self.train_dataset, CaptionStream):
             self.add_callback(StreamEpoch())
