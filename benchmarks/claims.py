@@ -8,8 +8,8 @@ stopped goes on with the next run, and two commands side by side share the runs 
 rates, one seed; each method is then trained at its best one. `--draw` draws what is there, `--list` shows what is to
 be done.
 
-Seconds on the axes are steps times the seconds of a step, which `benchmarks/training.py` measures side by side, so
-that a busy machine favours no one.
+Seconds on the axes are steps times the seconds of a step, which `--time` measures side by side, so that a busy machine
+favours no one.
 """
 
 import argparse
@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from claims_report import draw_curves, table  # noqa: E402
-from claims_run import Run, time_steps, train, write_result  # noqa: E402
+from claims_run import Run, time_steps, train  # noqa: E402
+from common.files import write_whole  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 DATASETS = ("openmoji-scenes", "easy-vqa")
@@ -195,7 +196,7 @@ def main() -> None:
         for dataset in DATASETS:
             settings = {"learning_rate": 1e-3, "steps": 1, "seed": 0, "eval_steps": ()}
             runs = [Run(name, dataset, **settings, **method) for name, method in METHODS.items()]
-            write_result(RESULTS / f"timing.{dataset}.json", time_steps(runs))
+            write_whole(RESULTS / f"timing.{dataset}.json", json.dumps(time_steps(runs)) + "\n")
     elif not arguments.draw:
         # What is known of the plan grows with what is done, here or in a process beside this one.
         while pending := [run for run in plan() if re.search(arguments.only, run.name) and load(run) is None]:
@@ -223,7 +224,7 @@ def start(run: Run) -> bool:
     try:
         with lock:
             if load(run) is None:
-                write_result(RESULTS / f"{run.name}.json", train(run))
+                write_whole(RESULTS / f"{run.name}.json", json.dumps(train(run)) + "\n")
         Path(lock.lock_file).unlink(missing_ok=True)
         return True
     except Timeout:

@@ -1,28 +1,20 @@
 """One training run of `claims.py`: the parts of `examples/pretrain.py`, with a curve of held-out figures."""
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+import pretrain
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, set_seed
 
-from common.arguments import (
-    DataArguments,
-    GenerationArguments,
-    ModelArguments,
-    ProcessorArguments,
-    TrainingSettings,
-    parse_arguments,
-)
+from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
 from common.cider import CiderDReward, count_ngrams
 from common.data import CaptionCollator, SetEpoch, load_captions, true_captions
 from common.evaluation import WrongPictures, caption_loss, generate_captions
@@ -35,8 +27,6 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.tomeformer import TomeFormerLayer
 from processing_evlgen import EVLGenProcessor
 from two_stage import CaptionVocabulary, StageOne, StageOneCollator
-
-DEMO_RECIPE = Path(__file__).parents[1] / "examples" / "configs" / "demo.yaml"
 
 
 @dataclass(frozen=True)
@@ -104,15 +94,7 @@ def parse(run: Run, output_dir: str) -> tuple[Any, ...]:
         argv += ["--max_train_samples", str(run.train_samples)]
     if run.dataset == "easy-vqa":
         argv += ["--max_test_samples", "200"]
-    return parse_arguments(
-        ModelArguments,
-        ProcessorArguments,
-        DataArguments,
-        GenerationArguments,
-        TrainingSettings,
-        argv=argv,
-        recipe=DEMO_RECIPE,
-    )
+    return parse_arguments(*pretrain.ARGUMENTS, argv=argv, recipe=pretrain.DEMO_RECIPE)
 
 
 class Prepared(NamedTuple):
@@ -278,10 +260,3 @@ def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
     model.zero_grad()
     torch.set_rng_state(state)
     return counter.get_total_flops()
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """One finished run as JSON, or nothing."""
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(result) + "\n")
-    os.replace(partial, path)

@@ -34,10 +34,10 @@ from common.answers import (
     check_settings,
     load_answering_model,
     read_lines,
-    replacing,
     start_processes,
 )
 from common.arguments import AnswerArguments, GenerationArguments, parse_arguments
+from common.files import replacing
 from common.media import ITEM, list_items, read_item
 from processing_evlgen import EVLGenProcessor
 

@@ -36,17 +36,12 @@ from common.processes import use_all_cores
 from common.training import train_and_report
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
+ARGUMENTS = (ModelArguments, ProcessorArguments, DataArguments, GenerationArguments, TrainingSettings)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     model_arguments, text_format, data, generation, training = parse_arguments(
-        ModelArguments,
-        ProcessorArguments,
-        DataArguments,
-        GenerationArguments,
-        TrainingSettings,
-        argv=argv,
-        recipe=DEMO_RECIPE,
+        *ARGUMENTS, argv=argv, recipe=DEMO_RECIPE
     )
     use_all_cores(training.device)
     set_seed(training.seed)

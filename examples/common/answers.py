@@ -6,12 +6,11 @@ number of processes nor an interruption changes an answer.
 """
 
 import json
-import os
 import sys
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,9 +28,11 @@ from transformers import BatchFeature
 from common.arguments import AnswerArguments, DataArguments, EvaluationArguments, GenerationArguments
 from common.data import CaptionCollator
 from common.evaluation import generate_batches
+from common.files import replacing, write_whole
 from common.models import load_captioner
 from common.processes import use_all_cores
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import load_rgb_frames
@@ -120,7 +121,7 @@ def answering_settings(
 ) -> dict[str, Any]:
     """What answers depend on, beside the rows and what is asked about them."""
     return {
-        "weights": weights_checksum(model),
+        "weights": hash_weights(model.state_dict()),
         **vars(generation),
         "batch_size": arguments.batch_size,
         "dtype": arguments.dtype,
@@ -300,28 +301,6 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"`output_dir`: {folder} has answers from other settings: {', '.join(changed)}. Remove it or name another."
         )
-
-
-def weights_checksum(model: torch.nn.Module) -> str:
-    """A checksum of all weights, as they are in memory."""
-    checksum = 0
-    for _, tensor in sorted(model.state_dict().items()):
-        checksum = zlib.crc32(tensor.cpu().reshape(-1).view(torch.uint8).numpy(), checksum)
-    return f"{checksum:08x}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that, whenever the process is killed, is either the old or the new one."""
-    with replacing(path) as partial_path:
-        partial_path.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what is to replace `path` as a whole, once it is written."""
-    partial_path = path.with_name(f".{path.name}.tmp")
-    yield partial_path
-    os.replace(partial_path, path)
 
 
 def _unique_ids(rows: Dataset) -> list[int | str]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from common.arguments import DataArguments
 from common.data import true_captions
+from common.files import write_whole
 from metrics.coco_caption.ptb_tokenizer import tokenize_caption
 
 try:
@@ -79,9 +79,7 @@ def load_reward(dataset: Dataset, arguments: DataArguments) -> CiderDReward:
     if not path.exists():
         counted = count_ngrams(dataset.select_columns([arguments.caption_column]), arguments)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps({" ".join(ngram): count for ngram, count in counted.items()}))
-        os.replace(partial, path)
+        write_whole(path, json.dumps({" ".join(ngram): count for ngram, count in counted.items()}))
     counts = json.loads(path.read_text())
     return CiderDReward(Counter({tuple(ngram.split()): count for ngram, count in counts.items()}), len(dataset))
 

@@ -17,7 +17,9 @@ from transformers.utils import logging
 
 from common.arguments import DataArguments
 from common.data import CaptionCollator, caption_of
+from common.files import write_whole
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
 
 logger = logging.get_logger(__name__)
@@ -138,7 +140,7 @@ def _compute(
                 features[list(images), view] = _run_tower(model, views.processor, list(images.values()))
         state["done"] = rows.stop
         features.flush()
-        _write_state(state_path, state)
+        write_whole(state_path, json.dumps(state))
         progress.update(len(rows))
     progress.close()
     os.replace(partial, path)
@@ -156,12 +158,6 @@ def _run_tower(
     return features.numpy()
 
 
-def _write_state(path: Path, state: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(state))
-    os.replace(temporary, path)
-
-
 def _key(
     model: EVLGenForConditionalGeneration,
     processor: EVLGenProcessor,
@@ -173,12 +169,6 @@ def _key(
     digest = hashlib.sha256(repr((num_views, *augmentation)).encode())
     digest.update(processor.image_processor.to_json_string().encode())
     digest.update(model.config.vision_config.to_json_string().encode())
-    for name, tensor in sorted(model.vision_tower.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-            if tensor.ndim
-            else repr(tensor.item()).encode()
-        )
+    digest.update(hash_weights(model.vision_tower.state_dict()).encode())
     digest.update(dataset._fingerprint.encode())
     return digest.hexdigest()[:32]

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 
-from common.answers import write_whole
 from common.data import CaptionCollator
+from common.files import write_whole
 from common.streams import CaptionStream
 
 RECORD = "record"  # in a batch: JSON, which nothing on the way takes apart

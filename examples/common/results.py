@@ -12,8 +12,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from common.answers import write_whole
 from common.arguments import EvaluationArguments
+from common.files import write_whole
 
 METRICS_FOLDER = Path(__file__).parents[1] / "metrics"
 DATASET_NAMES = {
