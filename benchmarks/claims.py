@@ -17,7 +17,7 @@ import json
 import re
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ from common.files import write_whole  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 DATASETS = ("openmoji-scenes", "easy-vqa")
-STEPS = {"openmoji-scenes": 300, "easy-vqa": 200}
-EVAL_STEPS = {"openmoji-scenes": (50, 100, 150, 200, 300), "easy-vqa": (25, 50, 100, 150, 200)}
+STEPS = 200
+EVAL_STEPS = (25, 50, 100, 150, 200)
 SEEDS = (0, 1, 2)
 SWEEP_SEED = 100
 SWEEP_STEPS = 100
@@ -81,7 +81,7 @@ VARIANTS = {
     },
     "mean-pooling": {"mean-pooling-plain": {**_MLP, "pool_size": 5}},
 }
-# One change each from EVLGen, on the scenes, seed 0.
+# One change each from EVLGen's best short run.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "original-order": {"fields": {"keep_order": False}},
     "post-norm": {"fields": {"pre_norm": False, "layer_scale_init_value": None}},
@@ -100,12 +100,22 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 def sweep() -> list[Run]:
     """Short runs on the scenes, one seed: every method at every learning rate, then its variants at its best one."""
     runs = []
-    for method in ("evlgen", "evlgen-paper-blocks", "qformer", "mean-pooling"):
+    for method in ("evlgen", "qformer", "mean-pooling", "evlgen-paper-blocks"):
         own = [_short(method, method, METHODS[method]["fields"], rate) for rate in LEARNING_RATES]
         runs += own
         chosen = _best_of(own)
         for name, fields in VARIANTS.get(method, {}).items() if chosen else ():
             runs.append(_short(name, method, fields, chosen["learning_rate"]))
+    return runs
+
+
+def ablations() -> list[Run]:
+    """Short runs like those of the sweep, each with one change from its best EVLGen."""
+    chosen, runs = best("evlgen"), []
+    for name, changes in ABLATIONS.items() if chosen else ():
+        fields = {**chosen["fields"], **changes.get("fields", {})}
+        run = _short(name, "evlgen", fields, chosen["learning_rate"])
+        runs.append(replace(run, group="ablation", prompt_scale=changes.get("prompt_scale", 1.0)))
     return runs
 
 
@@ -141,15 +151,15 @@ def best(method: str) -> dict[str, Any] | None:
 
 def plan() -> list[Run]:
     """All runs whose settings are known by now, the important ones first."""
-    runs = sweep()
+    runs = sweep() + ablations()
+    for seed in SEEDS:
+        for dataset in DATASETS:
+            for method in ("evlgen", "qformer", "mean-pooling", "qformer-two-stage"):
+                runs += _long(method, dataset, (seed,))
     for dataset in DATASETS:
-        for method in ("evlgen", "qformer", "mean-pooling", "qformer-two-stage"):
-            runs += _long(method, dataset, SEEDS)
         runs += _long("evlgen", dataset, SEEDS[:1], name="evlgen-tenth-of-data", train_samples=400)
         for method in ("evlgen-paper-blocks", "random-pruning"):
             runs += _long(method, dataset, SEEDS[:1])
-    for name, changes in ABLATIONS.items():
-        runs += _long("evlgen", DATASETS[0], SEEDS[:1], name=name, group="ablation", **changes)
     return runs + [run for dataset in DATASETS for run in _long("mlp-all-tokens", dataset, SEEDS[:1])]
 
 
@@ -161,8 +171,9 @@ def _long(method: str, dataset: str, seeds: tuple[int, ...], name: str | None = 
     settings = {**METHODS[method], **chosen, **changes, "fields": fields}
     if "stage_one_steps" in settings:
         settings["stage_one_learning_rate"] = chosen["learning_rate"]
-    lengths = {"steps": STEPS[dataset], "eval_steps": EVAL_STEPS[dataset]}
-    return [Run(name or method, dataset, seed=seed, **lengths, **settings) for seed in seeds]
+    return [
+        Run(name or method, dataset, seed=seed, steps=STEPS, eval_steps=EVAL_STEPS, **settings) for seed in seeds
+    ]
 
 
 def load(run: Run) -> dict[str, Any] | None:

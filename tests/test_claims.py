@@ -128,8 +128,8 @@ def test_the_plan_grows_with_what_is_done_and_takes_the_best_of_each_sweep(tmp_p
             finish(run, loss=0.2 + run.seed / 10)
     claims.report()
     table = capsys.readouterr().out
-    assert "| evlgen | 3 | 0.001 | 300 | ? | 0.300 | 0.300 [0.200, 0.400] |" in table
-    assert "| qformer-two-stage | 3 | 0.001 | 300 + 300 | ? | 0.330 |" in table  # the first stage counts
+    assert "| evlgen | 3 | 0.001 | 200 | ? | 0.300 | 0.300 [0.200, 0.400] |" in table
+    assert "| qformer-two-stage | 3 | 0.001 | 300 + 200 | ? | 0.330 |" in table  # the first stage counts
     assert (tmp_path / "openmoji-scenes.png").stat().st_size > 10_000
 
 

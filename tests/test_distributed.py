@@ -216,7 +216,7 @@ def test_self_critical_training_refuses_a_model_that_is_shared_out(monkeypatch):
 
 def test_a_temporal_contextualizer_is_not_shared_out(monkeypatch):
     def under_fsdp(trainer, model):
-        trainer.model, trainer.is_fsdp_enabled = model, True
+        trainer.model, trainer.is_fsdp_enabled, trainer.train_dataset = model, True, None
 
     monkeypatch.setattr(Trainer, "__init__", under_fsdp)
     EVLGenTrainer(tiny_model(), eval_collator=None)
