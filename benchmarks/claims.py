@@ -171,9 +171,7 @@ def _long(method: str, dataset: str, seeds: tuple[int, ...], name: str | None = 
     settings = {**METHODS[method], **chosen, **changes, "fields": fields}
     if "stage_one_steps" in settings:
         settings["stage_one_learning_rate"] = chosen["learning_rate"]
-    return [
-        Run(name or method, dataset, seed=seed, steps=STEPS, eval_steps=EVAL_STEPS, **settings) for seed in seeds
-    ]
+    return [Run(name or method, dataset, seed=seed, steps=STEPS, eval_steps=EVAL_STEPS, **settings) for seed in seeds]
 
 
 def load(run: Run) -> dict[str, Any] | None:
