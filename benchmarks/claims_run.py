@@ -5,11 +5,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 import pretrain
 import torch
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, set_seed
@@ -41,7 +44,7 @@ class Run:
         learning_rate, steps, seed: Of the caption loss; AdamW, cosine, batches of 16, as in the demo's recipe.
         eval_steps: Steps after which held-out figures are taken; the last one is among them.
         train_samples: Use only the first so many training pictures.
-        stage_one_steps, stage_one_learning_rate: BLIP-2's first stage before it.
+        stage_one_steps, stage_one_learning_rate: BLIP-2's first stage before it, or alone if `steps` is 0.
         random_pruning: Drop tokens at random where the TomeFormer would merge.
         prompt_scale: Multiplies the fresh language projection, and so the soft prompt.
     """
@@ -64,6 +67,30 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.group}.{self.dataset}.{self.method}.lr{self.learning_rate:g}.seed{self.seed}"
+
+
+# What of the demo's recipe all runs share, and what of it a result depends on.
+_RECIPE_FIELDS = (
+    "chat_template",
+    "per_device_train_batch_size",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "weight_decay",
+    "bf16",
+)
+STAGE_ONE_BATCH, STAGE_ONE_WARMUP = 64, 50  # contrast lives on its negatives; there is no language model in the way
+
+
+def recipe_of() -> dict[str, Any]:
+    """What all runs have in common, from the demo's recipe."""
+    recipe = _read(pretrain.DEMO_RECIPE)
+    return {name: recipe.get(name) for name in _RECIPE_FIELDS}
+
+
+@cache
+def _read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
 
 
 class RandomPruningLayer(TomeFormerLayer):
@@ -163,35 +190,42 @@ def train(run: Run) -> dict[str, Any]:
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(run, folder)
-        model, training = prepared.model, prepared.training
-        result = {"run": asdict(run), "trained_parameters": model.num_parameters(only_trainable=True)}
+        model = prepared.model
+        result = {"run": asdict(run), "recipe": recipe_of()}
+        result["trained_parameters"] = model.num_parameters(only_trainable=True)
         if run.stage_one_steps:
             result |= train_stage_one(run, prepared)
-        collator = CaptionCollator(prepared.processor, prepared.data, training=True, seed=run.seed)
-        result["flops_per_step"] = step_flops(model.train(), first_batch(collator, prepared))
-        curve = HeldOutCurve(run, prepared)
-        trainer = EVLGenTrainer(
-            model=model,
-            args=training,
-            train_dataset=prepared.train_rows,
-            data_collator=collator,
-            eval_collator=curve.collator,
-            processing_class=prepared.processor,
-            callbacks=[SetEpoch(collator), curve],
-        )
-        trainer.train()
+        if run.steps:
+            result |= train_captioner(run, prepared)
     return {
         **result,
-        "curve": curve.curve,
-        "training_loss": logged_losses(trainer),
         "minutes": round((time.time() - started) / 60, 1),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
 
 
-def first_batch(collator: Callable, prepared: Prepared) -> dict[str, torch.Tensor]:
-    return collator([prepared.train_rows[row] for row in range(prepared.training.per_device_train_batch_size)])
+def train_captioner(run: Run, prepared: Prepared) -> dict[str, Any]:
+    """EVLGen's one stage, and BLIP-2's second: the caption loss of the frozen language model."""
+    collator = CaptionCollator(prepared.processor, prepared.data, training=True, seed=run.seed)
+    flops = step_flops(prepared.model.train(), first_batch(collator, prepared))
+    curve = HeldOutCurve(run, prepared)
+    trainer = EVLGenTrainer(
+        model=prepared.model,
+        args=prepared.training,
+        train_dataset=prepared.train_rows,
+        data_collator=collator,
+        eval_collator=curve.collator,
+        processing_class=prepared.processor,
+        callbacks=[SetEpoch(collator), curve],
+    )
+    trainer.train()
+    return {"flops_per_step": flops, "curve": curve.curve, "training_loss": logged_losses(trainer)}
+
+
+def first_batch(collator: Callable, prepared: Prepared, size: int | None = None) -> dict[str, torch.Tensor]:
+    size = size or prepared.training.per_device_train_batch_size
+    return collator([prepared.train_rows[row] for row in range(min(size, len(prepared.train_rows)))])
 
 
 def logged_losses(trainer: EVLGenTrainer) -> list[list[float]]:
@@ -207,8 +241,13 @@ def stage_one(prepared: Prepared) -> tuple[StageOne, StageOneCollator]:
 def train_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
     """BLIP-2's first stage, on the Q-Former of the model."""
     stage, collator = stage_one(prepared)
-    changes = {"max_steps": run.stage_one_steps, "learning_rate": run.stage_one_learning_rate}
-    flops = step_flops(stage.train(), first_batch(collator, prepared))
+    changes = {
+        "max_steps": run.stage_one_steps,
+        "learning_rate": run.stage_one_learning_rate,
+        "warmup_steps": STAGE_ONE_WARMUP,
+        "per_device_train_batch_size": STAGE_ONE_BATCH,
+    }
+    flops = step_flops(stage.train(), first_batch(collator, prepared, STAGE_ONE_BATCH))
     trainer = EVLGenTrainer(
         model=stage,
         args=replace(prepared.training, **changes),
@@ -217,7 +256,14 @@ def train_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
         eval_collator=collator,
     )
     trainer.train()
-    return {"stage_one_flops_per_step": flops, "stage_one_training_loss": logged_losses(trainer)}
+    torch.manual_seed(0)  # of the wrong pairs
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        held_out = stage.eval()(**collator([prepared.test_rows[row] for row in range(len(prepared.test_rows))]))
+    return {
+        "stage_one_flops_per_step": flops,
+        "stage_one_training_loss": logged_losses(trainer),
+        "stage_one_held_out": {name: round(float(value), 4) for name, value in held_out.items()},
+    }
 
 
 def time_steps(runs: list[Run], rounds: int = 9) -> dict[str, Any]:
@@ -228,7 +274,7 @@ def time_steps(runs: list[Run], rounds: int = 9) -> dict[str, Any]:
             prepared = prepare(run, folder)
             if run.stage_one_steps:
                 stage, collator = stage_one(prepared)
-                steps["stage-one"] = _step(stage, first_batch(collator, prepared))
+                steps["stage-one"] = _step(stage, first_batch(collator, prepared, STAGE_ONE_BATCH))
             else:
                 collator = CaptionCollator(prepared.processor, prepared.data, training=True)
                 steps[run.method] = _step(prepared.model, first_batch(collator, prepared))

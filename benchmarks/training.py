@@ -87,7 +87,8 @@ CONNECTORS: dict[str, dict[str, dict[str, Any]]] = {
 
 def build(size: str, connector: str) -> EVLGenForConditionalGeneration:
     torch.manual_seed(0)
-    config = EVLGenConfig(**VISION[size], connector_config=CONNECTORS[size][connector], text_config=TEXT)
+    fields = {**CONNECTORS[size][connector], "class_token": size != "demo"}
+    config = EVLGenConfig(**VISION[size], connector_config=fields, text_config=TEXT)
     return EVLGenForConditionalGeneration(config).train()
 
 

@@ -95,15 +95,30 @@ class StageOne(nn.Module):
         Args:
             vision_features (`torch.Tensor` of shape `(batch, num_vision_tokens, vision_hidden_size)`): Pictures.
             text_ids (`torch.LongTensor` of shape `(batch, tokens)`): Their captions, by [`CaptionVocabulary`].
+
+        Returns:
+            The sum of the three losses, each of them, and how many pictures find a right caption in the batch.
         """
         tokens = self.vision_projection(self.ln_vision(vision_features))  # (batch, num_vision_tokens, dim)
         if self.connector.position_embeddings is not None:
             tokens = tokens + self.connector.position_embeddings.weight[: tokens.shape[1]]
-        similarity, contrast_loss = self._contrast(tokens, text_ids)
-        loss = contrast_loss + self._matching(tokens, text_ids, similarity) + self._captioning(tokens, text_ids)
-        return {"loss": loss}
+        # Captions that are the same are right for each other's pictures: (batch, batch)
+        same = (text_ids[:, None] == text_ids[None]).all(dim=2)
+        similarity, contrast = self._contrast(tokens, text_ids, same)
+        matching = self._matching(tokens, text_ids, similarity, same)
+        captioning = self._captioning(tokens, text_ids)
+        best = similarity.argmax(dim=1, keepdim=True)  # (batch, 1): the caption that each picture finds
+        return {
+            "loss": contrast + matching + captioning,
+            "contrast": contrast.detach(),
+            "matching": matching.detach(),
+            "captioning": captioning.detach(),
+            "recall@1": same.gather(1, best).float().mean(),
+        }
 
-    def _contrast(self, tokens: torch.Tensor, text_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _contrast(
+        self, tokens: torch.Tensor, text_ids: torch.Tensor, same: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Similarity of each picture to each caption, `(batch, batch)`, by the query that fits best; and ITC."""
         queries = self.connector.query_tokens.expand(len(tokens), -1, -1)
         seen = self.qformer(query_embeds=queries, encoder_hidden_states=tokens).last_hidden_state
@@ -113,14 +128,17 @@ class StageOne(nn.Module):
         pictures = F.normalize(self.image_head(seen), dim=-1)  # (batch, queries, projection)
         captions = F.normalize(self.text_head(read), dim=-1)  # (batch, projection)
         similarity = torch.einsum("iqd,jd->ijq", pictures, captions).amax(dim=2) / self.temperature
-        targets = torch.arange(len(tokens), device=tokens.device)
+        targets = same / same.sum(dim=1, keepdim=True)  # (batch, batch)
         losses = [F.cross_entropy(s, targets, label_smoothing=LABEL_SMOOTHING) for s in (similarity, similarity.T)]
         return similarity.detach(), sum(losses) / 2
 
-    def _matching(self, tokens: torch.Tensor, text_ids: torch.Tensor, similarity: torch.Tensor) -> torch.Tensor:
+    def _matching(
+        self, tokens: torch.Tensor, text_ids: torch.Tensor, similarity: torch.Tensor, same: torch.Tensor
+    ) -> torch.Tensor:
         """ITM: does the caption fit the picture? Wrong partners are drawn by how much they look right."""
+        if same.all(dim=1).any():  # a caption that is right for every picture has no wrong partner
+            return tokens.new_zeros(())
         batch = len(tokens)
-        same = (text_ids[:, None] == text_ids[None]).all(dim=2)  # captions that are right for both are no negatives
         wrong = similarity.float().softmax(dim=1).masked_fill(same, 0) + 1e-6 * ~same
         wrong_captions = torch.multinomial(wrong, 1).squeeze(1)
         wrong = similarity.float().T.softmax(dim=1).masked_fill(same, 0) + 1e-6 * ~same
