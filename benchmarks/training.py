@@ -64,7 +64,13 @@ _MLP = {"model_type": "evlgen_mlp"}
 _QFORMER = {"model_type": "evlgen_qformer"}
 CONNECTORS: dict[str, dict[str, dict[str, Any]]] = {
     "demo": {
-        "EVLGen, front-loaded": {**_DEMO, "merge_r": [98, 49, 24], "pre_norm": True, "layer_scale_init_value": 0.0},
+        "EVLGen, front-loaded": {
+            **_DEMO,
+            "merge_r": [98, 49, 24],
+            "keep_order": True,
+            "pre_norm": True,
+            "layer_scale_init_value": 0.0,
+        },
         "EVLGen, r = 57": {**_DEMO, "merge_r": 57},
         "Q-Former, 25 queries": {**_DEMO, **_QFORMER, "intermediate_size": 1024, "num_query_tokens": 25},
         "MLP on 5 x 5 means": {**_MLP, "hidden_size": 384, "intermediate_size": 6912, "pool_size": 5},
@@ -74,6 +80,7 @@ CONNECTORS: dict[str, dict[str, dict[str, Any]]] = {
         "EVLGen, front-loaded": {
             **_CLIP,
             "merge_r": [128, 64, 32, 4],
+            "keep_order": True,
             "pre_norm": True,
             "layer_scale_init_value": 0.0,
         },

@@ -7,6 +7,7 @@ import claims
 import pretrain
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
 
 import claims_report
@@ -234,6 +235,11 @@ def test_methods_and_their_variants_have_as_many_parameters():
         with torch.device("meta"):
             sizes.append(EVLGenForConditionalGeneration(config).num_parameters(only_trainable=True))
     assert max(sizes) < 1.1 * min(sizes), sizes
+
+
+def test_evlgen_is_what_the_demo_trains():
+    recipe = yaml.safe_load(pretrain.DEMO_RECIPE.read_text())
+    assert claims.METHODS["evlgen"]["fields"] == recipe["connector_config"]
 
 
 @pytest.fixture
