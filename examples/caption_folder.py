@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
             "column": arguments.column,
             "prompt": arguments.prompt,
             "num_frames": arguments.num_frames if arguments.media == "video" else None,
-            **answering_settings(model, generation, arguments),
+            **answering_settings(model, processor, generation, arguments),
         }
         check_settings(folder, settings)
     answer_pending(items, range(len(items)), collate, model, processor, generation, arguments, folder, state)

@@ -29,9 +29,17 @@ from datasets import Dataset
 
 from common.answers import answer_rows, start_processes
 from common.arguments import DataArguments, EvaluationArguments, GenerationArguments, parse_arguments
-from common.benchmarks import caption_rows
+from common.benchmarks import CAPTION_BENCHMARKS, caption_rows
 from common.data import load_held_out
-from common.results import METRICS_FOLDER, check_source, output_folder, take, write_json, write_results
+from common.results import (
+    METRICS_FOLDER,
+    check_source,
+    output_folder,
+    source_settings,
+    take,
+    write_json,
+    write_results,
+)
 
 # Least and largest number of new tokens that the original evaluated with: `min_len` and `max_len` of
 # lavis/projects/EVLGen/eval/caption_coco_opt2.7b_eval.yaml and EVLGen_video/eval/caption_msrvtt_opt2.7b_eval.yaml.
@@ -82,7 +90,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     evaluation, captions, generation = parse_arguments(
         EvaluationArguments, CaptionArguments, CaptionDecoding, argv=argv
     )
-    name = check_source(evaluation, tuple(LENGTHS), default="openmoji-scenes", split_file=captions.split_file)
+    name = check_source(evaluation, captions, CAPTION_BENCHMARKS, default="openmoji-scenes")
     least, largest = LENGTHS.get(evaluation.benchmark, (1, 30))
     if generation.min_new_tokens is None:
         generation.min_new_tokens = least
@@ -94,17 +102,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     state = start_processes()
     with state.main_process_first():
         rows, columns = load_rows(name, evaluation, captions)
+    scored = any(rows["captions"])
+    metric = load_metric(captions.metrics) if scored and state.is_main_process else None
     folder = output_folder(evaluation, name)
-    texts = answer_rows(rows, columns, generation, evaluation, folder, state)
+    source = source_settings(name, evaluation)
+    texts = answer_rows(rows, columns, generation, evaluation, source, folder, state)
     if texts is None:  # the main process does the rest
         return {}
 
     predictions = [{"image_id": row, "caption": text} for row, text in zip(rows["id"], texts, strict=True)]
     write_json(folder / "predictions.json", predictions)
     metrics = []
-    if any(rows["captions"]):
+    if scored:
         domains = rows["domain"][:] if "domain" in rows.column_names else []
-        metrics = score(texts, rows["captions"][:], domains, captions.metrics)
+        metrics = score(metric, texts, rows["captions"][:], domains, captions.metrics)
     else:
         print(f"{name} has no captions here: {folder}/predictions.json is for its test server.")
     task = ("video-to-text", "Video Captioning") if columns.video_column else ("image-to-text", "Image Captioning")
@@ -120,15 +131,8 @@ def load_rows(name: str, evaluation: EvaluationArguments, captions: CaptionArgum
         )
         columns = DataArguments(video_column="video" if "video" in rows[0] else None, **shown)
         return take(Dataset.from_list(rows), evaluation.max_samples), columns
-    columns = DataArguments(
-        dataset=name,
-        data_files=evaluation.data_files,
-        dataset_config=evaluation.dataset_config,
-        test_split=evaluation.test_split,
-        image_column=evaluation.image_column,
-        video_column=captions.video_column,
-        caption_column=captions.caption_column,
-        **shown,
+    columns = evaluation.data_arguments(
+        name, video_column=captions.video_column, caption_column=captions.caption_column, **shown
     )
     rows = load_held_out(columns)
     references = [caption_list(value) for value in rows[captions.caption_column]]
@@ -144,9 +148,23 @@ def caption_list(value: Any) -> list[str]:
     return captions
 
 
-def score(texts: list[str], references: list[list[str]], domains: list[str], names: list[str]) -> list[dict[str, Any]]:
-    """The caption metrics times 100, of all rows and, where there are any, of each domain's rows by themselves."""
+def load_metric(names: list[str]) -> evaluate.EvaluationModule:
+    """The caption metrics. Those that run in Java are tried: what they lack is told before hours of captioning."""
     metric = evaluate.load(str(METRICS_FOLDER / "coco_caption"), keep_in_memory=True)
+    in_java = [name for name in names if name in ("meteor", "spice")]
+    if in_java:
+        metric.compute(predictions=["a dog on a sofa"], references=[["A dog lies on a sofa."]], metrics=in_java)
+    return metric
+
+
+def score(
+    metric: evaluate.EvaluationModule,
+    texts: list[str],
+    references: list[list[str]],
+    domains: list[str],
+    names: list[str],
+) -> list[dict[str, Any]]:
+    """The caption metrics times 100, of all rows and, where there are any, of each domain's rows by themselves."""
     entries = []
     for domain in (None, *sorted(set(domains))):
         chosen = [index for index in range(len(texts)) if domain is None or domains[index] == domain]

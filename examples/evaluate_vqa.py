@@ -18,7 +18,8 @@ A published benchmark, read from its own files, with several processes if you li
 | `gqa` | `testdev_balanced_questions.json` | | the pictures |
 
 COCO's pictures may lie in folders such as `val2014`. Without `--annotations`, as for VQAv2's test splits, the answers
-are written as its test server wants them. Answers of OK-VQA are lemmatised, which needs `.[vqa]`. Your own:
+are written as its test server wants them. VQAv2 is scored by the official rule, OK-VQA and GQA as the original's LAVIS
+does it: answers of OK-VQA are lemmatised, which needs `.[vqa]`, and those of GQA normalised as VQAv2's. Your own:
 `--dataset` and its columns, as in the training scripts. A run that was cut off goes on when it is started again.
 """
 
@@ -30,13 +31,20 @@ from datasets import Dataset
 
 from common.answers import answer_rows, start_processes
 from common.arguments import DataArguments, EvaluationArguments, GenerationArguments, parse_arguments
-from common.benchmarks import clean_question, question_rows
+from common.benchmarks import QUESTION_BENCHMARKS, clean_question, question_rows
 from common.data import load_held_out
 from common.demo_data import easy_vqa_questions
-from common.results import METRICS_FOLDER, check_source, output_folder, take, write_json, write_results
+from common.results import (
+    METRICS_FOLDER,
+    check_source,
+    output_folder,
+    source_settings,
+    take,
+    write_json,
+    write_results,
+)
 from metrics.vqa_accuracy.lemmatization import lemmatize
 
-BENCHMARKS = ("vqav2", "gqa", "ok-vqa")
 DEMO_QUESTIONS = 200  # easy-VQA's answered without arguments; all of them take hours on two cores
 
 
@@ -70,21 +78,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     evaluation, questions, generation = parse_arguments(
         EvaluationArguments, QuestionArguments, AnswerDecoding, argv=argv
     )
-    name = check_source(evaluation, BENCHMARKS, default="easy-vqa", questions=questions.questions)
+    name = check_source(evaluation, questions, QUESTION_BENCHMARKS, default="easy-vqa")
     if questions.prompt and "{}" not in questions.prompt:
         raise ValueError(f"`prompt` must hold {{}}, where the question goes, but is {questions.prompt!r}.")
     state = start_processes()
     with state.main_process_first():
         rows, columns = load_rows(name, evaluation, questions)
+    scored = any(rows["answers"])
+    rule = evaluation.benchmark or rule_of(rows["answers"][:])
+    metric = load_metric(rule, rows["answers"][:] if scored else []) if state.is_main_process else None
     folder = output_folder(evaluation, name)
-    texts = answer_rows(rows, columns, generation, evaluation, folder, state)
+    source = source_settings(name, evaluation)
+    texts = answer_rows(rows, columns, generation, evaluation, source, folder, state)
     if texts is None:  # the main process does the rest
         return {}
 
     write_json(folder / "predictions.json", predictions(evaluation.benchmark, rows["id"][:], texts))
     metrics, details = [], {}
-    if any(rows["answers"]):
-        metrics, details = score(evaluation.benchmark, texts, rows)
+    if scored:
+        metrics, details = score(metric, rule, texts, rows)
     else:
         print(f"{name} has no answers here: {folder}/predictions.json is for its test server.")
     task = ("visual-question-answering", "Visual Question Answering")
@@ -118,12 +130,8 @@ def own_rows(
     name: str, evaluation: EvaluationArguments, questions: QuestionArguments
 ) -> tuple[Dataset, DataArguments]:
     """The rows of a folder, files or a data set of the Hub, likewise."""
-    columns = DataArguments(
-        dataset=name,
-        data_files=evaluation.data_files,
-        dataset_config=evaluation.dataset_config,
-        test_split=evaluation.test_split,
-        image_column=evaluation.image_column,
+    columns = evaluation.data_arguments(
+        name,
         caption_column=questions.caption_column,
         prompt=questions.prompt,
         prompt_column=questions.prompt_column,
@@ -154,16 +162,26 @@ def predictions(benchmark: str | None, ids: list[int | str], texts: list[str]) -
     return [{"question_id": row, "answer": text} for row, text in zip(ids, texts, strict=True)]
 
 
-def score(benchmark: str | None, texts: list[str], rows: Dataset) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Accuracy in percent, of all questions and of each answer type; and of each question type.
+def rule_of(answers: list[list[str]]) -> str:
+    """By whose rule questions of your own are scored: one right answer each as GQA's, several people's as VQAv2's."""
+    return "gqa" if all(len(one) == 1 for one in answers) else "vqav2"
 
-    Questions of your own with one right answer each are scored as GQA's, others as VQAv2's.
-    """
-    rule = benchmark
-    if rule is None:
-        rule = "gqa" if all(len(answers) == 1 for answers in rows["answers"]) else "vqav2"
-    types = {f"{kind}s": rows[kind][:] for kind in ("answer_type", "question_type") if kind in rows.column_names}
+
+def load_metric(rule: str, references: list[list[str]]) -> evaluate.EvaluationModule:
+    """The accuracy metric, tried on answers that are empty: what it lacks is told before hours of answering."""
+    if rule == "ok-vqa":
+        lemmatize([""])
     metric = evaluate.load(str(METRICS_FOLDER / "vqa_accuracy"), keep_in_memory=True)
+    if references:
+        metric.compute(predictions=[""] * len(references), references=references, benchmark=rule)
+    return metric
+
+
+def score(
+    metric: evaluate.EvaluationModule, rule: str, texts: list[str], rows: Dataset
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Accuracy in percent, of all questions and of each answer type; and of each question type."""
+    types = {f"{kind}s": rows[kind][:] for kind in ("answer_type", "question_type") if kind in rows.column_names}
     result = metric.compute(predictions=texts, references=rows["answers"][:], benchmark=rule, **types)
     kind, label = ("accuracy", "Accuracy") if rule == "gqa" else ("vqa_accuracy", "VQA accuracy")
     entries = [{"type": kind, "name": f"{label} [%]", "value": result["accuracy"]}]

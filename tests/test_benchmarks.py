@@ -6,8 +6,9 @@ import evaluate_captioning
 import evaluate_vqa
 import pytest
 
-from common import benchmarks
+from common import answers, benchmarks
 from common.answers import read_answers
+from metrics.vqa_accuracy import lemmatization
 
 from .evaluation import CLIPS, PUBLISHED, Said, options, published, read_json, save_work, value, vqav2
 
@@ -166,6 +167,21 @@ def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
         ({"benchmark": "coco"}, "`benchmark` must be one of coco-karpathy, nocaps, .*, but is 'coco'"),
         ({"dataset": "easy-vqa"}, "`benchmark` and `dataset` cannot both be given"),
         ({"benchmark": None}, "`annotations` belongs to a benchmark: say which with --benchmark"),
+        (
+            {"benchmark": None, "annotations": None, "media_dir": None, "data_files": "a.json"},
+            "`data_files` belongs to a data set: say which with --dataset",
+        ),
+        (
+            {"split_file": "list.txt"},
+            "`split_file` is not read for coco-karpathy, but only media_dir, anno",
+        ),
+        (
+            {"benchmark": "nocaps", "test_split": "val"},
+            "`test_split` is not read for nocaps, but only media_dir",
+        ),
+        ({"caption_column": "text"}, "`caption_column` belongs to `dataset`, and cannot be set for a benchmark"),
+        ({"max_samples": 0}, "`max_samples` must be at least 1, but is 0"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, but is 0"),
         ({"annotations": None}, "`annotations` is needed: a file of the benchmark"),
         ({"media_dir": None}, "`media_dir` is needed: the folder of the benchmark's pictures or clips"),
         ({"media_dir": "/nowhere"}, "`media_dir`: /nowhere is no folder"),
@@ -211,7 +227,12 @@ def test_captioning_refuses_what_cannot_work(changes, message, work, tmp_path):
             {"questions": PUBLISHED / "testdev_balanced_questions.json"},
             r"`questions`: .* is no file of VQAv2's questions: it lacks 'data_subtype'",
         ),
-        ({"benchmark": "gqa"}, r"`questions`: .*questions\.json is no file of GQA's questions"),
+        ({"benchmark": "gqa"}, "`annotations` is not read for gqa, but only media_dir, questions"),
+        (
+            {"benchmark": "gqa", "annotations": None},
+            r"`questions`: .*questions\.json is no file of GQA's questions",
+        ),
+        ({"prompt_column": "q"}, "`prompt_column` belongs to `dataset`, and cannot be set for a benchmark"),
         ({"benchmark": None, "annotations": None, "media_dir": None}, "`questions` belongs to a benchmark: say which"),
         ({"prompt": "What is it?"}, r"`prompt` must hold \{\}, where the question goes, but is 'What is it\?'"),
         ({"benchmark": "vizwiz"}, "`benchmark` must be one of vqav2, gqa, ok-vqa, but is 'vizwiz'"),
@@ -229,8 +250,40 @@ def test_nothing_to_evaluate_is_an_error(work, tmp_path):
         evaluate_vqa.main(
             options(work, tmp_path, benchmark="gqa", media_dir=work / "gqa", questions=tmp_path / "questions.json")
         )
-    with pytest.raises(ValueError, match=r"There is nothing to evaluate: .* `max_samples` is 0"):
-        evaluate_vqa.main(options(work, tmp_path, **vqav2(work), max_samples=0))
+
+
+def test_a_benchmark_with_captions_of_some_pictures_is_refused(work, tmp_path):
+    published_file = read_json(PUBLISHED / "dataset_coco.json")
+    next(image for image in published_file["images"] if image["cocoid"] == 184613)["sentences"] = []
+    (tmp_path / "dataset_coco.json").write_text(json.dumps(published_file))
+    files = published(work, "coco-karpathy", "coco") | {"annotations": tmp_path / "dataset_coco.json"}
+    with pytest.raises(ValueError, match=r"`annotations`: .*dataset_coco\.json holds no caption of 184613, but of"):
+        evaluate_captioning.main(options(work, tmp_path / "out", **files))
+
+
+def no_model(monkeypatch):
+    """Whatever is missing has to be told before a model is loaded."""
+    monkeypatch.setattr(answers, "load_answering_model", None)
+
+
+@pytest.mark.parametrize("name", ["meteor", "spice"])
+def test_missing_java_is_told_before_anything_is_said(name, work, tmp_path, monkeypatch):
+    no_model(monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    files = published(work, "coco-karpathy", "coco", annotations="dataset_coco.json")
+    with pytest.raises(RuntimeError, match=f"{name.upper()} cannot run: there is no `java` on PATH. Install"):
+        evaluate_captioning.main([*options(work, tmp_path, **files), "--metrics", "cider", name])
+
+
+def test_a_missing_lemmatiser_is_told_before_anything_is_said(work, tmp_path, monkeypatch):
+    no_model(monkeypatch)
+    pytest.importorskip("spacy", reason="needs the vqa extra")
+    monkeypatch.setattr(lemmatization, "MODELS", ("not_there",))
+    lemmatization._load_spacy.cache_clear()
+    questions = "OpenEnded_mscoco_val2014_questions.json"
+    files = published(work, "ok-vqa", "coco", questions=questions, annotations="mscoco_val2014_annotations.json")
+    with pytest.raises(ImportError, match="need spaCy and its small English model"):
+        evaluate_vqa.main(options(work, tmp_path, **files))
 
 
 def test_missing_pictures_and_clips_are_named_before_anything_is_said(work, tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import evaluate_captioning
 import evaluate_vqa
@@ -14,7 +15,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCardData, constants
 
-from common import demo_data
+from common import answers, demo_data
 from common.answers import join_answers, pending_batches, read_answers
 from common.demo_data import easy_vqa_questions
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -189,14 +190,47 @@ def test_results_become_a_model_cards_index(work, tmp_path, monkeypatch):
     [
         ({"num_beams": 3}, r"has answers from other settings: num_beams was 5 and is 3\. Remove it or name another"),
         ({"prompt": "{}"}, "prompt was 'Question: {} Short answer:' and is '{}'"),
-        ({"clean_questions": False}, "rows was '.*' and is"),
+        ({"clean_questions": False}, "settings: rows was '.*' and is"),
+        ({"max_samples": 2}, "max_samples was None and is 2"),
+        ({"media_dir": "copy"}, "media_dir was '.*coco' and is '.*copy'"),
     ],
 )
 def test_other_settings_do_not_mix_with_old_answers(changes, message, work, tmp_path, monkeypatch):
     Said(monkeypatch, ["red"] * 4)
     evaluate_vqa.main(options(work, tmp_path, **vqav2(work)))
+    if "media_dir" in changes:
+        changes = {"media_dir": shutil.copytree(work / "coco", tmp_path / "copy")}
     with pytest.raises(ValueError, match=message):
         evaluate_vqa.main(options(work, tmp_path, **vqav2(work, **changes)))
+
+
+def test_other_data_do_not_mix_with_old_answers(work, tmp_path, monkeypatch):
+    """As many rows, whose numbers are the same, but other pictures: every way of having them is noticed."""
+    Said(monkeypatch, ["a red circle"] * 8)
+    folder = Path(save_image_folder(tmp_path / "pictures"))
+    shutil.copytree(folder, tmp_path / "other")
+    shutil.copytree(folder / "test", folder / "validation")
+    rows = {name: tmp_path / f"{name}.parquet" for name in ("one", "two")}
+    for name, path in rows.items():
+        draw(tmp_path / f"{name}.png", "red")
+        Dataset.from_list([{"image": str(tmp_path / f"{name}.png"), "caption": "a red circle"}] * 2).to_parquet(path)
+
+    one, two = ({"dataset": "parquet", "data_files": json.dumps({"test": str(path)})} for path in rows.values())
+
+    def caption(output, **changes):
+        evaluate_captioning.main(options(work, tmp_path / output, **changes))
+
+    def refused(output, message, **changes):
+        with pytest.raises(ValueError, match=f"has answers from other settings: .*{message}"):
+            caption(output, **changes)
+
+    caption("out", dataset=folder)
+    refused("out", "dataset was '.*pictures' and is '.*other'", dataset=tmp_path / "other")
+    refused("out", "test_split was 'test' and is 'validation'", dataset=folder, test_split="validation")
+    draw(sorted((folder / "test").glob("*.png"))[0], "purple")  # in the place of another
+    refused("out", "pictures was '[0-9a-f]+' and is", dataset=folder)
+    caption("files", **one)
+    refused("files", "data_files was {'test': '.*one.parquet'} and is {'test': '.*two", **two)
 
 
 def test_another_model_of_the_same_name_is_noticed(work, tmp_path, monkeypatch):
@@ -204,7 +238,13 @@ def test_another_model_of_the_same_name_is_noticed(work, tmp_path, monkeypatch):
     shutil.copytree(work / "model", tmp_path / "model")
     evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))
     tiny_model(seed=1).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"weights was '.*' and is '.*'"):
+    with pytest.raises(ValueError, match=r"settings: weights was '.*' and is '.*'\. "):
+        evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))
+    shutil.copytree(work / "model", tmp_path / "model", dirs_exist_ok=True)
+    config = read_json(tmp_path / "model" / "config.json")
+    config["connector_config"]["keep_order"] = True  # the same weights, but other answers
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"settings: configuration was '.*' and is '.*'\. "):
         evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))
 
 
@@ -213,10 +253,16 @@ def test_another_model_of_the_same_name_is_noticed(work, tmp_path, monkeypatch):
     [
         ({"answer": None}, "`caption_column` must hold an answer or several people's, but a row holds None"),
         ({"question": None}, "`prompt_column` must hold a question, but a row holds None"),
+        ({"answer": ["red", "blue"]}, "`references` entry 0 must hold the answers of at least 2 people"),
+        ({"image": "b.png"}, r"row 1: `image` is missing: .*No such file.*'b\.png'"),
+        ({"image": None}, "row 1: `image` is missing: there is none"),
     ],
 )
-def test_questions_of_your_own_without_question_or_answer_are_refused(row, message, work, tmp_path):
-    good = {"image": "a.png", "question": "what?", "answer": "red"}
+def test_questions_of_your_own_that_cannot_be_answered_are_refused_at_once(row, message, work, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "load_answering_model", None)
+    draw(tmp_path / "a.png", "red")
+    good = {"image": str(tmp_path / "a.png"), "question": "what?", "answer": "red"}
+    good |= {"answer": ["red"]} if isinstance(row.get("answer"), list) else {}
     Dataset.from_list([good, good | row]).to_parquet(tmp_path / "test.parquet")
     files = {"dataset": "parquet", "data_files": json.dumps({"test": str(tmp_path / "test.parquet")})}
     with pytest.raises(ValueError, match=message):

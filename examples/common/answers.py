@@ -5,7 +5,9 @@ it runs, each process writes a part of that file. Batches are the same whoever c
 number of processes nor an interruption changes an answer.
 """
 
+import hashlib
 import json
+import os
 import sys
 import zlib
 from collections import Counter, deque
@@ -65,6 +67,7 @@ def answer_rows(
     columns: DataArguments,
     generation: GenerationArguments,
     evaluation: EvaluationArguments,
+    source: dict[str, Any],
     folder: Path,
     state: PartialState,
 ) -> list[str] | None:
@@ -75,6 +78,7 @@ def answer_rows(
         columns: Columns of pictures, clips and questions; the prompt.
         generation: How to decode.
         evaluation: Which model, in what precision, how many rows at a time.
+        source: Where the rows are from, by names that a user knows; kept beside the answers.
         folder: Where the answers are kept.
         state: From [`start_processes`].
 
@@ -82,20 +86,21 @@ def answer_rows(
         On the main process, all answers in the order of the rows; None on others.
 
     Raises:
-        ValueError: If the model cannot be loaded, ids are not unique, a picture cannot be read, or the answers in
-            `folder` come from other settings.
+        ValueError: If the model cannot be loaded, ids are not unique, a picture is missing or cannot be read, or the
+            answers in `folder` come from other settings, rows or pictures, or another model.
     """
     if not len(rows):
         raise ValueError("There is nothing to evaluate: the split has no rows, or `max_samples` is 0.")
     ids = _unique_ids(rows)
+    known = row_settings(rows, ids, columns) if state.is_main_process else {}
     model, processor = load_answering_model(evaluation)
     if state.is_main_process:
-        prompts = rows[columns.prompt_column][:] if columns.prompt_column else None
         settings = {
-            "rows": _checksum([ids, prompts]),
+            **source,
+            **known,
             "prompt": columns.prompt,
             "num_frames": columns.num_frames if columns.video_column else None,
-            **answering_settings(model, generation, evaluation),
+            **answering_settings(model, processor, generation, evaluation),
         }
         check_settings(folder, settings)
     collate = PromptCollator(processor, columns, training=False).prompts
@@ -103,12 +108,46 @@ def answer_rows(
     return list(read_answers(folder / "answers.jsonl").values()) if state.is_main_process else None
 
 
+def row_settings(rows: Dataset, ids: list[int | str], columns: DataArguments) -> dict[str, str]:
+    """Checksums by which rows are known again: of their ids and questions, and of their pictures or clips.
+
+    A picture that lies in a file is known by the file's name and size, one that is in the data set by its bytes.
+
+    Raises:
+        ValueError: If a row has no picture, or its file is missing.
+    """
+    questions = rows[columns.prompt_column][:] if columns.prompt_column else None
+    digest = hashlib.sha256()
+    column = columns.video_column or columns.image_column
+    for row, value in zip(ids, rows.select_columns(column), strict=True):
+        try:
+            digest.update(repr(_identity(value[column])).encode())
+        except (OSError, TypeError) as error:
+            raise ValueError(f"row {row}: `{column}` is missing: {error}") from error
+    return {"rows": _checksum([ids, questions]), "pictures": digest.hexdigest()[:16]}
+
+
+def _identity(medium: Any) -> Any:
+    if isinstance(medium, list):  # a clip's frames
+        return [_identity(one) for one in medium]
+    if isinstance(medium, dict):  # of a picture or clip in a data set
+        medium = medium["path"] if medium.get("bytes") is None else medium["bytes"]
+    if medium is None:
+        raise TypeError("there is none")
+    if isinstance(medium, bytes):
+        return zlib.crc32(medium)
+    is_path = isinstance(medium, str) and not medium.startswith(("http://", "https://", "data:"))
+    return (Path(medium).name, os.path.getsize(medium)) if is_path else medium
+
+
 def load_answering_model(arguments: AnswerArguments) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
     """Loads a model in the precision that it is to answer in, and its processor.
 
     Raises:
-        ValueError: If there is no such model or precision.
+        ValueError: If there is no such model or precision, or batches are to be empty.
     """
+    if arguments.batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, but is {arguments.batch_size}.")
     if arguments.dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {arguments.dtype!r}.")
     load = partial(EVLGenForConditionalGeneration.from_pretrained, dtype=DTYPES[arguments.dtype])
@@ -117,11 +156,17 @@ def load_answering_model(arguments: AnswerArguments) -> tuple[EVLGenForCondition
 
 
 def answering_settings(
-    model: EVLGenForConditionalGeneration, generation: GenerationArguments, arguments: AnswerArguments
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    generation: GenerationArguments,
+    arguments: AnswerArguments,
 ) -> dict[str, Any]:
     """What answers depend on, beside the rows and what is asked about them."""
+    described = [part.to_dict() for part in (model.config, model.generation_config, processor)]
     return {
         "weights": hash_weights(model.state_dict()),
+        # With the same weights a model may merge other tokens, or its processor crop pictures otherwise.
+        "configuration": _checksum([part | {"transformers_version": None} for part in described]),
         **vars(generation),
         "batch_size": arguments.batch_size,
         "dtype": arguments.dtype,
@@ -312,4 +357,4 @@ def _unique_ids(rows: Dataset) -> list[int | str]:
 
 
 def _checksum(value: Any) -> str:
-    return f"{zlib.crc32(json.dumps(value).encode()):08x}"
+    return f"{zlib.crc32(json.dumps(value, default=str).encode()):08x}"

@@ -166,6 +166,17 @@ class EvaluationArguments(AnswerArguments):
     image_column: str = field(default="image", metadata={"help": "The dataset's column of images, paths or URLs."})
     max_samples: int | None = field(default=None, metadata={"help": "Only the first rows, for a quick look."})
 
+    def data_arguments(self, dataset: str, **columns: Any) -> DataArguments:
+        """By which training's functions read the split of a data set."""
+        return DataArguments(
+            dataset=dataset,
+            data_files=self.data_files,
+            dataset_config=self.dataset_config,
+            test_split=self.test_split,
+            image_column=self.image_column,
+            **columns,
+        )
+
 
 @dataclass
 class TrainingSettings(TrainingArguments):

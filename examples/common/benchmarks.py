@@ -15,6 +15,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# The arguments that each benchmark reads, beside `media_dir`.
+CAPTION_BENCHMARKS = {
+    "coco-karpathy": ("annotations", "test_split"),
+    "nocaps": ("annotations",),
+    "flickr30k": ("annotations", "test_split"),
+    "msr-vtt": ("annotations", "test_split"),
+    "msvd": ("annotations", "split_file"),
+}
+QUESTION_BENCHMARKS = {
+    "vqav2": ("questions", "annotations"),
+    "gqa": ("questions",),
+    "ok-vqa": ("questions", "annotations"),
+}
+
 CLIP_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm", ".webp")
 
 
@@ -24,7 +38,8 @@ def caption_rows(
     """Reads one of the caption benchmarks; see the functions for each format.
 
     Raises:
-        ValueError: If a file or folder is not given, missing or not in the benchmark's format.
+        ValueError: If a file or folder is not given, missing or not in the benchmark's format, or if only some of the
+            pictures or clips have captions.
     """
     _check_folder(media_dir)
     if benchmark == "msr-vtt":
@@ -35,6 +50,9 @@ def caption_rows(
         rows = coco_rows(annotations, media_dir)
     else:
         rows = karpathy_rows(annotations, media_dir, split)
+    silent = [row["id"] for row in rows if not row["captions"]]
+    if silent and len(silent) < len(rows):
+        raise ValueError(f"`annotations`: {annotations} holds no caption of {silent[0]!r}, but of others.")
     return _not_empty("annotations", annotations, rows)
 
 
@@ -84,7 +102,7 @@ def coco_rows(annotations: str, media_dir: str) -> list[dict[str, Any]]:
         media_dir: The folder of pictures; COCO's may lie in `val2014` below it.
 
     Raises:
-        ValueError: If a file is missing or not in this format, or only some pictures have captions.
+        ValueError: If a file is missing or not in this format.
     """
     with _published("annotations", annotations, "file of captions in COCO's format") as data:
         captions = defaultdict(list)
@@ -95,8 +113,6 @@ def coco_rows(annotations: str, media_dir: str) -> list[dict[str, Any]]:
             name = image.get("file_name") or f"COCO_val2014_{image['id']:012d}.jpg"
             row = {"id": image["id"], "image": _picture(media_dir, name, "val2014"), "captions": captions[image["id"]]}
             rows.append(row | ({"domain": image["domain"]} if "domain" in image else {}))
-            if not row["captions"] and "annotations" in data:
-                raise ValueError(f"`annotations`: {annotations} holds no caption of the image {image['id']}.")
         return rows
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from common.arguments import EvaluationArguments
+from common.benchmarks import CAPTION_BENCHMARKS
 from common.files import write_whole
 
 METRICS_FOLDER = Path(__file__).parents[1] / "metrics"
@@ -26,35 +27,66 @@ DATASET_NAMES = {
     "gqa": "GQA",
     "ok-vqa": "OK-VQA",
 }
-BENCHMARKS_WITH_SPLITS = ("coco-karpathy", "flickr30k", "msr-vtt")  # in one file
+# What the scripts have further arguments for, by what it belongs to.
+BENCHMARK_FILES = ("annotations", "media_dir", "questions", "split_file")
+DATASET_COLUMNS = ("image_column", "video_column", "caption_column", "prompt_column")
 LIBRARIES = ("accelerate", "datasets", "evaluate", "pycocoevalcap", "spacy", "torch", "transformers")
 
 
 def check_source(
-    evaluation: EvaluationArguments, benchmarks: tuple[str, ...], default: str, **files: str | None
+    evaluation: EvaluationArguments, own: Any, benchmarks: dict[str, tuple[str, ...]], default: str
 ) -> str:
     """What is to be evaluated on: the benchmark or data set that is given, or the demo's.
 
     Args:
-        evaluation: The script's arguments.
-        benchmarks: The script's benchmarks.
+        evaluation: The arguments of both scripts.
+        own: Those of this script.
+        benchmarks: The script's benchmarks, and which arguments each one reads.
         default: The demo's data set.
-        files: The benchmarks' files that only this script has arguments for.
 
     Raises:
-        ValueError: If the benchmark is unknown, both are given, or files of a benchmark without one.
+        ValueError: If the benchmark is unknown, both are given, or an argument that would not be read.
     """
+    given = [name for part in (evaluation, own) for name in _given(part)]
+    if evaluation.max_samples is not None and evaluation.max_samples < 1:
+        raise ValueError(f"`max_samples` must be at least 1, but is {evaluation.max_samples}.")
     if evaluation.benchmark is None:
-        files |= {"annotations": evaluation.annotations, "media_dir": evaluation.media_dir}
-        for argument, path in files.items():
-            if path:
-                raise ValueError(f"`{argument}` belongs to a benchmark: say which with --benchmark.")
-        return evaluation.dataset or default
-    if evaluation.dataset:
+        for name in given:
+            if name in BENCHMARK_FILES:
+                raise ValueError(f"`{name}` belongs to a benchmark: say which with --benchmark.")
+            if name in ("data_files", "dataset_config", *DATASET_COLUMNS) and not evaluation.dataset:
+                raise ValueError(f"`{name}` belongs to a data set: say which with --dataset.")
+    elif evaluation.dataset:
         raise ValueError("`benchmark` and `dataset` cannot both be given.")
-    if evaluation.benchmark not in benchmarks:
+    elif evaluation.benchmark not in benchmarks:
         raise ValueError(f"`benchmark` must be one of {', '.join(benchmarks)}, but is {evaluation.benchmark!r}.")
-    return evaluation.benchmark
+    else:
+        read = ("media_dir", *benchmarks[evaluation.benchmark])
+        for name in given:
+            if name in (*BENCHMARK_FILES, "test_split") and name not in read:
+                raise ValueError(f"`{name}` is not read for {evaluation.benchmark}, but only {', '.join(read)}.")
+            if name in ("data_files", "dataset_config", *DATASET_COLUMNS):
+                raise ValueError(f"`{name}` belongs to `dataset`, and cannot be set for a benchmark.")
+    return evaluation.benchmark or evaluation.dataset or default
+
+
+def _given(arguments: Any) -> list[str]:
+    """Names of the arguments that are not their defaults."""
+    unset = type(arguments)()
+    return [name for name, value in vars(arguments).items() if value != getattr(unset, name)]
+
+
+def source_settings(name: str, evaluation: EvaluationArguments) -> dict[str, Any]:
+    """Where rows are from, as the user named it. Scores can be had with other annotations, so those are left out."""
+    return {
+        "benchmark": evaluation.benchmark,
+        "dataset": None if evaluation.benchmark else name,
+        "dataset_config": evaluation.dataset_config,
+        "data_files": evaluation.data_files,
+        "test_split": evaluation.test_split,
+        "media_dir": evaluation.media_dir,
+        "max_samples": evaluation.max_samples,
+    }
 
 
 def take(rows: Dataset, limit: int | None) -> Dataset:
@@ -94,7 +126,7 @@ def write_results(
         What was written.
     """
     dataset = {"type": name, "name": DATASET_NAMES.get(name, Path(name).name)}
-    if evaluation.benchmark is None or name in BENCHMARKS_WITH_SPLITS:
+    if evaluation.benchmark is None or "test_split" in CAPTION_BENCHMARKS.get(name, ()):
         dataset["split"] = evaluation.test_split
     if evaluation.dataset_config:
         dataset["config"] = evaluation.dataset_config

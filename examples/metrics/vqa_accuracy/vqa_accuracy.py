@@ -1,4 +1,4 @@
-"""Accuracy of short answers to questions about pictures, as VQAv2, OK-VQA and GQA are scored: an `evaluate` metric."""
+"""Accuracy of short answers to questions about pictures: VQAv2's official rule, LAVIS's for OK-VQA and GQA."""
 
 from collections import defaultdict
 from statistics import fmean
@@ -19,10 +19,10 @@ _CITATION = """\
 """
 
 _DESCRIPTION = """\
-Accuracy of short answers to questions about pictures. VQAv2: an answer is right to the degree that people gave the
-same one, min(1, matches / 3), averaged over leaving each person out, after the official normalisation. OK-VQA: the
-same with lemmatised predictions. GQA: exact match of the normalised prediction with the one right answer, as LAVIS
-runs it.
+Accuracy of short answers to questions about pictures. VQAv2, by the official rule: an answer is right to the degree
+that people gave the same one, min(1, matches / 3), averaged over leaving each person out, after the official
+normalisation. OK-VQA, as LAVIS runs it: the same with lemmatised predictions. GQA, as LAVIS runs it: exact match of
+the prediction, normalised as for VQAv2, with the one right answer.
 """
 
 _KWARGS_DESCRIPTION = """
