@@ -55,7 +55,8 @@ class EVLGenConfig(PreTrainedConfig):
         vision_hidden_size (`int`, *optional*): Width Dv of these tokens. Needed where `num_vision_tokens` is.
         vision_model_name_or_path, vision_model_revision, text_model_name_or_path, text_model_revision (`str`,
         *optional*):
-            The base models that the towers came from, and their revisions.
+            The base models that the towers came from: repositories on the Hub and the commits that were loaded, or
+            folders.
         vision_model_fingerprint, text_model_fingerprint (`str`, *optional*):
             SHA-256 over their weight files; a checkpoint that names its towers is not loaded with others.
         towers (`str`, *optional*):

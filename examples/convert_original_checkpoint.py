@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.models import load_image_processor
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -120,11 +120,12 @@ def load_converted(model: EVLGenForConditionalGeneration, converted: dict[str, t
 
 def load_language_model(
     name_or_path: str, llama: bool, **kwargs: str
-) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """The language model and its tokenizer, for the Llama variant with the original's special tokens."""
-    language_model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+) -> tuple[str | PreTrainedModel, PreTrainedTokenizerBase]:
+    """The language model, by its name where it stays as it is, and its tokenizer; the Llama variant has the original's
+    special tokens."""
     if not llama:
-        return language_model, AutoTokenizer.from_pretrained(name_or_path)
+        return name_or_path, AutoTokenizer.from_pretrained(name_or_path)
+    language_model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
     # lavis/models/blip2_models/blip2_vicuna_instruct.py: `</s>` begins, ends and stands for unknown words.
     odd = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, **odd)
@@ -157,6 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.vision_model,
         language_model,
         connector_config=connector,
+        dtype=arguments.dtype,
         image_token_id=len(tokenizer),
         **temporal,
     )

@@ -26,9 +26,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from common.arguments import parse_arguments
-from common.card import model_card, on_hub, read_results
+from common.card import model_card, read_results
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.fingerprints import is_on_hub
 from processing_evlgen import EVLGenProcessor
 
 SHEET = "captions.png"  # the contact sheet that a training leaves beside its model
@@ -78,7 +79,7 @@ def write_folder(folder: Path, arguments: PublishArguments, results: list[dict])
     trained = model.num_parameters() - sum(tower.num_parameters() for tower in towers)
     if (source / ADAPTER_CONFIG).exists():
         adapter_of = PeftConfig.from_pretrained(source).base_model_name_or_path
-        if not on_hub(adapter_of):
+        if not is_on_hub(adapter_of):
             raise ValueError(
                 f"`model` is an adapter for {adapter_of}, which is not on the Hub: publish that first, and write its "
                 f"name as `base_model_name_or_path` into {source / ADAPTER_CONFIG}; or merge the adapter into it."

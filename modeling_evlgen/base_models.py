@@ -12,7 +12,7 @@ from transformers.utils import logging
 from configuration_evlgen import EVLGenConfig, TomeFormerConfig
 from configuration_evlgen.configuration_connectors import ConnectorConfig, connector_config_class
 
-from .fingerprints import fingerprint_files, remember_towers
+from .fingerprints import TOWERS, Identity, identify, remember_tower
 from .tomeformer import TomeFormerModel
 from .vision_tower import load_vision_tower, measure_vision_tower
 
@@ -31,14 +31,17 @@ def assemble(
 ) -> PreTrainedModel:
     """Does the work of [`EVLGenForConditionalGeneration.from_vision_text_pretrained`], which tells the arguments."""
     vision_kwargs, text_kwargs = _pop_prefixed(kwargs, "vision_"), _pop_prefixed(kwargs, "text_")
+    named = {"vision_model": vision_model, "text_model": text_model}
+    named = {argument: name for argument, name in named.items() if not isinstance(name, PreTrainedModel)}
     if not isinstance(text_model, PreTrainedModel):
         text_kwargs["dtype"] = dtype
         text_model = load_base_model("text_model", AutoModelForCausalLM.from_pretrained, text_model, text_kwargs)
     if not isinstance(vision_model, PreTrainedModel):
         vision_kwargs["dtype"] = text_model.dtype
         vision_model = load_base_model("vision_model", load_vision_tower, vision_model, vision_kwargs)
-    refuse_remote_code("vision_model", vision_model)
-    refuse_remote_code("text_model", text_model)
+    for argument, tower in (("vision_model", vision_model), ("text_model", text_model)):
+        refuse_remote_code(argument, tower)
+        refuse_adapter(argument, tower)
     if vision_model.dtype != text_model.dtype:
         raise ValueError(
             f"`vision_model` is {vision_model.dtype}, but `text_model` is {text_model.dtype}: the frozen towers "
@@ -64,13 +67,15 @@ def assemble(
         "video_token_id": video_token_id if "image_token_id" not in kwargs else None,
         "num_vision_tokens": tower.num_tokens,
         "vision_hidden_size": tower.hidden_size,
-        "vision_model_name_or_path": vision_model.name_or_path or None,
-        "vision_model_revision": vision_kwargs.get("revision"),
-        "vision_model_fingerprint": _fingerprint(vision_model, vision_kwargs),
-        "text_model_name_or_path": text_model.name_or_path or None,
-        "text_model_revision": text_kwargs.get("revision"),
-        "text_model_fingerprint": _fingerprint(text_model, text_kwargs),
     }
+    for argument, tower, tower_kwargs in (
+        ("vision_model", vision_model, vision_kwargs),
+        ("text_model", text_model, text_kwargs),
+    ):
+        identity = identify(tower.name_or_path, **_hub_arguments(tower_kwargs))
+        if argument not in named:  # nobody knows what has become of a model since it was loaded
+            identity = Identity(identity.name_or_path)
+        fields |= identity_fields(argument, identity)
     text_config = copy.deepcopy(text_model.config)
     if hasattr(text_config, "quantization_config"):  # said anew by whoever loads the checkpoint
         del text_config.quantization_config
@@ -86,8 +91,14 @@ def assemble(
     text_defaults = text_model.generation_config  # its sampling is for chats
     special = {name: getattr(text_defaults, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**special)
-    remember_towers(model)
+    for argument in named:
+        remember_tower(model, TOWERS[argument])
     return model
+
+
+def identity_fields(argument: str, identity: Identity) -> dict[str, str | None]:
+    """The fields of the configuration that name the base model of `argument`."""
+    return {f"{argument}_{field}": value for field, value in identity._asdict().items()}
 
 
 def load_base_model(
@@ -137,9 +148,21 @@ def refuse_remote_code(argument: str, model: PreTrainedModel) -> None:
         )
 
 
+def refuse_adapter(argument: str, model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: If the model has an adapter, which would be trained and saved by other rules than a base model.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"`{argument}` is a {type(model).__name__} with an adapter. Merge it first: "
+            "`PeftModel.from_pretrained(base_model, adapter).merge_and_unload().save_pretrained(folder)`."
+        )
+
+
 def placeholder_ids(text_model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[int, int]:
     """The ids that the processor gives to `<image>` and `<video>`: those that the tokenizer has, or the next ones."""
-    hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in kwargs}
+    hub_kwargs = _hub_arguments(kwargs)
     known, free = {}, text_model.config.get_text_config().vocab_size
     if text_model.name_or_path:
         try:
@@ -153,9 +176,8 @@ def placeholder_ids(text_model: PreTrainedModel, kwargs: dict[str, Any]) -> tupl
     return image_token_id, known.get("<video>", free + ("<image>" not in known))
 
 
-def _fingerprint(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
-    hub_kwargs = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
-    return fingerprint_files(model.name_or_path, **hub_kwargs) if model.name_or_path else None
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
 
 
 def _pop_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.accelerate import get_max_memory
 from transformers.integrations.peft import maybe_load_adapters
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from configuration_evlgen import EVLGenConfig
 
-from .base_models import load_base_model
-from .fingerprints import TOWERS, fingerprint_files, hash_weights, remember_towers
+from .base_models import identity_fields, load_base_model
+from .fingerprints import TOWERS, hash_weights, identify, is_on_hub, remember_tower
 from .vision_tower import load_vision_tower
 
 logger = logging.get_logger(__name__)
@@ -25,9 +28,11 @@ HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_file
 # What the tower's loaders are told; anything else is a mistake.
 _LOADING_ARGUMENTS = (
     "dtype",
+    "torch_dtype",
     "device_map",
     "max_memory",
     "offload_folder",
+    "offload_buffers",
     "attn_implementation",
     "quantization_config",
     "low_cpu_mem_usage",
@@ -56,7 +61,7 @@ def choose_towers(model: PreTrainedModel, asked: str | None, weights: Mapping[st
     if asked not in (None, "include", "reference"):
         raise ValueError(f'`towers` must be "include" or "reference", but is {asked!r}.')
     names = {tower: getattr(model.config, f"{argument}_name_or_path") for argument, tower in TOWERS.items()}
-    on_hub = all(name and not os.path.isdir(name) for name in names.values())
+    on_hub = all(is_on_hub(name) for name in names.values())
     chosen = asked or model.config.towers or ("reference" if on_hub else "include")
     if chosen == "reference":
         weights = model.state_dict() if weights is None else weights
@@ -133,7 +138,11 @@ def find_reference(name_or_path: str | os.PathLike | None, kwargs: dict[str, Any
         if config_dict.get("towers") != "reference":
             return None
         fields = EVLGenConfig.__dataclass_fields__.keys() - {"dtype"}  # which is the towers' here
-        config = EVLGenConfig.from_dict(config_dict, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
+        changes = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
+        for argument in TOWERS:  # another repository does not have the commit
+            if f"{argument}_name_or_path" in changes:
+                changes.setdefault(f"{argument}_revision", None)
+        config = EVLGenConfig.from_dict(config_dict, **changes)
     if config.towers != "reference":
         return None
     for name in ("config", *hub, *_PASSING_ARGUMENTS):
@@ -163,11 +172,15 @@ def load_reference(
     unknown = sorted(kwargs.keys() - set(_LOADING_ARGUMENTS))
     if unknown:
         raise TypeError(f"A checkpoint without its towers does not take these arguments: {', '.join(unknown)}.")
-    weights_path = cached_file(name_or_path, SAFE_WEIGHTS_NAME, **hub)
+    weights = _load_weights(name_or_path, hub)
     shared = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
-    shared |= {"dtype": config.dtype, **kwargs}
+    shared |= kwargs
+    dtype = shared.pop("torch_dtype", None) if shared.get("dtype") is None else shared["dtype"]
+    shared["dtype"] = config.dtype if dtype in (None, "auto") else dtype
     quantization_config = shared.pop("quantization_config", None)
     vision_tower = _load_tower("vision_model", load_vision_tower, config, shared)
+    if shared.get("max_memory") is not None:
+        shared["max_memory"] = _memory_left(shared["max_memory"], vision_tower)
     if quantization_config is not None:
         shared["quantization_config"] = quantization_config
     language_model = _load_tower("text_model", model_class.load_language_model, config, shared)
@@ -175,14 +188,15 @@ def load_reference(
     model = model_class(config, vision_tower, language_model)
     model.config.name_or_path = name_or_path
     model.name_or_path = str(name_or_path)
-    remember_towers(model)
-    missing, unexpected = model.load_state_dict(load_file(weights_path), strict=False)
+    for tower in TOWERS.values():
+        remember_tower(model, tower)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     for names, what in ((missing, "start afresh: the checkpoint lacks"), (unexpected, "are left out: nothing takes")):
         if names:
             logger.warning(f"Some weights {what} {', '.join(names)}.")
     for name, part in model.named_children():
         if name not in TOWERS.values():
-            part.to(vision_tower.device)
+            part.to(_device_of(vision_tower))
     places = {name: getattr(getattr(model, name), "hf_device_map", None) for name in TOWERS.values()}
     if any(places.values()):
         model.hf_device_map = _join_device_maps(model, places)
@@ -202,6 +216,8 @@ def quantize_only_language_model(kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("quantization_config") is None:
         return kwargs
     quantization_config = copy.deepcopy(kwargs["quantization_config"])
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     others = ["vision_tower", "ln_vision", "vision_projection", "connector", "language_projection", "temporal"]
     others += ["language_model.lm_head"]  # as transformers leaves it by default
     skipped = "llm_int8_skip_modules" if hasattr(quantization_config, "llm_int8_skip_modules") else _SKIPPED
@@ -231,24 +247,59 @@ def _load_tower(argument: str, load: Any, config: EVLGenConfig, kwargs: dict[str
         kwargs["device_map"] = _part_of(kwargs["device_map"], TOWERS[argument])
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     tower = load_base_model(f"{argument}_name_or_path", load, name, kwargs)
-    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-    wanted, found = getattr(config, f"{argument}_fingerprint"), fingerprint_files(name, **hub)
-    if wanted is not None and found != wanted:
+    found = identify(name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
+    wanted = getattr(config, f"{argument}_fingerprint")
+    if wanted is not None and found.fingerprint != wanted:
+        where = f"folder {os.path.abspath(name)}" if os.path.isdir(name) else f"revision {revision or 'main'}"
         raise ValueError(
-            f"The weights of {name!r} (revision {revision or 'main'}) are not those that the model was trained on: "
-            f"their fingerprint is {found}, not {wanted}. Name the right ones by `{argument}_name_or_path` and "
+            f"The weights of {name!r} ({where}) are not those that the model was trained on: their fingerprint is "
+            f"{found.fingerprint}, not {wanted}. Name the right ones by `{argument}_name_or_path` and "
             f"`{argument}_revision`, or take these with `{argument}_fingerprint=None`."
         )
+    for field, value in identity_fields(argument, found).items():  # with the commit, where a branch was named
+        setattr(config, field, value)
     return tower
 
 
+def _load_weights(name_or_path: str | os.PathLike, hub: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds, from one file or several."""
+    path = cached_file(name_or_path, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is not None:
+        return load_file(path)
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **hub)
+    paths, _ = get_checkpoint_shard_files(name_or_path, index, **hub)
+    return {name: tensor for path in paths for name, tensor in load_file(path).items()}
+
+
+def _memory_left(max_memory: dict[Any, int | str], tower: PreTrainedModel) -> dict[Any, int]:
+    """What a loaded tower leaves of each device's memory."""
+    left = get_max_memory(max_memory)
+    for parameter in tower.parameters():
+        device = parameter.device.index if parameter.device.index in left else parameter.device.type
+        if device in left:
+            left[device] = max(0, left[device] - parameter.nbytes)
+    return left
+
+
+def _device_of(tower: PreTrainedModel) -> torch.device:
+    """Where a tower computes; weights that are kept elsewhere until then are on the meta device."""
+    devices = (parameter.device for parameter in tower.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
 def _part_of(device_map: dict[str, Any], tower: str) -> dict[str, Any]:
-    """What a device map says of a tower, without the tower's name."""
+    """What a device map says of a tower, without the tower's name.
+
+    Raises:
+        ValueError: If it says nothing.
+    """
     own = {
         name.removeprefix(tower).removeprefix("."): device
         for name, device in device_map.items()
         if name == tower or name.startswith(f"{tower}.")
     }
+    if not own and "" not in device_map:
+        raise ValueError(f'`device_map` says nothing of {tower!r}, nor, by "", of the whole: {device_map}.')
     return own or {"": device_map[""]}
 
 

@@ -5,13 +5,16 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
+from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.fingerprints import fingerprint_files, hash_weights
+from modeling_evlgen.fingerprints import fingerprint_files, hash_weights, identify, is_on_hub
 
 from .helpers import ROOT, pictures, run_clean, save_towers, tiny_model, tiny_processor
 from .hub_server import HubServer
@@ -87,6 +90,53 @@ def test_dtype_and_device_map_are_the_towers(model, tmp_path):
         EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", merge_rr=3)
 
 
+def test_no_dtype_and_auto_are_the_checkpoints_own(tmp_path):
+    towers = save_towers(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(towers["text_model"], dtype=torch.bfloat16).save_pretrained(
+        towers["text_model"]
+    )
+    build(towers).save_pretrained(tmp_path / "model", towers="reference")  # a vision tower of float32 among them
+    for given, expected in (
+        ({}, torch.bfloat16),
+        ({"dtype": "auto"}, torch.bfloat16),
+        ({"dtype": "float32"}, torch.float32),
+        ({"torch_dtype": torch.float32}, torch.float32),
+    ):
+        for load in (EVLGenForConditionalGeneration.from_pretrained, AutoModel.from_pretrained):
+            loaded = load(tmp_path / "model", **given)
+            assert {loaded.vision_tower.dtype, loaded.language_model.dtype} == {expected}, (load, given)
+            assert loaded.connector.dtype == torch.float32
+
+
+def test_towers_and_what_is_trained_may_be_in_several_files(tmp_path):
+    towers = save_towers(tmp_path / "base")
+    text = AutoModelForCausalLM.from_pretrained(towers["text_model"])
+    (tmp_path / "base" / "text" / "model.safetensors").unlink()
+    text.save_pretrained(towers["text_model"], max_shard_size="20KB")
+    model = build(towers)
+    model.save_pretrained(tmp_path / "model", towers="reference", max_shard_size="20KB")
+    assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
+    same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"), model)
+
+
+def test_towers_share_the_memory_that_is_given(model, tmp_path):
+    model.save_pretrained(tmp_path / "model", towers="reference")
+    vision, text = (sum(p.nbytes for p in part.parameters()) for part in (model.vision_tower, model.language_model))
+    assert vision < text
+    loaded = EVLGenForConditionalGeneration.from_pretrained(
+        tmp_path / "model",
+        device_map="auto",
+        max_memory={"cpu": int(1.2 * text)},  # enough for each, not for both
+        offload_folder=str(tmp_path / "offload"),
+    )
+    assert "disk" in loaded.hf_device_map.values()
+    batch = tiny_processor(loaded)(images=pictures(1))
+    expected = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert torch.equal(loaded.generate(**batch, max_new_tokens=3, do_sample=False), expected)
+    with pytest.raises(ValueError, match="`device_map` says nothing of 'vision_tower'"):
+        EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", device_map={"language_model": "cpu"})
+
+
 def test_fields_can_be_changed_in_loading(model, tmp_path):
     model.save_pretrained(tmp_path / "model", towers="reference")
     video = EVLGenForConditionalGeneration.from_pretrained(
@@ -109,7 +159,7 @@ def test_changed_files_are_refused(part, model, tmp_path):
     weights = load_file(path)
     next(iter(weights.values())).view(-1)[0] += 1
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"/{part}' \(revision main\) are not those that the model was trained on"):
+    with pytest.raises(ValueError, match=rf"/{part}' \(folder .*\) are not those that the model was trained on"):
         EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model")
     taken = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", **{f"{part}_model_fingerprint": None})
     assert hash_weights(taken.state_dict()) != hash_weights(model.state_dict())
@@ -139,6 +189,45 @@ def test_towers_that_were_changed_or_have_no_name_are_saved(model, tmp_path, cap
         tiny_model().save_pretrained(tmp_path / "model", towers="reference")
     with pytest.raises(ValueError, match='`towers` must be "include" or "reference", but is \'no\''):
         EVLGenConfig(towers="no")
+
+
+def test_a_tower_that_was_given_as_a_model_is_not_taken_for_its_base_model(tmp_path):
+    towers = save_towers(tmp_path / "base")
+    text = AutoModelForCausalLM.from_pretrained(towers["text_model"])
+    with torch.no_grad():
+        text.lm_head.weight += 1  # fine-tuned, say
+    model = build({**towers, "text_model": text})
+    with pytest.raises(ValueError, match=r"language_model is not what was loaded from '.*text'"):
+        model.save_pretrained(tmp_path / "model", towers="reference")
+    adapted = get_peft_model(text, LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"`text_model` is a LlamaForCausalLM with an adapter\. Merge it first"):
+        build({**towers, "text_model": tmp_path / "adapter"})
+
+
+def test_a_folder_is_named_by_its_whole_path(tmp_path, monkeypatch):
+    save_towers(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    model = build({"vision_model": "base/vision", "text_model": "base/text"})  # which might be on the Hub as well
+    assert not is_on_hub("base/text")
+    model.save_pretrained("model", towers="reference")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"), model)
+
+
+def test_what_is_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    save_towers(tmp_path / "hub" / "models--user--llm" / "snapshots" / commit)
+    snapshot = tmp_path / "hub" / "models--user--llm" / "snapshots" / commit
+    (snapshot / "text" / "model.safetensors").rename(snapshot / "model.safetensors")
+    assert identify(snapshot)[:2] == ("user/llm", commit)
+    assert identify(snapshot / "text")[:2] == (str(snapshot / "text"), None)
+    assert [name for name in ("gpt2", "facebook/opt-2.7b", "/a/b", "./b", "a/b/c", "", None) if is_on_hub(name)] == [
+        "gpt2",
+        "facebook/opt-2.7b",
+    ]
 
 
 PUBLISH = """
@@ -184,7 +273,14 @@ def test_towers_on_the_hub_are_named_by_default_and_found_in_the_cache_offline(t
         subprocess.run([sys.executable, "-I", "-c", code], env=environment, check=True, cwd=tmp_path, timeout=300)
         files = hub.files("user/captioner")
         assert b"language_model" not in files["model.safetensors"]
-        assert json.loads(files["config.json"])["text_model_name_or_path"] == "user/llm"
+        config = json.loads(files["config.json"])
+        assert config["text_model_name_or_path"] == "user/llm"
+        assert config["text_model_revision"] == hub.commits("user/llm")[-1]["sha"]  # though no revision was named
+        before = hub.files("user/llm")["model.safetensors"]
+        later = {name: tensor + 1 for name, tensor in safetensors.torch.load(before).items()}
+        hub.repos["models", "user/llm"].commit(
+            "main", "later", "", {"model.safetensors": safetensors.torch.save(later)}
+        )
         environment = hub.client_env(tmp_path / "user_home")
         online = run_clean(USE.format(picture=picture), tmp_path, environment)
     offline = run_clean(USE.format(picture=picture), tmp_path, {**environment, "HF_HUB_OFFLINE": "1"})

@@ -1,13 +1,13 @@
 """The model card of a published model: what it is made of, how to use it, how well it does, and what it cannot do."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from configuration_evlgen import EVLGenConfig
+from modeling_evlgen.fingerprints import is_on_hub
 
 PAPER = "https://arxiv.org/abs/2310.03291"
 KIND = {"tomeformer": "a TomeFormer", "evlgen_qformer": "a Q-Former", "evlgen_mlp": "an MLP"}
@@ -116,7 +116,7 @@ def model_card(
         has_sheet: Whether captions.png lies beside the card.
         adapter_of: The model that this is an adapter for, if it is one.
     """
-    bases = [name for name in (config.vision_model_name_or_path, config.text_model_name_or_path) if on_hub(name)]
+    bases = [name for name in (config.vision_model_name_or_path, config.text_model_name_or_path) if is_on_hub(name)]
     task = "video-to-text" if config.temporal_contextualizer else "image-to-text"
     data = ModelCardData(
         base_model=[adapter_of] if adapter_of else bases or None,
@@ -144,11 +144,6 @@ def model_card(
         limits=_limits(config),
         licence=_licence(license),
     )
-
-
-def on_hub(name: str | None) -> bool:
-    """Whether a base model has a name that others can load it by."""
-    return bool(name) and not os.path.isabs(name) and not os.path.isdir(name)
 
 
 def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
@@ -184,7 +179,7 @@ def _summary(config: EVLGenConfig, task: str, adapter_of: str | None) -> str:
 
 def _parts(config: EVLGenConfig, trained_parameters: int) -> str:
     def base(name: str | None, revision: str | None) -> str:
-        shown = f"[{name}](https://huggingface.co/{name})" if on_hub(name) else "a model that is not on the Hub"
+        shown = f"[{name}](https://huggingface.co/{name})" if is_on_hub(name) else "a model that is not on the Hub"
         return shown + (f", revision `{revision}`" if revision else "")
 
     held = "named by this repository and loaded from theirs" if config.towers == "reference" else "in this repository"
