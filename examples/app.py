@@ -3,10 +3,11 @@
     python examples/app.py --model outputs/demo
 
 The server is reached from this machine only, unless `--host` says otherwise. Beside a model that is to come from the
-Hub, nothing is fetched from or told to any other machine, by the server or by the page. Needs `.[app]`. A model whose
-connector is no TomeFormer merges nothing and is refused.
+Hub, nothing is fetched from or told to any other machine, by the server or by the page. Needs `.[app]`. `--model` may
+be an adapter's folder, from finetune.py. A model whose connector is no TomeFormer merges nothing and is refused.
 
-A Space on the Hub is the same script beside what it imports and the model:
+A Space on the Hub is the same script beside what it imports and the model; `examples/space` has its `requirements.txt`
+and its `README.md`, whose first lines tell the Hub the versions of Gradio and Python and the file to start:
 
     mkdir -p my-space/outputs
     cp -r examples/app.py examples/common examples/space/* *_evlgen my-space
@@ -19,16 +20,19 @@ name.
 
 import argparse
 import html
+import math
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from PIL import Image
@@ -45,8 +49,13 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # no telemetry, no look for ne
 import gradio as gr
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL knows more, and runs programs for some
 ANIMATED = (".png", ".webp", ".gif")  # or clips; the pages of a TIFF or a JPEG are none
-CLIPS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg")
+# As FFmpeg calls them; left to itself, it would take a playlist of other files as well.
+CLIPS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".webm": "webm", ".mkv": "matroska", ".avi": "avi"}
+CLIPS |= {".mpg": "mpeg", ".mpeg": "mpeg"}
+MEGAPIXELS = 64  # of a picture or a frame; a small file may hold a picture that no memory does
+CLIP_MEGAPIXELS = 20_000  # of all frames together, 5 minutes in full HD; they are decoded up to the last one wanted
 MB = 2**20  # bytes, as Gradio counts them
 WAITING = 16  # requests that may wait; one is served at a time
 VISITORS = 64  # whose pictures are kept in memory, for the slider
@@ -82,27 +91,53 @@ def read_file(path: str | Path, num_frames: int, max_mb: float) -> tuple[str, li
         `"images"` and the picture, or `"videos"` and the frames of a clip.
 
     Raises:
-        ValueError: If the file is too large, of another kind or damaged. The message leaves the server's folder out.
+        ValueError: If the file is too large, of another kind or damaged, or it holds more pixels than are read, which
+            is found out before any is decoded. The message leaves the server's folder out.
     """
     path = Path(path)
     name, suffix = repr(path.name), path.suffix.lower()
-    if suffix not in PICTURES + CLIPS:
+    if suffix not in (*PICTURES, *CLIPS):
         kinds = f"a picture ({', '.join(PICTURES)}) nor a clip ({', '.join(CLIPS)})"
         raise ValueError(f"The file {name} is neither {kinds}.")
     megabytes = path.stat().st_size / MB
     if megabytes > max_mb:
         raise ValueError(f"The file {name} has {megabytes:.1f} MB, but at most {max_mb:g} MB are read.")
+    unreadable = f"The file {name} cannot be read; it is damaged, or not what its name says."
     try:
-        if suffix in CLIPS or (suffix in ANIMATED and _moves(path)):
+        frames, pixels = _measure(path)
+    except Image.DecompressionBombError:  # PIL's own limit is over this one
+        frames, pixels = 1, math.inf
+    except Exception as error:  # what PIL and FFmpeg raise is of many kinds, and names the server's own path
+        raise ValueError(unreadable) from error
+    if pixels > 1e6 * MEGAPIXELS:
+        raise ValueError(f"The file {name} has over {MEGAPIXELS} million pixels, more than are read.")
+    if frames > _most_frames(pixels):
+        raise ValueError(f"The clip {name} is too long: at most {_most_frames(pixels)} frames of this size are read.")
+    try:
+        if path.suffix.lower() in CLIPS or frames > 1:
             return "videos", load_rgb_frames(path, num_frames)
         return "images", [load_rgb_image(path)]
-    except (OSError, ValueError) as error:  # their messages name the server's own path
-        raise ValueError(f"The file {name} cannot be read; it is damaged, or not what its name says.") from error
+    except ValueError as error:
+        raise ValueError(unreadable) from error
 
 
-def _moves(path: Path) -> bool:
-    with Image.open(path) as image:
-        return getattr(image, "is_animated", False)
+def _most_frames(pixels: int) -> int:
+    return int(1e6 * CLIP_MEGAPIXELS / max(1, pixels))
+
+
+def _measure(path: Path) -> tuple[int, int]:
+    """Number of frames and pixels of each, without decoding; of a clip that is too long, enough frames to say so."""
+    suffix = path.suffix.lower()
+    if suffix in PICTURES:
+        with Image.open(path, formats=PICTURE_FORMATS) as image:
+            frames = getattr(image, "n_frames", 1) if suffix in ANIMATED else 1
+            return frames, image.width * image.height
+    with av.open(str(path), format=CLIPS[suffix]) as container:
+        stream = container.streams.video[0]
+        pixels = stream.width * stream.height
+        # A packet holds a frame. They are counted, as the file's head may say anything.
+        packets = islice(container.demux(stream), _most_frames(pixels) + 1)
+        return sum(1 for packet in packets if packet.size), pixels
 
 
 class Stopped(StoppingCriteria):
@@ -233,7 +268,7 @@ def describe(
     yield text, merging, milliseconds
 
 
-def draw_layer(merging: Merging | None, layer: int) -> list[tuple[Image.Image | np.ndarray, str]]:
+def draw_layer(merging: Merging | None, layer: int) -> list[tuple[Image.Image, str]]:
     """Each frame with a caption, and, if it has been merged, what a layer of the connector leaves of it."""
     if merging is None:
         return []
@@ -295,7 +330,7 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
     """
     patch_grid(model)
     with recorded_merging(model):  # refuses other connectors
-        num_layers = len(model.connector.encoder.layer)
+        num_layers = model.config.connector_config.num_hidden_layers
 
     def look(path: str | None) -> tuple[Merging | None, list, str, str]:
         with shown_errors():
@@ -342,7 +377,7 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
                     elem_id="layer",
                 )
                 gallery = gr.Gallery(
-                    label="Patches that have become one token",
+                    label="Patches that have become one token share a number",
                     columns=2,
                     fit_columns=False,
                     height="auto",

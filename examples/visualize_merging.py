@@ -3,28 +3,27 @@
     python examples/visualize_merging.py --model outputs/demo --images a.png b.png --output merging.png
     python examples/visualize_merging.py --model outputs/demo-video --videos clip.mp4 --output merging.png
 
-Each row is a picture, as the model sees it, and what each layer of the connector leaves of it: patches that
-have become one token share their mean colour and one outline. A clip is one set of tokens before the connector, so
-there is one merging for all its frames; it is drawn over each of them, a row for each frame. Needs `.[train]`, and
-`.[video]` for clips.
+Each row is a picture, as the model sees it, and what each layer of the connector leaves of it: patches that have
+become one token share a colour and a number, its place among the tokens of that layer; behind the last layer, that is
+its place in the soft prompt. A clip is one set of tokens before the connector, so there is one merging for all its
+frames; it is drawn over each of them, a row for each frame. `--model` may be an adapter's folder, from finetune.py.
+Clips need `.[video]`.
 """
 
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from common.overlay import draw_groups, merged_tokens, patch_groups, resize_to_side, token_counts
+from common.overlay import SIDE, draw_groups, merged_tokens, patch_groups, resize_to_side, token_counts
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import load_rgb_frames
 
-matplotlib.use("Agg")  # files only, no window
-import matplotlib.pyplot as plt
+GAP, TITLE = 16, 32  # pixels between panels, and above each
 
 
 @dataclass
@@ -79,21 +78,20 @@ def draw_merging(
     rows = picture_rows(model, processor, images) if images else []
     for video in videos:
         rows += clip_rows(model, processor, video)
-    columns = 1 + len(rows[0].groups)
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(2.2 * columns, 2.4 * len(rows)), layout="constrained", squeeze=False
-    )
-    for panels, row in zip(axes, rows, strict=True):
-        for panel in panels:
-            panel.axis("off")
+    size = ((1 + len(rows[0].groups)) * (SIDE + GAP) - GAP, len(rows) * (TITLE + SIDE + GAP) - GAP)
+    drawing = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(drawing), ImageFont.load_default(size=0.65 * TITLE)
+    for number, row in enumerate(rows):
         side = len(row.groups[0])
-        panels[0].imshow(row.image)
-        panels[0].set_title(f"{row.name}, {side} x {side} patches", fontsize=8)
-        for layer, (panel, groups, count) in enumerate(zip(panels[1:], row.groups, row.counts, strict=True), start=1):
-            panel.imshow(draw_groups(row.image, groups))
-            panel.set_title(f"layer {layer}: {count} tokens", fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        panels = [(f"{row.name}, {side} x {side} patches", row.image)]
+        for layer, (groups, count) in enumerate(zip(row.groups, row.counts, strict=True), start=1):
+            panels.append((f"layer {layer}: {count} tokens", draw_groups(row.image, groups)))
+        top = number * (TITLE + SIDE + GAP)
+        for column, (title, panel) in enumerate(panels):
+            left = column * (SIDE + GAP)
+            draw.text((left + SIDE / 2, top + TITLE / 2), title, "black", font, anchor="mm")
+            drawing.paste(panel, (left, top + TITLE))
+    drawing.save(path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,11 +8,13 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -23,11 +25,14 @@ import torch
 import yaml
 from PIL import Image
 
+from common.lora import LoraArguments, add_lora
+from common.overlay import draw_groups
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 from .helpers import IMAGE_SIZE, ROOT, pictures, tiny_model, tiny_processor, tiny_towers
 
+av = pytest.importorskip("av", reason="needs the app extra")
 gr = pytest.importorskip("gradio", reason="needs the app extra")
 app = importlib.import_module("app")
 
@@ -35,6 +40,7 @@ app = importlib.import_module("app")
 @pytest.fixture(scope="module")
 def captioner():
     model = tiny_model()
+    model.generation_config.max_new_tokens = 80  # long enough to be seen while it is streamed
     return model, tiny_processor(model)
 
 
@@ -79,10 +85,57 @@ def test_the_pages_of_a_file_are_no_clip(tmp_path):
 )
 def test_other_files_are_refused_by_their_name(folder, name, max_mb, message):
     """By the name that the visitor knows, not by the server's path."""
-    if name.endswith(".mp4"):
-        pytest.importorskip("av", reason="needs the video extra")
     with pytest.raises(ValueError, match=message):
         app.read_file(folder / name, 4, max_mb)
+
+
+def test_pictures_of_another_format_than_their_names_are_read(tmp_path):
+    """As browsers save them; but none that PIL hands on to a program, and nothing that names other files."""
+    pictures(1)[0].save(tmp_path / "photo.jpg", format="PNG")
+    assert np.array_equal(app.read_file(tmp_path / "photo.jpg", 4, 1)[1][0], pictures(1)[0])
+    pictures(1)[0].save(tmp_path / "script.png", format="EPS")
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile photo.jpg\n")
+    for name in ("script.png", "list.mp4"):
+        with pytest.raises(ValueError, match=f"^The file '{name}' cannot be read"):
+            app.read_file(tmp_path / name, 4, 1)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("side", [9000, 60_000])
+def test_a_small_file_with_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, side):
+    """Over our limit and, the second, over PIL's; both files have a head and nothing behind it."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b""))
+    with pytest.raises(ValueError, match=r"^The file 'bomb\.png' has over 64 million pixels, more than are read"):
+        app.read_file(tmp_path / "bomb.png", 4, 1)
+
+
+def save_clip(path, frames):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 32
+        for _ in range(frames):
+            container.mux(stream.encode(av.VideoFrame.from_image(pictures(1)[0])))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi", "clip.webp", "clip.gif"])
+def test_a_clip_that_is_too_long_is_refused_before_it_is_decoded(tmp_path, name, monkeypatch):
+    if name.endswith(("webp", "gif")):
+        first, *rest = (Image.new("L", (32, 32), 9 * index) for index in range(12))
+        first.save(tmp_path / name, save_all=True, append_images=rest)
+    else:
+        save_clip(tmp_path / name, 12)
+    monkeypatch.setattr(app, "CLIP_MEGAPIXELS", 12 * 32 * 32 / 1e6)
+    assert len(app.read_file(tmp_path / name, 4, 1)[1]) == 4
+    monkeypatch.setattr(app, "CLIP_MEGAPIXELS", 11 * 32 * 32 / 1e6)
+    monkeypatch.setattr(app, "load_rgb_frames", None)
+    message = f"^The clip '{name}' is too long: at most 11 frames of this size are read"
+    with pytest.raises(ValueError, match=message):
+        app.read_file(tmp_path / name, 4, 1)
 
 
 def generated(model, processor, inputs, **settings):
@@ -194,12 +247,31 @@ def test_draws_each_frame_beside_what_a_layer_leaves_of_it():
     merging = app.Merging([grey, white], groups, [4, 1])
     images, captions = zip(*app.draw_layer(merging, 1), strict=True)
     assert captions == ("frame 1", "frame 1, layer 1: 1 tokens", "frame 2", "frame 2, layer 1: 1 tokens")
-    assert all(np.array_equal(image, frame) for image, frame in zip(images, [grey, grey, white, white], strict=True))
+    expected = [grey, draw_groups(grey, groups[1]), white, draw_groups(white, groups[1])]
+    assert all(np.array_equal(image, frame) for image, frame in zip(images, expected, strict=True))
     (_, _), (unmerged, caption) = app.draw_layer(app.Merging([white], groups, [4, 1]), 0)
-    assert caption == "picture, layer 0: 4 tokens" and len(np.unique(unmerged)) == 2  # outlines
+    assert caption == "picture, layer 0: 4 tokens" and np.array_equal(unmerged, draw_groups(white, groups[0]))
     assert app.draw_layer(app.Merging([white]), 1) == [(white, "picture")] and app.draw_layer(None, 1) == []
     table = app.figures(merging, {"tower": 1.25, "connector": 0.5})
     assert table.splitlines()[2] == "| 2 frames x 4 | 1 | 1.2 ms | 0.5 ms | … |"
+
+
+def test_an_adapter_has_a_page(folder, tmp_path):
+    """What it shows is what the adapter's connector merges."""
+    torch.manual_seed(0)
+    adapted = add_lora(EVLGenForConditionalGeneration.from_pretrained(folder), LoraArguments(lora="text"))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path)
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path)
+    processor = EVLGenProcessor.from_pretrained(folder)
+    app.build_page(model, processor, 1)
+    settings = app.generation_settings(1, 0, 1, 4)
+    *_, (_, merging, _) = app.describe(model, processor, "images", pictures(1), "", settings)
+    expected = adapted.base_model.model.get_image_features(processor(images=pictures(1))["pixel_values"])
+    assert np.array_equal(merging.groups[-1], expected.output_index[0, 1:].reshape(4, 4))
+    assert len(merging.groups) == 3
 
 
 def test_other_connectors_are_refused_before_there_is_a_page():
@@ -302,6 +374,16 @@ def browser():
             driver.quit()
 
 
+# Writes down each text that the page shows.
+_WATCH = """
+    window.seen = [];
+    setInterval(() => {
+        const {value} = document.querySelector("#text textarea, #text input");
+        if (value && value !== window.seen.at(-1)) window.seen.push(value);
+    }, 1);
+"""
+
+
 def test_the_page_in_a_browser(server, browser, folder):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
@@ -318,20 +400,25 @@ def test_the_page_in_a_browser(server, browser, folder):
     browser.get(address)
     wait(lambda: find("#file input[type=file]"))[0].send_keys(str(folder / "picture.PNG"))
     wait(lambda: len(find("#gallery img")) == 1)
+    browser.execute_script(_WATCH)
     find("#start")[0].click()
     model, processor = (kind.from_pretrained(folder) for kind in (EVLGenForConditionalGeneration, EVLGenProcessor))
-    settings = app.generation_settings(1, 0, 1, 30)
+    settings = app.generation_settings(1, 0, 1, 80)
     *_, (text, merging, _) = app.describe(model, processor, "images", pictures(1), "", settings)
     wait(lambda: find("#text textarea, #text input")[0].get_attribute("value") == text != "")
+    seen = browser.execute_script("return window.seen")
+    assert len(seen) > 3 and all(text.startswith(piece) for piece in seen)  # as it was streamed
     wait(lambda: re.search(r"17 11 [\d.]+ ms [\d.]+ ms [\d.]+ ms", find("#figures")[0].text))
 
     def drawn_layer(layer):
+        """Whether a screenshot shows the overlay, whose lower edge the page's own caption covers."""
         if len(find("#gallery img")) != 2:
             return False
-        source = find("#gallery img")[1].get_attribute("src")
-        with urllib.request.urlopen(source) as response:
-            image = Image.open(BytesIO(response.read())).convert("RGB")
-        return np.array_equal(image, app.draw_layer(merging, layer)[1][0])
+        shown = Image.open(BytesIO(find("#gallery img")[1].screenshot_as_png)).convert("RGB")
+        drawn = [image.resize(shown.size) for image, _ in (app.draw_layer(merging, each)[1] for each in range(3))]
+        rows = slice(int(0.8 * shown.height))
+        off = [np.abs(np.asarray(shown, float) - np.asarray(image, float))[rows].mean() for image in drawn]
+        return 4 * off[layer] < min(off[:layer] + off[layer + 1 :])
 
     wait(lambda: drawn_layer(2))
     number = find("#layer input[type=number]")[0]
@@ -391,7 +478,7 @@ def test_the_documented_commands_make_a_space(tmp_path):
     requirements = (space / "requirements.txt").read_text().split()
     assert all(f'"{requirement}"' in declared for requirement in requirements)
 
-    others = ["accelerate", "datasets", "evaluate", "matplotlib", "peft", "pycocoevalcap", "tensorboard"]
+    others = ["datasets", "evaluate", "matplotlib", "pycocoevalcap", "tensorboard"]
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({others})); import app, modeling_evlgen as m; print(m.__file__)"
     )

@@ -7,6 +7,7 @@ import visualize_merging
 from PIL import Image
 
 from common import overlay
+from common.lora import LoraArguments, add_lora
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import IMAGE_SIZE, pictures, tiny_model, tiny_processor, tiny_towers
@@ -24,15 +25,54 @@ def test_groups_are_the_models(vision):
     assert counts == [model.config.num_vision_tokens - sum(schedule[: i + 1]) for i in range(2)]
 
 
-def test_a_group_is_one_colour_and_has_an_outline():
+def patch(drawn, row, column, side=4):
+    """The pixels of one patch, without its outline."""
+    size = overlay.SIDE // side
+    pixels = np.asarray(drawn, dtype=float)
+    return pixels[row * size + 2 : (row + 1) * size, column * size + 2 : (column + 1) * size]
+
+
+def test_patches_of_a_token_share_a_colour_and_a_number():
+    """Wherever they lie, whatever the picture shows; and no other patch looks like them."""
+    groups = np.arange(16).reshape(4, 4)
+    groups[0, 0] = groups[3, 1] = groups[1, 3] = 10
+    drawn = overlay.draw_groups(Image.new("RGB", (448, 448), "white"), groups)
+    patches = {place: patch(drawn, *place) for place in np.ndindex(4, 4)}
+    for place, pixels in patches.items():
+        corner = pixels[:8, :8]  # no number there
+        for other, others in patches.items():
+            same = groups[place] == groups[other]
+            assert np.array_equal(pixels, others) == same
+            assert (np.abs(corner - others[:8, :8]).max() > 15) == (not same)
+
+
+def test_the_picture_stays_to_be_seen_and_tokens_have_outlines():
     image = Image.new("RGB", (448, 448), "white")
     image.paste("black", (0, 0, 224, 448))
-    drawn = overlay.draw_groups(image, np.array([[0, 1], [0, 1]]))
-    assert drawn[100, 100].tolist() == [0, 0, 0] and drawn[100, 300].tolist() == [255, 255, 255]
-    assert drawn[100, 224].tolist() == [89, 89, 89]  # between the groups
-    assert drawn[224, 300].tolist() == [255, 255, 255]  # and not inside one
-    merged = overlay.draw_groups(image, np.zeros((2, 2), dtype=int))
-    assert np.unique(merged).tolist() == [128]
+    merged = np.asarray(overlay.draw_groups(image, np.zeros((2, 2), dtype=int)), dtype=int)
+    assert np.all(merged[400, 100] + 100 < merged[400, 300]) and np.array_equal(merged[400, 224], merged[400, 300])
+    drawn = np.asarray(overlay.draw_groups(Image.new("RGB", (448, 448), "white"), np.array([[0, 1], [0, 1]])))
+    assert drawn[400, 224].max() < 60 and np.array_equal(drawn[224, 300], drawn[230, 300])
+
+
+def test_numbers_are_as_large_as_there_is_room():
+    """At the width of a page (220 pixels for 14 patches) they still stand within their patches, and fill them."""
+    groups = np.arange(196).reshape(14, 14) % 98
+    drawn = overlay.draw_groups(Image.new("RGB", (448, 448), "white"), groups).convert("L")
+    written = np.asarray(drawn) < 30
+    for row, column in np.ndindex(14, 14):
+        rows, columns = np.nonzero(patch(written, row, column, side=14))
+        assert np.ptp(rows) >= 14 and rows.max() <= 27 and columns.min() >= 1 and columns.max() <= 28
+
+
+def test_a_merged_token_keeps_a_colour():
+    """That of its first patch, from layer to layer."""
+    image = Image.new("RGB", (448, 448), "white")
+    before, after = (
+        patch(overlay.draw_groups(image, groups), 0, 0, 2)
+        for groups in (np.eye(2, dtype=int), np.zeros((2, 2), dtype=int))
+    )
+    assert np.array_equal(before[:8, :8], after[:8, :8])
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +91,27 @@ def captioner(tmp_path_factory):
 
 
 def draw(captioner, *arguments):
-    """Draws what the arguments name; gives width and height in rows of about 240 pixels."""
+    """Draws what the arguments name; gives the panels of each row."""
     output = captioner / "merging.png"
     visualize_merging.main(["--model", str(captioner), *arguments, "--output", str(output)])
-    width, height = Image.open(output).size
-    return width, round(height / 240, 1)
+    drawing = np.asarray(Image.open(output))
+    side, gap, title = overlay.SIDE, visualize_merging.GAP, visualize_merging.TITLE
+    return [
+        [drawing[top : top + side, left : left + side] for left in range(0, drawing.shape[1], side + gap)]
+        for top in range(title, drawing.shape[0], title + side + gap)
+    ]
 
 
 def test_draws_a_row_for_each_picture_and_each_frame(captioner):
     images = ["--images", *(str(captioner / f"{index}.png") for index in range(2))]
-    videos = ["--videos", str(captioner / "clip.webp")]
-    width, rows = draw(captioner, *images)
-    assert width > 600 and rows == pytest.approx(2, abs=0.3)
-    assert draw(captioner, *videos) == (width, pytest.approx(4, abs=0.6))
-    assert draw(captioner, *images, *videos) == (width, pytest.approx(6, abs=0.9))
+    rows = draw(captioner, *images, "--videos", str(captioner / "clip.webp"))
+    model = EVLGenForConditionalGeneration.from_pretrained(captioner)
+    processor = tiny_processor(model)
+    for row, picture in zip(rows, pictures(2) + pictures(4), strict=True):
+        assert len(row) == 3 and np.array_equal(row[0], overlay.resize_to_side(picture))
+    layers = overlay.merged_tokens(model, processor(images=pictures(2))["pixel_values"])
+    expected = overlay.draw_groups(overlay.resize_to_side(pictures(2)[1]), overlay.patch_groups(model, layers, 1)[-1])
+    assert np.array_equal(rows[1][2], expected)
 
 
 def test_without_pictures_or_clips_there_is_nothing_to_draw(captioner, capsys):
@@ -87,6 +134,15 @@ def test_other_connectors_are_refused():
     )
     with pytest.raises(ValueError, match="merged by a TomeFormer, but the model has a MLPConnector"):
         overlay.merged_tokens(model, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+
+
+def test_an_adapters_merging_is_drawn(captioner, tmp_path):
+    adapted = add_lora(EVLGenForConditionalGeneration.from_pretrained(captioner), LoraArguments(lora="both"))
+    adapted.save_pretrained(tmp_path)
+    tiny_processor(adapted.base_model.model).save_pretrained(tmp_path)
+    output = tmp_path / "merging.png"
+    visualize_merging.main(["--model", str(tmp_path), "--images", str(captioner / "0.png"), "--output", str(output)])
+    assert Image.open(output).width == 3 * overlay.SIDE + 2 * visualize_merging.GAP
 
 
 def test_hooks_are_gone_when_a_drawing_fails():

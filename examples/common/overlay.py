@@ -1,16 +1,19 @@
 """Which patches became which token of the soft prompt, drawn over a picture or over the frames of a clip."""
 
+import colorsys
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from modeling_evlgen import EVLGenForConditionalGeneration, TomeFormerModel
+from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.tomeformer import TomeFormerLayer
 
 SIDE = 448  # pixels that a picture is drawn with
+TINT = 0.6  # how much of a token's colour covers the picture
 
 
 @contextmanager
@@ -24,15 +27,18 @@ def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[tor
     Raises:
         ValueError: If the connector is no TomeFormer.
     """
-    if not isinstance(model.connector, TomeFormerModel):
-        raise ValueError(f"Tokens are merged by a TomeFormer, but the model has a {type(model.connector).__name__}.")
+    # Below an adapter there are two connectors, the base model's and the trained one; only one of them runs.
+    tomeformer_layers = [module for module in model.connector.modules() if isinstance(module, TomeFormerLayer)]
+    if not tomeformer_layers:
+        connector = getattr(model.connector, "original_module", model.connector)  # within PEFT's wrapper
+        raise ValueError(f"Tokens are merged by a TomeFormer, but the model has a {type(connector).__name__}.")
     composed: list[torch.Tensor] = []
 
     def compose(layer: torch.nn.Module, arguments: tuple, output: tuple[torch.Tensor, ...]) -> None:
         layer_index = output[1]
         composed.append(layer_index if not composed else layer_index.gather(1, composed[-1]))
 
-    hooks = [layer.register_forward_hook(compose) for layer in model.connector.encoder.layer]
+    hooks = [layer.register_forward_hook(compose) for layer in tomeformer_layers]
     try:
         yield composed
     finally:
@@ -102,24 +108,47 @@ def resize_to_side(image: Image.Image) -> Image.Image:
     return image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-def draw_groups(image: Image.Image, groups: np.ndarray) -> np.ndarray:
-    """Fills each group of patches with its mean colour and outlines it.
+def draw_groups(image: Image.Image, groups: np.ndarray) -> Image.Image:
+    """Tints, outlines and numbers the patches of each token.
+
+    All patches of a token have one colour and one number, its place among the layer's tokens, wherever they lie. A
+    token keeps the colour of its first patch from layer to layer, and so do those it is merged with.
 
     Args:
         image: The picture, SIDE x SIDE pixels.
         groups: `(side, side)`, the token that each patch is part of.
 
     Returns:
-        `(SIDE, SIDE, 3)`, uint8.
+        `PIL.Image.Image`, SIDE x SIDE pixels, RGB.
     """
-    pixels = np.asarray(image, dtype=np.float64)
-    rows = np.arange(SIDE) * groups.shape[0] // SIDE
+    side = len(groups)
+    _, first_patches, tokens = np.unique(groups, return_index=True, return_inverse=True)
+    colors = np.array([_color(patch) for patch in first_patches])[tokens.reshape(side, side)]  # (side, side, 3)
+    rows = np.arange(SIDE) * side // SIDE
+    pixels = (1 - TINT) * np.asarray(image, dtype=np.float64) + TINT * colors[rows][:, rows]
     labels = groups[rows][:, rows]  # (SIDE, SIDE)
-    filled = np.empty_like(pixels)
-    for label in np.unique(groups):
-        filled[labels == label] = pixels[labels == label].mean(axis=0)
-    outline = np.zeros((SIDE, SIDE), dtype=bool)
-    outline[1:] |= labels[1:] != labels[:-1]
-    outline[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    filled[outline] = 0.35 * filled[outline]
-    return filled.round().astype(np.uint8)
+    pixels[1:][labels[1:] != labels[:-1]] *= 0.2
+    pixels[:, 1:][labels[:, 1:] != labels[:, :-1]] *= 0.2
+    drawn = Image.fromarray(pixels.round().astype(np.uint8))
+    _write_numbers(drawn, groups)
+    return drawn
+
+
+def _color(patch: int) -> tuple[float, float, float]:
+    """A colour, 0 to 255; those of patches near each other are far apart."""
+    hue, lightness = patch * (math.sqrt(5) - 1) / 2 % 1, (0.45, 0.6, 0.75)[patch % 3]
+    red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.9)
+    return 255 * red, 255 * green, 255 * blue
+
+
+def _write_numbers(drawn: Image.Image, groups: np.ndarray) -> None:
+    """Writes each token's number wherever its patches have an upper left corner, as large as a patch has room for."""
+    patch = SIDE / len(groups)
+    digits = len(str(groups.max()))
+    font = ImageFont.load_default(size=patch * min(0.75, 1.4 / digits))
+    draw = ImageDraw.Draw(drawn)
+    for (row, column), token in np.ndenumerate(groups):
+        if (row and groups[row - 1, column] == token) or (column and groups[row, column - 1] == token):
+            continue
+        center = (patch * (column + 0.5), patch * (row + 0.5))
+        draw.text(center, str(token), "black", font, anchor="mm", stroke_width=patch / 20, stroke_fill="white")
