@@ -36,6 +36,7 @@ from common.results import (
     check_source,
     output_folder,
     source_settings,
+    subset_note,
     take,
     write_json,
     write_results,
@@ -101,7 +102,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(f"`metrics` must be some of {', '.join(METRIC_NAMES)}, but is {captions.metrics}.")
     state = start_processes()
     with state.main_process_first():
-        rows, columns = load_rows(name, evaluation, captions)
+        all_rows, columns = load_rows(name, evaluation, captions)
+        rows = take(all_rows, evaluation.max_samples)
     scored = any(rows["captions"])
     metric = load_metric(captions.metrics) if scored and state.is_main_process else None
     folder = output_folder(evaluation, name)
@@ -112,14 +114,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     predictions = [{"image_id": row, "caption": text} for row, text in zip(rows["id"], texts, strict=True)]
     write_json(folder / "predictions.json", predictions)
-    metrics = []
+    metrics, notes = [], subset_note(len(rows), len(all_rows))
     if scored:
         domains = rows["domain"][:] if "domain" in rows.column_names else []
-        metrics = score(metric, texts, rows["captions"][:], domains, captions.metrics)
+        metrics, cider_notes = score(metric, texts, rows["captions"][:], domains, captions.metrics)
+        notes += cider_notes
     else:
         print(f"{name} has no captions here: {folder}/predictions.json is for its test server.")
     task = ("video-to-text", "Video Captioning") if columns.video_column else ("image-to-text", "Image Captioning")
-    return write_results(folder, task, name, metrics, evaluation, len(texts))
+    return write_results(folder, task, name, metrics, evaluation, len(texts), notes)
 
 
 def load_rows(name: str, evaluation: EvaluationArguments, captions: CaptionArguments) -> tuple[Dataset, DataArguments]:
@@ -130,14 +133,14 @@ def load_rows(name: str, evaluation: EvaluationArguments, captions: CaptionArgum
             name, evaluation.annotations, evaluation.media_dir, evaluation.test_split, captions.split_file
         )
         columns = DataArguments(video_column="video" if "video" in rows[0] else None, **shown)
-        return take(Dataset.from_list(rows), evaluation.max_samples), columns
+        return Dataset.from_list(rows), columns
     columns = evaluation.data_arguments(
         name, video_column=captions.video_column, caption_column=captions.caption_column, **shown
     )
     rows = load_held_out(columns)
     references = [caption_list(value) for value in rows[captions.caption_column]]
     rows = rows.remove_columns(captions.caption_column).add_column("captions", references)
-    return take(rows.add_column("id", list(range(len(rows)))), evaluation.max_samples), columns
+    return rows.add_column("id", list(range(len(rows)))), columns
 
 
 def caption_list(value: Any) -> list[str]:
@@ -163,23 +166,29 @@ def score(
     references: list[list[str]],
     domains: list[str],
     names: list[str],
-) -> list[dict[str, Any]]:
-    """The caption metrics times 100, of all rows and, where there are any, of each domain's rows by themselves."""
-    entries = []
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The caption metrics times 100, of all rows and, where there are any, of each domain's rows by themselves.
+
+    Returns:
+        The figures, and why they cannot be compared with others. CIDEr's say how many images its weights come from.
+    """
+    entries, notes = [], []
     for domain in (None, *sorted(set(domains))):
         chosen = [index for index in range(len(texts)) if domain is None or domains[index] == domain]
-        if domain and len(chosen) < 2:  # CIDEr wants two
-            continue
         values = metric.compute(
             predictions=[texts[index] for index in chosen],
             references=[references[index] for index in chosen],
             metrics=names,
         )
+        args = {"domain": domain} if domain else {}
         for kind, name in METRIC_NAMES.items():
             if kind in values:
                 entry = {"type": kind, "name": f"{name} ({domain})" if domain else name, "value": values[kind]}
-                entries.append(entry | ({"args": {"domain": domain}} if domain else {}))
-    return entries
+                told = args | ({"idf_images": values["cider_idf_images"]} if kind == "cider" else {})
+                entries.append(entry | ({"args": told} if told else {}))
+        if "cider_note" in values:
+            notes.append(f"{domain}: {values['cider_note']}" if domain else values["cider_note"])
+    return entries, notes
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from common.results import (
     check_source,
     output_folder,
     source_settings,
+    subset_note,
     take,
     write_json,
     write_results,
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(f"`prompt` must hold {{}}, where the question goes, but is {questions.prompt!r}.")
     state = start_processes()
     with state.main_process_first():
-        rows, columns = load_rows(name, evaluation, questions)
+        rows, columns, total = load_rows(name, evaluation, questions)
     scored = any(rows["answers"])
     rule = evaluation.benchmark or rule_of(rows["answers"][:])
     metric = load_metric(rule, rows["answers"][:] if scored else []) if state.is_main_process else None
@@ -100,13 +101,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     else:
         print(f"{name} has no answers here: {folder}/predictions.json is for its test server.")
     task = ("visual-question-answering", "Visual Question Answering")
-    return write_results(folder, task, name, metrics, evaluation, len(texts), **details)
+    notes = subset_note(len(rows), total)
+    return write_results(folder, task, name, metrics, evaluation, len(texts), notes, **details)
 
 
 def load_rows(
     name: str, evaluation: EvaluationArguments, questions: QuestionArguments
-) -> tuple[Dataset, DataArguments]:
-    """Rows with the columns `id` and `answers`, and what their other columns are called."""
+) -> tuple[Dataset, DataArguments, int]:
+    """Rows with the columns `id` and `answers`, what their other columns are called, and of how many rows they are."""
     columns = DataArguments(prompt=questions.prompt, prompt_column="question")
     if evaluation.benchmark:
         rows = Dataset.from_list(
@@ -114,16 +116,17 @@ def load_rows(
         )
     elif name == "easy-vqa":
         rows = Dataset.from_list(easy_vqa_questions(evaluation.test_split))
-        if not evaluation.dataset:
-            rows = rows.select(range(0, len(rows), len(rows) // DEMO_QUESTIONS)).take(DEMO_QUESTIONS)
     else:
         rows, columns = own_rows(name, evaluation, questions)
+    total = len(rows)
+    if not evaluation.benchmark and not evaluation.dataset:
+        rows = rows.select(range(0, total, total // DEMO_QUESTIONS)).take(DEMO_QUESTIONS)
     rows = take(rows, evaluation.max_samples)
     clean = bool(evaluation.benchmark) if questions.clean_questions is None else questions.clean_questions
     if clean:
         cleaned = [clean_question(question) for question in rows[columns.prompt_column]]
         rows = rows.remove_columns(columns.prompt_column).add_column(columns.prompt_column, cleaned)
-    return rows, columns
+    return rows, columns, total
 
 
 def own_rows(

@@ -101,6 +101,25 @@ def test_nocaps_is_scored_by_domain(work, tmp_path, monkeypatch):
     by_domain = {name: value(results, f"CIDEr ({name})") for name in ("in-domain", "near-domain", "out-domain")}
     assert by_domain["in-domain"] > 100 and by_domain["near-domain"] == by_domain["out-domain"] == 0
     assert 0 < value(results, "CIDEr") < by_domain["in-domain"]
+    weights = {metric["name"]: metric["args"] for metric in results["metrics"] if metric["type"] == "cider"}
+    assert weights["CIDEr"] == {"idf_images": 6}
+    assert weights["CIDEr (in-domain)"] == {"domain": "in-domain", "idf_images": 2}
+    assert "in-domain: CIDEr's n-gram weights come from the references of only 2 images" in "\n".join(results["notes"])
+
+
+@pytest.mark.parametrize(
+    ("limit", "cider"),
+    [(2, "CIDEr's n-gram weights come from the references of only 2"), (1, "There is 1 image")],
+)
+def test_a_part_of_a_benchmark_says_that_it_cannot_be_compared(limit, cider, work, tmp_path, monkeypatch, capsys):
+    Said(monkeypatch, ["a red circle"] * limit)
+    files = published(work, "coco-karpathy", "coco", annotations="dataset_coco.json")
+    results = evaluate_captioning.main(options(work, tmp_path, **files, max_samples=limit))
+    subset, weights = results["notes"]
+    assert subset == f"Only {limit} of 3 rows were answered: the scores cannot be compared with those of all."
+    assert weights.startswith(cider) and f"Note: {subset}\nNote: {weights}\n" in capsys.readouterr().out
+    (score,) = [metric for metric in results["metrics"] if metric["type"] == "cider"]
+    assert score["args"] == {"idf_images": limit} and (score["value"] == 0) == (limit == 1)
 
 
 def test_predictions_are_what_the_official_coco_tool_reads(work, tmp_path, monkeypatch):

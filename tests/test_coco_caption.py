@@ -1,7 +1,6 @@
 """Captioning metrics: the words and the scores are pycocoevalcap's, and what cannot be compared or run is said."""
 
 import json
-import logging
 import os
 import random
 import re
@@ -146,6 +145,7 @@ def test_scores_are_cocoevalcaps(metric):
     """Recorded from COCOEvalCap with Java's words."""
     results = metric.compute(predictions=COCO["predictions"], references=COCO["references"])
     assert results.pop("cider_idf_images") == len(COCO["predictions"])
+    assert f"only {len(COCO['predictions'])} images" in results.pop("cider_note")
     assert list(results) == ["cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"]
     assert results == {name: recorded(name) for name in results}
 
@@ -180,7 +180,7 @@ def test_scores_are_those_of_cocoevalcap_here(metric, monkeypatch, java_reads_ut
     )
     theirs.evaluate()
     ours = metric.compute(predictions=COCO["predictions"], references=COCO["references"])
-    assert ours.pop("cider_idf_images") == len(said)
+    del ours["cider_idf_images"], ours["cider_note"]
     assert ours == {name: pytest.approx(100 * theirs.eval[NAMES[name]], rel=1e-12) for name in ours}
 
 
@@ -201,7 +201,7 @@ def test_reward_of_self_critical_training_is_the_metric(metric, tmp_path, monkey
 
 def test_gives_what_is_asked_for(metric):
     assert set(metric.compute(**TWO, metrics=["bleu_4", "rouge_l"])) == {"bleu_4", "rouge_l"}
-    assert set(metric.compute(**TWO, metrics=["cider"])) == {"cider", "cider_idf_images"}
+    assert set(metric.compute(**TWO, metrics=["cider"])) == {"cider", "cider_idf_images", "cider_note"}
     assert set(metric.compute(**TWO, metrics=["bleu"])) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4"}
 
 
@@ -213,26 +213,19 @@ def test_perfect_captions_and_empty_ones(metric):
     assert silent["cider"] == silent["rouge_l"] == 0 and silent["bleu_1"] == pytest.approx(0, abs=1e-6)
 
 
-def test_few_images_are_warned_of(metric, module, caplog, monkeypatch):
-    logger = logging.getLogger(module.__name__)
-    logger.addHandler(caplog.handler)
-    try:
-        metric.compute(**TWO)
-        assert "from the references of only 2 images" in caplog.text
-        caplog.clear()
-        metric.compute(**TWO, metrics=["rouge_l"])
-        monkeypatch.setattr(module, "FEW_IMAGES", 2)
-        metric.compute(**TWO)
-        assert not caplog.text
-    finally:
-        logger.removeHandler(caplog.handler)
+def test_a_cider_of_few_images_says_that_it_cannot_be_compared(metric):
+    images = 999
+    captions = {"predictions": ["a dog"] * images, "references": [["a cat"]] * images}
+    assert "the references of only 999 images" in metric.compute(**captions, metrics=["cider"])["cider_note"]
+    many = {name: [*rows, rows[0]] for name, rows in captions.items()}
+    assert metric.compute(**many, metrics=["cider"]) == {"cider": 0, "cider_idf_images": 1000}
 
 
-def test_one_image_has_no_cider(metric):
-    one = {"predictions": ["a dog"], "references": [["a dog"]]}
-    with pytest.raises(ValueError, match=r"CIDEr needs the references of at least 2 images, but there is 1"):
-        metric.compute(**one)
-    assert metric.compute(**one, metrics=["rouge_l"]) == {"rouge_l": pytest.approx(100)}
+def test_one_image_has_a_cider_of_nought_that_says_why(metric):
+    one = {"predictions": ["a dog on a sofa"], "references": [["a dog on a sofa"]]}
+    results = metric.compute(**one)
+    assert results["cider"] == 0 and results["cider_idf_images"] == 1 and results["rouge_l"] == pytest.approx(100)
+    assert results["cider_note"].startswith("There is 1 image, for which CIDEr is 0 whatever is said")
 
 
 def test_what_cannot_be_scored_is_refused(metric):

@@ -62,6 +62,7 @@ def test_without_arguments_the_demos_data_is_taken(work, tmp_path, monkeypatch):
     results = evaluate_vqa.main(options(work, tmp_path / "vqa"))
     ids = [entry["question_id"] for entry in read_json(tmp_path / "vqa" / "predictions.json")]
     assert results["dataset"]["type"] == "easy-vqa" and len(ids) == 200 and max(ids) > 9000
+    assert results["notes"][0].startswith("Only 200 of 9673 rows were answered")
     assert value(results, "Accuracy [%], color") > 0 and value(results, "Accuracy [%], yes/no") == 0
 
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))

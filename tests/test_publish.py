@@ -25,6 +25,7 @@ RESULTS = {
         {"type": "cider", "name": "CIDEr-D [%], in-domain", "value": 120.5, "args": {"domain": "in"}},
     ],
     "num_rows": 5000,
+    "notes": ["in-domain: few images."],
     "settings": {"num_beams": 5, "min_new_tokens": 8, "batch_size": 16},
 }
 
@@ -151,5 +152,8 @@ def test_the_papers_card_names_its_base_models(tmp_path):
     assert card.data.base_model == ["Salesforce/blip2-opt-2.7b", "facebook/opt-2.7b"]
     assert card.data.pipeline_tag == "video-to-text"
     assert "257 tokens of a picture become 29" in card.text
+    assert (
+        "| 120.50 | num_beams 5, min_new_tokens 8 |\n\n- COCO Captions, Karpathy's splits: in-domain: few" in card.text
+    )
     assert "[facebook/opt-2.7b](https://huggingface.co/facebook/opt-2.7b), revision `abc`" in card.text
     assert "The order of a clip's frames is not seen." in card.text

@@ -88,7 +88,8 @@ def read_results(paths: list[str]) -> list[dict[str, Any]]:
     for path in paths:
         try:
             entry = json.loads(Path(path).read_text(encoding="utf-8"))
-            results.append({name: entry[name] for name in ("task", "dataset", "metrics", "num_rows", "settings")})
+            kept = {name: entry[name] for name in ("task", "dataset", "metrics", "num_rows", "settings")}
+            results.append(kept | {"notes": entry.get("notes", [])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"`results`: {path} is no results.json of an evaluation: {error!r}") from error
     return results
@@ -212,7 +213,8 @@ def _evaluation(results: list[dict[str, Any]]) -> str:
             f"{decoding} |"
             for metric in entry["metrics"]
         ]
-    return "\n".join(lines)
+    notes = [f"- {entry['dataset']['name']}: {note}" for entry in results for note in entry["notes"]]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
 _DECODING = ("num_beams", "min_new_tokens", "max_new_tokens", "length_penalty", "prompt")

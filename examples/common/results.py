@@ -94,6 +94,13 @@ def take(rows: Dataset, limit: int | None) -> Dataset:
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
+def subset_note(num_rows: int, total: int) -> list[str]:
+    """What is to be said of scores of some of a split's rows, if anything."""
+    if num_rows == total:
+        return []
+    return [f"Only {num_rows} of {total} rows were answered: the scores cannot be compared with those of all."]
+
+
 def output_folder(evaluation: EvaluationArguments, name: str) -> Path:
     """Where a run's answers and results go: `output_dir`, or a folder named after the model and the data."""
     if evaluation.output_dir:
@@ -108,6 +115,7 @@ def write_results(
     metrics: list[dict[str, Any]],
     evaluation: EvaluationArguments,
     num_rows: int,
+    notes: list[str],
     **details: Any,
 ) -> dict[str, Any]:
     """Writes `results.json` and prints the figures.
@@ -120,6 +128,7 @@ def write_results(
             the rows.
         evaluation: The script's arguments.
         num_rows: How many rows were answered.
+        notes: Why figures cannot be compared with others.
         details: More to keep.
 
     Returns:
@@ -139,12 +148,15 @@ def write_results(
         **details,
         "model": evaluation.model,
         "num_rows": num_rows,
+        "notes": notes,
         "settings": json.loads((folder / "settings.json").read_text(encoding="utf-8")),
         "versions": {library: version(library) for library in LIBRARIES if find_spec(library)},
     }
     write_json(folder / "results.json", results)
     for metric in metrics:
         print(f"{metric['name']}: {metric['value']:.4f}")
+    for note in notes:
+        print(f"Note: {note}")
     print(f"{folder}/ holds answers.jsonl, predictions.json and results.json.")
     return results
 

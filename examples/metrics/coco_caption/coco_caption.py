@@ -20,8 +20,6 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from .ptb_tokenizer import tokenize_captions
 
-logger = evaluate.logging.get_logger(__name__)
-
 BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 DEFAULT = ("cider", *BLEU, "rouge_l")
 NAMES = (*DEFAULT, "meteor", "spice")
@@ -56,11 +54,11 @@ Returns:
     `dict`: for each metric that was asked for, 100 times what pycocoevalcap returns, as papers print it: BLEU,
     ROUGE-L, METEOR and SPICE are in [0, 100], CIDEr-D is in [0, 1000]. With `"cider"` also `"cider_idf_images"`, the
     number of images whose references the document frequencies come from: only scores with the same references can be
-    compared.
+    compared; where they are few, `"cider_note"` says so in words. With one image CIDEr-D is 0, since every n-gram has
+    the weight log(1) = 0.
 
 Raises:
-    ValueError: If there are no images, an image has no references, a metric is unknown, or CIDEr is asked for with one
-        image, for which every n-gram has the weight log(1) = 0.
+    ValueError: If there are no images, an image has no references, or a metric is unknown.
     TypeError: If `metrics` is a string.
     RuntimeError: If METEOR or SPICE was asked for and cannot run; it says what is missing, and how to get it.
 
@@ -92,7 +90,7 @@ class CocoCaption(evaluate.Metric):
 
     def _compute(
         self, predictions: list[str], references: list[list[str]], metrics: list[str] | None = None
-    ) -> dict[str, float | int]:
+    ) -> dict[str, float | int | str]:
         names = requested(metrics)
         check(predictions, references, names)
         said, truths = words(predictions, references)
@@ -108,8 +106,8 @@ class CocoCaption(evaluate.Metric):
             scores["meteor"] = meteor(truths, said)
         if "spice" in names:
             scores["spice"] = spice(truths, said)
-        results: dict[str, float | int] = {name: 100 * float(scores[name]) for name in NAMES if name in names}
-        return results | ({"cider_idf_images": len(predictions)} if "cider" in names else {})
+        results: dict[str, float | int | str] = {name: 100 * float(scores[name]) for name in NAMES if name in names}
+        return results | (idf_source(len(predictions)) if "cider" in names else {})
 
 
 def requested(metrics: list[str] | None) -> set[str]:
@@ -125,22 +123,12 @@ def requested(metrics: list[str] | None) -> set[str]:
 
 
 def check(predictions: list[str], references: list[list[str]], names: set[str]) -> None:
-    """Refuses what has no score or cannot run, before anything is computed; warns of a CIDEr that can mislead."""
+    """Refuses what has no score or cannot run, before anything is computed."""
     if not predictions:
         raise ValueError("`predictions` must hold at least one caption, but is empty.")
     for index, captions in enumerate(references):
         if not captions:
             raise ValueError(f"`references[{index}]` must hold at least one caption, but is empty.")
-    if "cider" in names and len(predictions) == 1:
-        raise ValueError(
-            "CIDEr needs the references of at least 2 images, but there is 1: each n-gram is weighted by how few of "
-            'the images have it, which here is nothing. Leave CIDEr out, as in metrics=["bleu", "rouge_l"].'
-        )
-    if "cider" in names and len(predictions) < FEW_IMAGES:
-        logger.warning(
-            f"CIDEr's n-gram weights come from the references of only {len(predictions)} images; the score cannot be "
-            "compared with one of the whole split, or of any other images."
-        )
     java = [name for name in ("meteor", "spice") if name in names]
     if java and not shutil.which("java"):
         raise RuntimeError(
@@ -153,6 +141,20 @@ def check(predictions: list[str], references: list[list[str]], names: set[str]) 
             f"SPICE cannot run: it needs Stanford CoreNLP 3.6.0, and there is no {missing[0]}. Get it (0.4 GB, from "
             "nlp.stanford.edu) with `python -m pycocoevalcap.spice.get_stanford_models`."
         )
+
+
+def idf_source(images: int) -> dict[str, int | str]:
+    """How many images CIDEr's weights of n-grams come from, and what is wrong with few."""
+    if images == 1:
+        note = "There is 1 image, for which CIDEr is 0 whatever is said: no n-gram is rarer than another."
+    elif images < FEW_IMAGES:
+        note = (
+            f"CIDEr's n-gram weights come from the references of only {images} images; the score cannot be compared "
+            "with one of the whole split, or of any other images."
+        )
+    else:
+        return {"cider_idf_images": images}
+    return {"cider_idf_images": images, "cider_note": note}
 
 
 def words(predictions: list[str], references: list[list[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
