@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from filelock import FileLock
 from huggingface_hub import constants
 from PIL import Image as PILImage
@@ -28,9 +28,10 @@ logger = logging.get_logger(__name__)
 class FeatureDataset(torch.utils.data.Dataset):
     """Rows of a data set with `vision_features` (views, tokens, dim), float16, on disk, instead of the picture."""
 
-    def __init__(self, dataset: Dataset, features: np.ndarray, rows: list[int], image_column: str):
+    def __init__(self, dataset: Dataset, path: Path, rows: list[int], image_column: str):
         self.dataset = dataset.remove_columns(image_column)
-        self.features = features
+        self.path = path
+        self.features = _open(path)
         self.rows = rows
 
     def __len__(self) -> int:
@@ -39,6 +40,12 @@ class FeatureDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         return {**self.dataset[row], "vision_features": self.features[row]}  # read when a batch is made of it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "features": None}  # which would be copied as a whole to each reading process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, features=_open(state["path"]))
 
 
 def cache_splits(
@@ -73,7 +80,7 @@ def cache_vision_features(
     """Runs the vision tower over a data set, or finds that it was done before.
 
     The features lie in `$HF_HOME/evlgen_features`, in one file for each tower (weights included), image processor,
-    augmentation and data set. A run that is killed goes on where it was.
+    augmentation and data set. A run that is killed goes on where it was; a file that is damaged is computed again.
 
     Args:
         model, processor: The model whose vision tower runs, and the processor that prepares its pictures.
@@ -88,44 +95,81 @@ def cache_vision_features(
 
     Raises:
         ValueError: If a row is bad and not to be skipped, or a feature does not fit float16.
+        OSError: If the disk has no room for the features.
     """
     views = augmenting or CaptionCollator(processor, arguments, training=False)
     folder = Path(constants.HF_HOME) / "evlgen_features"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_key(model, processor, dataset, views, num_views)}.npy"
-    state_path = path.with_suffix(".json")
+    shape = (len(dataset), num_views, model.config.num_vision_tokens, model.config.vision_hidden_size)
     with FileLock(path.with_suffix(".lock")):  # another run may want the same
-        if not path.exists():
-            _compute(path, state_path, model, dataset, views, num_views, batch_size)
-    bad_rows = json.loads(state_path.read_text())["bad_rows"]
+        state = _read_state(path, shape)
+        if state is None or state["done"] < len(dataset):
+            state = _compute(path, shape, model, dataset, views, batch_size)
+        rows = [row for row in range(len(dataset)) if str(row) not in state["bad_rows"]]
+        features = FeatureDataset(dataset, path, rows, arguments.image_column)
+    bad_rows = state["bad_rows"]
     if bad_rows:
         named = f"{len(bad_rows)} of {len(dataset)} rows are bad, by number and caption: {bad_rows}"
         if not arguments.skip_bad_rows:
             raise ValueError(f"{named} (`--skip_bad_rows true` goes on without them.)")
         logger.warning(f"Left out: {named}.")
-    rows = [row for row in range(len(dataset)) if str(row) not in bad_rows]
-    return FeatureDataset(dataset, np.load(path, mmap_mode="r"), rows, arguments.image_column)
+    return features
+
+
+def _open(path: Path, mode: str = "r", shape: tuple[int, ...] | None = None) -> np.memmap:
+    """The features in a file, float16, `(rows, views, tokens, dim)`; a pickle or archive of that name is not read."""
+    return np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
+
+
+def _read_state(path: Path, shape: tuple[int, ...]) -> dict[str, Any] | None:
+    """How many rows of a file are done, and captions of bad ones; None if it is missing, or damaged, which is logged.
+
+    A file that is too short would be filled up with zeros when it is opened for writing.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(_state_path(path).read_text(encoding="utf-8"))
+        features = _open(path)
+        if (features.dtype, features.shape) != (np.float16, shape):
+            raise ValueError(f"it holds {features.dtype} {features.shape}, not float16 {shape}")
+        if 0 <= state["done"] <= shape[0] and isinstance(state["bad_rows"], dict):
+            return state
+        raise ValueError(f"its state is {state}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning(f"The cached vision features in {path} are damaged and computed again: {error}")
+        return None
+
+
+def _state_path(path: Path) -> Path:
+    return path.with_name(path.name.split(".")[0] + ".json")
 
 
 def _compute(
     path: Path,
-    state_path: Path,
+    shape: tuple[int, ...],
     model: EVLGenForConditionalGeneration,
     dataset: Dataset,
     views: CaptionCollator,
-    num_views: int,
     batch_size: int,
-) -> None:
-    partial = path.with_suffix(".partial.npy")
-    shape = (len(dataset), num_views, model.config.num_vision_tokens, model.config.vision_hidden_size)
-    state = {"done": 0, "bad_rows": {}}  # the captions of rows that cannot be used
-    if partial.exists() and state_path.exists():
-        state = json.loads(state_path.read_text())
-    mode = "r+" if state["done"] else "w+"
-    features = np.lib.format.open_memmap(partial, mode=mode, dtype=np.float16, shape=shape)
+) -> dict[str, Any]:
+    """Fills `path` as a whole, or goes on with what a run that was killed has left; gives its state."""
+    partial, num_views = path.with_suffix(".partial.npy"), shape[1]
+    state = _read_state(partial, shape)
+    if state is None:
+        state = {"done": 0, "bad_rows": {}}  # the captions of rows that cannot be used
+        write_whole(_state_path(path), json.dumps(state))
+    features = _open(partial, "r+" if state["done"] else "w+", shape)
     if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash when a page is written
-        with partial.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+        try:
+            with partial.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, features.nbytes + features.offset)
+        except OSError as error:
+            partial.unlink()
+            needed = f"{features.nbytes / 1e9:.1f} GB for the vision features"
+            message = f"{path.parent} (in $HF_HOME) has no {needed}: {error.strerror}"
+            raise OSError(error.errno, message) from error
 
     progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="picture")
     while state["done"] < len(dataset):
@@ -140,10 +184,11 @@ def _compute(
                 features[list(images), view] = _run_tower(model, views.processor, list(images.values()))
         state["done"] = rows.stop
         features.flush()
-        write_whole(state_path, json.dumps(state))
+        write_whole(_state_path(path), json.dumps(state))
         progress.update(len(rows))
     progress.close()
     os.replace(partial, path)
+    return state
 
 
 @torch.no_grad()
@@ -171,4 +216,9 @@ def _key(
     digest.update(model.config.vision_config.to_json_string().encode())
     digest.update(hash_weights(model.vision_tower.state_dict()).encode())
     digest.update(dataset._fingerprint.encode())
+    column = views.arguments.image_column
+    if dataset.features[column] == Value("string"):  # paths, whose pictures the fingerprint does not tell
+        for file in filter(os.path.isfile, dataset[column]):
+            status = os.stat(file)
+            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]
