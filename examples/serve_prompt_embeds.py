@@ -189,7 +189,12 @@ def connect(url: str, served_model: str | None = None) -> Server:
     """
     client = openai.OpenAI(base_url=url, api_key=os.environ.get("VLLM_API_KEY", "EMPTY"))
     with explained(url):
-        models = {model.id: model for model in client.models.list()}
+        try:
+            models = {model.id: model for model in client.models.list()}
+        except (AttributeError, TypeError, ValueError):  # what the client makes of a page or other JSON
+            models = {}
+    if not models:
+        raise ValueError(f"`server`: {url} serves no model; is it a vLLM server's address up to /v1?")
     if served_model is None and len(models) == 1:
         (served_model,) = models
     if served_model not in models:
@@ -316,6 +321,9 @@ def main(argv: list[str] | None = None) -> list[str]:
     (arguments,) = parse_arguments(ServeArguments, argv=argv)
     if bool(arguments.images) == bool(arguments.videos):
         raise ValueError("Exactly one of `images` and `videos` must be given.")
+    for name in ("max_new_tokens", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"`{name}` must be 1 or more, but is {getattr(arguments, name)}.")
     kind, sources = ("images", arguments.images) if arguments.images else ("videos", arguments.videos)
     server = connect(arguments.server, arguments.served_model)
     model, processor = load_prompt_embedder(arguments.model)
@@ -329,7 +337,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     with tqdm(total=len(sources), desc="Captions", unit=kind.removesuffix("s")) as bar:
         for batch in caption(model, processor, server, sources, *settings):
             for text in batch:
-                bar.write(f"{sources[len(texts)]}\t{text}")
+                bar.write(f"{sources[len(texts)]}\t{' '.join(text.split())}")  # a line each, whatever is said
                 texts.append(text)
             sys.stdout.flush()  # into a file as well, captions shall come as they are made
             bar.update(len(batch))

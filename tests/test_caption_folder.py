@@ -273,7 +273,7 @@ def test_other_settings_do_not_mix_with_old_captions(changes, message, model, tm
         (["in"], {"dtype": "float8"}, "`dtype` must be one of float32, bfloat16, but is 'float8'"),
         (["in"], {"prompt": "a long prompt " * 30}, "has .* tokens, but at most 128 are allowed"),
         (["in"], {"max_new_tokens": 120}, "tokens and `max_new_tokens` is 120, but the language model has places for"),
-        (["in"], {"model": "none"}, "`model`='none' cannot be loaded"),
+        (["in"], {"model": "/none"}, "`model`='/none' cannot be loaded"),
     ],
 )
 def test_an_error_in_the_settings_stops_at_once(inputs, changes, message, model, tmp_path):

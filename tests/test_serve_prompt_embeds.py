@@ -14,7 +14,9 @@ a tiny language model is served; `EVLGEN_VLLM_CHECKPOINT=outputs/demo` takes the
 import os
 import socket
 import subprocess
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -79,7 +81,7 @@ def test_a_server_says_what_generate_says(text, tokenizer, tmp_path, capsys):
         said = run(tmp_path, server, "--images", *paths, "--prompts", *QUESTIONS, "--batch_size", "2")
     assert said == expected
     output = capsys.readouterr()
-    lines = "".join(f"{path}\t{text}\n" for path, text in zip(paths, said, strict=True))
+    lines = "".join(f"{path}\t{' '.join(text.split())}\n" for path, text in zip(paths, said, strict=True))
     assert output.out == lines
     assert [len(request["prompt_embeds"]) for request in server.requests] == [2, 1]
     assert "3/3" in output.err and "input embeddings take" in output.err
@@ -212,6 +214,8 @@ def test_embeddings_narrower_than_the_language_model_are_refused(tmp_path):
         ({"max_model_len": None}, [], ValueError, "does not tell the `max_model_len`"),
         ({}, ["--served_model", "other"], ValueError, "`served_model` is 'other', but .* serves 'text-model'"),
         ({}, ["--prompts", "a", "b"], ValueError, "`prompts` holds 2 prompts for 1 images: give one, or one each"),
+        ({}, ["--max_new_tokens", "0"], ValueError, "`max_new_tokens` must be 1 or more, but is 0"),
+        ({}, ["--batch_size", "0"], ValueError, "`batch_size` must be 1 or more, but is 0"),
         ({}, ["--videos", "a.mp4"], ValueError, "Exactly one of `images` and `videos` must be given"),
     ],
 )
@@ -236,6 +240,25 @@ def test_a_server_that_is_not_there_is_said():
         port = free.getsockname()[1]
     with pytest.raises(ConnectionError, match=rf"127.0.0.1:{port}/v1 does not answer \(.*refused.*\). A server is st"):
         connect(f"http://127.0.0.1:{port}/v1")
+
+
+@pytest.mark.parametrize("body", [b"<html>a page</html>", b'{"detail": "hello"}', b'{"data": null}'])
+def test_a_server_of_another_kind_is_said(body):
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json" if body.startswith(b"{") else "text/html")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ValueError, match="serves no model; is it a vLLM server's address up to /v1"):
+            connect(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
 
 
 def test_another_language_model_is_warned_about(tmp_path, caplog, monkeypatch):
