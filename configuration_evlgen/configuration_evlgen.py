@@ -166,7 +166,10 @@ class EVLGenConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         # Written here, since transformers records only the class that is saved, and `pipeline` changes what it reads.
-        return {**super().to_dict(), "auto_map": dict(AUTO_MAP), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
+        config = super().to_dict()
+        for part in ("vision_config", "text_config"):  # where they were loaded from is told above, as far as it is
+            config[part].pop("_name_or_path", None)
+        return {**config, "auto_map": dict(AUTO_MAP), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EVLGenConfig":

@@ -24,7 +24,7 @@ from common.arguments import DataArguments, GenerationArguments, TrainingSetting
 from common.data import load_captions
 from common.features import cache_splits
 from common.lora import LoraArguments, add_lora, quantization_config
-from common.models import load_captioner
+from common.models import load_trainable
 from common.processes import use_all_cores
 from common.training import train_and_report
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train, test = load_captions(data, training.seed)
         pictures = test
         quantization = quantization_config(finetune.text_quantization)
-        model = load_captioner(
+        model = load_trainable(
             "model", EVLGenForConditionalGeneration.from_pretrained, finetune.model, quantization_config=quantization
         )
         processor = EVLGenProcessor.from_pretrained(finetune.model)

@@ -18,7 +18,7 @@ from transformers import set_seed
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
 from common.data import load_captions
 from common.demo_clips import EMOJI_CLIPS, load_emoji_clips
-from common.models import load_captioner
+from common.models import load_trainable
 from common.processes import use_all_cores
 from common.training import train_and_report
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         load = EVLGenForConditionalGeneration.from_pretrained
         if video.temporal_contextualizer:
             load = EVLGenForConditionalGeneration.from_image_model
-        model = load_captioner("image_model", load, video.image_model)
+        model = load_trainable("image_model", load, video.image_model)
         processor = EVLGenProcessor.from_pretrained(video.image_model)
         processor.num_frames = data.num_frames
     return train_and_report(model, processor, train, test, test, data, generation, training)

@@ -18,7 +18,7 @@ from common.cider import load_reward
 from common.data import CaptionCollator, load_captions, true_captions
 from common.evaluation import generate_captions
 from common.features import cache_splits
-from common.models import load_captioner
+from common.models import load_trainable
 from common.processes import use_all_cores
 from common.scst import SCSTCollator, SCSTTrainer
 from common.training import arithmetic, train_and_report
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train, test = load_captions(data, training.seed)
         reward = load_reward(train, data)
         pictures = test
-        model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, scst.model)
+        model = load_trainable("model", EVLGenForConditionalGeneration.from_pretrained, scst.model)
         model.to(training.device)
         processor = EVLGenProcessor.from_pretrained(scst.model)
         if data.cache_features:

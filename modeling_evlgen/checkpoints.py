@@ -11,20 +11,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import get_max_memory
-from transformers.integrations.peft import maybe_load_adapters
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from configuration_evlgen import EVLGenConfig
 
+from .adapters import HUB_ARGUMENTS, check_base
 from .base_models import identity_fields, load_base_model
 from .fingerprints import TOWERS, hash_weights, identify, is_on_hub, remember_tower
 from .vision_tower import load_vision_tower
 
 logger = logging.get_logger(__name__)
 
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
 # What the tower's loaders are told; anything else is a mistake.
 _LOADING_ARGUMENTS = (
     "dtype",
@@ -118,23 +117,28 @@ class Reference(NamedTuple):
     config: EVLGenConfig
     hub_arguments: dict[str, Any]
     adapter: str | None
+    adapter_kwargs: dict[str, Any]
 
 
-def find_reference(name_or_path: str | os.PathLike | None, kwargs: dict[str, Any]) -> Reference | None:
-    """Looks whether a checkpoint, or the one that an adapter is for, names its towers instead of holding them.
+def find_reference(name_or_path: str | os.PathLike, adapter: str | None, kwargs: dict[str, Any]) -> Reference | None:
+    """Looks whether a checkpoint names its towers instead of holding them.
 
     Args:
-        name_or_path (`str` or `os.PathLike`, *optional*): What `from_pretrained` was given.
-        kwargs: What else it was given. If there is such a checkpoint, what this function has made use of is taken out.
+        name_or_path (`str` or `os.PathLike`): The checkpoint.
+        adapter (`str`, *optional*): The adapter to be put on it.
+        kwargs: What else `from_pretrained` was given. If there is such a checkpoint, what this function has made use
+            of is taken out.
+
+    Raises:
+        ValueError: If the adapter is for another model.
     """
-    if name_or_path is None:
-        return None
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    adapter, base, _ = maybe_load_adapters(name_or_path, hub, **(kwargs.get("adapter_kwargs") or {}))
-    own = hub if base == name_or_path else {name: hub[name] for name in hub.keys() - {"revision", "subfolder"}}
+    adapter_kwargs = dict(kwargs.get("adapter_kwargs") or {})
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):  # of this or another copy of the code
-        config_dict, _ = EVLGenConfig.get_config_dict(base if config is None else config, **own)
+        config_dict, _ = EVLGenConfig.get_config_dict(name_or_path if config is None else config, **hub)
+        if adapter is not None:
+            check_base(EVLGenConfig.from_dict(config_dict), adapter, {**hub, **adapter_kwargs})
         if config_dict.get("towers") != "reference":
             return None
         fields = EVLGenConfig.__dataclass_fields__.keys() - {"dtype"}  # which is the towers' here
@@ -143,11 +147,14 @@ def find_reference(name_or_path: str | os.PathLike | None, kwargs: dict[str, Any
             if f"{argument}_name_or_path" in changes:
                 changes.setdefault(f"{argument}_revision", None)
         config = EVLGenConfig.from_dict(config_dict, **changes)
+    elif adapter is not None:
+        check_base(config, adapter, {**hub, **adapter_kwargs})
     if config.towers != "reference":
         return None
     for name in ("config", *hub, *_PASSING_ARGUMENTS):
         kwargs.pop(name, None)
-    return Reference(base, config, own, adapter)
+    adapter_kwargs.pop("_adapter_model_path", None)
+    return Reference(name_or_path, config, hub, adapter, adapter_kwargs)
 
 
 def load_reference(
@@ -167,7 +174,7 @@ def load_reference(
         ValueError: If a base model cannot be loaded, or is not the one that the model was trained on.
         TypeError: If there are arguments that mean nothing here.
     """
-    name_or_path, config, hub, adapter = reference
+    name_or_path, config, hub, adapter, adapter_kwargs = reference
     wants_info = kwargs.pop("output_loading_info", False)
     unknown = sorted(kwargs.keys() - set(_LOADING_ARGUMENTS))
     if unknown:
@@ -205,7 +212,8 @@ def load_reference(
     except OSError:
         logger.info("The checkpoint has no generation_config.json.")
     if adapter is not None:
-        model.load_adapter(adapter, adapter_kwargs={name: hub[name] for name in hub.keys() & {"token", "cache_dir"}})
+        own = {name: hub[name] for name in hub.keys() - {"revision", "subfolder"}}
+        model.load_adapter(adapter, adapter_kwargs={**own, **adapter_kwargs})
     model.eval()
     info = {"missing_keys": set(missing), "unexpected_keys": set(unexpected), "mismatched_keys": set()}
     return (model, info) if wants_info else model

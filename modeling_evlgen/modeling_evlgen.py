@@ -21,6 +21,7 @@ from configuration_evlgen import EVLGenConfig
 from configuration_evlgen.configuration_connectors import ConnectorConfig
 
 from .activation_checkpointing import checkpoint_frozen_layers
+from .adapters import find_adapter
 from .base_models import assemble
 from .checkpoints import (
     check_disk_space,
@@ -191,13 +192,17 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `quantization_config` is the language model's; what is trained and the vision tower stay as they are. A
         checkpoint that names its towers instead of holding them is put together from the base models, which are
         downloaded or found in the cache; `dtype`, `device_map` and `attn_implementation` are those of the towers then.
+        The folder or the repository of an adapter gives the model that it is for, with the adapter.
 
         Raises:
-            ValueError: If a named tower cannot be loaded, or has other weights than those trained with.
+            ValueError: If a named tower cannot be loaded, or has other weights than those trained with. If an adapter
+                is for another model.
         """
-        reference = find_reference(pretrained_model_name_or_path, kwargs)
-        if reference is not None:
-            return load_reference(cls, reference, kwargs)
+        if pretrained_model_name_or_path is not None:
+            pretrained_model_name_or_path, adapter = find_adapter(pretrained_model_name_or_path, kwargs)
+            reference = find_reference(pretrained_model_name_or_path, adapter, kwargs)
+            if reference is not None:
+                return load_reference(cls, reference, kwargs)
         kwargs = quantize_only_language_model(kwargs)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -543,8 +548,15 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If `towers` is `"reference"`, but a tower has no name, or is not what it was when it was
                 loaded. If `"include"` is to save a quantised language model.
+                If the model was loaded with an adapter.
             OSError: If the disk has no room for the weights. A checkpoint that stands there already is left as it is.
         """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "A model that was loaded with an adapter cannot be saved. Load the model that the adapter is for, and "
+                "`PeftModel.from_pretrained(model, adapter)`: its `save_pretrained` saves the adapter, and "
+                "`merge_and_unload().save_pretrained` a model that has become one with it."
+            )
         towers = choose_towers(self, towers, kwargs.get("state_dict"))
         leave_out_towers(self, towers == "reference")
         parts = [part for name, part in self.named_children() if towers == "include" or name not in TOWERS.values()]

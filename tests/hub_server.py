@@ -114,6 +114,7 @@ ROUTES = [  # method ("GET" answers HEAD too), path, and the method of HubServer
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
     ("POST", r"/api/repos/create", "create_repo"),
+    ("DELETE", r"/api/repos/delete", "delete_repo"),
     ("GET", REPO, "repo_info"),
     ("GET", rf"{REPO}/revision/{REV}", "repo_info"),
     ("GET", rf"{REPO}/tree/{REV}(?:/(?P<path>.+))?", "list_tree"),
@@ -123,7 +124,7 @@ ROUTES = [  # method ("GET" answers HEAD too), path, and the method of HubServer
     ("POST", rf"{REPO}/commit/{REV}", "commit"),
     ("GET", rf"/(?:(?P<kind>datasets|spaces)/)?(?P<repo_id>[^/]+(?:/[^/]+)?)/resolve/{REV}/(?P<path>.+)", "resolve"),
 ]
-NEEDS_TOKEN = {"whoami", "create_repo", "create_branch", "preupload", "commit"}
+NEEDS_TOKEN = {"whoami", "create_repo", "delete_repo", "create_branch", "preupload", "commit"}
 
 
 class HubServer:
@@ -198,6 +199,13 @@ class HubServer:
             return Reply(json.dumps(body).encode(), 409, {"X-Error-Message": body["error"]})
         self.repos[kind, repo_id] = Repo(repo_id)
         return {"url": url, "name": repo_id}
+
+    def delete_repo(self, request):
+        asked = json.loads(request.body)
+        name = (asked.get("type") or "model") + "s", f"{asked.get('organization') or USER}/{asked['name']}"
+        if self.repos.pop(name, None) is None:
+            raise HubError(404, "Repository not found", "RepoNotFound")
+        return {}
 
     def repo_info(self, request, repo, rev="main"):
         commit = repo.at(rev)

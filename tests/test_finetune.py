@@ -1,6 +1,8 @@
 """examples/finetune.py: LoRA beside the connector, on questions and conversations; adapters as users take them."""
 
+import importlib
 import json
+import shutil
 
 import finetune
 import pytest
@@ -115,6 +117,57 @@ print("said:", captioner("red.png", prompt="what is it?", do_sample=False, max_n
 """
     said = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
     assert run_clean(code, tmp_path).strip().splitlines()[-1].removeprefix("said:").strip() == said
+
+
+def test_an_adapter_finds_its_model_and_refuses_another(work, tmp_path, monkeypatch):
+    shutil.copytree(work / "reference", tmp_path / "outputs" / "base")
+    monkeypatch.chdir(tmp_path)
+    given = arguments(work, tmp_path / "outputs" / "adapter", test_split="", max_steps=1)
+    finetune.main([*given, "--model", "outputs/base"])
+    monkeypatch.chdir("/")  # the model was named relatively
+    load = EVLGenForConditionalGeneration.from_pretrained
+    expected = load(tmp_path / "outputs" / "adapter").state_dict()
+    torch.testing.assert_close(AutoModel.from_pretrained(tmp_path / "outputs" / "adapter").state_dict(), expected)
+
+    adapter = tmp_path / "elsewhere" / "outputs" / "adapter"  # both are moved
+    shutil.move(tmp_path / "outputs", tmp_path / "elsewhere" / "outputs")
+    with pytest.raises(ValueError, match=r"is for the model in .*/outputs/base, which is not there\. Write where"):
+        load(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "outputs/base"}))
+    torch.testing.assert_close(load(adapter).state_dict(), expected)
+
+    base = adapter.parent / "base" / "config.json"
+    config = json.loads(base.read_text())
+    base.write_text(json.dumps({**config, "connector_config": {**config["connector_config"], "merge_r": 2}}))
+    monkeypatch.chdir(adapter.parents[1])
+    for loading in (load, AutoModel.from_pretrained):
+        with pytest.raises(
+            ValueError, match=r"trained on another model than .*: `connector_config.merge_r` is 2, not 3"
+        ):
+            monkeypatch.chdir(adapter.parents[1])
+            loading("outputs/adapter")
+
+
+@pytest.mark.parametrize("script", ["finetune", "finetune_video", "train_scst"])
+def test_adapters_are_not_trained_on(script, work, tmp_path):
+    module = importlib.import_module(script)
+    add_lora(tiny_model(), LoraArguments()).save_pretrained(tmp_path / "adapter")
+    argument = "--image_model" if script == "finetune_video" else "--model"
+    columns = ["--video_column", "image"] if script == "finetune_video" else []
+    given = [argument, str(tmp_path / "adapter"), "--dataset", str(work / "vqa"), "--caption_column", "answer"]
+    with pytest.raises(ValueError, match=rf"`{argument[2:]}`='.*adapter' is an adapter\. Merge it .* --merge true"):
+        module.main([*given, *columns, "--output_dir", str(tmp_path / "out")])
+
+
+def test_a_model_with_an_adapter_is_saved_by_peft_alone(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "base")
+    add_lora(base, LoraArguments()).save_pretrained(tmp_path / "adapter")
+    loaded = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="loaded with an adapter cannot be saved"):
+        loaded.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_towers_stay_and_a_run_resumes(work, tmp_path):

@@ -3,19 +3,24 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import publish
 import pytest
-from huggingface_hub import ModelCard
+import torch
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
-from common.card import model_card, read_results
+from common.card import is_edited, model_card, read_results, sign
 from common.lora import LoraArguments, add_lora
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.adapters import save_base
+from modeling_evlgen.fingerprints import hash_weights
 
 from .helpers import ROOT, pictures, save_towers, tiny_model, tiny_processor
-from .hub_server import HubServer
+from .hub_server import HubError, HubServer
 
 RESULTS = {
     "task": {"type": "image-to-text", "name": "Image captioning"},
@@ -26,7 +31,8 @@ RESULTS = {
     ],
     "num_rows": 5000,
     "notes": ["in-domain: few images."],
-    "settings": {"num_beams": 5, "min_new_tokens": 8, "batch_size": 16},
+    "settings": {"num_beams": 5, "min_new_tokens": 8, "batch_size": 16, "dtype": "float32", "weights": ""},
+    "model": "outputs/mine",
 }
 
 
@@ -38,8 +44,17 @@ def save_model(folder, **kwargs):
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"state")
     (folder / "training_args.bin").write_bytes(b"pickle")
-    (folder / "results.json").write_text(json.dumps(RESULTS))
+    settings = {**RESULTS["settings"], "weights": hash_weights(model.state_dict())}
+    (folder / "results.json").write_text(json.dumps({**RESULTS, "settings": settings}))
     return model
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub for the script itself, in this process; `run` starts the script in one of its own."""
+    with HubServer() as server:
+        monkeypatch.setattr(publish, "HfApi", partial(HfApi, endpoint=server.url, token="hf_dummy"))
+        yield server
 
 
 def run(hub, folder, *arguments):
@@ -93,45 +108,104 @@ def test_a_folder_is_written_instead(tmp_path):
     given = ["--model", str(tmp_path / "model"), "--repo_id", "you/captioner", "--folder", str(tmp_path / "out")]
     publish.main([*given, "--check", "true", "--picture", str(tmp_path / "red.png")])
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "named by this repository and loaded from theirs" in card
-    assert "a model that is not on the Hub" in card and str(tmp_path) not in card
-    assert "Not evaluated." in card and "captions.png" not in card
-    publish.main([*given, "--towers", "include"])
-    assert "The frozen towers are in this repository" in (tmp_path / "out" / "README.md").read_text()
+    assert "The frozen towers are in this repository" in card  # since nobody else has those folders
+    assert "a model that is not on the Hub" in card and "Not evaluated." in card and "captions.png" not in card
+    written = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".json", ".md", ".jinja")]
+    assert len(written) > 5 and not [path.name for path in written if str(tmp_path) in path.read_text()]
+    with pytest.raises(ValueError, match=r"`towers` cannot be \"reference\": '.*vision' is not on the Hub"):
+        publish.main([*given, "--towers", "reference"])
+    with pytest.raises(ValueError, match="`folder` must be another than the model's"):
+        publish.main([*given, "--folder", str(tmp_path / "model")])
 
 
-def test_an_adapter_is_published_as_one(tmp_path):
+def test_an_edited_card_is_not_overwritten_unasked(hub, tmp_path):
+    save_model(tmp_path / "model")
+    given = ["--model", str(tmp_path / "model"), "--repo_id", "user/captioner"]
+    publish.main(given)
+    publish.main([*given, "--license", "mit"])
+    card = hub.files("user/captioner")["README.md"].decode()
+    assert "license: mit" in card and not is_edited(card)
+    edited = card.replace("## Limits", "## Limits\n\nNo night scenes.")
+    hub.repos["models", "user/captioner"].commit("main", "edited", "", {"README.md": edited.encode()})
+    with pytest.raises(ValueError, match=r"README.md of user/captioner was edited since .*: --card keep"):
+        publish.main(given)
+    publish.main([*given, "--card", "keep"])
+    assert hub.files("user/captioner")["README.md"].decode() == edited
+    publish.main([*given, "--card", "replace"])
+    assert "night" not in hub.files("user/captioner")["README.md"].decode()
+    assert is_edited("# Someone's") and not is_edited(sign("# Ours"))
+
+
+def test_a_failed_upload_leaves_nothing_new_and_nothing_old(hub, tmp_path, monkeypatch):
+    save_model(tmp_path / "model")
+    given = ["--model", str(tmp_path / "model"), "--repo_id", "user/captioner"]
+
+    def full(*args, **kwargs):
+        raise HubError(403, "Your storage is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hub, "commit", full)
+        with pytest.raises(HfHubHTTPError, match="Your storage is full"):
+            publish.main(given)
+        assert ("models", "user/captioner") not in hub.repos
+    publish.main(given)
+    stale = {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b"{}", "notes.md": b"mine"}
+    hub.repos["models", "user/captioner"].commit("main", "an earlier upload's", "", stale)
+    with monkeypatch.context() as patched:
+        patched.setattr(hub, "commit", full)
+        with pytest.raises(HfHubHTTPError, match="Your storage is full"):
+            publish.main([*given, "--license", "mit"])
+    assert hub.files("user/captioner").keys() >= stale.keys()  # as it was
+    publish.main([*given, "--license", "mit"])
+    assert hub.files("user/captioner").keys() & stale.keys() == {"notes.md"}
+
+
+def test_an_adapter_is_published_as_one_or_merged(tmp_path):
     save_model(tmp_path / "base")
     base = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "base")
     adapted = add_lora(base, LoraArguments())
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
     adapted.save_pretrained(tmp_path / "adapter")
+    save_base(base.config, tmp_path / "adapter")
     tiny_processor(base).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "bad_rows.jsonl").write_text("a name that is nobody's business")
     given = ["--model", str(tmp_path / "adapter"), "--repo_id", "user/adapter", "--folder", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=r"is an adapter for .*base, which is not on the Hub: publish that first"):
         publish.main(given)
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(path.read_text().replace(str(tmp_path / "base"), "user/base"))
+    publish.main([*given, "--merge", "true"])
+    adapted.merge_and_unload()
+    merged = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(merged.state_dict(), base.state_dict())
+
     with HubServer() as hub:
         assert run(hub, tmp_path, "--model", "base", "--repo_id", "user/base").returncode == 0
         done = run(
             hub,
             tmp_path,
-            *("--model", "adapter", "--repo_id", "user/adapter"),
+            *("--model", "adapter", "--repo_id", "user/adapter", "--base_model", "user/base"),
             *("--check", "true", "--picture", str(tmp_path / "base" / "captions.png")),
         )
         assert done.returncode == 0, done.stderr
         files = hub.files("user/adapter")
-    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    assert files.keys() >= {"adapter_model.safetensors", "base_model.json", "processor_config.json"}
+    assert not files.keys() & {"model.safetensors", "bad_rows.jsonl"}
     card = ModelCard(files["README.md"].decode())
     assert (card.data.base_model, card.data.library_name) == (["user/base"], "peft")
 
 
-def test_mistakes_are_named_before_anything_is_uploaded(tmp_path):
+def test_mistakes_are_named_before_anything_is_uploaded(hub, tmp_path):
     save_model(tmp_path / "model")
     (tmp_path / "bad.json").write_text('{"task": 1}')
     given = ["--model", str(tmp_path / "model"), "--repo_id", "you/captioner"]
     with pytest.raises(ValueError, match=r"`results`: .*bad.json is no results.json of an evaluation"):
         publish.main([*given, "--results", str(tmp_path / "bad.json")])
+    (tmp_path / "other.json").write_text(json.dumps(RESULTS))
+    with pytest.raises(ValueError, match=r"other.json is of outputs/mine, whose weights are not those of what is"):
+        publish.main([*given, "--results", str(tmp_path / "other.json")])
+    with pytest.raises(ValueError, match="`merge` is for adapters"):
+        publish.main([*given, "--merge", "true", "--folder", str(tmp_path / "out")])
     (tmp_path / "model" / "captions.png").unlink()
     with pytest.raises(ValueError, match="`check` needs a `picture`"):
         publish.main([*given, "--check", "true"])
@@ -151,6 +225,7 @@ def test_the_papers_card_names_its_base_models(tmp_path):
     card = model_card("you/video", config, 9e7, read_results([str(tmp_path / "results.json")]), "mit", [], False)
     assert card.data.base_model == ["Salesforce/blip2-opt-2.7b", "facebook/opt-2.7b"]
     assert card.data.pipeline_tag == "video-to-text"
+    assert "named by this repository and loaded from theirs" in card.text
     assert "257 tokens of a picture become 29" in card.text
     assert (
         "| 120.50 | num_beams 5, min_new_tokens 8 |\n\n- COCO Captions, Karpathy's splits: in-domain: few" in card.text

@@ -1,5 +1,6 @@
 """The model card of a published model: what it is made of, how to use it, how well it does, and what it cannot do."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def read_results(paths: list[str]) -> list[dict[str, Any]]:
     for path in paths:
         try:
             entry = json.loads(Path(path).read_text(encoding="utf-8"))
-            kept = {name: entry[name] for name in ("task", "dataset", "metrics", "num_rows", "settings")}
+            kept = {name: entry[name] for name in ("task", "dataset", "metrics", "num_rows", "settings", "model")}
+            kept["settings"]["weights"], kept["settings"]["dtype"]  # by which the model is known
             results.append(kept | {"notes": entry.get("notes", [])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"`results`: {path} is no results.json of an evaluation: {error!r}") from error
@@ -145,6 +147,20 @@ def model_card(
         limits=_limits(config),
         licence=_licence(license),
     )
+
+
+_SIGNATURE = "\n<!-- Written by EVLGen's examples/publish.py: sha256 {} -->\n"
+
+
+def sign(card: str) -> str:
+    """A card by which it can be seen later whether it was edited."""
+    return card + _SIGNATURE.format(hashlib.sha256(card.encode()).hexdigest())
+
+
+def is_edited(card: str) -> bool:
+    """Whether a card is not, to the letter, what [`sign`] gave."""
+    written, _, _ = card.partition(_SIGNATURE.partition("{")[0])
+    return card != sign(written)
 
 
 def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:

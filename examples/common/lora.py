@@ -1,5 +1,6 @@
 """LoRA (Hu et al., ICLR 2022) on the frozen towers, beside the connector, by PEFT; and quantised language models."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,6 +73,8 @@ def add_lora(model: EVLGenForConditionalGeneration, arguments: LoraArguments) ->
     Raises:
         ValueError: If it is not known where they go.
     """
+    if os.path.isdir(model.name_or_path):  # which the adapter will name
+        model.name_or_path = os.path.abspath(model.name_or_path)
     parts = [name for name in TRAINED if getattr(model, name) is not None]
     config = LoraConfig(
         r=arguments.lora_r,

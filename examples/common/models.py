@@ -9,7 +9,7 @@ from transformers import (
     CLIPImageProcessor,
     TimmWrapperImageProcessor,
 )
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from common.arguments import ModelArguments, ProcessorArguments
 from common.demo_towers import prepare_language_model, prepare_vision_tower
@@ -88,6 +88,20 @@ def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: A
     except OSError as error:
         hint = "; train it first, with examples/pretrain.py" if name_or_path == "outputs/demo" else ""
         raise ValueError(f"`{argument}`={name_or_path!r} cannot be loaded{hint}: {error}") from error
+
+
+def load_trainable(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
+    """Loads a trained model as [`load_captioner`] does, to train it on.
+
+    Raises:
+        ValueError: If there is no such model, or it is an adapter, which would neither be trained nor saved.
+    """
+    if find_adapter_config_file(name_or_path) is not None:
+        raise ValueError(
+            f"`{argument}`={name_or_path!r} is an adapter. Merge it into its model first: python examples/publish.py "
+            f"--model {name_or_path} --merge true --folder MERGED"
+        )
+    return load_captioner(argument, load, name_or_path, **kwargs)
 
 
 def load_image_processor(vision_model: str, **kwargs: Any) -> CLIPImageProcessor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
@@ -17,6 +18,7 @@ from common.data import CaptionCollator
 from common.files import write_whole
 from common.records import RECORD, add_bad_rows
 from common.streams import CaptionStream
+from modeling_evlgen.adapters import save_base
 
 STREAM_STATE = "stream.json"  # in a checkpoint: where each process's readers stood
 
@@ -101,6 +103,11 @@ class EVLGenTrainer(Trainer):
             self.places["states"][str(reader)] = state
             self.places["next_reader"] = (reader + 1) % max(1, self.args.dataloader_num_workers)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel) and self.args.should_save:
+            save_base(self.model.get_base_model().config, output_dir or self.args.output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:  # the last thing before trainer_state.json
         super()._save_rng_state(output_dir)

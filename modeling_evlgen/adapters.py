@@ -1,0 +1,113 @@
+"""Adapters, as PEFT saves them, and the models that they are for."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.integrations.peft import maybe_load_adapters
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
+
+from configuration_evlgen import EVLGenConfig
+
+from .fingerprints import TOWERS, is_on_hub
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
+BASE_MODEL = "base_model.json"  # beside an adapter: what the model must be like that it is put on
+
+
+def find_adapter(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str | os.PathLike, str | None]:
+    """Looks whether what `from_pretrained` was given is an adapter.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): What it was given.
+        kwargs: What else it was given. If there is an adapter, `adapter_kwargs` tell of it from now on, and `revision`
+            and `subfolder`, which were the adapter's, are gone.
+
+    Returns:
+        The model to be loaded and the adapter to be put on it, or None.
+
+    Raises:
+        ValueError: If there is an adapter, but its model is not where it says.
+    """
+    adapter_kwargs = dict(kwargs.get("adapter_kwargs") or {})
+    adapter = adapter_kwargs.get("_adapter_model_path")
+    if adapter is not None:  # AutoModel has looked already
+        return name_or_path, adapter
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    adapter, base, _ = maybe_load_adapters(name_or_path, hub, **adapter_kwargs)
+    if adapter is None:
+        return name_or_path, None
+    kwargs["adapter_kwargs"] = {**adapter_kwargs, "_adapter_model_path": adapter}
+    if base != name_or_path:
+        own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
+        kwargs["adapter_kwargs"] |= own
+        base = _locate(base, adapter)
+    return base, adapter
+
+
+def _locate(base: str, adapter: str | os.PathLike) -> str:
+    """Where the model of an adapter is: as named; a relative path may also start in a folder above the adapter."""
+    if os.path.isdir(base) or not os.path.isdir(adapter):
+        return base
+    folder = Path(adapter).resolve()
+    above = [parent / base for parent in (folder, *folder.parents)]
+    found = next((path for path in above if (path / CONFIG_NAME).is_file()), None)
+    if found is not None:
+        return str(found)
+    if not is_on_hub(base):
+        raise ValueError(
+            f"The adapter in {adapter} is for the model in {base}, which is not there. Write where it is as "
+            f"`base_model_name_or_path` into {Path(adapter, ADAPTER_CONFIG_NAME)}."
+        )
+    return base
+
+
+def save_base(config: EVLGenConfig, folder: str | os.PathLike) -> None:
+    """Writes down beside an adapter what the model is like that it was trained on.
+
+    Args:
+        config ([`EVLGenConfig`]): The model's.
+        folder (`str` or `os.PathLike`): The adapter's.
+    """
+    Path(folder, BASE_MODEL).write_text(json.dumps(_describe(config), indent=2) + "\n", encoding="utf-8")
+
+
+def check_base(config: EVLGenConfig, adapter: str | os.PathLike, adapter_kwargs: dict[str, Any]) -> None:
+    """
+    Args:
+        config ([`EVLGenConfig`]): Of the model that an adapter is to be put on.
+        adapter (`str` or `os.PathLike`): The adapter: a folder or a repository's name.
+        adapter_kwargs: How to find it on the Hub.
+
+    Raises:
+        ValueError: If the model is not like the one that the adapter was trained on. The connector's weights may be
+            others: the adapter has its own.
+    """
+    hub = {name: adapter_kwargs[name] for name in HUB_ARGUMENTS if name in adapter_kwargs}
+    path = cached_file(adapter, BASE_MODEL, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:  # saved by other scripts
+        return
+    wanted, found = json.loads(Path(path).read_text(encoding="utf-8")), _describe(config)
+    changed = [
+        f"`{name}` is {found[name]!r}, not {value!r}"
+        for name, value in wanted.items()
+        if name in found and None not in (value, found[name]) and found[name] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"The adapter {str(adapter)!r} was trained on another model than {config.name_or_path!r}: "
+            f"{'; '.join(changed)}. Write where the right one is as `base_model_name_or_path` into the adapter's "
+            f"{ADAPTER_CONFIG_NAME}."
+        )
+
+
+def _describe(config: EVLGenConfig) -> dict[str, Any]:
+    connector = config.connector_config
+    fields = type(connector).__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    description = {f"{argument}_fingerprint": getattr(config, f"{argument}_fingerprint") for argument in TOWERS}
+    description["temporal_contextualizer"] = config.temporal_contextualizer
+    description["connector"] = connector.model_type
+    description |= {f"connector_config.{name}": getattr(connector, name) for name in sorted(fields)}
+    return json.loads(json.dumps(description))
