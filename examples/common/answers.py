@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import BatchFeature
 
 from common.arguments import AnswerArguments, DataArguments, EvaluationArguments, GenerationArguments
-from common.data import CaptionCollator
+from common.data import CaptionCollator, open_media
 from common.evaluation import generate_batches
 from common.files import replacing, write_whole
 from common.models import load_captioner
@@ -36,8 +36,6 @@ from common.processes import use_all_cores
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
-from processing_evlgen.images import load_rgb_image
-from processing_evlgen.videos import load_rgb_frames
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -47,9 +45,7 @@ class PromptCollator(CaptionCollator):
 
     def read(self, row: dict[str, Any]) -> Image.Image | list[Image.Image]:
         try:
-            if self.arguments.video_column:
-                return load_rgb_frames(row[self.arguments.video_column], self.arguments.num_frames)
-            return load_rgb_image(row[self.arguments.image_column])
+            return open_media(row, self.arguments)
         except ValueError as error:
             raise ValueError(f"row {row['id']}: {error}") from error
 

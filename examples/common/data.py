@@ -205,10 +205,7 @@ def read_row(
             raise ValueError(f"`{column}` must hold {wanted}, but is {captions!r}.")
         if arguments.prompt_column and not isinstance(row[arguments.prompt_column], str):
             raise ValueError(f"`{arguments.prompt_column}` must hold a text, but is {row[arguments.prompt_column]!r}.")
-        if arguments.video_column:
-            return load_rgb_frames(row[arguments.video_column], arguments.num_frames, frame_sampling)
-        pictures = row[arguments.image_column]
-        return [load_rgb_image(p) for p in pictures] if isinstance(pictures, list) else load_rgb_image(pictures)
+        return open_media(row, arguments, frame_sampling)
     except ValueError as error:
         name = f"the row with the caption {caption_of(row, arguments)!r}"
         if row.get("__key__"):
@@ -219,6 +216,20 @@ def read_row(
         if bad_rows is not None:
             bad_rows.append({"row": name, "error": str(error)})
         return None
+
+
+def open_media(
+    row: dict[str, Any], arguments: DataArguments, frame_sampling: str = "uniform"
+) -> PILImage.Image | list[PILImage.Image]:
+    """Opens the picture, the pictures or the clip's frames of a row, in RGB; see [`read_row`].
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    if arguments.video_column:
+        return load_rgb_frames(row[arguments.video_column], arguments.num_frames, frame_sampling)
+    pictures = row[arguments.image_column]
+    return [load_rgb_image(p) for p in pictures] if isinstance(pictures, list) else load_rgb_image(pictures)
 
 
 def caption_of(row: dict[str, Any], arguments: DataArguments) -> str:

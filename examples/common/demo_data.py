@@ -58,13 +58,11 @@ SHAPES = ("circle", "rectangle", "triangle")
 RECIPE = 2
 
 
-def load_demo_dataset(name: str, max_train: int | None = None, max_test: int | None = None) -> DatasetDict:
+def load_demo_dataset(name: str) -> DatasetDict:
     """Loads a demo data set, and prepares it below `demo_cache_dir()` the first time.
 
     Args:
         name: One of `DEMO_DATASETS`.
-        max_train: Number of training examples to keep, from the start; None keeps all.
-        max_test: The same for the test split.
 
     Returns:
         Splits "train" and "test" with columns `image` (RGB) and `caption` (str); easy-vqa-questions with `image` (a
@@ -82,11 +80,7 @@ def load_demo_dataset(name: str, max_train: int | None = None, max_test: int | N
         # Questions stand by picture; the first few of them shall be about many.
         return DatasetDict({split: Dataset.from_list(columns[split]).shuffle(seed=0) for split in rows})
     write = _write_openmoji_scenes if name == "openmoji-scenes" else _write_easy_vqa
-    splits = load_from_disk(prepare_once(f"data/{name}-v{RECIPE}", write))
-    for split, limit in (("train", max_train), ("test", max_test)):
-        if limit is not None:
-            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
-    return splits
+    return load_from_disk(prepare_once(f"data/{name}-v{RECIPE}", write))
 
 
 def with_article(noun: str) -> str:
