@@ -33,12 +33,16 @@ def write_tars(folder, sizes, first=0, broken=()):
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
             for _ in range(size):
                 image = b"no picture" if number in broken else png(COLORS[number % len(COLORS)])
-                for suffix, content in (("png", image), ("txt", f"picture {number}".encode())):
-                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+                write_sample(tar, number, png=image, txt=f"picture {number}".encode())
                 number += 1
     return folder
+
+
+def write_sample(tar, number, **members):
+    for suffix, content in members.items():
+        member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
 
 
 def webdataset(folder, **changes):

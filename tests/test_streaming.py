@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from itertools import chain, islice, takewhile
@@ -26,7 +27,7 @@ from common.streams import EPOCH, SourceReader
 
 from .helpers import ROOT, pictures, save_towers, tiny_model, tiny_processor
 from .hub_server import HubServer, Repo
-from .shards import ALL, SIZES, captions, options, stream_of, webdataset, write_tars
+from .shards import ALL, SIZES, captions, options, png, stream_of, webdataset, write_sample, write_tars
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +114,25 @@ def test_a_shard_that_was_cut_off_is_reported(tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"webdataset .*/tars/\*\.tar.*: a file, not only a row, cannot be read"):
         list(islice(iter(stream_of(webdataset(folder))), 40))
+
+
+def test_a_member_that_cannot_be_decoded_makes_a_bad_row(tmp_path):
+    """A caption that is no UTF-8 is one; JSON that no column is made of makes none. Neither ends the stream."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(12):
+            text = b"\xff\xfe" if number == 8 else f"picture {number}".encode()
+            write_sample(tar, number, png=png("red"), txt=text, json=b'{"a' if number == 9 else b'{"a": 1}')
+    rows = list(islice(iter(stream_of(webdataset(tmp_path))), 12))
+    assert {row["__key__"]: row["txt"] for row in rows} == {
+        f"{number:04d}": None if number == 8 else f"picture {number}" for number in range(12)
+    }
+    arguments = webdataset(tmp_path, skip_bad_rows=True)
+    collator = CaptionCollator(tiny_processor(tiny_model()), arguments, training=True)
+    assert len(collator(rows)["pixel_values"]) == 11
+    (bad,) = collator.bad_rows
+    assert "0008 in " in bad["row"] and bad["error"] == "`txt` must hold a caption, but is None."
+    with pytest.raises(ValueError, match="None of the 1 rows of a batch can be used; in a larger batch some can"):
+        collator([row for row in rows if row["txt"] is None])
 
 
 class Captions:

@@ -2,7 +2,7 @@
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from datasets import (
     interleave_datasets,
     load_dataset,
 )
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image as PILImage
 from torchvision.transforms import InterpolationMode, v2
 from transformers import BatchFeature, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -34,6 +35,21 @@ from processing_evlgen.videos import load_rgb_frames
 logger = logging.get_logger(__name__)
 
 WEBDATASET_NAMES = ("__key__", "__url__")  # columns that tell where a row is from
+
+
+def _or_none(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def decode_or_give_none(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except Exception:  # whatever text, JSON, NumPy and others raise
+            return None
+
+    return decode_or_give_none
+
+
+# `datasets` decodes all members of a WebDataset sample, also those that no column is made of, and a single one that
+# cannot be decoded would end the stream. As None it is a bad row, if it is needed at all.
+WebDataset.DECODERS.update({suffix: _or_none(decode) for suffix, decode in WebDataset.DECODERS.items()})
 
 
 def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | CaptionStream, Dataset | None]:
@@ -300,7 +316,7 @@ class CaptionCollator:
         read = [(row, self.read(row)) for row in rows]
         read = [(row, picture) for row, picture in read if picture is not None]
         if not read:
-            raise ValueError(f"None of the {len(rows)} rows of a batch can be used.")
+            raise ValueError(f"None of the {len(rows)} rows of a batch can be used; in a larger batch some can.")
         rows, pictures = zip(*read, strict=True)
         if self.arguments.video_column:
             return list(rows), {"videos": list(pictures), "num_frames": self.arguments.num_frames}
