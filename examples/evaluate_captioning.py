@@ -17,8 +17,10 @@ A published benchmark, read from its own files, with several processes if you li
 | `msr-vtt` | `test_videodatainfo.json` | `video7010.mp4` and so on |
 | `msvd` | `AllVideoDescriptions.txt` or `MSR Video Description Corpus.csv`, and `--split_file` | the clips |
 
-Your own: `--dataset` and its columns, as in the training scripts. A run that was cut off goes on when it is started
-again.
+A split in COCO's format is called by what `--test_split` says. Your own: `--dataset` and its columns, as in the
+training scripts; captions may then be of one token. METEOR and SPICE, as in `--metrics cider bleu rouge_l spice`, need
+Java, and SPICE a download of 0.4 GB, `python -m pycocoevalcap.spice.get_stanford_models`; both are tried on a caption
+before the model is loaded. A run that was cut off goes on when it is started again.
 """
 
 from dataclasses import dataclass, field

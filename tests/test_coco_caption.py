@@ -190,10 +190,15 @@ def test_reward_of_self_critical_training_is_the_metric(metric, tmp_path, monkey
     rows = zip(COCO["predictions"], COCO["references"], strict=True)
     rows = [(said, truths) for said, truths in rows if not any(re.search(r"\b\w\.$", one) for one in [said, *truths])]
     said, truths = (list(column) for column in zip(*rows, strict=True))
-    scores = load_reward(Dataset.from_dict({"caption": truths}), DataArguments()).score(said, truths)
+    training = Dataset.from_dict({"caption": truths})
+    scores = load_reward(training, DataArguments()).score(said, truths)
     assert len(said) > 130
     expected = metric.compute(predictions=said, references=truths, metrics=["cider"])
     assert 100 * sum(scores) / len(scores) == pytest.approx(expected["cider"])
+    (counts,) = (tmp_path / "evlgen_cider").iterdir()
+    for content in (counts.read_text(), "{"):  # from disk, and from a damaged file
+        counts.write_text(content)
+        assert load_reward(training, DataArguments()).score(said[:5], truths[:5]) == scores[:5]
 
 
 # --- What is asked for, and what cannot be ---

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -24,9 +25,9 @@ def a_fresh_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
 
 
-def cached(rows=10):
+def cached(rows=10, model=None):
     """Features of a few pictures, which the tower sees four at a time."""
-    model = tiny_model()
+    model = model or tiny_model()
     if isinstance(rows, int):
         rows = Dataset.from_dict({"image": pictures(rows), "caption": ["a"] * rows})
     return cache_vision_features(model, tiny_processor(model), rows, DataArguments(), batch_size=4)
@@ -61,6 +62,13 @@ def test_caching_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     assert tower.pictures == 2 and np.array_equal(whole, resumed)
     cached()
     assert tower.pictures == 2
+
+
+def test_two_runs_that_want_the_same_features_compute_them_once(monkeypatch):
+    tower = Tower(monkeypatch)
+    with ThreadPoolExecutor(2) as runs:
+        one, other = runs.map(lambda model: values(cached(model=model)), [tiny_model(), tiny_model()])
+    assert tower.pictures == 10 and np.array_equal(one, other)
 
 
 @pytest.mark.parametrize(

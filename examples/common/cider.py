@@ -76,11 +76,13 @@ def load_reward(dataset: Dataset, arguments: DataArguments) -> CiderDReward:
         )
     name = f"{dataset._fingerprint}-{arguments.caption_column}-ptb.json"
     path = Path(constants.HF_HOME) / "evlgen_cider" / name
-    if not path.exists():
+    try:
+        counts = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not counted yet, or the file is damaged
         counted = count_ngrams(dataset.select_columns([arguments.caption_column]), arguments)
+        counts = {" ".join(ngram): count for ngram, count in counted.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({" ".join(ngram): count for ngram, count in counted.items()}))
-    counts = json.loads(path.read_text())
+        write_whole(path, json.dumps(counts))
     return CiderDReward(Counter({tuple(ngram.split()): count for ngram, count in counts.items()}), len(dataset))
 
 
