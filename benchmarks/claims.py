@@ -98,6 +98,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "back-loaded": {"fields": {"merge_r": [24, 49, 98]}},
     "size-weighting": {"fields": {"size_weighting": True}},
     "small-positions": {"fields": {"position_initializer_range": 0.02}},
+    "large-positions": {"fields": {"position_initializer_range": 0.3}},
     "prompt-x5": {"prompt_scale": 5.0},
     "prompt-x0.2": {"prompt_scale": 0.2},
 }
