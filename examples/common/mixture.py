@@ -33,7 +33,10 @@ def read_mixture(arguments: DataArguments) -> list[tuple[float, DataArguments]]:
     if isinstance(entries, str):
         if not Path(entries).is_file():
             raise ValueError(f"`mixture` is {entries!r}, which is no YAML file (nor a list, as JSON).")
-        entries = yaml.safe_load(Path(entries).read_text(encoding="utf-8"))
+        try:
+            entries = yaml.safe_load(Path(entries).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"`mixture`: {entries} is no YAML: {error}") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"`mixture` must be a list of data sets, each with a weight, but is {entries!r}.")
     return [_read_entry(entry, arguments) for entry in entries]
