@@ -1,8 +1,6 @@
 """examples/publish.py: one commit with weights, code, processor and a card, which then works for anybody."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 
 import publish
@@ -19,7 +17,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.adapters import save_base
 from modeling_evlgen.fingerprints import hash_weights
 
-from .helpers import ROOT, pictures, save_towers, tiny_model, tiny_processor
+from .helpers import pictures, save_towers, tiny_model, tiny_processor
 from .hub_server import HubError, HubServer
 
 RESULTS = {
@@ -50,36 +48,27 @@ def save_model(folder, **kwargs):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A Hub for the script itself, in this process; `run` starts the script in one of its own."""
+def hub(monkeypatch, tmp_path):
+    """A Hub for the script, and for the processes in which it tries out what it has published."""
     with HubServer() as server:
         monkeypatch.setattr(publish, "HfApi", partial(HfApi, endpoint=server.url, token="hf_dummy"))
+        for name, value in server.client_env(tmp_path / "hf_home").items():
+            monkeypatch.setenv(name, value)
         yield server
 
 
-def run(hub, folder, *arguments):
-    command = [sys.executable, str(ROOT / "examples" / "publish.py"), *arguments]
-    env = {**hub.client_env(folder / "hf_home"), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-def test_a_model_is_published_in_one_commit_and_works(tmp_path):
-    save_model(tmp_path / "model")
-    with HubServer() as hub:
-        done = run(
-            hub,
-            tmp_path,
-            *("--model", "model", "--repo_id", "user/captioner", "--results", "model/results.json"),
-            *("--license", "bsd-3-clause", "--datasets", "someone/pictures", "--check", "true"),
-        )
-        assert done.returncode == 0, done.stderr
-        (commit,) = hub.commits("user/captioner")
-        files = hub.files("user/captioner")
+def test_a_model_is_published_in_one_commit_and_works(hub, tmp_path, capsys):
+    folder = tmp_path / "model"
+    save_model(folder)
+    given = ["--model", str(folder), "--repo_id", "user/captioner", "--results", str(folder / "results.json")]
+    publish.main([*given, "--license", "bsd-3-clause", "--datasets", "someone/pictures", "--check", "true"])
+    (commit,) = hub.commits("user/captioner")
+    files = hub.files("user/captioner")
     assert commit["title"] == "Model, processor, code and card"
     expected = {"README.md", "captions.png", "config.json", "model.safetensors", "modeling_evlgen.py"}
     assert files.keys() >= expected | {"processing_evlgen.py", "processor_config.json", "tokenizer.json"}
     assert not [name for name in files if name.endswith((".bin", ".pt")) or name.startswith("checkpoint-")]
-    assert "user/captioner says: " in done.stdout
+    assert "user/captioner says: " in capsys.readouterr().out
 
     card = ModelCard(files["README.md"].decode())
     assert (card.data.license, card.data.pipeline_tag, card.data.datasets) == (
@@ -160,7 +149,7 @@ def test_a_failed_upload_leaves_nothing_new_and_nothing_old(hub, tmp_path, monke
     assert hub.files("user/captioner").keys() & stale.keys() == {"notes.md"}
 
 
-def test_an_adapter_is_published_as_one_or_merged(tmp_path):
+def test_an_adapter_is_published_as_one_or_merged(hub, tmp_path, capsys):
     save_model(tmp_path / "base")
     base = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "base")
     adapted = add_lora(base, LoraArguments())
@@ -179,16 +168,11 @@ def test_an_adapter_is_published_as_one_or_merged(tmp_path):
     merged = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(merged.state_dict(), base.state_dict())
 
-    with HubServer() as hub:
-        assert run(hub, tmp_path, "--model", "base", "--repo_id", "user/base").returncode == 0
-        done = run(
-            hub,
-            tmp_path,
-            *("--model", "adapter", "--repo_id", "user/adapter", "--base_model", "user/base"),
-            *("--check", "true", "--picture", str(tmp_path / "base" / "captions.png")),
-        )
-        assert done.returncode == 0, done.stderr
-        files = hub.files("user/adapter")
+    publish.main(["--model", str(tmp_path / "base"), "--repo_id", "user/base"])
+    given = ["--model", str(tmp_path / "adapter"), "--repo_id", "user/adapter", "--base_model", "user/base"]
+    publish.main([*given, "--check", "true", "--picture", str(tmp_path / "base" / "captions.png")])
+    assert "user/adapter says: " in capsys.readouterr().out
+    files = hub.files("user/adapter")
     assert files.keys() >= {"adapter_model.safetensors", "base_model.json", "processor_config.json"}
     assert not files.keys() & {"model.safetensors", "bad_rows.jsonl"}
     card = ModelCard(files["README.md"].decode())
