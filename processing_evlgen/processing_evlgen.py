@@ -201,7 +201,7 @@ class EVLGenProcessor(ProcessorMixin):
                 text, suffix, row_lengths, num_images, len(clips), text_arguments.get("add_special_tokens", True)
             )
         else:
-            sequences, labels = self._encode_conversations(messages, num_images, len(clips))
+            sequences, labels = self._encode_conversations(messages, row_lengths, num_images, len(clips))
         data = self._pad(sequences, labels, text_arguments)
         if images:
             images_arguments = {**arguments["images_kwargs"], "return_tensors": "pt"}
@@ -243,7 +243,11 @@ class EVLGenProcessor(ProcessorMixin):
         return sequences, labels
 
     def _encode_conversations(
-        self, messages: list[list[dict[str, Any]]], num_images: int, num_videos: int
+        self,
+        messages: list[list[dict[str, Any]]],
+        row_lengths: list[int] | None,
+        num_images: int,
+        num_videos: int,
     ) -> tuple[list[list[int]], list[list[int]]]:
         encoded = [encode_conversation(self, conversation) for conversation in messages]
         for name, token_id, wanted in (
@@ -253,6 +257,10 @@ class EVLGenProcessor(ProcessorMixin):
             found = sum(ids.count(token_id) for ids, _ in encoded) // self.num_image_tokens
             if found != wanted:
                 raise ValueError(f"`messages` holds {found} {name}, but `{name}` holds {wanted}.")
+        for index, wanted in enumerate(row_lengths if row_lengths and len(row_lengths) == len(messages) else []):
+            found = encoded[index][0].count(self.image_token_id) // self.num_image_tokens
+            if found != wanted:
+                raise ValueError(f"`messages` entry {index} holds {found} images, but its `images` entry {wanted}.")
         return [ids for ids, _ in encoded], [labels for _, labels in encoded]
 
     def _check_rows(self, prompts: list[str], images_per_text: list[int]) -> None:

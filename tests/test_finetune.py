@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 
 import finetune
@@ -13,13 +14,22 @@ from PIL import Image
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from common.arguments import DataArguments
-from common.data import true_captions
+from common.data import CaptionCollator, true_captions
 from common.evaluation import WrongPictures, majority_accuracy
 from common.lora import LoraArguments, add_lora, target_modules
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import COLORS, TEXT_CONFIGS, run_clean, save_towers, tiny_image_processor, tiny_model, tiny_tokenizer
+from .helpers import (
+    COLORS,
+    TEXT_CONFIGS,
+    pictures,
+    run_clean,
+    save_towers,
+    tiny_image_processor,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "merge_r": 3}
 
@@ -185,6 +195,48 @@ def test_conversations_are_trained_and_answered(work, tmp_path):
     assert metrics.keys() >= {"test_loss", "test_exact_captions"}
     loaded = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "chat")  # on a base that names its towers
     assert any("lora_A" in name for name, _ in loaded.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (["what?", "red"], r"has places for 0 images, but there are 1"),
+        (["<image><image>which?", "red"], r"has places for 2 images, but there are 1"),
+        (["<image>what?"], r"must end with a turn of the assistant"),
+        (["<image>" + "what? " * 100, "red"], r"has \d+ tokens, but at most 128 are allowed"),
+    ],
+)
+def test_a_bad_conversation_is_named_or_skipped(turns, message):
+    processor = EVLGenProcessor(tiny_image_processor(), tiny_tokenizer(chat=True), 3, end_of_text="<|im_end|>")
+    roles = ("user", "assistant")
+    bad, good = (
+        {"image": picture, "messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]}
+        for picture, said in zip(pictures(2), (turns, ["<image>what?", "blue"]), strict=True)
+    )
+    data = DataArguments(messages_column="messages")
+    with pytest.raises(ValueError, match=rf"the row with the caption .*{re.escape(turns[0][:20])}.*{message}"):
+        CaptionCollator(processor, data, training=True)([good, bad])
+    collator = CaptionCollator(processor, DataArguments(messages_column="messages", skip_bad_rows=True), training=True)
+    batch = collator([good, bad])
+    assert batch["input_ids"].shape[0] == len(batch["pixel_values"]) == len(collator.bad_rows) == 1
+    assert "blue" in processor.tokenizer.decode(batch["labels"][batch["labels"] != -100])
+
+
+def test_a_conversation_may_show_several_pictures():
+    processor = EVLGenProcessor(tiny_image_processor(), tiny_tokenizer(chat=True), 3, end_of_text="<|im_end|>")
+    first, second = pictures(2)
+    turns = ["<image>what?", "red", "<image>and now?", "blue"]
+    turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(turns)]
+    single = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "green"}]
+    rows = [{"image": [first, second], "messages": turns}, {"image": [second], "messages": single}]
+    data = DataArguments(messages_column="messages")
+    batch = CaptionCollator(processor, data, training=True)(rows)
+    expected = processor.image_processor([first, second, second], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], expected)
+    named = [{**rows[0], "image": ["a", "b"]}, {**rows[1], "image": ["c"]}, {**rows[1], "image": ["d"]}]
+    named[2]["messages"] = [single[0], {"role": "assistant", "content": "black"}]
+    wrong = WrongPictures(Dataset.from_list(named), data)
+    assert [row["image"] for row in wrong] == [["a", "b"], ["d"], ["c"]]  # as many as there are places for
 
 
 def test_without_lora_the_connectors_side_is_trained_and_saved_as_a_model(work, tmp_path):

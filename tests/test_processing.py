@@ -98,12 +98,36 @@ def test_a_conversation_is_trained_on_what_the_assistant_says():
             "a `role` of system, user, assistant and a `content`, but entry 0 is",
         ),
         (conversation("what?", "a", "and?", "b"), "holds 0 images, but `images` holds 1"),
+        (conversation([{"type": "image_url", "image_url": "a.png"}], "a"), r"entry 0 must hold parts .* 'image_url'"),
+        (conversation([{"type": "text"}], "a"), "entry 0 must hold parts such as"),
+        (conversation(None, "a"), "entry 0 must have a text or a list as `content`, but has None"),
+        (conversation("<image>what?", "an <image>"), "must not have the assistant say the placeholder <image>"),
+        ({"role": ["user"], "content": ["what?"]}, "`messages` must be a list of turns"),
     ],
 )
 def test_a_bad_conversation_is_named(messages, message):
     processor = make_processor(chat=True, end_of_text="<|im_end|>")
     with pytest.raises(ValueError, match=message):
         processor(images=pictures(1), messages=[messages])
+
+
+def test_what_the_system_says_is_read_and_not_learned():
+    processor = make_processor(chat=True, end_of_text="<|im_end|>")
+    told = [{"role": "system", "content": "be brief"}, *conversation("what is it?<image>", "a cat")]
+    batch = processor(images=pictures(1), messages=[told])
+    assert labelled(batch, processor) == ["a cat<|im_end|>"]
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nwhat is it?<image><image>")
+
+
+def test_pictures_of_one_conversation_are_not_taken_for_anothers():
+    processor = make_processor(chat=True, end_of_text="<|im_end|>")
+    two, none = conversation("<image><image>which?", "a"), conversation("what?", "b")
+    first, second = pictures(2)
+    batch = processor(images=[[first, second], []], messages=[two, none])
+    assert len(batch["pixel_values"]) == 2
+    with pytest.raises(ValueError, match="`messages` entry 0 holds 2 images, but its `images` entry 1"):
+        processor(images=[[first], [second]], messages=[two, none])
 
 
 def test_a_template_that_cannot_train_conversations_is_refused():

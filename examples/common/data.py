@@ -29,6 +29,7 @@ from common.demo_data import DEMO_DATASETS, load_demo_dataset
 from common.mixture import read_mixture, renamed_columns
 from common.streams import EPOCH, CaptionStream, Source
 from processing_evlgen import EVLGenProcessor
+from processing_evlgen.conversations import check_conversation
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import load_rgb_frames
 
@@ -213,24 +214,11 @@ def read_row(
     Raises:
         ValueError: If the picture cannot be read or there is no caption, and bad rows are not to be skipped.
     """
-    column = arguments.messages_column or arguments.caption_column
-    captions = row[column]
     try:
-        if not captions or not all(isinstance(c, str) and c.strip() for c in true_captions(row, arguments)):
-            wanted = "a conversation that ends with the assistant" if arguments.messages_column else "a caption"
-            raise ValueError(f"`{column}` must hold {wanted}, but is {captions!r}.")
-        if arguments.prompt_column and not isinstance(row[arguments.prompt_column], str):
-            raise ValueError(f"`{arguments.prompt_column}` must hold a text, but is {row[arguments.prompt_column]!r}.")
+        _check_text(row, arguments)
         return open_media(row, arguments, frame_sampling)
     except ValueError as error:
-        name = f"the row with the caption {caption_of(row, arguments)!r}"
-        if row.get("__key__"):
-            name += f" ({row['__key__']} in {row['__url__']})"
-        if not arguments.skip_bad_rows:
-            raise ValueError(f"{name}: {error} (`--skip_bad_rows true` goes on without it.)") from error
-        logger.warning(f"Skipped {name}: {error}")
-        if bad_rows is not None:
-            bad_rows.append({"row": name, "error": str(error)})
+        refuse_row(row, arguments, error, bad_rows)
         return None
 
 
@@ -246,6 +234,44 @@ def open_media(
         return load_rgb_frames(row[arguments.video_column], arguments.num_frames, frame_sampling)
     pictures = row[arguments.image_column]
     return [load_rgb_image(p) for p in pictures] if isinstance(pictures, list) else load_rgb_image(pictures)
+
+
+def _check_text(row: dict[str, Any], arguments: DataArguments) -> None:
+    """Sees that there is something to say about the picture or clip, and in a conversation a place for it."""
+    if arguments.messages_column:
+        num_images, num_videos = (0, 1) if arguments.video_column else (count_pictures(row[arguments.image_column]), 0)
+        if num_images == num_videos == 0:
+            raise ValueError(f"`{arguments.image_column}` holds no picture.")
+        check_conversation(row[arguments.messages_column], num_images, num_videos)
+        return
+    captions = row[arguments.caption_column]
+    if not captions or not all(isinstance(c, str) and c.strip() for c in true_captions(row, arguments)):
+        raise ValueError(f"`{arguments.caption_column}` must hold a caption, but is {captions!r}.")
+    if arguments.prompt_column and not isinstance(row[arguments.prompt_column], str):
+        raise ValueError(f"`{arguments.prompt_column}` must hold a text, but is {row[arguments.prompt_column]!r}.")
+
+
+def count_pictures(pictures: Any) -> int:
+    """How many pictures a row's cell holds: one, or a list."""
+    return len(pictures) if isinstance(pictures, list) else 1
+
+
+def refuse_row(
+    row: dict[str, Any], arguments: DataArguments, error: ValueError, bad_rows: list[dict[str, Any]] | None
+) -> None:
+    """Logs a bad row that is to be skipped, and puts it down in `bad_rows`.
+
+    Raises:
+        ValueError: If bad rows are not to be skipped; the message names the row.
+    """
+    name = f"the row with the caption {caption_of(row, arguments)!r}"
+    if row.get("__key__"):
+        name += f" ({row['__key__']} in {row['__url__']})"
+    if not arguments.skip_bad_rows:
+        raise ValueError(f"{name}: {error} (`--skip_bad_rows true` goes on without it.)") from error
+    logger.warning(f"Skipped {name}: {error}")
+    if bad_rows is not None:
+        bad_rows.append({"row": name, "error": str(error)})
 
 
 def caption_of(row: dict[str, Any], arguments: DataArguments) -> str:
@@ -290,9 +316,29 @@ class CaptionCollator:
             ValueError: If a row is bad, unless bad rows are to be skipped; then, if none is left.
         """
         rows, pictures = self._pictures(rows)
+        try:
+            return self._inputs(rows, pictures)
+        except ValueError:  # a text that is too long, say; the message tells its place in the batch alone
+            good = [index for index, row in enumerate(rows) if self._fits(row, _select(pictures, [index]))]
+            if len(good) in (0, len(rows)):
+                raise
+        return self._inputs([rows[index] for index in good], _select(pictures, good))
+
+    def _inputs(self, rows: list[dict[str, Any]], pictures: dict[str, Any]) -> BatchFeature:
         if self.arguments.messages_column:
             return self.processor(**pictures, messages=[row[self.arguments.messages_column] for row in rows])
         return self.processor(**pictures, text=self._text(rows), suffix=[self._caption(row) for row in rows])
+
+    def _fits(self, row: dict[str, Any], picture: dict[str, Any]) -> bool:
+        """Whether inputs can be made of a row; if not, it is a bad one."""
+        try:
+            self._inputs([row], picture)
+        except ValueError as error:
+            bad_rows: list[dict[str, Any]] = []
+            refuse_row(row, self.arguments, error, bad_rows)
+            self.bad_rows += [{"epoch": self._epoch(row), **bad} for bad in bad_rows]
+            return False
+        return True
 
     def prompts(self, rows: list[dict[str, Any]]) -> BatchFeature:
         """Inputs for generation: the same without the captions."""
@@ -320,6 +366,8 @@ class CaptionCollator:
         rows, pictures = zip(*read, strict=True)
         if self.arguments.video_column:
             return list(rows), {"videos": list(pictures), "num_frames": self.arguments.num_frames}
+        if self.arguments.messages_column:  # each with its own
+            pictures = [picture if isinstance(picture, list) else [picture] for picture in pictures]
         return list(rows), {"images": list(pictures)}
 
     def read(self, row: dict[str, Any]) -> PILImage.Image | list[PILImage.Image] | None:
@@ -354,6 +402,15 @@ class CaptionCollator:
                 yield
             finally:
                 random.setstate(state)
+
+
+def _select(pictures: dict[str, Any], indices: list[int]) -> dict[str, Any]:
+    """The pictures, clips or vision features of some rows."""
+    return {
+        name: value[indices] if torch.is_tensor(value) else [value[index] for index in indices]
+        for name, value in pictures.items()
+        if name != "num_frames"
+    } | {name: value for name, value in pictures.items() if name == "num_frames"}
 
 
 class SetEpoch(TrainerCallback):

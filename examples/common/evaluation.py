@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.arguments import DataArguments, GenerationArguments
-from common.data import CaptionCollator, true_captions
+from common.data import CaptionCollator, count_pictures, true_captions
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -39,17 +39,18 @@ def caption_loss(
 
 
 class WrongPictures(Dataset):
-    """Every row with the picture of another row that has another caption, of which there must be one."""
+    """Every row with what another row shows, which has another caption and as many pictures; its own if none has."""
 
     def __init__(self, dataset: Dataset, data: DataArguments):
         self.dataset = dataset
         self.pictures = {"vision_features", data.image_column, data.video_column}
-        captions = [true_captions(row, data) for row in dataset]
-        count = len(captions)
+        known = [(true_captions(row, data), count_pictures(row.get(data.image_column))) for row in dataset]
+        count = len(known)
         self.donors = []
-        for index, caption in enumerate(captions):
+        for index, (caption, pictures) in enumerate(known):
             others = ((index + step) % count for step in range(count // 2, count // 2 + count))
-            self.donors.append(next(other for other in others if captions[other] != caption))
+            fitting = (other for other in others if known[other][0] != caption and known[other][1] == pictures)
+            self.donors.append(next(fitting, index))
 
     def __len__(self) -> int:
         return len(self.dataset)
