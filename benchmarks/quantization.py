@@ -2,39 +2,39 @@
 
     python benchmarks/quantization.py
 
-The demo's size, a language model of SmolLM2-135M's shape with random weights, bfloat16 autocast; its linear maps are
-quantised as `--text_quantization` does it, int8 by torchao and int4 (NF4) by bitsandbytes. The candidates take turns;
-medians are printed.
+The demo's size, a language model of SmolLM2-135M's shape with random weights, bfloat16 autocast. Each candidate is
+what `from_pretrained` makes of one checkpoint, quantised as by `--text_quantization`: int8 by torchao, int4 (NF4) by
+bitsandbytes. The candidates take turns; medians are printed, times relative to float32.
 """
 
 import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from common.lora import quantization_config
 from connector import take_turns
 from modeling_evlgen import EVLGenForConditionalGeneration
 from training import build, generation, parts_of_a_step
 
-CANDIDATES = ("float32", "bfloat16", "int8", "int4")
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "int8": {"quantization_config": quantization_config("int8")},
+    "int4": {"quantization_config": quantization_config("int4")},
+}
 
 
-def prepare(candidate: str) -> EVLGenForConditionalGeneration:
-    model = build("demo", "EVLGen, front-loaded")
-    layers = model.language_model.model  # not the head, as transformers does it
-    if candidate == "bfloat16":
-        model.language_model.to(torch.bfloat16)
-    elif candidate == "int8":
-        quantize_(layers, Int8WeightOnlyConfig())
-    elif candidate == "int4":
-        for name, linear in list(layers.named_modules()):
-            if isinstance(linear, torch.nn.Linear):
-                packed = Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4")
-                packed.load_state_dict(linear.state_dict())
-                layers.set_submodule(name, packed.to("cpu"))
-    model.freeze_towers()
-    return model
+def load_candidates() -> dict[str, EVLGenForConditionalGeneration]:
+    with tempfile.TemporaryDirectory() as folder:
+        build("demo", "EVLGen, front-loaded").save_pretrained(folder)
+        load = EVLGenForConditionalGeneration.from_pretrained
+        return {name: load(folder, **given).train() for name, given in CANDIDATES.items()}
 
 
 def megabytes(model: EVLGenForConditionalGeneration) -> float:
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="Rounds over which medians are taken.")
     rounds = parser.parse_args().rounds
-    models = {candidate: prepare(candidate) for candidate in CANDIDATES}
+    models = load_candidates()
     runs = {}
     for name, model in models.items():
         runs[name, "step"] = parts_of_a_step(model)["step"]

@@ -254,7 +254,7 @@ def test_the_connector_is_trained_through_a_quantised_language_model(bits, work,
     finetune.main(arguments(work, tmp_path / "adapter", text_quantization=bits, model="wide"))
     finetune.main(arguments(work, tmp_path / "model", text_quantization=bits, lora="none", model="wide"))
     loaded = EVLGenForConditionalGeneration.from_pretrained(
-        tmp_path / "model", quantization_config=finetune.quantization_config(bits)
+        tmp_path / "model", quantization_config=finetune.quantization_config(bits).to_dict()
     )
     assert {name.split(".")[0] for name, p in loaded.named_parameters() if type(p) is not torch.nn.Parameter} == {
         "language_model"
@@ -265,7 +265,7 @@ def test_the_connector_is_trained_through_a_quantised_language_model(bits, work,
 
 def test_quantisation_leaves_what_a_checkpoint_holds_besides_the_language_model(work):
     pytest.importorskip("torchao", reason="needs the quantization extra")
-    given = finetune.quantization_config("int8")
+    given = finetune.quantization_config("int8").to_dict()
     loaded = EVLGenForConditionalGeneration.from_pretrained(work / "include", quantization_config=given)
     quantised = {name for name, p in loaded.named_parameters() if type(p) is not torch.nn.Parameter}
     assert len(quantised) == 14 and all(name.startswith("language_model.model.layers.") for name in quantised)
