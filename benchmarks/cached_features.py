@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import pretrain
 
 from common.arguments import parse_arguments
-from common.data import CaptionCollator, load_captions
+from common.collator import CaptionCollator
+from common.data import load_captions
 from common.features import cache_splits
 from common.models import build_model
 from connector import take_turns

@@ -19,7 +19,8 @@ from transformers import TrainerCallback, set_seed
 
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
 from common.cider import CiderDReward, count_ngrams
-from common.data import CaptionCollator, SetEpoch, load_captions, true_captions
+from common.collator import CaptionCollator, SetEpoch
+from common.data import load_captions, true_captions
 from common.evaluation import WrongPictures, caption_loss, generate_captions
 from common.features import FeatureDataset, cache_splits
 from common.models import build_model

@@ -15,7 +15,8 @@ from transformers import set_seed
 
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
 from common.cider import load_reward
-from common.data import CaptionCollator, load_captions, true_captions
+from common.collator import CaptionCollator
+from common.data import load_captions, true_captions
 from common.evaluation import generate_captions
 from common.features import cache_splits
 from common.models import load_trainable

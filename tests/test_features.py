@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from common import features
 from common.arguments import DataArguments
-from common.data import CaptionCollator
+from common.collator import CaptionCollator
 from common.features import cache_splits, cache_vision_features
 
 from .helpers import pictures, tiny_model, tiny_processor

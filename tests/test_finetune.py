@@ -14,7 +14,8 @@ from PIL import Image
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from common.arguments import DataArguments
-from common.data import CaptionCollator, true_captions
+from common.collator import CaptionCollator
+from common.data import true_captions
 from common.evaluation import WrongPictures, majority_accuracy
 from common.lora import LoraArguments, add_lora, target_modules
 from modeling_evlgen import EVLGenForConditionalGeneration

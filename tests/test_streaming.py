@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from common.arguments import DataArguments
-from common.data import CaptionCollator
+from common.collator import CaptionCollator
 from common.records import RECORD, RecordingCollator
 from common.streams import EPOCH, SourceReader
 

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from transformers import BatchFeature
 
 from common.arguments import AnswerArguments, DataArguments, EvaluationArguments, GenerationArguments
-from common.data import CaptionCollator, open_media
+from common.collator import CaptionCollator
+from common.data import open_media
 from common.evaluation import generate_batches
 from common.files import replacing, write_whole
 from common.models import load_captioner

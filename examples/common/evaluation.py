@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from common.arguments import DataArguments, GenerationArguments
-from common.data import CaptionCollator, count_pictures, true_captions
+from common.collator import CaptionCollator
+from common.data import count_pictures, true_captions
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from common.arguments import DataArguments
-from common.data import CaptionCollator, caption_of
+from common.collator import CaptionCollator
+from common.data import caption_of
 from common.files import write_whole
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import hash_weights

@@ -96,12 +96,16 @@ def load_trainable(argument: str, load: Callable, name_or_path: str, **kwargs: A
     Raises:
         ValueError: If there is no such model, or it is an adapter, which would neither be trained nor saved.
     """
-    if find_adapter_config_file(name_or_path) is not None:
-        raise ValueError(
-            f"`{argument}`={name_or_path!r} is an adapter. Merge it into its model first: python examples/publish.py "
-            f"--model {name_or_path} --merge true --folder MERGED"
-        )
-    return load_captioner(argument, load, name_or_path, **kwargs)
+
+    def load_unless_adapter(name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
+        if find_adapter_config_file(name_or_path) is not None:
+            raise ValueError(
+                f"`{argument}`={name_or_path!r} is an adapter. Merge it into its model first: "
+                f"python examples/publish.py --model {name_or_path} --merge true --folder MERGED"
+            )
+        return load(name_or_path, **kwargs)
+
+    return load_captioner(argument, load_unless_adapter, name_or_path, **kwargs)
 
 
 def load_image_processor(vision_model: str, **kwargs: Any) -> CLIPImageProcessor:

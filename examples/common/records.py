@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 
-from common.data import CaptionCollator
+from common.collator import CaptionCollator
 from common.files import write_whole
 from common.streams import CaptionStream
 

@@ -7,7 +7,8 @@ import torch
 from transformers import BatchFeature
 
 from common.cider import CiderDReward
-from common.data import CaptionCollator, true_captions
+from common.collator import CaptionCollator
+from common.data import true_captions
 from common.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenImageOutput
 

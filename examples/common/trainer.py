@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from common.data import CaptionCollator
+from common.collator import CaptionCollator
 from common.files import write_whole
 from common.records import RECORD, add_bad_rows
 from common.streams import CaptionStream

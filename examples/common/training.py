@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings
-from common.data import CaptionCollator, SetEpoch
+from common.collator import CaptionCollator, SetEpoch
 from common.evaluation import evaluate_captions, majority_accuracy
 from common.records import BAD_ROWS, RecordingCollator, forget_bad_rows, read_bad_rows
 from common.report import draw_contact_sheet, draw_loss_curve
