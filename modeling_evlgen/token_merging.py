@@ -153,7 +153,7 @@ def _places_in_order(merged: torch.Tensor, destination: torch.Tensor, tokens: in
 
     Both `(batch, r)`: `merged` counts the tokens at even places, `destination` those at odd places.
     """
-    stays = merged.new_ones(len(merged), tokens).scatter(1, 2 * merged, 0)
+    stays = merged.new_ones(merged.shape[0], tokens).scatter(1, 2 * merged, 0)
     place = stays.cumsum(dim=1) - 1  # (batch, tokens)
     return place.scatter(1, 2 * merged, place.gather(1, 2 * destination + 1))
 

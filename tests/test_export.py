@@ -13,17 +13,19 @@ from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput
 from .helpers import IMAGE_SIZE, pictures, run_clean, tiny_model, tiny_processor, tiny_towers
 
 TOWERS = ["clip", "eva", "siglip", "dinov2", "timm_cnn"]
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
 CONNECTORS = {
-    "tomeformer": {"num_hidden_layers": 2, "num_attention_heads": 4, "merge_r": 3, "size_weighting": True},
-    "evlgen_qformer": {"num_hidden_layers": 2, "num_attention_heads": 4, "num_query_tokens": 5},
-    "evlgen_mlp": {"pool_size": 2},
+    "tomeformer": {**LAYERS, "merge_r": 3, "size_weighting": True},
+    "tomeformer in order": {**LAYERS, "merge_r": 3, "keep_order": True},
+    "qformer": {**LAYERS, "model_type": "evlgen_qformer", "num_query_tokens": 5},
+    "mlp": {"model_type": "evlgen_mlp", "pool_size": 2},
 }
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 
 
 def build(vision="clip", connector="tomeformer", **config):
     tower, language_model = tiny_towers(vision)
-    fields = {"model_type": connector, "hidden_size": 32, "intermediate_size": 64, **CONNECTORS[connector]}
+    fields = {"hidden_size": 32, "intermediate_size": 64, **CONNECTORS[connector]}
     return EVLGenForConditionalGeneration.from_vision_text_pretrained(
         tower, language_model, connector_config=fields, image_size=IMAGE_SIZE, image_token_id=300, **config
     )
@@ -46,7 +48,12 @@ def assert_same(prompt, run, **tolerance):
 
 @pytest.mark.parametrize(
     ("vision", "connector"),
-    [*((vision, "tomeformer") for vision in TOWERS), ("eva", "evlgen_qformer"), ("timm_cnn", "evlgen_mlp")],
+    [
+        *((vision, "tomeformer") for vision in TOWERS),
+        ("clip", "tomeformer in order"),
+        ("eva", "qformer"),
+        ("timm_cnn", "mlp"),
+    ],
 )
 def test_a_graph_gives_what_the_model_gives(vision, connector, tmp_path):
     model = build(vision, connector)
@@ -74,7 +81,8 @@ def test_a_video_models_graph_takes_a_picture_for_a_video_of_one_frame(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("vision", "connector"), [("eva", "tomeformer"), ("timm_cnn", "evlgen_qformer"), ("siglip", "evlgen_mlp")]
+    ("vision", "connector"),
+    [("eva", "tomeformer"), ("siglip", "tomeformer in order"), ("timm_cnn", "qformer"), ("siglip", "mlp")],
 )
 def test_onnxruntime_gives_what_the_model_gives(vision, connector, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the export extra")
