@@ -7,9 +7,10 @@ cores, and draws what came out. Every finished run is a small JSON file in `benc
 stopped goes on with the next run, and two commands side by side share the runs out. `--draw` draws what is there,
 `--list` shows what is to be done.
 
-First comes a sweep of learning rates, and of variants of the peers, one seed each; the winner has the lowest training
-loss over its last 20 steps, in which every picture is new to the model, so that the held-out pictures choose nothing.
-Each method is then trained with what won, with three seeds.
+First comes a sweep: each method at every learning rate with one seed, at the best two rates with three, and variants
+of the peers at the best one. The winner has the lowest training loss over its last 20 steps, in which every picture is
+new to the model, so that the held-out pictures choose nothing. Each method is then trained with what won, with three
+other seeds. At the end come ablations of EVLGen.
 
 Seconds on the axes are steps times the seconds of a step, which `--time` measures side by side, so that a busy machine
 favours no one. The vision tower's time, the same for all, is not in them.
@@ -39,7 +40,7 @@ DATASETS = ("openmoji-scenes", "easy-vqa")
 STEPS = 200
 EVAL_STEPS = (25, 50, 100, 150, 200)
 SEEDS = (0, 1, 2)
-SWEEP_SEED = 100
+SWEEP_SEEDS = (100, 101, 102)
 SWEEP_STEPS = 100
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 NEXT_RATE = 1e-2  # for those that do best at the highest one
@@ -62,7 +63,6 @@ _EVLGEN = {
     "pre_norm": True,
     "layer_scale_init_value": 0.0,
     "position_initializer_range": 0.1,
-    "keep_order": True,
 }
 # As deep, with cross-attention in every second layer as in BLIP-2, and a feed-forward that makes the sizes equal.
 _QFORMER = {**_SIZE, "intermediate_size": 1024, "num_query_tokens": 25, "position_initializer_range": 0.1}
@@ -78,6 +78,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mlp-all-tokens": {"connector": "mlp", "fields": {**_MLP, "residual": True}},
     "random-pruning": {"connector": "tomeformer", "fields": _EVLGEN, "random_pruning": True},
 }
+SWEPT = ("evlgen", "qformer", "mean-pooling", "evlgen-paper-blocks")
 # Variants that are swept beside their method; the best one stands for it.
 VARIANTS = {
     "qformer": {
@@ -89,7 +90,6 @@ VARIANTS = {
 }
 # One change each from EVLGen's best short run.
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "original-order": {"fields": {"keep_order": False}},
     "post-norm": {"fields": {"pre_norm": False, "layer_scale_init_value": None}},
     "post-norm-gains": {"fields": {"pre_norm": False, "layer_scale_init_value": 0.0}},
     "pre-norm-no-gains": {"fields": {"layer_scale_init_value": None}},
@@ -105,18 +105,29 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def sweep() -> list[Run]:
-    """Short runs on the scenes, one seed: every method at every learning rate, then its variants at its best one."""
-    runs = []
-    for method in ("evlgen", "qformer", "mean-pooling", "evlgen-paper-blocks"):
-        own = [_short(method, method, METHODS[method]["fields"], rate) for rate in LEARNING_RATES]
-        chosen = _best_of(own)
-        if chosen and chosen["learning_rate"] == LEARNING_RATES[-1]:
-            own.append(replace(own[-1], learning_rate=NEXT_RATE))
-            chosen = _best_of(own)
-        runs += own
-        for name, fields in VARIANTS.get(method, {}).items() if chosen else ():
-            runs.append(_short(name, method, fields, chosen["learning_rate"]))
-    return runs
+    """Short runs on the scenes, as far as they are known by now."""
+    return [run for method in SWEPT for run in _sweep_of(method)]
+
+
+def _sweep_of(method: str) -> list[Run]:
+    """One seed at every learning rate, three seeds at the best two, then variants at the best one."""
+    own = [_short(method, method, METHODS[method]["fields"], rate) for rate in LEARNING_RATES]
+    ranked = _rank(own)
+    if ranked and ranked[0].learning_rate == LEARNING_RATES[-1]:
+        own.append(replace(own[-1], learning_rate=NEXT_RATE))
+        ranked = _rank(own)
+    finalists = _with_all_seeds(ranked[:2])
+    chosen = _rank(finalists)[:1]
+    variants = [
+        _short(name, method, fields, run.learning_rate)
+        for name, fields in VARIANTS.get(method, {}).items()
+        for run in chosen
+    ]
+    return own + [run for run in finalists if run not in own] + _with_all_seeds(variants)
+
+
+def _with_all_seeds(runs: list[Run]) -> list[Run]:
+    return [replace(run, seed=seed) for run in runs for seed in SWEEP_SEEDS]
 
 
 def stage_one_sweep() -> list[Run]:
@@ -124,7 +135,7 @@ def stage_one_sweep() -> list[Run]:
     chosen = best("qformer")
     if chosen is None:
         return []
-    shape = {"connector": "qformer", "fields": chosen["fields"], "steps": 0, "eval_steps": (), "seed": SWEEP_SEED}
+    shape = {"connector": "qformer", "fields": chosen["fields"], "steps": 0, "eval_steps": (), "seed": SWEEP_SEEDS[0]}
     stage = {"stage_one_steps": STAGE_ONE_STEPS, "group": "stage-one"}
     return [
         Run("qformer", DATASETS[0], learning_rate=rate, stage_one_learning_rate=rate, **shape, **stage)
@@ -139,18 +150,25 @@ def ablations() -> list[Run]:
         fields = {**chosen["fields"], **changes.get("fields", {})}
         run = _short(name, "evlgen", fields, chosen["learning_rate"])
         runs.append(replace(run, group="ablation", prompt_scale=changes.get("prompt_scale", 1.0)))
-    return runs
+    return _with_all_seeds(runs)
 
 
 def _short(name: str, method: str, fields: dict[str, Any], learning_rate: float) -> Run:
-    settings = (name, DATASETS[0], METHODS[method]["connector"], fields, learning_rate, SWEEP_STEPS, SWEEP_SEED)
+    settings = (name, DATASETS[0], METHODS[method]["connector"], fields, learning_rate, SWEEP_STEPS, SWEEP_SEEDS[0])
     return Run(*settings, eval_steps=(SWEEP_STEPS,), group="sweep")
 
 
-def _best_of(runs: list[Run]) -> dict[str, Any] | None:
-    """The settings of the run with the lowest training loss at its end; None while one of them is not done."""
-    results = [load(run) for run in runs]
-    return None if None in results else min(results, key=_last_losses)["run"]
+def _rank(runs: list[Run]) -> list[Run]:
+    """The first run of each method and learning rate, the best first, by the mean over seeds of the training loss at
+    the end; none while one of the runs is not done."""
+    groups: dict[tuple[str, float], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.method, run.learning_rate), []).append(run)
+    results = {run.name: load(run) for run in runs}
+    if None in results.values():
+        return []
+    ranked = sorted(groups.values(), key=lambda ones: mean(_last_losses(results[run.name]) for run in ones))
+    return [ones[0] for ones in ranked]
 
 
 def _last_losses(result: dict[str, Any]) -> float:
@@ -166,20 +184,20 @@ def best(method: str) -> dict[str, Any] | None:
     """
     relative = {"qformer-two-stage": "qformer", "random-pruning": "evlgen", "mlp-all-tokens": "mean-pooling"}
     swept = relative.get(method, method)
-    names = {swept, *VARIANTS.get(swept, {})}
-    runs = [run for run in sweep() if run.method in names]
-    chosen = _best_of(runs) if names == {run.method for run in runs} else None
-    if chosen is None:
+    runs = _sweep_of(swept)
+    tried = {(run.method, run.learning_rate) for run in runs if run.seed == SWEEP_SEEDS[-1]}
+    chosen = _rank([run for run in runs if (run.method, run.learning_rate) in tried])
+    if not chosen or {run.method for run in chosen} != {swept, *VARIANTS.get(swept, {})}:
         return None
-    fields = chosen["fields"]
+    fields = chosen[0].fields
     if method == "mlp-all-tokens":
         fields = {name: value for name, value in fields.items() if name != "pool_size"}
-    return {"fields": fields, "learning_rate": chosen["learning_rate"]}
+    return {"fields": fields, "learning_rate": chosen[0].learning_rate}
 
 
 def plan() -> list[Run]:
     """All runs whose settings are known by now, the important ones first."""
-    runs = sweep() + stage_one_sweep() + ablations()
+    runs = sweep() + stage_one_sweep()
     for seed in SEEDS:
         for dataset in DATASETS:
             for method in ("evlgen", "qformer", "mean-pooling", "qformer-two-stage"):
@@ -190,7 +208,7 @@ def plan() -> list[Run]:
             runs += _long("evlgen-paper-blocks", dataset, seed)
     for method in ("random-pruning", "mlp-all-tokens"):
         runs += [run for dataset in DATASETS for run in _long(method, dataset, SEEDS[0])]
-    return runs
+    return runs + ablations()
 
 
 def _long(method: str, dataset: str, seed: int, name: str | None = None, **changes: Any) -> list[Run]:
@@ -200,10 +218,10 @@ def _long(method: str, dataset: str, seed: int, name: str | None = None, **chang
         return []
     settings = {**METHODS[method], **chosen, **changes}
     if "stage_one_steps" in settings:
-        stage_one = _best_of(stage_one_sweep())
-        if stage_one is None:
+        stage_one = _rank(stage_one_sweep())
+        if not stage_one:
             return []
-        settings["stage_one_learning_rate"] = stage_one["learning_rate"]
+        settings["stage_one_learning_rate"] = stage_one[0].learning_rate
     return [Run(name or method, dataset, seed=seed, steps=STEPS, eval_steps=EVAL_STEPS, **settings)]
 
 

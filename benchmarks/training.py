@@ -67,7 +67,6 @@ CONNECTORS: dict[str, dict[str, dict[str, Any]]] = {
         "EVLGen, front-loaded": {
             **_DEMO,
             "merge_r": [98, 49, 24],
-            "keep_order": True,
             "pre_norm": True,
             "layer_scale_init_value": 0.0,
         },
@@ -80,7 +79,6 @@ CONNECTORS: dict[str, dict[str, dict[str, Any]]] = {
         "EVLGen, front-loaded": {
             **_CLIP,
             "merge_r": [128, 64, 32, 4],
-            "keep_order": True,
             "pre_norm": True,
             "layer_scale_init_value": 0.0,
         },
