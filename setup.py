@@ -31,7 +31,7 @@ extras = {
     # examples/: reports, and logs for TensorBoard.
     "train": ["matplotlib>=3.11", "tensorboard>=2.21"],
     "quality": ["ruff>=0.14"],
-    "test": ["pytest>=8.3", "selenium>=4.51"],
+    "test": ["pytest>=8.3", "pytest-xdist>=3.8", "selenium>=4.51"],
 }
 extras["demo"] += extras["train"]
 extras["dev"] = sorted({requirement for group in extras.values() for requirement in group})

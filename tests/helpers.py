@@ -31,6 +31,10 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 ROOT = Path(__file__).parents[1]
+# For `accelerate launch`. Without a GPU, `--multi_gpu` still means one process each; they speak to each other through
+# gloo, here on a free port, so that tests can run side by side.
+TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+TWO_PROCESSES += ["--mixed_precision", "no", "--main_process_port", "0"]
 FIXTURES = Path(__file__).parent / "fixtures"
 IMAGE_SIZE = 32
 

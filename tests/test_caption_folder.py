@@ -22,7 +22,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 from .evaluation import animate, launch
-from .helpers import pictures, tiny_model, tiny_processor
+from .helpers import TWO_PROCESSES, pictures, tiny_model, tiny_processor
 
 BROKEN = b"no picture"
 
@@ -231,8 +231,7 @@ def test_two_processes_caption_as_one(model, tmp_path):
     one = options(model, tmp_path / "one", tmp_path / "in", batch_size=3)
     caption_folder.main(one)
     two = options(model, tmp_path / "two", tmp_path / "in", batch_size=3)
-    launcher = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
-    process = launch("caption_folder.py", two, *launcher, stderr=subprocess.PIPE, text=True)
+    process = launch("caption_folder.py", two, *TWO_PROCESSES, stderr=subprocess.PIPE, text=True)
     _, progress = process.communicate(timeout=240)
     assert process.returncode == 0, progress
     assert "6/6" in progress and "10/10 [" in progress  # the main process's share; what it writes

@@ -129,7 +129,7 @@ def launch(work, output, config, shared=True, **changes):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
     script = ([str(ROOT / "tests" / "shared_on_cpu.py")] if shared else []) + [str(ROOT / "examples" / "pretrain.py")]
     changes |= {"per_device_train_batch_size": 2, "dataloader_pin_memory": False}
-    command += ["--num_processes", "2", *script, *arguments(work, output, **changes)]
+    command += ["--num_processes", "2", "--main_process_port", "0", *script, *arguments(work, output, **changes)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
 

@@ -22,7 +22,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 from .evaluation import Said, draw, launch, options, published, read_json, save_work, value, vqav2
-from .helpers import save_image_folder, tiny_model
+from .helpers import TWO_PROCESSES, save_image_folder, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +156,7 @@ def test_two_processes_answer_as_one(work, tmp_path):
     changes = {"dataset": "easy-vqa", "max_samples": 7, "batch_size": 2, "num_beams": 2}
     one = evaluate_vqa.main(options(work, tmp_path / "one", **changes))
     two = options(work, tmp_path / "two", **changes)
-    launcher = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
-    process = launch("evaluate_vqa.py", two, *launcher, stderr=subprocess.PIPE, text=True)
+    process = launch("evaluate_vqa.py", two, *TWO_PROCESSES, stderr=subprocess.PIPE, text=True)
     _, progress = process.communicate(timeout=240)
     assert process.returncode == 0, progress
     assert "4/4" in progress and "7/7" not in progress  # the main process did its share

@@ -36,7 +36,7 @@ from common.models import load_image_processor
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import ROOT, run_clean, save_image_folder, save_towers
+from .helpers import ROOT, TWO_PROCESSES, run_clean, save_image_folder, save_towers
 from .hub_server import HubServer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -153,8 +153,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(work, tmp_path):
 def test_two_processes_train_as_one_with_twice_the_batch(work, tmp_path):
     pretrain.main(arguments(work, tmp_path / "one", eval_strategy="steps", eval_steps=2))
     two = arguments(work, tmp_path / "two", per_device_train_batch_size=2, eval_strategy="steps", eval_steps=2)
-    # Without a GPU, `--multi_gpu` still means one process each; they speak to each other through gloo.
-    process = launch(two, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    process = launch(two, *TWO_PROCESSES)
     assert process.wait(timeout=240) == 0
     assert_same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, rtol=1e-3)
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
@@ -166,7 +165,7 @@ def test_two_processes_share_a_stream(work, tmp_path):
     changes = {"streaming": True, "test_split": "", "max_steps": 2, "clean_captions": True, "shuffle_buffer": 1}
     pretrain.main(arguments(work, tmp_path / "one", **changes))
     two = arguments(work, tmp_path / "two", **changes, per_device_train_batch_size=2)
-    process = launch(two, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    process = launch(two, *TWO_PROCESSES)
     assert process.wait(timeout=240) == 0
     assert_same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, rtol=1e-3)
 

@@ -25,7 +25,7 @@ from common.collator import CaptionCollator
 from common.records import RECORD, RecordingCollator
 from common.streams import EPOCH, SourceReader
 
-from .helpers import ROOT, pictures, save_towers, tiny_model, tiny_processor
+from .helpers import ROOT, TWO_PROCESSES, pictures, save_towers, tiny_model, tiny_processor
 from .hub_server import HubServer, Repo
 from .shards import ALL, SIZES, captions, options, png, stream_of, webdataset, write_sample, write_tars
 
@@ -227,10 +227,9 @@ def towers(tmp_path_factory):
     return save_towers(tmp_path_factory.mktemp("towers"))
 
 
-def start(script, arguments, processes=1, **kwargs):
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(script), *arguments]
+def start(script, arguments, two=False, **kwargs):
+    launcher = ["-m", "accelerate.commands.launch", *TWO_PROCESSES]
+    command = [sys.executable, *(launcher if two else []), str(script), *arguments]
     path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.Popen(command, env=environment, **kwargs)
@@ -263,7 +262,7 @@ def test_two_processes_with_two_workers_see_every_row_once_also_after_a_kill(tow
     steps = {"max_steps": 12, "save_steps": 5, "dataloader_num_workers": 2}  # 8 steps are a round
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
 
-    process = start(script, options(towers, tars, unbroken, **steps), 2, stdout=subprocess.PIPE, text=True)
+    process = start(script, options(towers, tars, unbroken, **steps), two=True, stdout=subprocess.PIPE, text=True)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0
     seen = [read_lines(unbroken / f"seen-{rank}.jsonl") for rank in (0, 1)]
@@ -277,12 +276,12 @@ def test_two_processes_with_two_workers_see_every_row_once_also_after_a_kill(tow
     assert "0007 in " in str(bad) and "001.tar" in str(bad) and "'0007.png' cannot be read" in str(bad)
     assert f"{len(bad)} times a bad row was skipped; {unbroken / 'bad_rows.jsonl'} names them." in output
 
-    kill_after(start(script, options(towers, tars, resumed, **steps), 2), resumed / "checkpoint-5")
+    kill_after(start(script, options(towers, tars, resumed, **steps), two=True), resumed / "checkpoint-5")
     before = [[line for line in read_lines(resumed / f"seen-{rank}.jsonl") if line[0] <= 5] for rank in (0, 1)]
     for rank in (0, 1):
         (resumed / f"seen-{rank}.jsonl").unlink()
     again = options(towers, tars, resumed, **steps, resume_from_checkpoint=True)
-    assert start(script, again, 2).wait(timeout=240) == 0
+    assert start(script, again, two=True).wait(timeout=240) == 0
     assert [before[rank] + read_lines(resumed / f"seen-{rank}.jsonl") for rank in (0, 1)] == seen
     bad_again = read_lines(resumed / "bad_rows.jsonl")
     assert sorted((row["step"], row["row"]) for row in bad_again) == sorted((row["step"], row["row"]) for row in bad)
