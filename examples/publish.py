@@ -47,7 +47,9 @@ WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json"]
 
 @dataclass
 class PublishArguments:
-    repo_id: str = field(metadata={"help": "Name of the repository on the Hub: you/captioner."})
+    repo_id: str | None = field(
+        default=None, metadata={"help": "Name of the repository on the Hub: you/captioner; default: the folder's."}
+    )
     model: str = field(default="outputs/demo", metadata={"help": "Folder of the trained model."})
     results: list[str] = field(default_factory=list, metadata={"help": "results.json files of evaluations."})
     license: str | None = field(default=None, metadata={"help": "The Hub's name of a licence, e.g. bsd-3-clause."})
@@ -70,6 +72,9 @@ class PublishArguments:
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse_arguments(PublishArguments, argv=argv)
+    if arguments.repo_id is None and arguments.folder is None:
+        raise ValueError("`repo_id` is needed, the name of the repository to upload to, or `folder`, to write to.")
+    arguments.repo_id = arguments.repo_id or Path(arguments.folder).resolve().name
     results = read_results(arguments.results)
     if arguments.check and arguments.picture is None and not Path(arguments.model, SHEET).exists():
         raise ValueError(f"`check` needs a `picture`: there is no {SHEET} in {arguments.model}.")

@@ -94,10 +94,11 @@ def test_a_folder_is_written_instead(tmp_path):
     model.save_pretrained(tmp_path / "model", towers="reference")
     tiny_processor(model).save_pretrained(tmp_path / "model")
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
-    given = ["--model", str(tmp_path / "model"), "--repo_id", "you/captioner", "--folder", str(tmp_path / "out")]
+    given = ["--model", str(tmp_path / "model"), "--folder", str(tmp_path / "out")]
     publish.main([*given, "--check", "true", "--picture", str(tmp_path / "red.png")])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "The frozen towers are in this repository" in card  # since nobody else has those folders
+    assert 'model="out", trust_remote_code=True' in card  # by the folder's name, where no other is given
     assert "a model that is not on the Hub" in card and "Not evaluated." in card and "captions.png" not in card
     written = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".json", ".md", ".jinja")]
     assert len(written) > 5 and not [path.name for path in written if str(tmp_path) in path.read_text()]
@@ -195,6 +196,8 @@ def test_mistakes_are_named_before_anything_is_uploaded(hub, tmp_path):
         publish.main([*given, "--check", "true"])
     with pytest.raises(ValueError, match=r"`model`='.*nowhere' cannot be loaded"):
         publish.main(["--model", str(tmp_path / "nowhere"), "--repo_id", "you/captioner"])
+    with pytest.raises(ValueError, match="`repo_id` is needed"):
+        publish.main(["--model", str(tmp_path / "model")])
 
 
 def test_the_papers_card_names_its_base_models(tmp_path):
