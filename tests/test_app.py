@@ -34,7 +34,7 @@ from .helpers import IMAGE_SIZE, ROOT, pictures, tiny_model, tiny_processor, tin
 
 av = pytest.importorskip("av", reason="needs the app extra")
 gr = pytest.importorskip("gradio", reason="needs the app extra")
-app = importlib.import_module("app")
+app, uploads = importlib.import_module("app"), importlib.import_module("common.uploads")
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def folder(captioner, tmp_path_factory):
 
 
 def test_reads_pictures_and_clips(folder):
-    kind, frames = app.read_file(folder / "picture.PNG", 4, 1)
+    kind, frames = uploads.read_file(folder / "picture.PNG", 4, 1)
     assert kind == "images" and np.array_equal(frames[0], pictures(1)[0])
-    kind, frames = app.read_file(folder / "clip.webp", 3, 1)
+    kind, frames = uploads.read_file(folder / "clip.webp", 3, 1)
     assert kind == "videos" and len(frames) == 3
     assert all(np.array_equal(frame, pictures(6)[2 * index]) for index, frame in enumerate(frames))
 
@@ -70,7 +70,7 @@ def test_reads_pictures_and_clips(folder):
 def test_the_pages_of_a_file_are_no_clip(tmp_path):
     first, *rest = pictures(3)
     first.save(tmp_path / "pages.tiff", save_all=True, append_images=rest)
-    kind, frames = app.read_file(tmp_path / "pages.tiff", 4, 1)
+    kind, frames = uploads.read_file(tmp_path / "pages.tiff", 4, 1)
     assert kind == "images" and np.array_equal(frames[0], first)
 
 
@@ -86,18 +86,18 @@ def test_the_pages_of_a_file_are_no_clip(tmp_path):
 def test_other_files_are_refused_by_their_name(folder, name, max_mb, message):
     """By the name that the visitor knows, not by the server's path."""
     with pytest.raises(ValueError, match=message):
-        app.read_file(folder / name, 4, max_mb)
+        uploads.read_file(folder / name, 4, max_mb)
 
 
 def test_pictures_of_another_format_than_their_names_are_read(tmp_path):
     """As browsers save them; but none that PIL hands on to a program, and nothing that names other files."""
     pictures(1)[0].save(tmp_path / "photo.jpg", format="PNG")
-    assert np.array_equal(app.read_file(tmp_path / "photo.jpg", 4, 1)[1][0], pictures(1)[0])
+    assert np.array_equal(uploads.read_file(tmp_path / "photo.jpg", 4, 1)[1][0], pictures(1)[0])
     pictures(1)[0].save(tmp_path / "script.png", format="EPS")
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile photo.jpg\n")
     for name in ("script.png", "list.mp4"):
         with pytest.raises(ValueError, match=f"^The file '{name}' cannot be read"):
-            app.read_file(tmp_path / name, 4, 1)
+            uploads.read_file(tmp_path / name, 4, 1)
 
 
 def chunk(kind, data):
@@ -110,7 +110,7 @@ def test_a_small_file_with_a_huge_picture_is_refused_before_it_is_decoded(tmp_pa
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b""))
     with pytest.raises(ValueError, match=r"^The file 'bomb\.png' has over 64 million pixels, more than are read"):
-        app.read_file(tmp_path / "bomb.png", 4, 1)
+        uploads.read_file(tmp_path / "bomb.png", 4, 1)
 
 
 def save_clip(path, frames):
@@ -129,13 +129,13 @@ def test_a_clip_that_is_too_long_is_refused_before_it_is_decoded(tmp_path, name,
         first.save(tmp_path / name, save_all=True, append_images=rest)
     else:
         save_clip(tmp_path / name, 12)
-    monkeypatch.setattr(app, "CLIP_MEGAPIXELS", 12 * 32 * 32 / 1e6)
-    assert len(app.read_file(tmp_path / name, 4, 1)[1]) == 4
-    monkeypatch.setattr(app, "CLIP_MEGAPIXELS", 11 * 32 * 32 / 1e6)
-    monkeypatch.setattr(app, "load_rgb_frames", None)
+    monkeypatch.setattr(uploads, "CLIP_MEGAPIXELS", 12 * 32 * 32 / 1e6)
+    assert len(uploads.read_file(tmp_path / name, 4, 1)[1]) == 4
+    monkeypatch.setattr(uploads, "CLIP_MEGAPIXELS", 11 * 32 * 32 / 1e6)
+    monkeypatch.setattr(uploads, "load_rgb_frames", None)
     message = f"^The clip '{name}' is too long: at most 11 frames of this size are read"
     with pytest.raises(ValueError, match=message):
-        app.read_file(tmp_path / name, 4, 1)
+        uploads.read_file(tmp_path / name, 4, 1)
 
 
 def generated(model, processor, inputs, **settings):

@@ -90,7 +90,8 @@ def read_results(paths: list[str]) -> list[dict[str, Any]]:
         try:
             entry = json.loads(Path(path).read_text(encoding="utf-8"))
             kept = {name: entry[name] for name in ("task", "dataset", "metrics", "num_rows", "settings", "model")}
-            kept["settings"]["weights"], kept["settings"]["dtype"]  # by which the model is known
+            if not {"weights", "dtype"} <= kept["settings"].keys():  # by which the model is known
+                raise ValueError("its settings do not name weights and dtype")
             results.append(kept | {"notes": entry.get("notes", [])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"`results`: {path} is no results.json of an evaluation: {error!r}") from error
