@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import pretrain
 import torch
 import yaml
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, set_seed
 
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
@@ -30,6 +28,7 @@ from connector import take_turns
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.tomeformer import TomeFormerLayer
 from processing_evlgen import EVLGenProcessor
+from training import count_flops, training_step
 from two_stage import CaptionVocabulary, StageOne, StageOneCollator
 
 
@@ -275,35 +274,18 @@ def time_steps(runs: list[Run], rounds: int = 9) -> dict[str, Any]:
             prepared = prepare(run, folder)
             if run.stage_one_steps:
                 stage, collator = stage_one(prepared)
-                steps["stage-one"] = _step(stage, first_batch(collator, prepared, STAGE_ONE_BATCH))
+                steps["stage-one"] = training_step(stage.train(), first_batch(collator, prepared, STAGE_ONE_BATCH))
             else:
                 collator = CaptionCollator(prepared.processor, prepared.data, training=True)
-                steps[run.method] = _step(prepared.model, first_batch(collator, prepared))
+                steps[run.method] = training_step(prepared.model.train(), first_batch(collator, prepared))
     steps["qformer-two-stage"] = steps["qformer"]  # the second stage
     return {"seconds": take_turns(steps, rounds, torch.device("cpu")), "threads": torch.get_num_threads()}
-
-
-def _step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
-    model.train()
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad], fused=True
-    )
-
-    def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(**batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
     """Floating-point operations of one training step's matrix products, attention's included."""
     state = torch.get_rng_state()
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(**batch)["loss"].backward()
+    flops = count_flops(lambda: model(**batch)["loss"].backward())
     model.zero_grad()
     torch.set_rng_state(state)
-    return counter.get_total_flops()
+    return flops

@@ -118,19 +118,10 @@ def parts_of_a_step(
 ) -> dict[str, Callable[[], None]]:
     """The whole step, with `settings` for `forward`, and those of its parts that can run alone."""
     batch = {**batch_of(model), **(settings or {})}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     pixel_values = torch.randn(BATCH, 3, 224, 224)
     hidden = torch.randn(BATCH * CAPTION, TEXT.hidden_size, requires_grad=True)
     targets = batch["labels"][batch["labels"] != -100]
     autocast = torch.autocast("cpu", dtype=torch.bfloat16)
-
-    def step() -> None:
-        with autocast:
-            loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
     def tower() -> None:
         with torch.no_grad(), autocast:
@@ -144,7 +135,7 @@ def parts_of_a_step(
         with autocast:
             prompt = model.project_vision_features(batch["vision_features"]).pooler_output
         prompt.float().sum().backward()
-        optimizer.zero_grad()
+        model.zero_grad()
 
     def head() -> None:
         with autocast:
@@ -152,12 +143,26 @@ def parts_of_a_step(
         torch.nn.functional.cross_entropy(logits.float(), targets).backward()
 
     return {
-        "step": step,
+        "step": training_step(model, batch),
         "tower": tower,
         "connector": connector,
         "connector, both ways": connector_backward,
         "head": head,
     }
+
+
+def training_step(model: torch.nn.Module, batch: dict[str, Any]) -> Callable[[], None]:
+    """A whole step of training, whose learning rate lets the model stay about as it is."""
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def generation(model: EVLGenForConditionalGeneration) -> Callable[[], None]:
