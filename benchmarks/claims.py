@@ -7,10 +7,10 @@ cores, and draws what came out. Every finished run is a small JSON file in `benc
 stopped goes on with the next run, and two commands side by side share the runs out. `--draw` draws what is there,
 `--list` shows what is to be done.
 
-First comes a sweep: each method at every learning rate with one seed, at the best two rates with three, and variants
-of the peers at the best one. The winner has the lowest training loss over its last 20 steps, in which every picture is
-new to the model, so that the held-out pictures choose nothing. Each method is then trained with what won, with three
-other seeds. At the end come ablations of EVLGen.
+First comes a sweep: each method at every learning rate and variants of the peers at the best one, with one seed, then
+the best two of all with three. The winner has the lowest training loss over its last 20 steps, in which every picture
+is new to the model, so that the held-out pictures choose nothing. Each method is then trained with what won, with
+three other seeds. At the end come ablations of EVLGen.
 
 Seconds on the axes are steps times the seconds of a step, which `--time` measures side by side, so that a busy machine
 favours no one. The vision tower's time, the same for all, is not in them.
@@ -79,7 +79,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random-pruning": {"connector": "tomeformer", "fields": _EVLGEN, "random_pruning": True},
 }
 SWEPT = ("evlgen", "qformer", "mean-pooling", "evlgen-paper-blocks")
-# Variants that are swept beside their method; the best one stands for it.
+# Variants that are swept beside their method; the best of all stands for it.
 VARIANTS = {
     "qformer": {
         "qformer-no-positions": {**_QFORMER, "position_initializer_range": None},
@@ -110,24 +110,16 @@ def sweep() -> list[Run]:
 
 
 def _sweep_of(method: str) -> list[Run]:
-    """One seed at every learning rate, three seeds at the best two, then variants at the best one."""
-    own = [_short(method, method, METHODS[method]["fields"], rate) for rate in LEARNING_RATES]
-    ranked = _rank(own)
-    if ranked and ranked[0].learning_rate == LEARNING_RATES[-1]:
-        own.append(replace(own[-1], learning_rate=NEXT_RATE))
-        ranked = _rank(own)
-    finalists = _with_all_seeds(ranked[:2])
-    chosen = _rank(finalists)[:1]
-    variants = [
-        _short(name, method, fields, run.learning_rate)
-        for name, fields in VARIANTS.get(method, {}).items()
-        for run in chosen
-    ]
-    return own + [run for run in finalists if run not in own] + _with_all_seeds(variants)
-
-
-def _with_all_seeds(runs: list[Run]) -> list[Run]:
-    return [replace(run, seed=seed) for run in runs for seed in SWEEP_SEEDS]
+    """One seed at every learning rate and, at the best one, for every variant; then three seeds of the best two."""
+    runs = [_short(method, method, METHODS[method]["fields"], rate) for rate in LEARNING_RATES]
+    for best_one in _rank(runs)[:1]:
+        if best_one.learning_rate == LEARNING_RATES[-1]:
+            runs.append(replace(best_one, learning_rate=NEXT_RATE))
+    for best_one in _rank(runs)[:1]:
+        runs += [
+            _short(name, method, fields, best_one.learning_rate) for name, fields in VARIANTS.get(method, {}).items()
+        ]
+    return runs + [replace(run, seed=seed) for run in _rank(runs)[:2] for seed in SWEEP_SEEDS[1:]]
 
 
 def stage_one_sweep() -> list[Run]:
@@ -150,7 +142,7 @@ def ablations() -> list[Run]:
         fields = {**chosen["fields"], **changes.get("fields", {})}
         run = _short(name, "evlgen", fields, chosen["learning_rate"])
         runs.append(replace(run, group="ablation", prompt_scale=changes.get("prompt_scale", 1.0)))
-    return _with_all_seeds(runs)
+    return [replace(run, seed=seed) for run in runs for seed in SWEEP_SEEDS]
 
 
 def _short(name: str, method: str, fields: dict[str, Any], learning_rate: float) -> Run:
@@ -185,9 +177,9 @@ def best(method: str) -> dict[str, Any] | None:
     relative = {"qformer-two-stage": "qformer", "random-pruning": "evlgen", "mlp-all-tokens": "mean-pooling"}
     swept = relative.get(method, method)
     runs = _sweep_of(swept)
-    tried = {(run.method, run.learning_rate) for run in runs if run.seed == SWEEP_SEEDS[-1]}
-    chosen = _rank([run for run in runs if (run.method, run.learning_rate) in tried])
-    if not chosen or {run.method for run in chosen} != {swept, *VARIANTS.get(swept, {})}:
+    finalists = [(run.method, run.learning_rate) for run in runs if run.seed == SWEEP_SEEDS[-1]]
+    chosen = _rank([run for run in runs if (run.method, run.learning_rate) in finalists])
+    if not chosen:
         return None
     fields = chosen[0].fields
     if method == "mlp-all-tokens":
