@@ -78,20 +78,26 @@ METHODS: dict[str, dict[str, Any]] = {
     "mlp-all-tokens": {"connector": "mlp", "fields": {**_MLP, "residual": True}},
     "random-pruning": {"connector": "tomeformer", "fields": _EVLGEN, "random_pruning": True},
 }
-SWEPT = ("evlgen", "qformer", "mean-pooling", "evlgen-paper-blocks")
-# Variants that are swept beside their method; the best of all stands for it.
-VARIANTS = {
+SWEPT = ("evlgen", "qformer", "mean-pooling")
+# Variants that are swept beside their method, each with one change; the best of all stands for it.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "evlgen-paper-blocks": {"evlgen-paper-blocks-no-whitening": {"whitening": False}},
     "qformer": {
-        "qformer-no-positions": {**_QFORMER, "position_initializer_range": None},
-        "qformer-large-queries": {**_QFORMER, "query_initializer_range": 1.0},
-        "qformer-cross-attention-everywhere": {**_QFORMER, "cross_attention_frequency": 1, "intermediate_size": 768},
+        "qformer-no-whitening": {"whitening": False},
+        "qformer-no-positions": {"fields": {"position_initializer_range": None}},
+        "qformer-large-queries": {"fields": {"query_initializer_range": 1.0}},
+        "qformer-cross-attention-everywhere": {"fields": {"cross_attention_frequency": 1, "intermediate_size": 768}},
     },
-    "mean-pooling": {"mean-pooling-plain": {**_MLP, "pool_size": 5}},
+    "mean-pooling": {
+        "mean-pooling-no-whitening": {"whitening": False},
+        "mean-pooling-plain": {"fields": {"residual": False}},
+    },
 }
 # One change each from EVLGen's best short run.
 ABLATIONS: dict[str, dict[str, Any]] = {
+    "no-whitening": {"whitening": False},
     "post-norm": {"fields": {"pre_norm": False, "layer_scale_init_value": None}},
-    "post-norm-gains": {"fields": {"pre_norm": False, "layer_scale_init_value": 0.0}},
+    "post-norm-gains": {"fields": {"pre_norm": False}},
     "pre-norm-no-gains": {"fields": {"layer_scale_init_value": None}},
     "gains-start-at-0.1": {"fields": {"layer_scale_init_value": 0.1}},
     "constant-r": {"fields": {"merge_r": [57, 57, 57]}},
@@ -104,22 +110,25 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def sweep() -> list[Run]:
-    """Short runs on the scenes, as far as they are known by now."""
-    return [run for method in SWEPT for run in _sweep_of(method)]
-
-
-def _sweep_of(method: str) -> list[Run]:
-    """One seed at every learning rate and, at the best one, for every variant; then three seeds of the best two."""
-    runs = [_short(method, method, METHODS[method]["fields"], rate) for rate in LEARNING_RATES]
+def sweep(method: str) -> list[Run]:
+    """Short runs on the scenes, as far as they are known by now: one seed at every learning rate and, at the best one,
+    for every variant; then three seeds of the best two."""
+    runs = [_short(method, rate) for rate in LEARNING_RATES]
     for best_one in _rank(runs)[:1]:
         if best_one.learning_rate == LEARNING_RATES[-1]:
             runs.append(replace(best_one, learning_rate=NEXT_RATE))
     for best_one in _rank(runs)[:1]:
-        runs += [
-            _short(name, method, fields, best_one.learning_rate) for name, fields in VARIANTS.get(method, {}).items()
-        ]
+        runs += [_changed(best_one, name, changes) for name, changes in VARIANTS.get(method, {}).items()]
     return runs + [replace(run, seed=seed) for run in _rank(runs)[:2] for seed in SWEEP_SEEDS[1:]]
+
+
+def _short(method: str, learning_rate: float) -> Run:
+    settings = {"learning_rate": learning_rate, "steps": SWEEP_STEPS, "seed": SWEEP_SEEDS[0]}
+    return Run(method, DATASETS[0], **METHODS[method], **settings, eval_steps=(SWEEP_STEPS,), group="sweep")
+
+
+def _changed(run: Run, name: str, changes: dict[str, Any]) -> Run:
+    return replace(run, method=name, **{**changes, "fields": {**run.fields, **changes.get("fields", {})}})
 
 
 def stage_one_sweep() -> list[Run]:
@@ -127,27 +136,16 @@ def stage_one_sweep() -> list[Run]:
     chosen = best("qformer")
     if chosen is None:
         return []
-    shape = {"connector": "qformer", "fields": chosen["fields"], "steps": 0, "eval_steps": (), "seed": SWEEP_SEEDS[0]}
-    stage = {"stage_one_steps": STAGE_ONE_STEPS, "group": "stage-one"}
-    return [
-        Run("qformer", DATASETS[0], learning_rate=rate, stage_one_learning_rate=rate, **shape, **stage)
-        for rate in STAGE_ONE_RATES
-    ]
+    run = replace(chosen, method="qformer", group="stage-one", steps=0, eval_steps=(), seed=SWEEP_SEEDS[0])
+    run = replace(run, stage_one_steps=STAGE_ONE_STEPS)
+    return [replace(run, learning_rate=rate, stage_one_learning_rate=rate) for rate in STAGE_ONE_RATES]
 
 
 def ablations() -> list[Run]:
     """Short runs like those of the sweep, each with one change from its best EVLGen."""
-    chosen, runs = best("evlgen"), []
-    for name, changes in ABLATIONS.items() if chosen else ():
-        fields = {**chosen["fields"], **changes.get("fields", {})}
-        run = _short(name, "evlgen", fields, chosen["learning_rate"])
-        runs.append(replace(run, group="ablation", prompt_scale=changes.get("prompt_scale", 1.0)))
-    return [replace(run, seed=seed) for run in runs for seed in SWEEP_SEEDS]
-
-
-def _short(name: str, method: str, fields: dict[str, Any], learning_rate: float) -> Run:
-    settings = (name, DATASETS[0], METHODS[method]["connector"], fields, learning_rate, SWEEP_STEPS, SWEEP_SEEDS[0])
-    return Run(*settings, eval_steps=(SWEEP_STEPS,), group="sweep")
+    chosen = best("evlgen")
+    runs = [_changed(chosen, name, changes) for name, changes in ABLATIONS.items()] if chosen else []
+    return [replace(run, group="ablation", seed=seed) for run in runs for seed in SWEEP_SEEDS]
 
 
 def _rank(runs: list[Run]) -> list[Run]:
@@ -168,53 +166,54 @@ def _last_losses(result: dict[str, Any]) -> float:
     return mean(loss for step, loss in losses if step > losses[-1][0] - 20)
 
 
-def best(method: str) -> dict[str, Any] | None:
-    """Fields and learning rate of a method's best short run, for both data sets; None while its sweep is not done.
+def best(method: str) -> Run | None:
+    """A method's best short run, whose settings are for both data sets; None while its sweep is not done.
 
     What is not swept takes what its nearest relative does: the two-stage Q-Former the Q-Former's, random pruning
     EVLGen's, and the MLP on all tokens mean pooling's.
     """
     relative = {"qformer-two-stage": "qformer", "random-pruning": "evlgen", "mlp-all-tokens": "mean-pooling"}
-    swept = relative.get(method, method)
-    runs = _sweep_of(swept)
+    runs = sweep(relative.get(method, method))
     finalists = [(run.method, run.learning_rate) for run in runs if run.seed == SWEEP_SEEDS[-1]]
-    chosen = _rank([run for run in runs if (run.method, run.learning_rate) in finalists])
-    if not chosen:
+    ranked = _rank([run for run in runs if (run.method, run.learning_rate) in finalists])
+    if not ranked:
         return None
-    fields = chosen[0].fields
+    changes = {name: value for name, value in METHODS[method].items() if name != "fields"}
+    fields = dict(ranked[0].fields)
     if method == "mlp-all-tokens":
-        fields = {name: value for name, value in fields.items() if name != "pool_size"}
-    return {"fields": fields, "learning_rate": chosen[0].learning_rate}
+        fields.pop("pool_size")
+    return replace(ranked[0], method=method, fields=fields, **changes)
 
 
 def plan() -> list[Run]:
     """All runs whose settings are known by now, the important ones first."""
-    runs = sweep() + stage_one_sweep()
+    runs = [run for method in SWEPT for run in sweep(method)] + stage_one_sweep()
     for seed in SEEDS:
         for dataset in DATASETS:
-            for method in ("evlgen", "qformer", "mean-pooling", "qformer-two-stage"):
+            for method in (*SWEPT, "qformer-two-stage"):
                 runs += _long(method, dataset, seed)
+    runs += sweep("evlgen-paper-blocks")
     for seed in SEEDS:
         for dataset in DATASETS:
-            runs += _long("evlgen", dataset, seed, name="evlgen-tenth-of-data", train_samples=TENTH[dataset])
+            tenth = {"method": "evlgen-tenth-of-data", "train_samples": TENTH[dataset]}
+            runs += [replace(run, **tenth) for run in _long("evlgen", dataset, seed)]
             runs += _long("evlgen-paper-blocks", dataset, seed)
     for method in ("random-pruning", "mlp-all-tokens"):
         runs += [run for dataset in DATASETS for run in _long(method, dataset, SEEDS[0])]
     return runs + ablations()
 
 
-def _long(method: str, dataset: str, seed: int, name: str | None = None, **changes: Any) -> list[Run]:
+def _long(method: str, dataset: str, seed: int) -> list[Run]:
     """One run, or none while the sweep that it depends on is not done."""
     chosen = best(method)
     if chosen is None:
         return []
-    settings = {**METHODS[method], **chosen, **changes}
-    if "stage_one_steps" in settings:
+    if chosen.stage_one_steps:
         stage_one = _rank(stage_one_sweep())
         if not stage_one:
             return []
-        settings["stage_one_learning_rate"] = stage_one[0].learning_rate
-    return [Run(name or method, dataset, seed=seed, steps=STEPS, eval_steps=EVAL_STEPS, **settings)]
+        chosen = replace(chosen, stage_one_learning_rate=stage_one[0].learning_rate)
+    return [replace(chosen, group="main", dataset=dataset, seed=seed, steps=STEPS, eval_steps=EVAL_STEPS)]
 
 
 def load(run: Run) -> dict[str, Any] | None:
@@ -246,8 +245,7 @@ def main() -> None:
         return
     if arguments.time:
         for dataset in DATASETS:
-            settings = {"learning_rate": 1e-3, "steps": 1, "seed": 0, "eval_steps": ()}
-            runs = [Run(name, dataset, **settings, **{**METHODS[name], **_fields_of(name)}) for name in METHODS]
+            runs = [replace(best(name) or _short(name, 1e-3), dataset=dataset) for name in METHODS]
             write_whole(RESULTS / f"timing.{dataset}.json", json.dumps(time_steps(runs)) + "\n")
     elif not arguments.draw:
         # What is known of the plan grows with what is done, here or in a process beside this one.
@@ -255,11 +253,6 @@ def main() -> None:
             if not any(start(run) for run in pending):
                 time.sleep(30)
     report()
-
-
-def _fields_of(method: str) -> dict[str, Any]:
-    chosen = best(method)
-    return {} if chosen is None else {"fields": chosen["fields"]}
 
 
 def report() -> None:

@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import pretrain
 import torch
 import yaml
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
 from common.cider import CiderDReward, count_ngrams
 from common.collator import CaptionCollator, SetEpoch
-from common.data import load_captions, true_captions
+from common.data import true_captions
 from common.evaluation import WrongPictures, caption_loss, generate_captions
-from common.features import FeatureDataset, cache_splits
-from common.models import build_model
+from common.features import FeatureDataset
 from common.trainer import EVLGenTrainer
 from common.training import arithmetic
 from connector import take_turns
@@ -45,6 +44,7 @@ class Run:
         eval_steps: Steps after which held-out figures are taken; the last one is among them.
         train_samples: Use only the first so many training pictures.
         stage_one_steps, stage_one_learning_rate: BLIP-2's first stage before it, or alone if `steps` is 0.
+        whitening: Start the vision projection from the tower's statistics, as the demo's recipe does.
         random_pruning: Drop tokens at random where the TomeFormer would merge.
         prompt_scale: Multiplies the fresh language projection, and so the soft prompt.
     """
@@ -61,6 +61,7 @@ class Run:
     train_samples: int | None = None
     stage_one_steps: int = 0
     stage_one_learning_rate: float = 1e-3
+    whitening: bool = True
     random_pruning: bool = False
     prompt_scale: float = 1.0
 
@@ -72,6 +73,7 @@ class Run:
 # What of the demo's recipe all runs share, and what of it a result depends on.
 _RECIPE_FIELDS = (
     "chat_template",
+    "whitening_images",
     "per_device_train_batch_size",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
@@ -119,6 +121,8 @@ def parse(run: Run, output_dir: str) -> tuple[Any, ...]:
     argv += ["--eval_strategy", "no", "--save_strategy", "no", "--output_dir", output_dir, "--max_new_tokens", "20"]
     if run.train_samples is not None:
         argv += ["--max_train_samples", str(run.train_samples)]
+    if not run.whitening:
+        argv += ["--whitening_images", "0"]
     if run.dataset == "easy-vqa":
         argv += ["--max_test_samples", "200"]
     return parse_arguments(*pretrain.ARGUMENTS, argv=argv, recipe=pretrain.DEMO_RECIPE)
@@ -137,11 +141,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(run: Run, output_dir: str) -> Prepared:
-    model_arguments, text_format, data, generation, training = parse(run, output_dir)
-    set_seed(run.seed)
-    train_rows, test_rows = load_captions(data, training.seed)
-    model, processor = build_model(model_arguments, text_format)
-    train_rows, test_rows = cache_splits(model, processor, train_rows, test_rows, data, training.seed)
+    arguments = parse(run, output_dir)
+    *_, data, generation, training = arguments
+    model, processor, train_rows, test_rows, _ = pretrain.prepare(*arguments)
     if run.random_pruning:
         for layer in model.connector.encoder.layer:
             layer.__class__ = RandomPruningLayer

@@ -18,7 +18,9 @@ A run that was cut off goes on with `--resume_from_checkpoint true`, from the la
 """
 
 from pathlib import Path
+from typing import Any
 
+from datasets import Dataset
 from transformers import set_seed
 
 from common.arguments import (
@@ -29,32 +31,47 @@ from common.arguments import (
     TrainingSettings,
     parse_arguments,
 )
+from common.collator import CaptionCollator
 from common.data import load_captions
 from common.features import cache_splits
-from common.models import build_model
+from common.models import build_model, whiten_vision_projection
 from common.processes import use_all_cores
 from common.training import train_and_report
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
 ARGUMENTS = (ModelArguments, ProcessorArguments, DataArguments, GenerationArguments, TrainingSettings)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    model_arguments, text_format, data, generation, training = parse_arguments(
-        *ARGUMENTS, argv=argv, recipe=DEMO_RECIPE
-    )
+    arguments = parse_arguments(*ARGUMENTS, argv=argv, recipe=DEMO_RECIPE)
+    *_, data, generation, training = arguments
     use_all_cores(training.device)
-    set_seed(training.seed)
     with training.main_process_first(desc="preparing models and data"):
-        train, test = load_captions(data, training.seed)
-        pictures = test
-        model, processor = build_model(model_arguments, text_format)
-        model.generation_config.max_new_tokens = generation.max_new_tokens
-        model.to(training.device)
-        if data.cache_features:
-            train, test = cache_splits(model, processor, train, test, data, training.seed)
-
+        model, processor, train, test, pictures = prepare(*arguments)
     return train_and_report(model, processor, train, test, pictures, data, generation, training)
+
+
+def prepare(
+    model_arguments: ModelArguments,
+    text_format: ProcessorArguments,
+    data: DataArguments,
+    generation: GenerationArguments,
+    training: TrainingSettings,
+) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor, Any, Any | None, Dataset | None]:
+    """A fresh model on its device, its processor, rows to train on, held-out rows, and those with their pictures."""
+    set_seed(training.seed)
+    train, test = load_captions(data, training.seed)
+    pictures = test
+    model, processor = build_model(model_arguments, text_format)
+    model.generation_config.max_new_tokens = generation.max_new_tokens
+    model.to(training.device)
+    if data.cache_features:
+        train, test = cache_splits(model, processor, train, test, data, training.seed)
+    collator = CaptionCollator(processor, data, training=False)
+    whiten_vision_projection(model, collator, train, model_arguments.whitening_images)
+    return model, processor, train, test, pictures
 
 
 if __name__ == "__main__":

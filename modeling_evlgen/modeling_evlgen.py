@@ -37,6 +37,7 @@ from .connectors import build_connector
 from .fingerprints import TOWERS
 from .temporal import TemporalContextualizer, TemporalTower, encode_videos
 from .vision_tower import build_vision_tower
+from .whitening import whitening
 
 logger = logging.get_logger(__name__)
 
@@ -317,6 +318,26 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         return self.project_vision_features(self.get_vision_features(pixel_values_videos, frame_mask))
 
+    @torch.no_grad()
+    def whiten_vision_projection(self, vision_features: torch.Tensor) -> None:
+        """Lets a fresh vision projection start from what the tower gives, measured on some images.
+
+        Its outputs then have mean 0, and the tower's directions count the same in them. With W its weight and M and
+        mean those of [`whitening`], the weight becomes W M and the bias -W M mean, as data-dependent starts go
+        (Krähenbühl et al., ICLR 2016). A projection that is trained already would be spoilt.
+
+        Args:
+            vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`):
+                What [`get_vision_features`] gives for images like those to come; some hundreds are enough.
+
+        Raises:
+            ValueError: If `vision_features` has another shape, or does not vary.
+        """
+        tokens = self.ln_vision(self._check_vision_features(vision_features)).flatten(0, 1)  # (tokens, vision_dim)
+        mean, matrix = whitening(tokens)
+        self.vision_projection.weight.copy_(self.vision_projection.weight @ matrix)
+        self.vision_projection.bias.copy_(-self.vision_projection.weight @ mean)
+
     def project_vision_features(self, vision_features: torch.Tensor) -> EVLGenImageOutput:
         """Turns the vision tower's tokens into soft prompts: the part of the model that is trained.
 
@@ -327,14 +348,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: If `vision_features` has another shape.
         """
-        expected = (self.config.num_vision_tokens, self.config.vision_hidden_size)
-        if vision_features.ndim != 3 or tuple(vision_features.shape[1:]) != expected:
-            raise ValueError(
-                f"`vision_features` must have shape (images, {expected[0]}, {expected[1]}), but has "
-                f"{tuple(vision_features.shape)}."
-            )
-        tokens = vision_features.to(self.ln_vision.weight.dtype)
-        tokens = self.vision_projection(self.ln_vision(tokens))  # (images, num_vision_tokens, connector_dim)
+        tokens = self.ln_vision(self._check_vision_features(vision_features))
+        tokens = self.vision_projection(tokens)  # (images, num_vision_tokens, connector_dim)
         connected = self.connector(tokens)
         soft_prompt = self.language_projection(connected.last_hidden_state)  # (images, num_image_tokens, text_dim)
         return EVLGenImageOutput(
@@ -450,6 +465,16 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if vision_features is not None:
             return self.project_vision_features(vision_features)
         return encoded
+
+    def _check_vision_features(self, vision_features: torch.Tensor) -> torch.Tensor:
+        """Features of the right shape, in the dtype of what is trained."""
+        expected = (self.config.num_vision_tokens, self.config.vision_hidden_size)
+        if vision_features.ndim != 3 or tuple(vision_features.shape[1:]) != expected:
+            raise ValueError(
+                f"`vision_features` must have shape (images, {expected[0]}, {expected[1]}), but has "
+                f"{tuple(vision_features.shape)}."
+            )
+        return vision_features.to(self.ln_vision.weight.dtype)
 
     def _encode_videos(
         self,

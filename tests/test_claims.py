@@ -129,6 +129,7 @@ def test_the_plan_grows_with_what_is_done_and_takes_the_best_of_each_sweep(tmp_p
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     first = claims.plan()
     assert {run.group for run in first} == {"sweep"} and len(first) == 4 * len(claims.LEARNING_RATES)
+    assert claims.recipe_of()["whitening_images"] > 0
     for run in first:
         best_rate = 3e-3 if run.method == "evlgen" else 1e-3
         finish(run, loss=abs(run.learning_rate - best_rate) + 0.5)
@@ -148,7 +149,7 @@ def test_the_plan_grows_with_what_is_done_and_takes_the_best_of_each_sweep(tmp_p
     for run in seeds:
         wins = (run.method, run.learning_rate) in {("evlgen", 1e-3), ("qformer-large-queries", 1e-3)}
         finish(run, loss=0.6 if wins else 0.9)  # one seed of EVLGen had been lucky
-    assert claims.best("evlgen")["learning_rate"] == 1e-3
+    assert claims.best("evlgen").learning_rate == 1e-3
     stages = [run for run in claims.plan() if run.group == "stage-one"]
     assert [run.learning_rate for run in stages] == list(claims.STAGE_ONE_RATES)
     assert not [run for run in claims.plan() if run.method == "qformer-two-stage"]
@@ -239,7 +240,8 @@ def test_wrong_partners_never_have_the_right_caption(stage, monkeypatch):
 def test_methods_and_their_variants_have_as_many_parameters():
     methods = [(method["connector"], method["fields"]) for method in claims.METHODS.values()]
     for name, variants in claims.VARIANTS.items():
-        methods += [(claims.METHODS[name]["connector"], fields) for fields in variants.values()]
+        method = claims.METHODS[name]
+        methods += [(method["connector"], {**method["fields"], **one.get("fields", {})}) for one in variants.values()]
     sizes = []
     for connector, fields in methods:
         fields = {**connector_fields(connector, fields), "class_token": False}
@@ -270,6 +272,14 @@ def tiny_recipe(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "DEMO_RECIPE", path)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
     return save_image_folder(tmp_path / "pictures")
+
+
+def test_a_run_without_whitening_starts_at_random(tiny_recipe):
+    recipe = json.loads(pretrain.DEMO_RECIPE.read_text())
+    pretrain.DEMO_RECIPE.write_text(json.dumps({**recipe, "whitening_images": 8}))
+    runs = [tiny_run("evlgen", tiny_recipe, "tomeformer", whitening=whitening) for whitening in (True, False)]
+    white, random = [claims_run.prepare(run, recipe["vision_model"]).model.vision_projection.bias for run in runs]
+    assert white.any() and not random.any()
 
 
 def tiny_run(method, dataset, connector, **changes):

@@ -29,6 +29,13 @@ class ModelArguments:
             "help": "All fields of the connector's configuration, in place of a recipe's; as JSON on the command line."
         },
     )
+    whitening_images: int = field(
+        default=0,
+        metadata={
+            "help": "Let the vision projection start from the statistics of the tower's features of so many training "
+            "pictures. Default: 0, a random start as in the paper."
+        },
+    )
     vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the vision tower."})
     text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the language model."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the frozen towers. Default: the language model's."})

@@ -1,8 +1,10 @@
 """From what the command line says to a model and its processor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
+import torch
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -12,6 +14,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file, logging
 
 from common.arguments import ModelArguments, ProcessorArguments
+from common.collator import CaptionCollator
 from common.demo_towers import prepare_language_model, prepare_vision_tower
 from configuration_evlgen import CONNECTOR_CONFIGS
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -61,6 +64,37 @@ def build_model(
     model.generation_config.eos_token_id = processor.end_of_text_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, processor
+
+
+def whiten_vision_projection(
+    model: EVLGenForConditionalGeneration, collator: CaptionCollator, rows: Iterable[dict[str, Any]], num_images: int
+) -> None:
+    """Lets a fresh model start from the statistics of its vision tower, measured on the first rows.
+
+    Args:
+        model: Its vision projection is changed.
+        collator: Makes inputs of rows, without augmentation.
+        rows: Of pictures, clips or cached vision features, with captions.
+        num_images: How many of them to take.
+
+    Raises:
+        ValueError: If `num_images` is negative, or a row is bad and not to be skipped.
+    """
+    if num_images < 0:
+        raise ValueError(f"`whitening_images` must be 0 or more, but is {num_images}.")
+    if num_images == 0:
+        return
+    rows, features = list(islice(rows, num_images)), []
+    for start in range(0, len(rows), 16):
+        inputs = collator(rows[start : start + 16]).to(model.device)
+        if "pixel_values_videos" in inputs:
+            found = model.get_vision_features(inputs["pixel_values_videos"], inputs.get("frame_mask"))
+        elif "pixel_values" in inputs:
+            found = model.get_vision_features(inputs["pixel_values"])
+        else:
+            found = inputs["vision_features"]
+        features.append(found.float())  # (images, num_vision_tokens, vision_hidden_size)
+    model.whiten_vision_projection(torch.cat(features))
 
 
 def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
