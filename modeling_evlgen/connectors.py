@@ -52,6 +52,7 @@ class QFormerConnector(PreTrainedModel):
         self.position_embeddings = None
         if config.position_initializer_range is not None:
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         shared = Blip2QFormerConfig.__dataclass_fields__.keys() & QFormerConnectorConfig.__dataclass_fields__.keys()
         own = {name: getattr(config, name) for name in shared - ConnectorConfig.__dataclass_fields__.keys()}
         self.qformer = Blip2QFormerModel._from_config(
@@ -71,6 +72,13 @@ class QFormerConnector(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("A Q-Former reads `inputs_embeds`; it has no input embeddings.")
 
+    def embed_tokens(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """What the queries attend to, `(batch, tokens, hidden_size)`: tokens with their positions, normalised, as
+        `ln_vision` does it for BLIP-2's Q-Former, which has no projection before it."""
+        if self.position_embeddings is not None:
+            inputs_embeds = inputs_embeds + self.position_embeddings.weight[: inputs_embeds.shape[1]]
+        return self.LayerNorm(inputs_embeds)
+
     def forward(self, inputs_embeds: torch.Tensor) -> BaseModelOutput:
         """
         Args:
@@ -79,10 +87,9 @@ class QFormerConnector(PreTrainedModel):
         Returns:
             `BaseModelOutput` with `last_hidden_state` of shape `(batch, num_query_tokens, hidden_size)`.
         """
-        if self.position_embeddings is not None:
-            inputs_embeds = inputs_embeds + self.position_embeddings.weight[: inputs_embeds.shape[1]]
-        queries = self.query_tokens.expand(inputs_embeds.shape[0], -1, -1)  # (batch, queries, dim)
-        output = self.qformer(query_embeds=queries, encoder_hidden_states=inputs_embeds)
+        tokens = self.embed_tokens(inputs_embeds)
+        queries = self.query_tokens.expand(len(tokens), -1, -1)  # (batch, queries, dim)
+        output = self.qformer(query_embeds=queries, encoder_hidden_states=tokens)
         return BaseModelOutput(last_hidden_state=output.last_hidden_state)
 
 
@@ -117,8 +124,8 @@ class MLPConnector(PreTrainedModel):
         Returns:
             `BaseModelOutput` with `last_hidden_state` of shape `(batch, output_tokens, hidden_size)`.
         """
-        tokens = self._pool(inputs_embeds)
-        output = self.dense_2(self.activation(self.dense_1(self.LayerNorm(tokens))))  # (batch, output_tokens, dim)
+        tokens = self.LayerNorm(self._pool(inputs_embeds))
+        output = self.dense_2(self.activation(self.dense_1(tokens)))  # (batch, output_tokens, dim)
         return BaseModelOutput(last_hidden_state=tokens + output if self.config.residual else output)
 
     def _pool(self, tokens: torch.Tensor) -> torch.Tensor:

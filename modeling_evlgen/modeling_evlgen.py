@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -37,7 +38,7 @@ from .connectors import build_connector
 from .fingerprints import TOWERS
 from .temporal import TemporalContextualizer, TemporalTower, encode_videos
 from .vision_tower import build_vision_tower
-from .whitening import whitening
+from .whitening import moments, whitening_matrix
 
 logger = logging.get_logger(__name__)
 
@@ -319,24 +320,31 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.project_vision_features(self.get_vision_features(pixel_values_videos, frame_mask))
 
     @torch.no_grad()
-    def whiten_vision_projection(self, vision_features: torch.Tensor) -> None:
+    def whiten_vision_projection(self, vision_features: torch.Tensor | Iterable[torch.Tensor]) -> None:
         """Lets a fresh vision projection start from what the tower gives, measured on some images.
 
-        Its outputs then have mean 0, and the tower's directions count the same in them. With W its weight and M and
-        mean those of [`whitening`], the weight becomes W M and the bias -W M mean, as data-dependent starts go
-        (Krähenbühl et al., ICLR 2016). A projection that is trained already would be spoilt.
+        Its outputs then have mean 0, and all directions of the tower's tokens count about the same in them. With W its
+        weight, M the matrix of [`whitening_matrix`] and m the tokens' mean, the weight becomes W M and the bias
+        -W M m, as data-dependent starts go (Krähenbühl et al., ICLR 2016). A trained projection would be spoilt.
 
         Args:
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`):
-                What [`get_vision_features`] gives for images like those to come; some hundreds are enough.
+                What [`get_vision_features`] gives for images like those to come, some hundreds; or an iterable of such
+                tensors.
 
         Raises:
-            ValueError: If `vision_features` has another shape, or does not vary.
+            ValueError: If `vision_features` has another shape, is not finite or does not vary.
         """
-        tokens = self.ln_vision(self._check_vision_features(vision_features)).flatten(0, 1)  # (tokens, vision_dim)
-        mean, matrix = whitening(tokens)
-        self.vision_projection.weight.copy_(self.vision_projection.weight @ matrix)
-        self.vision_projection.bias.copy_(-self.vision_projection.weight @ mean)
+        batches = [vision_features] if torch.is_tensor(vision_features) else vision_features
+        batches = (self._check_vision_features(batch).to(self.ln_vision.weight.device) for batch in batches)
+        try:
+            mean, covariance = moments(self.ln_vision(batch).flatten(0, 1) for batch in batches)
+        except ValueError as error:
+            raise ValueError(f"`vision_features` cannot be whitened: {error}") from error
+        projection = self.vision_projection
+        weight = projection.weight.cpu().double() @ whitening_matrix(covariance)  # (connector_dim, vision_dim)
+        projection.weight.copy_(weight)
+        projection.bias.copy_(-weight @ mean)
 
     def project_vision_features(self, vision_features: torch.Tensor) -> EVLGenImageOutput:
         """Turns the vision tower's tokens into soft prompts: the part of the model that is trained.
@@ -468,6 +476,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _check_vision_features(self, vision_features: torch.Tensor) -> torch.Tensor:
         """Features of the right shape, in the dtype of what is trained."""
+        if not torch.is_tensor(vision_features):
+            raise TypeError(f"`vision_features` must be a tensor, but is a {type(vision_features).__name__}.")
         expected = (self.config.num_vision_tokens, self.config.vision_hidden_size)
         if vision_features.ndim != 3 or tuple(vision_features.shape[1:]) != expected:
             raise ValueError(

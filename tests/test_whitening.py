@@ -8,8 +8,8 @@ import torch
 from huggingface_hub import constants
 from torch.testing import assert_close
 
-from common.arguments import parse_arguments
-from modeling_evlgen.whitening import whitening
+from common.arguments import ModelArguments, parse_arguments
+from modeling_evlgen.whitening import moments, whitening_matrix
 
 from .helpers import save_image_folder, save_towers, tiny_model
 
@@ -22,39 +22,52 @@ def correlated_tokens(num_tokens=500, dim=6):
     return torch.randn(num_tokens, dim, generator=generator) * scales @ mixing + 5
 
 
-def test_white_tokens_have_no_mean_and_are_uncorrelated():
+def test_the_moments_of_batches_are_those_of_all_tokens():
     tokens = correlated_tokens()
-    mean, matrix = whitening(tokens, shrinkage=0.0)
-    white = (tokens - mean) @ matrix
-    assert_close(white.mean(dim=0), torch.zeros(6), atol=1e-4, rtol=0)
-    assert_close(torch.cov(white.T), torch.eye(6), atol=1e-3, rtol=0)
+    mean, covariance = moments(tokens.split(70))
+    assert_close(mean, tokens.double().mean(dim=0))
+    assert_close(covariance, torch.cov(tokens.double().T, correction=0))
+
+
+def test_white_tokens_are_uncorrelated_and_vary_alike():
+    tokens = correlated_tokens()
+    mean, covariance = moments([tokens])
+    matrix = whitening_matrix(covariance, shrinkage=1e-9)
+    white = (tokens.double() - mean) @ matrix
+    assert_close(torch.cov(white.T, correction=0), torch.eye(6).double(), atol=1e-4, rtol=0)
     assert_close(matrix, matrix.T)
 
 
 def test_shrinkage_leaves_directions_without_variance_alone():
     tokens = correlated_tokens()
     tokens[:, 0] = tokens[:, 1]  # one direction does not vary at all
-    mean, matrix = whitening(tokens, shrinkage=0.1)
-    variances = torch.linalg.eigvalsh(torch.cov(((tokens - mean) @ matrix).T))
-    assert variances[0].abs() < 1e-4 and 0.9 < variances[-1] <= 1 / 0.9
-    variance = torch.cov(tokens.T).diagonal().mean()
+    covariance = moments([tokens])[1]
+    matrix = whitening_matrix(covariance, shrinkage=0.1)
+    variances = torch.linalg.eigvalsh(matrix @ covariance @ matrix)
+    assert variances[0].abs() < 1e-6 and 0.9 < variances[-1] <= 1 / 0.9
+    variance = covariance.diagonal().mean()
     assert torch.linalg.eigvalsh(matrix).max() <= (0.1 * variance) ** -0.5 * 1.001
-    assert_close(whitening(tokens, shrinkage=1.0)[1], torch.eye(6) / variance.sqrt())
+    assert_close(whitening_matrix(covariance, shrinkage=1.0), torch.eye(6).double() / variance.sqrt())
 
 
 @pytest.mark.parametrize(
-    ("tokens", "shrinkage", "message"),
+    ("batches", "message"),
     [
-        (torch.randn(3, 4, 5), 0.1, r"`tokens` must have shape \(2 or more, dim\), but has \(3, 4, 5\)"),
-        (torch.randn(1, 4), 0.1, r"but has \(1, 4\)"),
-        (torch.ones(5, 4), 0.1, "must be finite and vary, but have a mean variance of 0"),
-        (torch.full((5, 4), torch.nan), 0.1, "must be finite and vary, but have a mean variance of nan"),
-        (torch.randn(5, 4), 1.5, "`shrinkage` must be between 0 and 1, but is 1.5"),
+        ([], "needs 2 tokens or more, but there are 0"),
+        ([torch.randn(1, 4)], "needs 2 tokens or more, but there are 1"),
+        ([torch.full((5, 4), 1000.1)], "must vary, but are all the same"),
+        ([torch.randn(5, 4), torch.full((5, 4), torch.nan)], "must be finite"),
     ],
 )
-def test_what_cannot_be_whitened_is_refused(tokens, shrinkage, message):
+def test_tokens_without_a_covariance_are_refused(batches, message):
     with pytest.raises(ValueError, match=message):
-        whitening(tokens, shrinkage)
+        moments(batches)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 1.5, float("nan")])
+def test_a_shrinkage_out_of_range_is_refused(shrinkage):
+    with pytest.raises(ValueError, match=f"`shrinkage` must be above 0 and at most 1, but is {shrinkage}"):
+        whitening_matrix(torch.eye(3), shrinkage)
 
 
 def test_the_projection_becomes_itself_behind_a_whitening():
@@ -63,11 +76,30 @@ def test_the_projection_becomes_itself_behind_a_whitening():
     fresh = model.vision_projection.weight.clone()
     model.whiten_vision_projection(features)
     tokens = model.ln_vision(features)
-    mean, matrix = whitening(tokens.flatten(0, 1))
-    assert_close(model.vision_projection(tokens), (tokens - mean) @ matrix @ fresh.T, atol=1e-5, rtol=1e-5)
+    mean, covariance = moments([tokens.flatten(0, 1)])
+    expected = (tokens.double() - mean) @ whitening_matrix(covariance) @ fresh.double().T
+    assert_close(model.vision_projection(tokens), expected.float(), atol=1e-5, rtol=1e-5)
     assert model.vision_projection.weight.requires_grad
-    with pytest.raises(ValueError, match=r"`vision_features` must have shape \(images, 17, 16\), but has \(17, 16\)"):
-        model.whiten_vision_projection(features[0])
+
+    other = tiny_model()
+    other.vision_projection.weight.data.copy_(fresh)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        other.whiten_vision_projection(batch for batch in features.split(6))
+    assert_close(other.vision_projection.weight, model.vision_projection.weight)
+
+
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        (torch.randn(17, 16), ValueError, r"must have shape \(images, 17, 16\), but has \(17, 16\)"),
+        (torch.zeros(0, 17, 16), ValueError, "`vision_features` cannot be whitened: .* there are 0"),
+        (torch.full((3, 17, 16), torch.nan), ValueError, "`vision_features` cannot be whitened: .* finite"),
+        ([[1.0]], TypeError, "`vision_features` must be a tensor, but is a list"),
+    ],
+)
+def test_features_that_cannot_be_whitened_are_refused(features, error, message):
+    with pytest.raises(error, match=message):
+        tiny_model().whiten_vision_projection(features)
 
 
 @pytest.fixture
@@ -92,7 +124,7 @@ def test_the_script_whitens_from_pictures_from_a_cache_and_from_a_stream(prepare
     assert not torch.allclose(pictures.vision_projection.weight, random.weight, rtol=0.1)
     cached, _, train, _, _ = prepare("--whitening_images", "100", "--cache_features", "true")
     assert_close(cached.vision_projection.weight, pictures.vision_projection.weight, atol=1e-3, rtol=1e-2)
-    features = torch.stack([torch.from_numpy(row["vision_features"][0].copy()).float() for row in train])
+    features = torch.stack([torch.tensor(row["vision_features"][0]).float() for row in train])
     tokens = cached.vision_projection(cached.ln_vision(features))
     assert_close(tokens.mean(dim=(0, 1)), torch.zeros(32), atol=1e-4, rtol=0)
     streamed = prepare("--whitening_images", str(len(train)), "--streaming", "true", "--test_split", "")[0]
@@ -101,6 +133,23 @@ def test_the_script_whitens_from_pictures_from_a_cache_and_from_a_stream(prepare
     )  # in another order
 
 
-def test_a_negative_number_of_pictures_is_refused(prepare):
-    with pytest.raises(ValueError, match="`whitening_images` must be 0 or more, but is -1"):
-        prepare("--whitening_images", "-1")
+def test_pictures_are_taken_at_equal_distances(prepare):
+    model, _, train, _, _ = prepare("--whitening_images", "4", "--cache_features", "true")
+    taken = torch.stack([torch.tensor(train[row]["vision_features"][0]).float() for row in range(0, len(train), 4)])
+    tokens = model.vision_projection(model.ln_vision(taken))
+    assert len(train) == 16
+    assert_close(tokens.mean(dim=(0, 1)), torch.zeros(32), atol=1e-4, rtol=0)
+
+
+def test_bad_pictures_are_named_or_left_out(prepare, tmp_path):
+    first = sorted((tmp_path / "pictures" / "train").glob("*.png"))[0]
+    first.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=first.name):
+        prepare("--whitening_images", "16")
+    assert prepare("--whitening_images", "16", "--skip_bad_rows", "true")[0].vision_projection.bias.any()
+
+
+@pytest.mark.parametrize("number", [-1, 1.5, None, True])
+def test_a_number_of_pictures_out_of_range_is_refused(number):
+    with pytest.raises(ValueError, match=f"`whitening_images` must be a whole number, 0 or more, but is {number}"):
+        ModelArguments(whitening_images=number)

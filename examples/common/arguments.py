@@ -32,8 +32,8 @@ class ModelArguments:
     whitening_images: int = field(
         default=0,
         metadata={
-            "help": "Let the vision projection start from the statistics of the tower's features of so many training "
-            "pictures. Default: 0, a random start as in the paper."
+            "help": "Let the vision projection start from the statistics of the tower's features, measured on so many "
+            "training pictures. Default: 0, a random start as in the paper."
         },
     )
     vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the vision tower."})
@@ -45,6 +45,11 @@ class ModelArguments:
             "help": "Whether checkpoints hold the frozen towers or only name them. Default: name those from the Hub."
         },
     )
+
+    def __post_init__(self):
+        number = self.whitening_images
+        if type(number) is not int or number < 0:
+            raise ValueError(f"`whitening_images` must be a whole number, 0 or more, but is {number!r}.")
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """From what the command line says to a model and its processor."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -67,34 +68,42 @@ def build_model(
 
 
 def whiten_vision_projection(
-    model: EVLGenForConditionalGeneration, collator: CaptionCollator, rows: Iterable[dict[str, Any]], num_images: int
+    model: EVLGenForConditionalGeneration, collator: CaptionCollator, rows: Any, num_images: int
 ) -> None:
-    """Lets a fresh model start from the statistics of its vision tower, measured on the first rows.
+    """Lets a fresh model start from the statistics of its vision tower.
 
     Args:
         model: Its vision projection is changed.
-        collator: Makes inputs of rows, without augmentation.
-        rows: Of pictures, clips or cached vision features, with captions.
-        num_images: How many of them to take.
+        collator: Reads and prepares pictures, without augmentation.
+        rows: A data set or a stream of pictures, clips or cached vision features.
+        num_images: How many of them to take: of a data set at equal distances, of a stream the first.
 
     Raises:
-        ValueError: If `num_images` is negative, or a row is bad and not to be skipped.
+        ValueError: If a row is bad and not to be skipped, or none is left.
     """
-    if num_images < 0:
-        raise ValueError(f"`whitening_images` must be 0 or more, but is {num_images}.")
-    if num_images == 0:
-        return
-    rows, features = list(islice(rows, num_images)), []
-    for start in range(0, len(rows), 16):
-        inputs = collator(rows[start : start + 16]).to(model.device)
-        if "pixel_values_videos" in inputs:
-            found = model.get_vision_features(inputs["pixel_values_videos"], inputs.get("frame_mask"))
-        elif "pixel_values" in inputs:
-            found = model.get_vision_features(inputs["pixel_values"])
-        else:
-            found = inputs["vision_features"]
-        features.append(found.float())  # (images, num_vision_tokens, vision_hidden_size)
-    model.whiten_vision_projection(torch.cat(features))
+    if hasattr(rows, "__len__"):
+        places = range(0, len(rows), max(1, len(rows) // num_images))
+        taken = (rows[place] for place in places[:num_images])
+    else:
+        taken = islice(rows, num_images)
+    progress = tqdm(taken, total=num_images, desc="Whitening", unit="picture", leave=False)
+    features = (_vision_features(model, collator, row) for row in progress)
+    model.whiten_vision_projection(one for one in features if one is not None)
+
+
+def _vision_features(
+    model: EVLGenForConditionalGeneration, collator: CaptionCollator, row: dict[str, Any]
+) -> torch.Tensor | None:
+    """Of a row's picture, or pictures, or clip: `(images, tokens, dim)`; None if it is bad and to be skipped."""
+    if "vision_features" in row:
+        return torch.tensor(row["vision_features"][:1])  # of several views the first
+    picture = collator.read(row)
+    if picture is None:
+        return None
+    if not collator.arguments.video_column:
+        return model.get_vision_features(collator.processor(images=picture)["pixel_values"].to(model.device))
+    clip = collator.processor(videos=[picture], num_frames=collator.arguments.num_frames).to(model.device)
+    return model.get_vision_features(clip["pixel_values_videos"], clip.get("frame_mask"))
 
 
 def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
