@@ -194,7 +194,7 @@ class HeldOutCurve(TrainerCallback):
         if step not in steps:
             return
         figures = self.measure_losses(model)
-        if step in (*steps[1::2], steps[-1]):  # captions take as long as many steps
+        if step in (steps[len(steps) // 2], steps[-1]):  # captions take as long as many steps
             figures |= self.measure_captions(model)
         self.curve.append({"step": step, **{name: round(float(value), 5) for name, value in figures.items()}})
         print(self.run.name, self.curve[-1], flush=True)
