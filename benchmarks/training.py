@@ -260,9 +260,8 @@ def print_table(size: str, candidates: list[str], rounds: int) -> None:
     rate = matrix_rate(rounds)
     reference = seconds[candidates[0], "step"]
     print(f"\n{size}: {torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s on one large product\n")
-    columns = (
-        "connector | tokens | step | images/s | with the tower | connector | LLM | head | GEMM rate | peak | beam 5"
-    )
+    columns = "connector | tokens | step | images/s | with the tower | connector | LLM, optimizer | head | GEMM rate"
+    columns += " | peak | beam 5"
     print(f"| {columns} |\n{'|---' * 11}|")
     for name in candidates:
         step, tower, connector, head, words = (
