@@ -60,17 +60,19 @@ _SIZE = {
     "intermediate_size": 1536,
     **_NO_DROPOUT,
 }
-# 196 tokens become 98, 49 and 25, and start as merging alone: the demo's.
+# 196 tokens become 98, 49 and 25, and start as merging alone, with output positions: the demo's.
 _EVLGEN = {
     **_SIZE,
     "merge_r": [98, 49, 24],
     "pre_norm": True,
-    "layer_scale_init_value": 0.0,
+    "branch_initializer_range": 0.0,
     "position_initializer_range": 0.1,
+    "output_position_initializer_range": 1.0,
 }
 # As deep, with cross-attention in every second layer as in BLIP-2, and a feed-forward that makes the sizes equal.
 _QFORMER = {**_SIZE, "intermediate_size": 1024, "num_query_tokens": 25, "position_initializer_range": 0.1}
-_MLP = {"hidden_size": 384, "intermediate_size": 6912}
+_MLP = {"hidden_size": 384, "intermediate_size": 6912, "max_position_embeddings": 512}
+_MLP |= {"residual": True, "branch_initializer_range": 0.0, "output_position_initializer_range": 1.0}
 
 # Everything that is trained: connector, fields, and what else sets a run apart.
 METHODS: dict[str, dict[str, Any]] = {
@@ -78,8 +80,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "evlgen-paper-blocks": {"connector": "tomeformer", "fields": {**_SIZE, "merge_r": [57, 57, 57]}},
     "qformer": {"connector": "qformer", "fields": _QFORMER},
     "qformer-two-stage": {"connector": "qformer", "fields": _QFORMER, "stage_one_steps": STAGE_ONE_STEPS},
-    "mean-pooling": {"connector": "mlp", "fields": {**_MLP, "pool_size": 5, "residual": True}},
-    "mlp-all-tokens": {"connector": "mlp", "fields": {**_MLP, "residual": True}},
+    "mean-pooling": {"connector": "mlp", "fields": {**_MLP, "pool_size": 5}},
+    "mlp-all-tokens": {"connector": "mlp", "fields": _MLP},
     "random-pruning": {"connector": "tomeformer", "fields": _EVLGEN, "random_pruning": True},
 }
 SWEPT = ("evlgen", "qformer", "mean-pooling")
@@ -96,20 +98,23 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "mean-pooling": {
         "mean-pooling-no-whitening": {"whitening": False},
-        "mean-pooling-plain": {"fields": {"residual": False}},
+        "mean-pooling-plain": {
+            "fields": {"residual": False, "branch_initializer_range": None, "output_position_initializer_range": None}
+        },
     },
 }
-_POST_NORM = {"pre_norm": False, "layer_scale_init_value": None}
+_POST_NORM = {"pre_norm": False, "branch_initializer_range": None}
 _BERT = {"connector_model": MINILM, "fields": {"num_attention_heads": 12, "position_initializer_range": None}}
-# Changes to EVLGen's best short run; where the learning rate may be what matters, at a lower one as well. The start
-# from BERT takes the first three layers of a real one, its positions and its number of heads.
+# Changes to EVLGen's best short run. The start from BERT takes the first three layers of a real one, its positions and
+# its number of heads; its blocks are the paper's, or pre-norm behind gains of 0.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no-whitening": {"whitening": False},
+    "no-output-positions": {"fields": {"output_position_initializer_range": None}},
+    "branches-start-at-random": {"fields": {"branch_initializer_range": None}},
+    "gains-start-at-0": {"fields": {"branch_initializer_range": None, "layer_scale_init_value": 0.0}},
+    "gains-start-at-0.1": {"fields": {"branch_initializer_range": None, "layer_scale_init_value": 0.1}},
     "post-norm": {"fields": _POST_NORM},
-    "post-norm-lower-rate": {"fields": _POST_NORM, "learning_rate": 1e-3},
-    "post-norm-gains": {"fields": {"pre_norm": False}},
-    "pre-norm-no-gains": {"fields": {"layer_scale_init_value": None}},
-    "gains-start-at-0.1": {"fields": {"layer_scale_init_value": 0.1}},
+    "post-norm-long-warmup": {"fields": _POST_NORM, "warmup_steps": 40},
     "constant-r": {"fields": {"merge_r": [57, 57, 57]}},
     "back-loaded": {"fields": {"merge_r": [24, 49, 98]}},
     "size-weighting": {"fields": {"size_weighting": True}},
@@ -118,9 +123,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "prompt-x5": {"prompt_scale": 5.0},
     "prompt-x0.2": {"prompt_scale": 0.2},
     "bert-heads-and-positions": {"fields": _BERT["fields"]},
-    "bert-start": _BERT,
-    "bert-start-lower-rate": {**_BERT, "learning_rate": 1e-3},
-    "bert-start-post-norm": {**_BERT, "fields": {**_BERT["fields"], **_POST_NORM}, "learning_rate": 1e-3},
+    "bert-start": {**_BERT, "fields": {**_BERT["fields"], "layer_scale_init_value": 0.0}},
+    "bert-start-post-norm": {**_BERT, "fields": {**_BERT["fields"], **_POST_NORM}},
 }
 
 

@@ -66,6 +66,14 @@ class TomeFormerConfig(ConnectorConfig):
         position_initializer_range (`float`, *optional*):
             Standard deviation of freshly initialised position embeddings; by default `initializer_range`. Positions
             that weigh about as much as the tokens make a fresh connector learn sooner where things are.
+        output_position_initializer_range (`float`, *optional*):
+            If given, learned positions are added to the tokens behind the last layer, with this standard deviation at
+            the start. What has been merged into a token differs from image to image; its position tells the language
+            model which token of the prompt it is, as a Q-Former's queries do. 1.0 is about the tokens' own size.
+        branch_initializer_range (`float`, *optional*):
+            Standard deviation of the freshly initialised linear maps that end the residual branches; by default
+            `initializer_range`. With `pre_norm=True` and 0.0 the TomeFormer starts as pure token merging behind the
+            embeddings' LayerNorm, and its branches learn at full speed at once, unlike behind gains of 0.
         merge_r (`int`, `list[int]` or `tuple[int, float]`, defaults to 19):
             Tokens to merge: the same number in every layer; or one number per layer, padded with zeros; or a pair
             `(r, inflection)`, for numbers that change linearly around `r` from `r * (1 - inflection)` in the first
@@ -84,8 +92,7 @@ class TomeFormerConfig(ConnectorConfig):
             residual branch instead, so the residual path, and with it the merging, is left alone.
         layer_scale_init_value (`float`, *optional*):
             If given, each residual branch is scaled by learned per-channel gains that start at this value (LayerScale,
-            Touvron et al., ICCV 2021). With `pre_norm=True` and 0.0 the TomeFormer starts as pure token merging
-            behind the embeddings' LayerNorm.
+            Touvron et al., ICCV 2021). With `pre_norm=True` and 0.0 the TomeFormer starts as pure token merging, too.
 
     Raises:
         ValueError: If a field is out of range; the message names it.
@@ -104,6 +111,8 @@ class TomeFormerConfig(ConnectorConfig):
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     position_initializer_range: float | None = None
+    output_position_initializer_range: float | None = None
+    branch_initializer_range: float | None = None
     merge_r: int | list[int] | tuple[int, float] = 19
     keep_order: bool = False
     size_weighting: bool = False
@@ -206,6 +215,11 @@ class MLPConnectorConfig(ConnectorConfig):
         pool_size (`int`, *optional*):
             If given, the grid of visual tokens is averaged to `pool_size` x `pool_size` tokens first. The class token,
             if there is one, is kept beside them.
+        output_position_initializer_range (`float`, *optional*):
+            As in [`TomeFormerConfig`]; needs `max_position_embeddings`.
+        branch_initializer_range (`float`, *optional*):
+            Standard deviation of the fresh `dense_2`; by default `initializer_range`. With `residual=True` and 0.0 the
+            MLP starts as the identity.
         layer_norm_eps, initializer_range: As in [`TomeFormerConfig`].
 
     Raises:
@@ -219,12 +233,18 @@ class MLPConnectorConfig(ConnectorConfig):
     hidden_act: str = "gelu"
     residual: bool = False
     pool_size: int | None = None
+    output_position_initializer_range: float | None = None
+    branch_initializer_range: float | None = None
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
         self._check_sizes("intermediate_size", *([] if self.pool_size is None else ["pool_size"]))
+        if self.output_position_initializer_range is not None and self.max_position_embeddings is None:
+            raise ValueError(
+                "`output_position_initializer_range` needs `max_position_embeddings`: how many positions there are."
+            )
 
     def num_output_tokens(self, num_tokens: int) -> int:
         """All tokens, or those of the pooled grid.

@@ -19,7 +19,13 @@ from configuration_evlgen.configuration_connectors import (
     TomeFormerConfig,
 )
 
-from .tomeformer import TomeFormerModel
+from .tomeformer import (
+    BranchLinear,
+    PositionEmbeddings,
+    TomeFormerModel,
+    build_branch_end,
+    build_output_positions,
+)
 
 
 def build_connector(config: ConnectorConfig) -> PreTrainedModel:
@@ -51,7 +57,9 @@ class QFormerConnector(PreTrainedModel):
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
         self.position_embeddings = None
         if config.position_initializer_range is not None:
-            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.position_embeddings = PositionEmbeddings(
+                config.max_position_embeddings, config.hidden_size, config.position_initializer_range
+            )
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         shared = Blip2QFormerConfig.__dataclass_fields__.keys() & QFormerConnectorConfig.__dataclass_fields__.keys()
         own = {name: getattr(config, name) for name in shared - ConnectorConfig.__dataclass_fields__.keys()}
@@ -66,8 +74,8 @@ class QFormerConnector(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, QFormerConnector):
             init.normal_(module.query_tokens, std=self.config.query_initializer_range)
-            if module.position_embeddings is not None:
-                init.normal_(module.position_embeddings.weight, std=self.config.position_initializer_range)
+        if isinstance(module, PositionEmbeddings):
+            init.normal_(module.weight, std=module.initializer_range)
 
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("A Q-Former reads `inputs_embeds`; it has no input embeddings.")
@@ -76,7 +84,7 @@ class QFormerConnector(PreTrainedModel):
         """What the queries attend to, `(batch, tokens, hidden_size)`: tokens with their positions, normalised, as
         `ln_vision` does it for BLIP-2's Q-Former, which has no projection before it."""
         if self.position_embeddings is not None:
-            inputs_embeds = inputs_embeds + self.position_embeddings.weight[: inputs_embeds.shape[1]]
+            inputs_embeds = self.position_embeddings(inputs_embeds)
         return self.LayerNorm(inputs_embeds)
 
     def forward(self, inputs_embeds: torch.Tensor) -> BaseModelOutput:
@@ -110,8 +118,15 @@ class MLPConnector(PreTrainedModel):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dense_1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.dense_2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dense_2 = build_branch_end(config, config.intermediate_size)
+        self.output_position_embeddings = build_output_positions(config)
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (PositionEmbeddings, BranchLinear)):
+            init.normal_(module.weight, std=module.initializer_range)
 
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("An MLP reads `inputs_embeds`; it has no input embeddings.")
@@ -126,7 +141,8 @@ class MLPConnector(PreTrainedModel):
         """
         tokens = self.LayerNorm(self._pool(inputs_embeds))
         output = self.dense_2(self.activation(self.dense_1(tokens)))  # (batch, output_tokens, dim)
-        return BaseModelOutput(last_hidden_state=tokens + output if self.config.residual else output)
+        output = tokens + output if self.config.residual else output
+        return BaseModelOutput(last_hidden_state=self.output_position_embeddings(output))
 
     def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.config.pool_size is None:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from configuration_evlgen import TomeFormerConfig
+from configuration_evlgen.configuration_connectors import MLPConnectorConfig, TomeFormerConfig
 
 from .token_merging import bipartite_soft_matching
 
@@ -22,7 +22,7 @@ class TomeFormerOutput(ModelOutput):
     """
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch, output_tokens, hidden_size)`):
-            The tokens behind the last layer.
+            The tokens behind the last layer, with their output positions if there are any.
         output_index (`torch.LongTensor` of shape `(batch, tokens)`):
             The place in `last_hidden_state` of the token that each input token became part of.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
@@ -34,8 +34,36 @@ class TomeFormerOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-class TomeFormerPositionEmbeddings(nn.Embedding):
-    """An embedding with a scale of its own at the start."""
+class PositionEmbeddings(nn.Embedding):
+    """Learned positions that are added to tokens, with a standard deviation of their own at the start."""
+
+    def __init__(self, num_positions: int, dim: int, initializer_range: float):
+        super().__init__(num_positions, dim)
+        self.initializer_range = initializer_range
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens + self.weight[: tokens.shape[1]]  # (batch, tokens, dim)
+
+
+class BranchLinear(nn.Linear):
+    """The linear map that ends a residual branch, with a standard deviation of its own at the start."""
+
+    def __init__(self, in_features: int, out_features: int, initializer_range: float):
+        super().__init__(in_features, out_features)
+        self.initializer_range = initializer_range
+
+
+def build_branch_end(config: TomeFormerConfig | MLPConnectorConfig, in_features: int) -> BranchLinear:
+    std = config.branch_initializer_range
+    return BranchLinear(in_features, config.hidden_size, config.initializer_range if std is None else std)
+
+
+def build_output_positions(config: TomeFormerConfig | MLPConnectorConfig) -> nn.Module:
+    """Positions of the output tokens, if the configuration asks for them; else the identity."""
+    std = config.output_position_initializer_range
+    if std is None:
+        return nn.Identity()
+    return PositionEmbeddings(config.max_position_embeddings, config.hidden_size, std)
 
 
 class TomeFormerEmbeddings(nn.Module):
@@ -43,15 +71,16 @@ class TomeFormerEmbeddings(nn.Module):
 
     def __init__(self, config: TomeFormerConfig):
         super().__init__()
-        self.position_embeddings = TomeFormerPositionEmbeddings(config.max_position_embeddings, config.hidden_size)
+        std = config.position_initializer_range
+        std = config.initializer_range if std is None else std
+        self.position_embeddings = PositionEmbeddings(config.max_position_embeddings, config.hidden_size, std)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        position_embeddings = self.position_embeddings.weight[: inputs_embeds.shape[1]]  # (tokens, dim)
         token_type_embedding = self.token_type_embeddings.weight[0]  # (dim,)
-        embeddings = inputs_embeds + token_type_embedding + position_embeddings  # (batch, tokens, dim)
+        embeddings = self.position_embeddings(inputs_embeds + token_type_embedding)  # (batch, tokens, dim)
         return self.dropout(self.LayerNorm(embeddings))
 
 
@@ -106,7 +135,7 @@ class TomeFormerBranchOutput(nn.Module):
     def __init__(self, config: TomeFormerConfig, in_features: int):
         super().__init__()
         self.pre_norm = config.pre_norm
-        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.dense = build_branch_end(config, in_features)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layer_scale = None
@@ -201,16 +230,14 @@ class TomeFormerModel(PreTrainedModel):
         super().__init__(config)
         self.embeddings = TomeFormerEmbeddings(config)
         self.encoder = TomeFormerEncoder(config)
+        self.output_position_embeddings = build_output_positions(config)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, TomeFormerPositionEmbeddings):
-            config = self.config
-            std = config.position_initializer_range
-            init.normal_(module.weight, std=config.initializer_range if std is None else std)
-            return
         super()._init_weights(module)
+        if isinstance(module, (PositionEmbeddings, BranchLinear)):
+            init.normal_(module.weight, std=module.initializer_range)
         if isinstance(module, TomeFormerBranchOutput) and module.layer_scale is not None:
             init.constant_(module.layer_scale, float(self.config.layer_scale_init_value))
 
@@ -253,7 +280,7 @@ class TomeFormerModel(PreTrainedModel):
             output_index = layer_index.gather(1, output_index)
             all_hidden_states += (hidden_states,)
         return TomeFormerOutput(
-            last_hidden_state=hidden_states,
+            last_hidden_state=self.output_position_embeddings(hidden_states),
             output_index=output_index,
             hidden_states=all_hidden_states if output_hidden_states else None,
         )

@@ -115,6 +115,21 @@ def test_an_mlp_is_two_linear_maps_on_each_token():
     torch.testing.assert_close(connector(tokens).last_hidden_state, expected)
 
 
+def test_an_mlp_can_start_as_the_identity_with_output_positions():
+    fields = {"pool_size": 2, "residual": True, "branch_initializer_range": 0.0, "class_token": False}
+    fields |= {"output_position_initializer_range": 1.0, "max_position_embeddings": 16}
+    connector = MLPConnector(MLPConnectorConfig(**SIZES, **fields))
+    tokens = torch.randn(2, 16, 32)
+    pooled = tokens.view(2, 2, 2, 2, 2, 32).mean(dim=(2, 4)).flatten(1, 2)
+    positions = connector.output_position_embeddings.weight
+    expected = layer_norm(pooled, (32,), eps=1e-12) + positions[:4]
+    torch.testing.assert_close(connector(tokens).last_hidden_state, expected)
+    assert positions.std().item() == pytest.approx(1.0, rel=0.15)
+    assert connector.dense_1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    with pytest.raises(ValueError, match="`output_position_initializer_range` needs `max_position_embeddings`"):
+        MLPConnectorConfig(**SIZES, output_position_initializer_range=1.0)
+
+
 def test_a_token_of_size_k_weighs_as_much_as_k_tokens():
     """Merging tokens that are equal changes nothing, if sizes count; without sizes it changes what the rest sees."""
     torch.manual_seed(0)

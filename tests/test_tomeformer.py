@@ -76,6 +76,31 @@ def test_gated_pre_norm_starts_as_pure_merging_and_learns():
     assert all(p.grad.abs().sum() > 0 for p in gains)
 
 
+def test_branches_that_end_in_zeros_start_as_pure_merging_and_learn():
+    model = TomeFormerModel(tiny_config(pre_norm=True, branch_initializer_range=0.0)).eval()
+    gated = TomeFormerModel(tiny_config(pre_norm=True, layer_scale_init_value=0.0)).eval()
+    gated.load_state_dict(model.state_dict(), strict=False)
+    output = model(tokens())
+    assert torch.equal(output.last_hidden_state, gated(tokens()).last_hidden_state)
+    assert model.encoder.layer[0].attention.self.value.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    output.last_hidden_state.square().sum().backward()
+    ends = [p for name, p in model.named_parameters() if name.endswith("output.dense.weight")]
+    assert len(ends) == 6 and all(p.grad.abs().sum() > 0 for p in ends)
+
+
+def test_output_positions_are_added_to_the_merged_tokens(tmp_path):
+    torch.manual_seed(0)
+    model = TomeFormerModel(tiny_config(output_position_initializer_range=1.0)).eval()
+    output = model(tokens(), output_hidden_states=True)
+    positions = model.output_position_embeddings.weight
+    assert positions.std().item() == pytest.approx(1.0, rel=0.1)
+    torch.testing.assert_close(output.last_hidden_state, output.hidden_states[-1] + positions[:18])
+    model.save_pretrained(tmp_path)
+    again = TomeFormerModel.from_pretrained(tmp_path)
+    assert torch.equal(again(tokens()).last_hidden_state, output.last_hidden_state)
+    assert not hasattr(TomeFormerModel(tiny_config()).output_position_embeddings, "weight")
+
+
 def test_loads_a_bert_checkpoint(tmp_path):
     bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64))
     bert.save_pretrained(tmp_path)
