@@ -34,9 +34,10 @@ from common.arguments import (
 from common.collator import CaptionCollator
 from common.data import load_captions
 from common.features import cache_splits
-from common.models import build_model, whiten_vision_projection
+from common.models import build_model
 from common.processes import use_all_cores
 from common.training import train_and_report
+from common.whitening import whiten_vision_projection
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

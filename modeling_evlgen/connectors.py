@@ -20,11 +20,11 @@ from configuration_evlgen.configuration_connectors import (
 )
 
 from .tomeformer import (
-    BranchLinear,
     PositionEmbeddings,
     TomeFormerModel,
     build_branch_end,
     build_output_positions,
+    init_own_range,
 )
 
 
@@ -71,11 +71,10 @@ class QFormerConnector(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        if not init_own_range(module):
+            super()._init_weights(module)
         if isinstance(module, QFormerConnector):
             init.normal_(module.query_tokens, std=self.config.query_initializer_range)
-        if isinstance(module, PositionEmbeddings):
-            init.normal_(module.weight, std=module.initializer_range)
 
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("A Q-Former reads `inputs_embeds`; it has no input embeddings.")
@@ -96,7 +95,7 @@ class QFormerConnector(PreTrainedModel):
             `BaseModelOutput` with `last_hidden_state` of shape `(batch, num_query_tokens, hidden_size)`.
         """
         tokens = self.embed_tokens(inputs_embeds)
-        queries = self.query_tokens.expand(len(tokens), -1, -1)  # (batch, queries, dim)
+        queries = self.query_tokens.expand(tokens.shape[0], -1, -1)  # (batch, queries, dim)
         output = self.qformer(query_embeds=queries, encoder_hidden_states=tokens)
         return BaseModelOutput(last_hidden_state=output.last_hidden_state)
 
@@ -124,9 +123,8 @@ class MLPConnector(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, (PositionEmbeddings, BranchLinear)):
-            init.normal_(module.weight, std=module.initializer_range)
+        if not init_own_range(module):
+            super()._init_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("An MLP reads `inputs_embeds`; it has no input embeddings.")

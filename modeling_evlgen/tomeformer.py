@@ -53,6 +53,16 @@ class BranchLinear(nn.Linear):
         self.initializer_range = initializer_range
 
 
+def init_own_range(module: nn.Module) -> bool:
+    """Gives a layer with a standard deviation of its own its fresh weights; tells whether it is one."""
+    if not isinstance(module, (PositionEmbeddings, BranchLinear)):
+        return False
+    init.normal_(module.weight, std=module.initializer_range)
+    if isinstance(module, BranchLinear):
+        init.zeros_(module.bias)
+    return True
+
+
 def build_branch_end(config: TomeFormerConfig | MLPConnectorConfig, in_features: int) -> BranchLinear:
     std = config.branch_initializer_range
     return BranchLinear(in_features, config.hidden_size, config.initializer_range if std is None else std)
@@ -235,9 +245,9 @@ class TomeFormerModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if init_own_range(module):
+            return
         super()._init_weights(module)
-        if isinstance(module, (PositionEmbeddings, BranchLinear)):
-            init.normal_(module.weight, std=module.initializer_range)
         if isinstance(module, TomeFormerBranchOutput) and module.layer_scale is not None:
             init.constant_(module.layer_scale, float(self.config.layer_scale_init_value))
 
