@@ -85,7 +85,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random-pruning": {"connector": "tomeformer", "fields": _EVLGEN, "random_pruning": True},
 }
 SWEPT = ("evlgen", "qformer", "mean-pooling")
-# Variants that are swept beside their method, each with one change; the best of all stands for it.
+# Changes that are swept beside their method; the best of all stands for it.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "evlgen-paper-blocks": {
         "evlgen-paper-blocks-no-whitening": {"whitening": False},
