@@ -67,7 +67,9 @@ _EVLGEN = {
     "pre_norm": True,
     "branch_initializer_range": 0.0,
     "position_initializer_range": 0.1,
+    "position_grid_size": 14,
     "output_position_initializer_range": 1.0,
+    "merge_metric": "hidden_states",
 }
 # As deep, with cross-attention in every second layer as in BLIP-2, and a feed-forward that makes the sizes equal.
 _QFORMER = {**_SIZE, "intermediate_size": 1024, "num_query_tokens": 25, "position_initializer_range": 0.1}
@@ -94,6 +96,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "qformer": {
         "qformer-no-whitening": {"whitening": False},
         "qformer-long-warmup": {"warmup_steps": 40},
+        "qformer-smooth-positions": {"fields": {"position_grid_size": 14}},
         "qformer-cross-attention-everywhere": {"fields": {"cross_attention_frequency": 1, "intermediate_size": 768}},
     },
     "mean-pooling": {
@@ -104,11 +107,15 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 _POST_NORM = {"pre_norm": False, "branch_initializer_range": None}
-_BERT = {"connector_model": MINILM, "fields": {"num_attention_heads": 12, "position_initializer_range": None}}
+_BERT_FIELDS = {"num_attention_heads": 12, "position_initializer_range": None, "position_grid_size": None}
+_BERT = {"connector_model": MINILM, "fields": _BERT_FIELDS}
 # Changes to EVLGen's best short run. The start from BERT takes the first three layers of a real one, its positions and
 # its number of heads; its blocks are the paper's, or pre-norm behind gains of 0.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "no-whitening": {"whitening": False},
+    "matched-by-keys": {"fields": {"merge_metric": "keys"}},
+    "independent-positions": {"fields": {"position_grid_size": None}},
+    "matched-by-keys-independent-positions": {"fields": {"merge_metric": "keys", "position_grid_size": None}},
     "no-output-positions": {"fields": {"output_position_initializer_range": None}},
     "branches-start-at-random": {"fields": {"branch_initializer_range": None}},
     "gains-start-at-0": {"fields": {"branch_initializer_range": None, "layer_scale_init_value": 0.0}},
@@ -122,9 +129,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "large-positions": {"fields": {"position_initializer_range": 0.3}},
     "prompt-x5": {"prompt_scale": 5.0},
     "prompt-x0.2": {"prompt_scale": 0.2},
-    "bert-heads-and-positions": {"fields": _BERT["fields"]},
-    "bert-start": {**_BERT, "fields": {**_BERT["fields"], "layer_scale_init_value": 0.0}},
-    "bert-start-post-norm": {**_BERT, "fields": {**_BERT["fields"], **_POST_NORM}},
+    "bert-heads-and-positions": {"fields": _BERT_FIELDS},
+    "bert-start": {**_BERT, "fields": {**_BERT_FIELDS, "layer_scale_init_value": 0.0}},
+    "bert-start-post-norm": {**_BERT, "fields": {**_BERT_FIELDS, **_POST_NORM}},
 }
 
 

@@ -37,6 +37,14 @@ class ConnectorConfig(PreTrainedConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
 
+    def _check_grid(self) -> None:
+        grid, positions = self.position_grid_size, self.max_position_embeddings
+        if grid is not None and not (grid >= 1 and grid**2 + int(self.class_token) <= (positions or 0)):
+            raise ValueError(
+                "`position_grid_size` must be 1 or more, and its patches must fit `max_position_embeddings` "
+                f"({positions}), but it is {grid}."
+            )
+
     def _check_heads(self) -> None:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -66,6 +74,10 @@ class TomeFormerConfig(ConnectorConfig):
         position_initializer_range (`float`, *optional*):
             Standard deviation of freshly initialised position embeddings; by default `initializer_range`. Positions
             that weigh about as much as the tokens make a fresh connector learn sooner where things are.
+        position_grid_size (`int`, *optional*):
+            Patches a side of the square grid that the vision tower sees. If given, fresh position embeddings are
+            smooth over the grid, so that patches that lie side by side start with similar ones: the mean of a merged
+            token's positions still tells where it lies, and neighbours are more alike. By default all are independent.
         output_position_initializer_range (`float`, *optional*):
             If given, learned positions are added to the tokens behind the last layer, with this standard deviation at
             the start. What has been merged into a token differs from image to image; its position tells the language
@@ -79,6 +91,10 @@ class TomeFormerConfig(ConnectorConfig):
             `(r, inflection)`, for numbers that change linearly around `r` from `r * (1 - inflection)` in the first
             layer to `r * (1 + inflection)` in the last (ToMe's schedules). A pair is turned into a list at once,
             since JSON does not tell the two apart.
+        merge_metric (`str`, defaults to `"keys"`):
+            What the similarity of tokens is measured on: `"keys"` of the layer's attention, averaged over its heads
+            (ToMe, section 3, and the paper), or `"hidden_states"`, all of what the attention reads. Fresh keys are
+            narrow random projections, which blur what is alike.
         keep_order (`bool`, defaults to `False`):
             Whether merged tokens stand in the order of their places in the picture, so that the language model reads
             them row by row. In the paper's connector those that were not merged come first.
@@ -111,9 +127,11 @@ class TomeFormerConfig(ConnectorConfig):
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
     position_initializer_range: float | None = None
+    position_grid_size: int | None = None
     output_position_initializer_range: float | None = None
     branch_initializer_range: float | None = None
     merge_r: int | list[int] | tuple[int, float] = 19
+    merge_metric: str = "keys"
     keep_order: bool = False
     size_weighting: bool = False
     pre_norm: bool = False
@@ -123,11 +141,14 @@ class TomeFormerConfig(ConnectorConfig):
         super().__post_init__(**kwargs)
         self._check_sizes("num_hidden_layers", "num_attention_heads", "intermediate_size")
         self._check_heads()
+        self._check_grid()
         if isinstance(self.merge_r, tuple):
             self.merge_r = _linear_schedule(*self.merge_r, self.num_hidden_layers)
         requested = self.merge_r if isinstance(self.merge_r, list) else [self.merge_r]
         if any(not isinstance(r, int) or isinstance(r, bool) or r < 0 for r in requested):
             raise ValueError(f"`merge_r` must hold integers of 0 or more, but is {self.merge_r}.")
+        if self.merge_metric not in ("keys", "hidden_states"):
+            raise ValueError(f'`merge_metric` must be "keys" or "hidden_states", but is {self.merge_metric!r}.')
         if len(requested) > self.num_hidden_layers:
             raise ValueError(f"`merge_r` has {len(requested)} entries for {self.num_hidden_layers} layers.")
 
@@ -165,6 +186,7 @@ class QFormerConnectorConfig(ConnectorConfig):
         position_initializer_range (`float`, *optional*):
             If given, learned positions are added to the visual tokens, with this standard deviation at the start.
             BLIP-2 has none, since the tokens of a ViT know their places; those of a CNN do not.
+        position_grid_size (`int`, *optional*): As in [`TomeFormerConfig`].
         num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, hidden_dropout_prob,
         attention_probs_dropout_prob, layer_norm_eps, initializer_range: As in [`TomeFormerConfig`].
 
@@ -178,6 +200,7 @@ class QFormerConnectorConfig(ConnectorConfig):
     query_initializer_range: float = 0.02
     cross_attention_frequency: int = 2
     position_initializer_range: float | None = None
+    position_grid_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
@@ -197,6 +220,7 @@ class QFormerConnectorConfig(ConnectorConfig):
             "intermediate_size",
         )
         self._check_heads()
+        self._check_grid()
 
     def num_output_tokens(self, num_tokens: int) -> int:
         """The queries, whatever the number of visual tokens."""

@@ -126,6 +126,13 @@ class EVLGenConfig(PreTrainedConfig):
                 f"The vision tower gives {self.num_vision_tokens} tokens, more than "
                 f"`connector_config.max_position_embeddings` ({limit})."
             )
+        grid = getattr(self.connector_config, "position_grid_size", None)
+        if grid is not None and grid**2 + int(self.connector_config.class_token) != self.num_vision_tokens:
+            raise ValueError(
+                f"`connector_config.position_grid_size` is {grid}, but the vision tower gives "
+                f"{self.num_vision_tokens} tokens, with {'a' if self.connector_config.class_token else 'no'} class "
+                "token."
+            )
         self.connector_config.num_output_tokens(self.num_vision_tokens)  # raises where tokens cannot be pooled
         if self.towers not in (None, "include", "reference"):
             raise ValueError(f'`towers` must be "include" or "reference", but is {self.towers!r}.')

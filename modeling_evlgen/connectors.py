@@ -20,10 +20,10 @@ from configuration_evlgen.configuration_connectors import (
 )
 
 from .tomeformer import (
-    PositionEmbeddings,
     TomeFormerModel,
     build_branch_end,
     build_output_positions,
+    build_positions,
     init_own_range,
 )
 
@@ -57,9 +57,7 @@ class QFormerConnector(PreTrainedModel):
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
         self.position_embeddings = None
         if config.position_initializer_range is not None:
-            self.position_embeddings = PositionEmbeddings(
-                config.max_position_embeddings, config.hidden_size, config.position_initializer_range
-            )
+            self.position_embeddings = build_positions(config, config.position_initializer_range)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         shared = Blip2QFormerConfig.__dataclass_fields__.keys() & QFormerConnectorConfig.__dataclass_fields__.keys()
         own = {name: getattr(config, name) for name in shared - ConnectorConfig.__dataclass_fields__.keys()}

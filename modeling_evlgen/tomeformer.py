@@ -12,7 +12,11 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from configuration_evlgen.configuration_connectors import MLPConnectorConfig, TomeFormerConfig
+from configuration_evlgen.configuration_connectors import (
+    MLPConnectorConfig,
+    QFormerConnectorConfig,
+    TomeFormerConfig,
+)
 
 from .token_merging import bipartite_soft_matching
 
@@ -34,12 +38,50 @@ class TomeFormerOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-class PositionEmbeddings(nn.Embedding):
-    """Learned positions that are added to tokens, with a standard deviation of their own at the start."""
+def smooth_positions(grid_size: int, dim: int, length: float = 0.25) -> torch.Tensor:
+    """Random vectors for the places of a square grid, the more alike the closer they are.
 
-    def __init__(self, num_positions: int, dim: int, initializer_range: float):
+    Each channel is a cosine over the grid with a random direction, wavelength and phase: random Fourier features
+    (Rahimi and Recht, NeurIPS 2007; for positions Tancik et al., NeurIPS 2020) of the kernel
+    `exp(-d^2 / (2 length^2))`, where d is the distance of two places.
+
+    Args:
+        grid_size (`int`): Places a side.
+        dim (`int`): Channels.
+        length (`float`, *optional*, defaults to 0.25):
+            At this distance, in sides of the grid, places have a correlation of `exp(-1/2)`.
+
+    Returns:
+        `torch.Tensor` of shape `(grid_size**2, dim)`, row by row; each channel has mean 0, all together standard
+        deviation 1.
+    """
+    side = torch.linspace(0, 1, grid_size)
+    places = torch.cartesian_prod(side, side)  # (places, 2)
+    phases = places @ torch.randn(2, dim) / length + 2 * torch.pi * torch.rand(dim)  # (places, dim)
+    waves = phases.cos()
+    waves = waves - waves.mean(dim=0)
+    return waves / waves.std()
+
+
+class PositionEmbeddings(nn.Embedding):
+    """Learned positions that are added to tokens, with a standard deviation of their own at the start.
+
+    With a `grid_size` those of a square grid of patches, behind `prefix` other tokens, start smooth over it.
+    """
+
+    def __init__(
+        self, num_positions: int, dim: int, initializer_range: float, grid_size: int | None = None, prefix: int = 0
+    ):
         super().__init__(num_positions, dim)
-        self.initializer_range = initializer_range
+        self.initializer_range, self.grid_size, self.prefix = initializer_range, grid_size, prefix
+
+    def draw(self) -> torch.Tensor:
+        """Fresh weights, `(positions, dim)`."""
+        weight = torch.randn(self.num_embeddings, self.embedding_dim)
+        if self.grid_size is not None:
+            end = self.prefix + self.grid_size**2
+            weight[self.prefix : end] = smooth_positions(self.grid_size, self.embedding_dim)
+        return weight * self.initializer_range
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens + self.weight[: tokens.shape[1]]  # (batch, tokens, dim)
@@ -57,8 +99,10 @@ def init_own_range(module: nn.Module) -> bool:
     """Gives a layer with a standard deviation of its own its fresh weights; tells whether it is one."""
     if not isinstance(module, (PositionEmbeddings, BranchLinear)):
         return False
-    init.normal_(module.weight, std=module.initializer_range)
-    if isinstance(module, BranchLinear):
+    if isinstance(module, PositionEmbeddings):
+        init.copy_(module.weight, module.draw())
+    else:
+        init.normal_(module.weight, std=module.initializer_range)
         init.zeros_(module.bias)
     return True
 
@@ -66,6 +110,12 @@ def init_own_range(module: nn.Module) -> bool:
 def build_branch_end(config: TomeFormerConfig | MLPConnectorConfig, in_features: int) -> BranchLinear:
     std = config.branch_initializer_range
     return BranchLinear(in_features, config.hidden_size, config.initializer_range if std is None else std)
+
+
+def build_positions(config: TomeFormerConfig | QFormerConnectorConfig, std: float) -> PositionEmbeddings:
+    """Positions of the visual tokens."""
+    grid, prefix = config.position_grid_size, int(config.class_token)
+    return PositionEmbeddings(config.max_position_embeddings, config.hidden_size, std, grid, prefix)
 
 
 def build_output_positions(config: TomeFormerConfig | MLPConnectorConfig) -> nn.Module:
@@ -82,8 +132,7 @@ class TomeFormerEmbeddings(nn.Module):
     def __init__(self, config: TomeFormerConfig):
         super().__init__()
         std = config.position_initializer_range
-        std = config.initializer_range if std is None else std
-        self.position_embeddings = PositionEmbeddings(config.max_position_embeddings, config.hidden_size, std)
+        self.position_embeddings = build_positions(config, config.initializer_range if std is None else std)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -95,7 +144,7 @@ class TomeFormerEmbeddings(nn.Module):
 
 
 class TomeFormerSelfAttention(nn.Module):
-    """Attention of all tokens to all; also hands out the keys' mean over the heads, by which tokens are matched."""
+    """Attention of all tokens to all; also hands out the metric by which they are matched."""
 
     def __init__(self, config: TomeFormerConfig):
         super().__init__()
@@ -131,8 +180,9 @@ class TomeFormerSelfAttention(nn.Module):
             scaling=self.scaling,
         )
         context = context.reshape(hidden_states.shape)  # (batch, tokens, dim)
-        metric = key.detach().mean(dim=1)  # (batch, tokens, head_dim)
-        return context, metric
+        # (batch, tokens, dim) or (batch, tokens, head_dim)
+        metric = hidden_states if self.config.merge_metric == "hidden_states" else key.mean(dim=1)
+        return context, metric.detach()
 
 
 class TomeFormerBranchOutput(nn.Module):

@@ -74,6 +74,10 @@ def test_a_connector_that_cannot_work_is_refused(fields, message):
             {"vision_config": SiglipVisionConfig(), "connector_config": TomeFormerConfig(class_token=True)},
             "class_token` is True, but a vision tower of type 'siglip_vision_model' has no class token",
         ),
+        (
+            {"connector_config": TomeFormerConfig(position_grid_size=14)},
+            "`connector_config.position_grid_size` is 14, but the vision tower gives 257 tokens, with a class token",
+        ),
         ({"image_token_id": -5}, "`image_token_id` must not be negative, but is -5"),
     ],
 )

@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel
 
 from configuration_evlgen import TomeFormerConfig
 from modeling_evlgen import TomeFormerModel
+from modeling_evlgen.tomeformer import smooth_positions
 
 from .helpers import FIXTURES
 
@@ -122,6 +123,58 @@ def test_positions_can_start_larger_than_the_rest():
     model = TomeFormerModel(tiny_config(position_initializer_range=0.5))
     assert model.embeddings.position_embeddings.weight.std().item() == pytest.approx(0.5, rel=0.1)
     assert model.encoder.layer[0].attention.self.key.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_positions_can_start_smooth_over_the_grid_of_patches(class_token):
+    torch.manual_seed(0)
+    model = TomeFormerModel(
+        tiny_config(hidden_size=512, position_grid_size=6, position_initializer_range=0.1, class_token=class_token)
+    )
+    weight = model.embeddings.position_embeddings.weight
+    first, end = int(class_token), int(class_token) + 36
+    grid = weight[first:end].unflatten(0, (6, 6))  # (rows, columns, dim)
+    assert grid.std().item() == pytest.approx(0.1, rel=0.01)
+    assert grid.mean(dim=(0, 1)).abs().max() < 1e-6
+    right, below, far = (
+        torch.cosine_similarity(a, b, dim=-1).mean()
+        for a, b in ((grid[:, 1:], grid[:, :-1]), (grid[1:], grid[:-1]), (grid[:3, :3], grid[3:, 3:]))
+    )
+    assert right > 0.6 and below > 0.6 and far < 0.1
+    others = torch.cat([weight[:first], weight[end:]])
+    assert torch.corrcoef(others).fill_diagonal_(0).abs().max() < 0.25
+
+
+def test_correlation_of_smooth_positions_falls_with_the_distance_as_the_docstring_says():
+    torch.manual_seed(0)
+    side, length = 9, 0.25
+    waves = smooth_positions(side, 20_000, length)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)) / (side - 1)
+    kernel = torch.exp(-torch.cdist(places, places).square() / (2 * length**2))
+    centre = torch.eye(side**2) - 1 / side**2  # the mean over the places is taken away
+    kernel = centre @ kernel @ centre
+    kernel = kernel / kernel.diagonal().mean()
+    torch.testing.assert_close(waves @ waves.T / waves.shape[1], kernel, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("grid", [0, 7])
+def test_a_grid_that_does_not_fit_the_positions_is_refused(grid):
+    with pytest.raises(ValueError, match=f"`position_grid_size` must be 1 or more.*\\(40\\), but it is {grid}"):
+        tiny_config(position_grid_size=grid)
+
+
+def test_tokens_can_be_matched_by_their_hidden_states():
+    """Tokens that come in pairs of near copies merge with their copies, even where keys say nothing."""
+    torch.manual_seed(0)
+    fields = {"class_token": False, "merge_r": [8], "num_hidden_layers": 1, "pre_norm": True}
+    model = TomeFormerModel(tiny_config(**fields, merge_metric="hidden_states", position_initializer_range=0.0)).eval()
+    torch.nn.init.zeros_(model.encoder.layer[0].attention.self.key.weight)
+    distinct = tokens(count=8)
+    pairs = torch.cat([distinct, distinct.flip(1)], dim=1) + 1e-3 * tokens(count=16, seed=1)  # copy of k at 15 - k
+    place = model(pairs).output_index
+    assert torch.equal(place[:, :8], place[:, 8:].flip(1))
+    with pytest.raises(ValueError, match='`merge_metric` must be "keys" or "hidden_states", but is \'values\''):
+        tiny_config(merge_metric="values")
 
 
 def test_saves_and_loads(tmp_path):
