@@ -66,21 +66,28 @@ def smooth_positions(grid_size: int, dim: int, length: float = 0.25) -> torch.Te
 class PositionEmbeddings(nn.Embedding):
     """Learned positions that are added to tokens, with a standard deviation of their own at the start.
 
-    With a `grid_size` those of a square grid of patches, behind `prefix` other tokens, start smooth over it.
+    With a `grid_size` those of a square grid of patches, behind `num_prefix_tokens` others, start smooth over it.
     """
 
     def __init__(
-        self, num_positions: int, dim: int, initializer_range: float, grid_size: int | None = None, prefix: int = 0
+        self,
+        num_positions: int,
+        dim: int,
+        initializer_range: float,
+        grid_size: int | None = None,
+        num_prefix_tokens: int = 0,
     ):
         super().__init__(num_positions, dim)
-        self.initializer_range, self.grid_size, self.prefix = initializer_range, grid_size, prefix
+        self.initializer_range = initializer_range
+        self.grid_size = grid_size
+        self.num_prefix_tokens = num_prefix_tokens
 
     def draw(self) -> torch.Tensor:
         """Fresh weights, `(positions, dim)`."""
         weight = torch.randn(self.num_embeddings, self.embedding_dim)
         if self.grid_size is not None:
-            end = self.prefix + self.grid_size**2
-            weight[self.prefix : end] = smooth_positions(self.grid_size, self.embedding_dim)
+            grid = smooth_positions(self.grid_size, self.embedding_dim)  # (patches, dim)
+            weight[self.num_prefix_tokens : self.num_prefix_tokens + len(grid)] = grid
         return weight * self.initializer_range
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -114,8 +121,8 @@ def build_branch_end(config: TomeFormerConfig | MLPConnectorConfig, in_features:
 
 def build_positions(config: TomeFormerConfig | QFormerConnectorConfig, std: float) -> PositionEmbeddings:
     """Positions of the visual tokens."""
-    grid, prefix = config.position_grid_size, int(config.class_token)
-    return PositionEmbeddings(config.max_position_embeddings, config.hidden_size, std, grid, prefix)
+    sizes = config.max_position_embeddings, config.hidden_size
+    return PositionEmbeddings(*sizes, std, config.position_grid_size, num_prefix_tokens=int(config.class_token))
 
 
 def build_output_positions(config: TomeFormerConfig | MLPConnectorConfig) -> nn.Module:
