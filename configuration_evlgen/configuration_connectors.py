@@ -39,9 +39,9 @@ class ConnectorConfig(PreTrainedConfig):
 
     def _check_grid(self) -> None:
         grid, positions = self.position_grid_size, self.max_position_embeddings
-        if grid is not None and not (grid >= 1 and grid**2 + int(self.class_token) <= (positions or 0)):
+        if grid is not None and not (grid >= 2 and grid**2 + int(self.class_token) <= (positions or 0)):
             raise ValueError(
-                "`position_grid_size` must be 1 or more, and its patches must fit `max_position_embeddings` "
+                "`position_grid_size` must be 2 or more, and its patches must fit `max_position_embeddings` "
                 f"({positions}), but it is {grid}."
             )
 
@@ -186,7 +186,7 @@ class QFormerConnectorConfig(ConnectorConfig):
         position_initializer_range (`float`, *optional*):
             If given, learned positions are added to the visual tokens, with this standard deviation at the start.
             BLIP-2 has none, since the tokens of a ViT know their places; those of a CNN do not.
-        position_grid_size (`int`, *optional*): As in [`TomeFormerConfig`].
+        position_grid_size (`int`, *optional*): As in [`TomeFormerConfig`]; needs `position_initializer_range`.
         num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, hidden_dropout_prob,
         attention_probs_dropout_prob, layer_norm_eps, initializer_range: As in [`TomeFormerConfig`].
 
@@ -221,6 +221,10 @@ class QFormerConnectorConfig(ConnectorConfig):
         )
         self._check_heads()
         self._check_grid()
+        if self.position_grid_size is not None and self.position_initializer_range is None:
+            raise ValueError(
+                "`position_grid_size` needs `position_initializer_range`: without it there are no positions."
+            )
 
     def num_output_tokens(self, num_tokens: int) -> int:
         """The queries, whatever the number of visual tokens."""

@@ -131,7 +131,7 @@ class EVLGenConfig(PreTrainedConfig):
             raise ValueError(
                 f"`connector_config.position_grid_size` is {grid}, but the vision tower gives "
                 f"{self.num_vision_tokens} tokens, with {'a' if self.connector_config.class_token else 'no'} class "
-                "token."
+                "token; give this tower's grid, or null for positions that start independent of each other."
             )
         self.connector_config.num_output_tokens(self.num_vision_tokens)  # raises where tokens cannot be pooled
         if self.towers not in (None, "include", "reference"):

@@ -46,7 +46,7 @@ def smooth_positions(grid_size: int, dim: int, length: float = 0.25) -> torch.Te
     `exp(-d^2 / (2 length^2))`, where d is the distance of two places.
 
     Args:
-        grid_size (`int`): Places a side.
+        grid_size (`int`): Places a side, at least 2.
         dim (`int`): Channels.
         length (`float`, *optional*, defaults to 0.25):
             At this distance, in sides of the grid, places have a correlation of `exp(-1/2)`.
@@ -104,13 +104,13 @@ class BranchLinear(nn.Linear):
 
 def init_own_range(module: nn.Module) -> bool:
     """Gives a layer with a standard deviation of its own its fresh weights; tells whether it is one."""
-    if not isinstance(module, (PositionEmbeddings, BranchLinear)):
-        return False
     if isinstance(module, PositionEmbeddings):
         init.copy_(module.weight, module.draw())
-    else:
+    elif isinstance(module, BranchLinear):
         init.normal_(module.weight, std=module.initializer_range)
         init.zeros_(module.bias)
+    else:
+        return False
     return True
 
 

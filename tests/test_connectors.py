@@ -88,6 +88,8 @@ def test_the_qformer_is_transformers_own_with_queries_and_positions():
     torch.testing.assert_close(connector(tokens).last_hidden_state, expected)
     assert connector.query_tokens.std().item() == pytest.approx(0.02, rel=0.3)
     assert connector.position_embeddings.weight.std().item() == pytest.approx(0.1, rel=0.1)
+    with pytest.raises(ValueError, match="`position_grid_size` needs `position_initializer_range`"):
+        QFormerConnectorConfig(**SIZES, num_attention_heads=4, position_grid_size=4)
 
 
 @pytest.mark.parametrize("class_token", [True, False])

@@ -157,9 +157,9 @@ def test_correlation_of_smooth_positions_falls_with_the_distance_as_the_docstrin
     torch.testing.assert_close(waves @ waves.T / waves.shape[1], kernel, atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("grid", [0, 7])
+@pytest.mark.parametrize("grid", [0, 1, 7])
 def test_a_grid_that_does_not_fit_the_positions_is_refused(grid):
-    with pytest.raises(ValueError, match=f"`position_grid_size` must be 1 or more.*\\(40\\), but it is {grid}"):
+    with pytest.raises(ValueError, match=f"`position_grid_size` must be 2 or more.*\\(40\\), but it is {grid}"):
         tiny_config(position_grid_size=grid)
 
 
