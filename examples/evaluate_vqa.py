@@ -18,7 +18,7 @@ A published benchmark, read from its own files, with several processes if you li
 | `gqa` | `testdev_balanced_questions.json` | | the pictures |
 
 COCO's pictures may lie in folders such as `val2014`. Without `--annotations`, as for VQAv2's test splits, the answers
-are written as its test server wants them. VQAv2 is scored by the official rule, OK-VQA and GQA as the original's LAVIS
+are written as its test server wants them. VQAv2, OK-VQA and GQA are scored as the original's LAVIS
 does it: answers of OK-VQA are lemmatised, which needs `.[vqa]`, and those of GQA normalised as VQAv2's. Your own:
 `--dataset` and its columns, as in the training scripts. A run that was cut off goes on when it is started again.
 """

@@ -122,6 +122,16 @@ def test_interrupted_preparation_leaves_nothing_that_looks_complete(cache):
     assert [path.name for path in prepare_once("interrupted", complete).iterdir()] == ["whole"]
 
 
+def test_preparation_leaves_the_random_numbers_as_they_were(cache):
+    def write(folder):
+        folder.mkdir()
+        torch.nn.Linear(2, 2)  # whose weights are drawn
+
+    before = torch.get_rng_state()
+    prepare_once("drawn", write)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_killed_preparation_is_started_anew(cache):
     # What SIGKILL leaves behind: the temporary folder, with nothing to clean it up.
     (cache / ".killed-abc" / "killed").mkdir(parents=True)

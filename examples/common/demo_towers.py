@@ -74,7 +74,8 @@ def prepare_once(name: str, write: Callable[[Path], None]) -> Path:
     # A sibling, because os.replace is atomic only within one file system.
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         partial = Path(temporary) / folder.name
-        write(partial)
+        with torch.random.fork_rng():  # a first run starts from the same fresh weights as those after it
+            write(partial)
         try:
             os.replace(partial, folder)
         except OSError:

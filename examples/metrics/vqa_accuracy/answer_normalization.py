@@ -1,8 +1,10 @@
 """How the official VQA evaluation compares a short answer with people's answers, as pure functions.
 
 Written after `vqaEval.py` of the VQA data set's authors (https://github.com/GT-Vision-Lab/VQA,
-PythonEvaluationTools/vqaEvaluation), which LAVIS runs as well (lavis/common/vqa_tools/vqa_eval.py). Scores can be
-compared only if all agree on every detail, so its oddities are kept, and named where they are.
+PythonEvaluationTools/vqaEvaluation) in the version that LAVIS runs (lavis/common/vqa_tools/vqa_eval.py), and so the
+papers built on it. Scores can be compared only if all agree on every detail, so its oddities are kept, and named where
+they are. The authors' present version differs: where all ten people agree, it compares the prediction as it is, and
+where they do not, people's answers lose articles and number words as well.
 """
 
 import re

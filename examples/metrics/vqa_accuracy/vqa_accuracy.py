@@ -19,10 +19,10 @@ _CITATION = """\
 """
 
 _DESCRIPTION = """\
-Accuracy of short answers to questions about pictures. VQAv2, by the official rule: an answer is right to the degree
-that people gave the same one, min(1, matches / 3), averaged over leaving each person out, after the official
-normalisation. OK-VQA, as LAVIS runs it: the same with lemmatised predictions. GQA, as LAVIS runs it: exact match of
-the prediction, normalised as for VQAv2, with the one right answer.
+Accuracy of short answers to questions about pictures, as LAVIS computes it. VQAv2, by the official rule: an answer is
+right to the degree that people gave the same one, min(1, matches / 3), averaged over leaving each person out, after
+the official normalisation. OK-VQA: the same with lemmatised predictions. GQA: exact match of the prediction,
+normalised as for VQAv2, with the one right answer.
 """
 
 _KWARGS_DESCRIPTION = """
