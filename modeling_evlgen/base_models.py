@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from configuration_evlgen import EVLGenConfig, TomeFormerConfig
+from configuration_evlgen import EVLGenConfig
 from configuration_evlgen.configuration_connectors import ConnectorConfig, connector_config_class
 
+from .connectors import load_bert_as_connector
 from .fingerprints import TOWERS, Identity, identify, remember_tower
-from .tomeformer import TomeFormerModel
 from .vision_tower import load_vision_tower, measure_vision_tower
 
 logger = logging.get_logger(__name__)
@@ -115,25 +115,21 @@ def load_base_model(
         raise ValueError(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
 
 
-def load_connector(name_or_path: str | os.PathLike, fields: dict[str, Any]) -> TomeFormerModel:
+def load_connector(name_or_path: str | os.PathLike, fields: dict[str, Any]) -> PreTrainedModel:
     """Starts a connector from a BERT checkpoint.
 
     Args:
         name_or_path (`str` or `os.PathLike`): A folder or a repository's name.
-        fields: Fields of `TomeFormerConfig` in which it is to differ from that checkpoint's configuration.
+        fields: Fields of the connector's configuration in which it is to differ from that checkpoint's.
 
     Raises:
-        ValueError: If there is no such checkpoint, or a field is out of range, or another connector is wanted.
+        ValueError: If there is no such checkpoint, a field is out of range, or the connector cannot start from BERT.
     """
-    if fields.get("model_type", TomeFormerConfig.model_type) != TomeFormerConfig.model_type:
-        raise ValueError(
-            f"`connector_model` is for a TomeFormer, but `connector_config` is of {fields['model_type']!r}."
-        )
-    config_dict = load_base_model("connector_model", TomeFormerConfig.get_config_dict, name_or_path, {})[0]
-    known = TomeFormerConfig.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
-    config = TomeFormerConfig(**{name: value for name, value in {**config_dict, **fields}.items() if name in known})
-    arguments = {"config": config, "dtype": torch.float32}
-    return load_base_model("connector_model", TomeFormerModel.from_pretrained, name_or_path, arguments)
+    config_class = connector_config_class(fields)
+    config_dict = load_base_model("connector_model", config_class.get_config_dict, name_or_path, {})[0]
+    known = config_class.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    config = config_class(**{name: value for name, value in {**config_dict, **fields}.items() if name in known})
+    return load_base_model("connector_model", load_bert_as_connector, name_or_path, {"config": config})
 
 
 def refuse_remote_code(argument: str, model: PreTrainedModel) -> None:

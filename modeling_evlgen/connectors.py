@@ -4,6 +4,8 @@ A connector takes `inputs_embeds` (batch, tokens, dim) and gives an output with 
 tokens, dim). That of the TomeFormer also says where each token went, in `output_index`.
 """
 
+import os
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -38,6 +40,26 @@ def build_connector(config: ConnectorConfig) -> PreTrainedModel:
     return kinds[config.model_type]._from_config(config)
 
 
+def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorConfig) -> PreTrainedModel:
+    """A connector of the given configuration that starts from a BERT checkpoint, in float32.
+
+    A Q-Former takes BERT's self-attention, and its feed-forward for the queries, as BLIP-2's does (salesforce/LAVIS,
+    lavis/models/blip2_models); queries and cross-attention are fresh.
+
+    Raises:
+        ValueError: If the connector cannot start from BERT.
+        OSError: If there is no such checkpoint.
+    """
+    if config.model_type == TomeFormerConfig.model_type:
+        return TomeFormerModel.from_pretrained(name_or_path, config=config, dtype=torch.float32)
+    if config.model_type == QFormerConnectorConfig.model_type:
+        names = {"key_mapping": QFormerConnector.bert_names}
+        return QFormerConnector.from_pretrained(name_or_path, config=config, dtype=torch.float32, **names)
+    raise ValueError(
+        f"`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is of {config.model_type!r}."
+    )
+
+
 class QFormerConnector(PreTrainedModel):
     """BLIP-2's Q-Former: learned queries that attend to the visual tokens, in transformers' own model of it.
 
@@ -51,6 +73,16 @@ class QFormerConnector(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _keys_to_ignore_on_load_unexpected = [r"^(bert\.)?embeddings\.", r"pooler\.", r"cls\."]
+    # A BERT's weights by the names that they have here.
+    bert_names = {
+        r"^(?:bert\.)?embeddings\.LayerNorm\.(?:weight|gamma)$": "qformer.layernorm.weight",
+        r"^(?:bert\.)?embeddings\.LayerNorm\.(?:bias|beta)$": "qformer.layernorm.bias",
+        r"^(?:bert\.)?encoder\.layer\.(\d+)\.attention\.self\.": r"qformer.encoder.layer.\1.attention.attention.",
+        r"^(?:bert\.)?encoder\.layer\.(\d+)\.attention\.output\.": r"qformer.encoder.layer.\1.attention.output.",
+        r"^(?:bert\.)?encoder\.layer\.(\d+)\.intermediate\.": r"qformer.encoder.layer.\1.intermediate_query.",
+        r"^(?:bert\.)?encoder\.layer\.(\d+)\.output\.": r"qformer.encoder.layer.\1.output_query.",
+    }
 
     def __init__(self, config: QFormerConnectorConfig):
         super().__init__(config)

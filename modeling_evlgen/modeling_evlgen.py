@@ -137,7 +137,8 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 The vision tower: a folder, a repository's name, or a loaded model.
             text_model (`str`, `os.PathLike` or `PreTrainedModel`): The language model, likewise.
             connector_model (`str` or `os.PathLike`, *optional*):
-                A BERT checkpoint to start the connector from, e.g. `bert-base-uncased`. By default it starts afresh.
+                A BERT checkpoint to start a TomeFormer or a Q-Former from, e.g. `bert-base-uncased`. By default it
+                starts afresh.
             connector_config ([`TomeFormerConfig`] or `dict`, *optional*):
                 The connector's configuration, or, with `connector_model`, the fields in which it differs from that
                 model's. Unless it says `class_token`, the vision tower does. A `dict` may name another connector by

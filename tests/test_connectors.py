@@ -1,9 +1,12 @@
 """The TomeFormer's peers: BLIP-2's Q-Former and an MLP, in the same model, processor, scripts and checkpoints."""
 
+import re
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import layer_norm
-from transformers import AutoConfig, AutoModel, Blip2QFormerModel
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, Blip2QFormerModel
 
 from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig, TomeFormerConfig
 from modeling_evlgen import (
@@ -185,10 +188,45 @@ def test_fields_of_another_connector_are_refused_by_name(tmp_path):
         EVLGenForConditionalGeneration.from_vision_text_pretrained(
             **towers, connector_config={"model_type": "evlgen_qformer", "merge_r": 3}
         )
-    with pytest.raises(ValueError, match="`connector_model` is for a TomeFormer, but `connector_config` is of"):
+    bert = save_bert(tmp_path / "bert")
+    with pytest.raises(ValueError, match="`connector_model` is for a TomeFormer or a Q-Former, but"):
         EVLGenForConditionalGeneration.from_vision_text_pretrained(
-            **towers, connector_model="bert", connector_config={"model_type": "evlgen_mlp"}
+            **towers, connector_model=bert, connector_config={"model_type": "evlgen_mlp"}
         )
+
+
+def save_bert(folder):
+    BertModel(BertConfig(**SIZES, num_hidden_layers=3, num_attention_heads=4)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_a_qformer_starts_from_bert_as_blip2s_does(prefix, tmp_path):
+    """Cross-attention and queries are new, and the queries' feed-forward is that of BERT's words."""
+    path = save_bert(tmp_path / "bert") / "model.safetensors"
+    weights = {name: torch.randn_like(tensor) for name, tensor in load_file(path).items()}
+    old = {"weight": "gamma", "bias": "beta"} if prefix else {}  # as in bert-base-uncased
+    names = [re.sub(r"(?<=LayerNorm\.)\w+", lambda found: old.get(found[0], found[0]), name) for name in weights]
+    renamed = {prefix + name: tensor for name, tensor in zip(names, weights.values(), strict=True)}
+    save_file(renamed, path, metadata={"format": "pt"})
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        **save_towers(tmp_path), connector_model=path.parent, connector_config=PEERS["qformer"]
+    )
+    qformer = model.connector.qformer
+    layer, name = qformer.encoder.layer[1], "encoder.layer.1."
+    assert len(qformer.encoder.layer) == 2
+    for mine, berts in (
+        (layer.attention.attention.key.weight, "attention.self.key.weight"),
+        (layer.attention.output.LayerNorm.bias, "attention.output.LayerNorm.bias"),
+        (layer.intermediate_query.dense.weight, "intermediate.dense.weight"),
+        (layer.output_query.LayerNorm.weight, "output.LayerNorm.weight"),
+    ):
+        assert torch.equal(mine, weights[name + berts])
+    assert torch.equal(qformer.layernorm.weight, weights["embeddings.LayerNorm.weight"])
+    cross = qformer.encoder.layer[0].crossattention.attention.key.weight
+    assert 0.01 < cross.std() < 0.03
+    assert 0.01 < model.connector.query_tokens.std() < 0.03
+    assert 0.05 < model.connector.position_embeddings.weight.std() < 0.2
 
 
 def test_old_checkpoints_have_a_tomeformer(tmp_path):

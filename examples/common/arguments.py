@@ -21,7 +21,8 @@ class ModelArguments:
         default="tomeformer", metadata={"help": "Kind of connector; the other two are there to be compared with."}
     )
     connector_model: str | None = field(
-        default=None, metadata={"help": "BERT checkpoint to start the connector from, e.g. bert-base-uncased."}
+        default=None,
+        metadata={"help": "BERT checkpoint to start a TomeFormer or a Q-Former from, e.g. bert-base-uncased."},
     )
     connector_config: dict[str, Any] | str | None = field(
         default=None,
