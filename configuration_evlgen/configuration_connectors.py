@@ -239,15 +239,17 @@ class MLPConnectorConfig(ConnectorConfig):
     Args:
         intermediate_size (`int`, defaults to 3072): Width between the two.
         hidden_act (`str`, defaults to `"gelu"`): Activation, a key of transformers' `ACT2FN`.
-        residual (`bool`, defaults to `False`): Whether the normalised input is added to the output.
+        residual (`bool`, *optional*):
+            Whether the normalised input is added to the output; by default where `branch_initializer_range` is given.
         pool_size (`int`, *optional*):
             If given, the grid of visual tokens is averaged to `pool_size` x `pool_size` tokens first. The class token,
             if there is one, is kept beside them.
-        output_position_initializer_range (`float`, *optional*):
-            As in [`TomeFormerConfig`]; needs `max_position_embeddings`.
+        output_position_initializer_range (`float`, *optional*): As in [`TomeFormerConfig`].
+        max_position_embeddings (`int`, *optional*):
+            Largest number of input tokens; by default any, or 512 with output positions.
         branch_initializer_range (`float`, *optional*):
-            Standard deviation of the fresh `dense_2`; by default `initializer_range`. With `residual=True` and 0.0 the
-            MLP starts as the identity.
+            Standard deviation of the fresh `dense_2`; by default `initializer_range`. At 0.0 a residual MLP starts as
+            the identity.
         layer_norm_eps, initializer_range: As in [`TomeFormerConfig`].
 
     Raises:
@@ -259,7 +261,7 @@ class MLPConnectorConfig(ConnectorConfig):
     max_position_embeddings: int | None = None
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
-    residual: bool = False
+    residual: bool | None = None
     pool_size: int | None = None
     output_position_initializer_range: float | None = None
     branch_initializer_range: float | None = None
@@ -269,10 +271,10 @@ class MLPConnectorConfig(ConnectorConfig):
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
         self._check_sizes("intermediate_size", *([] if self.pool_size is None else ["pool_size"]))
+        if self.residual is None:
+            self.residual = self.branch_initializer_range is not None
         if self.output_position_initializer_range is not None and self.max_position_embeddings is None:
-            raise ValueError(
-                "`output_position_initializer_range` needs `max_position_embeddings`: how many positions there are."
-            )
+            self.max_position_embeddings = 512
 
     def num_output_tokens(self, num_tokens: int) -> int:
         """All tokens, or those of the pooled grid.

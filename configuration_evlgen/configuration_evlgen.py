@@ -59,6 +59,9 @@ class EVLGenConfig(PreTrainedConfig):
             folders.
         vision_model_fingerprint, text_model_fingerprint (`str`, *optional*):
             SHA-256 over their weight files; a checkpoint that names its towers is not loaded with others.
+        adapted_towers (`list[str]`, *optional*):
+            `"vision_model"` and `"text_model"`, where an adapter was merged into that tower, whose weights are its
+            base model's no more.
         towers (`str`, *optional*):
             Whether checkpoints hold the frozen towers, `"include"`, or only name them, `"reference"`. By default the
             latter if both towers are repositories on the Hub. See [`~EVLGenForConditionalGeneration.save_pretrained`].
@@ -100,6 +103,7 @@ class EVLGenConfig(PreTrainedConfig):
     text_model_revision: str | None = None
     vision_model_fingerprint: str | None = None
     text_model_fingerprint: str | None = None
+    adapted_towers: list[str] | None = None
     towers: str | None = None
 
     def __post_init__(self, **kwargs: Any):

@@ -12,6 +12,7 @@ An adapter's folder, from `finetune.py`, is published as an adapter, for the mod
 names; or, with `--merge true`, as one model with it.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -97,6 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.folder is None:
             upload(folder, arguments)
             published = arguments.repo_id
+        else:
+            print(f"{folder}/ holds what would be published.")
         if arguments.check:
             print(f"{published} says: {caption(published, arguments)}")
 
@@ -135,7 +138,7 @@ def write_folder(folder: Path, arguments: PublishArguments, results: list[dict[s
         raise ValueError(f"`merge` is for adapters, but there is no {ADAPTER_CONFIG} in {arguments.model}.")
     name = find_adapter(source, {})[0] if arguments.merge else arguments.model
     model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, name)
-    adapter_of = None
+    described, adapter_of = model.config, None
     if is_adapter and not arguments.merge:
         adapter_of = copy_adapter(source, folder, arguments.base_model)
         with safe_open(source / SAFETENSORS_WEIGHTS_NAME, framework="pt") as weights:
@@ -144,14 +147,17 @@ def write_folder(folder: Path, arguments: PublishArguments, results: list[dict[s
         if arguments.merge:
             check_base(model.config, source, {})
             model = PeftModel.from_pretrained(model, source).merge_and_unload()
+            model.config.adapted_towers = adapted_towers(source)
         trained = model.num_parameters() - sum(getattr(model, tower).num_parameters() for tower in TOWERS.values())
+        described = copy.deepcopy(model.config)  # with the names that a private tower has
         save_model(model, folder, arguments.towers)
+        described.towers = model.config.towers
     EVLGenProcessor.from_pretrained(arguments.model).save_pretrained(folder)
     if (source / SHEET).exists():
         shutil.copy(source / SHEET, folder / SHEET)
     card = model_card(
         arguments.repo_id,
-        model.config,
+        described,
         trained,
         results,
         arguments.license,
@@ -160,6 +166,13 @@ def write_folder(folder: Path, arguments: PublishArguments, results: list[dict[s
         adapter_of=adapter_of,
     )
     return str(card)
+
+
+def adapted_towers(adapter: Path) -> list[str]:
+    """The towers that an adapter changes."""
+    with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as weights:
+        names = list(weights.keys())
+    return [argument for argument, tower in TOWERS.items() if any(f".{tower}." in name for name in names)]
 
 
 def save_model(model: EVLGenForConditionalGeneration, folder: Path, towers: str | None) -> None:

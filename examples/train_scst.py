@@ -61,14 +61,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             train, test = cache_splits(model, processor, train, test, data, training.seed)
 
     def held_out_reward() -> float | None:
-        """Mean CIDEr-D of what the model says about held-out pictures, on the main process."""
+        """Mean CIDEr-D of what the model says about held-out pictures, times 100, on the main process."""
         if test is None or training.process_index != 0:
             return None
         collator = CaptionCollator(processor, data, training=False)
         captions = generate_captions(
             model, test, collator, generation, training.per_device_eval_batch_size, arithmetic(training)
         )
-        return mean(reward.score(captions, [true_captions(row, data) for row in test]))
+        return 100 * mean(reward.score(captions, [true_captions(row, data) for row in test]))
 
     before = held_out_reward()
     metrics = train_and_report(
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if before is not None:
         metrics |= {"test_cider_before": before, "test_cider": held_out_reward()}
         (Path(training.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        print(f"CIDEr-D on held-out rows: {before:.3f} before, {metrics['test_cider']:.3f} now (at most 10).")
+        print(f"CIDEr-D on held-out rows: {before:.1f} before, {metrics['test_cider']:.1f} now (at most 1000).")
     return metrics
 
 

@@ -236,12 +236,14 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         checkpoint_frozen_layers(self.language_model)
 
     def describe_parameters(self) -> str:
-        """One line for each part: how many parameters it has, and whether they are trained."""
+        """One line for each part: how many parameters it has, and how many of them are trained."""
         lines = []
         for name, part in self.named_children():
-            count = sum(parameter.numel() for parameter in part.parameters())
-            size = f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.2f} K"
-            lines.append(f"{name}: {size} parameters, {'frozen' if _is_frozen(part) else 'trained'}")
+            # PEFT keeps what it trains in full a second time, as it was.
+            own = [p for key, p in part.named_parameters() if "original_module" not in key.split(".")]
+            count, trained = sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
+            how = {0: "frozen", count: "trained"}.get(trained, f"{_short(trained)} of them trained")
+            lines.append(f"{name}: {_short(count)} parameters, {how}")
         return "\n".join(lines)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -602,6 +604,10 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.towers = said
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.2f} K"
 
 
 def _is_frozen(module: nn.Module) -> bool:

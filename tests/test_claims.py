@@ -292,6 +292,17 @@ def test_evlgen_is_what_the_demo_trains():
     assert claims.METHODS["evlgen"]["fields"] == recipe["connector_config"]
 
 
+@pytest.mark.parametrize("connector", ["tomeformer", "qformer", "mlp"])
+def test_every_connector_takes_the_demos_recipe(connector):
+    fields = yaml.safe_load(pretrain.DEMO_RECIPE.read_text())["connector_config"]
+    fields = {**connector_fields(connector, fields), "class_token": False}
+    config = EVLGenConfig(**VISION["demo"], text_config=TEXT, connector_config=fields)
+    with torch.device("meta"):
+        model = EVLGenForConditionalGeneration(config)
+        prompt = model.project_vision_features(torch.randn(2, 196, 112)).pooler_output
+    assert prompt.shape == (2, config.num_image_tokens, TEXT.hidden_size)
+
+
 @pytest.fixture
 def tiny_recipe(tmp_path, monkeypatch):
     """A recipe of tiny towers in the demo's place; gives its data."""

@@ -131,8 +131,10 @@ def test_an_mlp_can_start_as_the_identity_with_output_positions():
     torch.testing.assert_close(connector(tokens).last_hidden_state, expected)
     assert positions.std().item() == pytest.approx(1.0, rel=0.15)
     assert connector.dense_1.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    with pytest.raises(ValueError, match="`output_position_initializer_range` needs `max_position_embeddings`"):
-        MLPConnectorConfig(**SIZES, output_position_initializer_range=1.0)
+    given = MLPConnectorConfig(**SIZES, branch_initializer_range=0.0, output_position_initializer_range=1.0)
+    assert (given.residual, given.max_position_embeddings) == (True, 512)
+    plain = MLPConnectorConfig(**SIZES)
+    assert (plain.residual, plain.max_position_embeddings) == (False, None)
 
 
 def test_a_token_of_size_k_weighs_as_much_as_k_tokens():

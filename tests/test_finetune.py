@@ -291,6 +291,14 @@ def test_every_linear_map_of_a_layer_gets_an_adapter(vision, text):
     assert not any("connector" in name for name in adapted)
 
 
+def test_what_is_trained_beside_an_adapter_is_counted_once():
+    model = tiny_model()
+    before = dict(line.split(": ") for line in model.describe_parameters().splitlines())
+    after = dict(line.split(": ") for line in add_lora(model, LoraArguments()).describe_parameters().splitlines())
+    assert before["language_model"].endswith("frozen") and after["language_model"].endswith(" of them trained")
+    assert {name for name in before if before[name] != after[name]} == {"language_model"}
+
+
 def test_a_tower_of_unknown_layers_is_refused():
     with pytest.raises(ValueError, match=r"knows the layers of these vision models: .*; not of 'convnext'"):
         target_modules(tiny_model("convnext"), "both")

@@ -238,7 +238,9 @@ def test_answers_questions_of_a_column(work, tmp_path):
 
 def test_a_resume_without_a_checkpoint_says_so(work, tmp_path, caplog):
     pretrain.main(arguments(work, tmp_path, max_steps=1, test_split="", resume_from_checkpoint=True))
-    assert "There is no complete checkpoint in" in caplog.text
+    assert "There is no complete checkpoint in" in caplog.text and "will replace" not in caplog.text
+    pretrain.main(arguments(work, tmp_path, max_steps=1, test_split=""))
+    assert f"{tmp_path} holds a model, which the one that is trained now will replace" in caplog.text
 
 
 def test_draws_one_of_several_captions(work, tmp_path):

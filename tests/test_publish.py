@@ -97,9 +97,10 @@ def test_a_folder_is_written_instead(tmp_path):
     given = ["--model", str(tmp_path / "model"), "--folder", str(tmp_path / "out")]
     publish.main([*given, "--check", "true", "--picture", str(tmp_path / "red.png")])
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "The frozen towers are in this repository" in card  # since nobody else has those folders
+    assert "The towers are in this repository" in card  # since nobody else has those folders
     assert 'model="out", trust_remote_code=True' in card  # by the folder's name, where no other is given
-    assert "a model that is not on the Hub" in card and "Not evaluated." in card and "captions.png" not in card
+    assert "(`clip_vision_model`), frozen: vision, from a folder" in card and "(frozen); 17 tokens" in card
+    assert "Not evaluated." in card and "captions.png" not in card
     written = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".json", ".md", ".jinja")]
     assert len(written) > 5 and not [path.name for path in written if str(tmp_path) in path.read_text()]
     with pytest.raises(ValueError, match=r"`towers` cannot be \"reference\": '.*vision' is not on the Hub"):
@@ -168,6 +169,9 @@ def test_an_adapter_is_published_as_one_or_merged(hub, tmp_path, capsys):
     adapted.merge_and_unload()
     merged = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(merged.state_dict(), base.state_dict())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a vision tower (frozen)" in card and "a language model (adapted by LoRA)" in card
+    assert merged.config.adapted_towers == ["text_model"]  # for cards to come
 
     publish.main(["--model", str(tmp_path / "base"), "--repo_id", "user/base"])
     given = ["--model", str(tmp_path / "adapter"), "--repo_id", "user/adapter", "--base_model", "user/base"]

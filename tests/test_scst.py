@@ -145,7 +145,7 @@ def test_training_raises_the_reward(greedy, tmp_path, monkeypatch):
     history = json.loads((tmp_path / "out" / "checkpoint-60" / "trainer_state.json").read_text())["log_history"]
     rewards = [entry["reward"] for entry in history if "reward" in entry]
     assert rewards[-1] > 2 * rewards[0] + 0.05
-    assert metrics["test_cider"] > metrics["test_cider_before"] + 0.05  # on held-out pictures as well
+    assert metrics["test_cider"] > metrics["test_cider_before"] + 5  # on held-out pictures as well
     assert all({"baseline", "length"} <= entry.keys() for entry in history if "reward" in entry)
     before, after = (EVLGenForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("model", "out"))
     for part in ("vision_tower", "language_model"):

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from configuration_evlgen import EVLGenConfig
-from modeling_evlgen.fingerprints import is_on_hub
+from modeling_evlgen.fingerprints import TOWERS, is_on_hub
 
 PAPER = "https://arxiv.org/abs/2310.03291"
 KIND = {"tomeformer": "a TomeFormer", "evlgen_qformer": "a Q-Former", "evlgen_mlp": "an MLP"}
@@ -32,9 +32,10 @@ The code comes with the model, so look at it before you trust it, and name a `re
 from transformers import pipeline
 
 captioner = pipeline("{{ task }}", model="{{ repo_id }}", trust_remote_code=True)
-captioner("{{ file }}")
-captioner("{{ file }}", prompt="Question: What is it? Short answer:", num_beams=5)
+captioner("{{ file }}", num_beams=5)
 ```
+
+What it was trained to be asked goes into `prompt`, such as `prompt="Question: What is it? Short answer:"`.
 
 ```python
 from transformers import AutoModel, AutoProcessor
@@ -188,27 +189,35 @@ def _summary(config: EVLGenConfig, task: str, adapter_of: str | None) -> str:
     seen = "clips and pictures" if task == "video-to-text" else "pictures"
     tokens = f"{config.num_vision_tokens} tokens of a picture become {config.num_image_tokens}"
     adapter = f" It is a LoRA adapter for [{adapter_of}](https://huggingface.co/{adapter_of})." if adapter_of else ""
+    vision, text = (_how(config, argument) for argument in TOWERS)
     return (
         f"Says what is in {seen}, and answers questions about them as far as it was trained to. An "
-        f"[EVLGen]({PAPER}): a frozen vision tower, {KIND[config.connector_config.model_type]} that was trained with "
-        f"the caption loss alone, and a frozen language model; {tokens}.{adapter}"
+        f"[EVLGen]({PAPER}): a vision tower ({vision}), {KIND[config.connector_config.model_type]} that was trained "
+        f"with the caption loss alone, and a language model ({text}); {tokens}.{adapter}"
     )
+
+
+def _how(config: EVLGenConfig, argument: str) -> str:
+    return "adapted by LoRA" if argument in (config.adapted_towers or ()) else "frozen"
 
 
 def _parts(config: EVLGenConfig, trained_parameters: int) -> str:
     def base(name: str | None, revision: str | None) -> str:
-        shown = f"[{name}](https://huggingface.co/{name})" if is_on_hub(name) else "a model that is not on the Hub"
+        if not name:
+            return "a model that is not on the Hub"
+        shown = f"[{name}](https://huggingface.co/{name})" if is_on_hub(name) else f"{Path(name).name}, from a folder"
         return shown + (f", revision `{revision}`" if revision else "")
 
     held = "named by this repository and loaded from theirs" if config.towers == "reference" else "in this repository"
+    merged = ", beside the adapter that was merged" if config.adapted_towers else ""
     return "\n".join(
         [
-            f"- Vision tower (`{config.vision_config.model_type}`), frozen: "
+            f"- Vision tower (`{config.vision_config.model_type}`), {_how(config, 'vision_model')}: "
             f"{base(config.vision_model_name_or_path, config.vision_model_revision)}",
-            f"- Language model (`{config.text_config.model_type}`), frozen: "
+            f"- Language model (`{config.text_config.model_type}`), {_how(config, 'text_model')}: "
             f"{base(config.text_model_name_or_path, config.text_model_revision)}",
-            f"- Trained: {trained_parameters / 1e6:.1f} M parameters.",
-            f"- The frozen towers are {held}.",
+            f"- Trained: {trained_parameters / 1e6:.1f} M parameters{merged}.",
+            f"- The towers are {held}.",
         ]
     )
 

@@ -27,6 +27,8 @@ drawings and are shared under the same license.
 easy-vqa: pictures and questions of easy-VQA by Victor Zhou (https://github.com/vzhou842/easy-VQA), MIT License.
 """
 
+DEMO_CREDITS = {"openmoji-scenes": "Drawings: OpenMoji (openmoji.org), CC BY-SA 4.0"}  # where they are shown
+
 # English names of the `emoji` package. Each reads naturally after "a" or "an", no drawing carries letters (so each may
 # be mirrored), and a linear probe on the demo's vision tower tells the drawings apart.
 CONCEPTS = (

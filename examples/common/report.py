@@ -11,6 +11,7 @@ from PIL import Image
 
 from common.arguments import DataArguments
 from common.data import true_captions
+from common.demo_data import DEMO_CREDITS
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import load_rgb_frames
 
@@ -64,6 +65,8 @@ def draw_contact_sheet(dataset: Dataset, captions: list[str], arguments: DataArg
         text = caption if right else f"{caption}\n(true: {references[0]})"
         wrapped = "\n".join(textwrap.fill(line, 30) for line in text.splitlines())
         panel.set_title(wrapped, fontsize=8.5, color=RIGHT if right else WRONG, y=-0.02, va="top", parse_math=False)
+    if arguments.dataset in DEMO_CREDITS:  # the picture travels: into model cards, for one
+        figure.supxlabel(DEMO_CREDITS[arguments.dataset], fontsize=7, color="gray")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

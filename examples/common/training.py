@@ -11,7 +11,7 @@ from transformers import TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
-from transformers.utils import logging
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings
 from common.collator import CaptionCollator, SetEpoch
@@ -79,7 +79,10 @@ def train_and_report(
     output = Path(training.output_dir)
     checkpoint = _checkpoint(training)
     state = _read_state(checkpoint)
-    if trainer.is_world_process_zero():  # before other processes add to them, which takes a step of all processes
+    if trainer.is_world_process_zero():
+        if checkpoint is None and any((output / name).exists() for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
+            logger.warning(f"{output} holds a model, which the one that is trained now will replace.")
+        # Before other processes add to them, which takes a step of all processes.
         forget_bad_rows(output, state.global_step)
     if 0 < training.max_steps <= state.global_step:  # the Trainer would take one step more
         trainer._load_from_checkpoint(checkpoint)
@@ -107,7 +110,7 @@ def train_and_report(
                 metrics["test_majority_per_question"] = majority_accuracy(train, test, data)
             draw_contact_sheet(pictures, captions, data, output / "captions.png")
             (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        print(_summary(output, metrics, "video-to-text" if data.video_column else "image-to-text"))
+        print(_summary(output, metrics, data))
     return metrics
 
 
@@ -134,15 +137,22 @@ def _read_state(checkpoint: str | None) -> TrainerState:
     return TrainerState.load_from_json(str(path)) if checkpoint and path.exists() else TrainerState()
 
 
-def _summary(output: Path, metrics: dict[str, float], task: str) -> str:
+def _summary(output: Path, metrics: dict[str, float], data: DataArguments) -> str:
+    task, verb, file = "image-to-text", "Caption", "picture.png"
+    if data.video_column:
+        task, file = "video-to-text", "clip.mp4"
+    arguments = f'"{file}"'
+    if data.prompt:
+        verb = "Ask about" if data.prompt_column else "Caption"
+        arguments += f", prompt={data.prompt.replace('{}', '...')!r}"
     figures = "\n".join(f"  {name}: {value:.4f}" for name, value in metrics.items())
     return f"""
 Done. {output}/ holds the model{"" if not metrics else ", metrics.json, captions.png"} and loss.png.
 {figures}
 
-Caption a {"picture" if task == "image-to-text" else "clip"} with it:
+{verb} a {file.partition(".")[0]} with it:
 
   from transformers import pipeline
   captioner = pipeline("{task}", model="{output}", trust_remote_code=True)
-  print(captioner("{"picture.png" if task == "image-to-text" else "clip.mp4"}"))
+  print(captioner({arguments}))
 """
