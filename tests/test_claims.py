@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from transformers import LlamaConfig
 
 import claims_report
 import claims_run
@@ -296,11 +297,11 @@ def test_evlgen_is_what_the_demo_trains():
 def test_every_connector_takes_the_demos_recipe(connector):
     fields = yaml.safe_load(pretrain.DEMO_RECIPE.read_text())["connector_config"]
     fields = {**connector_fields(connector, fields), "class_token": False}
-    config = EVLGenConfig(**VISION["demo"], text_config=TEXT, connector_config=fields)
-    with torch.device("meta"):
-        model = EVLGenForConditionalGeneration(config)
-        prompt = model.project_vision_features(torch.randn(2, 196, 112)).pooler_output
-    assert prompt.shape == (2, config.num_image_tokens, TEXT.hidden_size)
+    text = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = EVLGenConfig(**VISION["demo"], text_config=text, connector_config=fields)
+    model = EVLGenForConditionalGeneration(config)
+    prompt = model.project_vision_features(torch.randn(2, 196, 112)).pooler_output
+    assert prompt.shape == (2, config.num_image_tokens, 16)
 
 
 @pytest.fixture
