@@ -8,13 +8,11 @@ import os
 import re
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -32,9 +30,8 @@ from processing_evlgen import EVLGenProcessor
 
 from .helpers import IMAGE_SIZE, ROOT, pictures, tiny_model, tiny_processor, tiny_towers
 
-av = pytest.importorskip("av", reason="needs the app extra")
 gr = pytest.importorskip("gradio", reason="needs the app extra")
-app, uploads = importlib.import_module("app"), importlib.import_module("common.uploads")
+app = importlib.import_module("app")
 
 
 @pytest.fixture(scope="module")
@@ -50,92 +47,10 @@ def folder(captioner, tmp_path_factory):
     folder = tmp_path_factory.mktemp("captioner")
     for part in captioner:
         part.save_pretrained(folder)
-    first, *rest = pictures(6)
-    first.save(folder / "picture.PNG")
-    first.save(folder / "clip.webp", save_all=True, append_images=rest, lossless=True)
+    pictures(1)[0].save(folder / "picture.PNG")
     (folder / "notes.txt").write_text("no picture")
     (folder / "broken.png").write_text("no picture")
-    (folder / "broken.mp4").write_text("no clip")
     return folder
-
-
-def test_reads_pictures_and_clips(folder):
-    kind, frames = uploads.read_file(folder / "picture.PNG", 4, 1)
-    assert kind == "images" and np.array_equal(frames[0], pictures(1)[0])
-    kind, frames = uploads.read_file(folder / "clip.webp", 3, 1)
-    assert kind == "videos" and len(frames) == 3
-    assert all(np.array_equal(frame, pictures(6)[2 * index]) for index, frame in enumerate(frames))
-
-
-def test_the_pages_of_a_file_are_no_clip(tmp_path):
-    first, *rest = pictures(3)
-    first.save(tmp_path / "pages.tiff", save_all=True, append_images=rest)
-    kind, frames = uploads.read_file(tmp_path / "pages.tiff", 4, 1)
-    assert kind == "images" and np.array_equal(frames[0], first)
-
-
-@pytest.mark.parametrize(
-    ("name", "max_mb", "message"),
-    [
-        ("notes.txt", 1, r"^The file 'notes.txt' is neither a picture \(\.png, .*\) nor a clip \(\.mp4, .*\)\.$"),
-        ("picture.PNG", 0.001, r"^The file 'picture.PNG' has 0.0 MB, but at most 0.001 MB are read\.$"),
-        ("broken.png", 1, r"^The file 'broken.png' cannot be read; it is damaged, or not what its name says\.$"),
-        ("broken.mp4", 1, r"^The file 'broken.mp4' cannot be read; it is damaged, or not what its name says\.$"),
-    ],
-)
-def test_other_files_are_refused_by_their_name(folder, name, max_mb, message):
-    """By the name that the visitor knows, not by the server's path."""
-    with pytest.raises(ValueError, match=message):
-        uploads.read_file(folder / name, 4, max_mb)
-
-
-def test_pictures_of_another_format_than_their_names_are_read(tmp_path):
-    """As browsers save them; but none that PIL hands on to a program, and nothing that names other files."""
-    pictures(1)[0].save(tmp_path / "photo.jpg", format="PNG")
-    assert np.array_equal(uploads.read_file(tmp_path / "photo.jpg", 4, 1)[1][0], pictures(1)[0])
-    pictures(1)[0].save(tmp_path / "script.png", format="EPS")
-    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile photo.jpg\n")
-    for name in ("script.png", "list.mp4"):
-        with pytest.raises(ValueError, match=f"^The file '{name}' cannot be read"):
-            uploads.read_file(tmp_path / name, 4, 1)
-
-
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-@pytest.mark.parametrize("side", [9000, 60_000])
-def test_a_small_file_with_a_huge_picture_is_refused_before_it_is_decoded(tmp_path, side):
-    """Over our limit and, the second, over PIL's; both files have a head and nothing behind it."""
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b""))
-    with pytest.raises(ValueError, match=r"^The file 'bomb\.png' has over 64 million pixels, more than are read"):
-        uploads.read_file(tmp_path / "bomb.png", 4, 1)
-
-
-def save_clip(path, frames):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.width = stream.height = 32
-        for _ in range(frames):
-            container.mux(stream.encode(av.VideoFrame.from_image(pictures(1)[0])))
-        container.mux(stream.encode())
-
-
-@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv", "clip.avi", "clip.webp", "clip.gif"])
-def test_a_clip_that_is_too_long_is_refused_before_it_is_decoded(tmp_path, name, monkeypatch):
-    if name.endswith(("webp", "gif")):
-        first, *rest = (Image.new("L", (32, 32), 9 * index) for index in range(12))
-        first.save(tmp_path / name, save_all=True, append_images=rest)
-    else:
-        save_clip(tmp_path / name, 12)
-    monkeypatch.setattr(uploads, "CLIP_MEGAPIXELS", 12 * 32 * 32 / 1e6)
-    assert len(uploads.read_file(tmp_path / name, 4, 1)[1]) == 4
-    monkeypatch.setattr(uploads, "CLIP_MEGAPIXELS", 11 * 32 * 32 / 1e6)
-    monkeypatch.setattr(uploads, "load_rgb_frames", None)
-    message = f"^The clip '{name}' is too long: at most 11 frames of this size are read"
-    with pytest.raises(ValueError, match=message):
-        uploads.read_file(tmp_path / name, 4, 1)
 
 
 def generated(model, processor, inputs, **settings):
