@@ -99,9 +99,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         generation.min_new_tokens = least
     if generation.max_new_tokens is None:
         generation.max_new_tokens = largest
-    unknown = set(captions.metrics) - {*METRIC_NAMES, "bleu"}
-    if unknown or not captions.metrics:
-        raise ValueError(f"`metrics` must be some of {', '.join(METRIC_NAMES)}, but is {captions.metrics}.")
+    known = (*METRIC_NAMES, "bleu")
+    if not captions.metrics or not set(captions.metrics) <= set(known):
+        raise ValueError(f"`metrics` must be some of {', '.join(known)}, but is {captions.metrics}.")
     state = start_processes()
     with state.main_process_first():
         all_rows, columns = load_rows(name, evaluation, captions)
