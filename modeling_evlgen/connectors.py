@@ -53,8 +53,9 @@ def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorCon
     if config.model_type == TomeFormerConfig.model_type:
         return TomeFormerModel.from_pretrained(name_or_path, config=config, dtype=torch.float32)
     if config.model_type == QFormerConnectorConfig.model_type:
-        names = {"key_mapping": QFormerConnector.bert_names}
-        return QFormerConnector.from_pretrained(name_or_path, config=config, dtype=torch.float32, **names)
+        return QFormerConnector.from_pretrained(
+            name_or_path, config=config, dtype=torch.float32, key_mapping=QFormerConnector.bert_names
+        )
     raise ValueError(
         f"`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is of {config.model_type!r}."
     )
