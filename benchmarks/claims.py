@@ -228,10 +228,11 @@ def plan() -> list[Run]:
                 runs += _long(method, dataset, seed)
     runs += [replace(run, **_tenth(run)) for dataset in DATASETS for run in _long("evlgen", dataset, SEEDS[0])]
     runs += [run for dataset in DATASETS for run in _long("random-pruning", dataset, SEEDS[0])]
-    runs += _long("mlp-all-tokens", DATASETS[0], SEEDS[0]) + sweep("evlgen-paper-blocks")
+    runs += sweep("evlgen-paper-blocks")
     runs += [run for dataset in DATASETS for run in _long("evlgen-paper-blocks", dataset, SEEDS[0])]
     for seed in SEEDS[1:]:
         runs += [replace(run, **_tenth(run)) for dataset in DATASETS for run in _long("evlgen", dataset, seed)]
+    runs += _long("mlp-all-tokens", DATASETS[0], SEEDS[0])
     return runs + ablations()
 
 

@@ -83,7 +83,8 @@ def draw_curves(results: list[dict[str, Any]], step_seconds: dict[str, float] | 
                 panel.fill_between(x, low, high, color=f"C{color}", alpha=0.2)
             panel.set(xlabel=AXES[axis], ylabel=label, yscale="log" if name in LOGARITHMIC else "linear")
             panel.grid(alpha=0.3, which="both")
-    panels[0, 0].legend(fontsize=7, title="method (seeds)", title_fontsize=7)
+    lines, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside upper center", ncols=4, fontsize=9, title="method (seeds)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -9,6 +9,7 @@ at the rate that this machine reaches on one large product.
 """
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -84,11 +85,16 @@ def measure(run: Callable[[], None], device: torch.device) -> float:
 
 
 def take_turns(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each candidate over `rounds` rounds, after one to warm up."""
+    """Median seconds of each candidate over `rounds` rounds, after one to warm up.
+
+    Each round has an order of its own: what comes behind a large candidate is slower, as memory was given back.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
     for turn in tqdm(range(rounds + 1), leave=False):
-        for name, run in runs.items():
-            seconds = measure(run, device)
+        shuffle(order)
+        for name in order:
+            seconds = measure(runs[name], device)
             if turn:
                 times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}

@@ -248,11 +248,16 @@ def main() -> None:
     if arguments.what == "steps":
         print_steps(arguments.rounds)
         return
-    for size, candidates in CONNECTORS.items():
-        print_table(size, list(candidates), arguments.rounds)
+    # Before this process grows: on Linux, a new process starts with its parent's peak as its own.
+    peaks = {
+        (size, name): peak_megabytes(size, name) for size, candidates in CONNECTORS.items() for name in candidates
+    }
+    for size in CONNECTORS:
+        print_table(size, {name: peak for (where, name), peak in peaks.items() if where == size}, arguments.rounds)
 
 
-def print_table(size: str, candidates: list[str], rounds: int) -> None:
+def print_table(size: str, peaks: dict[str, float], rounds: int) -> None:
+    candidates = list(peaks)
     runs, flops, tokens = {}, {}, {}
     for name in candidates:
         model = build(size, name)
@@ -281,7 +286,7 @@ def print_table(size: str, candidates: list[str], rounds: int) -> None:
             f"{(step - connector - head) / step:.0%}",
             f"{head / step:.0%}",
             f"{flops[name] / step / rate:.0%}",
-            f"{peak_megabytes(size, name):.0f} MB",
+            f"{peaks[name]:.0f} MB",
             f"{words / seconds[candidates[0], 'generation']:.2f}",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
