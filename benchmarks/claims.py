@@ -35,7 +35,7 @@ from filelock import FileLock, Timeout
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from claims_report import comparison, draw_curves, stage_one_table, table  # noqa: E402
+from claims_report import comparison, curve_table, draw_curves, stage_one_table, table  # noqa: E402
 from claims_run import MINILM, Run, recipe_of, time_steps, train  # noqa: E402
 from common.files import write_whole  # noqa: E402
 
@@ -301,6 +301,7 @@ def report() -> None:
             if done:
                 print(f"\n{group}, {dataset}\n\n{table(done, step_seconds)}")
             if done and group == "main":
+                print(f"\n{curve_table(done)}")
                 draw_curves(done, step_seconds, RESULTS / f"{dataset}.png")
                 for own in ("evlgen", "evlgen-paper-blocks") if step_seconds else ():
                     print(f"\n{comparison(done, step_seconds, own)}")

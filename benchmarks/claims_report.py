@@ -111,6 +111,19 @@ def table(results: list[dict[str, Any]], step_seconds: dict[str, float] | None) 
     return "\n".join(lines)
 
 
+def curve_table(results: list[dict[str, Any]]) -> str:
+    """The held-out loss along each method's curve, and exact captions where they were taken, as rows of Markdown."""
+    steps = [point["step"] for point in results[0]["curve"]]
+    halfway = next(at for at, point in enumerate(results[0]["curve"]) if "exact" in point)
+    header = ["held-out loss after", *map(str, steps), f"exact after {steps[halfway]}", f"exact after {steps[-1]}"]
+    lines = [f"| {' | '.join(header)} |", f"{'|---' * len(header)}|"]
+    for method, runs in group_by_method(results).items():
+        cells = [_spread([run["curve"][at]["loss"] for run in runs], 3) for at in range(len(steps))]
+        cells += [f"{mean(run['curve'][at]['exact'] for run in runs):.1%}" for at in (halfway, -1)]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 _DIGITS = {"loss": 3, "gap": 2, "cider": 0, "exact": 2}
 
 

@@ -249,11 +249,9 @@ def main() -> None:
         print_steps(arguments.rounds)
         return
     # Before this process grows: on Linux, a new process starts with its parent's peak as its own.
-    peaks = {
-        (size, name): peak_megabytes(size, name) for size, candidates in CONNECTORS.items() for name in candidates
-    }
-    for size in CONNECTORS:
-        print_table(size, {name: peak for (where, name), peak in peaks.items() if where == size}, arguments.rounds)
+    peaks = {size: {name: peak_megabytes(size, name) for name in names} for size, names in CONNECTORS.items()}
+    for size, peaks_of_size in peaks.items():
+        print_table(size, peaks_of_size, arguments.rounds)
 
 
 def print_table(size: str, peaks: dict[str, float], rounds: int) -> None:
