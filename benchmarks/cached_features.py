@@ -2,10 +2,10 @@
 
     python benchmarks/cached_features.py
 
-The demo's data, connector, language model and recipe, batches of 16. A step from pictures decodes and resizes them and
-runs the tower; a step from cached features reads those from disk. Both take turns; medians are printed, and the loss
-of the same pictures both ways: features are computed in float32 and kept in float16, while a step under bfloat16
-autocast computes them in bfloat16.
+The demo's data, connector, language model and recipe, batches of 16, towers in float32 or `--dtype bfloat16`. A step
+from pictures decodes and resizes them and runs the tower; a step from cached features reads those from disk. Both take
+turns; medians are printed, and the loss of the same pictures both ways: features are computed in float32 and kept in
+float16, while a step under bfloat16 autocast computes them in bfloat16.
 """
 
 import argparse
@@ -37,22 +37,25 @@ NORM = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="Rounds over which medians are taken.")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="Of the frozen towers.")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        steps, losses = prepare(folder)
-        seconds = take_turns(steps, rounds, torch.device("cpu"))
+        steps, losses = prepare(folder, arguments.dtype)
+        seconds = take_turns(steps, arguments.rounds, torch.device("cpu"))
     reference = seconds["pictures"]
-    print(f"{torch.get_num_threads()} threads\n| a step from | time | images/s | loss |\n|---|---|---|---|")
+    print(f"{torch.get_num_threads()} threads, {arguments.dtype} towers")
+    print("| a step from | time | images/s | loss |\n|---|---|---|---|")
     for name, value in seconds.items():
         print(f"| {name} | {value / reference:.2f} | {reference / value:.2f} x | {losses[name]:.4f} |")
 
 
-def prepare(folder: str) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
+def prepare(folder: str, dtype: str) -> tuple[dict[str, Callable[[], None]], dict[str, float]]:
     """A training step from pictures and one from their cached features, and the loss before any step."""
     torch.manual_seed(0)
     ViTModel(VIT_S, add_pooling_layer=False).save_pretrained(folder)
     CLIPImageProcessor(size={"height": 224, "width": 224}, do_center_crop=False, **NORM).save_pretrained(folder)
     argv = ["--vision_model", folder, "--output_dir", folder, "--max_train_samples", "160", "--max_test_samples", "16"]
+    argv += ["--dtype", dtype]
     models, text_format, data, _, training = parse_arguments(
         *pretrain.ARGUMENTS, argv=argv, recipe=pretrain.DEMO_RECIPE
     )

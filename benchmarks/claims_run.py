@@ -33,7 +33,7 @@ from connector import take_turns
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.tomeformer import TomeFormerLayer
 from processing_evlgen import EVLGenProcessor
-from training import count_flops, training_step
+from training import count_flops, share_towers, training_step
 from two_stage import CaptionVocabulary, StageOne, StageOneCollator
 
 
@@ -320,12 +320,13 @@ def train_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def time_steps(runs: list[Run], rounds: int = 11) -> dict[str, Any]:
+def time_steps(runs: list[Run], rounds: int = 21) -> dict[str, Any]:
     """Median seconds of a training step of each method, taken in turns, and of BLIP-2's first stage."""
     with tempfile.TemporaryDirectory() as folder:
         steps: dict[str, Callable[[], None]] = {}
-        for run in runs:
-            prepared = prepare(run, folder)
+        all_prepared = [prepare(run, folder) for run in runs]
+        share_towers([prepared.model for prepared in all_prepared])
+        for run, prepared in zip(runs, all_prepared, strict=True):
             if run.stage_one_steps:
                 stage, collator = stage_one(prepared)
                 batch = first_batch(collator, prepared, run.stage_one_batch_size)
