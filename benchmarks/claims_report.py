@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 FIGURES = {
     "loss": "held-out loss [nats per token]",
     "gap": "more loss with wrong pictures",
-    "cider": "CIDEr-D [percent]",
+    "cider": "CIDEr-D (at most 1000)",
 }
 BATCH_SIZE = 16
 AXES = {

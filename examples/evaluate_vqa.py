@@ -19,12 +19,13 @@ A published benchmark, read from its own files, with several processes if you li
 
 COCO's pictures may lie in folders such as `val2014`. Without `--annotations`, as for VQAv2's test splits, the answers
 are written as its test server wants them. VQAv2, OK-VQA and GQA are scored as the original's LAVIS
-does it: answers of OK-VQA are lemmatised, which needs `.[vqa]`, and those of GQA normalised as VQAv2's. Your own:
-`--dataset` and its columns, as in the training scripts. A run that was cut off goes on when it is started again.
+does it: answers of OK-VQA are lemmatised, which needs `.[vqa]`, and those of GQA normalised as VQAv2's. Your own, or a
+benchmark's copy on the Hub: `--dataset` and its columns, as in the training scripts, and the `--rule` to score by. A
+run that was cut off goes on when it is started again.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import evaluate
 from datasets import Dataset
@@ -59,6 +60,13 @@ class QuestionArguments:
     caption_column: str = field(
         default="answer", metadata={"help": "The dataset's column of answers: one, or several people's."}
     )
+    rule: Literal["vqav2", "ok-vqa", "gqa"] | None = field(
+        default=None,
+        metadata={
+            "help": "By whose rule a dataset's answers are scored. Default: GQA's where each question has one right "
+            "answer, VQAv2's where it has several people's."
+        },
+    )
     clean_questions: bool | None = field(
         default=None,
         metadata={"help": "Lower case and fewer marks, as in the paper; default: for benchmarks, not for a dataset."},
@@ -86,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with state.main_process_first():
         rows, columns, total = load_rows(name, evaluation, questions)
     scored = any(rows["answers"])
-    rule = evaluation.benchmark or rule_of(rows["answers"][:])
+    rule = evaluation.benchmark or questions.rule or rule_of(rows["answers"][:])
     metric = load_metric(rule, rows["answers"][:] if scored else []) if state.is_main_process else None
     folder = output_folder(evaluation, name)
     source = source_settings(name, evaluation)
@@ -98,6 +106,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     metrics, details = [], {}
     if scored:
         metrics, details = score(metric, rule, texts, rows)
+        details["rule"] = rule
     else:
         print(f"{name} has no answers here: {folder}/predictions.json is for its test server.")
     task = ("visual-question-answering", "Visual Question Answering")

@@ -252,6 +252,7 @@ def test_captioning_refuses_what_cannot_work(changes, message, work, tmp_path):
             r"`questions`: .*questions\.json is no file of GQA's questions",
         ),
         ({"prompt_column": "q"}, "`prompt_column` belongs to `dataset`, and cannot be set for a benchmark"),
+        ({"rule": "ok-vqa"}, "`rule` belongs to `dataset`, and cannot be set for a benchmark"),
         ({"benchmark": None, "annotations": None, "media_dir": None}, "`questions` belongs to a benchmark: say which"),
         ({"prompt": "What is it?"}, r"`prompt` must hold \{\}, where the question goes, but is 'What is it\?'"),
         ({"benchmark": "vizwiz"}, "`benchmark` must be one of vqav2, gqa, ok-vqa, but is 'vizwiz'"),

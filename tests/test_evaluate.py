@@ -116,6 +116,21 @@ def test_questions_of_your_own_are_answered(column, name, work, tmp_path, monkey
     assert said.prompts[0].endswith("Question: What Color? Short answer:")  # as it is in training
 
 
+def test_a_dataset_is_scored_by_the_rule_that_is_named(work, tmp_path, monkeypatch):
+    """OK-VQA's, of a copy on the Hub, with lemmas; by default several people's answers are VQAv2's."""
+    pytest.importorskip("spacy", reason="needs the vqa extra")
+    draw(tmp_path / "a.png", "red")
+    rows = [{"image": str(tmp_path / "a.png"), "question": "What sport is this?", "answer": ["race"] * 10}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
+    Said(monkeypatch, ["racing"])
+    files = {"dataset": "parquet", "data_files": json.dumps({"test": str(tmp_path / "test.parquet")})}
+    scores = {}
+    for rule in ({}, {"rule": "ok-vqa"}):
+        results = evaluate_vqa.main(options(work, tmp_path / "out", **files, **rule))
+        scores[results["rule"]] = value(results, "VQA accuracy [%]")
+    assert scores == {"vqav2": 0, "ok-vqa": 100}
+
+
 def test_a_killed_run_goes_on(work, tmp_path):
     changes = {"dataset": "easy-vqa", "max_samples": 120, "batch_size": 3, "num_beams": 2}
     evaluate_vqa.main(options(work, tmp_path / "unbroken", **changes))

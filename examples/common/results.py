@@ -29,7 +29,7 @@ DATASET_NAMES = {
 }
 # What the scripts have further arguments for, by what it belongs to.
 BENCHMARK_FILES = ("annotations", "media_dir", "questions", "split_file")
-DATASET_COLUMNS = ("image_column", "video_column", "caption_column", "prompt_column")
+DATASET_ARGUMENTS = ("image_column", "video_column", "caption_column", "prompt_column", "rule")
 LIBRARIES = ("accelerate", "datasets", "evaluate", "pycocoevalcap", "spacy", "torch", "transformers")
 
 
@@ -54,7 +54,7 @@ def check_source(
         for name in given:
             if name in BENCHMARK_FILES:
                 raise ValueError(f"`{name}` belongs to a benchmark: say which with --benchmark.")
-            if name in ("data_files", "dataset_config", *DATASET_COLUMNS) and not evaluation.dataset:
+            if name in ("data_files", "dataset_config", *DATASET_ARGUMENTS) and not evaluation.dataset:
                 raise ValueError(f"`{name}` belongs to a data set: say which with --dataset.")
     elif evaluation.dataset:
         raise ValueError("`benchmark` and `dataset` cannot both be given.")
@@ -65,7 +65,7 @@ def check_source(
         for name in given:
             if name in (*BENCHMARK_FILES, "test_split") and name not in read:
                 raise ValueError(f"`{name}` is not read for {evaluation.benchmark}, but only {', '.join(read)}.")
-            if name in ("data_files", "dataset_config", *DATASET_COLUMNS):
+            if name in ("data_files", "dataset_config", *DATASET_ARGUMENTS):
                 raise ValueError(f"`{name}` belongs to `dataset`, and cannot be set for a benchmark.")
     return evaluation.benchmark or evaluation.dataset or default
 

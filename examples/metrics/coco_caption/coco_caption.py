@@ -149,8 +149,8 @@ def idf_source(images: int) -> dict[str, int | str]:
         note = "There is 1 image, for which CIDEr is 0 whatever is said: no n-gram is rarer than another."
     elif images < FEW_IMAGES:
         note = (
-            f"CIDEr's n-gram weights come from the references of only {images} images; the score cannot be compared "
-            "with one of the whole split, or of any other images."
+            f"CIDEr's n-gram weights come from the references of only {images} images; the score can be compared only "
+            "with scores over these same images."
         )
     else:
         return {"cider_idf_images": images}
