@@ -180,12 +180,16 @@ def test_the_plan_grows_with_what_is_done_and_takes_the_best_of_each_sweep(tmp_p
     two = long["qformer-two-stage"]
     assert (two.stage_one_learning_rate, two.learning_rate, long["qformer"].learning_rate) == (3e-4, 3e-4, 1e-3)
     assert "pool_size" not in long["mlp-all-tokens"].fields
-    assert {run.method for run in plan if run.group == "ablation"} == set(claims.ABLATIONS)
+    first, fresh = ({run.method for run in plan if run.group == "ablation" and run.seed == one} for one in (100, 102))
+    assert first == set(claims.ABLATIONS) and fresh == {"evlgen", *claims.MAIN_ABLATIONS}
+    assert fresh - {"evlgen"} <= first
     assert len({run.name for run in plan}) == len(plan)
 
     for run in plan:
         if run.group == "main" and run.dataset == "openmoji-scenes":
             finish(run, loss=0.2 + run.seed / 10)
+        elif (run.group, run.method, run.seed) == ("ablation", "evlgen", 102):
+            finish(run, loss=0.4)
     claims.report()
     table = capsys.readouterr().out
     # In the sweep, rates are not averaged.
@@ -193,6 +197,7 @@ def test_the_plan_grows_with_what_is_done_and_takes_the_best_of_each_sweep(tmp_p
     assert "| 0.0003 | 1.000 | 1.000 | 1.000 | 0.500 |" in table
     assert "| evlgen | 3 | 0.001 | 200 | ? | 0.200 | 0.300 [0.200, 0.400] |" in table
     assert "| qformer-two-stage | 3 | 0.0003 then 0.0003 | 200 + 200 | ? | 0.220 |" in table  # the first stage counts
+    assert "| evlgen | 2 | 0.001 | 100 | ? | 0.100 | 0.500 [0.400, 0.600] |" in table  # and the sweep's first seed
     points = " | ".join(["0.300 [0.200, 0.400]"] * 5)  # the curve that `finish` writes is flat
     assert f"| evlgen | {points} | 50.0% | 50.0% |" in table
     assert (tmp_path / "openmoji-scenes.png").stat().st_size > 10_000
