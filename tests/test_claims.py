@@ -197,7 +197,7 @@ def test_the_plan_grows_with_what_is_done_and_takes_the_best_of_each_sweep(tmp_p
     assert "| 0.0003 | 1.000 | 1.000 | 1.000 | 0.500 |" in table
     assert "| evlgen | 3 | 0.001 | 200 | ? | 0.200 | 0.300 [0.200, 0.400] |" in table
     assert "| qformer-two-stage | 3 | 0.0003 then 0.0003 | 200 + 200 | ? | 0.220 |" in table  # the first stage counts
-    assert "| evlgen | 2 | 0.001 | 100 | ? | 0.100 | 0.500 [0.400, 0.600] |" in table  # and the sweep's first seed
+    assert "| evlgen | 2 | 0.001 | 100 | ? | 0.100 | 0.451 [0.400, 0.502] |" in table  # and the sweep's first seed
     points = " | ".join(["0.300 [0.200, 0.400]"] * 5)  # the curve that `finish` writes is flat
     assert f"| evlgen | {points} | 50.0% | 50.0% |" in table
     assert (tmp_path / "openmoji-scenes.png").stat().st_size > 10_000
