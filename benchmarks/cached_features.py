@@ -3,8 +3,8 @@
     python benchmarks/cached_features.py
 
 The demo's data, connector, language model and recipe, batches of 16, towers in float32 or `--dtype bfloat16`. A step
-from pictures decodes and resizes them and runs the tower; a step from cached features reads those from disk. Both take
-turns; medians are printed, and the loss of the same pictures both ways: features are computed in float32 and kept in
+from images decodes and resizes them and runs the tower; a step from cached features reads those from disk. Both take
+turns; medians are printed, and the loss of the same images both ways: features are computed in float32 and kept in
 float16, while a step under bfloat16 autocast computes them in bfloat16. Also printed is how much of the batches is
 padding, the most that sorting captions by length or packing them could save.
 """
@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         steps, losses, padding = prepare(folder, arguments.dtype)
         seconds = take_turns(steps, arguments.rounds, torch.device("cpu"))
-    reference = seconds["pictures"]
+    reference = seconds["images"]
     print(f"{torch.get_num_threads()} threads, {arguments.dtype} towers")
     print("| a step from | time | images/s | loss |\n|---|---|---|---|")
     for name, value in seconds.items():
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def prepare(folder: str, dtype: str) -> tuple[dict[str, Callable[[], None]], dict[str, float], float]:
-    """A training step from pictures and one from their cached features, the loss before any step, and the share of
+    """A training step from images and one from their cached features, the loss before any step, and the share of
     padding in a batch."""
     torch.manual_seed(0)
     ViTModel(VIT_S, add_pooling_layer=False).save_pretrained(folder)
@@ -90,7 +90,7 @@ def prepare(folder: str, dtype: str) -> tuple[dict[str, Callable[[], None]], dic
 
         return run
 
-    sources = {"pictures": train, "cached features": cached}
+    sources = {"images": train, "cached features": cached}
     with torch.no_grad():
         losses = {name: float(loss(rows, 0)) for name, rows in sources.items()}
     masks = [batch_of(cached, start)["attention_mask"] for start in starts_of_batches]

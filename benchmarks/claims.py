@@ -9,7 +9,7 @@ stopped goes on with the next run, and two commands side by side share the runs 
 
 First comes a sweep: each method at several learning rates and variants of the peers at the best one, with one seed,
 then the best two of all with another one. The winner has the lowest training loss over its last 20 steps, in which
-every picture is new to the model (but for a first stage, which has seen all), so that the held-out pictures choose
+every image is new to the model (but for a first stage, which has seen all), so that the held-out images choose
 nothing here. The two-stage recipe takes the best Q-Former; the learning rates of both stages are chosen by the loss of
 the second, with one seed. Each method is then trained with what won, with three other seeds, the controls with one
 and the costly MLP on all tokens on the scenes alone. At the end come ablations of EVLGen. Some of them start from

@@ -1,4 +1,4 @@
-"""What `claims.py` found, as pictures and as a table."""
+"""What `claims.py` found, as images and as a table."""
 
 from pathlib import Path
 from statistics import mean
@@ -12,13 +12,13 @@ import matplotlib.pyplot as plt
 
 FIGURES = {
     "loss": "held-out loss [nats per token]",
-    "gap": "more loss with wrong pictures",
+    "gap": "more loss with wrong images",
     "cider": "CIDEr-D (at most 1000)",
 }
 BATCH_SIZE = 16
 AXES = {
     "seconds": "training time [s]",
-    "steps": f"steps of {BATCH_SIZE} pictures",
+    "steps": f"steps of {BATCH_SIZE} images",
     "flops": "floating-point operations",
 }
 LOGARITHMIC = ("loss",)
@@ -188,7 +188,7 @@ def _timed(result: dict[str, Any], step_seconds: dict[str, float]) -> dict[str, 
 
 
 def stage_one_table(results: list[dict[str, Any]]) -> str:
-    """What BLIP-2's first stage has learned, on held-out pictures, for each learning rate, as rows of Markdown."""
+    """What BLIP-2's first stage has learned, on held-out images, for each learning rate, as rows of Markdown."""
     names = ("contrast", "matching", "captioning", "recall@1")
     lines = [f"| learning rate | {' | '.join(names)} |", "|---|---|---|---|---|"]
     by_rate: dict[float, dict[str, float]] = {}

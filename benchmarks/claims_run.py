@@ -25,7 +25,7 @@ from common.arguments import DataArguments, GenerationArguments, TrainingSetting
 from common.cider import CiderDReward, count_ngrams
 from common.collator import CaptionCollator, SetEpoch
 from common.data import true_captions
-from common.evaluation import WrongPictures, caption_loss, generate_captions
+from common.evaluation import WrongImages, caption_loss, generate_captions
 from common.features import FeatureDataset
 from common.trainer import EVLGenTrainer
 from common.training import arithmetic
@@ -49,7 +49,7 @@ class Run:
         learning_rate, steps, seed: Of the caption loss; AdamW, cosine, batches of 16, as in the demo's recipe.
         warmup_steps: In place of the recipe's.
         eval_steps: Steps after which held-out figures are taken; the last one is among them.
-        train_samples: Use only the first so many training pictures.
+        train_samples: Use only the first so many training images.
         stage_one_steps, stage_one_learning_rate: BLIP-2's first stage before it.
         stage_one_batch_size, stage_one_warmup_steps: Of that stage. Contrast lives on its negatives, and no language
             model is in the way.
@@ -182,7 +182,7 @@ def prepare(run: Run, output_dir: str) -> Prepared:
 
 
 class HeldOutCurve(TrainerCallback):
-    """Held-out loss with right and wrong pictures, CIDEr-D and exact captions, after some of the steps."""
+    """Held-out loss with right and wrong images, CIDEr-D and exact captions, after some of the steps."""
 
     def __init__(self, run: Run, prepared: Prepared):
         self.run, self.test, self.data = run, prepared.test_rows, prepared.data
@@ -204,7 +204,7 @@ class HeldOutCurve(TrainerCallback):
 
     def measure_losses(self, model: EVLGenForConditionalGeneration) -> dict[str, float]:
         batch_size, dtype = self.training.per_device_eval_batch_size, arithmetic(self.training)
-        wrong = WrongPictures(self.test, self.data)
+        wrong = WrongImages(self.test, self.data)
         loss = caption_loss(model, self.test, self.collator, batch_size, dtype)
         return {"loss": loss, "gap": caption_loss(model, wrong, self.collator, batch_size, dtype) - loss}
 

@@ -56,7 +56,7 @@ def runs_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/demo", help="Captioner: a folder or a name on the Hub.")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="Pictures at a time.")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="Images at a time.")
     parser.add_argument("--rounds", type=int, default=9, help="Rounds over which the median is taken.")
     arguments = parser.parse_args()
     prompt = SoftPrompt(EVLGenForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32))
@@ -66,7 +66,7 @@ def main() -> None:
     graph, session = program.module(), start_onnxruntime(program)
 
     print(f"{torch.get_num_threads()} threads, float32, seconds for each batch and ratio to PyTorch")
-    print(f"{'pictures':10}{'PyTorch':>18}{'torch.export':>18}{'onnxruntime':>18}")
+    print(f"{'images':10}{'PyTorch':>18}{'torch.export':>18}{'onnxruntime':>18}")
     for batch in arguments.batches:
         runs = runs_of(prompt, graph, session, example_pixels(prompt, image_size, batch))
         seconds = take_turns(runs, arguments.rounds, torch.device("cpu"))

@@ -97,7 +97,7 @@ def layer_norm_in_float32(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor
     return nn.functional.layer_norm(x.float(), module.normalized_shape, weight, bias, module.eps)
 
 
-def pictures(model: EVLGenForConditionalGeneration, size: int) -> torch.Tensor:
+def images(model: EVLGenForConditionalGeneration, size: int) -> torch.Tensor:
     image_size = model.config.vision_config.image_size
     return torch.empty(size, 3, image_size, image_size)
 
@@ -131,7 +131,7 @@ def count_flops(model: EVLGenForConditionalGeneration, caption_tokens: int, size
     with next(model.parameters()).fake_mode:
         caption = torch.zeros(size, caption_tokens, dtype=torch.long)
         with autocast:
-            features, tower = count(lambda: model.get_vision_features(pictures(model, size)))
+            features, tower = count(lambda: model.get_vision_features(images(model, size)))
             prompt, connector = count(lambda: model.project_vision_features(features).pooler_output)
             inputs = prompt.detach().requires_grad_()
             loss, language = count(lambda: caption_loss(model, inputs, caption))
@@ -153,7 +153,7 @@ def peak_activations(model: EVLGenForConditionalGeneration, caption_tokens: int,
     with next(model.parameters()).fake_mode, AliveBytes(known) as alive:
         caption = torch.zeros(size, caption_tokens, dtype=torch.long)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            prompt = model.project_vision_features(model.get_vision_features(pictures(model, size))).pooler_output
+            prompt = model.project_vision_features(model.get_vision_features(images(model, size))).pooler_output
             loss = caption_loss(model, prompt, caption)
         loss.backward()
     return alive.peak
@@ -285,7 +285,7 @@ takes {steps} steps of {batch} pairs from {pairs}, {passes} times through the da
 
 - **Computed**, from the real configuration: parameters, bytes and floating-point operations. A training step runs
   through all its operations on tensors without content. Activations are the most bytes that are alive at any time.
-- **Assumed**: {caption} tokens for each caption, behind {image_tokens} of the picture; more of them cost more in the
+- **Assumed**: {caption} tokens for each caption, behind {image_tokens} of the image; more of them cost more in the
   language model alone. Towers in bfloat16; bfloat16 autocast with LayerNorms in float32; fused attention;
   {peak} TFLOP/s at best, of which {utilization} are reached.
 - **Published**: the hours so named, by the paper's authors with their code.
@@ -327,9 +327,9 @@ smaller GPUs.
 
 ## Cached vision features
 
-{vision_tokens} x {vision_dim} numbers in float16 are {feature} for each view of a picture, {features} for one view of
+{vision_tokens} x {vision_dim} numbers in float16 are {feature} for each view of an image, {features} for one view of
 all. Computing them once takes {once} GPU hours, and saves {saved} of those above. At the published {step} s for a
-step, {per_second} pictures are decoded each second, or {rate} of features read.
+step, {per_second} images are decoded each second, or {rate} of features read.
 """
 
 

@@ -170,7 +170,7 @@ def training_step(model: torch.nn.Module, batch: dict[str, Any]) -> Callable[[],
 
 
 def generation(model: EVLGenForConditionalGeneration) -> Callable[[], None]:
-    """Captions of exactly 10 tokens for 8 pictures, by 5 beams."""
+    """Captions of exactly 10 tokens for 8 images, by 5 beams."""
     batch = batch_of(model, 8)
     inputs = {name: batch[name] for name in ("vision_features", "input_ids", "attention_mask")}
     inputs["input_ids"], inputs["attention_mask"] = (

@@ -1,11 +1,11 @@
 """BLIP-2's first stage (Li et al., ICML 2023, section 3.1), so that the two-stage recipe can be run and timed.
 
-The Q-Former learns from pairs of pictures and captions without a language model, by three losses: contrast (ITC),
+The Q-Former learns from pairs of images and captions without a language model, by three losses: contrast (ITC),
 matching (ITM) and captioning by the Q-Former itself (ITG). Its second stage is EVLGen's only one: the caption loss of
 the frozen language model. Source of the details: salesforce/LAVIS, lavis/models/blip2_models/blip2_qformer.py.
 
 What differs: it starts from fresh weights, not from BERT's; its vocabulary is that of the training captions; tokens
-are projected before the Q-Former; captions that are the same count as right for each other's pictures.
+are projected before the Q-Former; captions that are the same count as right for each other's images.
 """
 
 from typing import Any
@@ -96,20 +96,20 @@ class StageOne(nn.Module):
     def forward(self, vision_features: torch.Tensor, text_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Args:
-            vision_features (`torch.Tensor` of shape `(batch, num_vision_tokens, vision_hidden_size)`): Pictures.
+            vision_features (`torch.Tensor` of shape `(batch, num_vision_tokens, vision_hidden_size)`): Images.
             text_ids (`torch.LongTensor` of shape `(batch, tokens)`): Their captions, by [`CaptionVocabulary`].
 
         Returns:
-            The sum of the three losses, each of them, and how many pictures find a right caption in the batch.
+            The sum of the three losses, each of them, and how many images find a right caption in the batch.
         """
         tokens = self.vision_projection(self.ln_vision(vision_features))
         tokens = self.connector.embed_tokens(tokens)  # (batch, num_vision_tokens, dim)
-        # Captions that are the same are right for each other's pictures: (batch, batch)
+        # Captions that are the same are right for each other's images: (batch, batch)
         same = (text_ids[:, None] == text_ids[None]).all(dim=2)
         similarity, contrast = self._contrast(tokens, text_ids, same)
         matching = self._matching(tokens, text_ids, similarity, same)
         captioning = self._captioning(tokens, text_ids)
-        best = similarity.argmax(dim=1, keepdim=True)  # (batch, 1): the caption that each picture finds
+        best = similarity.argmax(dim=1, keepdim=True)  # (batch, 1): the caption that each image finds
         return {
             "loss": contrast + matching + captioning,
             "contrast": contrast.detach(),
@@ -121,15 +121,15 @@ class StageOne(nn.Module):
     def _contrast(
         self, tokens: torch.Tensor, text_ids: torch.Tensor, same: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Similarity of each picture to each caption, `(batch, batch)`, by the query that fits best; and ITC."""
+        """Similarity of each image to each caption, `(batch, batch)`, by the query that fits best; and ITC."""
         queries = self.connector.query_tokens.expand(len(tokens), -1, -1)
         seen = self.qformer(query_embeds=queries, encoder_hidden_states=tokens).last_hidden_state
         read = self.qformer(
             query_embeds=self._embed(text_ids), query_length=0, attention_mask=(text_ids != PAD).long()
         ).last_hidden_state[:, 0]
-        pictures = F.normalize(self.image_head(seen), dim=-1)  # (batch, queries, projection)
+        images = F.normalize(self.image_head(seen), dim=-1)  # (batch, queries, projection)
         captions = F.normalize(self.text_head(read), dim=-1)  # (batch, projection)
-        similarity = torch.einsum("iqd,jd->ijq", pictures, captions).amax(dim=2) / self.temperature
+        similarity = torch.einsum("iqd,jd->ijq", images, captions).amax(dim=2) / self.temperature
         targets = same / same.sum(dim=1, keepdim=True)  # (batch, batch)
         losses = [F.cross_entropy(s, targets, label_smoothing=LABEL_SMOOTHING) for s in (similarity, similarity.T)]
         return similarity.detach(), sum(losses) / 2
@@ -137,15 +137,15 @@ class StageOne(nn.Module):
     def _matching(
         self, tokens: torch.Tensor, text_ids: torch.Tensor, similarity: torch.Tensor, same: torch.Tensor
     ) -> torch.Tensor:
-        """ITM: does the caption fit the picture? Wrong partners are drawn by how much they look right."""
-        if same.all(dim=1).any():  # a caption that is right for every picture has no wrong partner
+        """ITM: does the caption fit the image? Wrong partners are drawn by how much they look right."""
+        if same.all(dim=1).any():  # a caption that is right for every image has no wrong partner
             return tokens.new_zeros(())
         batch = len(tokens)
         wrong = similarity.float().softmax(dim=1).masked_fill(same, 0) + 1e-6 * ~same
         wrong_captions = torch.multinomial(wrong, 1).squeeze(1)
         wrong = similarity.float().T.softmax(dim=1).masked_fill(same, 0) + 1e-6 * ~same
-        wrong_pictures = torch.multinomial(wrong, 1).squeeze(1)
-        tokens = torch.cat([tokens, tokens[wrong_pictures], tokens])
+        wrong_images = torch.multinomial(wrong, 1).squeeze(1)
+        tokens = torch.cat([tokens, tokens[wrong_images], tokens])
         text_ids = torch.cat([text_ids, text_ids, text_ids[wrong_captions]])
         num_queries = self.connector.query_tokens.shape[1]
         queries = self.connector.query_tokens.expand(len(tokens), -1, -1)

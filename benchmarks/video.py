@@ -1,4 +1,4 @@
-"""What a clip costs: time and peak memory of its soft prompt, from 1 to 256 frames.
+"""What a video costs: time and peak memory of its soft prompt, from 1 to 256 frames.
 
     python benchmarks/video.py
 

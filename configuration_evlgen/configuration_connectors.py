@@ -96,7 +96,7 @@ class TomeFormerConfig(ConnectorConfig):
             (ToMe, section 3, and the paper), or `"hidden_states"`, all of what the attention reads. Fresh keys are
             narrow random projections, which blur what is alike.
         keep_order (`bool`, defaults to `False`):
-            Whether merged tokens stand in the order of their places in the picture, so that the language model reads
+            Whether merged tokens stand in the order of their places in the image, so that the language model reads
             them row by row. In the paper's connector those that were not merged come first.
         size_weighting (`bool`, defaults to `False`):
             Whether a token counts for as many tokens as were merged into it: in later merges, which become weighted

@@ -1,4 +1,4 @@
-"""A page in the browser: a picture or a clip in; text, the merged patches and the cost of each part out.
+"""A page in the browser: an image or a video in; text, the merged patches and the cost of each part out.
 
     python examples/app.py --model outputs/demo
 
@@ -45,17 +45,17 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # no telemetry, no look for ne
 import gradio as gr
 
 WAITING = 16  # requests that may wait; one is served at a time
-VISITORS = 64  # whose pictures are kept in memory, for the slider
-# One at a time: who presses Stop may leave a thread behind, and hooks and a clip's frames are the model's own state.
+VISITORS = 64  # whose images are kept in memory, for the slider
+# One at a time: who presses Stop may leave a thread behind, and hooks and a video's frames are the model's own state.
 _SEEING = Lock()
 
 
 @dataclass
 class Merging:
-    """What the page shows of a picture or a clip.
+    """What the page shows of an image or a video.
 
     Attributes:
-        frames: The picture, or the frames that the model sees of a clip, as they are drawn.
+        frames: The image, or the frames that the model sees of a video, as they are drawn.
         groups: Before the connector and behind each of its layers `(side, side)`, the token that each patch is part
             of. Empty where nothing has been merged yet.
         counts: How many tokens there are, likewise.
@@ -173,7 +173,7 @@ def describe(
         `"language model"`. The first text is empty.
 
     Raises:
-        ValueError: If the prompt holds more placeholders than there are pictures, or is too long.
+        ValueError: If the prompt holds more placeholders than there are images, or is too long.
     """
     inputs = processor(**{kind: frames}, text=prompt).to(model.device)
     pixel_values = inputs.pop("pixel_values" if kind == "images" else "pixel_values_videos")
@@ -200,7 +200,7 @@ def draw_layer(merging: Merging | None, layer: int) -> list[tuple[Image.Image, s
         return []
     drawn = []
     for number, frame in enumerate(merging.frames, start=1):
-        name = "picture" if len(merging.frames) == 1 else f"frame {number}"
+        name = "image" if len(merging.frames) == 1 else f"frame {number}"
         drawn.append((frame, name))
         if merging.groups:
             caption = f"{name}, layer {layer}: {merging.counts[layer]} tokens"
@@ -266,7 +266,7 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
     def answer(path: str | None, prompt: str, layer: int, *options: Any) -> Iterator[tuple[Any, ...]]:
         with shown_errors():
             if path is None:
-                raise ValueError("There is no picture or clip yet.")
+                raise ValueError("There is no image or video yet.")
             kind, frames = read_file(path, processor.num_frames, max_mb)
             drawn = None
             settings = generation_settings(*options)
@@ -279,7 +279,7 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
         with gr.Row():
             with gr.Column():
                 file = uploads_only(
-                    gr.File(label=f"Picture or clip, at most {max_mb:g} MB", elem_id="file", height=120)
+                    gr.File(label=f"Image or video, at most {max_mb:g} MB", elem_id="file", height=120)
                 )
                 prompt = gr.Textbox(label="Prompt", placeholder="none", elem_id="prompt")
                 with gr.Row():

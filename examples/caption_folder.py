@@ -1,13 +1,13 @@
-"""Captions all pictures or clips of a folder, or of shards, of any number; or answers one prompt about each.
+"""Captions all images or videos of a folder, or of shards, of any number; or answers one prompt about each.
 
-    accelerate launch examples/caption_folder.py --model outputs/demo --inputs my_pictures --output_dir outputs/mine
+    accelerate launch examples/caption_folder.py --model outputs/demo --inputs my_images --output_dir outputs/mine
 
 `--inputs` are folders, in which everything below is looked at, single files, and shards: WebDataset's `.tar`, and
-`.parquet`, whose pictures `--column` names. `--media video` captions clips, which needs `.[video]`. Several processes
+`.parquet`, whose images `--column` names. `--media video` captions videos, which needs `.[video]`. Several processes
 (`--num_processes 8`; on CPUs also `--multi_gpu`) share the work.
 
-`captions.jsonl`, or `captions.parquet` with `--format parquet`, has a row for each picture, in the order of the names,
-whatever the number of processes: `file`, `text`, and `error` where a picture could not be read. Those are named as
+`captions.jsonl`, or `captions.parquet` with `--format parquet`, has a row for each image, in the order of the names,
+whatever the number of processes: `file`, `text`, and `error` where an image could not be read. Those are named as
 they come and counted at the end, and stop nothing. A run that was cut off goes on when it is started again. What is to
 be captioned is listed once, at the first start, in `items.arrow`.
 """
@@ -54,13 +54,13 @@ class FolderArguments(AnswerArguments):
     column: str | None = field(
         default=None, metadata={"help": "Column of a .parquet; default: image, or video with `--media video`."}
     )
-    num_frames: int = field(default=4, metadata={"help": "Frames taken of each clip, at equal distances."})
-    prompt: str = field(default="", metadata={"help": "What the model is told along with each picture."})
+    num_frames: int = field(default=4, metadata={"help": "Frames taken of each video, at equal distances."})
+    prompt: str = field(default="", metadata={"help": "What the model is told along with each image."})
     format: Literal["jsonl", "parquet"] = field(default="jsonl", metadata={"help": "Of the captions."})
 
 
 class ItemCollator:
-    """Makes prompts of items. For one that cannot be read stands a white picture, whose caption is not kept."""
+    """Makes prompts of items. For one that cannot be read stands a white image, whose caption is not kept."""
 
     def __init__(self, processor: EVLGenProcessor, arguments: FolderArguments):
         self.processor = processor
@@ -150,7 +150,7 @@ def check_length(collate: ItemCollator, text_config: Any, max_new_tokens: int) -
     limit = getattr(text_config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens + max_new_tokens > limit:
         raise ValueError(
-            f"`prompt` and picture have {tokens} tokens and `max_new_tokens` is {max_new_tokens}, but the language "
+            f"`prompt` and image have {tokens} tokens and `max_new_tokens` is {max_new_tokens}, but the language "
             f"model has places for {limit}."
         )
 

@@ -1,4 +1,4 @@
-"""Captions the pictures or clips of a benchmark and scores the captions, with the paper's decoding.
+"""Captions the images or videos of a benchmark and scores the captions, with the paper's decoding.
 
 Without arguments: the demo's model on the demo's held-out scenes. It needs `.[demo]` and `.[evaluate]`.
 
@@ -11,11 +11,11 @@ A published benchmark, read from its own files, with several processes if you li
 
 | benchmark | `--annotations` | `--media_dir` |
 |---|---|---|
-| `coco-karpathy` | `dataset_coco.json`, or a split in COCO's format | COCO's pictures, or the folder of `val2014` |
-| `nocaps` | `nocaps_val_4500_captions.json` | the validation pictures |
-| `flickr30k` | `dataset_flickr30k.json` | the pictures |
+| `coco-karpathy` | `dataset_coco.json`, or a split in COCO's format | COCO's images, or the folder of `val2014` |
+| `nocaps` | `nocaps_val_4500_captions.json` | the validation images |
+| `flickr30k` | `dataset_flickr30k.json` | the images |
 | `msr-vtt` | `test_videodatainfo.json` | `video7010.mp4` and so on |
-| `msvd` | `AllVideoDescriptions.txt` or `MSR Video Description Corpus.csv`, and `--split_file` | the clips |
+| `msvd` | `AllVideoDescriptions.txt` or `MSR Video Description Corpus.csv`, and `--split_file` | the videos |
 
 A split in COCO's format is called by what `--test_split` says. Your own: `--dataset` and its columns, as in the
 training scripts; captions may then be of one token. METEOR and SPICE, as in `--metrics cider bleu rouge_l spice`, need
@@ -65,13 +65,13 @@ METRIC_NAMES = {
 
 @dataclass
 class CaptionArguments:
-    split_file: str | None = field(default=None, metadata={"help": "msvd: which clips to take, one in each line."})
-    video_column: str | None = field(default=None, metadata={"help": "The dataset's column of clips, if any."})
+    split_file: str | None = field(default=None, metadata={"help": "msvd: which videos to take, one in each line."})
+    video_column: str | None = field(default=None, metadata={"help": "The dataset's column of videos, if any."})
     caption_column: str = field(
         default="caption", metadata={"help": "The dataset's column of captions, one or several."}
     )
-    num_frames: int = field(default=4, metadata={"help": "Frames taken of each clip, at equal distances."})
-    prompt: str = field(default="", metadata={"help": "What the model is told along with each picture."})
+    num_frames: int = field(default=4, metadata={"help": "Frames taken of each video, at equal distances."})
+    prompt: str = field(default="", metadata={"help": "What the model is told along with each image."})
     metrics: list[str] = field(
         default_factory=lambda: ["cider", "bleu", "rouge_l"],
         metadata={"help": "Of cider, bleu, rouge_l, and meteor and spice, which need Java."},

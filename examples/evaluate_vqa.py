@@ -13,11 +13,11 @@ A published benchmark, read from its own files, with several processes if you li
 
 | benchmark | `--questions` | `--annotations` | `--media_dir` |
 |---|---|---|---|
-| `vqav2` | `v2_OpenEnded_mscoco_val2014_questions.json` | `v2_mscoco_val2014_annotations.json` | COCO's pictures |
-| `ok-vqa` | `OpenEnded_mscoco_val2014_questions.json` | `mscoco_val2014_annotations.json` | COCO's pictures |
-| `gqa` | `testdev_balanced_questions.json` | | the pictures |
+| `vqav2` | `v2_OpenEnded_mscoco_val2014_questions.json` | `v2_mscoco_val2014_annotations.json` | COCO's images |
+| `ok-vqa` | `OpenEnded_mscoco_val2014_questions.json` | `mscoco_val2014_annotations.json` | COCO's images |
+| `gqa` | `testdev_balanced_questions.json` | | the images |
 
-COCO's pictures may lie in folders such as `val2014`. Without `--annotations`, as for VQAv2's test splits, the answers
+COCO's images may lie in folders such as `val2014`. Without `--annotations`, as for VQAv2's test splits, the answers
 are written as its test server wants them. VQAv2, OK-VQA and GQA are scored as the original's LAVIS
 does it: answers of OK-VQA are lemmatised, which needs `.[vqa]`, and those of GQA normalised as VQAv2's. Your own, or a
 benchmark's copy on the Hub: `--dataset` and its columns, as in the training scripts, and the `--rule` to score by. A

@@ -2,20 +2,20 @@
 
     python examples/export.py --model outputs/demo --output_dir outputs/export --formats pt2 onnx --check true
 
-`soft_prompt.pt2` is a graph of torch.export, for any number of pictures, in the weights' dtype, on the CPU
-(`torch.export.passes.move_to_device_pass` moves it); its settings for pictures lie in it:
+`soft_prompt.pt2` is a graph of torch.export, for any number of images, in the weights' dtype, on the CPU
+(`torch.export.passes.move_to_device_pass` moves it); its settings for images lie in it:
 
     files = {"image_processor.json": ""}
     program = torch.export.load("outputs/export/soft_prompt.pt2", extra_files=files).module()
-    soft_prompt = program(pixel_values)  # (pictures, num_image_tokens, text_hidden_size)
+    soft_prompt = program(pixel_values)  # (images, num_image_tokens, text_hidden_size)
 
 `soft_prompt.onnx` (needs `.[export]`) is the same for onnxruntime, with weights beside it where they are over 2 GB,
 and the settings among its metadata. A language model takes a soft prompt in place of its placeholders' embeddings;
 EVLGen's `generate` takes it as `mm_encoder_outputs={"image": EVLGenImageOutput(pooler_output=soft_prompt)}`.
 
-`--check true` compares both with the model on 8 pictures, in batches of 1, 3 and 4. The graph of torch.export must
+`--check true` compares both with the model on 8 images, in batches of 1, 3 and 4. The graph of torch.export must
 give the same up to 1e-5 of a soft prompt's largest value. onnxruntime adds up in another order, so it may be up to
-1e-3 off, and one picture of the 8 by more: where two links between tokens are equally strong up to the last digits,
+1e-3 off, and one image of the 8 by more: where two links between tokens are equally strong up to the last digits,
 it may merge the other one.
 """
 
@@ -40,7 +40,7 @@ from processing_evlgen import EVLGenProcessor
 
 SETTINGS = "image_processor.json"
 BATCHES = (1, 3, 4)
-# Largest difference over a soft prompt's largest value, and how many pictures may be off by more.
+# Largest difference over a soft prompt's largest value, and how many images may be off by more.
 TOLERANCES = {"pt2": (1e-5, 0), "onnx": (1e-3, 1)}
 
 
@@ -103,8 +103,8 @@ def compare(prompt: SoftPrompt, image_size: tuple[int, int], name: str, path: Pa
     """
     run = load_exported(name, path)
     differences = []
-    for seed, pictures in enumerate(BATCHES):
-        pixel_values = example_pixels(prompt, image_size, pictures, seed)
+    for seed, images in enumerate(BATCHES):
+        pixel_values = example_pixels(prompt, image_size, images, seed)
         differences.append(relative_difference(prompt(pixel_values), run(pixel_values)))
     differences = torch.cat(differences)
     tolerance, outliers = TOLERANCES[name]

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(training.seed)
     with training.main_process_first(desc="preparing model and data"):
         train, test = load_captions(data, training.seed)
-        pictures = test
+        images = test
         quantization = quantization_config(finetune.text_quantization)
         model = load_trainable(
             "model", EVLGenForConditionalGeneration.from_pretrained, finetune.model, quantization_config=quantization
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             train, test = cache_splits(model, processor, train, test, data, training.seed)
         if lora.lora != "none":
             model = add_lora(model, lora)
-    return train_and_report(model, processor, train, test, pictures, data, generation, training)
+    return train_and_report(model, processor, train, test, images, data, generation, training)
 
 
 if __name__ == "__main__":

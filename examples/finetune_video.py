@@ -1,13 +1,13 @@
-"""Turns an image captioner into a video captioner and fine-tunes it on clips with captions.
+"""Turns an image captioner into a video captioner and fine-tunes it on videos with captions.
 
     python examples/finetune_video.py
 
-goes on with the image demo's model, on animated emoji that npm brings. Your own clips, from a video model's recipe:
+goes on with the image demo's model, on animated emoji that npm brings. Your own videos, from a video model's recipe:
 
     accelerate launch examples/finetune_video.py --config examples/configs/video-opt-2.7b.yaml \
         --image_model path/to/image/model --dataset path/to/folder
 
-where the folder holds clips and a `metadata.jsonl` with their `file_name` and `caption`.
+where the folder holds videos and a `metadata.jsonl` with their `file_name` and `caption`.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
 from common.data import load_captions
-from common.demo_clips import EMOJI_CLIPS, load_emoji_clips
+from common.demo_videos import EMOJI_VIDEOS, load_emoji_videos
 from common.models import load_trainable
 from common.processes import use_all_cores
 from common.training import train_and_report
@@ -34,7 +34,7 @@ class VideoArguments:
     )
     temporal_contextualizer: bool = field(
         default=True,
-        metadata={"help": "Let frames see each other inside a transformer tower; without it a clip is their mean."},
+        metadata={"help": "Let frames see each other inside a transformer tower; without it a video is their mean."},
     )
 
 
@@ -43,12 +43,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         VideoArguments, DataArguments, GenerationArguments, TrainingSettings, argv=argv, recipe=DEMO_RECIPE
     )
     if data.video_column is None:
-        raise ValueError("`video_column` is needed: the column of clips.")
+        raise ValueError("`video_column` is needed: the column of videos.")
     use_all_cores(training.device)
     set_seed(training.seed)
     with training.main_process_first(desc="preparing model and data"):
-        if data.dataset == EMOJI_CLIPS:
-            data.dataset = str(load_emoji_clips())
+        if data.dataset == EMOJI_VIDEOS:
+            data.dataset = str(load_emoji_videos())
         train, test = load_captions(data, training.seed)
         load = EVLGenForConditionalGeneration.from_pretrained
         if video.temporal_contextualizer:

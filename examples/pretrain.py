@@ -50,8 +50,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     *_, data, generation, training = arguments
     use_all_cores(training.device)
     with training.main_process_first(desc="preparing models and data"):
-        model, processor, train, test, pictures = prepare(*arguments)
-    return train_and_report(model, processor, train, test, pictures, data, generation, training)
+        model, processor, train, test, images = prepare(*arguments)
+    return train_and_report(model, processor, train, test, images, data, generation, training)
 
 
 def prepare(
@@ -61,10 +61,10 @@ def prepare(
     generation: GenerationArguments,
     training: TrainingSettings,
 ) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor, Any, Any | None, Dataset | None]:
-    """A fresh model on its device, its processor, rows to train on, held-out rows, and those with their pictures."""
+    """A fresh model on its device, its processor, rows to train on, held-out rows, and those with their images."""
     set_seed(training.seed)
     train, test = load_captions(data, training.seed)
-    pictures = test
+    images = test
     model, processor = build_model(model_arguments, text_format)
     model.generation_config.max_new_tokens = generation.max_new_tokens
     model.to(training.device)
@@ -73,7 +73,7 @@ def prepare(
     if model_arguments.whitening_images:
         collator = CaptionCollator(processor, data, training=False)
         whiten_vision_projection(model, collator, train, model_arguments.whitening_images)
-    return model, processor, train, test, pictures
+    return model, processor, train, test, images
 
 
 if __name__ == "__main__":

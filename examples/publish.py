@@ -6,7 +6,7 @@
 
 `--results` takes what `evaluate_captioning.py` and `evaluate_vqa.py` left behind; it becomes the card's table and its
 `model-index`. `--check true` then loads what was published in a process of its own, which runs the code that was just
-uploaded, and captions a picture. `--folder` writes everything into a folder and uploads nothing.
+uploaded, and captions an image. `--folder` writes everything into a folder and uploads nothing.
 
 An adapter's folder, from `finetune.py`, is published as an adapter, for the model on the Hub that `--base_model`
 names; or, with `--merge true`, as one model with it.
@@ -68,7 +68,7 @@ class PublishArguments:
     private: bool = field(default=False, metadata={"help": "Only you can see a new repository."})
     folder: str | None = field(default=None, metadata={"help": "Write everything into this folder, upload nothing."})
     check: bool = field(default=False, metadata={"help": "Load what was published in a new process, and caption."})
-    picture: str | None = field(default=None, metadata={"help": "The picture to caption; default: the contact sheet."})
+    image: str | None = field(default=None, metadata={"help": "The image to caption; default: the contact sheet."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("`repo_id` is needed, the name of the repository to upload to, or `folder`, to write to.")
     arguments.repo_id = arguments.repo_id or Path(arguments.folder).resolve().name
     results = read_results(arguments.results)
-    if arguments.check and arguments.picture is None and not Path(arguments.model, SHEET).exists():
-        raise ValueError(f"`check` needs a `picture`: there is no {SHEET} in {arguments.model}.")
+    if arguments.check and arguments.image is None and not Path(arguments.model, SHEET).exists():
+        raise ValueError(f"`check` needs a `image`: there is no {SHEET} in {arguments.model}.")
     if arguments.folder is not None and Path(arguments.folder).resolve() == Path(arguments.model).resolve():
         raise ValueError(f"`folder` must be another than the model's, but both are {arguments.folder}.")
     check_results(results, arguments)
@@ -234,26 +234,26 @@ def upload(folder: Path, arguments: PublishArguments) -> None:
 CAPTION = """
 import sys
 from transformers import pipeline
-task, model, picture = sys.argv[1:]
-print(pipeline(task, model=model, trust_remote_code=True)(picture)[0]["generated_text"])
+task, model, image = sys.argv[1:]
+print(pipeline(task, model=model, trust_remote_code=True)(image)[0]["generated_text"])
 """
 
 
 def caption(published: str, arguments: PublishArguments) -> str:
-    """What the published model says about a picture, in a process without this repository's code.
+    """What the published model says about an image, in a process without this repository's code.
 
     Raises:
         RuntimeError: If it cannot be loaded or fails.
     """
-    picture = arguments.picture or str(Path(arguments.model, SHEET).resolve())
-    command = [sys.executable, "-I", "-c", _WITHOUT_EVLGEN + CAPTION, "image-to-text", published, picture]
+    image = arguments.image or str(Path(arguments.model, SHEET).resolve())
+    command = [sys.executable, "-I", "-c", _WITHOUT_EVLGEN + CAPTION, "image-to-text", published, image]
     with tempfile.TemporaryDirectory() as elsewhere:
         done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"The published model does not work:\n{done.stderr}")
     said = done.stdout.strip()
     if not said:
-        raise RuntimeError(f"The published model says nothing about {picture}.")
+        raise RuntimeError(f"The published model says nothing about {image}.")
     return said.splitlines()[-1]
 
 

@@ -1,4 +1,4 @@
-"""Captions pictures or clips with a language model that a vLLM server serves already.
+"""Captions images or videos with a language model that a vLLM server serves already.
 
 The language model of an EVLGen is the one that it was trained on, untouched, so a deployment of that model can caption
 as well. Soft prompts are made here and sent as prompt embeddings
@@ -50,13 +50,13 @@ class ServeArguments:
     served_model: str | None = field(
         default=None, metadata={"help": "What the server calls the language model, if it serves several."}
     )
-    images: list[str] = field(default_factory=list, metadata={"help": "Pictures: paths or URLs."})
-    videos: list[str] = field(default_factory=list, metadata={"help": "Clips in their place: paths or URLs."})
+    images: list[str] = field(default_factory=list, metadata={"help": "Images: paths or URLs."})
+    videos: list[str] = field(default_factory=list, metadata={"help": "Videos in their place: paths or URLs."})
     prompts: list[str] = field(
         default_factory=lambda: [""], metadata={"help": "What the model is told: once for all, or one for each."}
     )
     max_new_tokens: int = field(default=30, metadata={"help": "Largest length of a caption."})
-    batch_size: int = field(default=16, metadata={"help": "Pictures or clips in one request."})
+    batch_size: int = field(default=16, metadata={"help": "Images or videos in one request."})
 
 
 class PromptEmbedder(EVLGenForConditionalGeneration):
@@ -87,7 +87,7 @@ class PromptEmbedder(EVLGenForConditionalGeneration):
         pixel_values_videos: torch.Tensor | None = None,
         frame_mask: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Embeds prompts with their pictures or clips, as the whole model does before its language model.
+        """Embeds prompts with their images or videos, as the whole model does before its language model.
 
         Args:
             input_ids, attention_mask, pixel_values, pixel_values_videos, frame_mask:
@@ -281,12 +281,12 @@ def caption(
     max_new_tokens: int = 30,
     batch_size: int = 16,
 ) -> Iterator[list[str]]:
-    """Captions pictures or clips, or answers prompts about them, batch by batch.
+    """Captions images or videos, or answers prompts about them, batch by batch.
 
     Args:
         model, processor: From [`load_prompt_embedder`].
         server: From [`connect`].
-        sources: Pictures or clips, as the processor takes them.
+        sources: Images or videos, as the processor takes them.
         prompts: One for all, or one for each.
         kind: `"images"` or `"videos"`: what the sources are.
         max_new_tokens: Largest length of a caption.

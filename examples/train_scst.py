@@ -2,7 +2,7 @@
 
     python examples/train_scst.py --model outputs/demo
 
-Without more arguments it goes on with the demo's model and pictures. Only the connector's side is trained, and a video
+Without more arguments it goes on with the demo's model and images. Only the connector's side is trained, and a video
 model's temporal contextualizer; reward, baseline and length of the samples are logged.
 """
 
@@ -34,7 +34,7 @@ class SCSTArguments:
     model: str = field(
         default="outputs/demo", metadata={"help": "Captioner to go on with: a folder or a name on the Hub."}
     )
-    num_samples: int = field(default=5, metadata={"help": "Captions sampled for each picture, at least 2."})
+    num_samples: int = field(default=5, metadata={"help": "Captions sampled for each image, at least 2."})
     greedy_baseline: bool = field(
         default=False, metadata={"help": "Compare with the greedy caption, not the other samples."}
     )
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with training.main_process_first(desc="preparing model and data"):
         train, test = load_captions(data, training.seed)
         reward = load_reward(train, data)
-        pictures = test
+        images = test
         model = load_trainable("model", EVLGenForConditionalGeneration.from_pretrained, scst.model)
         model.to(training.device)
         processor = EVLGenProcessor.from_pretrained(scst.model)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             train, test = cache_splits(model, processor, train, test, data, training.seed)
 
     def held_out_reward() -> float | None:
-        """Mean CIDEr-D of what the model says about held-out pictures, times 100, on the main process."""
+        """Mean CIDEr-D of what the model says about held-out images, times 100, on the main process."""
         if test is None or training.process_index != 0:
             return None
         collator = CaptionCollator(processor, data, training=False)
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processor,
         train,
         test,
-        pictures,
+        images,
         data,
         generation,
         training,

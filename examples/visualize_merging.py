@@ -1,13 +1,13 @@
-"""Draws which patches of a picture or a clip became which token of the soft prompt, layer by layer.
+"""Draws which patches of an image or a video became which token of the soft prompt, layer by layer.
 
     python examples/visualize_merging.py --model outputs/demo --images a.png b.png --output merging.png
-    python examples/visualize_merging.py --model outputs/demo-video --videos clip.mp4 --output merging.png
+    python examples/visualize_merging.py --model outputs/demo-video --videos video.mp4 --output merging.png
 
-Each row is a picture, as the model sees it, and what each layer of the connector leaves of it: patches that have
+Each row is an image, as the model sees it, and what each layer of the connector leaves of it: patches that have
 become one token share a colour and a number, its place among the tokens of that layer; behind the last layer, that is
-its place in the soft prompt. A clip is one set of tokens before the connector, so there is one merging for all its
+its place in the soft prompt. A video is one set of tokens before the connector, so there is one merging for all its
 frames; it is drawn over each of them, a row for each frame. `--model` may be an adapter's folder, from finetune.py.
-Clips need `.[video]`.
+Videos need `.[video]`.
 """
 
 import argparse
@@ -28,7 +28,7 @@ GAP, TITLE = 16, 32  # pixels between panels, and above each
 
 @dataclass
 class Row:
-    """A picture, or a frame of a clip, and its merging: for each layer `(side, side)` and the number of tokens."""
+    """An image, or a frame of a video, and its merging: for each layer `(side, side)` and the number of tokens."""
 
     image: Image.Image
     name: str
@@ -36,18 +36,18 @@ class Row:
     counts: list[int]
 
 
-def picture_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, sources: list[str]) -> list[Row]:
-    """A row for each picture; sources are paths or URLs."""
+def image_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, sources: list[str]) -> list[Row]:
+    """A row for each image; sources are paths or URLs."""
     images = [load_rgb_image(source) for source in sources]
     layers = merged_tokens(model, processor(images=images)["pixel_values"].to(model.device))
     return [
-        Row(resize_to_side(image), "picture", patch_groups(model, layers, row), token_counts(layers, row))
+        Row(resize_to_side(image), "image", patch_groups(model, layers, row), token_counts(layers, row))
         for row, image in enumerate(images)
     ]
 
 
-def clip_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, source: str) -> list[Row]:
-    """A row for each frame that the model sees of a clip; the source is a path or a URL."""
+def video_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, source: str) -> list[Row]:
+    """A row for each frame that the model sees of a video; the source is a path or a URL."""
     frames = load_rgb_frames(source, processor.num_frames)
     layers = merged_tokens(model, processor(videos=frames)["pixel_values_videos"].to(model.device))
     groups, counts = patch_groups(model, layers), token_counts(layers)
@@ -64,20 +64,20 @@ def draw_merging(
     videos: list[str],
     path: str | Path,
 ) -> None:
-    """Draws one row for each picture and for each frame of a clip, one column for each layer.
+    """Draws one row for each image and for each frame of a video, one column for each layer.
 
     Args:
         model, processor: The captioner.
-        images: Pictures: paths or URLs.
-        videos: Clips, likewise.
+        images: Images: paths or URLs.
+        videos: Videos, likewise.
         path: The PNG file to write.
 
     Raises:
         ValueError: If the model's connector is no TomeFormer, its patches are no square, or a source cannot be read.
     """
-    rows = picture_rows(model, processor, images) if images else []
+    rows = image_rows(model, processor, images) if images else []
     for video in videos:
-        rows += clip_rows(model, processor, video)
+        rows += video_rows(model, processor, video)
     size = ((1 + len(rows[0].groups)) * (SIDE + GAP) - GAP, len(rows) * (TITLE + SIDE + GAP) - GAP)
     drawing = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(drawing), ImageFont.load_default(size=0.65 * TITLE)
@@ -97,8 +97,8 @@ def draw_merging(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="outputs/demo", help="Captioner: a folder or a name on the Hub.")
-    parser.add_argument("--images", nargs="+", default=[], help="Pictures: paths or URLs.")
-    parser.add_argument("--videos", nargs="+", default=[], help="Clips: paths or URLs.")
+    parser.add_argument("--images", nargs="+", default=[], help="Images: paths or URLs.")
+    parser.add_argument("--videos", nargs="+", default=[], help="Videos: paths or URLs.")
     parser.add_argument("--output", type=Path, default=Path("merging.png"), help="PNG file to write.")
     arguments = parser.parse_args(argv)
     if not arguments.images and not arguments.videos:
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     model = EVLGenForConditionalGeneration.from_pretrained(arguments.model)
     processor = EVLGenProcessor.from_pretrained(arguments.model)
     draw_merging(model, processor, arguments.images, arguments.videos, arguments.output)
-    print(f"Drew {len(arguments.images)} pictures and {len(arguments.videos)} clips to {arguments.output}.")
+    print(f"Drew {len(arguments.images)} images and {len(arguments.videos)} videos to {arguments.output}.")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ class TemporalContextualizer(nn.Module):
             lambda part: _branch(block, _ATTENTION, part, *args, **kwargs), hidden_states, FRAMES_AT_ONCE
         )
         video = hidden_states.unflatten(0, (-1, self.num_frames))  # (videos, frames, tokens, dim)
-        # Places are independent of each other; the scores of all of them at once would fill memory in long clips.
+        # Places are independent of each other; the scores of all of them at once would fill memory in long videos.
         places = max(1, SCORES_AT_ONCE // self.num_frames**2)
         video = _add_in_parts(lambda part: self(part, self.frame_mask), video, places, dim=2, inplace=True)
         return _add_in_parts(

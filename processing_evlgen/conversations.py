@@ -67,7 +67,7 @@ def check_conversation(
         image_token, video_token (`str`, *optional*): What stands for one within a text.
 
     Raises:
-        ValueError: If it is no such conversation, or has places for other numbers of pictures or clips.
+        ValueError: If it is no such conversation, or has places for other numbers of images or videos.
     """
     if not isinstance(messages, list):
         raise ValueError(f"`messages` must be a list of turns, but is {messages!r}.")

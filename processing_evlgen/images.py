@@ -1,4 +1,4 @@
-"""Pictures as they come (paths, URLs, odd colour modes, rotated by a camera) to upright RGB."""
+"""Images as they come (paths, URLs, odd colour modes, rotated by a camera) to upright RGB."""
 
 import base64
 from io import BytesIO
@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 def load_rgb_image(source: Any, timeout: float = 30.0) -> Any:
-    """Opens a picture and turns it into an upright RGB image.
+    """Opens an image and turns it into an upright RGB image.
 
     The EXIF orientation is applied; transparent parts show white, as on paper; 16-bit grey is scaled to 8 bits.
 
@@ -24,10 +24,10 @@ def load_rgb_image(source: Any, timeout: float = 30.0) -> Any:
         `PIL.Image.Image` in mode RGB, or the array.
 
     Raises:
-        ValueError: If the picture cannot be read; the message names it.
+        ValueError: If the image cannot be read; the message names it.
     """
     if source is None:
-        raise ValueError("`images`: None is no picture.")
+        raise ValueError("`images`: None is no image.")
     if isinstance(source, Image.Image):
         image, name = source, getattr(source, "filename", "") or "the image"
     elif isinstance(source, str | Path | dict):
@@ -51,7 +51,7 @@ def _open(source: str | Path | dict, timeout: float) -> Image.Image:
             return Image.open(BytesIO(base64.b64decode(source.split(",", 1)[1])))
         return Image.open(source)
     except UnidentifiedImageError as error:  # which would name a place in memory where there is no path
-        raise ValueError(f"`images`: {_describe(source)} cannot be read: it is no picture that PIL knows") from error
+        raise ValueError(f"`images`: {_describe(source)} cannot be read: it is no image that PIL knows") from error
     except Exception as error:
         raise ValueError(f"`images`: {_describe(source)} cannot be read: {error}") from error
 

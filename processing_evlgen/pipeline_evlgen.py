@@ -8,12 +8,12 @@ from transformers import GenerationConfig, Pipeline
 
 
 class EVLGenImageToTextPipeline(Pipeline):
-    """Captions pictures, or answers a prompt about them.
+    """Captions images, or answers a prompt about them.
 
     ```python
     >>> from transformers import pipeline
     >>> captioner = pipeline("image-to-text", model="my-model", trust_remote_code=True)
-    >>> captioner("picture.png")
+    >>> captioner("image.png")
     [{'generated_text': 'a blue triangle'}]
     >>> captioner(["a.png", "b.png"], prompt="What colour is it?", batch_size=2, num_beams=5)
     [[{'generated_text': 'blue'}], [{'generated_text': 'red'}]]
@@ -69,15 +69,15 @@ class EVLGenImageToTextPipeline(Pipeline):
 
 
 class EVLGenVideoToTextPipeline(EVLGenImageToTextPipeline):
-    """Captions clips, or answers a prompt about them: files, URLs, arrays of frames, dicts with one under `"video"`.
+    """Captions videos, or answers a prompt about them: files, URLs, arrays of frames, dicts with one under `"video"`.
 
     ```python
     >>> captioner = pipeline("video-to-text", model="my-video-model", trust_remote_code=True)
-    >>> captioner("clip.mp4")
+    >>> captioner("video.mp4")
     [{'generated_text': 'a dog runs'}]
     ```
 
-    A list holds several clips; a clip that is a list of frames is given as `{"video": frames}`.
+    A list holds several videos; a video that is a list of frames is given as `{"video": frames}`.
     """
 
     modality = "video"

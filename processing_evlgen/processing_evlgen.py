@@ -1,4 +1,4 @@
-"""EVLGen's processor: pictures, clips and text in, model inputs and labels out."""
+"""EVLGen's processor: images, videos and text in, model inputs and labels out."""
 
 import os
 import re
@@ -193,21 +193,21 @@ class EVLGenProcessor(ProcessorMixin):
         images = [] if images is None else [load_rgb_image(image) for image in flatten(images)]
         num_images = len(images) if vision_features is None else len(vision_features)
         num_frames = self.num_frames if num_frames is None else num_frames
-        clips = [load_rgb_frames(clip, num_frames, frame_sampling) for clip in list_videos(videos)]
+        videos = [load_rgb_frames(video, num_frames, frame_sampling) for video in list_videos(videos)]
         arguments = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_arguments = arguments["text_kwargs"]
         if messages is None:
             sequences, labels = self._encode(
-                text, suffix, row_lengths, num_images, len(clips), text_arguments.get("add_special_tokens", True)
+                text, suffix, row_lengths, num_images, len(videos), text_arguments.get("add_special_tokens", True)
             )
         else:
-            sequences, labels = self._encode_conversations(messages, row_lengths, num_images, len(clips))
+            sequences, labels = self._encode_conversations(messages, row_lengths, num_images, len(videos))
         data = self._pad(sequences, labels, text_arguments)
         if images:
             images_arguments = {**arguments["images_kwargs"], "return_tensors": "pt"}
             data["pixel_values"] = self.image_processor(images, **images_arguments)["pixel_values"]
-        if clips:
-            data.update(self._stack(clips, arguments["images_kwargs"]))
+        if videos:
+            data.update(self._stack(videos, arguments["images_kwargs"]))
         if vision_features is not None:
             data["vision_features"] = vision_features
         return BatchFeature(data, tensor_type=text_arguments.get("return_tensors", "pt"))
@@ -299,15 +299,15 @@ class EVLGenProcessor(ProcessorMixin):
         parts = [{"type": kind}, *([{"type": "text", "text": prompt}] if prompt else [])]
         return self.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
 
-    def _stack(self, clips: list[list[Any]], images_arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Prepares all frames as images; short clips are filled up with zeros, which `frame_mask` tells."""
-        lengths = [len(clip) for clip in clips]
-        frames = [frame for clip in clips for frame in clip]
+    def _stack(self, videos: list[list[Any]], images_arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Prepares all frames as images; short videos are filled up with zeros, which `frame_mask` tells."""
+        lengths = [len(video) for video in videos]
+        frames = [frame for video in videos for frame in video]
         pixels = self.image_processor(frames, **{**images_arguments, "return_tensors": "pt"})["pixel_values"]
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (videos, frames)
-        videos = pixels.new_zeros(*mask.shape, *pixels.shape[1:])  # (videos, frames, channels, height, width)
-        videos[mask] = pixels
-        return {"pixel_values_videos": videos} if mask.all() else {"pixel_values_videos": videos, "frame_mask": mask}
+        padded = pixels.new_zeros(*mask.shape, *pixels.shape[1:])  # (videos, frames, channels, height, width)
+        padded[mask] = pixels
+        return {"pixel_values_videos": padded} if mask.all() else {"pixel_values_videos": padded, "frame_mask": mask}
 
     def tokenize_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a prompt with all its placeholders; those at its very start come before the BOS token."""

@@ -1,4 +1,4 @@
-"""Clips as they come (files, URLs, arrays, lists of frames) to a few RGB frames each."""
+"""Videos as they come (files, URLs, arrays, lists of frames) to a few RGB frames each."""
 
 import importlib
 import os
@@ -20,14 +20,14 @@ _ANIMATED_IMAGES = (".webp", ".gif", ".png", ".apng")  # FFmpeg does not read an
 
 
 def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> list[int]:
-    """Chooses frames of a clip, as the original does (lavis/datasets/data_utils.py, `load_video`).
+    """Chooses frames of a video, as the original does (lavis/datasets/data_utils.py, `load_video`).
 
     Args:
-        total (`int`): Frames that the clip has, at least 1.
-        num_frames (`int`): Frames wanted, at least 1. A shorter clip gives all that it has.
+        total (`int`): Frames that the video has, at least 1.
+        num_frames (`int`): Frames wanted, at least 1. A shorter video gives all that it has.
         sampling (`str`, *optional*, defaults to `"uniform"`):
             `"uniform"` takes frames at equal distances, the first one among them; `"headtail"` draws one half at
-            random from each half of the clip, with Python's `random`.
+            random from each half of the video, with Python's `random`.
 
     Returns:
         `list[int]`: `min(num_frames, total)` indices in ascending order.
@@ -49,7 +49,7 @@ def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> lis
 
 
 def load_rgb_frames(source: Any, num_frames: int, sampling: str = "uniform") -> list[Any]:
-    """Reads a few frames of a clip, upright and in RGB.
+    """Reads a few frames of a video, upright and in RGB.
 
     Args:
         source (`str`, `pathlib.Path`, `dict`, `list` or array):
@@ -62,7 +62,7 @@ def load_rgb_frames(source: Any, num_frames: int, sampling: str = "uniform") -> 
         `list`: `PIL.Image.Image` objects in mode RGB, or arrays where arrays were given.
 
     Raises:
-        ValueError: If the clip cannot be read or has no frames; the message names it.
+        ValueError: If the video cannot be read or has no frames; the message names it.
         ImportError: If a file needs PyAV, which is not installed.
     """
     if isinstance(source, dict):
@@ -79,7 +79,7 @@ def load_rgb_frames(source: Any, num_frames: int, sampling: str = "uniform") -> 
             raise ValueError(f"`videos`: {name!r} cannot be read: it has no frames.")
         return frames
     if len(source) == 0:
-        raise ValueError("`videos` holds a clip without frames.")
+        raise ValueError("`videos` holds a video without frames.")
     return [load_rgb_image(source[index]) for index in sample_frames(len(source), num_frames, sampling)]
 
 

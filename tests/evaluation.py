@@ -1,4 +1,4 @@
-"""What the tests of the evaluation scripts share: drawn pictures and clips for the published files, and a stand-in."""
+"""What the tests of the evaluation scripts share: drawn images and videos for the published files, and a stand-in."""
 
 import json
 import subprocess
@@ -11,19 +11,19 @@ from common import answers
 from .helpers import COLORS, FIXTURES, ROOT, tiny_model, tiny_processor
 
 PUBLISHED = FIXTURES / "benchmarks"
-COCO_PICTURES = (522418, 184613, 318219, 391895, 57870, 60623, 318556, 262148, 393225, 297147, 339761)
-CLIPS = ("video7010", "video7011", "video7012", "video6513")
-CLIPS += ("-4wsuPCjDBc_5_15", "-7KMZQEsJW4_205_208", "-8y1Q0rA3n8_108_115")
+COCO_IMAGES = (522418, 184613, 318219, 391895, 57870, 60623, 318556, 262148, 393225, 297147, 339761)
+VIDEOS = ("video7010", "video7011", "video7012", "video6513")
+VIDEOS += ("-4wsuPCjDBc_5_15", "-7KMZQEsJW4_205_208", "-8y1Q0rA3n8_108_115")
 OPENIMAGES = [
     image["file_name"] for image in json.loads((PUBLISHED / "nocaps_val_4500_captions.json").read_text())["images"]
 ]
 
 
 def draw(path, color):
-    picture = Image.new("RGB", (48, 40), "white")
-    ImageDraw.Draw(picture).ellipse((8, 4, 40, 36), fill=color)
+    image = Image.new("RGB", (48, 40), "white")
+    ImageDraw.Draw(image).ellipse((8, 4, 40, 36), fill=color)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    image.save(path)
 
 
 def animate(path, brightness):
@@ -33,23 +33,23 @@ def animate(path, brightness):
 
 
 def save_work(folder):
-    """A tiny model, and the pictures and clips that the fixtures' files name, drawn."""
+    """A tiny model, and the images and videos that the fixtures' files name, drawn."""
     model = tiny_model()
     processor = tiny_processor(model)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    for index, picture in enumerate(COCO_PICTURES):
-        draw(folder / "coco" / "val2014" / f"COCO_val2014_{picture:012d}.jpg", COLORS[index % 4])
-    for index, picture in enumerate((1, 16)):
-        draw(folder / "coco" / f"COCO_test2015_{picture:012d}.jpg", COLORS[index])
+    for index, image in enumerate(COCO_IMAGES):
+        draw(folder / "coco" / "val2014" / f"COCO_val2014_{image:012d}.jpg", COLORS[index % 4])
+    for index, image in enumerate((1, 16)):
+        draw(folder / "coco" / f"COCO_test2015_{image:012d}.jpg", COLORS[index])
     for index, name in enumerate(OPENIMAGES):
         draw(folder / "nocaps" / name, COLORS[index % 4])
     for index, name in enumerate(("1007129816.jpg", "1009434119.jpg")):
         draw(folder / "flickr" / name, COLORS[index])
     for index, name in enumerate(("n161313.jpg", "n235859.jpg")):
         draw(folder / "gqa" / name, COLORS[index])
-    for index, name in enumerate(CLIPS):
-        animate(folder / "clips" / f"{name}.webp", 30 * index)
+    for index, name in enumerate(VIDEOS):
+        animate(folder / "videos" / f"{name}.webp", 30 * index)
     return folder
 
 

@@ -142,8 +142,8 @@ def tiny_processor(model: EVLGenForConditionalGeneration, bos: bool = False, cha
     return processor
 
 
-def pictures(count: int = 2, size: int = 40) -> list[Image.Image]:
-    """Pictures of noise, each of another colour."""
+def noise_images(count: int = 2, size: int = 40) -> list[Image.Image]:
+    """Images of noise, each of another colour."""
     generator = torch.Generator().manual_seed(0)
     arrays = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(array.numpy()) for array in arrays]
@@ -163,14 +163,14 @@ COLORS = ("red", "green", "blue", "black")
 
 
 def save_image_folder(folder: Path, train: int = 16, test: int = 8) -> str:
-    """Saves pictures of one colour, captioned by it, as `datasets`' imagefolder wants them; gives the folder."""
+    """Saves images of one colour, captioned by it, as `datasets`' imagefolder wants them; gives the folder."""
     for split, count in (("train", train), ("test", test)):
         (folder / split).mkdir(parents=True)
         rows = []
         for index in range(count):
             color = COLORS[index % len(COLORS)]
             Image.new("RGB", (40, 40), color).save(folder / split / f"{index}.png")
-            rows.append(json.dumps({"file_name": f"{index}.png", "caption": f"a {color} picture"}))
+            rows.append(json.dumps({"file_name": f"{index}.png", "caption": f"a {color} image"}))
         (folder / split / "metadata.jsonl").write_text("\n".join(rows))
     return str(folder)
 

@@ -1,4 +1,4 @@
-"""What the tests of streams share: tar shards of pictures, arguments that name them, and the streams themselves."""
+"""What the tests of streams share: tar shards of images, arguments that name them, and the streams themselves."""
 
 import io
 import json
@@ -15,25 +15,25 @@ from common.streams import CaptionStream, Source
 from .helpers import COLORS
 
 SIZES = (6, 3, 7, 2, 5, 4)  # rows of the shards
-ALL = [f"picture {index}" for index in range(sum(SIZES))]
+ALL = [f"image {index}" for index in range(sum(SIZES))]
 SIZES_OF_LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 def png(color):
-    picture = io.BytesIO()
-    Image.new("RGB", (40, 40), color).save(picture, format="PNG")
-    return picture.getvalue()
+    image = io.BytesIO()
+    Image.new("RGB", (40, 40), color).save(image, format="PNG")
+    return image.getvalue()
 
 
 def write_tars(folder, sizes, first=0, broken=()):
-    """WebDataset shards of pictures with captions "picture 0", "picture 1", …; those of some numbers are broken."""
+    """WebDataset shards of images with captions "image 0", "image 1", …; those of some numbers are broken."""
     folder.mkdir(parents=True, exist_ok=True)
     number = first
     for shard, size in enumerate(sizes):
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
             for _ in range(size):
-                image = b"no picture" if number in broken else png(COLORS[number % len(COLORS)])
-                write_sample(tar, number, png=image, txt=f"picture {number}".encode())
+                image = b"no image" if number in broken else png(COLORS[number % len(COLORS)])
+                write_sample(tar, number, png=image, txt=f"image {number}".encode())
                 number += 1
     return folder
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .helpers import TEXT_CONFIGS, pictures, tiny_processor, tiny_towers
+from .helpers import TEXT_CONFIGS, noise_images, tiny_processor, tiny_towers
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "merge_r": 3}
 # 8 layers that would drop something out if they were in training.
@@ -27,7 +27,9 @@ def build(text, **connector):
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
         vision_tower, language_model, connector_config={**SIZES, **connector}, image_size=32, image_token_id=300
     )
-    batch = tiny_processor(model)(images=pictures(2), text=["what is it?", "what?"], suffix=["a red circle", "a cat"])
+    batch = tiny_processor(model)(
+        images=noise_images(2), text=["what is it?", "what?"], suffix=["a red circle", "a cat"]
+    )
     return model, batch
 
 

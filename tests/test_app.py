@@ -28,7 +28,7 @@ from common.overlay import draw_groups
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import IMAGE_SIZE, ROOT, pictures, tiny_model, tiny_processor, tiny_towers
+from .helpers import IMAGE_SIZE, ROOT, noise_images, tiny_model, tiny_processor, tiny_towers
 
 gr = pytest.importorskip("gradio", reason="needs the app extra")
 app = importlib.import_module("app")
@@ -47,9 +47,9 @@ def folder(captioner, tmp_path_factory):
     folder = tmp_path_factory.mktemp("captioner")
     for part in captioner:
         part.save_pretrained(folder)
-    pictures(1)[0].save(folder / "picture.PNG")
-    (folder / "notes.txt").write_text("no picture")
-    (folder / "broken.png").write_text("no picture")
+    noise_images(1)[0].save(folder / "image.PNG")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "broken.png").write_text("no image")
     return folder
 
 
@@ -62,7 +62,7 @@ def generated(model, processor, inputs, **settings):
 @pytest.mark.parametrize("kind", ["images", "videos"])
 def test_the_text_and_the_merging_are_the_models(captioner, kind, num_beams):
     model, processor = captioner
-    frames = pictures(1 if kind == "images" else 4)
+    frames = noise_images(1 if kind == "images" else 4)
     settings = app.generation_settings(num_beams, 0, 1, 40)
     steps = list(app.describe(model, processor, kind, frames, "what?", settings))
     inputs = processor(**{kind: frames}, text="what?")
@@ -82,7 +82,9 @@ def test_the_text_and_the_merging_are_the_models(captioner, kind, num_beams):
 
 
 def last_text(model, processor, *settings):
-    *_, (text, _, _) = app.describe(model, processor, "images", pictures(1), "", app.generation_settings(*settings))
+    *_, (text, _, _) = app.describe(
+        model, processor, "images", noise_images(1), "", app.generation_settings(*settings)
+    )
     return text
 
 
@@ -92,7 +94,7 @@ def test_sampling_draws_as_generate_does(captioner):
     drawn = last_text(model, processor, 1, 2.0, 0.9, 12)
     torch.manual_seed(1)
     settings = {"do_sample": True, "temperature": 2.0, "top_p": 0.9, "max_new_tokens": 12}
-    expected = generated(model, processor, processor(images=pictures(1)), **settings)
+    expected = generated(model, processor, processor(images=noise_images(1)), **settings)
     assert drawn == expected != last_text(model, processor, 1, 0, 1, 12)
 
 
@@ -114,7 +116,7 @@ def test_errors_are_shown_as_text_and_the_next_visitor_is_served(captioner):
     model, processor = captioner
     settings = app.generation_settings(1, 0, 1, 8)
     with pytest.raises(gr.Error) as shown, app.shown_errors():
-        list(app.describe(model, processor, "images", pictures(1), "<image><image>", settings))
+        list(app.describe(model, processor, "images", noise_images(1), "<image><image>", settings))
     assert shown.value.message == "`text` holds 2 &lt;image&gt; placeholders, but `images` holds 1 images."
     with pytest.raises(ValueError, match="the language model has places for 128"):  # in the middle of a text
         last_text(model, processor, 1, 0, 1, 300)
@@ -128,14 +130,14 @@ def test_threads_that_are_left_behind_do_not_mix_mergings(captioner):
     model, processor = captioner
     settings = app.generation_settings(1, 0, 1, 2)
 
-    def groups(picture):
-        *_, (_, merging, _) = app.describe(model, processor, "images", [picture], "", settings)
+    def groups(image):
+        *_, (_, merging, _) = app.describe(model, processor, "images", [image], "", settings)
         return [index.tolist() for index in merging.groups]
 
-    expected = [groups(picture) for picture in pictures(4)]
+    expected = [groups(image) for image in noise_images(4)]
     slow = model.connector.encoder.layer[0].register_forward_hook(lambda *_: time.sleep(0.05))
     with ThreadPoolExecutor(max_workers=4) as executor:
-        assert list(executor.map(groups, pictures(4))) == expected
+        assert list(executor.map(groups, noise_images(4))) == expected
     slow.remove()
 
 
@@ -144,7 +146,7 @@ def test_who_goes_away_stops_the_model(captioner):
     calls = []
     hook = model.language_model.register_forward_hook(lambda *_: calls.append(time.sleep(0.02)))
     settings = app.generation_settings(1, 0, 1, 80)
-    steps = app.describe(model, processor, "images", pictures(1), "", settings)
+    steps = app.describe(model, processor, "images", noise_images(1), "", settings)
     next(steps)
     assert calls == []
     while not next(steps)[0]:
@@ -165,8 +167,8 @@ def test_draws_each_frame_beside_what_a_layer_leaves_of_it():
     expected = [grey, draw_groups(grey, groups[1]), white, draw_groups(white, groups[1])]
     assert all(np.array_equal(image, frame) for image, frame in zip(images, expected, strict=True))
     (_, _), (unmerged, caption) = app.draw_layer(app.Merging([white], groups, [4, 1]), 0)
-    assert caption == "picture, layer 0: 4 tokens" and np.array_equal(unmerged, draw_groups(white, groups[0]))
-    assert app.draw_layer(app.Merging([white]), 1) == [(white, "picture")] and app.draw_layer(None, 1) == []
+    assert caption == "image, layer 0: 4 tokens" and np.array_equal(unmerged, draw_groups(white, groups[0]))
+    assert app.draw_layer(app.Merging([white]), 1) == [(white, "image")] and app.draw_layer(None, 1) == []
     table = app.figures(merging, {"tower": 1.25, "connector": 0.5})
     assert table.splitlines()[2] == "| 2 frames x 4 | 1 | 1.2 ms | 0.5 ms | … |"
 
@@ -183,8 +185,8 @@ def test_an_adapter_has_a_page(folder, tmp_path):
     processor = EVLGenProcessor.from_pretrained(folder)
     app.build_page(model, processor, 1)
     settings = app.generation_settings(1, 0, 1, 4)
-    *_, (_, merging, _) = app.describe(model, processor, "images", pictures(1), "", settings)
-    expected = adapted.base_model.model.get_image_features(processor(images=pictures(1))["pixel_values"])
+    *_, (_, merging, _) = app.describe(model, processor, "images", noise_images(1), "", settings)
+    expected = adapted.base_model.model.get_image_features(processor(images=noise_images(1))["pixel_values"])
     assert np.array_equal(merging.groups[-1], expected.output_index[0, 1:].reshape(4, 4))
     assert len(merging.groups) == 3
 
@@ -313,13 +315,13 @@ def test_the_page_in_a_browser(server, browser, folder):
         return WebDriverWait(browser, 60).until(lambda _: condition())
 
     browser.get(address)
-    wait(lambda: find("#file input[type=file]"))[0].send_keys(str(folder / "picture.PNG"))
+    wait(lambda: find("#file input[type=file]"))[0].send_keys(str(folder / "image.PNG"))
     wait(lambda: len(find("#gallery img")) == 1)
     browser.execute_script(_WATCH)
     find("#start")[0].click()
     model, processor = (kind.from_pretrained(folder) for kind in (EVLGenForConditionalGeneration, EVLGenProcessor))
     settings = app.generation_settings(1, 0, 1, 80)
-    *_, (text, merging, _) = app.describe(model, processor, "images", pictures(1), "", settings)
+    *_, (text, merging, _) = app.describe(model, processor, "images", noise_images(1), "", settings)
     wait(lambda: find("#text textarea, #text input")[0].get_attribute("value") == text != "")
     seen = browser.execute_script("return window.seen")
     assert len(seen) > 3 and all(text.startswith(piece) for piece in seen)  # as it was streamed
@@ -342,7 +344,7 @@ def test_the_page_in_a_browser(server, browser, folder):
     wait(lambda: drawn_layer(1))
 
     for name, message in (
-        ("notes.txt", "The file 'notes.txt' is neither a picture"),
+        ("notes.txt", "The file 'notes.txt' is neither an image"),
         ("broken.png", "The file 'broken.png' cannot be read"),
         ("large.png", "exceed the maximum allowed size"),
     ):

@@ -10,7 +10,7 @@ from common import answers, benchmarks
 from common.answers import read_answers
 from metrics.vqa_accuracy import lemmatization
 
-from .evaluation import CLIPS, PUBLISHED, Said, options, published, read_json, save_work, value, vqav2
+from .evaluation import PUBLISHED, VIDEOS, Said, options, published, read_json, save_work, value, vqav2
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,14 @@ CAPTION_FILES = {
     "coco": ("coco-karpathy", "coco", {"annotations": "coco_karpathy_test_gt.json"}, [522418, 184613, 318219]),
     "nocaps": ("nocaps", "nocaps", {"annotations": "nocaps_val_4500_captions.json"}, list(range(6))),
     "flickr30k": ("flickr30k", "flickr", {"annotations": "dataset_flickr30k.json"}, [0, 1]),
-    "msr-vtt": ("msr-vtt", "clips", {"annotations": "test_videodatainfo.json"}, list(CLIPS[:3])),
+    "msr-vtt": ("msr-vtt", "videos", {"annotations": "test_videodatainfo.json"}, list(VIDEOS[:3])),
     "msvd txt": (
         "msvd",
-        "clips",
+        "videos",
         {"annotations": "AllVideoDescriptions.txt", "split_file": "test_list.txt"},
-        [CLIPS[5], CLIPS[4]],
+        [VIDEOS[5], VIDEOS[4]],
     ),
-    "msvd csv": ("msvd", "clips", {"annotations": "MSR Video Description Corpus.csv"}, list(CLIPS[4:])),
+    "msvd csv": ("msvd", "videos", {"annotations": "MSR Video Description Corpus.csv"}, list(VIDEOS[4:])),
 }
 
 
@@ -80,8 +80,8 @@ def test_captions_are_those_of_the_files(work):
     assert read["msr-vtt"][0]["captions"] == ["a screen gets brighter", "a dark screen becomes gray"]
     assert read["msvd txt"][0] == {
         "id": "-7KMZQEsJW4_205_208",
-        "video": str(work / "clips" / "-7KMZQEsJW4_205_208.webp"),
-        "captions": ["a black screen turns gray", "the picture becomes light"],
+        "video": str(work / "videos" / "-7KMZQEsJW4_205_208.webp"),
+        "captions": ["a black screen turns gray", "the image becomes light"],
     }
     assert [row["captions"] for row in read["msvd csv"]] == [
         ["a screen gets brighter", "a dark screen becomes gray, slowly"],
@@ -202,7 +202,7 @@ def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
         ({"max_samples": 0}, "`max_samples` must be at least 1, but is 0"),
         ({"batch_size": 0}, "`batch_size` must be at least 1, but is 0"),
         ({"annotations": None}, "`annotations` is needed: a file of the benchmark"),
-        ({"media_dir": None}, "`media_dir` is needed: the folder of the benchmark's pictures or clips"),
+        ({"media_dir": None}, "`media_dir` is needed: the folder of the benchmark's images or videos"),
         ({"media_dir": "/nowhere"}, "`media_dir`: /nowhere is no folder"),
         ({"annotations": "/nowhere.json"}, r"`annotations`: /nowhere\.json cannot be read: .*No such file"),
         (
@@ -222,7 +222,7 @@ def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
             {"benchmark": "msr-vtt"},
             r"`annotations`: .*dataset_coco\.json is no videodatainfo file of MSR-VTT: it lacks",
         ),
-        ({"benchmark": "msvd"}, r"`annotations`: .*dataset_coco\.json is no list of MSVD's clips and captions"),
+        ({"benchmark": "msvd"}, r"`annotations`: .*dataset_coco\.json is no list of MSVD's videos and captions"),
         ({"benchmark": "nocaps"}, r"`annotations`: .*dataset_coco\.json is no file of captions in COCO's format: it"),
     ],
 )
@@ -272,7 +272,7 @@ def test_nothing_to_evaluate_is_an_error(work, tmp_path):
         )
 
 
-def test_a_benchmark_with_captions_of_some_pictures_is_refused(work, tmp_path):
+def test_a_benchmark_with_captions_of_some_images_is_refused(work, tmp_path):
     published_file = read_json(PUBLISHED / "dataset_coco.json")
     next(image for image in published_file["images"] if image["cocoid"] == 184613)["sentences"] = []
     (tmp_path / "dataset_coco.json").write_text(json.dumps(published_file))
@@ -306,14 +306,14 @@ def test_a_missing_lemmatiser_is_told_before_anything_is_said(work, tmp_path, mo
         evaluate_vqa.main(options(work, tmp_path, **files))
 
 
-def test_missing_pictures_and_clips_are_named_before_anything_is_said(work, tmp_path):
+def test_missing_images_and_videos_are_named_before_anything_is_said(work, tmp_path):
     (tmp_path / "empty").mkdir()
     for script, given, message in (
         (evaluate_vqa, vqav2(work), r"`media_dir`: there is no .*COCO_val2014_000000262148\.jpg or .*val2014"),
         (
             evaluate_captioning,
-            published(work, "msr-vtt", "clips", annotations="test_videodatainfo.json"),
-            "`media_dir`: .* holds no clip video7010",
+            published(work, "msr-vtt", "videos", annotations="test_videodatainfo.json"),
+            "`media_dir`: .* holds no video video7010",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -22,9 +22,9 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 from .evaluation import animate, launch
-from .helpers import TWO_PROCESSES, pictures, tiny_model, tiny_processor
+from .helpers import TWO_PROCESSES, noise_images, tiny_model, tiny_processor
 
-BROKEN = b"no picture"
+BROKEN = b"no image"
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,9 @@ def model(tmp_path_factory):
     return folder
 
 
-def png(picture):
+def png(image):
     buffer = io.BytesIO()
-    picture.save(buffer, "png")
+    image.save(buffer, "png")
     return buffer.getvalue()
 
 
@@ -52,16 +52,16 @@ def save_tar(path, members):
 
 
 def save_mixed(folder):
-    """Ten pictures in a folder, a folder in it, a `.tar` and a `.parquet`, two of them broken; gives their order."""
-    images = pictures(8)
-    for name, picture in zip(("b.png", "a.png", "deep/c.jpg"), images[:3], strict=True):
+    """Ten images in a folder, a folder in it, a `.tar` and a `.parquet`, two of them broken; gives their order."""
+    images = noise_images(8)
+    for name, image in zip(("b.png", "a.png", "deep/c.jpg"), images[:3], strict=True):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / name)
+        image.save(folder / name)
     (folder / "broken.png").write_bytes(BROKEN)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     members = {"x/1.json": b"{}", "x/1.png": png(images[3]), "x/2.png": BROKEN, "x/0.png": png(images[4])}
     save_tar(folder / "deep" / "shard.tar", members)
-    rows = [{"bytes": png(picture), "path": None} for picture in images[5:]]
+    rows = [{"bytes": png(image), "path": None} for image in images[5:]]
     rows = pa.table({"id": [1, 2, 3], "image": rows})
     pq.write_table(rows, folder / "z.parquet", row_group_size=2)
     names = ["a.png", "b.png", "broken.png", "z.parquet/0", "z.parquet/1", "z.parquet/2", "deep/c.jpg"]
@@ -69,10 +69,10 @@ def save_mixed(folder):
     return [f"{folder}/{name}" for name in names]
 
 
-def save_pictures(folder, count):
+def save_images(folder, count):
     folder.mkdir()
-    for index, picture in enumerate(pictures(count, size=32)):
-        picture.save(folder / f"{index:03}.png")
+    for index, image in enumerate(noise_images(count, size=32)):
+        image.save(folder / f"{index:03}.png")
     (folder / "007.png").write_bytes(BROKEN)
     return folder
 
@@ -90,7 +90,7 @@ def read(path):
 
 
 def says(model, **inputs):
-    """What the model says about one picture or clip by itself."""
+    """What the model says about one image or video by itself."""
     model, processor = EVLGenForConditionalGeneration.from_pretrained(model), EVLGenProcessor.from_pretrained(model)
     inputs = processor(**inputs)
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)
@@ -99,7 +99,7 @@ def says(model, **inputs):
 
 
 def test_everything_below_a_folder_is_captioned(model, tmp_path, capsys):
-    """Pictures, a `.tar` and a `.parquet`, in the order of names; what cannot be read is named and counted."""
+    """Images, a `.tar` and a `.parquet`, in the order of names; what cannot be read is named and counted."""
     names = save_mixed(tmp_path / "in")
     result = caption_folder.main(options(model, tmp_path / "out", tmp_path / "in", num_workers=1))
     rows = read(tmp_path / "out" / "captions.jsonl")
@@ -107,8 +107,8 @@ def test_everything_below_a_folder_is_captioned(model, tmp_path, capsys):
     broken = {row["file"]: row["error"] for row in rows if row["text"] is None}
     assert broken.keys() == {names[2], names[8]} == {row["file"] for row in rows if "error" in row}
     assert all(name in error and "cannot be read" in error for name, error in broken.items())
-    for index, picture in ((0, 1), (1, 0), (7, 3), (9, 4), (3, 5), (5, 7)):
-        assert rows[index]["text"] == says(model, images=pictures(8)[picture])
+    for index, image in ((0, 1), (1, 0), (7, 3), (9, 4), (3, 5), (5, 7)):
+        assert rows[index]["text"] == says(model, images=noise_images(8)[image])
     assert len({row["text"] for row in rows}) > 5
     printed = capsys.readouterr()
     assert f"2 could not be read and have an `error` there: {names[2]}, {names[8]}\n" in printed.out
@@ -128,7 +128,7 @@ def test_a_prompt_is_answered_with_beams_into_parquet(model, tmp_path):
     assert (settings["prompt"], settings["num_beams"]) == ("what is it?", 2)
 
 
-def test_clips_are_captioned(model, tmp_path):
+def test_videos_are_captioned(model, tmp_path):
     for name, brightness in (("a", 0), ("b", 200)):
         animate(tmp_path / "in" / f"{name}.webp", brightness)
     save_tar(tmp_path / "in" / "c.tar", {"1.webp": (tmp_path / "in" / "b.webp").read_bytes(), "2.mp4": BROKEN})
@@ -141,27 +141,27 @@ def test_clips_are_captioned(model, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bytes", "path", "datasets"])
 def test_columns_of_every_kind_are_read(kind, model, tmp_path):
-    images = pictures(2)
-    for index, picture in enumerate(images):
-        picture.save(tmp_path / f"{index}.png")
+    images = noise_images(2)
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index}.png")
     paths = [str(tmp_path / f"{index}.png") for index in range(2)]
-    column = paths if kind == "path" else [png(picture) for picture in images]
-    rows = Dataset.from_dict({"picture": images}, Features({"picture": ImageColumn()}))
+    column = paths if kind == "path" else [png(image) for image in images]
+    rows = Dataset.from_dict({"image": images}, Features({"image": ImageColumn()}))
     if kind != "datasets":
-        rows = Dataset.from_dict({"picture": [*column, None]}).cast_column(
-            "picture", Value("string" if kind == "path" else "binary")
+        rows = Dataset.from_dict({"image": [*column, None]}).cast_column(
+            "image", Value("string" if kind == "path" else "binary")
         )
     rows.to_parquet(tmp_path / "shard.parquet")
-    caption_folder.main(options(model, tmp_path / "out", tmp_path / "shard.parquet", column="picture"))
+    caption_folder.main(options(model, tmp_path / "out", tmp_path / "shard.parquet", column="image"))
     said = read(tmp_path / "out" / "captions.jsonl")
-    assert [row["text"] for row in said[:2]] == [says(model, images=picture) for picture in images]
+    assert [row["text"] for row in said[:2]] == [says(model, images=image) for image in images]
     assert kind == "datasets" or "but holds None" in said[2]["error"]
 
 
 @pytest.mark.parametrize("cut", ["member", "header", "garbage", "end"])
 def test_a_broken_shard_is_named_and_what_comes_before_is_kept(cut, model, tmp_path):
-    save_tar(tmp_path / "in" / "1.tar", {f"{index}.png": png(picture) for index, picture in enumerate(pictures(3))})
-    save_tar(tmp_path / "in" / "2.tar", {"0.png": png(pictures(1)[0])})
+    save_tar(tmp_path / "in" / "1.tar", {f"{index}.png": png(image) for index, image in enumerate(noise_images(3))})
+    save_tar(tmp_path / "in" / "2.tar", {"0.png": png(noise_images(1)[0])})
     (tmp_path / "in" / "3.tar").write_bytes(BROKEN)
     (tmp_path / "in" / "4.parquet").write_bytes(BROKEN)
     path = tmp_path / "in" / "1.tar"
@@ -185,7 +185,7 @@ def test_names_that_are_no_text_and_links_are_told(model, tmp_path):
     os.mkdir(folder)
     (tmp_path / "elsewhere").mkdir()
     os.symlink(tmp_path / "elsewhere", folder + b"/link")
-    for name, data in ((b"\xff.png", png(pictures(1)[0])), (b"\xfe.png", BROKEN)):
+    for name, data in ((b"\xff.png", png(noise_images(1)[0])), (b"\xfe.png", BROKEN)):
         with open(folder + b"/" + name, "wb") as file:
             file.write(data)
     items = list(
@@ -195,11 +195,11 @@ def test_names_that_are_no_text_and_links_are_told(model, tmp_path):
     caption_folder.main(options(model, tmp_path / "out", tmp_path / "in"))
     rows = read(tmp_path / "out" / "captions.jsonl")
     assert [row["file"] for row in rows] == [f"{tmp_path}/in/\\xfe.png", f"{tmp_path}/in/\\xff.png"]
-    assert "error" in rows[0] and rows[1]["text"] == says(model, images=pictures(1))
+    assert "error" in rows[0] and rows[1]["text"] == says(model, images=noise_images(1))
 
 
 def test_a_killed_run_goes_on(model, tmp_path):
-    folder = save_pictures(tmp_path / "in", 90)
+    folder = save_images(tmp_path / "in", 90)
     changes = {"batch_size": 3, "num_beams": 2}
     caption_folder.main(options(model, tmp_path / "unbroken", folder, **changes))
     broken = tmp_path / "broken"
@@ -247,7 +247,7 @@ def test_two_processes_caption_as_one(model, tmp_path):
         ({"prompt": "what?"}, "has answers from other settings: prompt was '' and is 'what\\?'"),
         ({"num_beams": 2}, "num_beams was 1 and is 2"),
         ({"batch_size": 3}, "batch_size was 4 and is 3"),
-        ({"column": "picture"}, "column was 'image' and is 'picture'"),
+        ({"column": "image"}, "column was 'image' and is 'image'"),
     ],
 )
 def test_other_settings_do_not_mix_with_old_captions(changes, message, model, tmp_path):
@@ -267,7 +267,7 @@ def test_other_settings_do_not_mix_with_old_captions(changes, message, model, tm
         (["in/deep"], {"media": "video"}, "there is no video in"),
         (["in/none"], {}, "`inputs`: there is no .*in/none"),
         (["in/notes.txt"], {}, r"must be folders or files of .*\.tar, \.parquet, but .*notes\.txt is none of these"),
-        (["in"], {"column": "picture"}, r"`column` is 'picture', but .*z\.parquet has \['id', 'image'\]"),
+        (["in"], {"column": "image"}, r"`column` is 'image', but .*z\.parquet has \['id', 'image'\]"),
         (["in"], {"column": "id"}, r"`column` 'id' of .*z\.parquet must hold bytes, paths or .* not int64"),
         (["in"], {"dtype": "float8"}, "`dtype` must be one of float32, bfloat16, but is 'float8'"),
         (["in"], {"prompt": "a long prompt " * 30}, "has .* tokens, but at most 128 are allowed"),

@@ -16,7 +16,7 @@ from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import fingerprint_files, hash_weights, identify, is_on_hub
 
-from .helpers import ROOT, pictures, run_clean, save_towers, tiny_model, tiny_processor
+from .helpers import ROOT, noise_images, run_clean, save_towers, tiny_model, tiny_processor
 from .hub_server import HubServer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "merge_r": 3}
@@ -84,7 +84,7 @@ def test_dtype_and_device_map_are_the_towers(model, tmp_path):
     )
     assert loaded.hf_device_map["language_model.lm_head"] == "disk"
     assert loaded.hf_device_map.keys() >= {"vision_tower", "language_model.model", "connector", "ln_vision"}
-    batch = tiny_processor(loaded)(images=pictures(1))
+    batch = tiny_processor(loaded)(images=noise_images(1))
     assert loaded.generate(**batch, max_new_tokens=3).shape[1] == batch["input_ids"].shape[1] + 3
     with pytest.raises(TypeError, match="does not take these arguments: merge_rr"):
         EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", merge_rr=3)
@@ -130,7 +130,7 @@ def test_towers_share_the_memory_that_is_given(model, tmp_path):
         offload_folder=str(tmp_path / "offload"),
     )
     assert "disk" in loaded.hf_device_map.values()
-    batch = tiny_processor(loaded)(images=pictures(1))
+    batch = tiny_processor(loaded)(images=noise_images(1))
     expected = model.generate(**batch, max_new_tokens=3, do_sample=False)
     assert torch.equal(loaded.generate(**batch, max_new_tokens=3, do_sample=False), expected)
     with pytest.raises(ValueError, match="`device_map` says nothing of 'vision_tower'"):
@@ -253,8 +253,8 @@ from transformers import AutoModel, pipeline
 words = []
 for name in ("image-to-text", "video-to-text"):
     captioner = pipeline(name, model="user/captioner", trust_remote_code=True, device_map="auto")
-    picture = {picture!r}
-    words.append(captioner(picture if name == "image-to-text" else [picture] * 2, do_sample=False, max_new_tokens=6))
+    image = {image!r}
+    words.append(captioner(image if name == "image-to-text" else [image] * 2, do_sample=False, max_new_tokens=6))
 chat = pipeline("image-text-to-text", model="user/captioner", trust_remote_code=True)
 model = AutoModel.from_pretrained("user/captioner", trust_remote_code=True, revision="main")
 model.save_pretrained("again")
@@ -265,8 +265,8 @@ print(words)
 
 def test_towers_on_the_hub_are_named_by_default_and_found_in_the_cache_offline(tmp_path):
     save_towers(tmp_path / "base")
-    picture = str(tmp_path / "picture.png")
-    pictures(1)[0].save(picture)
+    image = str(tmp_path / "image.png")
+    noise_images(1)[0].save(image)
     with HubServer() as hub:
         environment = hub.client_env(tmp_path / "publisher")
         code = PUBLISH.format(root=str(ROOT), sizes=SIZES)
@@ -282,8 +282,8 @@ def test_towers_on_the_hub_are_named_by_default_and_found_in_the_cache_offline(t
             "main", "later", "", {"model.safetensors": safetensors.torch.save(later)}
         )
         environment = hub.client_env(tmp_path / "user_home")
-        online = run_clean(USE.format(picture=picture), tmp_path, environment)
-    offline = run_clean(USE.format(picture=picture), tmp_path, {**environment, "HF_HUB_OFFLINE": "1"})
+        online = run_clean(USE.format(image=image), tmp_path, environment)
+    offline = run_clean(USE.format(image=image), tmp_path, {**environment, "HF_HUB_OFFLINE": "1"})
     assert online.splitlines()[-1] == offline.splitlines()[-1]
 
 

@@ -326,7 +326,7 @@ def tiny_recipe(tmp_path, monkeypatch):
     path.write_text(json.dumps(recipe))  # JSON is YAML
     monkeypatch.setattr(pretrain, "DEMO_RECIPE", path)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
-    return save_image_folder(tmp_path / "pictures")
+    return save_image_folder(tmp_path / "images")
 
 
 def test_a_run_without_whitening_starts_at_random(tiny_recipe):
@@ -361,7 +361,7 @@ def test_a_run_trains_both_stages_and_keeps_what_it_measured(tiny_recipe, monkey
     assert two["training_loss"][0] != one["training_loss"][0]  # it starts from what the first stage left
     first = two["stage_one_training_loss"]
     assert len(first) == 120 and first[-1][1] < 0.6 * first[0][1]
-    assert two["stage_one_held_out"]["recall@1"] >= 0.5  # of 8 pictures in 4 colours; chance is 0.25
+    assert two["stage_one_held_out"]["recall@1"] >= 0.5  # of 8 images in 4 colours; chance is 0.25
     monkeypatch.setattr(claims_run, "train_stage_one", None)  # it is not trained again
     again = claims_run.train(tiny_run("qformer", tiny_recipe, "qformer", **stages))
     assert again["training_loss"] == two["training_loss"] and again["curve"] == two["curve"]

@@ -17,7 +17,7 @@ from modeling_evlgen import (
     TomeFormerModel,
 )
 
-from .helpers import IMAGE_SIZE, pictures, run_clean, save_towers, tiny_model, tiny_processor, tiny_towers
+from .helpers import IMAGE_SIZE, noise_images, run_clean, save_towers, tiny_model, tiny_processor, tiny_towers
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64}
 PEERS = {
@@ -48,7 +48,7 @@ def peer_model(peer, vision="clip"):
 def test_a_peer_is_trained_in_place_of_the_tomeformer(peer):
     model = peer_model(peer).train()
     assert model.config.num_image_tokens == TOKENS[peer]
-    batch = tiny_processor(model)(images=pictures(2), suffix=["a red circle", "a blue triangle"])
+    batch = tiny_processor(model)(images=noise_images(2), suffix=["a red circle", "a blue triangle"])
     model(**batch).loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -61,7 +61,7 @@ def test_a_checkpoint_of_a_peer_loads_in_a_clean_process(peer, tmp_path):
     processor = tiny_processor(model)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    image = pictures(1)[0]
+    image = noise_images(1)[0]
     image.save(tmp_path / "a.png")
     inputs = processor(images=image)
     new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]

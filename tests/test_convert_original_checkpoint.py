@@ -26,7 +26,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.temporal import TemporalContextualizer
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import FIXTURES, pictures, run_clean
+from .helpers import FIXTURES, noise_images, run_clean
 
 CASES = ["image_opt", "image_llama", "video_opt/alpha_nonzero", "video_opt/alpha_zero"]
 IMAGE, VIDEO = 200, 201  # ids of the placeholders: the first ones beyond the vocabulary
@@ -255,9 +255,9 @@ def test_a_checkpoint_of_what_was_trained_takes_the_towers_from_the_base_models(
 def test_the_folder_captions_in_a_clean_process(name, tmp_path):
     meta, state, _, _ = read(name)
     convert(meta, state, tmp_path)
-    pictures(1)[0].save(tmp_path / "picture.png")
+    noise_images(1)[0].save(tmp_path / "image.png")
     processor = EVLGenProcessor.from_pretrained(tmp_path / "out")
-    batch = processor(images=pictures(1), suffix="w10 w11")
+    batch = processor(images=noise_images(1), suffix="w10 w11")
     end = 2 if name == "image_llama" else 50
     assert batch["input_ids"].tolist() == [[processor.image_token_id] * 8 + [2, 10, 11, end]]
     assert batch["labels"][0, 8:].tolist() == [-100 if name == "image_llama" else 2, 10, 11, end]
@@ -265,7 +265,7 @@ def test_the_folder_captions_in_a_clean_process(name, tmp_path):
 from transformers import AutoModel, pipeline
 model = AutoModel.from_pretrained("out", trust_remote_code=True)
 assert model.generation_config.num_beams == 5
-print(pipeline("image-to-text", model="out", trust_remote_code=True)("picture.png")[0]["generated_text"])
+print(pipeline("image-to-text", model="out", trust_remote_code=True)("image.png")[0]["generated_text"])
 """
     assert run_clean(code, tmp_path).strip()
 

@@ -51,7 +51,7 @@ def pixels(split):
     return [image.convert("RGB").tobytes() for image in split["image"]]
 
 
-def test_scenes_are_pictures_with_grammatical_captions(scenes):
+def test_scenes_are_images_with_grammatical_captions(scenes):
     assert {name: len(split) for name, split in scenes.items()} == {"train": 360, "test": 60}
     for split in scenes.values():
         for row in split:
@@ -160,7 +160,7 @@ def test_easy_vqa_captions_follow_from_the_questions():
     assert easy_vqa_captions(questions) == {0: "a blue triangle", 1: "a red triangle", 2: "a gray circle"}
 
 
-def test_easy_vqa_shares_no_picture_between_its_splits():
+def test_easy_vqa_shares_no_image_between_its_splits():
     splits = load_demo_dataset("easy-vqa")
     assert {name: len(split) for name, split in splits.items()} == {"train": 3578, "test": 888}
     assert set(pixels(splits["train"])).isdisjoint(pixels(splits["test"]))

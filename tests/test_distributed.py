@@ -105,7 +105,7 @@ def work(tmp_path_factory):
         **save_towers(folder, "eva", "opt", bos=True),
         "dtype": "bfloat16",
         "connector_config": {**SIZES, **NO_DROPOUT},
-        "dataset": save_image_folder(folder / "pictures"),
+        "dataset": save_image_folder(folder / "images"),
         "max_steps": 4,
         "save_steps": 2,
         "learning_rate": 1e-2,

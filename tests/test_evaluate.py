@@ -74,8 +74,8 @@ def test_without_arguments_the_demos_data_is_taken(work, tmp_path, monkeypatch):
     assert said.generation.min_new_tokens == 1  # short captions are right there
 
 
-def test_clips_are_captioned_by_the_model(work, tmp_path):
-    files = published(work, "msr-vtt", "clips", annotations="test_videodatainfo.json")
+def test_videos_are_captioned_by_the_model(work, tmp_path):
+    files = published(work, "msr-vtt", "videos", annotations="test_videodatainfo.json")
     results = evaluate_captioning.main(options(work, tmp_path, **files, num_beams=2))
     assert results["task"]["type"] == "video-to-text" and results["settings"]["num_frames"] == 4
     captions = [entry["caption"] for entry in read_json(tmp_path / "predictions.json")]
@@ -83,14 +83,14 @@ def test_clips_are_captioned_by_the_model(work, tmp_path):
 
 
 def test_a_data_set_of_your_own_is_captioned(work, tmp_path):
-    folder = save_image_folder(tmp_path / "pictures")
+    folder = save_image_folder(tmp_path / "images")
     little = {"dataset": folder, "num_beams": 2, "max_new_tokens": 6}
     results = evaluate_captioning.main(options(work, tmp_path / "out", **little))
     half = evaluate_captioning.main(options(work, tmp_path / "half", **little, dtype="bfloat16", num_workers=1))
     assert half["num_rows"] == 8 and half["settings"]["dtype"] == "bfloat16"
     assert all(isinstance(text, str) for text in read_answers(tmp_path / "half" / "answers.jsonl").values())
     assert results["num_rows"] == 8 and results["settings"]["min_new_tokens"] == 1  # short captions are allowed
-    assert results["dataset"] == {"type": folder, "name": "pictures", "split": "test"}
+    assert results["dataset"] == {"type": folder, "name": "images", "split": "test"}
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,11 @@ def test_a_data_set_of_your_own_is_captioned(work, tmp_path):
 def test_questions_of_your_own_are_answered(column, name, work, tmp_path, monkeypatch):
     """With one right answer they are scored as GQA's, with several people's as VQAv2's."""
     draw(tmp_path / "a.png", "red")
-    rows = [{"picture": str(tmp_path / "a.png"), "q": "What Color?", "a": column}] * 2
+    rows = [{"image": str(tmp_path / "a.png"), "q": "What Color?", "a": column}] * 2
     Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
     said = Said(monkeypatch, ["red", "blue"])
     files = {"dataset": "parquet", "data_files": json.dumps({"test": str(tmp_path / "test.parquet")})}
-    columns = {"image_column": "picture", "prompt_column": "q", "caption_column": "a"}
+    columns = {"image_column": "image", "prompt_column": "q", "caption_column": "a"}
     results = evaluate_vqa.main(options(work, tmp_path / "out", **files, **columns))
     expected = {1: 50, 2: 100 * (1 / 3) / 2, 3: 100 * (4 / 9 + 2 / 9) / 2}[len(column) if column != "red" else 1]
     assert value(results, name) == pytest.approx(expected)
@@ -221,9 +221,9 @@ def test_other_settings_do_not_mix_with_old_answers(changes, message, work, tmp_
 
 
 def test_other_data_do_not_mix_with_old_answers(work, tmp_path, monkeypatch):
-    """As many rows, whose numbers are the same, but other pictures: every way of having them is noticed."""
+    """As many rows, whose numbers are the same, but other images: every way of having them is noticed."""
     Said(monkeypatch, ["a red circle"] * 8)
-    folder = Path(save_image_folder(tmp_path / "pictures"))
+    folder = Path(save_image_folder(tmp_path / "images"))
     shutil.copytree(folder, tmp_path / "other")
     shutil.copytree(folder / "test", folder / "validation")
     rows = {name: tmp_path / f"{name}.parquet" for name in ("one", "two")}
@@ -241,10 +241,10 @@ def test_other_data_do_not_mix_with_old_answers(work, tmp_path, monkeypatch):
             caption(output, **changes)
 
     caption("out", dataset=folder)
-    refused("out", "dataset was '.*pictures' and is '.*other'", dataset=tmp_path / "other")
+    refused("out", "dataset was '.*images' and is '.*other'", dataset=tmp_path / "other")
     refused("out", "test_split was 'test' and is 'validation'", dataset=folder, test_split="validation")
     draw(sorted((folder / "test").glob("*.png"))[0], "purple")  # in the place of another
-    refused("out", "pictures was '[0-9a-f]+' and is", dataset=folder)
+    refused("out", "images was '[0-9a-f]+' and is", dataset=folder)
     caption("files", **one)
     refused("files", "data_files was {'test': '.*one.parquet'} and is {'test': '.*two", **two)
 
@@ -285,9 +285,9 @@ def test_questions_of_your_own_that_cannot_be_answered_are_refused_at_once(row, 
         evaluate_vqa.main(options(work, tmp_path / "out", **files))
 
 
-def test_a_broken_picture_and_a_broken_line_are_named(work, tmp_path):
+def test_a_broken_image_and_a_broken_line_are_named(work, tmp_path):
     shutil.copytree(work / "coco", tmp_path / "coco")
-    (tmp_path / "coco" / "val2014" / "COCO_val2014_000000393225.jpg").write_bytes(b"no picture")
+    (tmp_path / "coco" / "val2014" / "COCO_val2014_000000393225.jpg").write_bytes(b"no image")
     given = options(work, tmp_path / "out", **vqav2(work, media_dir=tmp_path / "coco"))
     with pytest.raises(ValueError, match=r"row 393225000: .*COCO_val2014_000000393225\.jpg' cannot be read"):
         evaluate_vqa.main(given)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from common.exporting import SoftPrompt, convert_to_onnx, export_graph
 from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput
 
-from .helpers import IMAGE_SIZE, pictures, run_clean, tiny_model, tiny_processor, tiny_towers
+from .helpers import IMAGE_SIZE, noise_images, run_clean, tiny_model, tiny_processor, tiny_towers
 
 TOWERS = ["clip", "eva", "siglip", "dinov2", "timm_cnn"]
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
@@ -69,7 +69,7 @@ def test_a_graph_gives_what_the_model_gives(vision, connector, tmp_path):
     assert not any("language_model" in name for name in program.state_dict)
 
 
-def test_a_video_models_graph_takes_a_picture_for_a_video_of_one_frame(tmp_path):
+def test_a_video_models_graph_takes_an_image_for_a_video_of_one_frame(tmp_path):
     model = build(temporal_contextualizer=True, temporal_hidden_size=8, temporal_num_attention_heads=2)
     with torch.no_grad():
         for contextualizer in model.temporal:
@@ -99,7 +99,7 @@ def test_the_script_writes_what_runs_without_this_repository(tmp_path, capsys):
     given = ["--model", str(tmp_path / "model"), "--output_dir", str(out), "--formats", "pt2", "onnx"]
     export.main([*given, "--check", "true"])
     assert capsys.readouterr().out.count("checked: 8 soft prompts") == 2
-    pixels = processor.image_processor(pictures(3), return_tensors="pt")["pixel_values"]
+    pixels = processor.image_processor(noise_images(3), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         save_file({"pixels": pixels, "soft_prompt": model.get_image_features(pixels).pooler_output}, out / "told")
     code = """
@@ -124,7 +124,7 @@ def test_generate_takes_an_exported_soft_prompt(tmp_path):
     model, processor = save(tmp_path / "model")
     export.main(["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")])
     run = torch.export.load(tmp_path / "out" / "soft_prompt.pt2").module()
-    inputs = processor(images=pictures(2), text=["what is it?", "what?"])
+    inputs = processor(images=noise_images(2), text=["what is it?", "what?"])
     expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     soft_prompt = EVLGenImageOutput(pooler_output=run(inputs.pop("pixel_values")))
     words = model.generate(**inputs, mm_encoder_outputs={"image": soft_prompt}, max_new_tokens=5, do_sample=False)

@@ -1,4 +1,4 @@
-"""Cached vision features: the pictures' own, whatever is killed, damaged, deleted, replaced or full meanwhile."""
+"""Cached vision features: the images' own, whatever is killed, damaged, deleted, replaced or full meanwhile."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from common.arguments import DataArguments
 from common.collator import CaptionCollator
 from common.features import cache_splits, cache_vision_features
 
-from .helpers import pictures, tiny_model, tiny_processor
+from .helpers import noise_images, tiny_model, tiny_processor
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +26,10 @@ def a_fresh_cache(tmp_path, monkeypatch):
 
 
 def cached(rows=10, model=None):
-    """Features of a few pictures, which the tower sees four at a time."""
+    """Features of a few images, which the tower sees four at a time."""
     model = model or tiny_model()
     if isinstance(rows, int):
-        rows = Dataset.from_dict({"image": pictures(rows), "caption": ["a"] * rows})
+        rows = Dataset.from_dict({"image": noise_images(rows), "caption": ["a"] * rows})
     return cache_vision_features(model, tiny_processor(model), rows, DataArguments(), batch_size=4)
 
 
@@ -38,16 +38,16 @@ def values(dataset):
 
 
 class Tower:
-    """Counts the pictures that the vision tower sees, and fails after some."""
+    """Counts the images that the vision tower sees, and fails after some."""
 
     def __init__(self, monkeypatch, fails_after=None):
-        self.run, self.pictures, self.fails_after = features._run_tower, 0, fails_after
+        self.run, self.images, self.fails_after = features._run_tower, 0, fails_after
         monkeypatch.setattr(features, "_run_tower", self)
 
     def __call__(self, model, processor, images):
-        if self.fails_after is not None and self.pictures >= self.fails_after:
+        if self.fails_after is not None and self.images >= self.fails_after:
             raise KeyboardInterrupt
-        self.pictures += len(images)
+        self.images += len(images)
         return self.run(model, processor, images)
 
 
@@ -59,16 +59,16 @@ def test_caching_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
         cached()
     tower = Tower(monkeypatch)
     resumed = values(cached())
-    assert tower.pictures == 2 and np.array_equal(whole, resumed)
+    assert tower.images == 2 and np.array_equal(whole, resumed)
     cached()
-    assert tower.pictures == 2
+    assert tower.images == 2
 
 
 def test_two_runs_that_want_the_same_features_compute_them_once(monkeypatch):
     tower = Tower(monkeypatch)
     with ThreadPoolExecutor(2) as runs:
         one, other = runs.map(lambda model: values(cached(model=model)), [tiny_model(), tiny_model()])
-    assert tower.pictures == 10 and np.array_equal(one, other)
+    assert tower.images == 10 and np.array_equal(one, other)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_damaged_cache_is_computed_again(suffix, damage, tmp_path, monkeypatch
     damage(*(tmp_path / "hf_home" / "evlgen_features").glob(f"*.{suffix}"))
     tower = Tower(monkeypatch)
     assert np.array_equal(whole, values(cached()))
-    assert tower.pictures == 10 and "are damaged and computed again" in caplog.text
+    assert tower.images == 10 and "are damaged and computed again" in caplog.text
 
 
 def test_a_deleted_cache_is_computed_again(tmp_path):
@@ -107,10 +107,10 @@ def test_a_damaged_part_of_a_cache_is_not_gone_on_with(tmp_path, monkeypatch):
     assert np.array_equal(whole, values(cached()))
 
 
-def test_other_pictures_of_the_same_names_are_not_taken_from_the_cache(tmp_path):
+def test_other_images_of_the_same_names_are_not_taken_from_the_cache(tmp_path):
     path = tmp_path / "a.png"
     rows = Dataset.from_dict({"image": [str(path)], "caption": ["a"]})
-    first, second = pictures(2)
+    first, second = noise_images(2)
     first.save(path)
     before = values(cached(rows))
     second.save(path)
@@ -125,7 +125,7 @@ def test_a_full_disk_is_told_before_a_feature_is_computed(tmp_path, monkeypatch)
     tower = Tower(monkeypatch)
     with pytest.raises(OSError, match=r"\(in \$HF_HOME\) has no 0\.0 GB for the vision features: No space left"):
         cached()
-    assert tower.pictures == 0 and not list((tmp_path / "hf_home" / "evlgen_features").glob("*.npy"))
+    assert tower.images == 0 and not list((tmp_path / "hf_home" / "evlgen_features").glob("*.npy"))
 
 
 def test_reading_processes_open_the_features_themselves():
@@ -139,7 +139,7 @@ def test_reading_processes_open_the_features_themselves():
 def test_cached_views_are_the_crops_of_the_first_epochs():
     model = tiny_model()
     processor = tiny_processor(model)
-    rows = Dataset.from_dict({"image": pictures(4), "caption": ["a", "b", "c", "d"]})
+    rows = Dataset.from_dict({"image": noise_images(4), "caption": ["a", "b", "c", "d"]})
     rows = rows.cast_column("image", ImageFeature(decode=False))  # as `load_captions` leaves them
     data = DataArguments(crop_scale=[0.2, 0.6], horizontal_flip=True, cache_features=True, cached_views=2)
     train, test = cache_splits(model, processor, rows, rows, data, seed=3)

@@ -16,7 +16,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from common.arguments import DataArguments
 from common.collator import CaptionCollator
 from common.data import true_captions
-from common.evaluation import WrongPictures, majority_accuracy
+from common.evaluation import WrongImages, majority_accuracy
 from common.lora import LoraArguments, add_lora, target_modules
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -24,7 +24,7 @@ from processing_evlgen import EVLGenProcessor
 from .helpers import (
     COLORS,
     TEXT_CONFIGS,
-    pictures,
+    noise_images,
     run_clean,
     save_towers,
     tiny_image_processor,
@@ -37,7 +37,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A tiny model in a folder, and folders of questions and of conversations about pictures of one colour."""
+    """A tiny model in a folder, and folders of questions and of conversations about images of one colour."""
     folder = tmp_path_factory.mktemp("work")
     towers = save_towers(folder / "base")
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(**towers, connector_config=SIZES)
@@ -73,7 +73,7 @@ def row(kind, index, folder):
         return {"file_name": f"{index}.png", "question": question, "answer": answer}
     turns = [
         {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "what is it?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "a picture"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "an image"}]},
         {"role": "user", "content": [{"type": "text", "text": "what color?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": color}]},
     ]
@@ -211,8 +211,8 @@ def test_a_bad_conversation_is_named_or_skipped(turns, message):
     processor = EVLGenProcessor(tiny_image_processor(), tiny_tokenizer(chat=True), 3, end_of_text="<|im_end|>")
     roles = ("user", "assistant")
     bad, good = (
-        {"image": picture, "messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]}
-        for picture, said in zip(pictures(2), (turns, ["<image>what?", "blue"]), strict=True)
+        {"image": image, "messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]}
+        for image, said in zip(noise_images(2), (turns, ["<image>what?", "blue"]), strict=True)
     )
     data = DataArguments(messages_column="messages")
     with pytest.raises(ValueError, match=rf"the row with the caption .*{re.escape(turns[0][:20])}.*{message}"):
@@ -223,9 +223,9 @@ def test_a_bad_conversation_is_named_or_skipped(turns, message):
     assert "blue" in processor.tokenizer.decode(batch["labels"][batch["labels"] != -100])
 
 
-def test_a_conversation_may_show_several_pictures():
+def test_a_conversation_may_show_several_images():
     processor = EVLGenProcessor(tiny_image_processor(), tiny_tokenizer(chat=True), 3, end_of_text="<|im_end|>")
-    first, second = pictures(2)
+    first, second = noise_images(2)
     turns = ["<image>what?", "red", "<image>and now?", "blue"]
     turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(turns)]
     single = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "green"}]
@@ -236,7 +236,7 @@ def test_a_conversation_may_show_several_pictures():
     assert torch.equal(batch["pixel_values"], expected)
     named = [{**rows[0], "image": ["a", "b"]}, {**rows[1], "image": ["c"]}, {**rows[1], "image": ["d"]}]
     named[2]["messages"] = [single[0], {"role": "assistant", "content": "black"}]
-    wrong = WrongPictures(Dataset.from_list(named), data)
+    wrong = WrongImages(Dataset.from_list(named), data)
     assert [row["image"] for row in wrong] == [["a", "b"], ["d"], ["c"]]  # as many as there are places for
 
 
@@ -311,10 +311,10 @@ def test_the_baseline_answers_each_question_as_training_mostly_did():
     assert majority_accuracy(train, test, data) == 0.75  # z is new: "no" and "red" are as frequent, "no" came first
 
 
-def test_a_wrong_picture_keeps_the_question():
+def test_a_wrong_image_keeps_the_question():
     data = DataArguments(prompt_column="q", caption_column="a")
     rows = Dataset.from_dict({"image": ["1", "2"], "q": ["x", "y"], "a": ["no", "red"]})
-    assert list(WrongPictures(rows, data)) == [
+    assert list(WrongImages(rows, data)) == [
         {"image": "2", "q": "x", "a": "no"},
         {"image": "1", "q": "y", "a": "red"},
     ]

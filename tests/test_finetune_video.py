@@ -1,4 +1,4 @@
-"""examples/finetune_video.py end to end, on a user's folder of clips."""
+"""examples/finetune_video.py end to end, on a user's folder of videos."""
 
 import json
 import shutil
@@ -8,36 +8,36 @@ import pytest
 import torch
 import train_scst
 
-from common import demo_clips
+from common import demo_videos
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import ROOT, tiny_model, tiny_processor
-from .test_video import SIZES, write_clip
+from .test_video import SIZES, write_video
 
 pytest.importorskip("av", reason="needs the video extra")
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """An image model, and clips of three lengths with captions."""
+    """An image model, and videos of three lengths with captions."""
     folder = tmp_path_factory.mktemp("work")
     model = tiny_model("eva")
     model.save_pretrained(folder / "image")
     tiny_processor(model).save_pretrained(folder / "image")
     for split, count in (("train", 6), ("test", 3)):
-        (folder / "clips" / split).mkdir(parents=True)
+        (folder / "videos" / split).mkdir(parents=True)
         rows = []
         for index in range(count):
-            write_clip(folder / "clips" / split / f"{index}.mp4", (2, 5, 9)[index % 3])
-            rows.append(json.dumps({"file_name": f"{index}.mp4", "caption": f"a clip of {index % 3}"}))
-        (folder / "clips" / split / "metadata.jsonl").write_text("\n".join(rows))
+            write_video(folder / "videos" / split / f"{index}.mp4", (2, 5, 9)[index % 3])
+            rows.append(json.dumps({"file_name": f"{index}.mp4", "caption": f"a video of {index % 3}"}))
+        (folder / "videos" / split / "metadata.jsonl").write_text("\n".join(rows))
     return folder
 
 
 def arguments(work, output, **changes):
     options = {
         "image_model": work / "image",
-        "dataset": work / "clips",
+        "dataset": work / "videos",
         "video_column": "video",
         "temporal_contextualizer": True,
         "max_steps": 3,
@@ -57,7 +57,7 @@ def small_contextualizers(monkeypatch):
 
 
 @pytest.mark.parametrize("temporal", [True, False])
-def test_an_image_model_learns_clips(temporal, work, tmp_path):
+def test_an_image_model_learns_videos(temporal, work, tmp_path):
     metrics = finetune_video.main(arguments(work, tmp_path, temporal_contextualizer=temporal))
     assert metrics["test_loss"] > 0 and (tmp_path / "captions.png").exists()
     model = EVLGenForConditionalGeneration.from_pretrained(tmp_path)
@@ -70,10 +70,10 @@ def test_an_image_model_learns_clips(temporal, work, tmp_path):
         assert model.temporal is None
 
 
-def test_a_broken_clip_is_named_or_skipped(work, tmp_path, capsys):
-    shutil.copytree(work / "clips", tmp_path / "clips")
-    (tmp_path / "clips" / "train" / "1.mp4").write_bytes(b"no clip")
-    changes = {"dataset": tmp_path / "clips", "max_steps": -1, "num_train_epochs": 1}
+def test_a_broken_video_is_named_or_skipped(work, tmp_path, capsys):
+    shutil.copytree(work / "videos", tmp_path / "videos")
+    (tmp_path / "videos" / "train" / "1.mp4").write_bytes(b"no video")
+    changes = {"dataset": tmp_path / "videos", "max_steps": -1, "num_train_epochs": 1}
     with pytest.raises(ValueError, match=r"1\.mp4.* cannot be read"):
         finetune_video.main(arguments(work, tmp_path / "out", **changes))
     finetune_video.main(arguments(work, tmp_path / "out", **changes, skip_bad_rows=True))
@@ -81,9 +81,14 @@ def test_a_broken_clip_is_named_or_skipped(work, tmp_path, capsys):
 
 
 def test_the_papers_video_recipes_run(work, tmp_path):
-    """The recipes as they are, one after the other, but with a tiny model and few clips."""
+    """The recipes as they are, one after the other, but with a tiny model and few videos."""
     pytest.importorskip("pycocoevalcap", reason="needs the evaluate extra")
-    little = {"dataset": work / "clips", "max_steps": 1, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
+    little = {
+        "dataset": work / "videos",
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "dataloader_num_workers": 0,
+    }
     for script, recipe, start in (
         (finetune_video, "video-opt-2.7b", {"image_model": work / "image"}),
         (train_scst, "scst-opt-2.7b", {"model": tmp_path / "video-opt-2.7b"}),
@@ -100,7 +105,7 @@ def test_the_papers_video_recipes_run(work, tmp_path):
     [
         ({"video_column": "clip"}, r"`video_column` is 'clip', but the data set has \['video', 'caption'\]"),
         ({"image_model": "/nowhere"}, "`image_model`='/nowhere' cannot be loaded"),
-        ({"cache_features": True}, "`cache_features` keeps views of a picture, so it cannot be set for clips"),
+        ({"cache_features": True}, "`cache_features` keeps views of an image, so it cannot be set for videos"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):
@@ -119,10 +124,10 @@ def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):
     ],
 )
 def test_emoji_are_named_without_their_tone(codes, expected):
-    assert demo_clips._name(codes) == expected
+    assert demo_videos._name(codes) == expected
 
 
 def test_a_missing_npm_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo_clips.shutil, "which", lambda _: None)
+    monkeypatch.setattr(demo_videos.shutil, "which", lambda _: None)
     with pytest.raises(RuntimeError, match=r"fetches .* with npm, which is not installed"):
-        demo_clips._fetch(tmp_path)
+        demo_videos._fetch(tmp_path)

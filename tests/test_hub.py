@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .helpers import ROOT, pictures, run_clean, tiny_model, tiny_processor
+from .helpers import ROOT, noise_images, run_clean, tiny_model, tiny_processor
 from .hub_server import HubServer
 
 # What a user without this repository does with a checkpoint. Prints the same words again and again.
@@ -25,7 +25,7 @@ import json
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
-name, image, again = {name!r}, Image.open({picture!r}), {again!r}
+name, image, again = {name!r}, Image.open({image!r}), {again!r}
 def caption(folder, auto_class):
     model = auto_class.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -50,19 +50,19 @@ print(json.dumps(words))
 
 
 def checkpoint(folder, **kwargs):
-    """Saves a tiny model and its processor, and a picture beside them; gives them and what the model says."""
+    """Saves a tiny model and its processor, and an image beside them; gives them and what the model says."""
     model = tiny_model(**kwargs)
     processor = tiny_processor(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    inputs = processor(images=pictures(1), text="what is it?")
+    inputs = processor(images=noise_images(1), text="what is it?")
     new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
     return model, processor, processor.batch_decode(new, skip_special_tokens=True)[0].strip()
 
 
-def save_picture(folder):
-    path = folder / "picture.png"
-    pictures(1)[0].save(path)
+def save_image(folder):
+    path = folder / "image.png"
+    noise_images(1)[0].save(path)
     return str(path)
 
 
@@ -73,7 +73,7 @@ def last_line(output):
 @pytest.mark.parametrize("vision", ["clip", "eva", "timm_cnn"])
 def test_a_folder_works_without_this_repository(vision, tmp_path):
     *_, said = checkpoint(tmp_path / "model", vision=vision)
-    code = USE_CHECKPOINT.format(name="model", picture=save_picture(tmp_path), again="again")
+    code = USE_CHECKPOINT.format(name="model", image=save_image(tmp_path), again="again")
     assert last_line(run_clean(code, tmp_path)) == [said] * 5
     files = {path.name for path in (tmp_path / "again").iterdir()}
     assert {"model.safetensors", "modeling_evlgen.py", "token_merging.py", "pipeline_evlgen.py"} <= files
@@ -99,7 +99,7 @@ def test_a_repository_works_by_its_name(tmp_path):
         assert {"config.json", "model.safetensors", "processing_evlgen.py", "tokenizer.json"} <= hub.files(
             "user/captioner"
         ).keys()
-        code = USE_CHECKPOINT.format(name="user/captioner", picture=save_picture(tmp_path), again="again")
+        code = USE_CHECKPOINT.format(name="user/captioner", image=save_image(tmp_path), again="again")
         user = tmp_path / "user"
         user.mkdir()
         output = run_clean(code, user, hub.client_env(tmp_path / "user_home"))
@@ -114,7 +114,7 @@ from transformers import pipeline
 
 captioner = pipeline("image-to-text", model="model", trust_remote_code=True)
 settings = dict(max_new_tokens=6, do_sample=False)
-path = {picture!r}
+path = {image!r}
 image = Image.open(path)
 one = captioner(image, **settings)
 assert list(one[0]) == ["generated_text"], one
@@ -132,29 +132,29 @@ try:
 except ValueError as error:
     assert "nowhere.png" in str(error)
 else:
-    raise AssertionError("a missing picture was not noticed")
+    raise AssertionError("a missing image was not noticed")
 print(json.dumps([one, prompted]))
 """
 
 
 def test_the_pipeline_takes_what_users_have(tmp_path):
     *_, said = checkpoint(tmp_path / "model")
-    one, prompted = last_line(run_clean(PIPELINE.format(picture=save_picture(tmp_path)), tmp_path))
+    one, prompted = last_line(run_clean(PIPELINE.format(image=save_image(tmp_path)), tmp_path))
     assert said.startswith(prompted[0]["generated_text"])
     assert one != prompted
 
 
 def test_the_pipeline_takes_a_url(tmp_path):
     checkpoint(tmp_path / "model")
-    save_picture(tmp_path)
+    save_image(tmp_path)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = f"""
 from transformers import pipeline
 captioner = pipeline("image-to-text", model="model", trust_remote_code=True)
-url = "http://127.0.0.1:{server.server_port}/picture.png"
-assert captioner(url, do_sample=False) == captioner("picture.png", do_sample=False)
+url = "http://127.0.0.1:{server.server_port}/image.png"
+assert captioner(url, do_sample=False) == captioner("image.png", do_sample=False)
 """
     try:
         run_clean(code, tmp_path)

@@ -32,7 +32,7 @@ def paper_mixture(folder, **changes):
         files = {"train": str(write_tars(folder / name, sizes, first) / "*.tar")}
         entries.append({"dataset": "webdataset", "data_files": files, "weight": weight})
         entries[-1] |= {"image_column": "png", "caption_column": "txt"}
-    rows = [{"photo": {"bytes": png("red"), "path": None}, "caption": f"picture {2000 + i}"} for i in range(5)]
+    rows = [{"photo": {"bytes": png("red"), "path": None}, "caption": f"image {2000 + i}"} for i in range(5)]
     Dataset.from_list(rows).cast_column("photo", datasets.Image()).to_parquet(folder / "coco.parquet")
     files = {"train": str(folder / "coco.parquet")}
     entries.append({"dataset": "parquet", "data_files": files, "image_column": "photo", "weight": 1})

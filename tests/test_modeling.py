@@ -20,14 +20,14 @@ from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.vision_tower import extract_vision_tokens, measure_vision_tower
 
-from .helpers import TEXT_CONFIGS, VISION_CONFIGS, pictures, save_towers, tiny_model, tiny_processor, tiny_towers
+from .helpers import TEXT_CONFIGS, VISION_CONFIGS, noise_images, save_towers, tiny_model, tiny_processor, tiny_towers
 
 CAPTIONS = ["a red circle", "a blue triangle to the left of a green square"]
 PROMPTS = ["what is it?", "Question: what do you see to the left? Short answer:"]
 
 
 def training_batch(processor):
-    return processor(images=pictures(2), text=PROMPTS, suffix=CAPTIONS)
+    return processor(images=noise_images(2), text=PROMPTS, suffix=CAPTIONS)
 
 
 @pytest.mark.parametrize("text", TEXT_CONFIGS)
@@ -43,7 +43,7 @@ def test_any_tower_with_any_language_model(vision, text):
     assert output.image_outputs.pooler_output.shape == (2, model.config.num_image_tokens, text_dim)
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {"ln_vision", "vision_projection", "connector", "language_projection"}
-    words = model.generate(**processor(images=pictures(2), text=PROMPTS), max_new_tokens=3, do_sample=False)
+    words = model.generate(**processor(images=noise_images(2), text=PROMPTS), max_new_tokens=3, do_sample=False)
     assert words.shape[0] == 2
 
 
@@ -75,7 +75,7 @@ def test_padding_and_prompts_carry_no_loss():
     model = tiny_model()
     processor = tiny_processor(model)
     losses, counts = [], []
-    for image, prompt, caption in zip(pictures(2), PROMPTS, CAPTIONS, strict=True):
+    for image, prompt, caption in zip(noise_images(2), PROMPTS, CAPTIONS, strict=True):
         single = processor(images=image, text=prompt, suffix=caption)
         losses.append(model(**single).loss)
         counts.append((single["labels"] != -100).sum())
@@ -87,7 +87,9 @@ def test_padding_and_prompts_carry_no_loss():
 def test_gradient_accumulation_equals_one_large_batch():
     model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     processor = tiny_processor(model)
-    batch = processor(images=pictures(8), text="", suffix=[caption[: 5 + i] for i in range(4) for caption in CAPTIONS])
+    batch = processor(
+        images=noise_images(8), text="", suffix=[caption[: 5 + i] for i in range(4) for caption in CAPTIONS]
+    )
     count = (batch["labels"][:, 1:] != -100).sum()
 
     def gradients(parts):
@@ -135,14 +137,14 @@ def test_towers_stay_frozen_through_a_checkpoint(tmp_path):
         assert torch.equal(value, again.state_dict()[name])
 
 
-def test_cached_features_are_the_picture():
+def test_cached_features_are_the_image():
     model = tiny_model("convnext", "qwen2")
     processor = tiny_processor(model)
     batch = training_batch(processor)
     features = model.get_vision_features(batch["pixel_values"])
     from_features = processor(vision_features=features, text=PROMPTS, suffix=CAPTIONS)
     torch.testing.assert_close(model(**from_features).loss, model(**batch).loss)
-    prompt, prompt_features = processor(images=pictures(2)), processor(vision_features=features)
+    prompt, prompt_features = processor(images=noise_images(2)), processor(vision_features=features)
     settings = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(**prompt, **settings), model.generate(**prompt_features, **settings))
 
@@ -163,8 +165,8 @@ def test_a_batch_says_what_its_members_say_alone(text, settings):
         new = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
         return processor.batch_decode(new, skip_special_tokens=True)
 
-    together = say(pictures(2), PROMPTS)
-    alone = [words for picture, prompt in zip(pictures(2), PROMPTS, strict=True) for words in say(picture, prompt)]
+    together = say(noise_images(2), PROMPTS)
+    alone = [words for image, prompt in zip(noise_images(2), PROMPTS, strict=True) for words in say(image, prompt)]
     assert together == alone
     assert len(set(together)) > 1 and "<image>" not in "".join(together)
 
@@ -173,23 +175,23 @@ def test_a_batch_says_what_its_members_say_alone(text, settings):
 def test_options_that_look_up_prompt_ids_are_refused(settings):
     model = tiny_model()
     with pytest.raises(ValueError, match="is not supported: it looks prompt ids up"):
-        model.generate(**tiny_processor(model)(images=pictures(1), text="what?"), **settings)
+        model.generate(**tiny_processor(model)(images=noise_images(1), text="what?"), **settings)
 
 
 def test_sampling_returns_several_sequences():
     model = tiny_model()
-    batch = tiny_processor(model)(images=pictures(2), text=PROMPTS)
+    batch = tiny_processor(model)(images=noise_images(2), text=PROMPTS)
     torch.manual_seed(0)
     words = model.generate(**batch, do_sample=True, num_return_sequences=3, max_new_tokens=6)
     assert words.shape[0] == 6
     assert len({tuple(row.tolist()) for row in words}) > 3
 
 
-def test_the_picture_is_encoded_once():
+def test_the_image_is_encoded_once():
     model = tiny_model()
     calls = []
     model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
-    model.generate(**tiny_processor(model)(images=pictures(2)), num_beams=3, max_new_tokens=5)
+    model.generate(**tiny_processor(model)(images=noise_images(2)), num_beams=3, max_new_tokens=5)
     assert len(calls) == 1
 
 
@@ -288,7 +290,7 @@ def test_captions_are_greedy_whatever_the_language_model_does_in_chats():
 
 def test_bad_input_is_named():
     model = tiny_model()
-    batch = tiny_processor(model)(images=pictures(2), text=PROMPTS)
+    batch = tiny_processor(model)(images=noise_images(2), text=PROMPTS)
     one_image = {**batch, "pixel_values": batch["pixel_values"][:1]}
     with pytest.raises(
         (ValueError, RuntimeError), match=r"holds 22 image placeholders, but the images give 11 tokens"

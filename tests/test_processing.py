@@ -1,4 +1,4 @@
-"""The processor: where images go, what is a label, pictures of every kind, and clear errors."""
+"""The processor: where images go, what is a label, images of every kind, and clear errors."""
 
 import base64
 import io
@@ -13,7 +13,7 @@ from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.processing_evlgen import clean_caption
 
-from .helpers import pictures, tiny_image_processor, tiny_tokenizer
+from .helpers import noise_images, tiny_image_processor, tiny_tokenizer
 
 IMAGE, BOS, EOS = 300, 1, 2  # ids of the tiny tokenizer
 
@@ -30,14 +30,14 @@ def labelled(batch, processor):
 def test_images_come_before_bos_in_a_plain_prompt():
     processor = make_processor(bos=True)
     for text in ("what is it?", "<image>what is it?"):
-        ids = processor(images=pictures(1), text=text)["input_ids"][0].tolist()
+        ids = processor(images=noise_images(1), text=text)["input_ids"][0].tolist()
         assert ids[:4] == [IMAGE] * 3 + [BOS]
         assert ids[4:] == processor.tokenizer("what is it?", add_special_tokens=False)["input_ids"]
 
 
 def test_images_stand_where_the_text_says():
     processor = make_processor(bos=True)
-    ids = processor(images=pictures(2), text="left: <image> right: <image>")["input_ids"][0].tolist()
+    ids = processor(images=noise_images(2), text="left: <image> right: <image>")["input_ids"][0].tolist()
     assert ids[0] == BOS and ids.count(IMAGE) == 6
     assert processor.tokenizer.decode(ids[1:]).replace("<image><image><image>", "#") == "left: # right: #"
 
@@ -45,17 +45,22 @@ def test_images_stand_where_the_text_says():
 def test_images_stand_inside_the_users_turn_of_a_chat_template():
     processor = make_processor(chat=True)
     expected = "<|im_start|>user\n<image><image><image>what is it?<|im_end|>\n<|im_start|>assistant\n"
-    assert processor.tokenizer.decode(processor(images=pictures(1), text="what is it?")["input_ids"][0]) == expected
+    assert (
+        processor.tokenizer.decode(processor(images=noise_images(1), text="what is it?")["input_ids"][0]) == expected
+    )
 
 
-def test_apply_chat_template_reads_pictures_and_text():
+def test_apply_chat_template_reads_images_and_text():
     processor = make_processor(chat=True)
-    turn = {"role": "user", "content": [{"type": "image", "image": pictures(1)[0]}, {"type": "text", "text": "what?"}]}
+    turn = {
+        "role": "user",
+        "content": [{"type": "image", "image": noise_images(1)[0]}, {"type": "text", "text": "what?"}],
+    }
     messages = [turn, {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}]
     text = processor.apply_chat_template(messages)
     assert text == "<|im_start|>user\n<image>what?<|im_end|>\n<|im_start|>assistant\na cat<|im_end|>\n"
     batch = processor.apply_chat_template([turn], tokenize=True, return_dict=True, add_generation_prompt=True)
-    direct = processor(images=pictures(1), text="what?")
+    direct = processor(images=noise_images(1), text="what?")
     assert torch.equal(batch["input_ids"], direct["input_ids"])
     torch.testing.assert_close(batch["pixel_values"], direct["pixel_values"])
 
@@ -70,19 +75,19 @@ def test_a_conversation_is_trained_on_what_the_assistant_says():
     seen = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
     long = conversation(seen, "a cat", "what color?", [{"type": "text", "text": "red"}])
     short = conversation([{"type": "image", "text": None}], "a blue circle")
-    batch = processor(images=pictures(2), messages=[long, short])
+    batch = processor(images=noise_images(2), messages=[long, short])
     assert labelled(batch, processor) == ["a cat<|im_end|>red<|im_end|>", "a blue circle<|im_end|>"]
     whole = processor.tokenizer.decode(batch["input_ids"][0]).replace("<image><image><image>", "<image>")
     assert processor.apply_chat_template(long).startswith(whole)
     # Up to each answer the ids are those that generation starts from.
     for turns in (1, 3):
         prompt = processor(
-            images=pictures(1), text=processor.apply_chat_template(long[:turns], add_generation_prompt=True)
+            images=noise_images(1), text=processor.apply_chat_template(long[:turns], add_generation_prompt=True)
         )
         ids = prompt["input_ids"][0]
         assert torch.equal(batch["input_ids"][0, : len(ids)], ids)
-    one_turn = processor(images=pictures(1), text="what is it?", suffix="a cat")
-    again = processor(images=pictures(1), messages=[long[:2]])
+    one_turn = processor(images=noise_images(1), text="what is it?", suffix="a cat")
+    again = processor(images=noise_images(1), messages=[long[:2]])
     assert all(torch.equal(again[name], one_turn[name]) for name in one_turn)
 
 
@@ -108,22 +113,22 @@ def test_a_conversation_is_trained_on_what_the_assistant_says():
 def test_a_bad_conversation_is_named(messages, message):
     processor = make_processor(chat=True, end_of_text="<|im_end|>")
     with pytest.raises(ValueError, match=message):
-        processor(images=pictures(1), messages=[messages])
+        processor(images=noise_images(1), messages=[messages])
 
 
 def test_what_the_system_says_is_read_and_not_learned():
     processor = make_processor(chat=True, end_of_text="<|im_end|>")
     told = [{"role": "system", "content": "be brief"}, *conversation("what is it?<image>", "a cat")]
-    batch = processor(images=pictures(1), messages=[told])
+    batch = processor(images=noise_images(1), messages=[told])
     assert labelled(batch, processor) == ["a cat<|im_end|>"]
     text = processor.tokenizer.decode(batch["input_ids"][0])
     assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nwhat is it?<image><image>")
 
 
-def test_pictures_of_one_conversation_are_not_taken_for_anothers():
+def test_images_of_one_conversation_are_not_taken_for_anothers():
     processor = make_processor(chat=True, end_of_text="<|im_end|>")
     two, none = conversation("<image><image>which?", "a"), conversation("what?", "b")
-    first, second = pictures(2)
+    first, second = noise_images(2)
     batch = processor(images=[[first, second], []], messages=[two, none])
     assert len(batch["pixel_values"]) == 2
     with pytest.raises(ValueError, match="`messages` entry 0 holds 2 images, but its `images` entry 1"):
@@ -143,7 +148,7 @@ def test_a_template_that_cannot_train_conversations_is_refused():
 @pytest.mark.parametrize("chat", [False, True])
 def test_labels_are_the_caption_and_its_end(chat):
     processor = make_processor(bos=not chat, chat=chat)
-    batch = processor(images=pictures(2), text="what?", suffix=["a cat", "a blue triangle"])
+    batch = processor(images=noise_images(2), text="what?", suffix=["a cat", "a blue triangle"])
     space = "" if chat else " "
     assert labelled(batch, processor) == [f"{space}a cat</s>", f"{space}a blue triangle</s>"]
     assert batch["attention_mask"][0, -1] == 0  # padded on the right
@@ -154,29 +159,29 @@ def test_labels_are_the_caption_and_its_end(chat):
 def test_padding_that_equals_eos_is_masked_and_the_end_is_not():
     processor = make_processor()
     processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    batch = processor(images=pictures(2), suffix=["a", "a blue triangle to the left"])
+    batch = processor(images=noise_images(2), suffix=["a", "a blue triangle to the left"])
     assert labelled(batch, processor)[0] == "a</s>"
     assert (batch["input_ids"][0] == EOS).sum() > 1
 
 
 def test_opt_recipe_labels_bos_and_ends_with_a_newline():
     processor = make_processor(bos=True, bos_label=True, end_of_text="\n", clean_captions=True)
-    batch = processor(images=pictures(1), suffix='A "Cat" (small).')
+    batch = processor(images=noise_images(1), suffix='A "Cat" (small).')
     assert labelled(batch, processor) == ["<s>a cat small\n"]
     assert processor.end_of_text_id == processor.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
-    prompted = processor(images=pictures(1), text="what?", suffix="a cat")
+    prompted = processor(images=noise_images(1), text="what?", suffix="a cat")
     assert labelled(prompted, processor) == [" a cat\n"]  # a prompt carries no loss, nor does its BOS
 
 
 def test_generation_pads_on_the_left():
-    batch = make_processor()(images=pictures(2), text=["a", "Question: what is it? Short answer:"])
+    batch = make_processor()(images=noise_images(2), text=["a", "Question: what is it? Short answer:"])
     assert batch["attention_mask"][0, 0] == 0 and batch["attention_mask"].all(dim=0)[-1]
     assert "labels" not in batch
 
 
 def test_padding_does_what_a_tokenizers_does():
     processor = make_processor()
-    inputs = {"images": pictures(2), "suffix": ["a", "a blue triangle"]}
+    inputs = {"images": noise_images(2), "suffix": ["a", "a blue triangle"]}
     longest = processor(**inputs)
     assert processor(**inputs, pad_to_multiple_of=16)["labels"].shape[1] % 16 == 0
     assert processor(**inputs, padding="max_length", max_length=40)["input_ids"].shape == (2, 40)
@@ -188,7 +193,7 @@ def test_padding_does_what_a_tokenizers_does():
 
 
 def test_images_in_rows_must_fit_their_texts():
-    image, other, third = pictures(3)
+    image, other, third = noise_images(3)
     texts = ["<image>", "<image><image>"]
     assert make_processor()(images=[[image], [other, third]], text=texts)["pixel_values"].shape[0] == 3
     with pytest.raises(ValueError, match="`text` entry 0 holds 1 <image> placeholders, but `images` entry 0 holds 2"):
@@ -197,14 +202,14 @@ def test_images_in_rows_must_fit_their_texts():
 
 def test_the_end_of_a_text_must_be_one_token():
     with pytest.raises(ValueError, match="`end_of_text` must be one token, but ' the end' is"):
-        make_processor(end_of_text=" the end")(images=pictures(1), suffix="a cat")
+        make_processor(end_of_text=" the end")(images=noise_images(1), suffix="a cat")
 
 
 def test_one_prompt_serves_all_images_and_none_is_empty():
     processor = make_processor()
-    shared = processor(images=pictures(3), text="what?")
+    shared = processor(images=noise_images(3), text="what?")
     assert shared["input_ids"].shape[0] == 3 and shared["pixel_values"].shape == (3, 3, 32, 32)
-    assert processor(images=pictures(1))["input_ids"].tolist() == [[IMAGE] * 3]
+    assert processor(images=noise_images(1))["input_ids"].tolist() == [[IMAGE] * 3]
     assert "pixel_values" not in processor(text="only words")
 
 
@@ -220,7 +225,7 @@ def encode(image, file_format):
     return {"bytes": buffer.getvalue(), "path": "x"}
 
 
-def test_pictures_of_every_kind_become_rgb():
+def test_images_of_every_kind_become_rgb():
     red = Image.new("RGB", (4, 2), (200, 30, 30))
     assert np.allclose(load_rgb_image(red.convert("CMYK")), red, atol=3)
     assert np.allclose(load_rgb_image(red.quantize()), red, atol=3)
@@ -233,7 +238,7 @@ def test_pictures_of_every_kind_become_rgb():
     assert load_rgb_image(Image.new("1", (4, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_picture_that_the_camera_rotated_stands_upright():
+def test_an_image_that_the_camera_rotated_stands_upright():
     image = Image.new("RGB", (4, 2), "white")
     image.putpixel((0, 0), (0, 0, 0))
     exif = Image.Exif()
@@ -245,8 +250,8 @@ def test_a_picture_that_the_camera_rotated_stands_upright():
 
 
 def test_paths_base64_rows_and_arrays_are_understood(tmp_path):
-    image = pictures(1)[0]
-    path = tmp_path / "picture.png"
+    image = noise_images(1)[0]
+    path = tmp_path / "image.png"
     image.save(path)
     text = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
     row = datasets.Dataset.from_dict({"image": [str(path)]}).cast_column("image", datasets.Image(decode=False))[0]
@@ -280,15 +285,15 @@ def test_paths_base64_rows_and_arrays_are_understood(tmp_path):
 )
 def test_bad_input_is_named(inputs, error, message):
     if "images" in inputs:
-        inputs = {**inputs, "images": pictures(inputs["images"])}
+        inputs = {**inputs, "images": noise_images(inputs["images"])}
     with pytest.raises(error, match=message):
         make_processor()(**inputs)
 
 
-def test_unreadable_pictures_are_named(tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+def test_unreadable_images_are_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
     buffer = io.BytesIO()
-    pictures(1)[0].save(buffer, format="PNG")
+    noise_images(1)[0].save(buffer, format="PNG")
     (tmp_path / "cut.png").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     for name in ("broken.png", "cut.png", "missing.png", "bomb.png"):
@@ -298,7 +303,7 @@ def test_unreadable_pictures_are_named(tmp_path):
 
 def test_a_clean_up_that_leaves_nothing_is_refused():
     with pytest.raises(ValueError, match=r"`suffix` must not be empty, but entry 0 is '\.\.\.'"):
-        make_processor(clean_captions=True)(images=pictures(1), suffix="...")
+        make_processor(clean_captions=True)(images=noise_images(1), suffix="...")
 
 
 @pytest.mark.parametrize("count", [None, 0, 1.5])
@@ -311,7 +316,7 @@ def test_saves_and_loads(tmp_path):
     processor = make_processor(bos=True, bos_label=True, end_of_text="\n", clean_captions=True)
     processor.save_pretrained(tmp_path)
     again = EVLGenProcessor.from_pretrained(tmp_path)
-    inputs = {"images": pictures(2), "suffix": ["A Cat.", "a blue triangle"]}
+    inputs = {"images": noise_images(2), "suffix": ["A Cat.", "a blue triangle"]}
     before, after = processor(**inputs), again(**inputs)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -17,7 +17,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.adapters import save_base
 from modeling_evlgen.fingerprints import hash_weights
 
-from .helpers import pictures, save_towers, tiny_model, tiny_processor
+from .helpers import noise_images, save_towers, tiny_model, tiny_processor
 from .hub_server import HubError, HubServer
 
 RESULTS = {
@@ -38,7 +38,7 @@ def save_model(folder, **kwargs):
     model = tiny_model()
     model.save_pretrained(folder, **kwargs)
     tiny_processor(model).save_pretrained(folder)
-    pictures(1)[0].save(folder / "captions.png")
+    noise_images(1)[0].save(folder / "captions.png")
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2" / "optimizer.pt").write_bytes(b"state")
     (folder / "training_args.bin").write_bytes(b"pickle")
@@ -61,7 +61,7 @@ def test_a_model_is_published_in_one_commit_and_works(hub, tmp_path, capsys):
     folder = tmp_path / "model"
     save_model(folder)
     given = ["--model", str(folder), "--repo_id", "user/captioner", "--results", str(folder / "results.json")]
-    publish.main([*given, "--license", "bsd-3-clause", "--datasets", "someone/pictures", "--check", "true"])
+    publish.main([*given, "--license", "bsd-3-clause", "--datasets", "someone/images", "--check", "true"])
     (commit,) = hub.commits("user/captioner")
     files = hub.files("user/captioner")
     assert commit["title"] == "Model, processor, code and card"
@@ -74,7 +74,7 @@ def test_a_model_is_published_in_one_commit_and_works(hub, tmp_path, capsys):
     assert (card.data.license, card.data.pipeline_tag, card.data.datasets) == (
         "bsd-3-clause",
         "image-to-text",
-        ["someone/pictures"],
+        ["someone/images"],
     )
     results = card.data.eval_results
     assert [(r.dataset_split, r.metric_type, r.metric_value) for r in results] == [
@@ -95,7 +95,7 @@ def test_a_folder_is_written_instead(tmp_path):
     tiny_processor(model).save_pretrained(tmp_path / "model")
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     given = ["--model", str(tmp_path / "model"), "--folder", str(tmp_path / "out")]
-    publish.main([*given, "--check", "true", "--picture", str(tmp_path / "red.png")])
+    publish.main([*given, "--check", "true", "--image", str(tmp_path / "red.png")])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "The towers are in this repository" in card  # since nobody else has those folders
     assert 'model="out", trust_remote_code=True' in card  # by the folder's name, where no other is given
@@ -175,7 +175,7 @@ def test_an_adapter_is_published_as_one_or_merged(hub, tmp_path, capsys):
 
     publish.main(["--model", str(tmp_path / "base"), "--repo_id", "user/base"])
     given = ["--model", str(tmp_path / "adapter"), "--repo_id", "user/adapter", "--base_model", "user/base"]
-    publish.main([*given, "--check", "true", "--picture", str(tmp_path / "base" / "captions.png")])
+    publish.main([*given, "--check", "true", "--image", str(tmp_path / "base" / "captions.png")])
     assert "user/adapter says: " in capsys.readouterr().out
     files = hub.files("user/adapter")
     assert files.keys() >= {"adapter_model.safetensors", "base_model.json", "processor_config.json"}
@@ -196,7 +196,7 @@ def test_mistakes_are_named_before_anything_is_uploaded(hub, tmp_path):
     with pytest.raises(ValueError, match="`merge` is for adapters"):
         publish.main([*given, "--merge", "true", "--folder", str(tmp_path / "out")])
     (tmp_path / "model" / "captions.png").unlink()
-    with pytest.raises(ValueError, match="`check` needs a `picture`"):
+    with pytest.raises(ValueError, match="`check` needs a `image`"):
         publish.main([*given, "--check", "true"])
     with pytest.raises(ValueError, match=r"`model`='.*nowhere' cannot be loaded"):
         publish.main(["--model", str(tmp_path / "nowhere"), "--repo_id", "you/captioner"])
@@ -217,9 +217,9 @@ def test_the_papers_card_names_its_base_models(tmp_path):
     assert card.data.base_model == ["Salesforce/blip2-opt-2.7b", "facebook/opt-2.7b"]
     assert card.data.pipeline_tag == "video-to-text"
     assert "named by this repository and loaded from theirs" in card.text
-    assert "257 tokens of a picture become 29" in card.text
+    assert "257 tokens of an image become 29" in card.text
     assert (
         "| 120.50 | num_beams 5, min_new_tokens 8 |\n\n- COCO Captions, Karpathy's splits: in-domain: few" in card.text
     )
     assert "[facebook/opt-2.7b](https://huggingface.co/facebook/opt-2.7b), revision `abc`" in card.text
-    assert "The order of a clip's frames is not seen." in card.text
+    assert "The order of a video's frames is not seen." in card.text

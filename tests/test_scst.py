@@ -20,8 +20,8 @@ from common.cider import CiderDReward, load_reward
 from common.scst import SCSTTrainer, self_critical_advantage, sequence_log_probabilities
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .helpers import pictures, save_image_folder, tiny_model, tiny_processor
-from .test_video import video_model, write_clip
+from .helpers import noise_images, save_image_folder, tiny_model, tiny_processor
+from .test_video import video_model, write_video
 
 CAPTIONS = ["a red circle", "a blue circle", "a red square on a table", "two dogs"]
 
@@ -61,9 +61,9 @@ def test_reward_ignores_case_and_punctuation_and_is_counted_once(tmp_path):
     assert reward.score(["The RED circle, isn't it?"], [["the red circle isn't it"]]) == pytest.approx([10.0])
 
 
-def test_one_picture_is_too_few():
+def test_one_image_is_too_few():
     with pytest.raises(
-        ValueError, match="CIDEr needs the captions of at least 2 pictures, but the training split has 1"
+        ValueError, match="CIDEr needs the captions of at least 2 images, but the training split has 1"
     ):
         reward_of(["a"])
 
@@ -92,8 +92,8 @@ def test_samples_are_scored_as_the_model_scores_them(tmp_path):
     """The trainer's log-probabilities are those of a plain forward, up to the end of each sample."""
     model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     processor = tiny_processor(model)
-    batch = processor(images=pictures(2), text=["what?", "what is it?"])
-    sampled = torch.tensor([[5, 6, 2, 0], [7, 2, 0, 0], [8, 9, 10, 11], [2, 0, 0, 0]])  # two of each picture; 2 ends
+    batch = processor(images=noise_images(2), text=["what?", "what is it?"])
+    sampled = torch.tensor([[5, 6, 2, 0], [7, 2, 0, 0], [8, 9, 10, 11], [2, 0, 0, 0]])  # two of each image; 2 ends
     trainer = SCSTTrainer.__new__(SCSTTrainer)
     trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
     encoded = {"image": model.get_image_features(batch["pixel_values"], return_dict=True)}
@@ -125,7 +125,7 @@ def test_training_raises_the_reward(greedy, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     monkeypatch.setattr(train_scst, "load_reward", lambda *_: WantsOneWord())
-    folder = save_image_folder(tmp_path / "pictures")
+    folder = save_image_folder(tmp_path / "images")
     options = {
         "model": tmp_path / "model",
         "dataset": folder,
@@ -145,7 +145,7 @@ def test_training_raises_the_reward(greedy, tmp_path, monkeypatch):
     history = json.loads((tmp_path / "out" / "checkpoint-60" / "trainer_state.json").read_text())["log_history"]
     rewards = [entry["reward"] for entry in history if "reward" in entry]
     assert rewards[-1] > 2 * rewards[0] + 0.05
-    assert metrics["test_cider"] > metrics["test_cider_before"] + 5  # on held-out pictures as well
+    assert metrics["test_cider"] > metrics["test_cider_before"] + 5  # on held-out images as well
     assert all({"baseline", "length"} <= entry.keys() for entry in history if "reward" in entry)
     before, after = (EVLGenForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("model", "out"))
     for part in ("vision_tower", "language_model"):
@@ -153,22 +153,22 @@ def test_training_raises_the_reward(greedy, tmp_path, monkeypatch):
         assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
 
 
-def test_trains_on_clips(tmp_path, monkeypatch):
+def test_trains_on_videos(tmp_path, monkeypatch):
     pytest.importorskip("av", reason="needs the video extra")
     monkeypatch.setattr(train_scst, "load_reward", lambda *_: WantsOneWord())
     model = video_model("eva")
     processor = tiny_processor(model)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    (tmp_path / "clips" / "train").mkdir(parents=True)
+    (tmp_path / "videos" / "train").mkdir(parents=True)
     rows = []
     for index in range(4):
-        write_clip(tmp_path / "clips" / "train" / f"{index}.mp4", 2 + index)
+        write_video(tmp_path / "videos" / "train" / f"{index}.mp4", 2 + index)
         rows.append(json.dumps({"file_name": f"{index}.mp4", "caption": f"{index} r"}))
-    (tmp_path / "clips" / "train" / "metadata.jsonl").write_text("\n".join(rows))
+    (tmp_path / "videos" / "train" / "metadata.jsonl").write_text("\n".join(rows))
     options = {
         "model": tmp_path / "model",
-        "dataset": tmp_path / "clips",
+        "dataset": tmp_path / "videos",
         "video_column": "video",
         "test_split": "",
         "max_steps": 2,
@@ -190,4 +190,4 @@ def test_what_cannot_work_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`num_samples` must be at least 2, but is 1"):
         train_scst.main(["--num_samples", "1"])
     with pytest.raises(ValueError, match="`model`='/nowhere' cannot be loaded"):
-        train_scst.main(["--model", "/nowhere", "--dataset", save_image_folder(tmp_path / "pictures")])
+        train_scst.main(["--model", "/nowhere", "--dataset", save_image_folder(tmp_path / "images")])

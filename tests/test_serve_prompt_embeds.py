@@ -8,7 +8,7 @@ Most tests talk to the stand-in of vllm_server.py. One starts a real server, if 
     EVLGEN_VLLM_PYTHON=vllm-env/bin/python python -m pytest tests/test_serve_prompt_embeds.py -k real_server
 
 That is 3 GB of disk, and half a minute for the server's start; any other installation of vLLM does as well. By default
-a tiny language model is served; `EVLGEN_VLLM_CHECKPOINT=outputs/demo` takes the demo's model, on pictures of easy-VQA.
+a tiny language model is served; `EVLGEN_VLLM_CHECKPOINT=outputs/demo` takes the demo's model, on images of easy-VQA.
 """
 
 import os
@@ -30,20 +30,20 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 from .evaluation import animate
-from .helpers import pictures, save_towers, tiny_model, tiny_processor, tiny_tokenizer
+from .helpers import noise_images, save_towers, tiny_model, tiny_processor, tiny_tokenizer
 from .vllm_server import VLLMServer
 
 QUESTIONS = ["what is it?", "is there a blue triangle to the left of a green square?", ""]
 
 
 def save(folder, model, **tokenizer):
-    """Saves a captioner and three pictures; gives the model, its processor and the pictures' paths."""
+    """Saves a captioner and three images; gives the model, its processor and the images' paths."""
     processor = tiny_processor(model, **tokenizer)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     paths = [str(folder / f"{index}.png") for index in range(3)]
-    for picture, path in zip(pictures(3), paths, strict=True):
-        picture.save(path)
+    for image, path in zip(noise_images(3), paths, strict=True):
+        image.save(path)
     return model, processor, paths
 
 
@@ -87,14 +87,14 @@ def test_a_server_says_what_generate_says(text, tokenizer, tmp_path, capsys):
     assert "3/3" in output.err and "input embeddings take" in output.err
 
 
-def test_clips_are_captioned(tmp_path):
+def test_videos_are_captioned(tmp_path):
     model, processor, _ = save(tmp_path, tiny_model())
-    clips = [str(tmp_path / f"{brightness}.webp") for brightness in (0, 200)]
-    for clip, brightness in zip(clips, (0, 200), strict=True):
-        animate(Path(clip), brightness)
-    expected = generate(model, processor, videos=clips)
+    videos = [str(tmp_path / f"{brightness}.webp") for brightness in (0, 200)]
+    for video, brightness in zip(videos, (0, 200), strict=True):
+        animate(Path(video), brightness)
+    expected = generate(model, processor, videos=videos)
     with VLLMServer(model.language_model, processor.tokenizer) as server:
-        assert run(tmp_path, server, "--videos", *clips) == expected and len(set(expected)) == 2
+        assert run(tmp_path, server, "--videos", *videos) == expected and len(set(expected)) == 2
 
 
 def test_prompts_are_sent_as_vllm_documents_them(captioner, tmp_path):
@@ -157,7 +157,7 @@ def test_the_language_models_layers_are_not_loaded(towers, text, tmp_path):
     assert any("embed_tokens" in name or "wte" in name for name in kept)
     assert not any("layers." in name or ".h." in name or "lm_head" in name for name in kept)
     assert embedder.num_parameters() < model.num_parameters() - 10_000
-    inputs = processor(images=pictures(2), text=QUESTIONS[:2])
+    inputs = processor(images=noise_images(2), text=QUESTIONS[:2])
     outputs = model.get_image_features(inputs["pixel_values"], return_dict=True)
     whole = model._embed(inputs["input_ids"], outputs, None)
     for row, (mask, prompt) in enumerate(
@@ -289,7 +289,7 @@ def test_a_view_is_sent_without_the_tensor_behind_it():
 
 
 def real_checkpoint(folder):
-    """A checkpoint, its pictures, and the folder of its language model, which vLLM's CPU kernels take."""
+    """A checkpoint, its images, and the folder of its language model, which vLLM's CPU kernels take."""
     given = os.environ.get("EVLGEN_VLLM_CHECKPOINT")
     if given:
         from common.demo_data import easy_vqa_questions

@@ -25,7 +25,7 @@ from common.collator import CaptionCollator
 from common.records import RECORD, RecordingCollator
 from common.streams import EPOCH, SourceReader
 
-from .helpers import ROOT, TWO_PROCESSES, pictures, save_towers, tiny_model, tiny_processor
+from .helpers import ROOT, TWO_PROCESSES, noise_images, save_towers, tiny_model, tiny_processor
 from .hub_server import HubServer, Repo
 from .shards import ALL, SIZES, captions, options, png, stream_of, webdataset, write_sample, write_tars
 
@@ -51,18 +51,18 @@ def kinds(tars, tmp_path_factory):
     for shard, size in enumerate(SIZES):
         rows.select(range(stop, stop + size)).to_parquet(folder / f"{shard}.parquet", batch_size=2)
         stop += size
-    (folder / "pictures" / "train").mkdir(parents=True)
+    (folder / "images" / "train").mkdir(parents=True)
     lines = []
     for index, row in enumerate(rows):
-        row["image"].save(folder / "pictures" / "train" / f"{index}.png")
+        row["image"].save(folder / "images" / "train" / f"{index}.png")
         lines.append(json.dumps({"file_name": f"{index}.png", "caption": row["caption"]}))
-    (folder / "pictures" / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    (folder / "images" / "train" / "metadata.jsonl").write_text("\n".join(lines))
     streamed = DataArguments(test_split="", streaming=True)
     files = {"train": str(folder / "*.parquet")}
     return {
         "webdataset": webdataset(tars),
         "parquet": replace(streamed, dataset="parquet", data_files=files),
-        "folder": replace(streamed, dataset=str(folder / "pictures")),
+        "folder": replace(streamed, dataset=str(folder / "images")),
         "first rows": webdataset(tars, max_train_samples=20),
         "map": rows.to_iterable_dataset(num_shards=6),
     }
@@ -120,11 +120,11 @@ def test_a_member_that_cannot_be_decoded_makes_a_bad_row(tmp_path):
     """A caption that is no UTF-8 is one; JSON that no column is made of makes none. Neither ends the stream."""
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for number in range(12):
-            text = b"\xff\xfe" if number == 8 else f"picture {number}".encode()
+            text = b"\xff\xfe" if number == 8 else f"image {number}".encode()
             write_sample(tar, number, png=png("red"), txt=text, json=b'{"a' if number == 9 else b'{"a": 1}')
     rows = list(islice(iter(stream_of(webdataset(tmp_path))), 12))
     assert {row["__key__"]: row["txt"] for row in rows} == {
-        f"{number:04d}": None if number == 8 else f"picture {number}" for number in range(12)
+        f"{number:04d}": None if number == 8 else f"image {number}" for number in range(12)
     }
     arguments = webdataset(tmp_path, skip_bad_rows=True)
     collator = CaptionCollator(tiny_processor(tiny_model()), arguments, training=True)
@@ -186,7 +186,7 @@ def test_what_was_read_before_is_not_read_again(tmp_path):
     for path in {row["__url__"] for row in rows[:20]}:
         Path(path).write_bytes(b"")
     rest = list(islice(iter(again), 15))
-    assert sorted(captions(rows + rest)) == sorted(f"picture {index}" for index in range(90))
+    assert sorted(captions(rows + rest)) == sorted(f"image {index}" for index in range(90))
 
 
 def test_crops_and_captions_are_drawn_anew_in_each_round():
@@ -194,7 +194,7 @@ def test_crops_and_captions_are_drawn_anew_in_each_round():
     data = DataArguments(crop_scale=[0.2, 0.6])
     processor = tiny_processor(tiny_model())
     collator = CaptionCollator(processor, data, training=True, seed=3)
-    row = {"image": pictures(1)[0], "caption": [f"caption {index}" for index in range(50)]}
+    row = {"image": noise_images(1)[0], "caption": [f"caption {index}" for index in range(50)]}
     one, again, other = (collator([{**row, EPOCH: epoch}]) for epoch in (4, 4, 5))
     assert torch.equal(one["pixel_values"], again["pixel_values"]) and torch.equal(one["labels"], again["labels"])
     assert not torch.equal(one["pixel_values"], other["pixel_values"])
@@ -267,12 +267,12 @@ def test_two_processes_with_two_workers_see_every_row_once_also_after_a_kill(tow
     assert process.returncode == 0
     seen = [read_lines(unbroken / f"seen-{rank}.jsonl") for rank in (0, 1)]
     first = [caption for rank in (0, 1) for step, captions in seen[rank] if step <= 8 for caption in captions]
-    assert sorted(first) == sorted(f"picture {index}" for index in range(48) if index not in broken)
+    assert sorted(first) == sorted(f"image {index}" for index in range(48) if index not in broken)
     second = [caption for rank in (0, 1) for step, captions in seen[rank] if step > 8 for caption in captions]
     assert len(set(second)) == len(second) >= 22
 
     bad = read_lines(unbroken / "bad_rows.jsonl")
-    assert sorted(row["row"].split("'")[1] for row in bad if row["epoch"] == 0) == ["picture 30", "picture 7"]
+    assert sorted(row["row"].split("'")[1] for row in bad if row["epoch"] == 0) == ["image 30", "image 7"]
     assert "0007 in " in str(bad) and "001.tar" in str(bad) and "'0007.png' cannot be read" in str(bad)
     assert f"{len(bad)} times a bad row was skipped; {unbroken / 'bad_rows.jsonl'} names them." in output
 
@@ -337,9 +337,9 @@ def test_a_stream_does_not_go_on_under_other_conditions(changes, message, towers
 def test_a_data_set_is_streamed_from_the_hub(towers, tars, tmp_path):
     files = {path.name: path.read_bytes() for path in tars.glob("*.tar")}
     with HubServer() as hub:
-        hub.repos["datasets", "user/pictures"] = Repo("user/pictures")
-        hub.repos["datasets", "user/pictures"].commit("main", "pictures", "", files)
-        given = options(towers, tars, tmp_path / "out", max_steps=4, dataloader_num_workers=2, dataset="user/pictures")
+        hub.repos["datasets", "user/images"] = Repo("user/images")
+        hub.repos["datasets", "user/images"].commit("main", "images", "", files)
+        given = options(towers, tars, tmp_path / "out", max_steps=4, dataloader_num_workers=2, dataset="user/images")
         place = given.index("--data_files")
         del given[place : place + 2]
         environment = {**hub.client_env(tmp_path / "hf_home"), "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""Videos: reading clips, the temporal contextualizer in any transformer tower, and batches of clips and pictures."""
+"""Videos: reading videos, the temporal contextualizer in any transformer tower, and batches of videos and images."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.vision_tower import extract_vision_tokens
 from processing_evlgen.videos import load_rgb_frames, sample_frames
 
-from .helpers import IMAGE_SIZE, pictures, run_clean, tiny_model, tiny_processor, tiny_towers
+from .helpers import IMAGE_SIZE, noise_images, run_clean, tiny_model, tiny_processor, tiny_towers
 
 av = pytest.importorskip("av", reason="needs the video extra")
 
@@ -29,7 +29,7 @@ def shades(count):
     return [Image.new("RGB", (48, 32), (10 * index,) * 3) for index in range(count)]
 
 
-def write_clip(path, count, codec="libx264", rate=10, pts=None):
+def write_video(path, count, codec="libx264", rate=10, pts=None):
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
@@ -71,22 +71,24 @@ def test_bad_sampling_is_named():
         sample_frames(0, 4)
 
 
-@pytest.mark.parametrize(("name", "codec"), [("clip.mp4", "libx264"), ("clip.webm", "libvpx"), ("clip.avi", "mpeg4")])
+@pytest.mark.parametrize(
+    ("name", "codec"), [("video.mp4", "libx264"), ("video.webm", "libvpx"), ("video.avi", "mpeg4")]
+)
 def test_reads_video_files(name, codec, tmp_path):
     """WebM does not say how many frames it holds."""
-    path = write_clip(tmp_path / name, 16, codec)
+    path = write_video(tmp_path / name, 16, codec)
     frames = load_rgb_frames(path, 4)
     assert indices(frames) == [0, 4, 8, 12]
     assert frames[0].size == (48, 32) and frames[0].mode == "RGB"
     assert len(load_rgb_frames(path, 40)) == 16
 
 
-def test_reads_a_clip_of_variable_frame_rate(tmp_path):
-    path = write_clip(tmp_path / "clip.mkv", 8, pts=[0, 1, 2, 3, 30, 31, 60, 61])
+def test_reads_a_video_of_variable_frame_rate(tmp_path):
+    path = write_video(tmp_path / "video.mkv", 8, pts=[0, 1, 2, 3, 30, 31, 60, 61])
     assert indices(load_rgb_frames(path, 4)) == [0, 2, 4, 6]
 
 
-@pytest.mark.parametrize("name", ["clip.webp", "clip.gif"])
+@pytest.mark.parametrize("name", ["video.webp", "video.gif"])
 def test_reads_animated_images(name, tmp_path):
     first, *others = shades(8)
     first.save(tmp_path / name, save_all=True, append_images=others, duration=[40] * 7 + [400], lossless=True)
@@ -95,14 +97,14 @@ def test_reads_animated_images(name, tmp_path):
 
 def test_reads_frames_and_arrays():
     arrays = np.stack([np.asarray(frame) for frame in shades(8)])
-    for clip in (shades(8), arrays, torch.from_numpy(arrays).permute(0, 3, 1, 2)):
-        assert indices(load_rgb_frames(clip, 4)) == [0, 2, 4, 6]
+    for video in (shades(8), arrays, torch.from_numpy(arrays).permute(0, 3, 1, 2)):
+        assert indices(load_rgb_frames(video, 4)) == [0, 2, 4, 6]
 
 
-def test_a_clip_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "broken.mp4").write_bytes(b"no clip")
+def test_a_video_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "empty.mp4").write_bytes(b"")
-    (tmp_path / "broken.webp").write_bytes(b"no clip")
+    (tmp_path / "broken.webp").write_bytes(b"no video")
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
@@ -112,7 +114,7 @@ def test_a_clip_that_cannot_be_read_is_named(tmp_path):
     for name in ("broken.mp4", "empty.mp4", "broken.webp", "sound.mp4", "missing.mp4"):
         with pytest.raises(ValueError, match=f"`videos`: '.*{name}' cannot be read"):
             load_rgb_frames(str(tmp_path / name), 4)
-    with pytest.raises(ValueError, match="`videos` holds a clip without frames"):
+    with pytest.raises(ValueError, match="`videos` holds a video without frames"):
         load_rgb_frames([], 4)
 
 
@@ -195,7 +197,7 @@ def test_the_contextualizer_stands_between_attention_and_feed_forward(vision):
 
 
 @pytest.mark.parametrize("vision", TRANSFORMERS)
-def test_a_long_clip_in_parts_gives_what_it_gives_at_once(vision, monkeypatch):
+def test_a_long_video_in_parts_gives_what_it_gives_at_once(vision, monkeypatch):
     model = video_model(vision)
     videos = noise(2, 5)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
@@ -219,7 +221,7 @@ def test_only_the_contextualizers_of_the_tower_are_trained(vision):
     model = video_model(vision).train()
     assert model.vision_tower.state_dict().keys() == names
     processor = tiny_processor(model)
-    batch = processor(videos=[pictures(3), pictures(3)[::-1]], suffix=["a red circle", "a blue triangle"])
+    batch = processor(videos=[noise_images(3), noise_images(3)[::-1]], suffix=["a red circle", "a blue triangle"])
     model(**batch).loss.backward()
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {"ln_vision", "vision_projection", "connector", "language_projection", "temporal"}
@@ -271,33 +273,33 @@ def test_an_image_model_becomes_a_video_model_that_starts_the_same(vision, tmp_p
 def test_videos_of_different_lengths_give_what_each_gives_alone():
     model = video_model()
     processor = tiny_processor(model)
-    clips = [pictures(4), pictures(4)[2:], pictures(4)[1:2]]
+    videos = [noise_images(4), noise_images(4)[2:], noise_images(4)[1:2]]
     suffixes = ["a red circle", "a blue triangle", "a cat"]
-    batch = processor(videos=clips, suffix=suffixes)
+    batch = processor(videos=videos, suffix=suffixes)
     assert batch["frame_mask"].sum(dim=1).tolist() == [4, 2, 1]
     together = model.get_video_features(batch["pixel_values_videos"], batch["frame_mask"]).pooler_output
-    for clip, row in zip(clips, together, strict=True):
-        alone = processor(videos=[clip])
+    for video, row in zip(videos, together, strict=True):
+        alone = processor(videos=[video])
         assert "frame_mask" not in alone
         torch.testing.assert_close(model.get_video_features(alone["pixel_values_videos"]).pooler_output[0], row)
     settings = {"max_new_tokens": 6, "do_sample": False}
-    words = model.generate(**processor(videos=clips), **settings)[:, model.config.num_image_tokens :]
+    words = model.generate(**processor(videos=videos), **settings)[:, model.config.num_image_tokens :]
     alone = [
-        model.generate(**processor(videos=[clip]), **settings)[0, model.config.num_image_tokens :] for clip in clips
+        model.generate(**processor(videos=[video]), **settings)[0, model.config.num_image_tokens :] for video in videos
     ]
     assert [row.tolist() for row in words] == [row.tolist() for row in alone]
 
 
-def test_pictures_and_clips_share_a_batch():
+def test_images_and_videos_share_a_batch():
     model = video_model()
     processor = tiny_processor(model)
-    image, clip = pictures(4)[0], pictures(4)
+    image, video = noise_images(4)[0], noise_images(4)
     texts = ["<video>what moves?", "<image>what is it?", "<image> before <video>"]
-    batch = processor(images=[image, clip[1]], videos=[clip, clip[::-1]], text=texts)
+    batch = processor(images=[image, video[1]], videos=[video, video[::-1]], text=texts)
     alone = [
-        processor(videos=[clip], text=texts[0]),
+        processor(videos=[video], text=texts[0]),
         processor(images=image, text=texts[1]),
-        processor(images=clip[1], videos=[clip[::-1]], text=texts[2]),
+        processor(images=video[1], videos=[video[::-1]], text=texts[2]),
     ]
     settings = {"max_new_tokens": 6, "do_sample": False}
     words = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
@@ -309,35 +311,35 @@ def test_the_processor_says_where_videos_go():
     model = video_model()
     processor = tiny_processor(model, chat=True)
     count = model.config.num_image_tokens
-    text = processor.tokenizer.decode(processor(videos=pictures(4), text="what?")["input_ids"][0])
+    text = processor.tokenizer.decode(processor(videos=noise_images(4), text="what?")["input_ids"][0])
     assert text == "<|im_start|>user\n" + "<video>" * count + "what?<|im_end|>\n<|im_start|>assistant\n"
     assert processor.video_token_id == model.config.video_token_id
-    assert processor(videos=pictures(4), num_frames=2)["pixel_values_videos"].shape == (1, 2, 3, 32, 32)
+    assert processor(videos=noise_images(4), num_frames=2)["pixel_values_videos"].shape == (1, 2, 3, 32, 32)
     with pytest.raises(ValueError, match="`text` holds 2 <video> placeholders, but `videos` holds 1 videos"):
-        processor(videos=pictures(4), text="<video> or <video>?")
+        processor(videos=noise_images(4), text="<video> or <video>?")
     with pytest.raises(ValueError, match="Images and videos together need a `text` whose placeholders"):
-        processor(videos=pictures(4), images=pictures(1))
+        processor(videos=noise_images(4), images=noise_images(1))
     with pytest.raises(ValueError, match="`frame_sampling` must be one of"):
-        processor(videos=pictures(4), frame_sampling="middle")
+        processor(videos=noise_images(4), frame_sampling="middle")
 
 
-def test_apply_chat_template_reads_clips(tmp_path):
+def test_apply_chat_template_reads_videos(tmp_path):
     processor = tiny_processor(video_model(), chat=True)
-    clip = write_clip(tmp_path / "clip.mp4", 9)
-    message = {"role": "user", "content": [{"type": "video", "path": clip}, {"type": "text", "text": "what?"}]}
+    video = write_video(tmp_path / "video.mp4", 9)
+    message = {"role": "user", "content": [{"type": "video", "path": video}, {"type": "text", "text": "what?"}]}
     batch = processor.apply_chat_template([message], tokenize=True, return_dict=True, add_generation_prompt=True)
-    direct = processor(videos=clip, text="what?")
+    direct = processor(videos=video, text="what?")
     assert torch.equal(batch["input_ids"], direct["input_ids"])
     torch.testing.assert_close(batch["pixel_values_videos"], direct["pixel_values_videos"])
 
 
-@pytest.mark.parametrize(("name", "codec"), [("clip.mp4", "libx264"), ("clip.webm", "libvpx"), ("clip.webp", None)])
+@pytest.mark.parametrize(("name", "codec"), [("video.mp4", "libx264"), ("video.webm", "libvpx"), ("video.webp", None)])
 def test_reads_urls(name, codec, tmp_path):
     if codec is None:
         first, *others = shades(16)
         first.save(tmp_path / name, save_all=True, append_images=others, lossless=True)
     else:
-        write_clip(tmp_path / name, 16, codec)
+        write_video(tmp_path / name, 16, codec)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -382,21 +384,21 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(videos.flip(0)), model.get_vision_features(videos.flip(0)))
 
 
-def test_a_clip_is_captioned_in_a_clean_process(tmp_path):
+def test_a_video_is_captioned_in_a_clean_process(tmp_path):
     model = video_model("eva")
     processor = tiny_processor(model)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    clip = write_clip(tmp_path / "clip.mp4", 9)
-    inputs = processor(videos=clip, text="what is it?")
+    video = write_video(tmp_path / "video.mp4", 9)
+    inputs = processor(videos=video, text="what is it?")
     new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
     said = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
     code = """
 from transformers import AutoModel, pipeline
 captioner = pipeline("video-to-text", model="model", trust_remote_code=True)
 settings = dict(prompt="what is it?", do_sample=False, max_new_tokens=8)
-one = captioner("clip.mp4", **settings)
-assert captioner(["clip.mp4", "clip.mp4"], batch_size=2, **settings) == [one, one]
+one = captioner("video.mp4", **settings)
+assert captioner(["video.mp4", "video.mp4"], batch_size=2, **settings) == [one, one]
 AutoModel.from_pretrained("model", trust_remote_code=True).save_pretrained("again")
 print(one[0]["generated_text"])
 """

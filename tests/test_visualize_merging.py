@@ -10,13 +10,13 @@ from common import overlay
 from common.lora import LoraArguments, add_lora
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .helpers import IMAGE_SIZE, pictures, tiny_model, tiny_processor, tiny_towers
+from .helpers import IMAGE_SIZE, noise_images, tiny_model, tiny_processor, tiny_towers
 
 
 @pytest.mark.parametrize("vision", ["clip", "siglip", "convnext"])
 def test_groups_are_the_models(vision):
     model = tiny_model(vision)
-    batch = tiny_processor(model)(images=pictures(2))
+    batch = tiny_processor(model)(images=noise_images(2))
     layers = overlay.merged_tokens(model, batch["pixel_values"])
     expected = model.get_image_features(batch["pixel_values"]).output_index
     assert len(layers) == 2 and torch.equal(layers[-1], expected)
@@ -33,7 +33,7 @@ def patch(drawn, row, column, side=4):
 
 
 def test_patches_of_a_token_share_a_colour_and_a_number():
-    """Wherever they lie, whatever the picture shows; and no other patch looks like them."""
+    """Wherever they lie, whatever the image shows; and no other patch looks like them."""
     groups = np.arange(16).reshape(4, 4)
     groups[0, 0] = groups[3, 1] = groups[1, 3] = 10
     drawn = overlay.draw_groups(Image.new("RGB", (448, 448), "white"), groups)
@@ -46,7 +46,7 @@ def test_patches_of_a_token_share_a_colour_and_a_number():
             assert (np.abs(corner - others[:8, :8]).max() > 15) == (not same)
 
 
-def test_the_picture_stays_to_be_seen_and_tokens_have_outlines():
+def test_the_image_stays_to_be_seen_and_tokens_have_outlines():
     image = Image.new("RGB", (448, 448), "white")
     image.paste("black", (0, 0, 224, 448))
     merged = np.asarray(overlay.draw_groups(image, np.zeros((2, 2), dtype=int)), dtype=int)
@@ -77,16 +77,16 @@ def test_a_merged_token_keeps_a_colour():
 
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory):
-    """A folder with a model, two pictures and a clip of four frames."""
+    """A folder with a model, two images and a video of four frames."""
     folder = tmp_path_factory.mktemp("captioner")
     model = tiny_model()
     processor = tiny_processor(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    for index, picture in enumerate(pictures(2)):
-        picture.save(folder / f"{index}.png")
-    first, *rest = pictures(4)
-    first.save(folder / "clip.webp", save_all=True, append_images=rest, lossless=True)
+    for index, image in enumerate(noise_images(2)):
+        image.save(folder / f"{index}.png")
+    first, *rest = noise_images(4)
+    first.save(folder / "video.webp", save_all=True, append_images=rest, lossless=True)
     return folder
 
 
@@ -102,25 +102,27 @@ def draw(captioner, *arguments):
     ]
 
 
-def test_draws_a_row_for_each_picture_and_each_frame(captioner):
+def test_draws_a_row_for_each_image_and_each_frame(captioner):
     images = ["--images", *(str(captioner / f"{index}.png") for index in range(2))]
-    rows = draw(captioner, *images, "--videos", str(captioner / "clip.webp"))
+    rows = draw(captioner, *images, "--videos", str(captioner / "video.webp"))
     model = EVLGenForConditionalGeneration.from_pretrained(captioner)
     processor = tiny_processor(model)
-    for row, picture in zip(rows, pictures(2) + pictures(4), strict=True):
-        assert len(row) == 3 and np.array_equal(row[0], overlay.resize_to_side(picture))
-    layers = overlay.merged_tokens(model, processor(images=pictures(2))["pixel_values"])
-    expected = overlay.draw_groups(overlay.resize_to_side(pictures(2)[1]), overlay.patch_groups(model, layers, 1)[-1])
+    for row, image in zip(rows, noise_images(2) + noise_images(4), strict=True):
+        assert len(row) == 3 and np.array_equal(row[0], overlay.resize_to_side(image))
+    layers = overlay.merged_tokens(model, processor(images=noise_images(2))["pixel_values"])
+    expected = overlay.draw_groups(
+        overlay.resize_to_side(noise_images(2)[1]), overlay.patch_groups(model, layers, 1)[-1]
+    )
     assert np.array_equal(rows[1][2], expected)
 
 
-def test_without_pictures_or_clips_there_is_nothing_to_draw(captioner, capsys):
+def test_without_images_or_videos_there_is_nothing_to_draw(captioner, capsys):
     with pytest.raises(SystemExit):
         visualize_merging.main(["--model", str(captioner)])
     assert "at least one of --images and --videos must be given" in capsys.readouterr().err
 
 
-def test_a_clip_that_cannot_be_read_is_named(captioner):
+def test_a_video_that_cannot_be_read_is_named(captioner):
     with pytest.raises(ValueError, match=r"none\.mp4"):
         draw(captioner, "--videos", "none.mp4")
 
@@ -152,7 +154,7 @@ def test_hooks_are_gone_when_a_drawing_fails():
     assert not any(layer._forward_hooks for layer in model.connector.encoder.layer)
 
 
-def test_all_frames_of_a_clip_have_the_clips_merging(captioner):
+def test_all_frames_of_a_video_have_the_videos_merging(captioner):
     model = EVLGenForConditionalGeneration.from_image_model(
         captioner, temporal_hidden_size=8, temporal_num_attention_heads=2
     )
@@ -160,11 +162,11 @@ def test_all_frames_of_a_clip_have_the_clips_merging(captioner):
     with torch.no_grad():
         for contextualizer in model.temporal:
             contextualizer.alpha.fill_(0.5)
-    rows = visualize_merging.clip_rows(model, processor, str(captioner / "clip.webp"))
-    pixels = processor(videos=pictures(4))["pixel_values_videos"]
+    rows = visualize_merging.video_rows(model, processor, str(captioner / "video.webp"))
+    pixels = processor(videos=noise_images(4))["pixel_values_videos"]
     expected = model.get_video_features(pixels).output_index[0, 1:].reshape(4, 4).numpy()
     assert [row.name for row in rows] == [f"frame {number} of 4" for number in range(1, 5)]
-    for row, frame in zip(rows, pictures(4), strict=True):
+    for row, frame in zip(rows, noise_images(4), strict=True):
         assert np.array_equal(row.groups[-1], expected)
         assert np.array_equal(row.image, overlay.resize_to_side(frame))
     alone = [model.get_image_features(frame[None]).output_index[0, 1:].reshape(4, 4).numpy() for frame in pixels[0]]

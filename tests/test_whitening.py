@@ -104,12 +104,12 @@ def test_features_that_cannot_be_whitened_are_refused(features, error, message):
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
-    """Prepares a training on tiny towers and pictures, as `examples/pretrain.py` does."""
+    """Prepares a training on tiny towers and images, as `examples/pretrain.py` does."""
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
     recipe = tmp_path / "recipe.yaml"
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     settings = {**save_towers(tmp_path), "connector_config": {**sizes, "merge_r": 3}, "output_dir": str(tmp_path)}
-    settings["dataset"] = save_image_folder(tmp_path / "pictures")
+    settings["dataset"] = save_image_folder(tmp_path / "images")
     recipe.write_text(json.dumps(settings))  # JSON is YAML
 
     def run(*argv):
@@ -118,22 +118,22 @@ def prepare(tmp_path, monkeypatch):
     return run
 
 
-def test_the_script_whitens_from_pictures_from_a_cache_and_from_a_stream(prepare):
+def test_the_script_whitens_from_images_from_a_cache_and_from_a_stream(prepare):
     random = prepare()[0].vision_projection
-    pictures = prepare("--whitening_images", "100")[0]  # all there are
-    assert not torch.allclose(pictures.vision_projection.weight, random.weight, rtol=0.1)
+    images = prepare("--whitening_images", "100")[0]  # all there are
+    assert not torch.allclose(images.vision_projection.weight, random.weight, rtol=0.1)
     cached, _, train, _, _ = prepare("--whitening_images", "100", "--cache_features", "true")
-    assert_close(cached.vision_projection.weight, pictures.vision_projection.weight, atol=1e-3, rtol=1e-2)
+    assert_close(cached.vision_projection.weight, images.vision_projection.weight, atol=1e-3, rtol=1e-2)
     features = torch.stack([torch.tensor(row["vision_features"][0]).float() for row in train])
     tokens = cached.vision_projection(cached.ln_vision(features))
     assert_close(tokens.mean(dim=(0, 1)), torch.zeros(32), atol=1e-4, rtol=0)
     streamed = prepare("--whitening_images", str(len(train)), "--streaming", "true", "--test_split", "")[0]
     assert_close(
-        streamed.vision_projection.weight, pictures.vision_projection.weight, atol=1e-4, rtol=1e-3
+        streamed.vision_projection.weight, images.vision_projection.weight, atol=1e-4, rtol=1e-3
     )  # in another order
 
 
-def test_pictures_are_taken_at_equal_distances(prepare):
+def test_images_are_taken_at_equal_distances(prepare):
     model, _, train, _, _ = prepare("--whitening_images", "4", "--cache_features", "true")
     taken = torch.stack([torch.tensor(train[row]["vision_features"][0]).float() for row in range(0, len(train), 4)])
     tokens = model.vision_projection(model.ln_vision(taken))
@@ -141,15 +141,15 @@ def test_pictures_are_taken_at_equal_distances(prepare):
     assert_close(tokens.mean(dim=(0, 1)), torch.zeros(32), atol=1e-4, rtol=0)
 
 
-def test_bad_pictures_are_named_or_left_out(prepare, tmp_path):
-    first = sorted((tmp_path / "pictures" / "train").glob("*.png"))[0]
-    first.write_bytes(b"no picture")
+def test_bad_images_are_named_or_left_out(prepare, tmp_path):
+    first = sorted((tmp_path / "images" / "train").glob("*.png"))[0]
+    first.write_bytes(b"no image")
     with pytest.raises(ValueError, match=first.name):
         prepare("--whitening_images", "16")
     assert prepare("--whitening_images", "16", "--skip_bad_rows", "true")[0].vision_projection.bias.any()
 
 
 @pytest.mark.parametrize("number", [-1, 1.5, None, True])
-def test_a_number_of_pictures_out_of_range_is_refused(number):
+def test_a_number_of_images_out_of_range_is_refused(number):
     with pytest.raises(ValueError, match=f"`whitening_images` must be a whole number, 0 or more, but is {number}"):
         ModelArguments(whitening_images=number)

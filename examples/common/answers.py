@@ -42,7 +42,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PromptCollator(CaptionCollator):
-    """Prompts of rows that need no captions, but an `id`, which an unreadable picture is reported with."""
+    """Prompts of rows that need no captions, but an `id`, which an unreadable image is reported with."""
 
     def read(self, row: dict[str, Any]) -> Image.Image | list[Image.Image]:
         try:
@@ -72,7 +72,7 @@ def answer_rows(
 
     Args:
         rows: With a column `id`, and those that `columns` names.
-        columns: Columns of pictures, clips and questions; the prompt.
+        columns: Columns of images, videos and questions; the prompt.
         generation: How to decode.
         evaluation: Which model, in what precision, how many rows at a time.
         source: Where the rows are from, by names that a user knows; kept beside the answers.
@@ -83,8 +83,8 @@ def answer_rows(
         On the main process, all answers in the order of the rows; None on others.
 
     Raises:
-        ValueError: If the model cannot be loaded, ids are not unique, a picture is missing or cannot be read, or the
-            answers in `folder` come from other settings, rows or pictures, or another model.
+        ValueError: If the model cannot be loaded, ids are not unique, an image is missing or cannot be read, or the
+            answers in `folder` come from other settings, rows or images, or another model.
     """
     if not len(rows):
         raise ValueError("There is nothing to evaluate: the split has no rows, or `max_samples` is 0.")
@@ -106,12 +106,12 @@ def answer_rows(
 
 
 def row_settings(rows: Dataset, ids: list[int | str], columns: DataArguments) -> dict[str, str]:
-    """Checksums by which rows are known again: of their ids and questions, and of their pictures or clips.
+    """Checksums by which rows are known again: of their ids and questions, and of their images or videos.
 
-    A picture that lies in a file is known by the file's name and size, one that is in the data set by its bytes.
+    An image that lies in a file is known by the file's name and size, one that is in the data set by its bytes.
 
     Raises:
-        ValueError: If a row has no picture, or its file is missing.
+        ValueError: If a row has no image, or its file is missing.
     """
     questions = rows[columns.prompt_column][:] if columns.prompt_column else None
     digest = hashlib.sha256()
@@ -121,13 +121,13 @@ def row_settings(rows: Dataset, ids: list[int | str], columns: DataArguments) ->
             digest.update(repr(_identity(value[column])).encode())
         except (OSError, TypeError) as error:
             raise ValueError(f"row {row}: `{column}` is missing: {error}") from error
-    return {"rows": _checksum([ids, questions]), "pictures": digest.hexdigest()[:16]}
+    return {"rows": _checksum([ids, questions]), "images": digest.hexdigest()[:16]}
 
 
 def _identity(medium: Any) -> Any:
-    if isinstance(medium, list):  # a clip's frames
+    if isinstance(medium, list):  # a video's frames
         return [_identity(one) for one in medium]
-    if isinstance(medium, dict):  # of a picture or clip in a data set
+    if isinstance(medium, dict):  # of an image or video in a data set
         medium = medium["path"] if medium.get("bytes") is None else medium["bytes"]
     if medium is None:
         raise TypeError("there is none")
@@ -162,7 +162,7 @@ def answering_settings(
     described = [part.to_dict() for part in (model.config, model.generation_config, processor)]
     return {
         "weights": hash_weights(model.state_dict()),
-        # With the same weights a model may merge other tokens, or its processor crop pictures otherwise.
+        # With the same weights a model may merge other tokens, or its processor crop images otherwise.
         "configuration": _checksum([part | {"transformers_version": None} for part in described]),
         **vars(generation),
         "batch_size": arguments.batch_size,

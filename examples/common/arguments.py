@@ -34,7 +34,7 @@ class ModelArguments:
         default=0,
         metadata={
             "help": "Let the vision projection start from the statistics of the tower's features, measured on so many "
-            "training pictures. Default: 0, a random start as in the paper."
+            "training images. Default: 0, a random start as in the paper."
         },
     )
     vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the vision tower."})
@@ -86,8 +86,8 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": "Split to train on."})
     test_split: str | None = field(default="test", metadata={"help": "Held-out split; leave empty for none."})
     image_column: str = field(default="image", metadata={"help": "Column of images, paths or URLs."})
-    video_column: str | None = field(default=None, metadata={"help": "Column of clips, in place of images."})
-    num_frames: int = field(default=4, metadata={"help": "Frames taken of each clip."})
+    video_column: str | None = field(default=None, metadata={"help": "Column of videos, in place of images."})
+    num_frames: int = field(default=4, metadata={"help": "Frames taken of each video."})
     caption_column: str = field(default="caption", metadata={"help": "Column of captions; of a list, one is drawn."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first samples."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Use only the first held-out samples."})
@@ -95,7 +95,7 @@ class DataArguments:
     shuffle_buffer: int = field(
         default=1000, metadata={"help": "Rows of a stream that each of its readers holds and shuffles at a time."}
     )
-    prompt: str = field(default="", metadata={"help": "What the model is told along with each picture."})
+    prompt: str = field(default="", metadata={"help": "What the model is told along with each image."})
     prompt_column: str | None = field(
         default=None,
         metadata={
@@ -107,19 +107,19 @@ class DataArguments:
         metadata={"help": "Column of conversations in the `messages` format, in place of captions and prompts."},
     )
     crop_scale: list[float] | None = field(
-        default=None, metadata={"help": "Train on random crops of this share of the picture, e.g. 0.5 1.0."}
+        default=None, metadata={"help": "Train on random crops of this share of the image, e.g. 0.5 1.0."}
     )
-    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the training pictures."})
+    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror half of the training images."})
     cache_features: bool = field(
         default=False, metadata={"help": "Run the frozen vision tower once over the data and keep what it gives."}
     )
     cached_views: int | None = field(
-        default=None, metadata={"help": "How many crops and flips of each training picture to keep, with them set."}
+        default=None, metadata={"help": "How many crops and flips of each training image to keep, with them set."}
     )
     skip_bad_rows: bool = field(
         default=False,
         metadata={
-            "help": "Name and count rows with an unreadable picture or no caption and go on, instead of stopping."
+            "help": "Name and count rows with an unreadable image or no caption and go on, instead of stopping."
         },
     )
 
@@ -145,7 +145,7 @@ class GenerationArguments:
 class AnswerArguments:
     model: str = field(default="outputs/demo", metadata={"help": "Captioner: a folder or a name on the Hub."})
     batch_size: int = field(default=16, metadata={"help": "Rows in a batch of each process."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that read pictures ahead."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that read images ahead."})
     dtype: str = field(
         default="float32",
         metadata={"help": "float32, or bfloat16, which is faster, but lets an answer depend on its batch."},
@@ -163,7 +163,7 @@ class EvaluationArguments(AnswerArguments):
         metadata={"help": "A published benchmark, read from its own files; the script's head tells which there are."},
     )
     annotations: str | None = field(default=None, metadata={"help": "The benchmark's annotation file, as published."})
-    media_dir: str | None = field(default=None, metadata={"help": "Folder of the benchmark's pictures or clips."})
+    media_dir: str | None = field(default=None, metadata={"help": "Folder of the benchmark's images or videos."})
     dataset: str | None = field(
         default=None,
         metadata={
@@ -196,7 +196,7 @@ class TrainingSettings(TrainingArguments):
     """transformers' TrainingArguments with the defaults of these scripts."""
 
     output_dir: str = "outputs/pretrain"
-    remove_unused_columns: bool = False  # the collator needs the pictures and captions themselves
+    remove_unused_columns: bool = False  # the collator needs the images and captions themselves
     # The main process would have to join batches of different lengths to hand them out.
     accelerator_config: dict | str | None = field(default_factory=lambda: {"dispatch_batches": False})
     ddp_timeout: int = 86400  # seconds; other processes wait while one prepares models and data

@@ -29,7 +29,7 @@ QUESTION_BENCHMARKS = {
     "ok-vqa": ("questions", "annotations"),
 }
 
-CLIP_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm", ".webp")
+VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm", ".webp")
 
 
 def caption_rows(
@@ -39,7 +39,7 @@ def caption_rows(
 
     Raises:
         ValueError: If a file or folder is not given, missing or not in the benchmark's format, or if only some of the
-            pictures or clips have captions.
+            images or videos have captions.
     """
     _check_folder(media_dir)
     if benchmark == "msr-vtt":
@@ -74,7 +74,7 @@ def karpathy_rows(annotations: str, media_dir: str, split: str) -> list[dict[str
 
     Args:
         annotations: The file.
-        media_dir: The folder of pictures; COCO's may lie in `val2014` and `train2014` below it.
+        media_dir: The folder of images; COCO's may lie in `val2014` and `train2014` below it.
         split: "train", "restval", "val" or "test".
 
     Raises:
@@ -86,7 +86,7 @@ def karpathy_rows(annotations: str, media_dir: str, split: str) -> list[dict[str
         return [
             {
                 "id": image.get("cocoid", image["imgid"]),
-                "image": _picture(media_dir, image["filename"], image.get("filepath")),
+                "image": _image(media_dir, image["filename"], image.get("filepath")),
                 "captions": [sentence["raw"] for sentence in image["sentences"]],
             }
             for image in images
@@ -95,11 +95,11 @@ def karpathy_rows(annotations: str, media_dir: str, split: str) -> list[dict[str
 
 
 def coco_rows(annotations: str, media_dir: str) -> list[dict[str, Any]]:
-    """Captions in COCO's own format, all of a file's pictures; NoCaps' file has it too.
+    """Captions in COCO's own format, all of a file's images; NoCaps' file has it too.
 
     Args:
         annotations: E.g. `nocaps_val_4500_captions.json`, or `coco_karpathy_test_gt.json`, which names no files.
-        media_dir: The folder of pictures; COCO's may lie in `val2014` below it.
+        media_dir: The folder of images; COCO's may lie in `val2014` below it.
 
     Raises:
         ValueError: If a file is missing or not in this format.
@@ -111,7 +111,7 @@ def coco_rows(annotations: str, media_dir: str) -> list[dict[str, Any]]:
         rows = []
         for image in data["images"]:
             name = image.get("file_name") or f"COCO_val2014_{image['id']:012d}.jpg"
-            row = {"id": image["id"], "image": _picture(media_dir, name, "val2014"), "captions": captions[image["id"]]}
+            row = {"id": image["id"], "image": _image(media_dir, name, "val2014"), "captions": captions[image["id"]]}
             rows.append(row | ({"domain": image["domain"]} if "domain" in image else {}))
         return rows
 
@@ -121,20 +121,20 @@ def msr_vtt_rows(annotations: str, media_dir: str, split: str) -> list[dict[str,
 
     Args:
         annotations: The file.
-        media_dir: The folder of clips, `video0.mp4` and so on.
+        media_dir: The folder of videos, `video0.mp4` and so on.
         split: "train", "validate" or "test".
 
     Raises:
         ValueError: If a file is missing or not in this format, or there is no such split.
     """
-    clips = _clips(media_dir)
+    videos = _videos(media_dir)
     with _published("annotations", annotations, "videodatainfo file of MSR-VTT") as data:
         captions = defaultdict(list)
         for sentence in data["sentences"]:
             captions[sentence["video_id"]].append(sentence["caption"])
         _check_split(split, {video["split"] for video in data["videos"]}, annotations)
         names = [video["video_id"] for video in data["videos"] if video["split"] == split]
-        return [{"id": name, "video": _clip(clips, name, media_dir), "captions": captions[name]} for name in names]
+        return [{"id": name, "video": _video(videos, name, media_dir), "captions": captions[name]} for name in names]
 
 
 def msvd_rows(annotations: str, media_dir: str, split_file: str | None) -> list[dict[str, Any]]:
@@ -142,14 +142,14 @@ def msvd_rows(annotations: str, media_dir: str, split_file: str | None) -> list[
 
     Args:
         annotations: The file.
-        media_dir: The folder of clips, `-4wsuPCjDBc_5_15.avi` and so on.
-        split_file: The clips to take, as the first word of each line. None for all that have a caption, which the
+        media_dir: The folder of videos, `-4wsuPCjDBc_5_15.avi` and so on.
+        split_file: The videos to take, as the first word of each line. None for all that have a caption, which the
             files tell no splits of.
 
     Raises:
-        ValueError: If a file is missing or not in this format, or has no caption of a clip.
+        ValueError: If a file is missing or not in this format, or has no caption of a video.
     """
-    clips = _clips(media_dir)
+    videos = _videos(media_dir)
     captions = defaultdict(list)
     for name, caption in _msvd_captions(annotations):
         captions[name].append(caption)
@@ -159,7 +159,7 @@ def msvd_rows(annotations: str, media_dir: str, split_file: str | None) -> list[
     for name in names:
         if name not in captions:
             raise ValueError(f"`split_file`: {split_file} names {name!r}, of which {annotations} has no caption.")
-    return [{"id": name, "video": _clip(clips, name, media_dir), "captions": captions[name]} for name in names]
+    return [{"id": name, "video": _video(videos, name, media_dir), "captions": captions[name]} for name in names]
 
 
 def _msvd_captions(path: str) -> list[tuple[str, str]]:
@@ -176,7 +176,7 @@ def _msvd_captions(path: str) -> list[tuple[str, str]]:
     pairs = [line.strip().partition(" ") for line in text.split("\n") if line.strip() and not line.startswith("#")]
     if not pairs or not all(re.search(r"_\d+_\d+$", name) and caption for name, _, caption in pairs):
         raise ValueError(
-            f"`annotations`: {path} is no list of MSVD's clips and captions, 'VIDEO_START_END a caption'."
+            f"`annotations`: {path} is no list of MSVD's videos and captions, 'VIDEO_START_END a caption'."
         )
     return [(name, caption) for name, _, caption in pairs]
 
@@ -187,7 +187,7 @@ def vqa_rows(questions: str, annotations: str | None, media_dir: str) -> list[di
     Args:
         questions: E.g. `v2_OpenEnded_mscoco_val2014_questions.json`.
         annotations: E.g. `v2_mscoco_val2014_annotations.json`; None for a test split.
-        media_dir: The folder of COCO's pictures; they may lie in `val2014` or the like below it.
+        media_dir: The folder of COCO's images; they may lie in `val2014` or the like below it.
 
     Raises:
         ValueError: If a file is missing or not in this format, or a question has no annotation.
@@ -212,7 +212,7 @@ def vqa_rows(questions: str, annotations: str | None, media_dir: str) -> list[di
                     f"{questions}."
                 )
             name = f"COCO_{subtype}_{question['image_id']:012d}.jpg"
-            row = {"id": question["question_id"], "image": _picture(media_dir, name, subtype)}
+            row = {"id": question["question_id"], "image": _image(media_dir, name, subtype)}
             row["question"] = question["question"]
             rows.append(row | annotated.get(question["question_id"], {"answers": []}))
         return rows
@@ -223,7 +223,7 @@ def gqa_rows(questions: str, media_dir: str) -> list[dict[str, Any]]:
 
     Args:
         questions: The file.
-        media_dir: The folder of pictures, `n161313.jpg` and so on.
+        media_dir: The folder of images, `n161313.jpg` and so on.
 
     Raises:
         ValueError: If a file is missing or not in this format.
@@ -231,7 +231,7 @@ def gqa_rows(questions: str, media_dir: str) -> list[dict[str, Any]]:
     with _published("questions", questions, "file of GQA's questions") as data:
         rows = []
         for name, question in data.items():
-            row = {"id": name, "image": _picture(media_dir, f"{question['imageId']}.jpg", "images")}
+            row = {"id": name, "image": _image(media_dir, f"{question['imageId']}.jpg", "images")}
             row |= {"question": question["question"], "answers": []}
             if "answer" in question:
                 structure = question["types"]["structural"]
@@ -253,7 +253,7 @@ def clean_question(question: str, max_words: int = 50) -> str:
 
 def _check_folder(media_dir: str | None) -> None:
     if not media_dir:
-        raise ValueError("`media_dir` is needed: the folder of the benchmark's pictures or clips.")
+        raise ValueError("`media_dir` is needed: the folder of the benchmark's images or videos.")
     if not Path(media_dir).is_dir():
         raise ValueError(f"`media_dir`: {media_dir} is no folder.")
 
@@ -298,8 +298,8 @@ def _check_split(split: str, splits: set[str], path: str) -> None:
         raise ValueError(f"`test_split` is {split!r}, but {path} has {sorted(splits)}.")
 
 
-def _picture(media_dir: str, name: str, subfolder: str | None = None) -> str:
-    """Path of a picture, which lies in `media_dir` or in a folder of it."""
+def _image(media_dir: str, name: str, subfolder: str | None = None) -> str:
+    """Path of an image, which lies in `media_dir` or in a folder of it."""
     candidates = [Path(media_dir, name), *([Path(media_dir, subfolder, name)] if subfolder else [])]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
@@ -307,12 +307,12 @@ def _picture(media_dir: str, name: str, subfolder: str | None = None) -> str:
     return str(found)
 
 
-def _clips(media_dir: str) -> dict[str, str]:
-    """Paths of a folder's clips by name without suffix."""
-    return {path.stem: str(path) for path in Path(media_dir).iterdir() if path.suffix.lower() in CLIP_SUFFIXES}
+def _videos(media_dir: str) -> dict[str, str]:
+    """Paths of a folder's videos by name without suffix."""
+    return {path.stem: str(path) for path in Path(media_dir).iterdir() if path.suffix.lower() in VIDEO_SUFFIXES}
 
 
-def _clip(clips: dict[str, str], name: str, media_dir: str) -> str:
-    if name not in clips:
-        raise ValueError(f"`media_dir`: {media_dir} holds no clip {name} ({', '.join(CLIP_SUFFIXES)}).")
-    return clips[name]
+def _video(videos: dict[str, str], name: str, media_dir: str) -> str:
+    if name not in videos:
+        raise ValueError(f"`media_dir`: {media_dir} holds no video {name} ({', '.join(VIDEO_SUFFIXES)}).")
+    return videos[name]

@@ -22,7 +22,7 @@ _TEMPLATE = """\
 
 {{ summary }}
 {% if sheet %}
-![Held-out pictures and what the model says about them](captions.png)
+![Held-out images and what the model says about them](captions.png)
 {% endif %}
 ## How to use
 
@@ -42,7 +42,7 @@ from transformers import AutoModel, AutoProcessor
 
 model = AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{{ repo_id }}", trust_remote_code=True)
-inputs = processor(images="picture.png", text="")
+inputs = processor(images="image.png", text="")
 words = model.generate(**inputs, max_new_tokens=30)
 processor.batch_decode(words[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 ```
@@ -141,7 +141,7 @@ def model_card(
         repo_id=repo_id,
         summary=_summary(config, task, adapter_of),
         task=task,
-        file="clip.mp4" if config.temporal_contextualizer else "picture.png",
+        file="video.mp4" if config.temporal_contextualizer else "image.png",
         sheet=has_sheet,
         parts=_parts(config, trained_parameters),
         training=_training(datasets),
@@ -186,8 +186,8 @@ def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
 
 
 def _summary(config: EVLGenConfig, task: str, adapter_of: str | None) -> str:
-    seen = "clips and pictures" if task == "video-to-text" else "pictures"
-    tokens = f"{config.num_vision_tokens} tokens of a picture become {config.num_image_tokens}"
+    seen = "videos and images" if task == "video-to-text" else "images"
+    tokens = f"{config.num_vision_tokens} tokens of an image become {config.num_image_tokens}"
     adapter = f" It is a LoRA adapter for [{adapter_of}](https://huggingface.co/{adapter_of})." if adapter_of else ""
     vision, text = (_how(config, argument) for argument in TOWERS)
     return (
@@ -247,10 +247,10 @@ _DECODING = ("num_beams", "min_new_tokens", "max_new_tokens", "length_penalty", 
 
 
 def _limits(config: EVLGenConfig) -> str:
-    order = "- The order of a clip's frames is not seen.\n" if config.temporal_contextualizer else ""
+    order = "- The order of a video's frames is not seen.\n" if config.temporal_contextualizer else ""
     return (
-        "- It says what its training captions say; pictures unlike those get wrong captions, fluently.\n"
-        f"- A picture is {config.num_image_tokens} tokens: small print and many small things are lost.\n"
+        "- It says what its training captions say; images unlike those get wrong captions, fluently.\n"
+        f"- An image is {config.num_image_tokens} tokens: small print and many small things are lost.\n"
         f"{order}"
         "- Biases and errors of the base models are its own."
     )

@@ -71,9 +71,7 @@ def load_reward(dataset: Dataset, arguments: DataArguments) -> CiderDReward:
         ValueError: If there are fewer than two rows, of which all frequencies would be alike.
     """
     if len(dataset) < 2:
-        raise ValueError(
-            f"CIDEr needs the captions of at least 2 pictures, but the training split has {len(dataset)}."
-        )
+        raise ValueError(f"CIDEr needs the captions of at least 2 images, but the training split has {len(dataset)}.")
     name = f"{dataset._fingerprint}-{arguments.caption_column}-ptb.json"
     path = Path(constants.HF_HOME) / "evlgen_cider" / name
     try:
@@ -89,7 +87,7 @@ def load_reward(dataset: Dataset, arguments: DataArguments) -> CiderDReward:
 def count_ngrams(rows: Any, arguments: DataArguments) -> Counter:
     """In how many rows' captions each n-gram is."""
     counted: Counter = Counter()
-    for row in tqdm(rows, desc="Document frequencies", unit="picture"):
+    for row in tqdm(rows, desc="Document frequencies", unit="image"):
         captions = (precook(tokenize_caption(caption)) for caption in true_captions(row, arguments))
         counted.update({ngram for counts in captions for ngram in counts})
     return counted

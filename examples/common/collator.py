@@ -1,4 +1,4 @@
-"""Batches of model inputs, made of rows of pictures, clips or cached vision features, and captions."""
+"""Batches of model inputs, made of rows of images, videos or cached vision features, and captions."""
 
 import random
 import zlib
@@ -19,13 +19,13 @@ from processing_evlgen import EVLGenProcessor
 
 
 class CaptionCollator:
-    """Makes a batch of model inputs from rows of pictures, clips or cached vision features, and captions.
+    """Makes a batch of model inputs from rows of images, videos or cached vision features, and captions.
 
     Args:
         processor ([`EVLGenProcessor`]): Prepares the inputs.
         arguments (`DataArguments`): Columns, prompt and augmentation.
         training (`bool`):
-            Whether to augment pictures, to draw a clip's frames from its halves rather than at equal distances, and to
+            Whether to augment images, to draw a video's frames from its halves rather than at equal distances, and to
             draw one of several captions rather than take the first.
         seed (`int`, *optional*, defaults to 0): Of these draws.
     """
@@ -45,24 +45,24 @@ class CaptionCollator:
         Raises:
             ValueError: If a row is bad, unless bad rows are to be skipped; then, if none is left.
         """
-        rows, pictures = self._pictures(rows)
+        rows, images = self._images(rows)
         try:
-            return self._inputs(rows, pictures)
+            return self._inputs(rows, images)
         except ValueError:  # a text that is too long, say; the message tells its place in the batch alone
-            good = [index for index, row in enumerate(rows) if self._fits(row, _select(pictures, [index]))]
+            good = [index for index, row in enumerate(rows) if self._fits(row, _select(images, [index]))]
             if len(good) in (0, len(rows)):
                 raise
-        return self._inputs([rows[index] for index in good], _select(pictures, good))
+        return self._inputs([rows[index] for index in good], _select(images, good))
 
-    def _inputs(self, rows: list[dict[str, Any]], pictures: dict[str, Any]) -> BatchFeature:
+    def _inputs(self, rows: list[dict[str, Any]], images: dict[str, Any]) -> BatchFeature:
         if self.arguments.messages_column:
-            return self.processor(**pictures, messages=[row[self.arguments.messages_column] for row in rows])
-        return self.processor(**pictures, text=self._text(rows), suffix=[self._caption(row) for row in rows])
+            return self.processor(**images, messages=[row[self.arguments.messages_column] for row in rows])
+        return self.processor(**images, text=self._text(rows), suffix=[self._caption(row) for row in rows])
 
-    def _fits(self, row: dict[str, Any], picture: dict[str, Any]) -> bool:
+    def _fits(self, row: dict[str, Any], image: dict[str, Any]) -> bool:
         """Whether inputs can be made of a row; if not, it is a bad one."""
         try:
-            self._inputs([row], picture)
+            self._inputs([row], image)
         except ValueError as error:
             bad_rows: list[dict[str, Any]] = []
             refuse_row(row, self.arguments, error, bad_rows)
@@ -72,8 +72,8 @@ class CaptionCollator:
 
     def prompts(self, rows: list[dict[str, Any]]) -> BatchFeature:
         """Inputs for generation: the same without the captions."""
-        rows, pictures = self._pictures(rows)
-        return self.processor(**pictures, text=self._text(rows))
+        rows, images = self._images(rows)
+        return self.processor(**images, text=self._text(rows))
 
     def _text(self, rows: list[dict[str, Any]]) -> str | list[str]:
         if self.arguments.messages_column:
@@ -84,34 +84,34 @@ class CaptionCollator:
             return prompt
         return [prompt.replace("{}", row[column]) if prompt else row[column] for row in rows]
 
-    def _pictures(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def _images(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if "vision_features" in rows[0]:
             features = [row["vision_features"] for row in rows]  # (views, tokens, dim) each, on disk
             view = self.epoch % len(features[0])
             return rows, {"vision_features": torch.from_numpy(np.stack([one[view] for one in features])).float()}
         read = [(row, self.read(row)) for row in rows]
-        read = [(row, picture) for row, picture in read if picture is not None]
+        read = [(row, image) for row, image in read if image is not None]
         if not read:
             raise ValueError(f"None of the {len(rows)} rows of a batch can be used; in a larger batch some can.")
-        rows, pictures = zip(*read, strict=True)
+        rows, images = zip(*read, strict=True)
         if self.arguments.video_column:
-            return list(rows), {"videos": list(pictures), "num_frames": self.arguments.num_frames}
+            return list(rows), {"videos": list(images), "num_frames": self.arguments.num_frames}
         if self.arguments.messages_column:  # each with its own
-            pictures = [picture if isinstance(picture, list) else [picture] for picture in pictures]
-        return list(rows), {"images": list(pictures)}
+            images = [image if isinstance(image, list) else [image] for image in images]
+        return list(rows), {"images": list(images)}
 
     def read(self, row: dict[str, Any]) -> PILImage.Image | list[PILImage.Image] | None:
-        """A row's picture or clip as the model is to see it in this epoch; None if it is bad and to be skipped."""
+        """A row's image or video as the model is to see it in this epoch; None if it is bad and to be skipped."""
         bad_rows: list[dict[str, Any]] = []
         with self._chance(row, row):
-            picture = read_row(row, self.arguments, "headtail" if self.training else "uniform", bad_rows)
+            image = read_row(row, self.arguments, "headtail" if self.training else "uniform", bad_rows)
             self.bad_rows += [{"epoch": self._epoch(row), **bad} for bad in bad_rows]
-            # A clip's frames are augmented in one call, hence alike.
-            return picture if picture is None or self.augment is None else self.augment(picture)
+            # A video's frames are augmented in one call, hence alike.
+            return image if image is None or self.augment is None else self.augment(image)
 
     def _caption(self, row: dict[str, Any]) -> str:
         captions = true_captions(row, self.arguments)
-        with self._chance(row, captions):  # not of the picture, which cached features do without
+        with self._chance(row, captions):  # not of the image, which cached features do without
             return random.choice(captions) if self.training else captions[0]
 
     def _epoch(self, row: dict[str, Any]) -> int:
@@ -134,13 +134,13 @@ class CaptionCollator:
                 random.setstate(state)
 
 
-def _select(pictures: dict[str, Any], indices: list[int]) -> dict[str, Any]:
-    """The pictures, clips or vision features of some rows."""
+def _select(images: dict[str, Any], indices: list[int]) -> dict[str, Any]:
+    """The images, videos or vision features of some rows."""
     return {
         name: value[indices] if torch.is_tensor(value) else [value[index] for index in indices]
-        for name, value in pictures.items()
+        for name, value in images.items()
         if name != "num_frames"
-    } | {name: value for name, value in pictures.items() if name == "num_frames"}
+    } | {name: value for name, value in images.items() if name == "num_frames"}
 
 
 class SetEpoch(TrainerCallback):

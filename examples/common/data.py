@@ -1,4 +1,4 @@
-"""Pictures with captions, from the demo, a folder, files or the Hub."""
+"""Images with captions, from the demo, a folder, files or the Hub."""
 
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +46,7 @@ WebDataset.DECODERS.update({suffix: _or_none(decode) for suffix, decode in WebDa
 
 
 def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | CaptionStream, Dataset | None]:
-    """Loads the training and the held-out split. Pictures stay encoded until a batch is made of them.
+    """Loads the training and the held-out split. Images stay encoded until a batch is made of them.
 
     A mixture of map-style data sets has every row of each at least once in an epoch: it ends with the data set that
     is the largest for its weight, and takes rows of the others repeatedly. A stream does not end.
@@ -74,7 +74,7 @@ def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | Captio
             "or `horizontal_flip`."
         )
     if arguments.cache_features and arguments.video_column:
-        raise ValueError("`cache_features` keeps views of a picture, so it cannot be set for clips.")
+        raise ValueError("`cache_features` keeps views of an image, so it cannot be set for videos.")
     if arguments.streaming and arguments.test_split and arguments.max_test_samples is None:
         raise ValueError("`streaming` needs `max_test_samples`, or an empty `test_split`.")
     if not arguments.dataset and not arguments.mixture:
@@ -94,7 +94,7 @@ def load_captions(arguments: DataArguments, seed: int) -> tuple[Dataset | Captio
 
 
 def load_held_out(arguments: DataArguments) -> Dataset:
-    """Loads the held-out split alone, with all its rows. Pictures stay encoded until a batch is made of them.
+    """Loads the held-out split alone, with all its rows. Images stay encoded until a batch is made of them.
 
     Args:
         arguments: Which data set, split and columns.
@@ -157,7 +157,7 @@ def _load_splits(arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
 def _take(splits: Any, argument: str, arguments: DataArguments, limit: int | None) -> Dataset | IterableDataset:
     name = getattr(arguments, argument)
     if name not in splits:
-        hint = "" if argument == "train_split" else '; --test_split "" trains without held-out pictures'
+        hint = "" if argument == "train_split" else '; --test_split "" trains without held-out images'
         raise ValueError(f"`{argument}` is {name!r}, but the data set has {sorted(splits)}{hint}.")
     dataset = splits[name]
     columns = dataset.column_names or list(next(iter(dataset)))  # a stream may not know its columns
@@ -191,20 +191,20 @@ def read_row(
     frame_sampling: str = "uniform",
     bad_rows: list[dict[str, Any]] | None = None,
 ) -> PILImage.Image | list[PILImage.Image] | None:
-    """Opens the picture or the clip of a row, and sees that it has a caption.
+    """Opens the image or the video of a row, and sees that it has a caption.
 
     Args:
         row: A row of a data set.
         arguments: Names the columns, and says what to do with bad rows.
-        frame_sampling: How to choose a clip's frames, see [`sample_frames`].
+        frame_sampling: How to choose a video's frames, see [`sample_frames`].
         bad_rows: Where a row that is skipped is put down, if anywhere.
 
     Returns:
-        The picture or pictures, or the clip's frames, in RGB; None if the row is bad and to be skipped, which is
+        The image or images, or the video's frames, in RGB; None if the row is bad and to be skipped, which is
         logged.
 
     Raises:
-        ValueError: If the picture cannot be read or there is no caption, and bad rows are not to be skipped.
+        ValueError: If the image cannot be read or there is no caption, and bad rows are not to be skipped.
     """
     try:
         _check_text(row, arguments)
@@ -217,23 +217,23 @@ def read_row(
 def open_media(
     row: dict[str, Any], arguments: DataArguments, frame_sampling: str = "uniform"
 ) -> PILImage.Image | list[PILImage.Image]:
-    """Opens the picture, the pictures or the clip's frames of a row, in RGB; see [`read_row`].
+    """Opens the image, the images or the video's frames of a row, in RGB; see [`read_row`].
 
     Raises:
         ValueError: If it cannot be read.
     """
     if arguments.video_column:
         return load_rgb_frames(row[arguments.video_column], arguments.num_frames, frame_sampling)
-    pictures = row[arguments.image_column]
-    return [load_rgb_image(p) for p in pictures] if isinstance(pictures, list) else load_rgb_image(pictures)
+    images = row[arguments.image_column]
+    return [load_rgb_image(p) for p in images] if isinstance(images, list) else load_rgb_image(images)
 
 
 def _check_text(row: dict[str, Any], arguments: DataArguments) -> None:
-    """Sees that there is something to say about the picture or clip, and in a conversation a place for it."""
+    """Sees that there is something to say about the image or video, and in a conversation a place for it."""
     if arguments.messages_column:
-        num_images, num_videos = (0, 1) if arguments.video_column else (count_pictures(row[arguments.image_column]), 0)
+        num_images, num_videos = (0, 1) if arguments.video_column else (count_images(row[arguments.image_column]), 0)
         if num_images == num_videos == 0:
-            raise ValueError(f"`{arguments.image_column}` holds no picture.")
+            raise ValueError(f"`{arguments.image_column}` holds no image.")
         check_conversation(row[arguments.messages_column], num_images, num_videos)
         return
     captions = row[arguments.caption_column]
@@ -243,9 +243,9 @@ def _check_text(row: dict[str, Any], arguments: DataArguments) -> None:
         raise ValueError(f"`{arguments.prompt_column}` must hold a text, but is {row[arguments.prompt_column]!r}.")
 
 
-def count_pictures(pictures: Any) -> int:
-    """How many pictures a row's cell holds: one, or a list."""
-    return len(pictures) if isinstance(pictures, list) else 1
+def count_images(images: Any) -> int:
+    """How many images a row's cell holds: one, or a list."""
+    return len(images) if isinstance(images, list) else 1
 
 
 def refuse_row(

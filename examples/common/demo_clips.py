@@ -1,4 +1,4 @@
-"""Real clips for the video demo: Microsoft's animated Fluent emoji, as npm brings them."""
+"""Real videos for the video demo: Microsoft's animated Fluent emoji, as npm brings them."""
 
 import json
 import re
@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from common.demo_towers import prepare_once
 
-EMOJI_CLIPS = "emoji-clips"
+EMOJI_VIDEOS = "emoji-videos"
 PACKAGE = "@lobehub/fluent-emoji-anim-1@1.0.0"  # MIT licence; 165 MB
 HELD_OUT_TONE = "medium-dark skin tone"
 
 
-def load_emoji_clips() -> Path:
+def load_emoji_videos() -> Path:
     """Fetches animated emoji that come in several skin tones; one tone of each is held out.
 
     Returns:
@@ -28,7 +28,7 @@ def load_emoji_clips() -> Path:
     Raises:
         RuntimeError: If npm is not installed or cannot fetch the package.
     """
-    return prepare_once("data/emoji-clips-v1", _write)
+    return prepare_once("data/emoji-videos-v1", _write)
 
 
 def _write(folder: Path) -> None:
@@ -46,12 +46,12 @@ def _write(folder: Path) -> None:
                 for tone, path in tones.items():
                     wanted[path] = ("test" if tone == HELD_OUT_TONE else "train", caption)
         rows: dict[str, list[str]] = {"train": [], "test": []}
-        for path, (split, caption) in tqdm(sorted(wanted.items()), desc="Emoji clips", unit="clip"):
+        for path, (split, caption) in tqdm(sorted(wanted.items()), desc="Emoji videos", unit="clip"):
             target = folder / split / Path(path).name
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(tar.extractfile(path).read())
-            with Image.open(target) as clip:
-                if getattr(clip, "n_frames", 1) < 2:  # not every emoji moves
+            with Image.open(target) as video:
+                if getattr(video, "n_frames", 1) < 2:  # not every emoji moves
                     target.unlink()
                     continue
             rows[split].append(json.dumps({"file_name": target.name, "caption": caption}))

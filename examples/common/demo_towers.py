@@ -36,7 +36,7 @@ def demo_cache_dir() -> Path:
 def package_folder(package: str) -> Path:
     """Finds the folder of an installed package without importing it.
 
-    The package of the language model imports llama.cpp and the one of the pictures its own tools; only the data files
+    The package of the language model imports llama.cpp and the one of the images its own tools; only the data files
     that lie beside that code are wanted here.
 
     Args:

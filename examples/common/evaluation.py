@@ -1,4 +1,4 @@
-"""Does the model look at the picture? Held-out loss with the right pictures and with others, and what it says."""
+"""Does the model look at the image? Held-out loss with the right images and with others, and what it says."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from common.arguments import DataArguments, GenerationArguments
 from common.collator import CaptionCollator
-from common.data import count_pictures, true_captions
+from common.data import count_images, true_captions
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -39,18 +39,18 @@ def caption_loss(
     return loss / tokens
 
 
-class WrongPictures(Dataset):
-    """Every row with what another row shows, which has another caption and as many pictures; its own if none has."""
+class WrongImages(Dataset):
+    """Every row with what another row shows, which has another caption and as many images; its own if none has."""
 
     def __init__(self, dataset: Dataset, data: DataArguments):
         self.dataset = dataset
-        self.pictures = {"vision_features", data.image_column, data.video_column}
-        known = [(true_captions(row, data), count_pictures(row.get(data.image_column))) for row in dataset]
+        self.images = {"vision_features", data.image_column, data.video_column}
+        known = [(true_captions(row, data), count_images(row.get(data.image_column))) for row in dataset]
         count = len(known)
         self.donors = []
-        for index, (caption, pictures) in enumerate(known):
+        for index, (caption, images) in enumerate(known):
             others = ((index + step) % count for step in range(count // 2, count // 2 + count))
-            fitting = (other for other in others if known[other][0] != caption and known[other][1] == pictures)
+            fitting = (other for other in others if known[other][0] != caption and known[other][1] == images)
             self.donors.append(next(fitting, index))
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class WrongPictures(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         donor = self.dataset[self.donors[index]]
-        return self.dataset[index] | {name: value for name, value in donor.items() if name in self.pictures}
+        return self.dataset[index] | {name: value for name, value in donor.items() if name in self.images}
 
 
 def majority_accuracy(train: Any, test: Any, data: DataArguments) -> float:
@@ -82,7 +82,7 @@ def majority_accuracy(train: Any, test: Any, data: DataArguments) -> float:
 
 
 def _text_rows(dataset: Any, data: DataArguments) -> Any:
-    """The rows without their pictures."""
+    """The rows without their images."""
     plain = getattr(dataset, "dataset", dataset)  # of cached features
     return plain.select_columns([data.prompt_column, data.caption_column])
 
@@ -95,7 +95,7 @@ def generate_batches(
     generation: GenerationArguments,
     dtype: torch.dtype,
 ) -> Iterator[list[str]]:
-    """What the model says about the pictures or clips of each batch of prompts.
+    """What the model says about the images or videos of each batch of prompts.
 
     Args:
         model: The captioner.
@@ -132,7 +132,7 @@ def generate_captions(
     batch_size: int,
     dtype: torch.dtype,
 ) -> list[str]:
-    """What the model says about each picture, in the data set's order."""
+    """What the model says about each image, in the data set's order."""
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator.prompts)
     batches = generate_batches(model, loader, collator.processor, generation, dtype)
     return [caption for batch in tqdm(batches, "Captions", len(loader), leave=False) for caption in batch]
@@ -147,18 +147,18 @@ def evaluate_captions(
     batch_size: int,
     dtype: torch.dtype,
 ) -> tuple[dict[str, float], list[str]]:
-    """Losses with right and wrong pictures, their gap, and the share of captions that are right to the letter.
+    """Losses with right and wrong images, their gap, and the share of captions that are right to the letter.
 
     Returns:
-        The figures, and the generated captions in the data set's order. Where all pictures have the same caption, none
+        The figures, and the generated captions in the data set's order. Where all images have the same caption, none
         is the wrong one, and those figures are left out.
     """
     collator = CaptionCollator(processor, data, training=False)
     loss = caption_loss(model, dataset, collator, batch_size, dtype)
     metrics = {"test_loss": loss}
     if len({tuple(true_captions(row, data)) for row in dataset}) > 1:
-        wrong_loss = caption_loss(model, WrongPictures(dataset, data), collator, batch_size, dtype)
-        metrics |= {"test_loss_wrong_pictures": wrong_loss, "test_loss_gap": wrong_loss - loss}
+        wrong_loss = caption_loss(model, WrongImages(dataset, data), collator, batch_size, dtype)
+        metrics |= {"test_loss_wrong_images": wrong_loss, "test_loss_gap": wrong_loss - loss}
     captions = generate_captions(model, dataset, collator, generation, batch_size, dtype)
     right = sum(caption in true_captions(row, data) for caption, row in zip(captions, dataset, strict=True))
     return {**metrics, "test_exact_captions": right / len(captions)}, captions

@@ -27,10 +27,10 @@ class SoftPrompt(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(pictures, channels, height, width)`): From the image processor.
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): From the image processor.
 
         Returns:
-            `torch.Tensor` of shape `(pictures, num_image_tokens, text_hidden_size)`, as [`get_image_features`] gives
+            `torch.Tensor` of shape `(images, num_image_tokens, text_hidden_size)`, as [`get_image_features`] gives
             under `pooler_output`.
         """
         tower, temporal = self.model.vision_tower, self.model.temporal
@@ -39,20 +39,20 @@ class SoftPrompt(nn.Module):
         return self.model.project_vision_features(tokens).pooler_output
 
 
-def example_pixels(prompt: SoftPrompt, image_size: tuple[int, int], pictures: int, seed: int = 0) -> torch.Tensor:
-    """Pictures of noise, `(pictures, channels, height, width)`, float32, of which no two tokens are alike."""
+def example_pixels(prompt: SoftPrompt, image_size: tuple[int, int], images: int, seed: int = 0) -> torch.Tensor:
+    """Images of noise, `(images, channels, height, width)`, float32, of which no two tokens are alike."""
     channels = getattr(prompt.model.config.vision_config, "num_channels", 3)
-    return torch.randn(pictures, channels, *image_size, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(images, channels, *image_size, generator=torch.Generator().manual_seed(seed))
 
 
 def export_graph(prompt: SoftPrompt, image_size: tuple[int, int]) -> torch.export.ExportedProgram:
-    """The graph of a model for any number of pictures.
+    """The graph of a model for any number of images.
 
     Args:
         prompt: What to export.
-        image_size: Height and width of the pictures in pixels.
+        image_size: Height and width of the images in pixels.
     """
-    shapes = ({0: torch.export.Dim("pictures", min=1)},)
+    shapes = ({0: torch.export.Dim("images", min=1)},)
     # With gradients enabled a temporal contextualizer does not cut its batch into parts, whose number would be fixed.
     with torch.enable_grad():
         return torch.export.export(prompt, (example_pixels(prompt, image_size, 2),), dynamic_shapes=shapes)
@@ -71,5 +71,5 @@ def convert_to_onnx(program: torch.export.ExportedProgram) -> Any:
 
 
 def relative_difference(prompt: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The largest difference in each picture's soft prompt, over the largest value in it, `(pictures,)`."""
+    """The largest difference in each image's soft prompt, over the largest value in it, `(images,)`."""
     return (prompt - other).abs().amax(dim=(1, 2)) / prompt.abs().amax(dim=(1, 2))

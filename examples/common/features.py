@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 
 
 class FeatureDataset(torch.utils.data.Dataset):
-    """Rows of a data set with `vision_features` (views, tokens, dim), float16, on disk, instead of the picture."""
+    """Rows of a data set with `vision_features` (views, tokens, dim), float16, on disk, instead of the image."""
 
     def __init__(self, dataset: Dataset, path: Path, rows: list[int], image_column: str):
         self.dataset = dataset.remove_columns(image_column)
@@ -57,11 +57,11 @@ def cache_splits(
     arguments: DataArguments,
     seed: int,
 ) -> tuple[FeatureDataset, FeatureDataset | None]:
-    """Runs the vision tower over both splits; over training pictures as often as `cached_views` says.
+    """Runs the vision tower over both splits; over training images as often as `cached_views` says.
 
     Args:
         model, processor, arguments: As in [`cache_vision_features`].
-        train, test: Rows with pictures.
+        train, test: Rows with images.
         seed: Of crops and flips. The views are those of the first epochs without a cache.
     """
     views = CaptionCollator(processor, arguments, training=True, seed=seed)
@@ -84,12 +84,12 @@ def cache_vision_features(
     augmentation and data set. A run that is killed goes on where it was; a file that is damaged is computed again.
 
     Args:
-        model, processor: The model whose vision tower runs, and the processor that prepares its pictures.
-        dataset: Rows with pictures, encoded or not.
+        model, processor: The model whose vision tower runs, and the processor that prepares its images.
+        dataset: Rows with images, encoded or not.
         arguments: Names the image column and says what to do with bad rows.
-        augmenting: Gives the views of a picture, each by its `epoch`; by default there is one, the picture as it is.
+        augmenting: Gives the views of an image, each by its `epoch`; by default there is one, the image as it is.
         num_views: How many of them to keep.
-        batch_size: Pictures for each run of the tower.
+        batch_size: Images for each run of the tower.
 
     Returns:
         [`FeatureDataset`], without bad rows if those are to be skipped.
@@ -172,7 +172,7 @@ def _compute(
             message = f"{path.parent} (in $HF_HOME) has no {needed}: {error.strerror}"
             raise OSError(error.errno, message) from error
 
-    progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="picture")
+    progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="image")
     while state["done"] < len(dataset):
         rows = range(state["done"], min(state["done"] + batch_size, len(dataset)))
         for view in range(num_views):
@@ -196,7 +196,7 @@ def _compute(
 def _run_tower(
     model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, images: list[PILImage.Image]
 ) -> np.ndarray:
-    """Features of pictures, float16, `(pictures, tokens, dim)`."""
+    """Features of images, float16, `(images, tokens, dim)`."""
     pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     features = model.get_vision_features(pixel_values.to(model.vision_tower.device)).half().cpu()
     if not features.isfinite().all():
@@ -218,7 +218,7 @@ def _key(
     digest.update(hash_weights(model.vision_tower.state_dict()).encode())
     digest.update(dataset._fingerprint.encode())
     column = views.arguments.image_column
-    if dataset.features[column] == Value("string"):  # paths, whose pictures the fingerprint does not tell
+    if dataset.features[column] == Value("string"):  # paths, whose images the fingerprint does not tell
         for file in filter(os.path.isfile, dataset[column]):
             status = os.stat(file)
             digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())

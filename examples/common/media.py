@@ -1,6 +1,6 @@
-"""Pictures or clips in folders, WebDataset shards and Parquet files: listed once, and each read when its turn comes.
+"""Images or videos in folders, WebDataset shards and Parquet files: listed once, and each read when its turn comes.
 
-An item is a row of [`ITEM`]: where a picture or clip is, not the picture itself. Shards are listed by their headers
+An item is a row of [`ITEM`]: where an image or video is, not the image itself. Shards are listed by their headers
 alone, and a list on disk is as good as one in memory (`datasets` maps it), so there may be any number of them.
 """
 
@@ -39,13 +39,13 @@ ITEM = pa.schema(
 
 
 def list_items(inputs: list[str], media: Media, column: str, left_out: Counter) -> Iterator[dict[str, Any]]:
-    """Finds the pictures or clips in folders and shards.
+    """Finds the images or videos in folders and shards.
 
     Args:
         inputs: Folders, in which everything below is looked at, in the order of its names; shards; single files.
         media: What to look for, by the suffix of the name. In a `.tar`, every member of such a name is an item; in a
             `.parquet`, every row is.
-        column: The column of a `.parquet`: of `datasets`' pictures or clips, bytes, paths or URLs.
+        column: The column of a `.parquet`: of `datasets`' images or videos, bytes, paths or URLs.
         left_out: Counts the other files in folders, by their suffix.
 
     Yields:
@@ -125,7 +125,7 @@ def _parquet_items(path: str, column: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"`column` is {column!r}, but {path} has {schema.names}.")
     kind = schema.field(column).type
     if kind not in (pa.binary(), pa.large_binary(), pa.string(), pa.large_string()) and not pa.types.is_struct(kind):
-        raise ValueError(f"`column` {column!r} of {path} must hold bytes, paths or `datasets`' pictures, not {kind}.")
+        raise ValueError(f"`column` {column!r} of {path} must hold bytes, paths or `datasets`' images, not {kind}.")
     index = 0
     for group, size in enumerate(sizes):
         for row in range(size):
@@ -134,16 +134,16 @@ def _parquet_items(path: str, column: str) -> Iterator[dict[str, Any]]:
 
 
 def read_item(item: dict[str, Any], media: Media, column: str, num_frames: int) -> Image.Image | list[Image.Image]:
-    """Reads an item's picture, or the frames of its clip, in RGB.
+    """Reads an item's image, or the frames of its video, in RGB.
 
     Args:
         item: A row of [`ITEM`].
         media, column: As in [`list_items`].
-        num_frames: Frames to take of a clip.
+        num_frames: Frames to take of a video.
 
     Raises:
         ValueError: If it cannot be read; the message names it.
-        ImportError: If a clip needs PyAV, which is not installed.
+        ImportError: If a video needs PyAV, which is not installed.
     """
     if item["error"] is not None:
         raise ValueError(item["error"])
@@ -172,7 +172,7 @@ def _source(item: dict[str, Any], column: str) -> Any:
         return {"bytes": value, "path": item["file"]}
     if isinstance(value, str) or (isinstance(value, dict) and (value.get("bytes") or value.get("path"))):
         return value
-    raise ValueError(f"`column` must hold a picture or a clip, but holds {str(value)[:80]}.")
+    raise ValueError(f"`column` must hold an image or a video, but holds {str(value)[:80]}.")
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""Which patches became which token of the soft prompt, drawn over a picture or over the frames of a clip."""
+"""Which patches became which token of the soft prompt, drawn over an image or over the frames of a video."""
 
 import colorsys
 import math
@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.tomeformer import TomeFormerLayer
 
-SIDE = 448  # pixels that a picture is drawn with
-TINT = 0.6  # how much of a token's colour covers the picture
+SIDE = 448  # pixels that an image is drawn with
+TINT = 0.6  # how much of a token's colour covers the image
 
 
 @contextmanager
@@ -87,24 +87,24 @@ def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
 
 
 def patch_groups(model: EVLGenForConditionalGeneration, layers: list[torch.Tensor], row: int = 0) -> list[np.ndarray]:
-    """For each layer `(side, side)`, the token that each patch of one picture or clip is part of.
+    """For each layer `(side, side)`, the token that each patch of one image or video is part of.
 
     Args:
         model ([`EVLGenForConditionalGeneration`]): The model.
         layers: What [`merged_tokens`] gives.
-        row: Which picture or clip of the batch.
+        row: Which image or video of the batch.
     """
     prefix, side = patch_grid(model)
     return [index[row, prefix:].reshape(side, side).cpu().numpy() for index in layers]
 
 
 def token_counts(layers: list[torch.Tensor], row: int = 0) -> list[int]:
-    """How many tokens each layer leaves of one picture or clip, class and register tokens among them."""
+    """How many tokens each layer leaves of one image or video, class and register tokens among them."""
     return [int(index[row].max()) + 1 for index in layers]
 
 
 def resize_to_side(image: Image.Image) -> Image.Image:
-    """The picture as it is drawn, and as the model sees it: SIDE x SIDE pixels, without a crop."""
+    """The image as it is drawn, and as the model sees it: SIDE x SIDE pixels, without a crop."""
     return image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
@@ -115,7 +115,7 @@ def draw_groups(image: Image.Image, groups: np.ndarray) -> Image.Image:
     token keeps the colour of its first patch from layer to layer, and so do those it is merged with.
 
     Args:
-        image: The picture, SIDE x SIDE pixels.
+        image: The image, SIDE x SIDE pixels.
         groups: `(side, side)`, the token that each patch is part of.
 
     Returns:

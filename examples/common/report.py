@@ -1,4 +1,4 @@
-"""Pictures of a training run: its loss curve, and held-out pictures with what the model says about them."""
+"""Images of a training run: its loss curve, and held-out images with what the model says about them."""
 
 import textwrap
 from pathlib import Path
@@ -42,10 +42,10 @@ def draw_loss_curve(log_history: list[dict[str, float]], path: str | Path) -> No
 
 
 def draw_contact_sheet(dataset: Dataset, captions: list[str], arguments: DataArguments, path: str | Path) -> None:
-    """Draws the first 16 pictures, with the generated caption below: green where it is a true one, else red with it.
+    """Draws the first 16 images, with the generated caption below: green where it is a true one, else red with it.
 
     Args:
-        dataset: Rows of pictures and true captions.
+        dataset: Rows of images and true captions.
         captions: The generated captions, in the same order.
         arguments: Names the columns.
         path: The PNG file to write.
@@ -65,17 +65,17 @@ def draw_contact_sheet(dataset: Dataset, captions: list[str], arguments: DataArg
         text = caption if right else f"{caption}\n(true: {references[0]})"
         wrapped = "\n".join(textwrap.fill(line, 30) for line in text.splitlines())
         panel.set_title(wrapped, fontsize=8.5, color=RIGHT if right else WRONG, y=-0.02, va="top", parse_math=False)
-    if arguments.dataset in DEMO_CREDITS:  # the picture travels: into model cards, for one
+    if arguments.dataset in DEMO_CREDITS:  # the image travels: into model cards, for one
         figure.supxlabel(DEMO_CREDITS[arguments.dataset], fontsize=7, color="gray")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def _thumbnail(row: dict[str, Any], arguments: DataArguments) -> Image.Image | np.ndarray:
-    """The picture; or a clip's frames, two in a row."""
+    """The image; or a video's frames, two in a row."""
     if not arguments.video_column:
-        pictures = row[arguments.image_column]
-        return load_rgb_image(pictures[0] if isinstance(pictures, list) else pictures)
+        images = row[arguments.image_column]
+        return load_rgb_image(images[0] if isinstance(images, list) else images)
     frames = [np.asarray(frame) for frame in load_rgb_frames(row[arguments.video_column], 4)]
     frames = [*frames, *frames, *frames, *frames][:4]
     return np.concatenate([np.concatenate(frames[:2], axis=1), np.concatenate(frames[2:], axis=1)])

@@ -17,26 +17,26 @@ class SCSTCollator(CaptionCollator):
     """Prompts without captions, and the true captions as lists of strings under `references`."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
-        rows, pictures = self._pictures(rows)
-        batch = self.processor(**pictures, text=self._text(rows))
+        rows, images = self._images(rows)
+        batch = self.processor(**images, text=self._text(rows))
         batch["references"] = [true_captions(row, self.arguments) for row in rows]
         return batch
 
 
 def self_critical_advantage(rewards: torch.Tensor) -> torch.Tensor:
-    """Reward of each sample over the mean reward of the other samples for the same picture.
+    """Reward of each sample over the mean reward of the other samples for the same image.
 
     Source: Luo, "A Better Variant of Self-Critical Sequence Training", arXiv 2003.09971; as leave-one-out REINFORCE.
 
     Args:
-        rewards (`torch.Tensor` of shape `(pictures, samples)`): At least 2 samples.
+        rewards (`torch.Tensor` of shape `(images, samples)`): At least 2 samples.
 
     Returns:
-        `torch.Tensor` of the same shape; the mean over a picture's samples is 0.
+        `torch.Tensor` of the same shape; the mean over an image's samples is 0.
     """
     samples = rewards.shape[1]
     if samples < 2:
-        raise ValueError(f"`rewards` must hold at least 2 samples for each picture, but holds {samples}.")
+        raise ValueError(f"`rewards` must hold at least 2 samples for each image, but holds {samples}.")
     return (rewards - rewards.mean(dim=1, keepdim=True)) * samples / (samples - 1)
 
 
@@ -63,10 +63,10 @@ class SCSTTrainer(EVLGenTrainer):
 
     Args:
         reward ([`CiderDReward`]): Scores captions.
-        num_samples (`int`): Captions sampled for each picture.
+        num_samples (`int`): Captions sampled for each image.
         greedy_baseline (`bool`):
             Whether the baseline is the greedy caption's reward (Rennie et al., CVPR 2017), rather than the mean reward
-            of the picture's other samples.
+            of the image's other samples.
         max_new_tokens (`int`): Longest sample.
 
     Raises:
@@ -104,7 +104,7 @@ class SCSTTrainer(EVLGenTrainer):
         sampled = self._generate(
             evlgen, inputs, encoded, do_sample=True, top_k=0, num_return_sequences=self.num_samples
         )
-        rewards = self._rewards(sampled, references, self.num_samples)  # (pictures, samples)
+        rewards = self._rewards(sampled, references, self.num_samples)  # (images, samples)
         if self.greedy_baseline:
             greedy = self._generate(evlgen, inputs, encoded, do_sample=False)
             advantage = rewards - self._rewards(greedy, references, 1)
@@ -120,7 +120,7 @@ class SCSTTrainer(EVLGenTrainer):
         return -(advantage.flatten() * log_probabilities).mean()
 
     def _encode(self, evlgen: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, EVLGenImageOutput]:
-        """Soft prompts, with gradient, once for all samples of a picture."""
+        """Soft prompts, with gradient, once for all samples of an image."""
         if "pixel_values_videos" in inputs:
             videos, mask = inputs.pop("pixel_values_videos"), inputs.pop("frame_mask", None)
             return {"video": evlgen.get_video_features(videos, mask, return_dict=True)}
@@ -132,7 +132,7 @@ class SCSTTrainer(EVLGenTrainer):
     def _generate(
         self, evlgen: torch.nn.Module, inputs: dict[str, Any], encoded: dict[str, EVLGenImageOutput], **settings: Any
     ) -> torch.Tensor:
-        """New tokens, `(pictures * samples, tokens)`."""
+        """New tokens, `(images * samples, tokens)`."""
         fixed = {
             kind: EVLGenImageOutput(pooler_output=output.pooler_output.detach()) for kind, output in encoded.items()
         }
@@ -164,7 +164,7 @@ class SCSTTrainer(EVLGenTrainer):
         encoded: dict[str, EVLGenImageOutput],
         sampled: torch.Tensor,
     ) -> torch.Tensor:
-        """Log-probability of each sample, `(pictures * samples,)`, with gradient."""
+        """Log-probability of each sample, `(images * samples,)`, with gradient."""
         repeats = len(sampled) // len(inputs["input_ids"])
         prompt_ids = inputs["input_ids"].repeat_interleave(repeats, dim=0)
         prompt_mask = inputs["attention_mask"].repeat_interleave(repeats, dim=0)

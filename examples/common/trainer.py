@@ -1,4 +1,4 @@
-"""transformers' Trainer, with the paper's weight decay, a collator of its own for held-out pictures, and streams."""
+"""transformers' Trainer, with the paper's weight decay, a collator of its own for held-out images, and streams."""
 
 import json
 from contextlib import AbstractContextManager

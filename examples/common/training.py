@@ -37,7 +37,7 @@ def train_and_report(
     processor: EVLGenProcessor,
     train: Any,
     test: Any | None,
-    pictures: Dataset | None,
+    images: Dataset | None,
     data: DataArguments,
     generation: GenerationArguments,
     training: TrainingSettings,
@@ -49,8 +49,8 @@ def train_and_report(
 
     Args:
         model, processor: What to train, and what prepares its inputs.
-        train, test: Rows of pictures, clips or vision features, with captions.
-        pictures: The held-out rows with the pictures or clips themselves, for the contact sheet.
+        train, test: Rows of images, videos or vision features, with captions.
+        images: The held-out rows with the images or videos themselves, for the contact sheet.
         data, generation, training: The scripts' arguments.
         collator_class: What makes the training batches.
         trainer_class, trainer_arguments: What trains, and its arguments beyond the usual ones.
@@ -108,7 +108,7 @@ def train_and_report(
             )
             if data.prompt_column and isinstance(train, Sized):
                 metrics["test_majority_per_question"] = majority_accuracy(train, test, data)
-            draw_contact_sheet(pictures, captions, data, output / "captions.png")
+            draw_contact_sheet(images, captions, data, output / "captions.png")
             (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(_summary(output, metrics, data))
     return metrics
@@ -138,9 +138,9 @@ def _read_state(checkpoint: str | None) -> TrainerState:
 
 
 def _summary(output: Path, metrics: dict[str, float], data: DataArguments) -> str:
-    task, verb, file = "image-to-text", "Caption", "picture.png"
+    task, verb, file = "image-to-text", "Caption", "image.png"
     if data.video_column:
-        task, file = "video-to-text", "clip.mp4"
+        task, file = "video-to-text", "video.mp4"
     arguments = f'"{file}"'
     if data.prompt:
         verb = "Ask about" if data.prompt_column else "Caption"

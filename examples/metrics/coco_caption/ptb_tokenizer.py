@@ -16,7 +16,7 @@ expressions, what `PTBLexer.flex` (edu/stanford/nlp/process, CoreNLP 3.4.1) was 
 Known differences, none of which was met in captions:
 
 - A line break within a caption (`\r`, `\v`, `\f`, U+2028, U+2029) is a space here. There it is a line, so that all
-  captions after it go to the wrong pictures.
+  captions after it go to the wrong images.
 - Java reads the captions in the encoding of the locale; this is what it gives for UTF-8.
 - Letters that Unicode has had only since version 6 are words here and dropped there, and so are some combining marks
   of Indic scripts.

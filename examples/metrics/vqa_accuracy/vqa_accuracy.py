@@ -1,4 +1,4 @@
-"""Accuracy of short answers to questions about pictures: VQAv2's official rule, LAVIS's for OK-VQA and GQA."""
+"""Accuracy of short answers to questions about images: VQAv2's official rule, LAVIS's for OK-VQA and GQA."""
 
 from collections import defaultdict
 from statistics import fmean
@@ -19,7 +19,7 @@ _CITATION = """\
 """
 
 _DESCRIPTION = """\
-Accuracy of short answers to questions about pictures, as LAVIS computes it. VQAv2, by the official rule: an answer is
+Accuracy of short answers to questions about images, as LAVIS computes it. VQAv2, by the official rule: an answer is
 right to the degree that people gave the same one, min(1, matches / 3), averaged over leaving each person out, after
 the official normalisation. OK-VQA: the same with lemmatised predictions. GQA: exact match of the prediction,
 normalised as for VQAv2, with the one right answer.
