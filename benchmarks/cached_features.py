@@ -1,6 +1,6 @@
 """What `--cache_features true` saves of a training step, behind a ViT-S/16 with random weights.
 
-    python benchmarks/cached_features.py
+    python -m benchmarks.cached_features
 
 The demo's data, connector, language model and recipe, batches of 16, towers in float32 or `--dtype bfloat16`. A step
 from images decodes and resizes them and runs the tower; a step from cached features reads those from disk. Both take
@@ -10,26 +10,22 @@ padding, the most that sorting captions by length or packing them could save.
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable
 from itertools import cycle
-from pathlib import Path
 
+import pretrain
 import torch
 from torch.utils.data import Dataset
 from transformers import CLIPImageProcessor, ViTConfig, ViTModel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-import pretrain
-
-from common.arguments import parse_arguments
-from common.collator import CaptionCollator
-from common.data import load_captions
-from common.features import cache_splits
+from common.command_line import parse_arguments
+from common.data.collator import CaptionCollator
+from common.data.feature_cache import cache_splits
+from common.data.loading import load_captions
 from common.models import build_model
-from connector import take_turns
+
+from .timing import take_turns
 
 VIT_S = ViTConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6)
 NORM = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}

@@ -1,6 +1,6 @@
 """What a run at the paper's size takes: parameters, arithmetic, hours and memory. It prints docs/paper_scale.md:
 
-    python benchmarks/paper_scale.py > docs/paper_scale.md
+    python -m benchmarks.paper_scale > docs/paper_scale.md
 
 The model is the real one, that of `EVLGenConfig()`, on tensors that have a shape, a dtype and no content. A training
 step runs through every operation of its forward and backward pass, in seconds and in no memory; the floating-point
@@ -279,7 +279,7 @@ def main() -> None:
 DOCUMENT = """\
 # A run at the paper's size
 
-*Made by `python benchmarks/paper_scale.py > docs/paper_scale.md`.* The model is that of `EVLGenConfig()` and of
+*Made by `python -m benchmarks.paper_scale > docs/paper_scale.md`.* The model is that of `EVLGenConfig()` and of
 [`opt-2.7b.yaml`](../examples/configs/opt-2.7b.yaml): EVA ViT-g, a TomeFormer of 12 layers with r = 19, OPT-2.7b. It
 takes {steps} steps of {batch} pairs from {pairs}, {passes} times through the data, on {gpus} A100-80G.
 

@@ -10,7 +10,7 @@ A Space on the Hub is the same script beside what it imports and the model; `exa
 and its `README.md`, whose first lines tell the Hub the versions of Gradio and Python and the file to start:
 
     mkdir -p my-space/outputs
-    cp -r examples/app.py examples/common examples/space/* *_evlgen my-space
+    cp -r examples/app*.py examples/common examples/space/* *_evlgen my-space
     cp -r outputs/demo my-space/outputs
     hf upload you/my-space my-space --repo-type space
 
@@ -32,12 +32,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from app_uploads import MB, read_file
 from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
+from common.evaluation.merging_overlay import (
+    draw_groups,
+    patch_grid,
+    patch_groups,
+    recorded_merging,
+    resize_to_side,
+    token_counts,
+)
 from common.models import load_captioner
-from common.overlay import draw_groups, patch_grid, patch_groups, recorded_merging, resize_to_side, token_counts
-from common.uploads import MB, read_file
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+from caption_folder_items import ITEM, list_items, read_item
 from datasets import Dataset
 from PIL import Image
 from pyarrow import parquet as pq
 from tqdm import tqdm
 from transformers import BatchFeature
 
-from common.answers import (
+from common.command_line import parse_arguments
+from common.evaluation.answers import (
     answer_pending,
     answering_settings,
     check_settings,
@@ -36,9 +38,8 @@ from common.answers import (
     read_lines,
     start_processes,
 )
-from common.arguments import AnswerArguments, GenerationArguments, parse_arguments
+from common.evaluation.evaluation_arguments import AnswerArguments, GenerationArguments
 from common.files import replacing
-from common.media import ITEM, list_items, read_item
 from processing_evlgen import EVLGenProcessor
 
 ROWS = 10_000  # that are held in memory to be written together

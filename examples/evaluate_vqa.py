@@ -30,12 +30,14 @@ from typing import Any, Literal
 import evaluate
 from datasets import Dataset
 
-from common.answers import answer_rows, start_processes
-from common.arguments import DataArguments, EvaluationArguments, GenerationArguments, parse_arguments
-from common.benchmarks import QUESTION_BENCHMARKS, clean_question, question_rows
-from common.data import load_held_out
-from common.demo_data import easy_vqa_questions
-from common.results import (
+from common.command_line import parse_arguments
+from common.data.data_arguments import DataArguments
+from common.data.loading import load_held_out
+from common.demo.scenes import easy_vqa_questions
+from common.evaluation.answers import answer_rows, start_processes
+from common.evaluation.benchmark_files import QUESTION_BENCHMARKS, clean_question, question_rows
+from common.evaluation.evaluation_arguments import EvaluationArguments, GenerationArguments
+from common.evaluation.results import (
     METRICS_FOLDER,
     check_source,
     output_folder,

@@ -24,9 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
-from common.arguments import parse_arguments
-from common.exporting import (
+from export_graph import (
     PIXELS,
     SoftPrompt,
     convert_to_onnx,
@@ -34,6 +32,8 @@ from common.exporting import (
     export_graph,
     relative_difference,
 )
+
+from common.command_line import parse_arguments
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor

@@ -18,15 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from finetune_lora import LoraArguments, add_lora, quantization_config
 from transformers import set_seed
 
-from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
-from common.data import load_captions
-from common.features import cache_splits
-from common.lora import LoraArguments, add_lora, quantization_config
+from common.command_line import parse_arguments
+from common.data.data_arguments import DataArguments
+from common.data.feature_cache import cache_splits
+from common.data.loading import load_captions
+from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
 from common.processes import use_all_cores
-from common.training import train_and_report
+from common.training.report import train_and_report
+from common.training.training_arguments import TrainingSettings
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

@@ -15,12 +15,15 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
-from common.data import load_captions
-from common.demo_videos import EMOJI_VIDEOS, load_emoji_videos
+from common.command_line import parse_arguments
+from common.data.data_arguments import DataArguments
+from common.data.loading import load_captions
+from common.demo.emoji_videos import EMOJI_VIDEOS, load_emoji_videos
+from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
 from common.processes import use_all_cores
-from common.training import train_and_report
+from common.training.report import train_and_report
+from common.training.training_arguments import TrainingSettings
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

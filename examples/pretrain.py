@@ -23,21 +23,17 @@ from typing import Any
 from datasets import Dataset
 from transformers import set_seed
 
-from common.arguments import (
-    DataArguments,
-    GenerationArguments,
-    ModelArguments,
-    ProcessorArguments,
-    TrainingSettings,
-    parse_arguments,
-)
-from common.collator import CaptionCollator
-from common.data import load_captions
-from common.features import cache_splits
+from common.command_line import parse_arguments
+from common.data.collator import CaptionCollator
+from common.data.data_arguments import DataArguments
+from common.data.feature_cache import cache_splits
+from common.data.loading import load_captions
+from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import build_model
 from common.processes import use_all_cores
-from common.training import train_and_report
-from common.whitening import whiten_vision_projection
+from common.training.report import train_and_report
+from common.training.training_arguments import ModelArguments, ProcessorArguments, TrainingSettings
+from common.training.whiten import whiten_vision_projection
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

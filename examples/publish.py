@@ -29,11 +29,11 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from publish_card import is_edited, model_card, read_results, sign
 from safetensors import safe_open
 
-from common.answers import DTYPES
-from common.arguments import parse_arguments
-from common.card import is_edited, model_card, read_results, sign
+from common.command_line import parse_arguments
+from common.evaluation.answers import DTYPES
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.adapters import BASE_MODEL, check_base, find_adapter

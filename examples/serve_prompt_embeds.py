@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import find_adapter_config_file, logging
 
-from common.arguments import parse_arguments
+from common.command_line import parse_arguments
 from common.models import load_captioner
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration

@@ -11,18 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
+from train_scst_reward import load_reward
+from train_scst_trainer import SCSTCollator, SCSTTrainer
 from transformers import set_seed
 
-from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
-from common.cider import load_reward
-from common.collator import CaptionCollator
-from common.data import load_captions, true_captions
-from common.evaluation import generate_captions
-from common.features import cache_splits
+from common.command_line import parse_arguments
+from common.data.collator import CaptionCollator
+from common.data.data_arguments import DataArguments
+from common.data.feature_cache import cache_splits
+from common.data.loading import load_captions, true_captions
+from common.evaluation.captions import generate_captions
+from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
 from common.processes import use_all_cores
-from common.scst import SCSTCollator, SCSTTrainer
-from common.training import arithmetic, train_and_report
+from common.training.report import arithmetic, train_and_report
+from common.training.training_arguments import TrainingSettings
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

@@ -17,7 +17,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.overlay import SIDE, draw_groups, merged_tokens, patch_groups, resize_to_side, token_counts
+from common.evaluation.merging_overlay import (
+    SIDE,
+    draw_groups,
+    merged_tokens,
+    patch_groups,
+    resize_to_side,
+    token_counts,
+)
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import load_rgb_image

@@ -6,7 +6,7 @@ import sys
 
 from PIL import Image, ImageDraw
 
-from common import answers
+from common.evaluation import answers
 
 from .helpers import COLORS, FIXTURES, ROOT, tiny_model, tiny_processor
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from PIL import Image
 
-from common.arguments import DataArguments
-from common.data import load_captions
-from common.streams import CaptionStream, Source
+from common.data.data_arguments import DataArguments
+from common.data.loading import load_captions
+from common.data.streams import CaptionStream, Source
 
 from .helpers import COLORS
 

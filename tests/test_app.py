@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from finetune_lora import LoraArguments, add_lora
 from PIL import Image
 
-from common.lora import LoraArguments, add_lora
-from common.overlay import draw_groups
+from common.evaluation.merging_overlay import draw_groups
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

@@ -6,8 +6,8 @@ import evaluate_captioning
 import evaluate_vqa
 import pytest
 
-from common import answers, benchmarks
-from common.answers import read_answers
+from common.evaluation import answers, benchmark_files
+from common.evaluation.answers import read_answers
 from metrics.vqa_accuracy import lemmatization
 
 from .evaluation import PUBLISHED, VIDEOS, Said, options, published, read_json, save_work, value, vqav2
@@ -60,7 +60,7 @@ def test_captions_of_published_files_are_scored(kind, work, tmp_path, monkeypatc
 def test_captions_are_those_of_the_files(work):
     """All of them, in the published order, with the domain where there is one; of MSVD the English ones."""
     read = {
-        kind: benchmarks.caption_rows(
+        kind: benchmark_files.caption_rows(
             benchmark,
             str(PUBLISHED / files["annotations"]),
             str(work / media),
@@ -329,5 +329,5 @@ def test_rows_with_the_same_id_are_refused(work, tmp_path):
 
 
 def test_questions_are_cleaned_as_in_the_paper():
-    assert benchmarks.clean_question('Is the "Stop" sign (red)? ') == "is the stop sign red?"
-    assert benchmarks.clean_question("a " * 60) == " ".join(["a"] * 50)
+    assert benchmark_files.clean_question('Is the "Stop" sign (red)? ') == "is the stop sign red?"
+    assert benchmark_files.clean_question("a " * 60) == " ".join(["a"] * 50)

@@ -17,7 +17,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from pyarrow import parquet as pq
 
-from common.answers import join_answers, read_lines
+from common.evaluation.answers import join_answers, read_lines
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

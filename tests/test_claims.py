@@ -5,7 +5,6 @@ import math
 import re
 from dataclasses import asdict
 
-import claims
 import pretrain
 import pytest
 import torch
@@ -13,14 +12,14 @@ import yaml
 from huggingface_hub import constants
 from transformers import LlamaConfig
 
-import claims_report
-import claims_run
-from claims_run import RandomPruningLayer, recipe_of
+from benchmarks.claims import __main__ as claims
+from benchmarks.claims import tables, training_run
+from benchmarks.claims.training_run import RandomPruningLayer, recipe_of
+from benchmarks.claims.two_stage import CaptionVocabulary, StageOne
+from benchmarks.training_step import TEXT, VISION
 from common.models import connector_fields
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
-from training import TEXT, VISION
-from two_stage import CaptionVocabulary, StageOne
 
 from .helpers import save_image_folder, save_towers, tiny_model, tiny_tokenizer
 from .test_connectors import peer_model
@@ -223,13 +222,13 @@ def test_seconds_are_steps_of_the_method_and_of_the_first_stage():
     run = {"method": "qformer-two-stage", "stage_one_steps": 10, "stage_one_batch_size": 64}
     result = {"run": run, "flops_per_step": 5}
     timed = {"qformer-two-stage": 2.0, "stage-one": 1.0, "evlgen": 3.0}
-    assert claims_report.position(result, 4, "seconds", timed) == 18
-    assert claims_report.position(result, 4, "steps", None) == 10 * 4 + 4
+    assert tables.position(result, 4, "seconds", timed) == 18
+    assert tables.position(result, 4, "steps", None) == 10 * 4 + 4
     result = {"run": {"method": "evlgen-tenth-of-data", "stage_one_steps": 0}, "flops_per_step": 5}
-    assert claims_report.position(result, 4, "seconds", timed) == 12
-    assert claims_report.position(result, 4, "flops", None) == 20
+    assert tables.position(result, 4, "seconds", timed) == 12
+    assert tables.position(result, 4, "flops", None) == 20
     result = {"run": {"method": "constant-r", "stage_one_steps": 0}, "flops_per_step": 5}
-    assert claims_report.position(result, 4, "seconds", timed) is None  # which was not timed
+    assert tables.position(result, 4, "seconds", timed) is None  # which was not timed
 
 
 def curve_of(method, loss_at, steps=(10, 20, 30), step_seconds=1.0, first=0):
@@ -245,7 +244,7 @@ def test_methods_are_compared_at_equal_seconds():
     results += [curve_of("qformer", lambda t: {10: 1.1, 20: 1.0, 30: 0.7}[t])]
     results += [curve_of("qformer-two-stage", lambda t: {20: 0.5, 30: 0.45, 40: 0.1}[t], first=20)]
     seconds = {"evlgen": 1.0, "qformer": 1.0, "qformer-two-stage": 1.0, "stage-one": 0.5}
-    lines = claims_report.comparison(results, seconds, "evlgen").splitlines()[2:]
+    lines = tables.comparison(results, seconds, "evlgen").splitlines()[2:]
     # At 10 s one seed of EVLGen is worse. On average it is at 0.69 after 20 s and at 0.28 after 30 s.
     ends = "0.3000 [0.2000, 0.4000] | 0.7000"
     assert lines[0] == f"| qformer | 2 of 3 | 2 of 3 | {ends} | 66% of its time |"
@@ -261,7 +260,7 @@ def test_a_method_that_learns_as_much_per_second_is_not_beaten(step_seconds):
     steps = (25, 50, 75, 100, 125, 150, 175, 200)
     results = [curve_of("evlgen", loss_at, steps), curve_of("qformer", loss_at, steps, step_seconds)]
     seconds = {"evlgen": 1.0, "qformer": step_seconds}
-    row = claims_report.comparison(results, seconds, "evlgen").splitlines()[2]
+    row = tables.comparison(results, seconds, "evlgen").splitlines()[2]
     won, total = re.search(r"qformer \| (\d+) of (\d+)", row).groups()
     assert int(won) <= int(total) / 2 + 1  # ties, but for what lies between checkpoints
 
@@ -333,37 +332,39 @@ def test_a_run_without_whitening_starts_at_random(tiny_recipe):
     recipe = json.loads(pretrain.DEMO_RECIPE.read_text())
     pretrain.DEMO_RECIPE.write_text(json.dumps({**recipe, "whitening_images": 8}))
     runs = [tiny_run("evlgen", tiny_recipe, "tomeformer", whitening=whitening) for whitening in (True, False)]
-    white, random = [claims_run.prepare(run, recipe["vision_model"]).model.vision_projection.bias for run in runs]
+    white, random = [training_run.prepare(run, recipe["vision_model"]).model.vision_projection.bias for run in runs]
     assert white.any() and not random.any()
 
 
 def test_a_package_that_is_missing_is_named():
-    run = claims_run.Run("bert-start", "easy-vqa", "tomeformer", {}, 1e-3, 1, 0, (1,), connector_model="no_such_model")
+    run = training_run.Run(
+        "bert-start", "easy-vqa", "tomeformer", {}, 1e-3, 1, 0, (1,), connector_model="no_such_model"
+    )
     with pytest.raises(ValueError, match="no-such-model is missing: pip install --no-deps no-such-model"):
-        claims_run.prepare(run, "nowhere")
+        training_run.prepare(run, "nowhere")
 
 
 def tiny_run(method, dataset, connector, **changes):
     fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     kind = {"tomeformer": {"merge_r": 3}, "qformer": {"num_query_tokens": 5}}[connector]
     settings = {"learning_rate": 1e-2, "steps": 4, "seed": 0, "eval_steps": (2, 4), **changes}
-    return claims_run.Run(method, dataset, connector, {**fields, **kind}, **settings)
+    return training_run.Run(method, dataset, connector, {**fields, **kind}, **settings)
 
 
 def test_a_run_trains_both_stages_and_keeps_what_it_measured(tiny_recipe, monkeypatch):
-    one = claims_run.train(tiny_run("qformer", tiny_recipe, "qformer"))
+    one = training_run.train(tiny_run("qformer", tiny_recipe, "qformer"))
     assert [point["step"] for point in one["curve"]] == [2, 4]
     assert one["curve"][-1].keys() == {"step", "loss", "gap", "cider", "exact"}
     assert len(one["training_loss"]) == 4 and one["training_loss"][-1][1] < one["training_loss"][0][1]
     stages = {"stage_one_steps": 120, "stage_one_learning_rate": 3e-3}
-    two = claims_run.train(tiny_run("qformer", tiny_recipe, "qformer", **stages))
+    two = training_run.train(tiny_run("qformer", tiny_recipe, "qformer", **stages))
     assert two["flops_per_step"] == one["flops_per_step"] and two["stage_one_flops_per_step"] > 0
     assert two["training_loss"][0] != one["training_loss"][0]  # it starts from what the first stage left
     first = two["stage_one_training_loss"]
     assert len(first) == 120 and first[-1][1] < 0.6 * first[0][1]
     assert two["stage_one_held_out"]["recall@1"] >= 0.5  # of 8 images in 4 colours; chance is 0.25
-    monkeypatch.setattr(claims_run, "train_stage_one", None)  # it is not trained again
-    again = claims_run.train(tiny_run("qformer", tiny_recipe, "qformer", **stages))
+    monkeypatch.setattr(training_run, "train_stage_one", None)  # it is not trained again
+    again = training_run.train(tiny_run("qformer", tiny_recipe, "qformer", **stages))
     assert again["training_loss"] == two["training_loss"] and again["curve"] == two["curve"]
 
 
@@ -373,5 +374,5 @@ def test_every_part_of_a_recipe_is_timed(tiny_recipe):
         tiny_run("qformer", tiny_recipe, "qformer"),
         tiny_run("qformer-two-stage", tiny_recipe, "qformer", stage_one_steps=1),
     ]
-    seconds = claims_run.time_steps(runs, rounds=1)["seconds"]
+    seconds = training_run.time_steps(runs, rounds=1)["seconds"]
     assert seconds.keys() == {"evlgen", "qformer", "stage-one", "qformer-two-stage"} and min(seconds.values()) > 0

@@ -21,9 +21,9 @@ from datasets import Dataset
 from huggingface_hub import constants
 from pycocoevalcap import eval as coco_eval
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+from train_scst_reward import load_reward
 
-from common.arguments import DataArguments
-from common.cider import load_reward
+from common.data.data_arguments import DataArguments
 from metrics.coco_caption import ptb_tokenizer
 from metrics.coco_caption.ptb_tokenizer import tokenize_caption, tokenize_captions
 

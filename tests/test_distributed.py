@@ -17,10 +17,10 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FullStateDictConfig, OffloadPolicy, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from train_scst_trainer import SCSTTrainer
 from transformers import Trainer
 
-from common.scst import SCSTTrainer
-from common.trainer import EVLGenTrainer
+from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.temporal import TemporalTower
 

@@ -15,9 +15,10 @@ import torch
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCardData, constants
 
-from common import answers, demo_data
-from common.answers import join_answers, pending_batches, read_answers
-from common.demo_data import easy_vqa_questions
+from common.demo import scenes
+from common.demo.scenes import easy_vqa_questions
+from common.evaluation import answers
+from common.evaluation.answers import join_answers, pending_batches, read_answers
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -66,8 +67,8 @@ def test_without_arguments_the_demos_data_is_taken(work, tmp_path, monkeypatch):
     assert value(results, "Accuracy [%], color") > 0 and value(results, "Accuracy [%], yes/no") == 0
 
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
-    monkeypatch.setattr(demo_data, "TRAIN_SCENES", 2)
-    monkeypatch.setattr(demo_data, "TEST_SCENES", 6)
+    monkeypatch.setattr(scenes, "TRAIN_SCENES", 2)
+    monkeypatch.setattr(scenes, "TEST_SCENES", 6)
     said = Said(monkeypatch, ["a frog above an owl"] * 6)
     results = evaluate_captioning.main(options(work, tmp_path / "captions"))
     assert results["dataset"]["type"] == "openmoji-scenes" and results["num_rows"] == 6

@@ -5,9 +5,9 @@ import json
 import export
 import pytest
 import torch
+from export_graph import SoftPrompt, convert_to_onnx, export_graph
 from safetensors.torch import save_file
 
-from common.exporting import SoftPrompt, convert_to_onnx, export_graph
 from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput
 
 from .helpers import IMAGE_SIZE, noise_images, run_clean, tiny_model, tiny_processor, tiny_towers

@@ -12,10 +12,10 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from huggingface_hub import constants
 
-from common import features
-from common.arguments import DataArguments
-from common.collator import CaptionCollator
-from common.features import cache_splits, cache_vision_features
+from common.data import feature_cache
+from common.data.collator import CaptionCollator
+from common.data.data_arguments import DataArguments
+from common.data.feature_cache import cache_splits, cache_vision_features
 
 from .helpers import noise_images, tiny_model, tiny_processor
 
@@ -41,8 +41,8 @@ class Tower:
     """Counts the images that the vision tower sees, and fails after some."""
 
     def __init__(self, monkeypatch, fails_after=None):
-        self.run, self.images, self.fails_after = features._run_tower, 0, fails_after
-        monkeypatch.setattr(features, "_run_tower", self)
+        self.run, self.images, self.fails_after = feature_cache._run_tower, 0, fails_after
+        monkeypatch.setattr(feature_cache, "_run_tower", self)
 
     def __call__(self, model, processor, images):
         if self.fails_after is not None and self.images >= self.fails_after:

@@ -9,15 +9,15 @@ import finetune
 import pytest
 import torch
 from datasets import Dataset
+from finetune_lora import LoraArguments, add_lora, target_modules
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
-from common.arguments import DataArguments
-from common.collator import CaptionCollator
-from common.data import true_captions
-from common.evaluation import WrongImages, majority_accuracy
-from common.lora import LoraArguments, add_lora, target_modules
+from common.data.collator import CaptionCollator
+from common.data.data_arguments import DataArguments
+from common.data.loading import true_captions
+from common.evaluation.captions import WrongImages, majority_accuracy
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import train_scst
 
-from common import demo_videos
+from common.demo import emoji_videos
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import ROOT, tiny_model, tiny_processor
@@ -124,10 +124,10 @@ def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):
     ],
 )
 def test_emoji_are_named_without_their_tone(codes, expected):
-    assert demo_videos._name(codes) == expected
+    assert emoji_videos._name(codes) == expected
 
 
 def test_a_missing_npm_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(demo_videos.shutil, "which", lambda _: None)
+    monkeypatch.setattr(emoji_videos.shutil, "which", lambda _: None)
     with pytest.raises(RuntimeError, match=r"fetches .* with npm, which is not installed"):
-        demo_videos._fetch(tmp_path)
+        emoji_videos._fetch(tmp_path)

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from common.arguments import DataArguments, parse_arguments
-from common.data import load_captions
-from common.mixture import read_mixture
+from common.command_line import parse_arguments
+from common.data.data_arguments import DataArguments
+from common.data.loading import load_captions
+from common.data.mixture import read_mixture
 
 from .helpers import ROOT, save_towers
 from .shards import SIZES, options, png, write_tars

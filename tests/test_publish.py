@@ -6,12 +6,12 @@ from functools import partial
 import publish
 import pytest
 import torch
+from finetune_lora import LoraArguments, add_lora
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
+from publish_card import is_edited, model_card, read_results, sign
 
-from common.card import is_edited, model_card, read_results, sign
-from common.lora import LoraArguments, add_lora
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.adapters import save_base

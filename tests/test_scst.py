@@ -14,10 +14,10 @@ import train_scst
 from datasets import Dataset
 from huggingface_hub import constants
 from pycocoevalcap.cider.cider import Cider
+from train_scst_reward import CiderDReward, load_reward
+from train_scst_trainer import SCSTTrainer, self_critical_advantage, sequence_log_probabilities
 
-from common.arguments import DataArguments
-from common.cider import CiderDReward, load_reward
-from common.scst import SCSTTrainer, self_critical_advantage, sequence_log_probabilities
+from common.data.data_arguments import DataArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import noise_images, save_image_folder, tiny_model, tiny_processor

@@ -20,10 +20,10 @@ from datasets import load_dataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from common.arguments import DataArguments
-from common.collator import CaptionCollator
-from common.records import RECORD, RecordingCollator
-from common.streams import EPOCH, SourceReader
+from common.data.bad_rows import RECORD, RecordingCollator
+from common.data.collator import CaptionCollator
+from common.data.data_arguments import DataArguments
+from common.data.streams import EPOCH, SourceReader
 
 from .helpers import ROOT, TWO_PROCESSES, noise_images, save_towers, tiny_model, tiny_processor
 from .hub_server import HubServer, Repo
@@ -206,7 +206,7 @@ RECORDER = """
 import json, sys
 from pathlib import Path
 import pretrain
-from common.trainer import EVLGenTrainer
+from common.training.trainer import EVLGenTrainer
 
 train = EVLGenTrainer.training_step
 

@@ -1,4 +1,4 @@
-"""examples/common/uploads.py: what visitors of the page send is read, or refused with a message for them."""
+"""examples/app_uploads.py: what visitors of the page send is read, or refused with a message for them."""
 
 import importlib
 import struct
@@ -11,7 +11,7 @@ from PIL import Image
 from .helpers import noise_images
 
 av = pytest.importorskip("av", reason="needs the app extra")
-uploads = importlib.import_module("common.uploads")
+uploads = importlib.import_module("app_uploads")
 
 
 @pytest.fixture(scope="module")

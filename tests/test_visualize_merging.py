@@ -1,13 +1,13 @@
-"""examples/visualize_merging.py and common/overlay.py: the groups are the model's, and the drawing shows them."""
+"""examples/visualize_merging.py: the groups are the model's, and the drawing shows them."""
 
 import numpy as np
 import pytest
 import torch
 import visualize_merging
+from finetune_lora import LoraArguments, add_lora
 from PIL import Image
 
-from common import overlay
-from common.lora import LoraArguments, add_lora
+from common.evaluation import merging_overlay
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import IMAGE_SIZE, noise_images, tiny_model, tiny_processor, tiny_towers
@@ -17,7 +17,7 @@ from .helpers import IMAGE_SIZE, noise_images, tiny_model, tiny_processor, tiny_
 def test_groups_are_the_models(vision):
     model = tiny_model(vision)
     batch = tiny_processor(model)(images=noise_images(2))
-    layers = overlay.merged_tokens(model, batch["pixel_values"])
+    layers = merging_overlay.merged_tokens(model, batch["pixel_values"])
     expected = model.get_image_features(batch["pixel_values"]).output_index
     assert len(layers) == 2 and torch.equal(layers[-1], expected)
     counts = [int(index.max()) + 1 for index in layers]
@@ -27,7 +27,7 @@ def test_groups_are_the_models(vision):
 
 def patch(drawn, row, column, side=4):
     """The pixels of one patch, without its outline."""
-    size = overlay.SIDE // side
+    size = merging_overlay.SIDE // side
     pixels = np.asarray(drawn, dtype=float)
     return pixels[row * size + 2 : (row + 1) * size, column * size + 2 : (column + 1) * size]
 
@@ -36,7 +36,7 @@ def test_patches_of_a_token_share_a_colour_and_a_number():
     """Wherever they lie, whatever the image shows; and no other patch looks like them."""
     groups = np.arange(16).reshape(4, 4)
     groups[0, 0] = groups[3, 1] = groups[1, 3] = 10
-    drawn = overlay.draw_groups(Image.new("RGB", (448, 448), "white"), groups)
+    drawn = merging_overlay.draw_groups(Image.new("RGB", (448, 448), "white"), groups)
     patches = {place: patch(drawn, *place) for place in np.ndindex(4, 4)}
     for place, pixels in patches.items():
         corner = pixels[:8, :8]  # no number there
@@ -49,16 +49,16 @@ def test_patches_of_a_token_share_a_colour_and_a_number():
 def test_the_image_stays_to_be_seen_and_tokens_have_outlines():
     image = Image.new("RGB", (448, 448), "white")
     image.paste("black", (0, 0, 224, 448))
-    merged = np.asarray(overlay.draw_groups(image, np.zeros((2, 2), dtype=int)), dtype=int)
+    merged = np.asarray(merging_overlay.draw_groups(image, np.zeros((2, 2), dtype=int)), dtype=int)
     assert np.all(merged[400, 100] + 100 < merged[400, 300]) and np.array_equal(merged[400, 224], merged[400, 300])
-    drawn = np.asarray(overlay.draw_groups(Image.new("RGB", (448, 448), "white"), np.array([[0, 1], [0, 1]])))
+    drawn = np.asarray(merging_overlay.draw_groups(Image.new("RGB", (448, 448), "white"), np.array([[0, 1], [0, 1]])))
     assert drawn[400, 224].max() < 60 and np.array_equal(drawn[224, 300], drawn[230, 300])
 
 
 def test_numbers_are_as_large_as_there_is_room():
     """At the width of a page (220 pixels for 14 patches) they still stand within their patches, and fill them."""
     groups = np.arange(196).reshape(14, 14) % 98
-    drawn = overlay.draw_groups(Image.new("RGB", (448, 448), "white"), groups).convert("L")
+    drawn = merging_overlay.draw_groups(Image.new("RGB", (448, 448), "white"), groups).convert("L")
     written = np.asarray(drawn) < 30
     for row, column in np.ndindex(14, 14):
         rows, columns = np.nonzero(patch(written, row, column, side=14))
@@ -69,7 +69,7 @@ def test_a_merged_token_keeps_a_colour():
     """That of its first patch, from layer to layer."""
     image = Image.new("RGB", (448, 448), "white")
     before, after = (
-        patch(overlay.draw_groups(image, groups), 0, 0, 2)
+        patch(merging_overlay.draw_groups(image, groups), 0, 0, 2)
         for groups in (np.eye(2, dtype=int), np.zeros((2, 2), dtype=int))
     )
     assert np.array_equal(before[:8, :8], after[:8, :8])
@@ -95,7 +95,7 @@ def draw(captioner, *arguments):
     output = captioner / "merging.png"
     visualize_merging.main(["--model", str(captioner), *arguments, "--output", str(output)])
     drawing = np.asarray(Image.open(output))
-    side, gap, title = overlay.SIDE, visualize_merging.GAP, visualize_merging.TITLE
+    side, gap, title = merging_overlay.SIDE, visualize_merging.GAP, visualize_merging.TITLE
     return [
         [drawing[top : top + side, left : left + side] for left in range(0, drawing.shape[1], side + gap)]
         for top in range(title, drawing.shape[0], title + side + gap)
@@ -108,10 +108,10 @@ def test_draws_a_row_for_each_image_and_each_frame(captioner):
     model = EVLGenForConditionalGeneration.from_pretrained(captioner)
     processor = tiny_processor(model)
     for row, image in zip(rows, noise_images(2) + noise_images(4), strict=True):
-        assert len(row) == 3 and np.array_equal(row[0], overlay.resize_to_side(image))
-    layers = overlay.merged_tokens(model, processor(images=noise_images(2))["pixel_values"])
-    expected = overlay.draw_groups(
-        overlay.resize_to_side(noise_images(2)[1]), overlay.patch_groups(model, layers, 1)[-1]
+        assert len(row) == 3 and np.array_equal(row[0], merging_overlay.resize_to_side(image))
+    layers = merging_overlay.merged_tokens(model, processor(images=noise_images(2))["pixel_values"])
+    expected = merging_overlay.draw_groups(
+        merging_overlay.resize_to_side(noise_images(2)[1]), merging_overlay.patch_groups(model, layers, 1)[-1]
     )
     assert np.array_equal(rows[1][2], expected)
 
@@ -135,7 +135,7 @@ def test_other_connectors_are_refused():
         image_token_id=300,
     )
     with pytest.raises(ValueError, match="merged by a TomeFormer, but the model has a MLPConnector"):
-        overlay.merged_tokens(model, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+        merging_overlay.merged_tokens(model, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
 
 
 def test_an_adapters_merging_is_drawn(captioner, tmp_path):
@@ -144,13 +144,13 @@ def test_an_adapters_merging_is_drawn(captioner, tmp_path):
     tiny_processor(adapted.base_model.model).save_pretrained(tmp_path)
     output = tmp_path / "merging.png"
     visualize_merging.main(["--model", str(tmp_path), "--images", str(captioner / "0.png"), "--output", str(output)])
-    assert Image.open(output).width == 3 * overlay.SIDE + 2 * visualize_merging.GAP
+    assert Image.open(output).width == 3 * merging_overlay.SIDE + 2 * visualize_merging.GAP
 
 
 def test_hooks_are_gone_when_a_drawing_fails():
     model = tiny_model()
     with pytest.raises(ValueError, match="`pixel_values` must have shape"):
-        overlay.merged_tokens(model, torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE))
+        merging_overlay.merged_tokens(model, torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE))
     assert not any(layer._forward_hooks for layer in model.connector.encoder.layer)
 
 
@@ -168,6 +168,6 @@ def test_all_frames_of_a_video_have_the_videos_merging(captioner):
     assert [row.name for row in rows] == [f"frame {number} of 4" for number in range(1, 5)]
     for row, frame in zip(rows, noise_images(4), strict=True):
         assert np.array_equal(row.groups[-1], expected)
-        assert np.array_equal(row.image, overlay.resize_to_side(frame))
+        assert np.array_equal(row.image, merging_overlay.resize_to_side(frame))
     alone = [model.get_image_features(frame[None]).output_index[0, 1:].reshape(4, 4).numpy() for frame in pixels[0]]
     assert not all(np.array_equal(index, expected) for index in alone)

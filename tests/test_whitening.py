@@ -8,7 +8,8 @@ import torch
 from huggingface_hub import constants
 from torch.testing import assert_close
 
-from common.arguments import ModelArguments, parse_arguments
+from common.command_line import parse_arguments
+from common.training.training_arguments import ModelArguments
 from modeling_evlgen.whitening import moments, whitening_matrix
 
 from .helpers import save_image_folder, save_towers, tiny_model

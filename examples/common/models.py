@@ -11,8 +11,8 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file, logging
 
-from common.arguments import ModelArguments, ProcessorArguments
-from common.demo_towers import prepare_language_model, prepare_vision_tower
+from common.demo.towers import prepare_language_model, prepare_vision_tower
+from common.training.training_arguments import ModelArguments, ProcessorArguments
 from configuration_evlgen import CONNECTOR_CONFIGS
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor

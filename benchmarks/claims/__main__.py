@@ -1,6 +1,6 @@
 """The paper's claims, tried out on the embedded data: EVLGen, BLIP-2's Q-Former in one and two stages, MLPs, controls.
 
-    python benchmarks/claims.py
+    python -m benchmarks.claims
 
 trains them all with the parts of `examples/pretrain.py` on cached features, each run from 5 minutes to an hour on one
 core, and draws what came out. Every finished run is a small JSON file in `benchmarks/results/`; a command that is
@@ -23,7 +23,6 @@ import argparse
 import json
 import math
 import re
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,12 +31,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+from common.files import write_whole
 
-from claims_report import comparison, curve_table, draw_curves, stage_one_table, table  # noqa: E402
-from claims_run import MINILM, Run, recipe_of, time_steps, train  # noqa: E402
-from common.files import write_whole  # noqa: E402
+from .tables import comparison, curve_table, draw_curves, stage_one_table, table
+from .training_run import MINILM, Run, recipe_of, time_steps, train
 
 RESULTS = Path(__file__).parent / "results"
 DATASETS = ("openmoji-scenes", "easy-vqa")

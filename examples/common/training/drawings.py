@@ -9,9 +9,9 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from common.arguments import DataArguments
-from common.data import true_captions
-from common.demo_data import DEMO_CREDITS
+from common.data.data_arguments import DataArguments
+from common.data.loading import true_captions
+from common.demo.scenes import DEMO_CREDITS
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import load_rgb_frames
 

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 
-from common.collator import CaptionCollator
+from common.data.collator import CaptionCollator
+from common.data.streams import CaptionStream
 from common.files import write_whole
-from common.streams import CaptionStream
 
 RECORD = "record"  # in a batch: JSON, which nothing on the way takes apart
 BAD_ROWS = "bad_rows.jsonl"

@@ -27,10 +27,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BatchFeature
 
-from common.arguments import AnswerArguments, DataArguments, EvaluationArguments, GenerationArguments
-from common.collator import CaptionCollator
-from common.data import open_media
-from common.evaluation import generate_batches
+from common.data.collator import CaptionCollator
+from common.data.data_arguments import DataArguments
+from common.data.loading import open_media
+from common.evaluation.captions import generate_batches
+from common.evaluation.evaluation_arguments import AnswerArguments, EvaluationArguments, GenerationArguments
 from common.files import replacing, write_whole
 from common.models import load_captioner
 from common.processes import use_all_cores

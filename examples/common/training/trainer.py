@@ -14,10 +14,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from common.collator import CaptionCollator
+from common.data.bad_rows import RECORD, add_bad_rows
+from common.data.collator import CaptionCollator
+from common.data.streams import CaptionStream
 from common.files import write_whole
-from common.records import RECORD, add_bad_rows
-from common.streams import CaptionStream
 from modeling_evlgen.adapters import save_base
 
 STREAM_STATE = "stream.json"  # in a checkpoint: where each process's readers stood

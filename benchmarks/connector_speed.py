@@ -1,6 +1,6 @@
 """How fast is the TomeFormer? Against a plain BERT encoder, BLIP-2's Q-Former, and the limit of the machine.
 
-    python benchmarks/connector.py
+    python -m benchmarks.connector_speed
 
 All candidates have the size of BERT-base (12 layers, width 768) and read the 1408-wide tokens of EVA ViT-g, 257 for an
 image of 224 pixels or 577 for one of 336. They take turns, round by round, so that a busy machine slows all of them
@@ -9,19 +9,17 @@ at the rate that this machine reaches on one large product.
 """
 
 import argparse
-import random
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import BertConfig, BertModel, Blip2QFormerConfig, Blip2QFormerModel
 
 from configuration_evlgen import TomeFormerConfig
 from modeling_evlgen import TomeFormerModel
 from modeling_evlgen.token_merging import bipartite_soft_matching
+
+from .timing import take_turns
 
 VISION_DIM, DIM, FFN_DIM = 1408, 768, 3072
 FRONT_LOADED = {257: [128, 64, 32, 4], 577: [288, 144, 72, 36, 8]}  # both leave 29 tokens, as 12 x 19 does of 257
@@ -71,33 +69,6 @@ def matrix_flops(config: TomeFormerConfig, num_tokens: int) -> int:
         num_tokens -= r
         flops += 2 * num_tokens * 2 * DIM * FFN_DIM
     return flops
-
-
-def measure(run: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one run."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def take_turns(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each candidate over `rounds` rounds, after one to warm up.
-
-    Each round has an order of its own: what comes behind a large candidate is slower, as memory was given back.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order, shuffle = list(runs), random.Random(0).shuffle
-    for turn in tqdm(range(rounds + 1), leave=False):
-        shuffle(order)
-        for name in order:
-            seconds = measure(runs[name], device)
-            if turn:
-                times[name].append(seconds)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def merging_run(config: TomeFormerConfig, batch: int, num_tokens: int, device: torch.device) -> Callable[[], None]:

@@ -13,13 +13,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
-from common.arguments import DataArguments, GenerationArguments, TrainingSettings
-from common.collator import CaptionCollator, SetEpoch
-from common.evaluation import evaluate_captions, majority_accuracy
-from common.records import BAD_ROWS, RecordingCollator, forget_bad_rows, read_bad_rows
-from common.report import draw_contact_sheet, draw_loss_curve
-from common.streams import CaptionStream
-from common.trainer import EVLGenTrainer
+from common.data.bad_rows import BAD_ROWS, RecordingCollator, forget_bad_rows, read_bad_rows
+from common.data.collator import CaptionCollator, SetEpoch
+from common.data.data_arguments import DataArguments
+from common.data.streams import CaptionStream
+from common.evaluation.captions import evaluate_captions, majority_accuracy
+from common.evaluation.evaluation_arguments import GenerationArguments
+from common.training.drawings import draw_contact_sheet, draw_loss_curve
+from common.training.trainer import EVLGenTrainer
+from common.training.training_arguments import TrainingSettings
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.checkpoints import choose_towers
 from processing_evlgen import EVLGenProcessor

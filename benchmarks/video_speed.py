@@ -1,6 +1,6 @@
 """What a video costs: time and peak memory of its soft prompt, from 1 to 256 frames.
 
-    python benchmarks/video.py
+    python -m benchmarks.video_speed
 
 A ViT-S tower (12 blocks, width 384, 224 pixels, random weights) and a TomeFormer of the same width, at inference in
 float32: as the mean of frames that do not see each other, and with the temporal contextualizer. Each point runs in a
@@ -63,7 +63,8 @@ def main() -> None:
         for temporal in (0, 1):
             command = [
                 sys.executable,
-                __file__,
+                "-m",
+                "benchmarks.video_speed",
                 "--rounds",
                 str(arguments.rounds),
                 "--point",

@@ -1,6 +1,6 @@
 """What a training step costs, and a generated caption: EVLGen, the Q-Former and MLPs on the same frozen towers.
 
-    python benchmarks/training.py
+    python -m benchmarks.training_step
 
 At the demo's size (EfficientNet-Lite0's 196 tokens) and at that of CLIP ViT-L/14 (257 tokens), both with a language
 model of SmolLM2-135M's shape, random weights, batches of 16, bfloat16 autocast, from cached vision features. The
@@ -23,8 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, TimmWrapperConfig
 
 from configuration_evlgen import EVLGenConfig
-from connector import measure, take_turns
 from modeling_evlgen import EVLGenForConditionalGeneration
+
+from .timing import measure, take_turns
 
 BATCH, PROMPT, CAPTION = 16, 10, 10
 VISION = {
@@ -201,7 +202,7 @@ def matrix_rate(rounds: int) -> float:
 
 def peak_megabytes(size: str, connector: str) -> float:
     """Of one step, in a process of its own, over what the process held before it."""
-    command = [sys.executable, __file__, "--peak", size, connector]
+    command = [sys.executable, "-m", "benchmarks.training_step", "--peak", size, connector]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 

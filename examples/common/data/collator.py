@@ -12,9 +12,9 @@ from PIL import Image as PILImage
 from torchvision.transforms import InterpolationMode, v2
 from transformers import BatchFeature, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from common.arguments import DataArguments
-from common.data import read_row, refuse_row, true_captions
-from common.streams import EPOCH
+from common.data.data_arguments import DataArguments
+from common.data.loading import read_row, refuse_row, true_captions
+from common.data.streams import EPOCH
 from processing_evlgen import EVLGenProcessor
 
 

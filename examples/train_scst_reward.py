@@ -10,8 +10,8 @@ from datasets import Dataset
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from common.arguments import DataArguments
-from common.data import true_captions
+from common.data.data_arguments import DataArguments
+from common.data.loading import true_captions
 from common.files import write_whole
 from metrics.coco_caption.ptb_tokenizer import tokenize_caption
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common.collator import CaptionCollator
+from common.data.collator import CaptionCollator
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 

@@ -8,9 +8,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common.arguments import DataArguments, GenerationArguments
-from common.collator import CaptionCollator
-from common.data import count_images, true_captions
+from common.data.collator import CaptionCollator
+from common.data.data_arguments import DataArguments
+from common.data.loading import count_images, true_captions
+from common.evaluation.evaluation_arguments import GenerationArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

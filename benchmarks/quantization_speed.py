@@ -1,6 +1,6 @@
 """What a quantised frozen language model saves and costs on a CPU: bytes, a training step, a generated caption.
 
-    python benchmarks/quantization.py
+    python -m benchmarks.quantization_speed
 
 The demo's size, a language model of SmolLM2-135M's shape with random weights, bfloat16 autocast. Each candidate is
 what `from_pretrained` makes of one checkpoint, quantised as by `--text_quantization`: int8 by torchao, int4 (NF4) by
@@ -8,19 +8,16 @@ bitsandbytes. The candidates take turns; medians are printed, times relative to 
 """
 
 import argparse
-import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
+from finetune_lora import quantization_config
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from common.lora import quantization_config
-from connector import take_turns
 from modeling_evlgen import EVLGenForConditionalGeneration
-from training import build, generation, parts_of_a_step
+
+from .timing import take_turns
+from .training_step import build, generation, parts_of_a_step
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "float32": {},

@@ -1,26 +1,24 @@
 """What does exporting bring? Pixels to soft prompt in PyTorch, as a graph of torch.export, and in onnxruntime.
 
-    python benchmarks/export.py --model outputs/demo
+    python -m benchmarks.export_speed --model outputs/demo
 
 The three take turns, round by round, so that a busy machine slows all of them alike; medians and their ratios are
 printed, for a batch of each size. All have as many threads, and float32. Needs `.[export]`.
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime
 import torch
+from export_graph import PIXELS, SoftPrompt, convert_to_onnx, example_pixels, export_graph
 
-from connector import take_turns
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from common.exporting import PIXELS, SoftPrompt, convert_to_onnx, example_pixels, export_graph
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
+
+from .timing import take_turns
 
 
 def start_onnxruntime(program: torch.export.ExportedProgram) -> onnxruntime.InferenceSession:

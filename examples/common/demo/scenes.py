@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_dis
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from common.demo_towers import package_folder, prepare_once
+from common.demo.towers import package_folder, prepare_once
 
 DEMO_DATASETS = ("openmoji-scenes", "easy-vqa", "easy-vqa-questions")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from common.arguments import DataArguments
+from common.data.data_arguments import DataArguments
 
 COLUMNS = ("image_column", "video_column", "caption_column", "prompt_column", "messages_column")
 ALONE = ("dataset", "data_files", "dataset_config", "train_split", "streaming", "max_train_samples")

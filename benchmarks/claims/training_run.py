@@ -19,22 +19,26 @@ from filelock import FileLock
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from train_scst_reward import CiderDReward, count_ngrams
 from transformers import TrainerCallback
 
-from common.arguments import DataArguments, GenerationArguments, TrainingSettings, parse_arguments
-from common.cider import CiderDReward, count_ngrams
-from common.collator import CaptionCollator, SetEpoch
-from common.data import true_captions
-from common.evaluation import WrongImages, caption_loss, generate_captions
-from common.features import FeatureDataset
-from common.trainer import EVLGenTrainer
-from common.training import arithmetic
-from connector import take_turns
+from common.command_line import parse_arguments
+from common.data.collator import CaptionCollator, SetEpoch
+from common.data.data_arguments import DataArguments
+from common.data.feature_cache import FeatureDataset
+from common.data.loading import true_captions
+from common.evaluation.captions import WrongImages, caption_loss, generate_captions
+from common.evaluation.evaluation_arguments import GenerationArguments
+from common.training.report import arithmetic
+from common.training.trainer import EVLGenTrainer
+from common.training.training_arguments import TrainingSettings
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.tomeformer import TomeFormerLayer
 from processing_evlgen import EVLGenProcessor
-from training import count_flops, share_towers, training_step
-from two_stage import CaptionVocabulary, StageOne, StageOneCollator
+
+from ..timing import take_turns
+from ..training_step import count_flops, share_towers, training_step
+from .two_stage import CaptionVocabulary, StageOne, StageOneCollator
 
 
 @dataclass(frozen=True)

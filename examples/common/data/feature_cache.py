@@ -15,9 +15,9 @@ from PIL import Image as PILImage
 from tqdm import tqdm
 from transformers.utils import logging
 
-from common.arguments import DataArguments
-from common.collator import CaptionCollator
-from common.data import caption_of
+from common.data.collator import CaptionCollator
+from common.data.data_arguments import DataArguments
+from common.data.loading import caption_of
 from common.files import write_whole
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import hash_weights

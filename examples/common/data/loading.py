@@ -17,10 +17,10 @@ from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from PIL import Image as PILImage
 from transformers.utils import logging
 
-from common.arguments import DataArguments
-from common.demo_data import DEMO_DATASETS, load_demo_dataset
-from common.mixture import read_mixture, renamed_columns
-from common.streams import CaptionStream, Source
+from common.data.data_arguments import DataArguments
+from common.data.mixture import read_mixture, renamed_columns
+from common.data.streams import CaptionStream, Source
+from common.demo.scenes import DEMO_DATASETS, load_demo_dataset
 from processing_evlgen.conversations import check_conversation
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import load_rgb_frames

@@ -4,12 +4,12 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from train_scst_reward import CiderDReward
 from transformers import BatchFeature
 
-from common.cider import CiderDReward
-from common.collator import CaptionCollator
-from common.data import true_captions
-from common.trainer import EVLGenTrainer
+from common.data.collator import CaptionCollator
+from common.data.loading import true_captions
+from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenImageOutput
 
 

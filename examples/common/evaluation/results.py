@@ -12,11 +12,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from common.arguments import EvaluationArguments
-from common.benchmarks import CAPTION_BENCHMARKS
+from common.evaluation.benchmark_files import CAPTION_BENCHMARKS
+from common.evaluation.evaluation_arguments import EvaluationArguments
 from common.files import write_whole
 
-METRICS_FOLDER = Path(__file__).parents[1] / "metrics"
+METRICS_FOLDER = Path(__file__).parents[2] / "metrics"
 DATASET_NAMES = {
     "coco-karpathy": "COCO Captions, Karpathy's splits",
     "nocaps": "NoCaps",
