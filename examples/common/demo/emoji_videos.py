@@ -11,7 +11,7 @@ import emoji
 from PIL import Image
 from tqdm import tqdm
 
-from common.demo.towers import prepare_once
+from common.demo.cache import prepare_once
 
 EMOJI_VIDEOS = "emoji-videos"
 PACKAGE = "@lobehub/fluent-emoji-anim-1@1.0.0"  # MIT licence; 165 MB

