@@ -1,10 +1,11 @@
-"""By what a frozen tower is known again: its name and commit, its weight files on disk, its values in memory."""
+"""Identifies a frozen tower: by its name and commit, by its weight files on disk, and by its weights in memory."""
 
 import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +27,13 @@ from transformers.utils import (
 # The towers, by the arguments that name their base models.
 TOWERS = {"vision_model": "vision_tower", "text_model": "language_model"}
 
-# Nothing is fetched and nothing is missed: only what was loaded just now is looked for.
+# The base model was loaded just now, so its files are on disk, or it has none of that name.
 _QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 _LOCAL = {"local_files_only": True, "force_download": False, **_QUIET}
 
 
 class Identity(NamedTuple):
-    """By what a base model is found and known again: the fields of the configuration that name it."""
+    """Names a base model. Each field is one of the configuration's, behind `vision_model_` or `text_model_`."""
 
     name_or_path: str | None = None
     revision: str | None = None
@@ -40,8 +41,7 @@ class Identity(NamedTuple):
 
 
 def is_on_hub(name: str | None) -> bool:
-    """Whether a base model's name is that of a repository on the Hub. A folder of that name is what is loaded, as in
-    transformers."""
+    """Whether a base model is a repository on the Hub. A folder with that name comes first, as in transformers."""
     if not name or os.path.isdir(name):
         return False
     try:
@@ -55,12 +55,12 @@ def identify(name_or_path: str | os.PathLike | None, **hub_arguments: Any) -> Id
     """The identity of a base model that has just been loaded.
 
     Args:
-        name_or_path (`str` or `os.PathLike`, *optional*): What it was loaded by.
+        name_or_path (`str` or `os.PathLike`, *optional*): The folder or the repository's name that it was loaded from.
         hub_arguments: `revision`, `cache_dir` … of `from_pretrained`.
 
     Returns:
-        [`Identity`]: a folder's absolute path; or a repository's name and the commit that was loaded, whatever branch
-        or tag led there. A folder of the Hub's cache is the repository and the commit that it belongs to.
+        [`Identity`]: a folder's absolute path; or a repository's name and the commit that was loaded, whichever branch
+        or tag was named. A snapshot's folder in the Hub's cache counts as its repository and commit.
     """
     if not name_or_path:
         return Identity()
@@ -81,7 +81,7 @@ def identify(name_or_path: str | os.PathLike | None, **hub_arguments: Any) -> Id
 def fingerprint_files(name_or_path: str | os.PathLike, **hub_arguments: Any) -> str | None:
     """SHA-256 over the SHA-256 sums of a base model's weight files.
 
-    The Hub's cache names large files by that sum, so nothing is read for a model from the Hub; a folder's files are.
+    The Hub's cache names large files by their sum, so they are not read. A folder's files are.
 
     Args:
         name_or_path (`str` or `os.PathLike`): A folder, or the name of a repository whose weights are in the cache.
@@ -91,6 +91,7 @@ def fingerprint_files(name_or_path: str | os.PathLike, **hub_arguments: Any) -> 
         `str` of 64 hexadecimal digits; None if no weight files are found.
     """
     arguments = {**hub_arguments, **_LOCAL}
+    cache = Path(hub_arguments.get("cache_dir") or constants.HF_HUB_CACHE).resolve()
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         path = cached_file(name_or_path, name, **arguments)
         if path is None:
@@ -100,31 +101,44 @@ def fingerprint_files(name_or_path: str | os.PathLike, **hub_arguments: Any) -> 
             with open(path, encoding="utf-8") as index:
                 shards = sorted(set(json.load(index)["weight_map"].values()))
             paths = [cached_file(name_or_path, shard, **arguments) for shard in shards]
-        return hashlib.sha256("\n".join(map(_file_sum, paths)).encode()).hexdigest()
+        return hashlib.sha256("\n".join(_hash_file(path, cache) for path in paths).encode()).hexdigest()
     return None
 
 
-def _file_sum(path: str) -> str:
-    blob = os.path.basename(os.path.realpath(path))
-    if re.fullmatch("[0-9a-f]{64}", blob):
-        return blob
+def _hash_file(path: str, cache: Path) -> str:
+    """SHA-256 of a file, which is the file's own name for `<cache>/models--<repository>/blobs/<sum>`."""
+    blob = Path(path).resolve()
+    # Anybody can link to a file with such a name from outside the cache.
+    if blob.parts[:-3] == cache.parts and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_weights(state_dict: Mapping[str, torch.Tensor]) -> str | None:
-    """A hash of the values in memory, by which a change of any of them shows; None where there are no values yet."""
+    """SHA-256 over the names, dtypes, shapes and bytes of weights in memory.
+
+    The layout in memory and the device do not matter. Quantised weights of torchao count by the values that they stand
+    for. One CPU core hashes 1 to 2 GB each second; threads were no faster on two cores.
+
+    Args:
+        state_dict: Tensors of any dtype and shape, by their names.
+
+    Returns:
+        `str` of 64 hexadecimal digits; None where a tensor is on the meta device, and so has no values.
+    """
+    if any(tensor.is_meta for tensor in state_dict.values()):
+        return None
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
-        if tensor.is_meta:
-            return None
         plain = tensor.detach()
-        plain = plain.dequantize() if is_traceable_wrapper_subclass(plain) else plain  # torchao's quantised weights
-        bits = plain.contiguous().view(torch.uint8) if plain.dtype.itemsize == 1 else plain
-        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)} {torch.hash_tensor(bits).item()}".encode())
+        plain = plain.dequantize() if is_traceable_wrapper_subclass(plain) else plain
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        # NumPy lacks some of torch's dtypes, but not their bytes. A scalar can only be seen as bytes once it is flat.
+        digest.update(plain.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def remember_tower(model: PreTrainedModel, tower: str) -> None:
-    """Keeps the hash of a tower, as it is now, in `model.tower_hashes`."""
+    """Stores the hash of a tower's present weights in `model.tower_hashes`."""
     model.tower_hashes[tower] = hash_weights(getattr(model, tower).state_dict())
