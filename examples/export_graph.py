@@ -1,13 +1,12 @@
 """Pixels to soft prompt as one graph, for machines that have neither this repository nor transformers."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.vision_tower import extract_vision_tokens
+from modeling_evlgen.temporal import encode_images
 
 PIXELS, PROMPT = "pixel_values", "soft_prompt"
 
@@ -33,9 +32,8 @@ class SoftPrompt(nn.Module):
             `torch.Tensor` of shape `(images, num_image_tokens, text_hidden_size)`, as [`get_image_features`] gives
             under `pooler_output`.
         """
-        tower, temporal = self.model.vision_tower, self.model.temporal
-        with nullcontext() if temporal is None else temporal.frames(1):
-            tokens = extract_vision_tokens(tower, pixel_values.to(tower.dtype))
+        tower = self.model.vision_tower
+        tokens = encode_images(tower, self.model.temporal, pixel_values.to(tower.dtype))
         return self.model.project_vision_features(tokens).pooler_output
 
 

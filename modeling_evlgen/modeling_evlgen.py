@@ -36,7 +36,7 @@ from .checkpoints import (
 )
 from .connectors import build_connector
 from .fingerprints import TOWERS
-from .temporal import TemporalContextualizer, TemporalTower, encode_videos
+from .temporal import TemporalContextualizer, TemporalTower, encode_images, encode_videos
 from .vision_tower import build_vision_tower
 from .whitening import moments, whitening_matrix
 
@@ -271,22 +271,23 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
             `torch.Tensor` of shape `(images or videos, num_vision_tokens, vision_hidden_size)`. A video is the mean of
             its frames. With a temporal contextualizer, an image is a video of one frame.
         """
-        if pixel_values.ndim == 5:
-            videos = pixel_values
-        elif pixel_values.ndim == 4:
-            videos = pixel_values.unsqueeze(1)  # (images, 1, channels, height, width)
-        else:
+        if pixel_values.ndim not in (4, 5):
             raise ValueError(
                 "`pixel_values` must have shape (images, channels, height, width) or (videos, frames, channels, "
                 f"height, width), but has {tuple(pixel_values.shape)}."
             )
-        if frame_mask is not None and frame_mask.shape != videos.shape[:2]:
+        if frame_mask is not None and pixel_values.ndim == 4:
+            raise ValueError("`frame_mask` is for videos, but `pixel_values` holds images.")
+        if frame_mask is not None and frame_mask.shape != pixel_values.shape[:2]:
             raise ValueError(
-                f"`frame_mask` must have shape {tuple(videos.shape[:2])}, but has {tuple(frame_mask.shape)}."
+                f"`frame_mask` must have shape {tuple(pixel_values.shape[:2])}, but has {tuple(frame_mask.shape)}."
             )
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
         trained = not _is_frozen(self.vision_tower) or not (self.temporal is None or _is_frozen(self.temporal))
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            return encode_videos(self.vision_tower, self.temporal, videos.to(self.vision_tower.dtype), frame_mask)
+            if pixel_values.ndim == 4:
+                return encode_images(self.vision_tower, self.temporal, pixel_values)
+            return encode_videos(self.vision_tower, self.temporal, pixel_values, frame_mask)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> EVLGenImageOutput:

@@ -151,6 +151,25 @@ class TemporalTower(nn.ModuleList):
             contextualizer.num_frames, contextualizer.frame_mask = num_frames, frame_mask
 
 
+def encode_images(
+    vision_tower: PreTrainedModel, temporal: TemporalTower | None, pixel_values: torch.Tensor
+) -> torch.Tensor:
+    """Runs a vision tower over images. With a contextualizer, an image is a video of one frame.
+
+    Args:
+        vision_tower (`PreTrainedModel`): The tower.
+        temporal ([`TemporalTower`], *optional*): The contextualizers of its blocks.
+        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): The images.
+
+    Returns:
+        `torch.Tensor` of shape `(images, tokens, dim)`.
+    """
+    if temporal is None:
+        return extract_vision_tokens(vision_tower, pixel_values)
+    with temporal.frames(1):
+        return extract_vision_tokens(vision_tower, pixel_values)
+
+
 def encode_videos(
     vision_tower: PreTrainedModel,
     temporal: TemporalTower | None,

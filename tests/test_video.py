@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -196,6 +197,45 @@ def test_the_contextualizer_stands_between_attention_and_feed_forward(vision):
     torch.testing.assert_close(last, by_hand, atol=1e-5, rtol=1e-4)
 
 
+class Operations(TorchDispatchMode):
+    """Records the names of all operations that run while it is open."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("vision", [*TRANSFORMERS, "convnext", "timm_cnn"])
+def test_an_image_runs_through_the_tower_and_through_nothing_else(vision):
+    model = tiny_model(vision)
+    images = noise(3)
+    with torch.no_grad():
+        with Operations() as expected:
+            tokens = extract_vision_tokens(model.vision_tower, images)
+        with Operations() as operations:
+            features = model.get_vision_features(images)
+    assert operations.names == expected.names
+    assert torch.equal(features, tokens)
+
+
+@pytest.mark.parametrize("vision", TRANSFORMERS)
+def test_with_a_contextualizer_an_image_is_a_video_of_one_frame(vision):
+    """Its only frame attends to itself, so that each block adds `alpha * x` behind its attention."""
+    model = video_model(vision)
+    images = noise(3)
+    with torch.no_grad():
+        features = model.get_vision_features(images)
+        torch.testing.assert_close(features, model.get_vision_features(images.unsqueeze(1)))
+        assert not torch.allclose(features, extract_vision_tokens(model.vision_tower, images), atol=1e-3)
+        (contextualizer, *_) = model.temporal
+        frame = torch.randn(2, 1, 5, 16)
+        torch.testing.assert_close(contextualizer(frame), contextualizer.alpha * frame)
+
+
 @pytest.mark.parametrize("vision", TRANSFORMERS)
 def test_a_long_video_in_parts_gives_what_it_gives_at_once(vision, monkeypatch):
     model = video_model(vision)
@@ -361,6 +401,8 @@ def test_bad_videos_are_named():
         model.get_video_features(noise(2))
     with pytest.raises(ValueError, match=r"`frame_mask` must have shape \(2, 3\), but has \(2, 4\)"):
         model.get_video_features(noise(2, 3), torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="`frame_mask` is for videos, but `pixel_values` holds images"):
+        model.get_vision_features(noise(2), torch.ones(2, 1, dtype=torch.bool))
 
 
 def test_a_copy_has_contextualizers_of_its_own():
