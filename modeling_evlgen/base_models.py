@@ -13,7 +13,7 @@ from configuration_evlgen import EVLGenConfig
 from configuration_evlgen.configuration_connectors import ConnectorConfig, connector_config_class
 
 from .connectors import load_bert_as_connector
-from .fingerprints import TOWERS, Identity, identify, remember_tower
+from .fingerprints import INERT_FIELDS, TOWERS, Identity, identify, remember_tower
 from .vision_tower import load_vision_tower, measure_vision_tower
 
 logger = logging.get_logger(__name__)
@@ -76,13 +76,10 @@ def assemble(
         if argument not in named:  # nobody knows what has become of a model since it was loaded
             identity = Identity(identity.name_or_path)
         fields |= identity_fields(argument, identity)
-    text_config = copy.deepcopy(text_model.config)
-    if hasattr(text_config, "quantization_config"):  # said anew by whoever loads the checkpoint
-        del text_config.quantization_config
-    config = EVLGenConfig(  # of copies: it passes its own attention implementation on to its parts
-        vision_config=copy.deepcopy(vision_model.config),
+    config = EVLGenConfig(
+        vision_config=copy_config(vision_model),
         connector_config=copy.deepcopy(connector_config),
-        text_config=text_config,
+        text_config=copy_config(text_model),
         **{**fields, **kwargs},
     )
     model = model_class(config, vision_tower=vision_model, language_model=text_model)
@@ -92,8 +89,25 @@ def assemble(
     special = {name: getattr(text_defaults, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**special)
     for argument in named:
-        remember_tower(model, TOWERS[argument])
+        tower, tower_kwargs = (
+            getattr(model, TOWERS[argument]),
+            {"vision_model": vision_kwargs, "text_model": text_kwargs},
+        )
+        # A tower whose configuration was changed by an argument cannot be loaded again by its name alone.
+        if not any(hasattr(tower.config, name) for name in tower_kwargs[argument].keys() - INERT_FIELDS):
+            remember_tower(model, TOWERS[argument])
     return model
+
+
+def copy_config(tower: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of a tower's configuration, which an EVLGenConfig may change, as it does the attention implementation.
+
+    Quantisation is left out: whoever loads the checkpoint chooses it anew.
+    """
+    config = copy.deepcopy(tower.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def identity_fields(argument: str, identity: Identity) -> dict[str, str | None]:

@@ -18,8 +18,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from configuration_evlgen import EVLGenConfig
 
 from .adapters import HUB_ARGUMENTS, check_base
-from .base_models import identity_fields, load_base_model
-from .fingerprints import TOWERS, hash_weights, identify, is_on_hub, remember_tower
+from .base_models import copy_config, identity_fields, load_base_model
+from .fingerprints import CONFIG_FIELDS, TOWERS, compare_configs, hash_weights, identify, is_on_hub, remember_tower
 from .vision_tower import load_vision_tower
 
 logger = logging.get_logger(__name__)
@@ -85,7 +85,7 @@ def _problem(model: PreTrainedModel, tower: str, name: str | None, weights: Mapp
     loaded, prefix = model.tower_hashes.get(tower), f"{tower}."
     own = {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
     if loaded is None or loaded != hash_weights(own):
-        return f"{tower} is not what was loaded from {name!r}"
+        return f"{tower} differs from {name!r}"
     return None
 
 
@@ -98,7 +98,8 @@ def leave_out_towers(model: PreTrainedModel, leave_out: bool) -> None:
 def towers_may_stay(model: PreTrainedModel, keys: Any) -> None:
     """Where a state dict holds nothing of the towers, as a checkpoint that names them, nothing of them is missing."""
     missing = {name for name in keys.missing_keys if _is_towers(name)}
-    if missing == {name for name in model.state_dict() if _is_towers(name)}:
+    # Parameters alone: a BatchNorm that was saved by an old PyTorch may lack a buffer.
+    if missing >= {name for name, _ in model.named_parameters() if _is_towers(name)}:
         keys.missing_keys[:] = [name for name in keys.missing_keys if name not in missing]
 
 
@@ -256,14 +257,20 @@ def _load_tower(argument: str, load: Any, config: EVLGenConfig, kwargs: dict[str
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     tower = load_base_model(f"{argument}_name_or_path", load, name, kwargs)
     found = identify(name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
-    wanted = getattr(config, f"{argument}_fingerprint")
-    if wanted is not None and found.fingerprint != wanted:
-        where = f"folder {os.path.abspath(name)}" if os.path.isdir(name) else f"revision {revision or 'main'}"
-        raise ValueError(
-            f"The weights of {name!r} ({where}) are not those that the model was trained on: their fingerprint is "
-            f"{found.fingerprint}, not {wanted}. Name the right ones by `{argument}_name_or_path` and "
-            f"`{argument}_revision`, or take these with `{argument}_fingerprint=None`."
-        )
+    wanted, config_name = getattr(config, f"{argument}_fingerprint"), CONFIG_FIELDS[argument]
+    if wanted is None:  # any tower will do
+        setattr(config, config_name, copy_config(tower))
+    else:
+        changes = compare_configs(tower.config, getattr(config, config_name))
+        if found.fingerprint != wanted:
+            changes.insert(0, f"the fingerprint of its weights is {found.fingerprint}, not {wanted}")
+        if changes:
+            where = f"folder {os.path.abspath(name)}" if os.path.isdir(name) else f"revision {revision or 'main'}"
+            raise ValueError(
+                f"{name!r} ({where}) is not the base model that the checkpoint was trained on: {'; '.join(changes)}. "
+                f"Name the right one by `{argument}_name_or_path` and `{argument}_revision`, or take this one with "
+                f"`{argument}_fingerprint=None`."
+            )
     for field, value in identity_fields(argument, found).items():  # with the commit, where a branch was named
         setattr(config, field, value)
     return tower

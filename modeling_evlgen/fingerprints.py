@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -26,6 +26,13 @@ from transformers.utils import (
 
 # The towers, by the arguments that name their base models.
 TOWERS = {"vision_model": "vision_tower", "text_model": "language_model"}
+# Their configurations' names in the model's, likewise.
+CONFIG_FIELDS = {"vision_model": "vision_config", "text_model": "text_config"}
+
+# Fields of a tower's configuration that do not change what it computes. Names with a leading underscore do not either.
+INERT_FIELDS = {"architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"}
+INERT_FIELDS |= {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "initializer_range"}
+INERT_FIELDS |= {"bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type"}
 
 # The base model was loaded just now, so its files are on disk, or it has none of that name.
 _QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -137,6 +144,27 @@ def hash_weights(state_dict: Mapping[str, torch.Tensor]) -> str | None:
         # NumPy lacks some of torch's dtypes, but not their bytes. A scalar can only be seen as bytes once it is flat.
         digest.update(plain.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def compare_configs(found: PreTrainedConfig, wanted: PreTrainedConfig) -> list[str]:
+    """Lists the fields in which two configurations of a tower differ, except those that do not change its outputs.
+
+    Returns:
+        `list[str]`: a message for each field. A nested field is named by its path, `rope_parameters.rope_theta`.
+    """
+    found, wanted = (dict(_flatten(json.loads(c.to_json_string(use_diff=False)))) for c in (found, wanted))
+    names = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
+    return [f"`{name}` is {found.get(name)!r}, not {wanted.get(name)!r}" for name in names]
+
+
+def _flatten(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if name in INERT_FIELDS or name.startswith("_"):
+            continue
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def remember_tower(model: PreTrainedModel, tower: str) -> None:

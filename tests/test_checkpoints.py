@@ -1,6 +1,7 @@
 """Checkpoints that name their frozen towers instead of holding them."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -158,10 +159,74 @@ def test_changed_files_are_refused(part, model, tmp_path):
     weights = load_file(path)
     next(iter(weights.values())).view(-1)[0] += 1
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"/{part}' \(folder .*\) are not those that the model was trained on"):
+    with pytest.raises(ValueError, match=rf"/{part}' \(folder .*: the fingerprint of its weights is"):
         EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model")
     taken = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", **{f"{part}_model_fingerprint": None})
     assert hash_weights(taken.state_dict()) != hash_weights(model.state_dict())
+
+
+def change_json(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("text", "rms_norm_eps", 0.5),
+        ("text", "rope_parameters.rope_theta", 5.0),
+        ("text", "hidden_act", "relu"),
+        ("vision", "layer_norm_eps", 0.5),
+        ("vision", "hidden_act", "relu"),
+    ],
+)
+def test_a_tower_that_would_compute_something_else_is_refused(part, field, value, model, tmp_path):
+    model.save_pretrained(tmp_path / "model", towers="reference")
+    name, _, nested = field.partition(".")
+    change_json(
+        tmp_path / "base" / part / "config.json",
+        **{name: {"rope_type": "default", nested: value} if nested else value},
+    )
+    with pytest.raises(ValueError, match=rf"/{part}' \(folder .*: `{re.escape(field)}` is {value!r}, not "):
+        EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model")
+    taken = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", **{f"{part}_model_fingerprint": None})
+    batch = tiny_processor(model)(images=noise_images(1), text="what is it?")
+    logits = taken(**batch).logits
+    assert not torch.allclose(logits, model(**batch).logits)
+    taken.save_pretrained(tmp_path / "again")  # with the configuration that it has now
+    again = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(**batch).logits, logits)
+
+
+def test_a_towers_config_may_differ_in_what_does_not_matter(model, tmp_path):
+    model.save_pretrained(tmp_path / "model", towers="reference")
+    fields = {"transformers_version": "4.40.0", "torch_dtype": "float16", "dtype": "float16", "architectures": None}
+    fields |= {"_name_or_path": "elsewhere", "use_cache": False, "_attn_implementation": "eager", "eos_token_id": 7}
+    for part in ("text", "vision"):
+        change_json(tmp_path / "base" / part / "config.json", **fields)
+    same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"), model)
+    EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", attn_implementation="eager")
+
+
+def test_a_tower_with_a_changed_configuration_is_saved_and_not_only_named(tmp_path, caplog):
+    model = build(save_towers(tmp_path / "base"), text_rms_norm_eps=0.5)
+    with pytest.raises(ValueError, match=r"language_model differs from '.*text'"):
+        model.save_pretrained(tmp_path / "model", towers="reference")
+    model.config.towers = "reference"
+    model.save_pretrained(tmp_path / "model")
+    loaded = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model")
+    batch = tiny_processor(model)(images=noise_images(1), text="what is it?")
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("vision", "text"),
+    [("eva", "opt"), ("siglip", "qwen2"), ("dinov2", "gpt2"), ("convnext", "llama"), ("timm_cnn", "llama")],
+)
+def test_any_towers_can_be_named(vision, text, tmp_path, caplog):
+    model = build(save_towers(tmp_path / "base", vision, text), text_attn_implementation="eager")
+    model.save_pretrained(tmp_path / "model", towers="reference")
+    same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"), model)
+    assert "start afresh" not in caplog.text
 
 
 def test_a_missing_base_model_is_named(model, tmp_path):
@@ -178,11 +243,11 @@ def test_towers_that_were_changed_or_have_no_name_are_saved(model, tmp_path, cap
         model.save_pretrained(tmp_path / "model", towers="none")
     with torch.no_grad():
         model.language_model.lm_head.weight[0, 0] += 1
-    with pytest.raises(ValueError, match=r"language_model is not what was loaded from '.*text'"):
+    with pytest.raises(ValueError, match=r"language_model differs from '.*text'"):
         model.save_pretrained(tmp_path / "model", towers="reference")
     model.config.towers = "reference"  # as a default it gives way
     model.save_pretrained(tmp_path / "model")
-    assert "The checkpoint holds its towers: language_model is not what was loaded from" in caplog.text
+    assert "The checkpoint holds its towers: language_model differs from" in caplog.text
     same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"), model)
     with pytest.raises(ValueError, match="vision_tower has no name; language_model has no name"):
         tiny_model().save_pretrained(tmp_path / "model", towers="reference")
@@ -196,7 +261,7 @@ def test_a_tower_that_was_given_as_a_model_is_not_taken_for_its_base_model(tmp_p
     with torch.no_grad():
         text.lm_head.weight += 1  # fine-tuned, say
     model = build({**towers, "text_model": text})
-    with pytest.raises(ValueError, match=r"language_model is not what was loaded from '.*text'"):
+    with pytest.raises(ValueError, match=r"language_model differs from '.*text'"):
         model.save_pretrained(tmp_path / "model", towers="reference")
     adapted = get_peft_model(text, LoraConfig(target_modules=["q_proj"]))
     adapted.save_pretrained(tmp_path / "adapter")
