@@ -1,34 +1,23 @@
 """LoRA (Hu et al., ICLR 2022) on the frozen towers, beside the connector, by PEFT; and quantised language models."""
 
 import os
+import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-# The linear maps of each layer, as models name them: attention first, then the feed-forward.
-TEXT_TARGETS = {
-    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),  # Vicuna, SmolLM2 too
-    "qwen2": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "qwen3": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "smollm3": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "gpt2": ("c_attn", "c_proj", "c_fc"),
-}
-VISION_TARGETS = {
-    "blip_2_vision_model": ("qkv", "projection", "fc1", "fc2"),  # EVA ViT-g
-    "clip_vision_model": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    "siglip_vision_model": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    "dinov2": ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
-    "vit": ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
-}
 # What is trained in full, and saved with the adapter.
 TRAINED = ("ln_vision", "vision_projection", "connector", "language_projection", "temporal")
+LINEAR = (nn.Linear, Conv1D)  # the layers of quantised models are subclasses; GPT-2 has Conv1D
 
 
 @dataclass
@@ -37,59 +26,86 @@ class LoraArguments:
         default="text", metadata={"help": "Which frozen towers get an adapter, beside the connector."}
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "Their scale is lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before them."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapters are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the adapters."})
 
 
-def target_modules(model: EVLGenForConditionalGeneration, towers: str) -> str:
-    """A regular expression for the names of the linear maps that get an adapter.
+def target_modules(model: EVLGenForConditionalGeneration, lora: str) -> str:
+    """Finds the layers that get an adapter: all linear layers inside the numbered blocks of the towers.
+
+    Heads, poolers and embeddings lie outside the blocks. A mixture's experts get no adapter where transformers keeps
+    them as one tensor.
 
     Args:
         model: The model.
-        towers: `"text"`, `"vision"` or `"both"`.
+        lora: `"text"`, `"vision"` or `"both"`.
+
+    Returns:
+        A regular expression that matches the full names of these layers, for `LoraConfig`.
 
     Raises:
-        ValueError: If it is not known what a tower calls its linear maps.
+        ValueError: If a tower has no such layers.
     """
     expressions = []
-    for kind, tower, config, known in (
-        ("text", "language_model", model.config.text_config, TEXT_TARGETS),
-        ("vision", "vision_tower", model.config.vision_config, VISION_TARGETS),
+    for name, tower, config in (
+        ("text", "language_model", model.config.text_config),
+        ("vision", "vision_tower", model.config.vision_config),
     ):
-        if towers not in (kind, "both"):
+        if lora not in (name, "both"):
             continue
-        if config.model_type not in known:
+        layers = _linear_layers_of_blocks(getattr(model, tower))
+        if not layers:
             raise ValueError(
-                f"`lora` knows the layers of these {kind} models: {', '.join(known)}; not of {config.model_type!r}."
+                f"`lora` is {lora!r}, but the {tower.replace('_', ' ')} ({config.model_type!r}) has no linear layers "
+                "inside numbered blocks. An adapter needs such layers."
             )
-        # Inside a numbered layer; a head for pooling, which EVLGen does not use, has maps of the same names.
-        expressions.append(rf"{tower}\.(.*\.)?\d+\.(.*\.)?({'|'.join(known[config.model_type])})")
+        expressions += [rf"{tower}\.{layer}" for layer in layers]
     return "|".join(expressions)
 
 
+def _linear_layers_of_blocks(tower: nn.Module) -> list[str]:
+    """Returns regular expressions for the names of all linear layers below a number, e.g. `layers\\.\\d+\\.fc1`."""
+    groups: dict[str, dict[str, bool]] = defaultdict(dict)  # expression -> name -> is it linear?
+    for name, module in tower.named_modules():
+        *above, _ = parts = name.split(".")
+        if any(part.isdigit() for part in above):
+            expression = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts)
+            groups[expression][name] = isinstance(module, LINEAR)
+    expressions = []
+    for expression, linear in groups.items():
+        if all(linear.values()):
+            expressions.append(expression)
+        else:  # the blocks differ: another one has another module under that name
+            expressions += [re.escape(name) for name, is_linear in linear.items() if is_linear]
+    return expressions
+
+
 def add_lora(model: EVLGenForConditionalGeneration, arguments: LoraArguments) -> PeftModel:
-    """Puts adapters into the towers. They are trained together with the connector's side, which is saved with them.
+    """Adds adapters to the towers. They are trained and saved together with everything that EVLGen trains.
 
     Raises:
-        ValueError: If it is not known where they go.
+        ValueError: If a tower has no layers for adapters.
     """
-    if os.path.isdir(model.name_or_path):  # which the adapter will name
+    if os.path.isdir(model.name_or_path):
+        # The adapter names its model, and shall find it from any working directory.
         model.name_or_path = os.path.abspath(model.name_or_path)
-    parts = [name for name in TRAINED if getattr(model, name) is not None]
     config = LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=target_modules(model, arguments.lora),
-        modules_to_save=parts,
+        modules_to_save=[name for name in TRAINED if getattr(model, name) is not None],
     )
     return get_peft_model(model, config)
 
 
 def quantization_config(bits: Literal["int8", "int4"] | None) -> Any | None:
-    """How a language model is quantised: to 4 bits (NF4) by bitsandbytes, to 8 by that or, on a CPU, by torchao.
+    """Returns how to quantise a language model: to 4 bits (NF4) or 8 bits by bitsandbytes, to 8 on a CPU by torchao.
 
-    On a CPU, torchao holds 4 bits in 8, and gradients through bitsandbytes' 8 bits are wrong (0.50).
+    On a CPU, torchao stores 4 bits as 8, and gradients through bitsandbytes 0.50's 8 bits are wrong.
+
+    Args:
+        bits: `"int8"`, `"int4"`, or None for no quantisation.
 
     Raises:
         ImportError: If the library is not installed.

@@ -70,13 +70,13 @@ VISION_CONFIGS = {
     ),
 }
 
-_TEXT = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-_TEXT |= {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXT_SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT_SIZES |= {"max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _GPT2 = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "bos_token_id": 1}
 TEXT_CONFIGS = {
-    "opt": OPTConfig(**_TEXT, ffn_dim=64, word_embed_proj_dim=16),  # project_in and project_out, as in OPT-350m
-    "llama": LlamaConfig(**_TEXT, intermediate_size=64, num_key_value_heads=1),
-    "qwen2": Qwen2Config(**_TEXT, intermediate_size=64, num_key_value_heads=1, tie_word_embeddings=True),
+    "opt": OPTConfig(**TEXT_SIZES, ffn_dim=64, word_embed_proj_dim=16),  # project_in and project_out, as in OPT-350m
+    "llama": LlamaConfig(**TEXT_SIZES, intermediate_size=64, num_key_value_heads=1),
+    "qwen2": Qwen2Config(**TEXT_SIZES, intermediate_size=64, num_key_value_heads=1, tie_word_embeddings=True),
     "gpt2": GPT2Config(**_GPT2, eos_token_id=2, pad_token_id=0),
 }
 

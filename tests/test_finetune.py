@@ -9,7 +9,7 @@ import finetune
 import pytest
 import torch
 from datasets import Dataset
-from finetune_lora import LoraArguments, add_lora, target_modules
+from finetune_lora import LoraArguments, add_lora
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
@@ -271,37 +271,6 @@ def test_quantisation_leaves_what_a_checkpoint_holds_besides_the_language_model(
     quantised = {name for name, p in loaded.named_parameters() if type(p) is not torch.nn.Parameter}
     assert len(quantised) == 14 and all(name.startswith("language_model.model.layers.") for name in quantised)
     assert loaded.config.to_dict().get("quantization_config") is None  # a checkpoint says nothing of it
-
-
-@pytest.mark.parametrize("text", TEXT_CONFIGS)
-@pytest.mark.parametrize("vision", ["eva", "clip", "siglip", "dinov2", "vit"])
-def test_every_linear_map_of_a_layer_gets_an_adapter(vision, text):
-    model = add_lora(tiny_model(vision, text), LoraArguments(lora="both"))
-    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    for tower in ("vision_tower", "language_model"):
-        layers = {
-            name
-            for name, module in model.named_modules()
-            if f".{tower}." in name
-            and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
-            and any(part.isdigit() for part in name.split("."))
-            and "lora" not in name
-        }
-        assert layers and {name.removesuffix(".base_layer") for name in layers} == {n for n in adapted if tower in n}
-    assert not any("connector" in name for name in adapted)
-
-
-def test_what_is_trained_beside_an_adapter_is_counted_once():
-    model = tiny_model()
-    before = dict(line.split(": ") for line in model.describe_parameters().splitlines())
-    after = dict(line.split(": ") for line in add_lora(model, LoraArguments()).describe_parameters().splitlines())
-    assert before["language_model"].endswith("frozen") and after["language_model"].endswith(" of them trained")
-    assert {name for name in before if before[name] != after[name]} == {"language_model"}
-
-
-def test_a_tower_of_unknown_layers_is_refused():
-    with pytest.raises(ValueError, match=r"knows the layers of these vision models: .*; not of 'convnext'"):
-        target_modules(tiny_model("convnext"), "both")
 
 
 def test_the_baseline_answers_each_question_as_training_mostly_did():
