@@ -1,4 +1,4 @@
-"""EVLGen's processor and its pipeline. Importing this package makes the processor known to `AutoProcessor`."""
+"""EVLGen's processor and pipelines. Importing this package registers the processor with `AutoProcessor`."""
 
 from transformers import AutoProcessor
 

@@ -1,54 +1,58 @@
-"""Conversations in the usual `messages` format as token ids, with labels on what the assistant says."""
+"""Encodes conversations in the usual `messages` format as token ids, with labels on the assistant's turns."""
 
 from typing import Any
 
 from transformers import ProcessorMixin
+
+from .token_ids import check_plain_text
 
 _ROLES = ("system", "user", "assistant")
 _PARTS = ("image", "video", "text")
 
 
 def encode_conversation(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one conversation, by the processor's chat template.
+    """Encodes one conversation with the processor's chat template.
 
-    Up to each of the assistant's turns the ids are those that generation would start from; its words and the token
-    that ends them are labels.
+    The ids before each turn of the assistant are those that generation would start from. Labels are the assistant's
+    text and the token that ends it.
 
     Args:
         processor ([`EVLGenProcessor`]): Has the template and the tokenizer.
         messages (`list[dict]`):
-            Turns `{"role": "system" | "user" | "assistant", "content": str | list[dict]}`; a part of a content is
+            Turns `{"role": "system" | "user" | "assistant", "content": str | list[dict]}`. A list holds parts
             `{"type": "image"}`, `{"type": "video"}` or `{"type": "text", "text": str}`. The last turn is the
             assistant's.
 
     Returns:
-        Two lists of the same length; labels are -100 outside the assistant's turns.
+        Token ids and labels, two lists of the same length. Labels are -100 outside the assistant's turns.
 
     Raises:
-        ValueError: If there is no chat template, a message is none, or the template rewrites earlier turns or
-            does not end the assistant's with the processor's `end_of_text`.
+        ValueError: If there is no chat template, or a message is malformed. If a turn of the assistant holds a special
+            token. If the template rewrites earlier turns, or does not end the assistant's with `end_of_text`.
     """
     if processor.chat_template is None:
         raise ValueError("Conversations need a chat template, and the processor has none.")
     turns = check_conversation(messages, image_token=processor.image_token, video_token=processor.video_token)
+    end_id = processor.end_of_text_id
     ids: list[int] = []
     labels: list[int] = []
-    written = ""  # what the ids stand for
+    text = ""  # of the ids
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
         prompt = processor.apply_chat_template(turns[:index], add_generation_prompt=True)
-        if not prompt.startswith(written):
+        if not prompt.startswith(text):
             raise ValueError(
-                "The chat template does not write an earlier turn of the assistant as it was trained, followed by "
-                f"`end_of_text`: {prompt!r} does not start with {written!r}."
+                "The chat template must write an earlier turn of the assistant as it was trained, followed by "
+                f"`end_of_text`, but {prompt!r} does not start with {text!r}."
             )
-        prompt_ids = processor.tokenize_prompt(prompt.removeprefix(written), add_special_tokens=not written)
+        prompt_ids = processor.tokenize_prompt(prompt.removeprefix(text), add_special_tokens=not text)
         answer = turn["content"]
-        answer_ids = [*processor.tokenizer(answer, add_special_tokens=False)["input_ids"], processor.end_of_text_id]
-        ids += prompt_ids + answer_ids
-        labels += [-100] * len(prompt_ids) + answer_ids
-        written = prompt + answer + processor.tokenizer.decode([processor.end_of_text_id])
+        answer_ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        check_plain_text(processor.tokenizer, end_id, {f"`messages` entry {index}": (answer, answer_ids)})
+        ids += [*prompt_ids, *answer_ids, end_id]
+        labels += [*[-100] * len(prompt_ids), *answer_ids, end_id]
+        text = prompt + answer + processor.tokenizer.decode([end_id])
     return ids, labels
 
 
@@ -59,51 +63,54 @@ def check_conversation(
     image_token: str = "<image>",
     video_token: str = "<video>",
 ) -> list[dict[str, Any]]:
-    """The turns of one conversation to train on, the assistant's contents as strings.
+    """Checks one conversation to train on.
 
     Args:
         messages (`list[dict]`): As for [`encode_conversation`].
-        num_images, num_videos (`int`, *optional*): How many it must have a place for.
-        image_token, video_token (`str`, *optional*): What stands for one within a text.
+        num_images, num_videos (`int`, *optional*): Required numbers of placeholders.
+        image_token, video_token (`str`, *optional*): The placeholders within a text.
+
+    Returns:
+        `list[dict]`: The turns. Contents of the assistant's turns are strings.
 
     Raises:
-        ValueError: If it is no such conversation, or has places for other numbers of images or videos.
+        ValueError: If the conversation is malformed, or has another number of placeholders.
     """
     if not isinstance(messages, list):
         raise ValueError(f"`messages` must be a list of turns, but is {messages!r}.")
-    turns = [_check(index, message) for index, message in enumerate(messages)]
+    turns = [_check_turn(index, message) for index, message in enumerate(messages)]
     if not turns or turns[-1]["role"] != "assistant":
         raise ValueError("`messages` must end with a turn of the assistant.")
-    for kind, token, wanted in (("image", image_token, num_images), ("video", video_token, num_videos)):
+    for modality, token, wanted in (("image", image_token, num_images), ("video", video_token, num_videos)):
         if any(token in turn["content"] for turn in turns if turn["role"] == "assistant"):
-            raise ValueError(f"`messages` must not have the assistant say the placeholder {token}.")
-        found = sum(_count(turn["content"], kind, token) for turn in turns)
+            raise ValueError(f"`messages` must not hold the placeholder {token} in a turn of the assistant.")
+        found = sum(_count_placeholders(turn["content"], modality, token) for turn in turns)
         if wanted is not None and found != wanted:
-            raise ValueError(f"`messages` has places for {found} {kind}s, but there are {wanted}.")
+            raise ValueError(f"`messages` has places for {found} {modality}s, but there are {wanted}.")
     return turns
 
 
-def _count(content: str | list[dict[str, Any]], kind: str, token: str) -> int:
+def _count_placeholders(content: str | list[dict[str, Any]], modality: str, token: str) -> int:
     if isinstance(content, str):
         return content.count(token)
-    return sum((part["type"] == kind) + part.get("text", "").count(token) for part in content)
+    return sum((part["type"] == modality) + part.get("text", "").count(token) for part in content)
 
 
-def _check(index: int, message: Any) -> dict[str, Any]:
-    """The message, with an assistant's content as one string."""
+def _check_turn(index: int, message: Any) -> dict[str, Any]:
+    """The message; an assistant's content is joined to one string."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES or "content" not in message:
         raise ValueError(
             f"`messages` must hold turns with a `role` of {', '.join(_ROLES)} and a `content`, but entry {index} is "
             f"{message!r}."
         )
     content = message["content"]
-    if isinstance(content, list):  # a data set's table fills absent keys with None
+    if isinstance(content, list):
         content = [_check_part(index, part) for part in content]
     elif not isinstance(content, str):
         raise ValueError(f"`messages` entry {index} must have a text or a list as `content`, but has {content!r}.")
     if message["role"] == "assistant" and isinstance(content, list):
         if any(part["type"] != "text" for part in content):
-            raise ValueError(f"`messages` entry {index} must be text alone, as the assistant's, but is {content!r}.")
+            raise ValueError(f"`messages` entry {index} is the assistant's and must be text, but is {content!r}.")
         content = "".join(part["text"] for part in content)
     if message["role"] == "assistant" and not content.strip():
         raise ValueError(f"`messages` entry {index} is an empty turn of the assistant.")
@@ -117,4 +124,4 @@ def _check_part(index: int, part: Any) -> dict[str, Any]:
             f"`messages` entry {index} must hold parts such as {{'type': 'image'}} and {{'type': 'text', 'text': …}}, "
             f"but holds {part!r}."
         )
-    return {key: value for key, value in part.items() if value is not None}
+    return {key: value for key, value in part.items() if value is not None}  # `datasets` fills absent keys with None

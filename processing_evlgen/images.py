@@ -1,59 +1,109 @@
-"""Images as they come (paths, URLs, odd colour modes, rotated by a camera) to upright RGB."""
+"""Opens images from any source as upright RGB images: paths, URLs, bytes, odd colour modes, EXIF rotation.
+
+transformers' `load_image` is not used: it shows transparent parts black, clips 16-bit grey to white, and names no file
+in its errors.
+"""
 
 import base64
+import os
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from huggingface_hub.utils import httpx
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 64_000_000  # in RGB 256 MB; a PNG of 20 KB can hold more pixels than memory does
 
 
-def load_rgb_image(source: Any, timeout: float = 30.0) -> Any:
-    """Opens an image and turns it into an upright RGB image.
+def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIXELS) -> Any:
+    """Opens an image and converts it to an upright RGB image.
 
-    The EXIF orientation is applied; transparent parts show white, as on paper; 16-bit grey is scaled to 8 bits.
+    The EXIF orientation is applied. Transparent parts become white, as on paper. 16-bit grey is scaled to 8 bits.
 
     Args:
         source (`PIL.Image.Image`, `str`, `pathlib.Path`, `dict` or array):
             An image, a path, a URL, a base64 string (`data:image/...`) or a row of a `datasets` image column
-            (`{"bytes": ..., "path": ...}`). Arrays and tensors are returned as they are: they have no mode to read.
+            (`{"bytes": ..., "path": ...}`). Arrays and tensors are checked and returned unchanged: they have no mode.
         timeout (`float`, *optional*, defaults to 30.0): Seconds to wait for a URL.
+        max_pixels (`int`, *optional*, defaults to 64,000,000):
+            Largest width times height that is decoded. The size is read from the header, before any pixel. PIL has a
+            limit of its own, 179 million pixels, which `PIL.Image.MAX_IMAGE_PIXELS` sets for the whole process.
 
     Returns:
         `PIL.Image.Image` in mode RGB, or the array.
 
     Raises:
-        ValueError: If the image cannot be read; the message names it.
+        ValueError: If the image cannot be read or has more than `max_pixels`; the message names it. If an array holds
+            NaN or infinite values.
+        TypeError: If `source` is nothing of the above.
     """
     if source is None:
         raise ValueError("`images`: None is no image.")
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return _check_array(source)
     if isinstance(source, Image.Image):
         image, name = source, getattr(source, "filename", "") or "the image"
     elif isinstance(source, str | Path | dict):
         image, name = _open(source, timeout), _describe(source)
     else:
-        return source
+        raise TypeError(f"`images` must hold images, paths, URLs or arrays, but holds a {type(source).__name__}.")
     try:
+        if isinstance(image, ImageFile.ImageFile):  # an image in memory has cost its memory already
+            check_size(image.width, image.height, max_pixels)
         return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # what PIL raises for broken or oversized data is of many kinds
+    except Exception as error:  # PIL raises errors of many types for broken data
         raise ValueError(f"`images`: {name} cannot be read: {error}") from error
 
 
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """
+    Raises:
+        ValueError: If an image or a frame of `width` x `height` has more than `max_pixels`.
+    """
+    if width * height > max_pixels:
+        raise ValueError(f"it has {width} x {height} pixels, more than `max_pixels`={max_pixels} allows")
+
+
+def _check_array(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    if isinstance(array, np.ndarray):
+        finite = np.isfinite(array).all()
+    else:  # integers are finite, and slow to check
+        finite = not array.is_floating_point() or array.isfinite().all()
+    if not finite:
+        raise ValueError(f"`images`: an array of shape {tuple(array.shape)} holds NaN or infinite values.")
+    return array
+
+
 def _open(source: str | Path | dict, timeout: float) -> Image.Image:
+    """Opens an image without decoding it."""
     try:
         if isinstance(source, dict):
-            return Image.open(source["path"] if source.get("bytes") is None else BytesIO(source["bytes"]))
+            if source.get("bytes") is not None:
+                return Image.open(BytesIO(source["bytes"]))
+            source = source["path"]
         if str(source).startswith(("http://", "https://")):
-            response = httpx.get(source, timeout=timeout, follow_redirects=True).raise_for_status()
+            response = httpx.get(str(source), timeout=timeout, follow_redirects=True).raise_for_status()
             return Image.open(BytesIO(response.content))
         if str(source).startswith("data:image/"):
             return Image.open(BytesIO(base64.b64decode(source.split(",", 1)[1])))
+        check_regular_file(source)
         return Image.open(source)
-    except UnidentifiedImageError as error:  # which would name a place in memory where there is no path
+    except UnidentifiedImageError as error:  # PIL's message has an address in memory in place of a path
         raise ValueError(f"`images`: {_describe(source)} cannot be read: it is no image that PIL knows") from error
     except Exception as error:
         raise ValueError(f"`images`: {_describe(source)} cannot be read: {error}") from error
+
+
+def check_regular_file(path: str | Path) -> None:
+    """
+    Raises:
+        ValueError: If there is something else than a file. Opening a named pipe waits until somebody writes.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is no regular file")
 
 
 def _describe(source: str | Path | dict) -> str:

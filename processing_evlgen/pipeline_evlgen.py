@@ -1,4 +1,4 @@
-"""What `pipeline("image-to-text")` and `pipeline("video-to-text")` run for an EVLGen checkpoint."""
+"""The pipelines `image-to-text` and `video-to-text` of EVLGen's checkpoints."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,14 +33,14 @@ class EVLGenImageToTextPipeline(Pipeline):
         """
         Args:
             images:
-                A PIL image, a path, a URL or a base64 string; or a dict with one under `"image"` and, if wanted, a
-                `"prompt"`; or a list, a generator or a `datasets` data set or column of these.
+                A PIL image, a path, a URL or a base64 string. Or a dict with one of these under `"image"` and
+                optionally a `"prompt"`. Or a list, a generator, or a data set or column of `datasets` with these.
             kwargs:
                 `prompt` (`str`, by default empty), `batch_size`, and any argument of `generate`.
 
         Returns:
-            `[{"generated_text": str}, …]` for one image, with `num_return_sequences` entries; a list of these for a
-            list; an iterator over these for a data set or a generator.
+            For one image, `[{"generated_text": str}, …]` with `num_return_sequences` entries. For a list, a list of
+            these. For a data set or a generator, an iterator over these.
         """
         if type(images).__module__.startswith("datasets."):
             images = (row for row in images)
@@ -69,7 +69,9 @@ class EVLGenImageToTextPipeline(Pipeline):
 
 
 class EVLGenVideoToTextPipeline(EVLGenImageToTextPipeline):
-    """Captions videos, or answers a prompt about them: files, URLs, arrays of frames, dicts with one under `"video"`.
+    """Captions videos, or answers a prompt about them.
+
+    Takes files, URLs and arrays of frames, and dicts with one of these under `"video"`.
 
     ```python
     >>> captioner = pipeline("video-to-text", model="my-video-model", trust_remote_code=True)
@@ -77,7 +79,7 @@ class EVLGenVideoToTextPipeline(EVLGenImageToTextPipeline):
     [{'generated_text': 'a dog runs'}]
     ```
 
-    A list holds several videos; a video that is a list of frames is given as `{"video": frames}`.
+    A list holds several videos. A single video that is a list of frames is given as `{"video": frames}`.
     """
 
     modality = "video"

@@ -1,13 +1,17 @@
-"""The processor: where images go, what is a label, images of every kind, and clear errors."""
+"""The processor: positions of images, labels, images of every type, and errors that name their cause."""
 
 import base64
 import io
+import os
+import re
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import load_rgb_image
@@ -22,8 +26,8 @@ def make_processor(bos=False, chat=False, num_image_tokens=3, **kwargs):
     return EVLGenProcessor(tiny_image_processor(), tiny_tokenizer(bos, chat), num_image_tokens, **kwargs)
 
 
-def labelled(batch, processor):
-    """The text that carries the loss, for each row."""
+def labelled_texts(batch, processor):
+    """The text of each row that carries the loss."""
     return [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
 
 
@@ -35,7 +39,7 @@ def test_images_come_before_bos_in_a_plain_prompt():
         assert ids[4:] == processor.tokenizer("what is it?", add_special_tokens=False)["input_ids"]
 
 
-def test_images_stand_where_the_text_says():
+def test_images_stand_at_their_placeholders():
     processor = make_processor(bos=True)
     ids = processor(images=noise_images(2), text="left: <image> right: <image>")["input_ids"][0].tolist()
     assert ids[0] == BOS and ids.count(IMAGE) == 6
@@ -70,13 +74,13 @@ def conversation(*turns):
     return [{"role": role, "content": content} for role, content in zip(roles, turns, strict=False)]
 
 
-def test_a_conversation_is_trained_on_what_the_assistant_says():
+def test_a_conversation_is_trained_on_the_assistants_turns():
     processor = make_processor(chat=True, end_of_text="<|im_end|>")
-    seen = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
-    long = conversation(seen, "a cat", "what color?", [{"type": "text", "text": "red"}])
+    question = [{"type": "image"}, {"type": "text", "text": "what is it?"}]
+    long = conversation(question, "a cat", "what color?", [{"type": "text", "text": "red"}])
     short = conversation([{"type": "image", "text": None}], "a blue circle")
     batch = processor(images=noise_images(2), messages=[long, short])
-    assert labelled(batch, processor) == ["a cat<|im_end|>red<|im_end|>", "a blue circle<|im_end|>"]
+    assert labelled_texts(batch, processor) == ["a cat<|im_end|>red<|im_end|>", "a blue circle<|im_end|>"]
     whole = processor.tokenizer.decode(batch["input_ids"][0]).replace("<image><image><image>", "<image>")
     assert processor.apply_chat_template(long).startswith(whole)
     # Up to each answer the ids are those that generation starts from.
@@ -97,7 +101,7 @@ def test_a_conversation_is_trained_on_what_the_assistant_says():
         ([], "must end with a turn of the assistant"),
         (conversation("what is it?"), "must end with a turn of the assistant"),
         (conversation("what is it?", " "), "entry 1 is an empty turn of the assistant"),
-        (conversation("what?", [{"type": "image"}]), "entry 1 must be text alone"),
+        (conversation("what?", [{"type": "image"}]), "entry 1 is the assistant's and must be text"),
         (
             [{"role": "robot", "content": "hello"}],
             "a `role` of system, user, assistant and a `content`, but entry 0 is",
@@ -106,7 +110,7 @@ def test_a_conversation_is_trained_on_what_the_assistant_says():
         (conversation([{"type": "image_url", "image_url": "a.png"}], "a"), r"entry 0 must hold parts .* 'image_url'"),
         (conversation([{"type": "text"}], "a"), "entry 0 must hold parts such as"),
         (conversation(None, "a"), "entry 0 must have a text or a list as `content`, but has None"),
-        (conversation("<image>what?", "an <image>"), "must not have the assistant say the placeholder <image>"),
+        (conversation("<image>what?", "an <image>"), "must not hold the placeholder <image> in a turn"),
         ({"role": ["user"], "content": ["what?"]}, "`messages` must be a list of turns"),
     ],
 )
@@ -116,16 +120,16 @@ def test_a_bad_conversation_is_named(messages, message):
         processor(images=noise_images(1), messages=[messages])
 
 
-def test_what_the_system_says_is_read_and_not_learned():
+def test_a_system_turn_is_read_and_not_learned():
     processor = make_processor(chat=True, end_of_text="<|im_end|>")
-    told = [{"role": "system", "content": "be brief"}, *conversation("what is it?<image>", "a cat")]
-    batch = processor(images=noise_images(1), messages=[told])
-    assert labelled(batch, processor) == ["a cat<|im_end|>"]
+    turns = [{"role": "system", "content": "be brief"}, *conversation("what is it?<image>", "a cat")]
+    batch = processor(images=noise_images(1), messages=[turns])
+    assert labelled_texts(batch, processor) == ["a cat<|im_end|>"]
     text = processor.tokenizer.decode(batch["input_ids"][0])
     assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nwhat is it?<image><image>")
 
 
-def test_images_of_one_conversation_are_not_taken_for_anothers():
+def test_images_belong_to_their_own_conversation():
     processor = make_processor(chat=True, end_of_text="<|im_end|>")
     two, none = conversation("<image><image>which?", "a"), conversation("what?", "b")
     first, second = noise_images(2)
@@ -150,7 +154,7 @@ def test_labels_are_the_caption_and_its_end(chat):
     processor = make_processor(bos=not chat, chat=chat)
     batch = processor(images=noise_images(2), text="what?", suffix=["a cat", "a blue triangle"])
     space = "" if chat else " "
-    assert labelled(batch, processor) == [f"{space}a cat</s>", f"{space}a blue triangle</s>"]
+    assert labelled_texts(batch, processor) == [f"{space}a cat</s>", f"{space}a blue triangle</s>"]
     assert batch["attention_mask"][0, -1] == 0  # padded on the right
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         assert torch.equal(ids[labels != -100], labels[labels != -100])
@@ -160,17 +164,17 @@ def test_padding_that_equals_eos_is_masked_and_the_end_is_not():
     processor = make_processor()
     processor.tokenizer.pad_token = processor.tokenizer.eos_token
     batch = processor(images=noise_images(2), suffix=["a", "a blue triangle to the left"])
-    assert labelled(batch, processor)[0] == "a</s>"
+    assert labelled_texts(batch, processor)[0] == "a</s>"
     assert (batch["input_ids"][0] == EOS).sum() > 1
 
 
 def test_opt_recipe_labels_bos_and_ends_with_a_newline():
     processor = make_processor(bos=True, bos_label=True, end_of_text="\n", clean_captions=True)
     batch = processor(images=noise_images(1), suffix='A "Cat" (small).')
-    assert labelled(batch, processor) == ["<s>a cat small\n"]
+    assert labelled_texts(batch, processor) == ["<s>a cat small\n"]
     assert processor.end_of_text_id == processor.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
     prompted = processor(images=noise_images(1), text="what?", suffix="a cat")
-    assert labelled(prompted, processor) == [" a cat\n"]  # a prompt carries no loss, nor does its BOS
+    assert labelled_texts(prompted, processor) == [" a cat\n"]  # a prompt carries no loss, nor does its BOS
 
 
 def test_generation_pads_on_the_left():
@@ -179,7 +183,7 @@ def test_generation_pads_on_the_left():
     assert "labels" not in batch
 
 
-def test_padding_does_what_a_tokenizers_does():
+def test_padding_arguments_work_as_in_a_tokenizer():
     processor = make_processor()
     inputs = {"images": noise_images(2), "suffix": ["a", "a blue triangle"]}
     longest = processor(**inputs)
@@ -190,6 +194,10 @@ def test_padding_does_what_a_tokenizers_does():
         real = longest["attention_mask"][index].bool()
         assert rows["input_ids"][index] == longest["input_ids"][index][real].tolist()
         assert rows["labels"][index] == longest["labels"][index][real].tolist()
+    left = processor(**inputs, padding_side="left")
+    assert left["attention_mask"][0, 0] == 0 and torch.equal(
+        left["labels"] != -100, left["attention_mask"].bool() & (left["input_ids"] != IMAGE)
+    )
 
 
 def test_images_in_rows_must_fit_their_texts():
@@ -205,7 +213,7 @@ def test_the_end_of_a_text_must_be_one_token():
         make_processor(end_of_text=" the end")(images=noise_images(1), suffix="a cat")
 
 
-def test_one_prompt_serves_all_images_and_none_is_empty():
+def test_one_prompt_serves_all_images_and_no_prompt_is_an_empty_one():
     processor = make_processor()
     shared = processor(images=noise_images(3), text="what?")
     assert shared["input_ids"].shape[0] == 3 and shared["pixel_values"].shape == (3, 3, 32, 32)
@@ -213,7 +221,7 @@ def test_one_prompt_serves_all_images_and_none_is_empty():
     assert "pixel_values" not in processor(text="only words")
 
 
-def test_clean_up_is_the_originals():
+def test_captions_are_cleaned_as_in_the_original():
     assert clean_caption('  A  "Dog" (on) #grass;: runs!~*.') == "a dog on grass runs"
     assert clean_caption("what? it's well-known, yes") == "what? it's well-known, yes"
     assert clean_caption(" ".join(map(str, range(60)))) == " ".join(map(str, range(50)))
@@ -225,7 +233,7 @@ def encode(image, file_format):
     return {"bytes": buffer.getvalue(), "path": "x"}
 
 
-def test_images_of_every_kind_become_rgb():
+def test_images_of_every_mode_become_rgb():
     red = Image.new("RGB", (4, 2), (200, 30, 30))
     assert np.allclose(load_rgb_image(red.convert("CMYK")), red, atol=3)
     assert np.allclose(load_rgb_image(red.quantize()), red, atol=3)
@@ -249,7 +257,7 @@ def test_an_image_that_the_camera_rotated_stands_upright():
     assert upright.size == (2, 4) and upright.getpixel((1, 0)) == (0, 0, 0)
 
 
-def test_paths_base64_rows_and_arrays_are_understood(tmp_path):
+def test_paths_base64_rows_and_arrays_are_read(tmp_path):
     image = noise_images(1)[0]
     path = tmp_path / "image.png"
     image.save(path)
@@ -276,10 +284,12 @@ def test_paths_base64_rows_and_arrays_are_understood(tmp_path):
         (
             {"images": 1, "suffix": "a <image> b"},
             ValueError,
-            "`suffix` must not hold the placeholder <image>, but entry 0",
+            "`suffix` entry 0 must not hold '<image>'",
         ),
         ({"images": 1, "truncation": True}, ValueError, "`truncation` is not supported"),
-        ({"images": 1, "padding": "short"}, ValueError, "`padding` must be True, False, 'longest' or 'max_length'"),
+        ({"images": 1, "padding": "short"}, ValueError, "short is not a valid PaddingStrategy, please select one of"),
+        ({"text": []}, ValueError, "`text` or `messages` is an empty list"),
+        ({"messages": []}, ValueError, "`text` or `messages` is an empty list"),
         ({}, ValueError, "At least one of `images`, `videos`, `text`, `messages` and"),
     ],
 )
@@ -288,6 +298,87 @@ def test_bad_input_is_named(inputs, error, message):
         inputs = {**inputs, "images": noise_images(inputs["images"])}
     with pytest.raises(error, match=message):
         make_processor()(**inputs)
+
+
+def test_empty_images_without_a_text_are_refused():
+    with pytest.raises(ValueError, match="Without a `text`, at least one image or video is needed"):
+        make_processor()(images=[])
+    with pytest.raises(TypeError, match="`images` must hold images, paths, URLs or arrays, but holds a int"):
+        make_processor()(images=[7])
+
+
+@pytest.mark.parametrize("token", ["</s>", "<|im_end|>", "<pad>", "<video>"])
+def test_a_caption_that_holds_a_special_token_is_refused(token):
+    """It would be a label in the middle of the text, where the model would learn to stop."""
+    processor = make_processor()
+    captions = ["a dog", f"a cat {token} on a mat"]
+    with pytest.raises(ValueError, match=rf"`suffix` entry 1 must not hold '{re.escape(token)}', a special token or"):
+        processor(images=noise_images(2), suffix=captions)
+    chat = make_processor(chat=True, end_of_text="<|im_end|>")
+    with pytest.raises(ValueError, match=re.escape(token)):
+        chat(images=noise_images(1), messages=[conversation("<image>what?", captions[1])])
+
+
+def test_a_caption_that_holds_the_end_of_a_text_is_refused():
+    recipe = {"bos": True, "end_of_text": "\n"}
+    with pytest.raises(ValueError, match=r"`suffix` entry 0 must not hold '\\n', a special token"):
+        make_processor(**recipe)(images=noise_images(1), suffix="a cat\non a mat")
+    cleaned = make_processor(**recipe, clean_captions=True)
+    batch = cleaned(images=noise_images(1), suffix="a cat\non a mat")
+    assert labelled_texts(batch, cleaned) == ["a cat on a mat\n"]
+
+
+def test_letters_that_a_tokenizer_does_not_know_are_no_special_token():
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    processor = EVLGenProcessor(tiny_image_processor(), tokenizer, num_image_tokens=1)
+    assert processor(images=noise_images(1), suffix="a cat")["labels"][0].tolist() == [-100, 2, 0, 1]
+    with pytest.raises(ValueError, match="must not hold '</s>'"):
+        processor(images=noise_images(1), suffix="a </s> a")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_arrays_with_nan_or_infinite_values_are_refused(bad):
+    array = np.zeros((8, 8, 3), dtype=np.float32)
+    array[3, 4, 1] = bad
+    for images in (array, torch.from_numpy(array).permute(2, 0, 1), [[np.zeros_like(array)], [array]]):
+        with pytest.raises(ValueError, match=r"`images`: an array of shape \(.*\) holds NaN or infinite values"):
+            make_processor()(images=images)
+    with pytest.raises(ValueError, match=r"`videos`: an array of shape .* holds NaN or infinite values"):
+        make_processor()(videos=np.stack([array, array]))
+
+
+def test_an_image_with_too_many_pixels_is_refused_undecoded(tmp_path, monkeypatch):
+    """A small file can hold more pixels than memory does."""
+    path = str(tmp_path / "large.png")
+    Image.new("1", (12_000, 12_000)).save(path)
+    assert os.path.getsize(path) < 30_000
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    message = "large.png' cannot be read: it has 12000 x 12000 pixels, more than `max_pixels`=64000000 allows"
+    for source in (path, {"bytes": (tmp_path / "large.png").read_bytes(), "path": "large.png"}, Image.open(path)):
+        with pytest.raises(ValueError, match=message if source is path else message.split("cannot")[1]):
+            make_processor()(images=source)
+
+
+def test_the_limit_of_pixels_can_be_changed(tmp_path):
+    path = str(tmp_path / "image.png")
+    noise_images(1, size=40)[0].save(path)
+    assert make_processor()(images=path, max_pixels=1600)["pixel_values"].shape[0] == 1
+    with pytest.raises(ValueError, match="it has 40 x 40 pixels, more than `max_pixels`=1599 allows"):
+        make_processor()(images=path, max_pixels=1599)
+    decoded = load_rgb_image(path)
+    assert load_rgb_image(decoded, max_pixels=1) is not None  # its memory is taken already
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(ValueError, match=r"`images`: .*pipe.png' cannot be read: it is no regular file"):
+        make_processor()(images=str(tmp_path / "pipe.png"))
+    for name in ("pipe.png", "pipe.mp4"):
+        with pytest.raises(ValueError, match=f"`videos`: .*{name}' cannot be read: it is no regular file"):
+            make_processor()(videos=str(tmp_path / name))
 
 
 def test_unreadable_images_are_named(tmp_path):
