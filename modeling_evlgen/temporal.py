@@ -1,7 +1,9 @@
 """The temporal contextualizer, which turns a frozen image tower into a video tower (EVLGen, section 3.3)."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +33,19 @@ _FEED_FORWARD = (
 )
 
 
+class _Call(threading.local):
+    """The frames that run through a tower in this thread, as [`TemporalTower.frames`] announces them.
+
+    The tower's own code calls its blocks and hands no further arguments down to them in all towers. So the blocks look
+    the frames up here. A `ContextVar` would do as well, but `torch.compile` cannot trace it.
+    """
+
+    frames: tuple[int, torch.Tensor | None] | None = None  # frames of each video, and their mask
+
+
+_call = _Call()
+
+
 class TemporalContextualizer(nn.Module):
     """Attention over the frames of a video, at each place by itself, in one block of a vision tower.
 
@@ -55,8 +70,6 @@ class TemporalContextualizer(nn.Module):
         self.query = nn.Linear(dim, hidden_size)
         self.key = nn.Linear(dim, hidden_size)
         self.alpha = nn.Parameter(torch.zeros(()))
-        self.num_frames: int | None = None  # of each video, while a batch of videos runs through the tower
-        self.frame_mask: torch.Tensor | None = None
         self._block: tuple[nn.Module, ...] = ()  # in a tuple, or it would be a part of this module
 
     def forward(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -96,15 +109,25 @@ class TemporalContextualizer(nn.Module):
             `torch.Tensor` of the same shape.
         """
         (block,) = self._block
-        if self.num_frames is None:
+        if _call.frames is None:
             return type(block).forward(block, hidden_states, *args, **kwargs)
+        run = partial(self._run_branches, *_call.frames, **kwargs)
+        if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
+            # The backward pass calls `run` again, after this call and on a GPU in another thread.
+            return block._gradient_checkpointing_func(run, hidden_states, *args)
+        return run(hidden_states, *args)
+
+    def _run_branches(
+        self, num_frames: int, frame_mask: torch.Tensor | None, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        (block,) = self._block
         hidden_states = _add_in_parts(
             lambda part: _branch(block, _ATTENTION, part, *args, **kwargs), hidden_states, FRAMES_AT_ONCE
         )
-        video = hidden_states.unflatten(0, (-1, self.num_frames))  # (videos, frames, tokens, dim)
+        video = hidden_states.unflatten(0, (-1, num_frames))  # (videos, frames, tokens, dim)
         # Places are independent of each other; the scores of all of them at once would fill memory in long videos.
-        places = max(1, SCORES_AT_ONCE // self.num_frames**2)
-        video = _add_in_parts(lambda part: self(part, self.frame_mask), video, places, dim=2, inplace=True)
+        places = max(1, SCORES_AT_ONCE // num_frames**2)
+        video = _add_in_parts(lambda part: self(part, frame_mask), video, places, dim=2, inplace=True)
         return _add_in_parts(
             lambda part: _branch(block, _FEED_FORWARD, part), video.flatten(0, 1), FRAMES_AT_ONCE, inplace=True
         )
@@ -140,15 +163,11 @@ class TemporalTower(nn.ModuleList):
             num_frames: Frames of each video.
             frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
         """
-        self._set(num_frames, frame_mask)
+        before, _call.frames = _call.frames, (num_frames, frame_mask)
         try:
             yield
         finally:
-            self._set(None, None)
-
-    def _set(self, num_frames: int | None, frame_mask: torch.Tensor | None) -> None:
-        for contextualizer in self:
-            contextualizer.num_frames, contextualizer.frame_mask = num_frames, frame_mask
+            _call.frames = before
 
 
 def encode_images(

@@ -5,6 +5,8 @@ import functools
 import http.server
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -415,6 +417,71 @@ def test_a_copy_has_contextualizers_of_its_own():
             contextualizer.alpha.zero_()
         torch.testing.assert_close(twin.get_vision_features(videos), expected)
         assert not torch.allclose(model.get_vision_features(videos), expected)
+
+
+def test_threads_that_share_a_model_do_not_disturb_each_other():
+    model = video_model()
+    mask = torch.tensor([[True, True, False, False], [True] * 4])
+    inputs = [(noise(2, 3), None), (noise(2, 4), mask), (noise(6), None), (noise(1, 6), None)]
+    expected = [model.get_vision_features(*pixels).detach() for pixels in inputs]
+    barrier = threading.Barrier(len(inputs), timeout=20)
+
+    def wait_for_others(*_):
+        barrier.wait()
+
+    for block in blocks_of(model.vision_tower):  # every thread is inside the tower before any goes on
+        block.layer_norm1.register_forward_pre_hook(wait_for_others)
+    with ThreadPoolExecutor(len(inputs)) as pool:
+        features = list(pool.map(lambda pixels: model.get_vision_features(*pixels), inputs))
+    for result, wanted in zip(features, expected, strict=True):
+        torch.testing.assert_close(result, wanted)
+
+
+@contextmanager
+def kept_for_backward():
+    """Collects the bytes of each tensor that autograd keeps for the backward pass."""
+    sizes = []
+
+    def keep(tensor):
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield sizes
+
+
+@pytest.mark.parametrize("vision", ["eva", "clip"])
+def test_a_trained_tower_recomputes_its_blocks_in_whatever_thread_the_backward_pass_runs(vision):
+    """On a GPU, autograd runs the backward pass in a thread of its own."""
+    videos, mask = noise(2, 3), torch.tensor([[True, True, False], [True] * 3])
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        model = video_model(vision)
+        model.vision_tower.requires_grad_(True)
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        with kept_for_backward() as sizes:
+            loss = model.get_vision_features(videos, mask).square().sum()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(loss.backward).result()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 2
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_a_compiled_block_notices_how_many_frames_a_video_has():
+    model = video_model()
+    batches = [noise(6), noise(2, 3), noise(3, 2)]  # six images each
+    with torch.no_grad():
+        expected = [model.get_vision_features(pixels) for pixels in batches]
+        torch.compiler.reset()
+        blocks_of(model.vision_tower)[1].compile(fullgraph=True, backend="eager")
+        for pixels, wanted in zip(batches, expected, strict=True):
+            torch.testing.assert_close(model.get_vision_features(pixels), wanted)
 
 
 def test_compiles_without_a_graph_break():
