@@ -1,118 +1,57 @@
-"""The base models that an EVLGen is built from."""
+"""Builds a new model from base models: any vision tower, any causal language model, and perhaps a BERT."""
 
 import copy
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from configuration_evlgen import EVLGenConfig
 from configuration_evlgen.configuration_connectors import ConnectorConfig, connector_config_class
 
 from .connectors import load_bert_as_connector
-from .fingerprints import INERT_FIELDS, TOWERS, Identity, identify, remember_tower
-from .vision_tower import load_vision_tower, measure_vision_tower
+from .fingerprints import INERT_FIELDS, TOWERS, Identity, find_name, identify, remember_tower
+from .vision_tower import measure_vision_tower
 
 logger = logging.get_logger(__name__)
 
 
-def assemble(
-    model_class: type[PreTrainedModel],
-    vision_model: str | os.PathLike | PreTrainedModel,
-    text_model: str | os.PathLike | PreTrainedModel,
-    connector_model: str | os.PathLike | None,
-    connector_config: ConnectorConfig | dict | None,
-    image_size: int | None,
-    dtype: torch.dtype | str,
-    kwargs: dict[str, Any],
-) -> PreTrainedModel:
-    """Does the work of [`EVLGenForConditionalGeneration.from_vision_text_pretrained`], which tells the arguments."""
-    vision_kwargs, text_kwargs = _pop_prefixed(kwargs, "vision_"), _pop_prefixed(kwargs, "text_")
-    named = {"vision_model": vision_model, "text_model": text_model}
-    named = {argument: name for argument, name in named.items() if not isinstance(name, PreTrainedModel)}
-    if not isinstance(text_model, PreTrainedModel):
-        text_kwargs["dtype"] = dtype
-        text_model = load_base_model("text_model", AutoModelForCausalLM.from_pretrained, text_model, text_kwargs)
-    if not isinstance(vision_model, PreTrainedModel):
-        vision_kwargs["dtype"] = text_model.dtype
-        vision_model = load_base_model("vision_model", load_vision_tower, vision_model, vision_kwargs)
-    for argument, tower in (("vision_model", vision_model), ("text_model", text_model)):
-        refuse_remote_code(argument, tower)
-        refuse_adapter(argument, tower)
-    if vision_model.dtype != text_model.dtype:
-        raise ValueError(
-            f"`vision_model` is {vision_model.dtype}, but `text_model` is {text_model.dtype}: the frozen towers "
-            "must have one dtype."
-        )
+class BaseModel(NamedTuple):
+    """A tower, and how it can be loaded again."""
 
-    tower = measure_vision_tower(vision_model.config, image_size)
-    if not isinstance(connector_config, ConnectorConfig):
-        config_class = connector_config_class(connector_config or {})
-        known = {"model_type", *config_class.__dataclass_fields__}
-        unknown = sorted((connector_config or {}).keys() - known)
-        if unknown:
-            raise ValueError(f"`connector_config` holds fields that {config_class.__name__} does not have: {unknown}.")
-        connector_config = {"class_token": tower.class_token, **(connector_config or {})}
-    connector = None
-    if connector_model is not None:
-        fields = connector_config if isinstance(connector_config, dict) else connector_config.to_dict()
-        connector = load_connector(connector_model, fields)
-        connector_config = connector.config
-    image_token_id, video_token_id = placeholder_ids(text_model, text_kwargs)
-    fields = {
-        "image_token_id": image_token_id,
-        "video_token_id": video_token_id if "image_token_id" not in kwargs else None,
-        "num_vision_tokens": tower.num_tokens,
-        "vision_hidden_size": tower.hidden_size,
-    }
-    for argument, tower, tower_kwargs in (
-        ("vision_model", vision_model, vision_kwargs),
-        ("text_model", text_model, text_kwargs),
-    ):
-        identity = identify(tower.name_or_path, **_hub_arguments(tower_kwargs))
-        if argument not in named:  # nobody knows what has become of a model since it was loaded
-            identity = Identity(identity.name_or_path)
-        fields |= identity_fields(argument, identity)
-    config = EVLGenConfig(
-        vision_config=copy_config(vision_model),
-        connector_config=copy.deepcopy(connector_config),
-        text_config=copy_config(text_model),
-        **{**fields, **kwargs},
-    )
-    model = model_class(config, vision_tower=vision_model, language_model=text_model)
-    if connector is not None:
-        model.connector.load_state_dict(connector.state_dict())
-    text_defaults = text_model.generation_config  # its sampling is for chats
-    special = {name: getattr(text_defaults, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**special)
-    for argument in named:
-        tower, tower_kwargs = (
-            getattr(model, TOWERS[argument]),
-            {"vision_model": vision_kwargs, "text_model": text_kwargs},
-        )
-        # A tower whose configuration was changed by an argument cannot be loaded again by its name alone.
-        if not any(hasattr(tower.config, name) for name in tower_kwargs[argument].keys() - INERT_FIELDS):
-            remember_tower(model, TOWERS[argument])
-    return model
+    tower: PreTrainedModel
+    identity: Identity
+    is_named: bool  # its name alone brings back the tower as it is now
+    hub_arguments: dict[str, Any]
 
 
-def copy_config(tower: PreTrainedModel) -> PreTrainedConfig:
-    """A copy of a tower's configuration, which an EVLGenConfig may change, as it does the attention implementation.
+def load_tower(
+    argument: str, load: Callable, model: str | os.PathLike | PreTrainedModel, kwargs: dict[str, Any]
+) -> BaseModel:
+    """Loads a tower, unless it is loaded already.
 
-    Quantisation is left out: whoever loads the checkpoint chooses it anew.
+    Args:
+        argument: `"vision_model"` or `"text_model"`, for messages.
+        load: Called as `load(model, **kwargs)`.
+        model (`str`, `os.PathLike` or `PreTrainedModel`): A folder, a repository's name, or a loaded model.
+        kwargs: Arguments of `load`.
+
+    Raises:
+        ValueError: If the tower cannot be loaded, or cannot become part of a checkpoint.
     """
-    config = copy.deepcopy(tower.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
-def identity_fields(argument: str, identity: Identity) -> dict[str, str | None]:
-    """The fields of the configuration that name the base model of `argument`."""
-    return {f"{argument}_{field}": value for field, value in identity._asdict().items()}
+    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
+    if isinstance(model, PreTrainedModel):
+        # It may have been changed since it was loaded, so its name says only where it came from.
+        base_model = BaseModel(model, Identity(find_name(model.name_or_path)[0]), False, hub)
+    else:
+        tower = load_base_model(argument, load, model, kwargs)
+        has_other_fields = any(hasattr(tower.config, name) for name in kwargs.keys() - INERT_FIELDS)
+        base_model = BaseModel(tower, identify(tower.name_or_path, **hub), not has_other_fields, hub)
+    refuse_remote_code(argument, base_model.tower)
+    refuse_adapter(argument, base_model.tower)
+    return base_model
 
 
 def load_base_model(
@@ -127,23 +66,6 @@ def load_base_model(
         return load(name_or_path, **kwargs)
     except OSError as error:
         raise ValueError(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
-
-
-def load_connector(name_or_path: str | os.PathLike, fields: dict[str, Any]) -> PreTrainedModel:
-    """Starts a connector from a BERT checkpoint.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): A folder or a repository's name.
-        fields: Fields of the connector's configuration in which it is to differ from that checkpoint's.
-
-    Raises:
-        ValueError: If there is no such checkpoint, a field is out of range, or the connector cannot start from BERT.
-    """
-    config_class = connector_config_class(fields)
-    config_dict = load_base_model("connector_model", config_class.get_config_dict, name_or_path, {})[0]
-    known = config_class.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
-    config = config_class(**{name: value for name, value in {**config_dict, **fields}.items() if name in known})
-    return load_base_model("connector_model", load_bert_as_connector, name_or_path, {"config": config})
 
 
 def refuse_remote_code(argument: str, model: PreTrainedModel) -> None:
@@ -170,27 +92,139 @@ def refuse_adapter(argument: str, model: PreTrainedModel) -> None:
         )
 
 
-def placeholder_ids(text_model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[int, int]:
+def load_connector(
+    name_or_path: str | os.PathLike | None, connector_config: ConnectorConfig | dict | None, class_token: bool
+) -> tuple[ConnectorConfig | dict, PreTrainedModel | None]:
+    """Settles the connector's configuration, and loads its weights if it starts from a BERT checkpoint.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`, *optional*): The BERT checkpoint, a folder or a repository's name.
+        connector_config ([`ConnectorConfig`] or `dict`, *optional*):
+            The configuration; or the fields in which it differs from the checkpoint's, or from the defaults.
+        class_token: Whether the vision tower's tokens start with a class token.
+
+    Returns:
+        The configuration, and the connector, or None if it starts afresh.
+
+    Raises:
+        ValueError: If there is no such checkpoint, a field is unknown or out of range, or the connector cannot start
+            from BERT.
+    """
+    if not isinstance(connector_config, ConnectorConfig):
+        connector_config = {"class_token": class_token, **(connector_config or {})}
+        config_class = connector_config_class(connector_config)
+        unknown = sorted(connector_config.keys() - {"model_type", *config_class.__dataclass_fields__})
+        if unknown:
+            raise ValueError(f"`connector_config` holds fields that {config_class.__name__} does not have: {unknown}.")
+    if name_or_path is None:
+        return connector_config, None
+    fields = connector_config if isinstance(connector_config, dict) else connector_config.to_dict()
+    config_class = connector_config_class(fields)
+    config_dict = load_base_model("connector_model", config_class.get_config_dict, name_or_path, {})[0]
+    known = config_class.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    config = config_class(**{name: value for name, value in {**config_dict, **fields}.items() if name in known})
+    connector = load_base_model("connector_model", load_bert_as_connector, name_or_path, {"config": config})
+    return connector.config, connector
+
+
+def configure(
+    vision: BaseModel,
+    text: BaseModel,
+    connector_model: str | os.PathLike | None,
+    connector_config: ConnectorConfig | dict | None,
+    image_size: int | None,
+    fields: dict[str, Any],
+) -> tuple[EVLGenConfig, PreTrainedModel | None]:
+    """The configuration of a model, and the connector that it starts from, if any.
+
+    Args:
+        vision, text: The towers.
+        connector_model, connector_config, image_size: As in `from_vision_text_pretrained`.
+        fields: Fields of [`EVLGenConfig`] that the user sets.
+
+    Raises:
+        ValueError: If the parts do not fit each other.
+    """
+    if vision.tower.dtype != text.tower.dtype:
+        raise ValueError(
+            f"`vision_model` is {vision.tower.dtype}, but `text_model` is {text.tower.dtype}: the frozen towers "
+            "must have one dtype."
+        )
+    shape = measure_vision_tower(vision.tower.config, image_size)
+    connector_config, connector = load_connector(connector_model, connector_config, shape.class_token)
+    image_token_id, video_token_id = placeholder_ids(text)
+    defaults = {
+        "image_token_id": image_token_id,
+        "video_token_id": video_token_id if "image_token_id" not in fields else None,
+        "num_vision_tokens": shape.num_tokens,
+        "vision_hidden_size": shape.hidden_size,
+        **identity_fields("vision_model", vision.identity),
+        **identity_fields("text_model", text.identity),
+    }
+    config = EVLGenConfig(
+        vision_config=copy_config(vision.tower),
+        connector_config=copy.deepcopy(connector_config),
+        text_config=copy_config(text.tower),
+        **{**defaults, **fields},
+    )
+    return config, connector
+
+
+def placeholder_ids(text: BaseModel) -> tuple[int, int]:
     """The ids that the processor gives to `<image>` and `<video>`: those that the tokenizer has, or the next ones."""
-    hub_kwargs = _hub_arguments(kwargs)
-    known, free = {}, text_model.config.get_text_config().vocab_size
-    if text_model.name_or_path:
+    known, free = {}, text.tower.config.get_text_config().vocab_size
+    if text.tower.name_or_path:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(text_model.name_or_path, **hub_kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(text.tower.name_or_path, **text.hub_arguments)
             known, free = tokenizer.get_vocab(), len(tokenizer)
         except (OSError, ValueError):
             logger.warning(
-                f"There is no tokenizer beside {text_model.name_or_path}: pass `image_token_id` if it matters."
+                f"There is no tokenizer beside {text.tower.name_or_path}: pass `image_token_id` if it matters."
             )
     image_token_id = known.get("<image>", free)
     return image_token_id, known.get("<video>", free + ("<image>" not in known))
 
 
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
+def identity_fields(argument: str, identity: Identity) -> dict[str, str | None]:
+    """The fields of the configuration that name the base model of `argument`."""
+    return {f"{argument}_{field}": value for field, value in identity._asdict().items()}
 
 
-def _pop_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Takes the arguments with a prefix out of `kwargs`, without it. The configuration's own fields stay."""
+def copy_config(tower: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of a tower's configuration, which an EVLGenConfig may change, as it does the attention implementation.
+
+    Quantisation is left out: whoever loads the checkpoint chooses it anew.
+    """
+    config = copy.deepcopy(tower.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def build(
+    model_class: type[PreTrainedModel],
+    config: EVLGenConfig,
+    vision: BaseModel,
+    text: BaseModel,
+    connector: PreTrainedModel | None,
+) -> PreTrainedModel:
+    """The model of a configuration with the towers' weights, and the connector's if it does not start afresh."""
+    model = model_class(config, vision_tower=vision.tower, language_model=text.tower)
+    if connector is not None:
+        model.connector.load_state_dict(connector.state_dict())
+    text_defaults = text.tower.generation_config  # its sampling is for chats
+    special = {name: getattr(text_defaults, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**special)
+    for base_model, tower in zip((vision, text), TOWERS.values(), strict=True):
+        if base_model.is_named:
+            remember_tower(model, tower)
+    return model
+
+
+def pop_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Removes the arguments with a prefix from `kwargs`, and returns them without it.
+
+    Fields of the configuration stay, such as `vision_hidden_size`.
+    """
     names = [name for name in kwargs if name.startswith(prefix) and name not in EVLGenConfig.__dataclass_fields__]
     return {name.removeprefix(prefix): kwargs.pop(name) for name in names}

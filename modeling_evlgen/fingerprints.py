@@ -58,31 +58,36 @@ def is_on_hub(name: str | None) -> bool:
     return True
 
 
-def identify(name_or_path: str | os.PathLike | None, **hub_arguments: Any) -> Identity:
+def find_name(name_or_path: str | os.PathLike | None) -> tuple[str | None, str | None]:
+    """The name of a base model: a folder's absolute path, or a repository, and its commit if that is known.
+
+    A snapshot's folder in the Hub's cache counts as its repository and commit.
+    """
+    if not name_or_path:
+        return None, None
+    if not os.path.isdir(name_or_path):
+        return str(name_or_path), None
+    folder = os.path.abspath(name_or_path)
+    cached = re.fullmatch("models--(.+)/snapshots/([0-9a-f]{40})", os.path.relpath(folder, constants.HF_HUB_CACHE))
+    return (cached[1].replace("--", "/"), cached[2]) if cached else (folder, None)
+
+
+def identify(name_or_path: str | os.PathLike, **hub_arguments: Any) -> Identity:
     """The identity of a base model that has just been loaded.
 
     Args:
-        name_or_path (`str` or `os.PathLike`, *optional*): The folder or the repository's name that it was loaded from.
+        name_or_path (`str` or `os.PathLike`): The folder or the repository's name that it was loaded from.
         hub_arguments: `revision`, `cache_dir` … of `from_pretrained`.
 
     Returns:
-        [`Identity`]: a folder's absolute path; or a repository's name and the commit that was loaded, whichever branch
-        or tag was named. A snapshot's folder in the Hub's cache counts as its repository and commit.
+        [`Identity`], with the commit that was loaded from a repository, whichever branch or tag was named.
     """
-    if not name_or_path:
-        return Identity()
-    if not os.path.isdir(name_or_path) and not is_on_hub(str(name_or_path)):
-        return Identity(str(name_or_path))
+    name, commit = find_name(name_or_path)
     fingerprint = fingerprint_files(name_or_path, **hub_arguments)
-    if os.path.isdir(name_or_path):
-        folder = os.path.abspath(name_or_path)
-        cached = re.fullmatch("models--(.+)/snapshots/([0-9a-f]{40})", os.path.relpath(folder, constants.HF_HUB_CACHE))
-        if cached:
-            return Identity(cached[1].replace("--", "/"), cached[2], fingerprint)
-        return Identity(folder, None, fingerprint)
-    config = cached_file(name_or_path, CONFIG_NAME, **{**hub_arguments, **_LOCAL})
-    commit = extract_commit_hash(config, None)
-    return Identity(str(name_or_path), commit or hub_arguments.get("revision"), fingerprint)
+    if not os.path.isdir(name_or_path):
+        config = cached_file(name_or_path, CONFIG_NAME, **{**hub_arguments, **_LOCAL})
+        commit = extract_commit_hash(config, None) or hub_arguments.get("revision")
+    return Identity(name, commit, fingerprint)
 
 
 def fingerprint_files(name_or_path: str | os.PathLike, **hub_arguments: Any) -> str | None:

@@ -1,7 +1,6 @@
 """EVLGen: a frozen vision tower, a TomeFormer and a frozen language model, trained by the caption loss alone."""
 
 import inspect
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,31 +15,17 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MultimodalCausalLMOutputWithPast
-from transformers.utils import can_return_tuple, logging, torch_compilable_check
+from transformers.utils import can_return_tuple, torch_compilable_check
 
 from configuration_evlgen import EVLGenConfig
-from configuration_evlgen.configuration_connectors import ConnectorConfig
 
 from .activation_checkpointing import checkpoint_frozen_layers
-from .adapters import find_adapter
-from .base_models import assemble
-from .checkpoints import (
-    check_disk_space,
-    choose_towers,
-    find_reference,
-    hand_over_quantizer,
-    leave_out_towers,
-    load_reference,
-    quantize_only_language_model,
-    towers_may_stay,
-)
 from .connectors import build_connector
-from .fingerprints import TOWERS
+from .named_towers import allow_missing_towers
 from .temporal import TemporalContextualizer, TemporalTower, encode_images, encode_videos
+from .tower_checkpoints import TowerCheckpointMixin
 from .vision_tower import build_vision_tower
 from .whitening import moments, whitening_matrix
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -59,7 +44,7 @@ class EVLGenImageOutput(BaseModelOutputWithPooling):
     output_index: torch.Tensor | None = None
 
 
-class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, GenerationMixin):
     """Generates text from images: vision tower → LayerNorm, Linear → TomeFormer → Linear → language model.
 
     Each `<image>` placeholder token of the text is replaced by one token of the soft prompt. The towers are frozen:
@@ -110,113 +95,14 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # Sharding looks every one of these layers up, and towers also name some that only their text models have.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
         self.freeze_towers()
-        self.register_load_state_dict_post_hook(towers_may_stay)
-        self.tower_hashes: dict[str, str | None] = {}  # of the towers as they were loaded from their base models
+        self.register_load_state_dict_post_hook(allow_missing_towers)
+        self.tower_hashes = {}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, TemporalContextualizer):
             init.zeros_(module.alpha)
-
-    @classmethod
-    def from_vision_text_pretrained(
-        cls,
-        vision_model: str | os.PathLike | PreTrainedModel,
-        text_model: str | os.PathLike | PreTrainedModel,
-        connector_model: str | os.PathLike | None = None,
-        connector_config: ConnectorConfig | dict | None = None,
-        image_size: int | None = None,
-        dtype: torch.dtype | str = "auto",
-        **kwargs: Any,
-    ) -> Self:
-        """Builds a model from any vision tower and any causal language model, with a connector that is to be trained.
-
-        Args:
-            vision_model (`str`, `os.PathLike` or `PreTrainedModel`):
-                The vision tower: a folder, a repository's name, or a loaded model.
-            text_model (`str`, `os.PathLike` or `PreTrainedModel`): The language model, likewise.
-            connector_model (`str` or `os.PathLike`, *optional*):
-                A BERT checkpoint to start a TomeFormer or a Q-Former from, e.g. `bert-base-uncased`. By default it
-                starts afresh.
-            connector_config ([`TomeFormerConfig`] or `dict`, *optional*):
-                The connector's configuration, or, with `connector_model`, the fields in which it differs from that
-                model's. Unless it says `class_token`, the vision tower does. A `dict` may name another connector by
-                its `model_type`.
-            image_size (`int`, *optional*):
-                Height and width of the images in pixels; by default what the vision tower's configuration says, or
-                224.
-            dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
-                Of the frozen towers; by default the language model's own. What is trained is float32.
-            kwargs:
-                Arguments with the prefix `vision_` or `text_` go to that tower's `from_pretrained` (`vision_revision`,
-                `text_attn_implementation` …). The rest goes to [`EVLGenConfig`], e.g. `image_token_id`, which is by
-                default the id that the language model's tokenizer has for `<image>` or gives to a new token.
-
-        Returns:
-            [`EVLGenForConditionalGeneration`], in evaluation mode.
-
-        Raises:
-            ValueError: If a base model cannot be loaded or the parts do not fit each other.
-        """
-        model = assemble(cls, vision_model, text_model, connector_model, connector_config, image_size, dtype, kwargs)
-        logger.info(model.describe_parameters())
-        return model.eval()
-
-    @classmethod
-    def from_image_model(cls, image_model: str | os.PathLike, **kwargs: Any) -> Self:
-        """Turns an image checkpoint into a video model, whose temporal contextualizer starts as the identity.
-
-        Args:
-            image_model (`str` or `os.PathLike`): A folder or a repository's name.
-            kwargs: `temporal_hidden_size` and `temporal_num_attention_heads` go to [`EVLGenConfig`]; the rest to
-                [`from_pretrained`].
-
-        Returns:
-            [`EVLGenForConditionalGeneration`], in evaluation mode. For a video of equal frames it gives what the image
-            model gives for one of them.
-        """
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("temporal_")}
-        image_model = cls.from_pretrained(image_model, **kwargs)
-        settings = {**image_model.config.to_dict(), "temporal_contextualizer": True, **fields}
-        model = cls(EVLGenConfig.from_dict(settings), image_model.vision_tower, image_model.language_model)
-        for name in ("ln_vision", "vision_projection", "connector", "language_projection"):
-            getattr(model, name).load_state_dict(getattr(image_model, name).state_dict())
-        model.generation_config = image_model.generation_config
-        model.tower_hashes = image_model.tower_hashes
-        return model.eval()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
-    ) -> Self:
-        """Loads a checkpoint as [`~PreTrainedModel.from_pretrained`] does, and freezes the towers.
-
-        `quantization_config` is the language model's; what is trained and the vision tower stay as they are. A
-        checkpoint that names its towers instead of holding them is put together from the base models, which are
-        downloaded or found in the cache; `dtype`, `device_map` and `attn_implementation` are those of the towers then.
-        The folder or the repository of an adapter gives the model that it is for, with the adapter.
-
-        Raises:
-            ValueError: If a named tower cannot be loaded, or has other weights than those trained with. If an adapter
-                is for another model.
-        """
-        if pretrained_model_name_or_path is not None:
-            pretrained_model_name_or_path, adapter = find_adapter(pretrained_model_name_or_path, kwargs)
-            reference = find_reference(pretrained_model_name_or_path, adapter, kwargs)
-            if reference is not None:
-                return load_reference(cls, reference, kwargs)
-        kwargs = quantize_only_language_model(kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        hand_over_quantizer(model)
-        model.freeze_towers()
-        return loaded
-
-    @staticmethod
-    def load_language_model(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-        """Loads the language model that a checkpoint names. A subclass that needs a part of it may load that alone."""
-        return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
 
     def freeze_towers(self) -> None:
         """Takes the vision tower and the language model out of training."""
@@ -569,42 +455,6 @@ class EVLGenForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 processor.prompt_ignore_length = kwargs.get("input_ids_seq_length") or 0
         processors.append(SuppressTokensLogitsProcessor(placeholders, device=kwargs.get("device")))
         return processors
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, towers: str | None = None, **kwargs: Any
-    ) -> None:
-        """Saves weights, configuration and code as [`~PreTrainedModel.save_pretrained`] does.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): The folder.
-            towers (`str`, *optional*):
-                `"include"` saves the frozen towers as well. `"reference"` saves what is trained, and the names,
-                revisions and fingerprints of the base models, from which the checkpoint is put together again. By
-                default what `config.towers` says; where it says nothing, `"reference"` if both towers are those of
-                repositories on the Hub, unchanged, and `"include"` otherwise.
-            args, kwargs: As there.
-
-        Raises:
-            ValueError: If `towers` is `"reference"`, but a tower has no name, or is not what it was when it was
-                loaded. If `"include"` is to save a quantised language model.
-                If the model was loaded with an adapter.
-            OSError: If the disk has no room for the weights. A checkpoint that stands there already is left as it is.
-        """
-        if getattr(self, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                "A model that was loaded with an adapter cannot be saved. Load the model that the adapter is for, and "
-                "`PeftModel.from_pretrained(model, adapter)`: its `save_pretrained` saves the adapter, and "
-                "`merge_and_unload().save_pretrained` a model that has become one with it."
-            )
-        towers = choose_towers(self, towers, kwargs.get("state_dict"))
-        leave_out_towers(self, towers == "reference")
-        parts = [part for name, part in self.named_children() if towers == "include" or name not in TOWERS.values()]
-        check_disk_space(save_directory, sum(t.nbytes for part in parts for t in part.state_dict().values()))
-        said, self.config.towers = self.config.towers, towers
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.config.towers = said
 
 
 def _short(count: int) -> str:

@@ -23,7 +23,7 @@ from common.training.drawings import draw_contact_sheet, draw_loss_curve
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import TrainingSettings
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.checkpoints import choose_towers
+from modeling_evlgen.named_towers import choose_towers
 from processing_evlgen import EVLGenProcessor
 
 logger = logging.get_logger(__name__)
