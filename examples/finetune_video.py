@@ -1,13 +1,13 @@
-"""Turns an image captioner into a video captioner and fine-tunes it on videos with captions.
+"""Turns an image captioner into a video captioner and trains it on videos with captions.
 
     python examples/finetune_video.py
 
-goes on with the image demo's model, on animated emoji that npm brings. Your own videos, from a video model's recipe:
+trains the demo's captioner on animated emoji, which npm fetches. Your own videos, with the paper's recipe:
 
     accelerate launch examples/finetune_video.py --config examples/configs/video-opt-2.7b.yaml \
         --image_model path/to/image/model --dataset path/to/folder
 
-where the folder holds videos and a `metadata.jsonl` with their `file_name` and `caption`.
+The folder holds videos and a `metadata.jsonl` with their `file_name` and `caption`.
 """
 
 from dataclasses import dataclass, field
@@ -16,14 +16,17 @@ from pathlib import Path
 from transformers import set_seed
 
 from common.command_line import parse_arguments
+from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
-from common.data.loading import load_captions
+from common.data.loading import load_datasets
 from common.demo.emoji_videos import EMOJI_VIDEOS, load_emoji_videos
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
 from common.processes import use_all_cores
-from common.training.report import train_and_report
-from common.training.training_arguments import TrainingSettings
+from common.training.report import report
+from common.training.resume import check_output_dir, find_checkpoint
+from common.training.trainer import EVLGenTrainer
+from common.training.training_arguments import EVLGenTrainingArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -37,29 +40,48 @@ class VideoArguments:
     )
     temporal_contextualizer: bool = field(
         default=True,
-        metadata={"help": "Let frames see each other inside a transformer tower; without it a video is their mean."},
+        metadata={"help": "Let frames attend to each other inside a transformer tower. False: a video is their mean."},
     )
+
+
+ARGUMENTS = (VideoArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    video, data, generation, training = parse_arguments(
-        VideoArguments, DataArguments, GenerationArguments, TrainingSettings, argv=argv, recipe=DEMO_RECIPE
-    )
-    if data.video_column is None:
+    model_args, data_args, generation_args, training_args = parse_arguments(*ARGUMENTS, argv=argv, recipe=DEMO_RECIPE)
+    if data_args.video_column is None:
         raise ValueError("`video_column` is needed: the column of videos.")
-    use_all_cores(training.device)
-    set_seed(training.seed)
-    with training.main_process_first(desc="preparing model and data"):
-        if data.dataset == EMOJI_VIDEOS:
-            data.dataset = str(load_emoji_videos())
-        train, test = load_captions(data, training.seed)
+    use_all_cores(training_args.device)
+    set_seed(training_args.seed)
+    check_output_dir(training_args)
+    checkpoint = find_checkpoint(training_args)
+
+    with training_args.main_process_first(desc="preparing model and data"):
+        if data_args.dataset == EMOJI_VIDEOS:
+            data_args.dataset = str(load_emoji_videos())
+        train_dataset, eval_dataset = load_datasets(data_args, training_args.seed)
         load = EVLGenForConditionalGeneration.from_pretrained
-        if video.temporal_contextualizer:
+        if model_args.temporal_contextualizer:
             load = EVLGenForConditionalGeneration.from_image_model
-        model = load_trainable("image_model", load, video.image_model)
-        processor = EVLGenProcessor.from_pretrained(video.image_model)
-        processor.num_frames = data.num_frames
-    return train_and_report(model, processor, train, test, test, data, generation, training)
+        model = load_trainable("image_model", load, model_args.image_model)
+        processor = EVLGenProcessor.from_pretrained(model_args.image_model)
+        processor.num_frames = data_args.num_frames
+
+    trainer = EVLGenTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=CaptionCollator(processor, data_args, training=True, seed=training_args.seed),
+        eval_collator=CaptionCollator(processor, data_args, training=False),
+        processing_class=processor,
+        script_args=(model_args, data_args),
+    )
+    if trainer.is_world_process_zero():
+        print(model.describe_parameters())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    return report(trainer, data_args, generation_args)
 
 
 if __name__ == "__main__":

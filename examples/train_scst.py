@@ -1,9 +1,9 @@
-"""Fine-tunes a captioner on CIDEr-D by self-critical sequence training, the paper's last step for captions of videos.
+"""Trains a captioner on CIDEr-D by self-critical sequence training, the last step of the paper's video captioners.
 
     python examples/train_scst.py --model outputs/demo
 
-Without more arguments it goes on with the demo's model and images. Only the connector's side is trained, and a video
-model's temporal contextualizer; reward, baseline and length of the samples are logged.
+Without more arguments it trains the demo's captioner on the demo's images. Only the connector and a video model's
+temporal contextualizer are trained. Reward, baseline and length of the samples are logged.
 """
 
 import json
@@ -11,21 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
-from train_scst_reward import load_reward
+from train_scst_reward import CiderDReward, load_reward
 from train_scst_trainer import SCSTCollator, SCSTTrainer
 from transformers import set_seed
 
 from common.command_line import parse_arguments
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
-from common.data.feature_cache import cache_splits
-from common.data.loading import load_captions, true_captions
+from common.data.feature_cache import cache_features
+from common.data.loading import load_datasets
+from common.data.rows import true_captions
 from common.evaluation.captions import generate_captions
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
 from common.processes import use_all_cores
-from common.training.report import arithmetic, train_and_report
-from common.training.training_arguments import TrainingSettings
+from common.training.report import report
+from common.training.resume import check_output_dir, find_checkpoint
+from common.training.training_arguments import EVLGenTrainingArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -34,67 +36,76 @@ DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-scst.yaml"
 
 @dataclass
 class SCSTArguments:
-    model: str = field(
-        default="outputs/demo", metadata={"help": "Captioner to go on with: a folder or a name on the Hub."}
-    )
+    model: str = field(default="outputs/demo", metadata={"help": "Captioner to train: a folder or a name on the Hub."})
     num_samples: int = field(default=5, metadata={"help": "Captions sampled for each image, at least 2."})
     greedy_baseline: bool = field(
-        default=False, metadata={"help": "Compare with the greedy caption, not the other samples."}
+        default=False, metadata={"help": "Compare samples with the greedy caption. Default: with each other."}
     )
+
+    def __post_init__(self):
+        if self.num_samples < 2:
+            raise ValueError(f"`num_samples` must be at least 2, but is {self.num_samples}.")
+
+
+ARGUMENTS = (SCSTArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    scst, data, generation, training = parse_arguments(
-        SCSTArguments, DataArguments, GenerationArguments, TrainingSettings, argv=argv, recipe=DEMO_RECIPE
-    )
-    if scst.num_samples < 2:
-        raise ValueError(f"`num_samples` must be at least 2, but is {scst.num_samples}.")
-    if data.streaming:
+    scst_args, data_args, generation_args, training_args = parse_arguments(*ARGUMENTS, argv=argv, recipe=DEMO_RECIPE)
+    if data_args.streaming:
         raise ValueError("`streaming` cannot be set: CIDEr needs the document frequencies of all training captions.")
-    use_all_cores(training.device)
-    set_seed(training.seed)
-    with training.main_process_first(desc="preparing model and data"):
-        train, test = load_captions(data, training.seed)
-        reward = load_reward(train, data)
-        images = test
-        model = load_trainable("model", EVLGenForConditionalGeneration.from_pretrained, scst.model)
-        model.to(training.device)
-        processor = EVLGenProcessor.from_pretrained(scst.model)
-        if data.cache_features:
-            train, test = cache_splits(model, processor, train, test, data, training.seed)
+    use_all_cores(training_args.device)
+    set_seed(training_args.seed)
+    check_output_dir(training_args)
+    checkpoint = find_checkpoint(training_args)
 
-    def held_out_reward() -> float | None:
-        """Mean CIDEr-D of what the model says about held-out images, times 100, on the main process."""
-        if test is None or training.process_index != 0:
-            return None
-        collator = CaptionCollator(processor, data, training=False)
-        captions = generate_captions(
-            model, test, collator, generation, training.per_device_eval_batch_size, arithmetic(training)
-        )
-        return 100 * mean(reward.score(captions, [true_captions(row, data) for row in test]))
+    with training_args.main_process_first(desc="preparing model and data"):
+        train_dataset, eval_dataset = load_datasets(data_args, training_args.seed)
+        reward = load_reward(train_dataset, data_args)
+        model = load_trainable("model", EVLGenForConditionalGeneration.from_pretrained, scst_args.model)
+        model.to(training_args.device)
+        processor = EVLGenProcessor.from_pretrained(scst_args.model)
+        if data_args.cache_features:
+            train_dataset, eval_dataset = cache_features(
+                model, processor, train_dataset, eval_dataset, data_args, training_args.seed
+            )
 
-    before = held_out_reward()
-    metrics = train_and_report(
-        model,
-        processor,
-        train,
-        test,
-        images,
-        data,
-        generation,
-        training,
-        collator_class=SCSTCollator,
-        trainer_class=SCSTTrainer,
+    trainer = SCSTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=SCSTCollator(processor, data_args, training=True, seed=training_args.seed),
+        eval_collator=CaptionCollator(processor, data_args, training=False),
+        processing_class=processor,
+        script_args=(scst_args, data_args),
         reward=reward,
-        num_samples=scst.num_samples,
-        greedy_baseline=scst.greedy_baseline,
-        max_new_tokens=generation.max_new_tokens,
+        num_samples=scst_args.num_samples,
+        greedy_baseline=scst_args.greedy_baseline,
+        max_new_tokens=generation_args.max_new_tokens,
     )
+    if trainer.is_world_process_zero():
+        print(model.describe_parameters())
+    before = held_out_reward(trainer, reward, generation_args)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    metrics = report(trainer, data_args, generation_args)
     if before is not None:
-        metrics |= {"test_cider_before": before, "test_cider": held_out_reward()}
-        (Path(training.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        metrics |= {"test_cider_before": before, "test_cider": held_out_reward(trainer, reward, generation_args)}
+        (Path(training_args.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"CIDEr-D on held-out rows: {before:.1f} before, {metrics['test_cider']:.1f} now (at most 1000).")
     return metrics
+
+
+def held_out_reward(trainer: SCSTTrainer, reward: CiderDReward, generation_args: GenerationArguments) -> float | None:
+    """Mean CIDEr-D of held-out captions, times 100, on the main process; None on others or without held-out rows."""
+    rows, collator, args = trainer.eval_dataset, trainer.eval_collator, trainer.args
+    if rows is None or not trainer.is_world_process_zero():
+        return None
+    captions = generate_captions(
+        trainer.model, rows, collator, generation_args, args.per_device_eval_batch_size, args.autocast_dtype
+    )
+    return 100 * mean(reward.score(captions, [true_captions(row, collator.data_args) for row in rows]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""CIDEr-D as a reward: with the document frequencies of the training captions, in this process."""
+"""CIDEr-D as a reward, with the document frequencies of the training captions."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from common.data.data_arguments import DataArguments
-from common.data.loading import true_captions
+from common.data.rows import true_captions
 from common.files import write_whole
 from metrics.coco_caption.ptb_tokenizer import tokenize_caption
 
@@ -24,13 +24,13 @@ except ImportError as error:
 class CiderDReward(CiderScorer):
     """CIDEr-D (Vedantam et al., CVPR 2015) of single captions, by pycocoevalcap, with given document frequencies.
 
-    With the document frequencies of the references, the mean is a hundredth of what `examples/metrics/coco_caption`
-    gives; but each caption is taken by itself (see the text of its `ptb_tokenizer.py`).
+    With the document frequencies of the references, the mean is a hundredth of `examples/metrics/coco_caption`'s
+    CIDEr-D. Only, each caption is tokenised by itself (see its `ptb_tokenizer.py`).
 
     Args:
         document_frequency (`Counter`):
-            For each n-gram (`tuple[str, ...]`, n up to 4), in how many images' captions it is.
-        num_documents (`int`): Images that were counted.
+            Number of images whose captions hold each n-gram (`tuple[str, ...]`, n up to 4).
+        num_documents (`int`): Number of images that were counted.
     """
 
     def __init__(self, document_frequency: Counter, num_documents: int):
@@ -44,50 +44,50 @@ class CiderDReward(CiderScorer):
 
     @ref_len.setter
     def ref_len(self, value: float | None) -> None:
-        """The scorer would take the number of captions that it is asked about."""
+        """Ignored: the scorer would set the number of captions that it scores."""
 
     def score(self, captions: list[str], references: list[list[str]]) -> list[float]:
         """
         Args:
-            captions: What was said.
-            references: The true captions for each.
+            captions: Generated captions.
+            references: The true captions of each.
 
         Returns:
             CIDEr-D of each, in [0, 10].
         """
         self.ctest = [precook(tokenize_caption(caption)) for caption in captions]
-        self.crefs = [[precook(tokenize_caption(one)) for one in ones] for ones in references]
+        self.crefs = [[precook(tokenize_caption(caption)) for caption in captions] for captions in references]
         return [float(score) for score in self.compute_cider()]
 
 
-def load_reward(dataset: Dataset, arguments: DataArguments) -> CiderDReward:
-    """Counts the training captions' n-grams, or finds that it was done before, in `$HF_HOME/evlgen_cider`.
+def load_reward(dataset: Dataset, data_args: DataArguments) -> CiderDReward:
+    """Counts the n-grams of the training captions, or reads the counts from `$HF_HOME/evlgen_cider`.
 
     Args:
         dataset: The training split.
-        arguments: Names the caption column.
+        data_args: Names the caption column.
 
     Raises:
-        ValueError: If there are fewer than two rows, of which all frequencies would be alike.
+        ValueError: If there are fewer than two rows: all frequencies would be equal.
     """
     if len(dataset) < 2:
         raise ValueError(f"CIDEr needs the captions of at least 2 images, but the training split has {len(dataset)}.")
-    name = f"{dataset._fingerprint}-{arguments.caption_column}-ptb.json"
+    name = f"{dataset._fingerprint}-{data_args.caption_column}-ptb.json"
     path = Path(constants.HF_HOME) / "evlgen_cider" / name
     try:
         counts = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # not counted yet, or the file is damaged
-        counted = count_ngrams(dataset.select_columns([arguments.caption_column]), arguments)
+        counted = count_ngrams(dataset.select_columns([data_args.caption_column]), data_args)
         counts = {" ".join(ngram): count for ngram, count in counted.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(counts))
     return CiderDReward(Counter({tuple(ngram.split()): count for ngram, count in counts.items()}), len(dataset))
 
 
-def count_ngrams(rows: Any, arguments: DataArguments) -> Counter:
-    """In how many rows' captions each n-gram is."""
+def count_ngrams(rows: Any, data_args: DataArguments) -> Counter:
+    """Number of rows whose captions hold each n-gram."""
     counted: Counter = Counter()
     for row in tqdm(rows, desc="Document frequencies", unit="image"):
-        captions = (precook(tokenize_caption(caption)) for caption in true_captions(row, arguments))
+        captions = (precook(tokenize_caption(caption)) for caption in true_captions(row, data_args))
         counted.update({ngram for counts in captions for ngram in counts})
     return counted

@@ -1,4 +1,4 @@
-"""Self-critical sequence training: the model's own captions, weighted by how much better than its others they are."""
+"""Self-critical sequence training: sampled captions, weighted by how much they beat a baseline on CIDEr-D."""
 
 from collections import defaultdict
 from typing import Any
@@ -8,31 +8,34 @@ from train_scst_reward import CiderDReward
 from transformers import BatchFeature
 
 from common.data.collator import CaptionCollator
-from common.data.loading import true_captions
+from common.data.rows import true_captions
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenImageOutput
 
 
 class SCSTCollator(CaptionCollator):
-    """Prompts without captions, and the true captions as lists of strings under `references`."""
+    """Prompts without captions; the true captions stand under `references`, a list for each row."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
-        rows, images = self._images(rows)
-        batch = self.processor(**images, text=self._text(rows))
-        batch["references"] = [true_captions(row, self.arguments) for row in rows]
+        examples = self.read_examples(rows)
+        batch = self.encode(examples, with_labels=False)
+        batch["references"] = [true_captions(row, self.data_args) for row, _ in examples]
         return batch
 
 
 def self_critical_advantage(rewards: torch.Tensor) -> torch.Tensor:
-    """Reward of each sample over the mean reward of the other samples for the same image.
+    """Reward of each sample minus the mean reward of the other samples of the same image.
 
-    Source: Luo, "A Better Variant of Self-Critical Sequence Training", arXiv 2003.09971; as leave-one-out REINFORCE.
+    Source: Luo, "A Better Variant of Self-Critical Sequence Training", arXiv 2003.09971 (leave-one-out REINFORCE).
 
     Args:
         rewards (`torch.Tensor` of shape `(images, samples)`): At least 2 samples.
 
     Returns:
-        `torch.Tensor` of the same shape; the mean over an image's samples is 0.
+        `torch.Tensor` of the same shape. Its mean over the samples of an image is 0.
+
+    Raises:
+        ValueError: If there are fewer than 2 samples.
     """
     samples = rewards.shape[1]
     if samples < 2:
@@ -46,10 +49,10 @@ def sequence_log_probabilities(
     """Sums the log-probabilities of the tokens of each sequence.
 
     Args:
-        logits (`torch.Tensor` of shape `(tokens, vocab)`): For the tokens of all sequences, one after the other.
+        logits (`torch.Tensor` of shape `(tokens, vocab)`): One row for each token of all sequences.
         targets (`torch.LongTensor` of shape `(tokens,)`): The tokens.
-        rows (`torch.LongTensor` of shape `(tokens,)`): The sequence that each belongs to.
-        num_rows (`int`): Sequences.
+        rows (`torch.LongTensor` of shape `(tokens,)`): Index of the sequence that each token belongs to.
+        num_rows (`int`): Number of sequences.
 
     Returns:
         `torch.Tensor` of shape `(num_rows,)`, float32.
@@ -59,34 +62,34 @@ def sequence_log_probabilities(
 
 
 class SCSTTrainer(EVLGenTrainer):
-    """Policy gradient on CIDEr-D. Held-out rows are still scored by their caption loss.
+    """Policy gradient on CIDEr-D. Held-out rows are evaluated by the caption loss.
 
     Args:
         reward ([`CiderDReward`]): Scores captions.
         num_samples (`int`): Captions sampled for each image.
         greedy_baseline (`bool`):
-            Whether the baseline is the greedy caption's reward (Rennie et al., CVPR 2017), rather than the mean reward
-            of the image's other samples.
-        max_new_tokens (`int`): Longest sample.
+            True takes the greedy caption's reward as the baseline (Rennie et al., CVPR 2017), False the mean reward of
+            the image's other samples.
+        max_new_tokens (`int`): Largest length of a sample.
 
     Raises:
-        ValueError: If the model is to be shared out by FSDP or DeepSpeed.
+        ValueError: If FSDP or DeepSpeed is to partition the model.
     """
 
     def __init__(
         self,
-        *args: Any,
+        *,
         reward: CiderDReward,
         num_samples: int,
         greedy_baseline: bool,
         max_new_tokens: int,
         **kwargs: Any,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "Self-critical training runs parts of the model by themselves, so it cannot be shared out by FSDP or "
-                "DeepSpeed. Launch it with examples/accelerate_configs/multi_gpu.yaml."
+                "Self-critical training runs parts of the model by themselves, so FSDP and DeepSpeed cannot partition "
+                "it. Launch it with examples/accelerate_configs/multi_gpu.yaml."
             )
         self.reward = reward
         self.num_samples = num_samples
@@ -112,7 +115,7 @@ class SCSTTrainer(EVLGenTrainer):
             advantage = self_critical_advantage(rewards)
 
         log_probabilities = self._score(model, inputs, encoded, sampled)
-        self._note(
+        self._record(
             reward=rewards.mean(),
             baseline=(rewards - advantage).mean(),
             length=_mask(sampled, evlgen).sum(1).float().mean(),
@@ -120,7 +123,7 @@ class SCSTTrainer(EVLGenTrainer):
         return -(advantage.flatten() * log_probabilities).mean()
 
     def _encode(self, evlgen: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, EVLGenImageOutput]:
-        """Soft prompts, with gradient, once for all samples of an image."""
+        """Soft prompts with gradient, computed once for all samples of an image."""
         if "pixel_values_videos" in inputs:
             videos, mask = inputs.pop("pixel_values_videos"), inputs.pop("frame_mask", None)
             return {"video": evlgen.get_video_features(videos, mask, return_dict=True)}
@@ -152,9 +155,9 @@ class SCSTTrainer(EVLGenTrainer):
         return sequences[:, inputs["input_ids"].shape[1] :]
 
     def _rewards(self, new_tokens: torch.Tensor, references: list[list[str]], samples: int) -> torch.Tensor:
-        captions = self.processing_class.batch_decode(new_tokens, skip_special_tokens=True)
-        repeated = [ones for ones in references for _ in range(samples)]
-        scores = self.reward.score(captions, repeated)
+        sampled = self.processing_class.batch_decode(new_tokens, skip_special_tokens=True)
+        repeated = [captions for captions in references for _ in range(samples)]
+        scores = self.reward.score(sampled, repeated)
         return torch.tensor(scores, device=new_tokens.device).view(len(references), samples)
 
     def _score(
@@ -164,7 +167,7 @@ class SCSTTrainer(EVLGenTrainer):
         encoded: dict[str, EVLGenImageOutput],
         sampled: torch.Tensor,
     ) -> torch.Tensor:
-        """Log-probability of each sample, `(images * samples,)`, with gradient."""
+        """Log-probability of each sample with gradient, `(images * samples,)`."""
         repeats = len(sampled) // len(inputs["input_ids"])
         prompt_ids = inputs["input_ids"].repeat_interleave(repeats, dim=0)
         prompt_mask = inputs["attention_mask"].repeat_interleave(repeats, dim=0)
@@ -181,12 +184,12 @@ class SCSTTrainer(EVLGenTrainer):
             labels=labels,
         )
         logits = outputs.logits
-        if logits.ndim == 3:  # else they are those of the labels alone, row by row
+        if logits.ndim == 3:  # else only the labels have logits, `(tokens, vocab)`
             logits = logits[:, :-1][labels[:, 1:] != -100]
         rows = torch.arange(len(mask), device=mask.device).unsqueeze(1).expand_as(mask)[mask]
         return sequence_log_probabilities(logits, sampled[mask], rows, len(mask))
 
-    def _note(self, **values: torch.Tensor) -> None:
+    def _record(self, **values: torch.Tensor) -> None:
         self._steps += 1
         for name, value in values.items():
             self._sums[name] += float(value)
@@ -200,7 +203,7 @@ class SCSTTrainer(EVLGenTrainer):
 
 
 def _mask(new_tokens: torch.Tensor, evlgen: torch.nn.Module) -> torch.Tensor:
-    """True up to and with the first token that ends a caption, `(samples, tokens)`."""
+    """True up to and including the first token that ends a caption, `(samples, tokens)`."""
     ends = evlgen.generation_config.eos_token_id
     ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=new_tokens.device)
     ended = torch.isin(new_tokens, ends).long()

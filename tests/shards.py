@@ -9,7 +9,7 @@ from dataclasses import replace
 from PIL import Image
 
 from common.data.data_arguments import DataArguments
-from common.data.loading import load_captions
+from common.data.loading import load_datasets
 from common.data.streams import CaptionStream, Source
 
 from .helpers import COLORS
@@ -57,7 +57,7 @@ def captions(rows):
 
 def stream_of(kind, seed=0, buffer_size=4):
     if isinstance(kind, DataArguments):
-        return load_captions(replace(kind, shuffle_buffer=buffer_size), seed)[0]
+        return load_datasets(replace(kind, shuffle_buffer=buffer_size), seed)[0]
     return CaptionStream([Source("rows", kind)], seed, buffer_size)
 
 

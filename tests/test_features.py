@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from common.data import feature_cache
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
-from common.data.feature_cache import cache_splits, cache_vision_features
+from common.data.feature_cache import cache_features, cache_split
 
 from .helpers import noise_images, tiny_model, tiny_processor
 
@@ -30,7 +30,9 @@ def cached(rows=10, model=None):
     model = model or tiny_model()
     if isinstance(rows, int):
         rows = Dataset.from_dict({"image": noise_images(rows), "caption": ["a"] * rows})
-    return cache_vision_features(model, tiny_processor(model), rows, DataArguments(), batch_size=4)
+    return cache_split(
+        model, rows, CaptionCollator(tiny_processor(model), DataArguments(), training=False), batch_size=4
+    )
 
 
 def values(dataset):
@@ -140,9 +142,9 @@ def test_cached_views_are_the_crops_of_the_first_epochs():
     model = tiny_model()
     processor = tiny_processor(model)
     rows = Dataset.from_dict({"image": noise_images(4), "caption": ["a", "b", "c", "d"]})
-    rows = rows.cast_column("image", ImageFeature(decode=False))  # as `load_captions` leaves them
+    rows = rows.cast_column("image", ImageFeature(decode=False))  # as `load_datasets` leaves them
     data = DataArguments(crop_scale=[0.2, 0.6], horizontal_flip=True, cache_features=True, cached_views=2)
-    train, test = cache_splits(model, processor, rows, rows, data, seed=3)
+    train, test = cache_features(model, processor, rows, rows, data, seed=3)
     collator = CaptionCollator(processor, data, training=True, seed=3)
     seen = []
     for epoch in (0, 1, 2):

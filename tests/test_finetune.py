@@ -16,7 +16,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
-from common.data.loading import true_captions
+from common.data.rows import true_captions
 from common.evaluation.captions import WrongImages, majority_accuracy
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor

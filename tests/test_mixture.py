@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from common.command_line import parse_arguments
 from common.data.data_arguments import DataArguments
-from common.data.loading import load_captions
+from common.data.loading import load_datasets
 from common.data.mixture import read_mixture
 
 from .helpers import ROOT, save_towers
@@ -47,7 +47,7 @@ def origin(caption):
 def test_streams_are_mixed_by_their_weights(tmp_path):
     arguments = paper_mixture(tmp_path, streaming=True, shuffle_buffer=40)
     arguments.mixture[2]["streaming"] = False
-    stream, test = load_captions(arguments, seed=0)
+    stream, test = load_datasets(arguments, seed=0)
     rows = list(islice(iter(stream), 2000))
     assert test is None and rows[0]["image"]["bytes"] is not None
     drawn = Counter(origin(row["caption"]) for row in rows)
@@ -61,13 +61,13 @@ def test_streams_are_mixed_by_their_weights(tmp_path):
 
 
 def test_data_sets_on_disk_are_mixed_until_all_were_seen(tmp_path):
-    mixed, _ = load_captions(paper_mixture(tmp_path), seed=0)
+    mixed, _ = load_datasets(paper_mixture(tmp_path), seed=0)
     drawn = Counter(mixed["caption"])
     assert len(drawn) == 80 + 20 + 5  # every row of each
     shares = Counter(origin(caption) for caption in mixed["caption"])
     assert shares["laion"] / len(mixed) == pytest.approx(15 / 20, abs=0.1)
-    assert load_captions(paper_mixture(tmp_path), seed=0)[0]["caption"] == mixed["caption"]
-    assert load_captions(paper_mixture(tmp_path), seed=1)[0]["caption"] != mixed["caption"]
+    assert load_datasets(paper_mixture(tmp_path), seed=0)[0]["caption"] == mixed["caption"]
+    assert load_datasets(paper_mixture(tmp_path), seed=1)[0]["caption"] != mixed["caption"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_mixtures_that_cannot_work_are_refused(entry, changes, message, tmp_path
     whole = {"dataset": "webdataset", "data_files": files, "image_column": "png", "caption_column": "txt", "weight": 1}
     arguments = DataArguments(mixture=[{**whole, **entry}], test_split="")
     with pytest.raises(ValueError, match=message):
-        load_captions(replace(arguments, **changes), seed=0)
+        load_datasets(replace(arguments, **changes), seed=0)
 
 
 def test_mixtures_are_given_in_a_recipe_as_a_file_or_as_json(tmp_path):

@@ -168,7 +168,7 @@ def test_a_loader_goes_on_where_it_stood(num_workers, stop, kinds, tars):
     mixture = DataArguments(mixture=[tar_files, others], streaming=True, test_split="")
     for arguments in (kinds["webdataset"], kinds["parquet"], mixture):
         whole = list(islice(loader(stream_of(arguments), num_workers), stop + 12))
-        places = [json.loads(batch[RECORD])["place"] for batch in whole[:stop]]
+        places = [json.loads(batch[RECORD])["position"] for batch in whole[:stop]]
         states = {reader: json.loads(json.dumps(state)) for reader, state in places}
         stream = stream_of(arguments)
         stream.load_states(states, (places[-1][0] + 1) % max(1, num_workers))
@@ -182,7 +182,7 @@ def test_what_was_read_before_is_not_read_again(tmp_path):
     stream = stream_of(webdataset(folder))
     rows = list(islice(iter(stream), 75))
     again = stream_of(webdataset(folder))
-    again.load_states({0: stream.place[1]}, 0)
+    again.load_states({0: stream.position[1]}, 0)
     for path in {row["__url__"] for row in rows[:20]}:
         Path(path).write_bytes(b"")
     rest = list(islice(iter(again), 15))
@@ -317,10 +317,9 @@ def assert_same_weights(one, other):
     [
         (
             {"dataloader_num_workers": 2},
-            "stands in a stream with num_workers 1, not 2: --ignore_data_skip true starts",
+            "is of a stream with num_workers 1, not 2: --ignore_data_skip true starts",
         ),
-        ({"seed": 1}, "stands in a stream with seed 42, not 1"),
-        ({"shuffle_buffer": 5}, "stands in a stream with shuffle_buffer 4, not 5"),
+        ({"shuffle_buffer": 5}, "is of a stream with shuffle_buffer 4, not 5"),
     ],
 )
 def test_a_stream_does_not_go_on_under_other_conditions(changes, message, towers, tars, tmp_path):
@@ -329,8 +328,8 @@ def test_a_stream_does_not_go_on_under_other_conditions(changes, message, towers
     with pytest.raises(ValueError, match=message):
         pretrain.main(given)
     pretrain.main([*given, "--ignore_data_skip", "true"])
-    (tmp_path / "checkpoint-1" / "stream.json").unlink()
-    with pytest.raises(ValueError, match="does not tell where its data stood in a stream"):
+    (tmp_path / "checkpoint-1" / "run.json").unlink()
+    with pytest.raises(ValueError, match="does not hold its position in a stream"):
         pretrain.main([*given, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")])
 
 

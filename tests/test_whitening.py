@@ -7,9 +7,15 @@ import pytest
 import torch
 from huggingface_hub import constants
 from torch.testing import assert_close
+from transformers import set_seed
 
 from common.command_line import parse_arguments
+from common.data.collator import CaptionCollator
+from common.data.feature_cache import cache_features
+from common.data.loading import load_datasets
+from common.models import build_model
 from common.training.training_arguments import ModelArguments
+from common.training.whiten import whiten_vision_projection
 from modeling_evlgen.whitening import moments, whitening_matrix
 
 from .helpers import save_image_folder, save_towers, tiny_model
@@ -114,7 +120,17 @@ def prepare(tmp_path, monkeypatch):
     recipe.write_text(json.dumps(settings))  # JSON is YAML
 
     def run(*argv):
-        return pretrain.prepare(*parse_arguments(*pretrain.ARGUMENTS, argv=["--config", str(recipe), *argv]))
+        arguments = parse_arguments(*pretrain.ARGUMENTS, argv=["--config", str(recipe), *argv])
+        model_args, processor_args, data_args, _, training_args = arguments
+        set_seed(training_args.seed)
+        train, test = load_datasets(data_args, training_args.seed)
+        model, processor = build_model(model_args, processor_args)
+        if data_args.cache_features:
+            train, _ = cache_features(model, processor, train, test, data_args, training_args.seed)
+        collator = CaptionCollator(processor, data_args, training=False)
+        if model_args.whitening_images:
+            whiten_vision_projection(model, collator, train, model_args.whitening_images)
+        return model, train
 
     return run
 
@@ -123,7 +139,7 @@ def test_the_script_whitens_from_images_from_a_cache_and_from_a_stream(prepare):
     random = prepare()[0].vision_projection
     images = prepare("--whitening_images", "100")[0]  # all there are
     assert not torch.allclose(images.vision_projection.weight, random.weight, rtol=0.1)
-    cached, _, train, _, _ = prepare("--whitening_images", "100", "--cache_features", "true")
+    cached, train = prepare("--whitening_images", "100", "--cache_features", "true")
     assert_close(cached.vision_projection.weight, images.vision_projection.weight, atol=1e-3, rtol=1e-2)
     features = torch.stack([torch.tensor(row["vision_features"][0]).float() for row in train])
     tokens = cached.vision_projection(cached.ln_vision(features))
@@ -135,7 +151,7 @@ def test_the_script_whitens_from_images_from_a_cache_and_from_a_stream(prepare):
 
 
 def test_images_are_taken_at_equal_distances(prepare):
-    model, _, train, _, _ = prepare("--whitening_images", "4", "--cache_features", "true")
+    model, train = prepare("--whitening_images", "4", "--cache_features", "true")
     taken = torch.stack([torch.tensor(train[row]["vision_features"][0]).float() for row in range(0, len(train), 4)])
     tokens = model.vision_projection(model.ln_vision(taken))
     assert len(train) == 16

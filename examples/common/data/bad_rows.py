@@ -1,6 +1,7 @@
-"""What DataLoader workers tell the main process with each batch: rows that were skipped, and how far a stream is read.
+"""The rows that a training run skipped, and how far it has read a stream.
 
-Only what belongs to a batch that was trained on counts; workers read ahead of it.
+DataLoader workers read ahead, so each batch carries its own record to the main process. Only the record of a batch
+that was trained on counts.
 """
 
 import json
@@ -11,20 +12,20 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 
-from common.data.collator import CaptionCollator
+from common.data.collator import CaptionCollator, EmptyBatchError
 from common.data.streams import CaptionStream
 from common.files import write_whole
 
-RECORD = "record"  # in a batch: JSON, which nothing on the way takes apart
+RECORD = "record"  # in a batch: a JSON string, as accelerate would take a dict apart
 BAD_ROWS = "bad_rows.jsonl"
 
 
 class RecordingCollator:
-    """Makes batches as another collator does, and puts a record into each, which [`EVLGenTrainer`] takes out.
+    """Adds a record of skipped rows and of the position in a stream to each batch; [`EVLGenTrainer`] removes it.
 
     Args:
         collator ([`CaptionCollator`]): Makes the batches.
-        dataset: Where the rows are from.
+        dataset: The training data set.
     """
 
     def __init__(self, collator: CaptionCollator, dataset: torch.utils.data.Dataset):
@@ -32,25 +33,46 @@ class RecordingCollator:
         self.dataset = dataset
 
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
-        self.collator.bad_rows = []
-        batch = self.collator(rows)
         worker = get_worker_info()
         dataset = worker.dataset if worker else self.dataset
-        place = dataset.place if isinstance(dataset, CaptionStream) else None
-        batch[RECORD] = json.dumps({"bad_rows": self.collator.bad_rows, "place": place})
+        self.collator.bad_rows = []
+        try:
+            batch = self.collator(rows)
+        except EmptyBatchError:
+            if isinstance(dataset, CaptionStream):
+                raise
+            batch = self._first_good_batch(dataset, len(rows))
+        position = dataset.position if isinstance(dataset, CaptionStream) else None
+        batch[RECORD] = json.dumps({"bad_rows": self.collator.bad_rows, "position": position})
         return batch
+
+    def _first_good_batch(self, dataset: torch.utils.data.Dataset, size: int) -> BatchFeature:
+        """Stands in for a batch of bad rows alone, since every process must take the step.
+
+        Raises:
+            EmptyBatchError: If all rows of the data set are bad.
+        """
+        skipped = list(self.collator.bad_rows)
+        for start in range(0, len(dataset), size):
+            try:
+                batch = self.collator([dataset[row] for row in range(start, min(start + size, len(dataset)))])
+            except EmptyBatchError:
+                continue
+            self.collator.bad_rows = skipped
+            return batch
+        raise EmptyBatchError(f"None of the {len(dataset)} rows of the training split can be used.")
 
 
 def add_bad_rows(folder: Path, bad_rows: list[dict[str, Any]], step: int) -> None:
-    """Adds rows that were skipped in a step to a folder's list of them; other processes may do so at the same time."""
+    """Appends the rows skipped in a step to the list in a folder; several processes may do so at the same time."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(_line({"step": step, **row}) for row in bad_rows)
-    with (folder / BAD_ROWS).open("ab", buffering=0) as file:  # one write, which is not cut by another
+    with (folder / BAD_ROWS).open("ab", buffering=0) as file:  # one write is not torn apart by another process
         file.write(lines.encode())
 
 
 def forget_bad_rows(folder: Path, step: int) -> None:
-    """Takes those after a step off a folder's list: training goes on from there, and will meet them again."""
+    """Removes the rows skipped after a step: training goes on from there and meets them again."""
     kept = [row for row in read_bad_rows(folder) if row["step"] <= step]
     if kept:
         write_whole(folder / BAD_ROWS, "".join(map(_line, kept)))
@@ -59,12 +81,12 @@ def forget_bad_rows(folder: Path, step: int) -> None:
 
 
 def read_bad_rows(folder: Path) -> list[dict[str, Any]]:
-    """A folder's list of rows that were skipped."""
+    """The skipped rows listed in a folder."""
     path = folder / BAD_ROWS
     if not path.exists():
         return []
     with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]  # the last one may have been cut off
+        return [json.loads(line) for line in file if line.endswith("\n")]  # a kill may have cut the last one off
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Batches of model inputs, made of rows of images, videos or cached vision features, and captions."""
+"""Rows of a data set as a batch of model inputs."""
 
 import random
 import zlib
@@ -8,122 +8,143 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PILImage
 from torchvision.transforms import InterpolationMode, v2
-from transformers import BatchFeature, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import BatchFeature
 
 from common.data.data_arguments import DataArguments
-from common.data.loading import read_row, refuse_row, true_captions
+from common.data.rows import Media, read_row, skip_or_raise, true_captions
 from common.data.streams import EPOCH
 from processing_evlgen import EVLGenProcessor
 
 
+class EmptyBatchError(ValueError):
+    """All rows of a batch are bad."""
+
+
 class CaptionCollator:
-    """Makes a batch of model inputs from rows of images, videos or cached vision features, and captions.
+    """Turns rows with an image, a video or cached vision features into a batch of model inputs.
 
     Args:
         processor ([`EVLGenProcessor`]): Prepares the inputs.
-        arguments (`DataArguments`): Columns, prompt and augmentation.
+        data_args (`DataArguments`): Columns, prompt and augmentation.
         training (`bool`):
-            Whether to augment images, to draw a video's frames from its halves rather than at equal distances, and to
-            draw one of several captions rather than take the first.
+            True augments images, draws frames at random from both halves of a video, and draws one of several
+            captions. False takes images as they are, frames at equal distances, and the first caption.
         seed (`int`, *optional*, defaults to 0): Of these draws.
     """
 
-    def __init__(self, processor: EVLGenProcessor, arguments: DataArguments, training: bool, seed: int = 0):
+    def __init__(self, processor: EVLGenProcessor, data_args: DataArguments, training: bool, seed: int = 0):
         self.processor = processor
-        self.arguments = arguments
+        self.data_args = data_args
         self.training = training
-        self.augment = _augmentation(processor, arguments) if training else None
+        self.augment = build_augmentation(processor, data_args) if training else None
         self.seed = seed
-        self.epoch = 0  # of rows that do not tell it themselves, as those of a stream do
-        self.bad_rows: list[dict[str, Any]] = []  # that were skipped, until someone takes them
+        # In shared memory, as workers that persist over epochs keep the collator that they started with.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.bad_rows: list[dict[str, Any]] = []  # rows skipped so far; emptied by whoever records them
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that draws depend on; rows of a stream carry their own."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
         """Inputs and labels for training.
 
         Raises:
-            ValueError: If a row is bad, unless bad rows are to be skipped; then, if none is left.
+            ValueError: If a row is bad and bad rows are not to be skipped, or if all rows are bad.
         """
-        rows, images = self._images(rows)
+        examples = self.read_examples(rows)
         try:
-            return self._inputs(rows, images)
-        except ValueError:  # a text that is too long, say; the message tells its place in the batch alone
-            good = [index for index, row in enumerate(rows) if self._fits(row, _select(images, [index]))]
-            if len(good) in (0, len(rows)):
+            return self.encode(examples)
+        except ValueError:  # of a text that is too long, say; the message knows only its place in the batch
+            fitting = [example for example in examples if self._fits(example)]
+            if len(fitting) in (0, len(examples)):
                 raise
-        return self._inputs([rows[index] for index in good], _select(images, good))
-
-    def _inputs(self, rows: list[dict[str, Any]], images: dict[str, Any]) -> BatchFeature:
-        if self.arguments.messages_column:
-            return self.processor(**images, messages=[row[self.arguments.messages_column] for row in rows])
-        return self.processor(**images, text=self._text(rows), suffix=[self._caption(row) for row in rows])
-
-    def _fits(self, row: dict[str, Any], image: dict[str, Any]) -> bool:
-        """Whether inputs can be made of a row; if not, it is a bad one."""
-        try:
-            self._inputs([row], image)
-        except ValueError as error:
-            bad_rows: list[dict[str, Any]] = []
-            refuse_row(row, self.arguments, error, bad_rows)
-            self.bad_rows += [{"epoch": self._epoch(row), **bad} for bad in bad_rows]
-            return False
-        return True
+        return self.encode(fitting)
 
     def prompts(self, rows: list[dict[str, Any]]) -> BatchFeature:
-        """Inputs for generation: the same without the captions."""
-        rows, images = self._images(rows)
-        return self.processor(**images, text=self._text(rows))
+        """Inputs for generation: the same without captions."""
+        return self.encode(self.read_examples(rows), with_labels=False)
 
-    def _text(self, rows: list[dict[str, Any]]) -> str | list[str]:
-        if self.arguments.messages_column:
-            asked = [row[self.arguments.messages_column][:-1] for row in rows]
-            return [self.processor.apply_chat_template(turns, add_generation_prompt=True) for turns in asked]
-        column, prompt = self.arguments.prompt_column, self.arguments.prompt
+    def read_examples(self, rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Any]]:
+        """The good rows, each with its media: image(s), frames, or cached features `(tokens, dim)`."""
+        if "vision_features" in rows[0]:  # (views, tokens, dim), on disk
+            return [(row, row["vision_features"][self.epoch % len(row["vision_features"])]) for row in rows]
+        examples = [(row, self.read(row)) for row in rows]
+        examples = [(row, media) for row, media in examples if media is not None]
+        if not examples:
+            raise EmptyBatchError(f"None of the {len(rows)} rows of a batch can be used; in a larger batch some can.")
+        return examples
+
+    def read(self, row: dict[str, Any]) -> Media | None:
+        """The augmented image or video of a row in this epoch; None if the row is bad and to be skipped."""
+        with self.seeded(row, row):
+            try:
+                media = read_row(row, self.data_args, "headtail" if self.training else "uniform")
+            except ValueError as error:
+                self._skip(row, error)
+                return None
+            # All frames of a video are augmented in one call, hence alike.
+            return media if self.augment is None else self.augment(media)
+
+    def encode(self, examples: list[tuple[dict[str, Any], Any]], with_labels: bool = True) -> BatchFeature:
+        """Model inputs of what [`read_examples`] returns."""
+        rows, media = zip(*examples, strict=True)
+        inputs = self._media_inputs(list(media))
+        if not with_labels:
+            return self.processor(**inputs, text=self._prompts(rows))
+        if self.data_args.messages_column:
+            return self.processor(**inputs, messages=[row[self.data_args.messages_column] for row in rows])
+        return self.processor(**inputs, text=self._prompts(rows), suffix=[self._caption(row) for row in rows])
+
+    def _media_inputs(self, media: list[Any]) -> dict[str, Any]:
+        if isinstance(media[0], np.ndarray) and media[0].ndim == 2:
+            return {"vision_features": torch.from_numpy(np.stack(media)).float()}  # (batch, tokens, dim)
+        if self.data_args.video_column:
+            return {"videos": media, "num_frames": self.data_args.num_frames}
+        if self.data_args.messages_column:  # a list of images for each conversation
+            media = [images if isinstance(images, list) else [images] for images in media]
+        return {"images": media}
+
+    def _prompts(self, rows: tuple[dict[str, Any], ...]) -> str | list[str]:
+        column, prompt = self.data_args.prompt_column, self.data_args.prompt
+        if self.data_args.messages_column:
+            questions = [row[self.data_args.messages_column][:-1] for row in rows]
+            return [self.processor.apply_chat_template(turns, add_generation_prompt=True) for turns in questions]
         if not column:
             return prompt
         return [prompt.replace("{}", row[column]) if prompt else row[column] for row in rows]
 
-    def _images(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        if "vision_features" in rows[0]:
-            features = [row["vision_features"] for row in rows]  # (views, tokens, dim) each, on disk
-            view = self.epoch % len(features[0])
-            return rows, {"vision_features": torch.from_numpy(np.stack([one[view] for one in features])).float()}
-        read = [(row, self.read(row)) for row in rows]
-        read = [(row, image) for row, image in read if image is not None]
-        if not read:
-            raise ValueError(f"None of the {len(rows)} rows of a batch can be used; in a larger batch some can.")
-        rows, images = zip(*read, strict=True)
-        if self.arguments.video_column:
-            return list(rows), {"videos": list(images), "num_frames": self.arguments.num_frames}
-        if self.arguments.messages_column:  # each with its own
-            images = [image if isinstance(image, list) else [image] for image in images]
-        return list(rows), {"images": list(images)}
-
-    def read(self, row: dict[str, Any]) -> PILImage.Image | list[PILImage.Image] | None:
-        """A row's image or video as the model is to see it in this epoch; None if it is bad and to be skipped."""
-        bad_rows: list[dict[str, Any]] = []
-        with self._chance(row, row):
-            image = read_row(row, self.arguments, "headtail" if self.training else "uniform", bad_rows)
-            self.bad_rows += [{"epoch": self._epoch(row), **bad} for bad in bad_rows]
-            # A video's frames are augmented in one call, hence alike.
-            return image if image is None or self.augment is None else self.augment(image)
-
     def _caption(self, row: dict[str, Any]) -> str:
-        captions = true_captions(row, self.arguments)
-        with self._chance(row, captions):  # not of the image, which cached features do without
+        captions = true_captions(row, self.data_args)
+        # Seeded by the captions, not by the image, which rows with cached features lack.
+        with self.seeded(row, captions):
             return random.choice(captions) if self.training else captions[0]
 
-    def _epoch(self, row: dict[str, Any]) -> int:
-        return row.get(EPOCH, self.epoch)
+    def _fits(self, example: tuple[dict[str, Any], Any]) -> bool:
+        """Whether an example can be encoded by itself; otherwise its row is a bad one."""
+        try:
+            self.encode([example])
+        except ValueError as error:
+            self._skip(example[0], error)
+            return False
+        return True
+
+    def _skip(self, row: dict[str, Any], error: ValueError) -> None:
+        self.bad_rows.append({"epoch": row.get(EPOCH, self.epoch), **skip_or_raise(row, self.data_args, error)})
 
     @contextmanager
-    def _chance(self, row: dict[str, Any], key: Any) -> Iterator[None]:
-        """Draws depend on seed, epoch and row alone, so a run that is resumed sees what an unbroken one would have."""
+    def seeded(self, row: dict[str, Any], content: Any) -> Iterator[None]:
+        """Makes random draws depend on seed, epoch and content alone, so that a resumed run repeats them."""
         if not self.training:
             yield
             return
-        seed = zlib.crc32(repr((self.seed, self._epoch(row), key)).encode())
+        seed = checksum([self.seed, row.get(EPOCH, self.epoch), content])
         state = random.getstate()
         with torch.random.fork_rng(devices=[]):
             random.seed(seed)
@@ -134,37 +155,29 @@ class CaptionCollator:
                 random.setstate(state)
 
 
-def _select(images: dict[str, Any], indices: list[int]) -> dict[str, Any]:
-    """The images, videos or vision features of some rows."""
-    return {
-        name: value[indices] if torch.is_tensor(value) else [value[index] for index in indices]
-        for name, value in images.items()
-        if name != "num_frames"
-    } | {name: value for name, value in images.items() if name == "num_frames"}
+def checksum(value: Any) -> int:
+    """CRC-32 of a row's content. Bytes are read as they are: their `repr` would take milliseconds an image."""
+    if isinstance(value, dict):
+        value = list(value.items())
+    if isinstance(value, list | tuple):
+        return zlib.crc32(repr([checksum(part) for part in value]).encode())
+    if hasattr(value, "tobytes"):  # an array or a decoded image
+        value = value.tobytes()
+    return zlib.crc32(value if isinstance(value, bytes) else repr(value).encode())
 
 
-class SetEpoch(TrainerCallback):
-    """Tells the collator the epoch, for its draws."""
-
-    def __init__(self, collator: CaptionCollator):
-        self.collator = collator
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.collator.epoch = int(state.epoch or 0)
-
-
-def _augmentation(processor: EVLGenProcessor, arguments: DataArguments) -> v2.Compose | None:
-    """The paper's training transform: a random resized crop and, if asked for, a flip."""
+def build_augmentation(processor: EVLGenProcessor, data_args: DataArguments) -> v2.Compose | None:
+    """The paper's training transform: a random resized crop and, if requested, a flip."""
     transforms = []
-    if arguments.crop_scale is not None:
+    if data_args.crop_scale is not None:
         size = processor.image_processor.size
         transforms.append(
             v2.RandomResizedCrop(
                 (size["height"], size["width"]),
-                scale=tuple(arguments.crop_scale),
+                scale=tuple(data_args.crop_scale),
                 interpolation=InterpolationMode.BICUBIC,
             )
         )
-    if arguments.horizontal_flip:
+    if data_args.horizontal_flip:
         transforms.append(v2.RandomHorizontalFlip())
     return v2.Compose(transforms) if transforms else None

@@ -1,4 +1,8 @@
-"""Features of a frozen vision tower, computed once and read from disk ever after."""
+"""Features of a frozen vision tower, computed once and read from disk in every epoch.
+
+`Dataset.map` would start again at the first row after a kill, and would write float16 arrays as lists of Arrow, which
+are slow to read. So the features of all rows lie in one NumPy file, with the number of finished rows beside it.
+"""
 
 import hashlib
 import json
@@ -11,13 +15,13 @@ import torch
 from datasets import Dataset, Value
 from filelock import FileLock
 from huggingface_hub import constants
-from PIL import Image as PILImage
+from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
 
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
-from common.data.loading import caption_of
+from common.data.rows import start_of_text
 from common.files import write_whole
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import hash_weights
@@ -27,10 +31,18 @@ logger = logging.get_logger(__name__)
 
 
 class FeatureDataset(torch.utils.data.Dataset):
-    """Rows of a data set with `vision_features` (views, tokens, dim), float16, on disk, instead of the image."""
+    """Rows with `vision_features` (views, tokens, dim), float16 and on disk, in place of the image.
 
-    def __init__(self, dataset: Dataset, path: Path, rows: list[int], image_column: str):
-        self.dataset = dataset.remove_columns(image_column)
+    Args:
+        images: The rows with their images.
+        path: The file of features, one entry for each row of `images`.
+        rows: Indices of the good rows.
+        image_column: The column of images.
+    """
+
+    def __init__(self, images: Dataset, path: Path, rows: list[int], image_column: str):
+        self.images = images if len(rows) == len(images) else images.select(rows)
+        self.texts = self.images.remove_columns(image_column)
         self.path = path
         self.features = _open(path)
         self.rows = rows
@@ -39,94 +51,91 @@ class FeatureDataset(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        return {**self.dataset[row], "vision_features": self.features[row]}  # read when a batch is made of it
+        return {**self.texts[index], "vision_features": self.features[self.rows[index]]}  # not read from disk yet
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "features": None}  # which would be copied as a whole to each reading process
+        # A worker gets a pickled copy. It opens the file itself, and needs no images.
+        return {**vars(self), "features": None, "images": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, features=_open(state["path"]))
 
 
-def cache_splits(
+def cache_features(
     model: EVLGenForConditionalGeneration,
     processor: EVLGenProcessor,
     train: Dataset,
     test: Dataset | None,
-    arguments: DataArguments,
+    data_args: DataArguments,
     seed: int,
 ) -> tuple[FeatureDataset, FeatureDataset | None]:
-    """Runs the vision tower over both splits; over training images as often as `cached_views` says.
+    """Runs the vision tower over both splits; over `cached_views` crops and flips of each training image.
 
     Args:
-        model, processor, arguments: As in [`cache_vision_features`].
+        model, processor, data_args: As in [`cache_split`].
         train, test: Rows with images.
-        seed: Of crops and flips. The views are those of the first epochs without a cache.
+        seed: Of crops and flips. The views are those that the first epochs would draw without a cache.
     """
-    views = CaptionCollator(processor, arguments, training=True, seed=seed)
-    train = cache_vision_features(model, processor, train, arguments, views, arguments.cached_views or 1)
-    return train, None if test is None else cache_vision_features(model, processor, test, arguments)
+    views = CaptionCollator(processor, data_args, training=True, seed=seed)
+    train = cache_split(model, train, views, data_args.cached_views or 1)
+    if test is None:
+        return train, None
+    return train, cache_split(model, test, CaptionCollator(processor, data_args, training=False))
 
 
-def cache_vision_features(
+def cache_split(
     model: EVLGenForConditionalGeneration,
-    processor: EVLGenProcessor,
     dataset: Dataset,
-    arguments: DataArguments,
-    augmenting: CaptionCollator | None = None,
+    views: CaptionCollator,
     num_views: int = 1,
     batch_size: int = 32,
 ) -> FeatureDataset:
-    """Runs the vision tower over a data set, or finds that it was done before.
+    """Runs the vision tower over a split, or finds its features on disk.
 
-    The features lie in `$HF_HOME/evlgen_features`, in one file for each tower (weights included), image processor,
-    augmentation and data set. A run that is killed goes on where it was; a file that is damaged is computed again.
+    The features lie in `$HF_HOME/evlgen_features`. Each tower (weights included), image processor, augmentation and
+    data set has a file of its own. A run that was killed goes on where it stopped. A damaged file is computed again.
 
     Args:
-        model, processor: The model whose vision tower runs, and the processor that prepares its images.
+        model: Its vision tower runs.
         dataset: Rows with images, encoded or not.
-        arguments: Names the image column and says what to do with bad rows.
-        augmenting: Gives the views of an image, each by its `epoch`; by default there is one, the image as it is.
-        num_views: How many of them to keep.
-        batch_size: Images for each run of the tower.
+        views: Opens an image; gives another view of it in each `epoch`. Says what happens to bad rows.
+        num_views: Views to keep of each image.
+        batch_size: Images in each run of the tower.
 
     Returns:
-        [`FeatureDataset`], without bad rows if those are to be skipped.
+        [`FeatureDataset`], without bad rows if these are to be skipped.
 
     Raises:
         ValueError: If a row is bad and not to be skipped, or a feature does not fit float16.
         OSError: If the disk has no room for the features.
     """
-    views = augmenting or CaptionCollator(processor, arguments, training=False)
     folder = Path(constants.HF_HOME) / "evlgen_features"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_key(model, processor, dataset, views, num_views)}.npy"
+    path = folder / f"{_key(model, dataset, views, num_views)}.npy"
     shape = (len(dataset), num_views, model.config.num_vision_tokens, model.config.vision_hidden_size)
-    with FileLock(path.with_suffix(".lock")):  # another run may want the same
+    with FileLock(path.with_suffix(".lock")):  # another run may compute the same features
         state = _read_state(path, shape)
         if state is None or state["done"] < len(dataset):
             state = _compute(path, shape, model, dataset, views, batch_size)
-        rows = [row for row in range(len(dataset)) if str(row) not in state["bad_rows"]]
-        features = FeatureDataset(dataset, path, rows, arguments.image_column)
-    bad_rows = state["bad_rows"]
-    if bad_rows:
-        named = f"{len(bad_rows)} of {len(dataset)} rows are bad, by number and caption: {bad_rows}"
-        if not arguments.skip_bad_rows:
-            raise ValueError(f"{named} (`--skip_bad_rows true` goes on without them.)")
-        logger.warning(f"Left out: {named}.")
+        good = [row for row in range(len(dataset)) if str(row) not in state["bad_rows"]]
+        features = FeatureDataset(dataset, path, good, views.data_args.image_column)
+    if bad_rows := state["bad_rows"]:
+        message = f"{len(bad_rows)} of {len(dataset)} rows are bad, by number and caption: {bad_rows}"
+        if not views.data_args.skip_bad_rows:
+            raise ValueError(f"{message} (`--skip_bad_rows true` goes on without them.)")
+        logger.warning(f"Left out: {message}.")
     return features
 
 
 def _open(path: Path, mode: str = "r", shape: tuple[int, ...] | None = None) -> np.memmap:
-    """The features in a file, float16, `(rows, views, tokens, dim)`; a pickle or archive of that name is not read."""
+    """The features in a file, float16, `(rows, views, tokens, dim)`. A pickle or an archive is refused."""
     return np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
 
 
 def _read_state(path: Path, shape: tuple[int, ...]) -> dict[str, Any] | None:
-    """How many rows of a file are done, and captions of bad ones; None if it is missing, or damaged, which is logged.
+    """The number of finished rows and the captions of bad rows; None if the file is missing, or damaged (logged).
 
-    A file that is too short would be filled up with zeros when it is opened for writing.
+    The shape is checked, since a file that is too short would be filled with zeros when it is opened for writing.
     """
     if not path.exists():
         return None
@@ -155,22 +164,14 @@ def _compute(
     views: CaptionCollator,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Fills `path` as a whole, or goes on with what a run that was killed has left; gives its state."""
-    partial, num_views = path.with_suffix(".partial.npy"), shape[1]
-    state = _read_state(partial, shape)
+    """Fills `path`, from the row on at which a killed run stopped; returns the state."""
+    partial_path, num_views = path.with_suffix(".partial.npy"), shape[1]
+    state = _read_state(partial_path, shape)
     if state is None:
-        state = {"done": 0, "bad_rows": {}}  # the captions of rows that cannot be used
+        state = {"done": 0, "bad_rows": {}}  # the captions of bad rows by row number
         write_whole(_state_path(path), json.dumps(state))
-    features = _open(partial, "r+" if state["done"] else "w+", shape)
-    if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash when a page is written
-        try:
-            with partial.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, features.nbytes + features.offset)
-        except OSError as error:
-            partial.unlink()
-            needed = f"{features.nbytes / 1e9:.1f} GB for the vision features"
-            message = f"{path.parent} (in $HF_HOME) has no {needed}: {error.strerror}"
-            raise OSError(error.errno, message) from error
+    features = _open(partial_path, "r+" if state["done"] else "w+", shape)
+    _reserve_disk_space(partial_path, features)
 
     progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="image")
     while state["done"] < len(dataset):
@@ -179,7 +180,7 @@ def _compute(
             views.epoch = view
             images = {row: views.read(dataset[row]) for row in rows}
             for row in [row for row, image in images.items() if image is None]:
-                state["bad_rows"][str(row)] = caption_of(dataset[row], views.arguments)
+                state["bad_rows"][str(row)] = start_of_text(dataset[row], views.data_args)
             images = {row: image for row, image in images.items() if image is not None}
             if images:
                 features[list(images), view] = _run_tower(model, views.processor, list(images.values()))
@@ -188,13 +189,31 @@ def _compute(
         write_whole(_state_path(path), json.dumps(state))
         progress.update(len(rows))
     progress.close()
-    os.replace(partial, path)
+    os.replace(partial_path, path)
     return state
+
+
+def _reserve_disk_space(path: Path, features: np.memmap) -> None:
+    """Makes a full disk an error now, not a crash when a page is written.
+
+    Raises:
+        OSError: If the disk has no room for the features.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, features.nbytes + features.offset)
+    except OSError as error:
+        path.unlink()
+        needed = f"{features.nbytes / 1e9:.1f} GB for the vision features"
+        message = f"{path.parent} (in $HF_HOME) has no {needed}: {error.strerror}"
+        raise OSError(error.errno, message) from error
 
 
 @torch.no_grad()
 def _run_tower(
-    model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, images: list[PILImage.Image]
+    model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, images: list[Image.Image]
 ) -> np.ndarray:
     """Features of images, float16, `(images, tokens, dim)`."""
     pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -204,21 +223,17 @@ def _run_tower(
     return features.numpy()
 
 
-def _key(
-    model: EVLGenForConditionalGeneration,
-    processor: EVLGenProcessor,
-    dataset: Dataset,
-    views: CaptionCollator,
-    num_views: int,
-) -> str:
-    augmentation = (views.seed, views.arguments.crop_scale, views.arguments.horizontal_flip) if views.augment else ()
+def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: CaptionCollator, num_views: int) -> str:
+    """Identifies the features by everything that they depend on."""
+    data_args = views.data_args
+    augmentation = (views.seed, data_args.crop_scale, data_args.horizontal_flip) if views.augment else ()
     digest = hashlib.sha256(repr((num_views, *augmentation)).encode())
-    digest.update(processor.image_processor.to_json_string().encode())
+    digest.update(views.processor.image_processor.to_json_string().encode())
     digest.update(model.config.vision_config.to_json_string().encode())
     digest.update(hash_weights(model.vision_tower.state_dict()).encode())
     digest.update(dataset._fingerprint.encode())
-    column = views.arguments.image_column
-    if dataset.features[column] == Value("string"):  # paths, whose images the fingerprint does not tell
+    column = data_args.image_column
+    if dataset.features[column] == Value("string"):  # paths: the fingerprint does not cover the files behind them
         for file in filter(os.path.isfile, dataset[column]):
             status = os.stat(file)
             digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())

@@ -1,16 +1,18 @@
-"""Endless streams of rows: shuffled, mixed by weights, split over all readers, and taken up exactly where they stood.
+"""Endless streams of rows: shuffled, mixed by weight, split among readers, and resumed at the exact row.
 
-A reader is one DataLoader worker of one process, or a process without workers. Each goes round its own part of every
-data set for ever, in another order each time, so readers never wait for each other and no batch is ever short.
+A reader is one DataLoader worker of one process, or a process without workers. Each reader goes round its own part of
+every data set for ever, in a new order each round. So readers never wait for each other and every batch is full.
 
-`datasets` reads, shuffles shards, splits and keeps the place; its own ways to do the rest do not go together:
-`interleave_datasets` leaves a mixture as many shards as its smallest data set has, a shuffle buffer's content is not
-part of a state (its docstring says so), and a state cannot be loaded in the workers of a shuffled stream.
+`datasets` reads files, shuffles shards, splits them and keeps the position. accelerate's `use_stateful_dataloader`
+cannot replace the rest: `interleave_datasets` leaves a mixture as many shards as its smallest data set has, a state
+does not hold the content of a shuffle buffer (its docstring says so), and a state cannot be loaded in the workers of a
+shuffled stream.
 """
 
 import logging as python_logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
@@ -20,18 +22,47 @@ import numpy as np
 import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-EPOCH = "__epoch__"  # a column that a stream adds: how often its reader had gone round the row's data set before
+EPOCH = "__epoch__"  # a column added to each row: the rounds that its reader had completed in the row's data set
+INTERLEAVED_SHARDS = 10  # shards that a reader takes rows from by turns
+DRAWS_AT_ONCE = 1000  # choices of a data set, drawn together
 
-# `datasets` warns that a shuffle buffer's content is lost; the one used here is empty whenever a state is taken.
-python_logging.getLogger("datasets.iterable_dataset").addFilter(lambda record: "shuffle buffer" not in str(record.msg))
 
-INTERLEAVED = 10  # shards that a reader reads from by turns
-DRAWS = 1000  # of data sets, made at once
+@contextmanager
+def tolerant_reading() -> Iterator[None]:
+    """While open, a WebDataset member that cannot be decoded becomes None, and `datasets` does not warn in vain.
+
+    `datasets` decodes all members of a sample, also those of unused columns. One broken member would end the stream.
+    Its warning about the lost content of a shuffle buffer is void here: the buffer is empty whenever a state is taken.
+    """
+    decoders = WebDataset.DECODERS
+    dataset_logger = python_logging.getLogger("datasets.iterable_dataset")
+    WebDataset.DECODERS = {suffix: _or_none(decode) for suffix, decode in decoders.items()}
+    dataset_logger.addFilter(_is_no_buffer_warning)
+    try:
+        yield
+    finally:
+        WebDataset.DECODERS = decoders
+        dataset_logger.removeFilter(_is_no_buffer_warning)
+
+
+def _or_none(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def decode_or_give_none(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except Exception:  # text, JSON, NumPy and other decoders raise errors of many types
+            return None
+
+    return decode_or_give_none
+
+
+def _is_no_buffer_warning(record: python_logging.LogRecord) -> bool:
+    return "shuffle buffer" not in str(record.msg)
 
 
 @dataclass
@@ -39,10 +70,11 @@ class Source:
     """One of a stream's data sets.
 
     Args:
-        name: What messages call it.
+        name: Its name in messages.
         dataset: Its rows.
-        weight: Its share of the rows, relative to that of the other data sets.
-        splittable: Whether readers may have shards of their own. Else each reads the whole, for its share of the rows.
+        weight: Its share of the rows, relative to the weights of the other data sets.
+        splittable: Whether readers may have shards of their own. If False, each reader reads all rows and keeps its
+            share.
     """
 
     name: str
@@ -55,70 +87,70 @@ class Source:
         return self.dataset.num_shards if self.splittable else 1
 
 
-def count_piles(num_shards: int, readers: int) -> int:
-    """Into how many piles shards are dealt. The readers of a pile share its rows out, one row to each in turn.
+def count_shard_groups(num_shards: int, num_readers: int) -> int:
+    """Number of groups that shards are divided into. The readers of a group share its rows, one row each in turn.
 
-    With as many shards as readers or more, each reader has a pile of its own, some with one shard more than others.
-    With fewer, all piles are alike, so all readers get as many rows: `gcd(num_shards, readers)` piles.
+    With at least as many shards as readers, each reader has its own group; some groups have one shard more. With
+    fewer shards, all groups have the same size and the same number of readers: `gcd(num_shards, num_readers)` groups.
     """
-    return readers if num_shards >= readers else math.gcd(num_shards, readers)
+    return num_readers if num_shards >= num_readers else math.gcd(num_shards, num_readers)
 
 
-def take_part(source: Source, generator: np.random.Generator, part: int, readers: int) -> IterableDataset:
-    """The rows that one of several readers gets: no row goes to two of them, and none to nobody.
+def select_share(source: Source, generator: np.random.Generator, reader: int, num_readers: int) -> IterableDataset:
+    """The rows of one reader. Each row goes to exactly one reader.
 
     Args:
         source: The data set.
-        generator: In the same state for all readers; shuffles the shards before they are dealt.
-        part: Which reader, from 0.
-        readers: How many there are.
+        generator: In the same state for all readers; shuffles the shards before they are divided.
+        reader: Index of the reader, from 0.
+        num_readers: Number of readers.
     """
-    piles = count_piles(source.num_shards, readers)
-    interleaved = min(INTERLEAVED, source.num_shards // piles)
-    # A buffer of one row shuffles no rows, and holds none that a state would not tell.
+    groups = count_shard_groups(source.num_shards, num_readers)
+    interleaved = min(INTERLEAVED_SHARDS, source.num_shards // groups)
+    # A buffer of one row shuffles shards only. It holds no rows that a state would miss.
     dataset = source.dataset.shuffle(generator=generator, buffer_size=1, max_buffer_input_shards=interleaved)
-    if piles > 1:
-        dataset = dataset.shard(piles, part % piles)
-    if readers > piles:
-        dataset = split_dataset_by_node(dataset, part // piles, readers // piles, strategy="examples")
+    if groups > 1:
+        dataset = dataset.shard(groups, reader % groups)
+    if num_readers > groups:
+        dataset = split_dataset_by_node(dataset, reader // groups, num_readers // groups, strategy="examples")
     return dataset
 
 
 class SourceReader:
-    """Goes round one reader's part of a data set for ever, each time in another order.
+    """Goes round one reader's share of a data set for ever, each time in a new order.
 
-    Rows are read in blocks, and each block is shuffled. A state names the beginning of a block and how much of it has
-    been handed out, so no more than one block is read again.
+    Rows are read in blocks, and each block is shuffled. A state holds the position of a block's first row and the
+    number of rows already returned from the block. So at most one block is read again after a resume.
 
     Args:
         source ([`Source`]): The data set.
         seed (`int`): Of all draws.
-        part, readers (`int`): Which reader it is, of how many.
-        buffer_size (`int`): Rows in a block, which ends at the end of the data set at the latest.
-        state (`dict`, *optional*): Where to go on: the `state` of another one after some row. JSON can hold it.
+        reader, num_readers (`int`): Index of this reader, and the number of readers.
+        buffer_size (`int`): Rows in a block; the last block of a round may be shorter.
+        state (`dict`, *optional*): The `state` of another reader after some row, to go on from. JSON can hold it.
     """
 
     def __init__(
         self,
         source: Source,
         seed: int,
-        part: int,
-        readers: int,
+        reader: int,
+        num_readers: int,
         buffer_size: int,
         state: dict[str, Any] | None = None,
     ):
         self.source = source
         self.seed = seed
-        self.part = part
-        self.readers = readers
+        self.reader = reader
+        self.num_readers = num_readers
         self.buffer_size = buffer_size
         self.state = state
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows, with the number of rounds before as [`EPOCH`].
+        """The rows, each with the number of completed rounds as [`EPOCH`].
 
         Raises:
-            ValueError: If there are none for this reader, or a file is damaged or cannot be reached.
+            ValueError: If this reader has no rows, or a file is damaged or cannot be reached.
         """
         state = self.state or {"epoch": 0, "block": 0, "taken": 0, "dataset": None}
         yield from self._round(**state)
@@ -126,35 +158,41 @@ class SourceReader:
             yield from self._round(epoch, 0, 0, None)
 
     def _round(self, epoch: int, block: int, taken: int, dataset: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-        rows = take_part(self.source, np.random.default_rng((self.seed, epoch)), self.part, self.readers)
+        generator = np.random.default_rng((self.seed, epoch))
+        rows = select_share(self.source, generator, self.reader, self.num_readers)
         if dataset is not None:
             rows.load_state_dict(dataset)
         unread = rows.iter(batch_size=1)  # unlike `iter(rows)`, this does not split rows among workers once more
         for number in count(block):
             start = dataset or rows.state_dict()
             dataset = None
-            try:
-                held = [{name: values[0] for name, values in one.items()} for one in islice(unread, self.buffer_size)]
-            except Exception as error:  # of many kinds: what tar, Parquet, text and network raise
-                raise ValueError(f"{self.source.name}: a file, not only a row, cannot be read: {error!r}") from error
+            held = self._read_block(unread)
             if not held:
                 break
-            order = np.random.default_rng((self.seed, self.part, epoch, number)).permutation(len(held))
+            order = np.random.default_rng((self.seed, self.reader, epoch, number)).permutation(len(held))
             for index in order[taken:]:
                 taken += 1
                 self.state = {"epoch": epoch, "block": number, "taken": taken, "dataset": start}
                 yield {**held[index], EPOCH: epoch}
             taken = 0
-            held.clear()  # before the next block is read
+            held.clear()  # frees the block before the next one is read
         if number == 0:
             raise ValueError(
-                f"{self.source.name} has no rows for reader {self.part + 1} of {self.readers} (processes x workers): "
-                "there are fewer rows than readers, or a shard is empty."
+                f"{self.source.name} has no rows for reader {self.reader + 1} of {self.num_readers} (processes x "
+                "workers): there are fewer rows than readers, or a shard is empty."
             )
+
+    def _read_block(self, unread: Iterator[dict[str, list[Any]]]) -> list[dict[str, Any]]:
+        try:
+            with tolerant_reading():
+                batches = islice(unread, self.buffer_size)  # of one row each
+                return [{name: values[0] for name, values in batch.items()} for batch in batches]
+        except Exception as error:  # tar, Parquet, text and the network raise errors of many types
+            raise ValueError(f"{self.source.name}: a file, not only a row, cannot be read: {error!r}") from error
 
 
 class CaptionStream(torch.utils.data.IterableDataset):
-    """Rows of one or several data sets, for ever. A data set that is at its end starts again; the others go on.
+    """Rows of one or several data sets, for ever. A data set at its end starts again; the others go on.
 
     Args:
         sources ([`list[Source]`]): The data sets.
@@ -171,38 +209,38 @@ class CaptionStream(torch.utils.data.IterableDataset):
         self.rank, self.world_size = 0, 1
         self.next_reader = 0
         self.states: dict[int, dict[str, Any]] = {}
-        self.place: tuple[int, dict[str, Any]] | None = None  # the reader, and its state after the row it gave last
+        self.position: tuple[int, dict[str, Any]] | None = None  # the reader, and its state after its latest row
 
     @property
     def shares(self) -> list[float]:
-        """Of each data set, from 0 to 1."""
-        return [source.weight / sum(one.weight for one in self.sources) for source in self.sources]
+        """The share of each data set, from 0 to 1."""
+        return [source.weight / sum(source.weight for source in self.sources) for source in self.sources]
 
     def split(self, rank: int, world_size: int, num_workers: int) -> None:
-        """Takes a process's part, of which each worker will take its own; warns of shards that are read repeatedly."""
+        """Selects the share of a process; its workers divide it further. Warns of shards that several readers read."""
         self.rank, self.world_size = rank, world_size
         workers = max(1, num_workers)
-        readers = world_size * workers
+        num_readers = world_size * workers
         for source in self.sources if rank == 0 else []:
-            if source.num_shards < readers:
-                times = readers // count_piles(source.num_shards, readers)
+            if source.num_shards < num_readers:
+                times = num_readers // count_shard_groups(source.num_shards, num_readers)
                 logger.warning(
-                    f"{source.name} has {source.num_shards} shards for {readers} readers ({world_size} processes x "
-                    f"{workers} workers): {times} of them read each shard and share its rows out. With {readers} "
+                    f"{source.name} has {source.num_shards} shards for {num_readers} readers ({world_size} processes "
+                    f"x {workers} workers): {times} of them read each shard and share its rows. With {num_readers} "
                     "shards or more, each shard is read once."
                 )
 
     def describe(self) -> dict[str, Any]:
-        """What must be as it was for a state to hold."""
+        """The settings under which a state is valid."""
         sources = [[source.name, source.weight, source.num_shards] for source in self.sources]
         return {"seed": self.seed, "shuffle_buffer": self.buffer_size, "data sets, weights and shards": sources}
 
     def load_states(self, states: dict[int, dict[str, Any]], next_reader: int) -> None:
-        """Goes on where the readers of this process stood.
+        """Goes on at the positions of this process's readers.
 
         Args:
-            states: The last state of each reader, by its number in the process. A reader that is not in it starts.
-            next_reader: Whose turn it is.
+            states: The latest state of each reader, by its index in the process. A missing reader starts anew.
+            next_reader: Index of the reader that gives the next batch.
         """
         self.states, self.next_reader = states, next_reader
 
@@ -210,20 +248,21 @@ class CaptionStream(torch.utils.data.IterableDataset):
         worker = get_worker_info()
         workers = worker.num_workers if worker else 1
         if worker:
-            fsspec.asyn.reset_lock()  # URLs that the parent process has read from could block this one
-        # A DataLoader's first batch comes from its first worker, which takes the part whose turn it is.
-        reader = ((worker.id if worker else 0) + self.next_reader) % workers
-        part, readers = self.rank * workers + reader, self.world_size * workers
-        state = self.states.get(reader, {"drawn": 0, "sources": [None] * len(self.sources)})
-        opened = [
-            SourceReader(source, self.seed, part, readers, math.ceil(self.buffer_size * share), saved)
+            fsspec.asyn.reset_lock()  # a lock that the parent process held while reading URLs could block this one
+        # The DataLoader takes its first batch from its first worker, so that worker plays the next reader.
+        local_reader = ((worker.id if worker else 0) + self.next_reader) % workers
+        reader, num_readers = self.rank * workers + local_reader, self.world_size * workers
+        state = self.states.get(local_reader, {"drawn": 0, "sources": [None] * len(self.sources)})
+        source_readers = [
+            SourceReader(source, self.seed, reader, num_readers, math.ceil(self.buffer_size * share), saved)
             for source, share, saved in zip(self.sources, self.shares, state["sources"], strict=True)
         ]
-        rows = [iter(source) for source in opened]
+        rows = [iter(source_reader) for source_reader in source_readers]
         for drawn in count(state["drawn"]):
-            if drawn % DRAWS == 0 or drawn == state["drawn"]:
-                draws = np.random.default_rng((self.seed, part, drawn // DRAWS))
-                chosen = draws.choice(len(rows), size=DRAWS, p=self.shares)
-            row = next(rows[chosen[drawn % DRAWS]])
-            self.place = reader, {"drawn": drawn + 1, "sources": [source.state for source in opened]}
+            if drawn % DRAWS_AT_ONCE == 0 or drawn == state["drawn"]:
+                generator = np.random.default_rng((self.seed, reader, drawn // DRAWS_AT_ONCE))
+                chosen = generator.choice(len(rows), size=DRAWS_AT_ONCE, p=self.shares)
+            row = next(rows[chosen[drawn % DRAWS_AT_ONCE]])
+            states = [source_reader.state for source_reader in source_readers]
+            self.position = local_reader, {"drawn": drawn + 1, "sources": states}
             yield row

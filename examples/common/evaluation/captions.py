@@ -1,4 +1,4 @@
-"""Does the model look at the image? Held-out loss with the right images and with others, and what it says."""
+"""Held-out figures of a captioner: its loss with the right and with wrong images, and the captions it generates."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
-from common.data.loading import count_images, true_captions
+from common.data.rows import count_images, true_captions
 from common.evaluation.evaluation_arguments import GenerationArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -35,57 +35,62 @@ def caption_loss(
     for batch in tqdm(loader, desc="Held-out loss", leave=False):
         batch = batch.to(model.device)
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss += model(**batch, num_items_in_batch=1).loss.item()
+            loss += model(**batch, num_items_in_batch=1).loss.item()  # a sum, as batches differ in tokens
         tokens += int((batch["labels"][:, 1:] != -100).sum())
     return loss / tokens
 
 
 class WrongImages(Dataset):
-    """Every row with what another row shows, which has another caption and as many images; its own if none has."""
+    """Each row with the images of another row. A model that looks at images has a higher loss on it.
 
-    def __init__(self, dataset: Dataset, data: DataArguments):
+    The other row has another caption and as many images. A row for which there is none keeps its images.
+    """
+
+    def __init__(self, dataset: Dataset, data_args: DataArguments):
         self.dataset = dataset
-        self.images = {"vision_features", data.image_column, data.video_column}
-        known = [(true_captions(row, data), count_images(row.get(data.image_column))) for row in dataset]
-        count = len(known)
+        self.image_columns = {"vision_features", data_args.image_column, data_args.video_column}
+        rows = [(true_captions(row, data_args), count_images(row.get(data_args.image_column))) for row in dataset]
+        count = len(rows)
         self.donors = []
-        for index, (caption, images) in enumerate(known):
+        for index, (captions, images) in enumerate(rows):
+            # Half a data set away first: neighbours are often alike.
             others = ((index + step) % count for step in range(count // 2, count // 2 + count))
-            fitting = (other for other in others if known[other][0] != caption and known[other][1] == images)
-            self.donors.append(next(fitting, index))
+            donors = (other for other in others if rows[other][0] != captions and rows[other][1] == images)
+            self.donors.append(next(donors, index))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         donor = self.dataset[self.donors[index]]
-        return self.dataset[index] | {name: value for name, value in donor.items() if name in self.images}
+        return self.dataset[index] | {name: value for name, value in donor.items() if name in self.image_columns}
 
 
-def majority_accuracy(train: Any, test: Any, data: DataArguments) -> float:
-    """The share of held-out questions that the most frequent answer in training to the same question gets right.
+def majority_accuracy(train: Any, test: Any, data_args: DataArguments) -> float:
+    """Accuracy of a baseline without images: the most frequent answer in training to the same question.
 
     Args:
         train, test: Rows with questions and answers.
-        data: Names their columns.
+        data_args: Names their columns.
 
     Returns:
-        `float` from 0 to 1. A question that training does not hold gets the most frequent answer of all.
+        `float` from 0 to 1. A question that is not in training gets the most frequent answer to all questions.
     """
     counts: defaultdict[str | None, Counter] = defaultdict(Counter)
-    for row in _text_rows(train, data):
-        answer = true_captions(row, data)[0]
-        counts[row[data.prompt_column]][answer] += 1
+    for row in _select_texts(train, data_args):
+        answer = true_captions(row, data_args)[0]
+        counts[row[data_args.prompt_column]][answer] += 1
         counts[None][answer] += 1
-    rows = _text_rows(test, data)
-    guesses = [counts[q if (q := row[data.prompt_column]) in counts else None].most_common(1)[0][0] for row in rows]
-    return sum(guess in true_captions(row, data) for guess, row in zip(guesses, rows, strict=True)) / len(rows)
+    majority = {question: answers.most_common(1)[0][0] for question, answers in counts.items()}
+    rows = _select_texts(test, data_args)
+    guesses = [majority.get(row[data_args.prompt_column], majority[None]) for row in rows]
+    return sum(guess in true_captions(row, data_args) for guess, row in zip(guesses, rows, strict=True)) / len(rows)
 
 
-def _text_rows(dataset: Any, data: DataArguments) -> Any:
+def _select_texts(dataset: Any, data_args: DataArguments) -> Any:
     """The rows without their images."""
-    plain = getattr(dataset, "dataset", dataset)  # of cached features
-    return plain.select_columns([data.prompt_column, data.caption_column])
+    rows = getattr(dataset, "texts", dataset)  # of cached features
+    return rows.select_columns([data_args.prompt_column, data_args.caption_column])
 
 
 @torch.no_grad()
@@ -93,35 +98,36 @@ def generate_batches(
     model: EVLGenForConditionalGeneration,
     loader: DataLoader,
     processor: EVLGenProcessor,
-    generation: GenerationArguments,
+    generation_args: GenerationArguments,
     dtype: torch.dtype,
 ) -> Iterator[list[str]]:
-    """What the model says about the images or videos of each batch of prompts.
+    """Generates a text for each prompt, batch by batch.
 
     Args:
         model: The captioner.
         loader: Gives batches of prompts from the processor, without labels.
-        processor: Turns tokens into text.
-        generation: How to decode.
+        processor: Decodes the tokens.
+        generation_args: The decoding.
         dtype: Precision of the arithmetic, for autocast.
 
     Yields:
-        The texts of a batch, without spaces around them.
+        The texts of a batch, stripped.
     """
     model.eval()
-    of_beams = {"length_penalty": generation.length_penalty} if generation.num_beams > 1 else {}
+    # `generate` warns of a length penalty without beams.
+    beam_arguments = {"length_penalty": generation_args.length_penalty} if generation_args.num_beams > 1 else {}
     for batch in loader:
         batch = batch.to(model.device)
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
             sequences = model.generate(
                 **batch,
                 do_sample=False,
-                num_beams=generation.num_beams,
-                min_new_tokens=generation.min_new_tokens,
-                max_new_tokens=generation.max_new_tokens,
-                **of_beams,
+                num_beams=generation_args.num_beams,
+                min_new_tokens=generation_args.min_new_tokens,
+                max_new_tokens=generation_args.max_new_tokens,
+                **beam_arguments,
             )
-        new_tokens = sequences[:, batch["input_ids"].shape[1] :]
+        new_tokens = sequences[:, batch["input_ids"].shape[1] :]  # (batch, new tokens)
         yield [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
@@ -129,13 +135,13 @@ def generate_captions(
     model: EVLGenForConditionalGeneration,
     dataset: Dataset,
     collator: CaptionCollator,
-    generation: GenerationArguments,
+    generation_args: GenerationArguments,
     batch_size: int,
     dtype: torch.dtype,
 ) -> list[str]:
-    """What the model says about each image, in the data set's order."""
+    """Generates a caption for each image, in the data set's order."""
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator.prompts)
-    batches = generate_batches(model, loader, collator.processor, generation, dtype)
+    batches = generate_batches(model, loader, collator.processor, generation_args, dtype)
     return [caption for batch in tqdm(batches, "Captions", len(loader), leave=False) for caption in batch]
 
 
@@ -143,23 +149,24 @@ def evaluate_captions(
     model: EVLGenForConditionalGeneration,
     processor: EVLGenProcessor,
     dataset: Dataset,
-    data: DataArguments,
-    generation: GenerationArguments,
+    data_args: DataArguments,
+    generation_args: GenerationArguments,
     batch_size: int,
     dtype: torch.dtype,
 ) -> tuple[dict[str, float], list[str]]:
-    """Losses with right and wrong images, their gap, and the share of captions that are right to the letter.
+    """Measures losses with right and wrong images, their gap, and the share of exactly right captions.
 
     Returns:
-        The figures, and the generated captions in the data set's order. Where all images have the same caption, none
-        is the wrong one, and those figures are left out.
+        The figures, and the generated captions in the data set's order. Where all images have the same caption, no
+        image is wrong, and the figures of wrong images are left out.
     """
-    collator = CaptionCollator(processor, data, training=False)
+    collator = CaptionCollator(processor, data_args, training=False)
     loss = caption_loss(model, dataset, collator, batch_size, dtype)
     metrics = {"test_loss": loss}
-    if len({tuple(true_captions(row, data)) for row in dataset}) > 1:
-        wrong_loss = caption_loss(model, WrongImages(dataset, data), collator, batch_size, dtype)
+    references = [true_captions(row, data_args) for row in dataset]
+    if len({tuple(captions) for captions in references}) > 1:
+        wrong_loss = caption_loss(model, WrongImages(dataset, data_args), collator, batch_size, dtype)
         metrics |= {"test_loss_wrong_images": wrong_loss, "test_loss_gap": wrong_loss - loss}
-    captions = generate_captions(model, dataset, collator, generation, batch_size, dtype)
-    right = sum(caption in true_captions(row, data) for caption, row in zip(captions, dataset, strict=True))
-    return {**metrics, "test_exact_captions": right / len(captions)}, captions
+    generated = generate_captions(model, dataset, collator, generation_args, batch_size, dtype)
+    exact = sum(caption in captions for caption, captions in zip(generated, references, strict=True))
+    return {**metrics, "test_exact_captions": exact / len(generated)}, generated

@@ -1,4 +1,4 @@
-"""Images of a training run: its loss curve, and held-out images with what the model says about them."""
+"""Drawings of a training run: the loss curve, and held-out images with their generated captions."""
 
 import textwrap
 from pathlib import Path
@@ -10,19 +10,19 @@ from datasets import Dataset
 from PIL import Image
 
 from common.data.data_arguments import DataArguments
-from common.data.loading import true_captions
+from common.data.rows import true_captions
 from common.demo.scenes import DEMO_CREDITS
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import load_rgb_frames
 
-matplotlib.use("Agg")  # files only, no window
+matplotlib.use("Agg")  # draws into files, without a window
 import matplotlib.pyplot as plt
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
 def draw_loss_curve(log_history: list[dict[str, float]], path: str | Path) -> None:
-    """Draws training loss, and held-out loss where there is any, against steps.
+    """Draws the training loss and any held-out loss against steps.
 
     Args:
         log_history: The Trainer's `state.log_history`; losses in nats per token.
@@ -41,13 +41,13 @@ def draw_loss_curve(log_history: list[dict[str, float]], path: str | Path) -> No
     plt.close(figure)
 
 
-def draw_contact_sheet(dataset: Dataset, captions: list[str], arguments: DataArguments, path: str | Path) -> None:
-    """Draws the first 16 images, with the generated caption below: green where it is a true one, else red with it.
+def draw_contact_sheet(dataset: Dataset, captions: list[str], data_args: DataArguments, path: str | Path) -> None:
+    """Draws the first 16 images with their captions: green if it is a true caption, else red beside the true one.
 
     Args:
         dataset: Rows of images and true captions.
         captions: The generated captions, in the same order.
-        arguments: Names the columns.
+        data_args: Names the columns.
         path: The PNG file to write.
     """
     shown = dataset.select(range(min(16, len(dataset))))
@@ -59,23 +59,23 @@ def draw_contact_sheet(dataset: Dataset, captions: list[str], arguments: DataArg
     for panel in axes.flat:
         panel.axis("off")
     for panel, row, caption in zip(axes.flat, shown, captions, strict=False):
-        panel.imshow(_thumbnail(row, arguments))
-        references = true_captions(row, arguments)
+        panel.imshow(_thumbnail(row, data_args))
+        references = true_captions(row, data_args)
         right = caption in references
         text = caption if right else f"{caption}\n(true: {references[0]})"
         wrapped = "\n".join(textwrap.fill(line, 30) for line in text.splitlines())
         panel.set_title(wrapped, fontsize=8.5, color=RIGHT if right else WRONG, y=-0.02, va="top", parse_math=False)
-    if arguments.dataset in DEMO_CREDITS:  # the image travels: into model cards, for one
-        figure.supxlabel(DEMO_CREDITS[arguments.dataset], fontsize=7, color="gray")
+    if data_args.dataset in DEMO_CREDITS:  # the drawing is published with model cards
+        figure.supxlabel(DEMO_CREDITS[data_args.dataset], fontsize=7, color="gray")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _thumbnail(row: dict[str, Any], arguments: DataArguments) -> Image.Image | np.ndarray:
-    """The image; or a video's frames, two in a row."""
-    if not arguments.video_column:
-        images = row[arguments.image_column]
+def _thumbnail(row: dict[str, Any], data_args: DataArguments) -> Image.Image | np.ndarray:
+    """An image as it is, or four frames of a video as a square."""
+    if not data_args.video_column:
+        images = row[data_args.image_column]
         return load_rgb_image(images[0] if isinstance(images, list) else images)
-    frames = [np.asarray(frame) for frame in load_rgb_frames(row[arguments.video_column], 4)]
+    frames = [np.asarray(frame) for frame in load_rgb_frames(row[data_args.video_column], 4)]
     frames = [*frames, *frames, *frames, *frames][:4]
     return np.concatenate([np.concatenate(frames[:2], axis=1), np.concatenate(frames[2:], axis=1)])

@@ -1,4 +1,4 @@
-"""transformers' Trainer, with the paper's weight decay, a collator of its own for held-out images, and streams."""
+"""transformers' Trainer for captioners: exact resume, streams, skipped rows, the paper's weight decay."""
 
 import json
 from contextlib import AbstractContextManager
@@ -13,41 +13,114 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
-from common.data.bad_rows import RECORD, add_bad_rows
+from common.data.bad_rows import RECORD, RecordingCollator, add_bad_rows, forget_bad_rows
 from common.data.collator import CaptionCollator
 from common.data.streams import CaptionStream
-from common.files import write_whole
+from common.files import only_run_in, write_whole
+from common.training.resume import RUN_NAME, check_settings_of_run, run_settings
+from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.adapters import save_base
+from modeling_evlgen.named_towers import choose_towers
 
-STREAM_STATE = "stream.json"  # in a checkpoint: where each process's readers stood
+logger = logging.get_logger(__name__)
 
 
 class EVLGenTrainer(Trainer):
     """
     Args:
+        args ([`EVLGenTrainingArguments`]): The Trainer's arguments.
+        data_collator ([`CaptionCollator`]): Makes the training batches.
         eval_collator ([`CaptionCollator`]): Makes the held-out batches, without augmentation.
-        kwargs: What [`Trainer`] takes.
+        script_args (`tuple`): Dataclasses of the script's other arguments. A resumed run must share them.
+        kwargs: Other arguments of [`Trainer`].
 
     Raises:
-        ValueError: If a model with a temporal contextualizer is to be shared out by FSDP or DeepSpeed.
+        ValueError: If the model could not be saved, or FSDP or DeepSpeed is to partition a temporal contextualizer.
     """
 
-    def __init__(self, *args: Any, eval_collator: CaptionCollator, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        data_collator: Any,
+        eval_collator: Any,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+        script_args: tuple[Any, ...] = (),
+        **kwargs: Any,
+    ):
+        if eval_dataset is None:
+            args.eval_strategy = IntervalStrategy.NO
+        super().__init__(
+            args=args,
+            data_collator=RecordingCollator(data_collator, train_dataset),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
         self.eval_collator = eval_collator
+        self.script_args = script_args
+        if isinstance(self.model, EVLGenForConditionalGeneration):
+            choose_towers(self.model, None)  # raises now, not after hours, if the model cannot be saved
         scalars = [name for name, parameter in self.model.named_parameters() if parameter.ndim == 0]
         if scalars and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                f"FSDP and DeepSpeed cannot share out scalars, such as {scalars[0]}. Launch the training with "
+                f"FSDP and DeepSpeed cannot partition scalars, such as {scalars[0]}. Launch the training with "
                 "examples/accelerate_configs/multi_gpu.yaml."
             )
-        self.places: dict[str, Any] = {"next_reader": 0, "states": {}}  # of a stream, after the last batch
-        if isinstance(self.train_dataset, CaptionStream):
-            self.add_callback(StreamEpoch())
+        # Of a stream, after the last batch: whose turn it is, and the state of each reader of this process.
+        self.positions: dict[str, Any] = {"next_reader": 0, "states": {}}
+        if isinstance(data_collator, CaptionCollator):
+            self.add_callback(SetEpoch(data_collator))
+        if isinstance(train_dataset, CaptionStream):
+            self.add_callback(CountStreamEpoch())
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
+        """Trains, or goes on from a checkpoint to the same weights as an unbroken run.
+
+        Args:
+            resume_from_checkpoint (`str`, *optional*): What [`find_checkpoint`] returns.
+            kwargs: As in [`Trainer.train`].
+
+        Raises:
+            ValueError: If the checkpoint is of a run with other settings, or another run writes to `output_dir`.
+        """
+        output_dir = Path(self.args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        state = self._prepare_run(output_dir, resume_from_checkpoint)
+        if self.args.process_index:  # the main process holds the folder for all
+            return self._run(resume_from_checkpoint, state, **kwargs)
+        with only_run_in(output_dir):
+            return self._run(resume_from_checkpoint, state, **kwargs)
+
+    def _prepare_run(self, output_dir: Path, checkpoint: str | None) -> TrainerState:
+        """Checks the settings and returns the state of the checkpoint, or a fresh one."""
+        state = TrainerState()
+        if checkpoint is not None:
+            check_settings_of_run(checkpoint, self._settings())
+            state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        if self.is_world_process_zero():
+            if checkpoint is None and any((output_dir / name).exists() for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
+                logger.warning(f"{output_dir} holds a model. The model trained now will replace it.")
+            # Before other processes add rows: they do so only after a step of all processes.
+            forget_bad_rows(output_dir, state.global_step)
+        return state
+
+    def _run(self, checkpoint: str | None, state: TrainerState, **kwargs: Any) -> TrainOutput | None:
+        if 0 < self.args.max_steps <= state.global_step:  # the Trainer would take one more step
+            self._load_from_checkpoint(checkpoint)
+            self.state = state
+            return None
+        if checkpoint and isinstance(self.train_dataset, CaptionStream) and not self.args.ignore_data_skip:
+            self._resume_stream(checkpoint)
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """A stream is split here: accelerate would let processes read all of it, or leave workers without shards."""
+        """Splits a stream here: accelerate would let each process read all of it, or leave workers without shards."""
         if not isinstance(self.train_dataset, CaptionStream):
             return super().get_train_dataloader()
         args = self.args
@@ -60,7 +133,7 @@ class EVLGenTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
-            generator=torch.Generator(),  # or the loader would draw from the model's, which a resumed run has restored
+            generator=torch.Generator(),  # else the loader draws from the model's, whose state a resume has restored
         )
         return prepare_data_loader(
             loader,
@@ -72,9 +145,16 @@ class EVLGenTrainer(Trainer):
             non_blocking=self.accelerator.non_blocking,
         )
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        training_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
     def create_accelerator_and_postprocess(self) -> None:
-        """Under `--bf16`, FSDP and DeepSpeed would compute and sum the gradients of what is trained in bfloat16, and
-        DeepSpeed would save it so. What is trained stays in float32, under autocast, as with one process."""
+        """Keeps trained parameters in float32 under autocast, as in one process. Under `--bf16`, FSDP and DeepSpeed
+        would compute and sum their gradients in bfloat16, and DeepSpeed would save them so."""
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
@@ -84,72 +164,76 @@ class EVLGenTrainer(Trainer):
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
     def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager:
-        # accelerate leaves autocast under FSDP to the policy above; elsewhere the model's forward has it.
+        # Under FSDP accelerate leaves autocast to the policy above; elsewhere it wraps the model's forward.
         return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        training_collator, self.data_collator = self.data_collator, self.eval_collator
-        try:
-            return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = training_collator
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         record = json.loads(inputs.pop(RECORD, "{}"))
         if record.get("bad_rows"):
             add_bad_rows(Path(self.args.output_dir), record["bad_rows"], self.state.global_step + 1)
-        if record.get("place"):
-            reader, state = record["place"]
-            self.places["states"][str(reader)] = state
-            self.places["next_reader"] = (reader + 1) % max(1, self.args.dataloader_num_workers)
+        if record.get("position"):
+            reader, state = record["position"]
+            self.positions["states"][str(reader)] = state
+            self.positions["next_reader"] = (reader + 1) % max(1, self.args.dataloader_num_workers)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Decay for matrices only, none for biases, norms and gains (the original's lavis/runners/runner_base.py)."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel) and self.args.should_save:
             save_base(self.model.get_base_model().config, output_dir or self.args.output_dir)
 
-    def _save_rng_state(self, output_dir: str) -> None:  # the last thing before trainer_state.json
+    def _save_rng_state(self, output_dir: str) -> None:  # called last before trainer_state.json is written
         super()._save_rng_state(output_dir)
+        run = {"settings": self._settings()}
         if isinstance(self.train_dataset, CaptionStream):
-            processes = gather_object([self.places])
-            if self.args.should_save:
-                state = {**self._stream_settings(), "processes": processes}
-                write_whole(Path(output_dir) / STREAM_STATE, json.dumps(state))
+            run["stream"] = {**self._stream_settings(), "processes": gather_object([self.positions])}
+        if self.args.should_save:
+            write_whole(Path(output_dir) / RUN_NAME, json.dumps(run))
 
-    def resume_stream(self, checkpoint: str) -> None:
-        """Goes on in the stream where a checkpoint stood. The Trainer by itself would read all before it once more.
-
-        Args:
-            checkpoint: Its folder.
-
-        Raises:
-            ValueError: If it has none, or another number of processes or workers, other data sets, weights or seed.
-        """
-        anew = "--ignore_data_skip true starts the stream anew."
-        path = Path(checkpoint) / STREAM_STATE
-        if not path.exists():
-            raise ValueError(f"{checkpoint} does not tell where its data stood in a stream: {anew}")
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in self._stream_settings().items():
-            if saved[name] != value:
-                raise ValueError(f"{checkpoint} stands in a stream with {name} {saved[name]!r}, not {value!r}: {anew}")
-        self.places = saved["processes"][self.args.process_index]
-        states = {int(reader): state for reader, state in self.places["states"].items()}
-        self.train_dataset.load_states(states, self.places["next_reader"])
-        self.args.ignore_data_skip = True
+    def _settings(self) -> dict[str, Any]:
+        return run_settings(self.args, self.script_args, self.train_dataset)
 
     def _stream_settings(self) -> dict[str, Any]:
         readers = {"num_processes": self.args.world_size, "num_workers": max(1, self.args.dataloader_num_workers)}
         return {**readers, **self.train_dataset.describe()}
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Decay for matrices only, none for biases, norms and gains (the original's lavis/runners/runner_base.py)."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+    def _resume_stream(self, checkpoint: str) -> None:
+        """Goes on at the position of a checkpoint. The Trainer by itself would read everything before it again.
+
+        Raises:
+            ValueError: If the checkpoint has no position, or was made with another number of processes or workers,
+                other data sets or weights.
+        """
+        remedy = "--ignore_data_skip true starts the stream anew."
+        path = Path(checkpoint) / RUN_NAME
+        saved = json.loads(path.read_text(encoding="utf-8")).get("stream") if path.exists() else None
+        if saved is None:
+            raise ValueError(f"{checkpoint} does not hold its position in a stream: {remedy}")
+        for name, value in self._stream_settings().items():
+            if saved[name] != value:
+                raise ValueError(f"{checkpoint} is of a stream with {name} {saved[name]!r}, not {value!r}: {remedy}")
+        self.positions = saved["processes"][self.args.process_index]
+        states = {int(reader): state for reader, state in self.positions["states"].items()}
+        self.train_dataset.load_states(states, self.positions["next_reader"])
+        self.args.ignore_data_skip = True
 
 
-class StreamEpoch(TrainerCallback):
-    """Counts the one endless epoch of a stream from its first step; the Trainer would, from the last resume."""
+class SetEpoch(TrainerCallback):
+    """Gives the collator the epoch that its random draws depend on."""
+
+    def __init__(self, collator: CaptionCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.collator.epoch = int(state.epoch or 0)
+
+
+class CountStreamEpoch(TrainerCallback):
+    """Counts the one endless epoch of a stream from its first step. The Trainer would count from the last resume."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         state.epoch = state.global_step / state.max_steps

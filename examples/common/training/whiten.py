@@ -1,5 +1,6 @@
-"""A fresh model that starts from the statistics of its vision tower, measured on the training images."""
+"""Starts a fresh vision projection from the statistics of the tower's features, measured on training images."""
 
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -13,37 +14,40 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 def whiten_vision_projection(
     model: EVLGenForConditionalGeneration, collator: CaptionCollator, rows: Any, num_images: int
 ) -> None:
-    """Lets a fresh model start from the statistics of its vision tower.
+    """Changes the model's vision projection, see [`EVLGenForConditionalGeneration.whiten_vision_projection`].
 
     Args:
-        model: Its vision projection is changed.
-        collator: Reads and prepares images, without augmentation.
-        rows: A data set or a stream of images, videos or cached vision features.
-        num_images: How many of them to take: of a data set at equal distances, of a stream the first.
+        model: The fresh model.
+        collator: Opens and prepares images, without augmentation.
+        rows: A data set or a stream, with images, videos or cached vision features.
+        num_images: Number of images to measure: of a data set at equal distances, of a stream the first.
 
     Raises:
-        ValueError: If a row is bad and not to be skipped, or none is left.
+        ValueError: If a row is bad and not to be skipped, or no good row is left.
     """
     if hasattr(rows, "__len__"):
-        places = range(0, len(rows), max(1, len(rows) // num_images))
-        taken = (rows[place] for place in places[:num_images])
+        indices = range(0, len(rows), max(1, len(rows) // num_images))
+        sample = (rows[index] for index in indices[:num_images])
     else:
-        taken = islice(rows, num_images)
-    progress = tqdm(taken, total=num_images, desc="Whitening", unit="image", leave=False)
-    features = (_vision_features(model, collator, row) for row in progress)
-    model.whiten_vision_projection(one for one in features if one is not None)
+        sample = islice(rows, num_images)
+    sample = tqdm(sample, total=num_images, desc="Whitening", unit="image", leave=False)
+    model.whiten_vision_projection(_features(model, collator, sample))
 
 
-def _vision_features(
-    model: EVLGenForConditionalGeneration, collator: CaptionCollator, row: dict[str, Any]
-) -> torch.Tensor | None:
-    """Of a row's image, or images, or video: `(images, tokens, dim)`; None if it is bad and to be skipped."""
-    if "vision_features" in row:
-        return torch.tensor(row["vision_features"][:1])  # of several views the first
-    image = collator.read(row)
-    if image is None:
-        return None
-    if not collator.arguments.video_column:
-        return model.get_vision_features(collator.processor(images=image)["pixel_values"].to(model.device))
-    video = collator.processor(videos=[image], num_frames=collator.arguments.num_frames).to(model.device)
-    return model.get_vision_features(video["pixel_values_videos"], video.get("frame_mask"))
+def _features(
+    model: EVLGenForConditionalGeneration, collator: CaptionCollator, rows: Iterator[dict[str, Any]]
+) -> Iterator[torch.Tensor]:
+    """Vision features of each good row, `(images, tokens, dim)`."""
+    num_frames = collator.data_args.num_frames
+    for row in rows:
+        if "vision_features" in row:
+            yield torch.tensor(row["vision_features"][:1])  # of several views the first
+            continue
+        media = collator.read(row)
+        if media is None:
+            continue
+        if collator.data_args.video_column:
+            video = collator.processor(videos=[media], num_frames=num_frames).to(model.device)
+            yield model.get_vision_features(video["pixel_values_videos"], video.get("frame_mask"))
+        else:
+            yield model.get_vision_features(collator.processor(images=media)["pixel_values"].to(model.device))

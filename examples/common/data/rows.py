@@ -1,0 +1,100 @@
+"""One row of a data set: its image or video opened, its text checked."""
+
+from typing import Any
+
+from PIL import Image
+from transformers.utils import logging
+
+from common.data.data_arguments import DataArguments
+from processing_evlgen.conversations import check_conversation
+from processing_evlgen.images import load_rgb_image
+from processing_evlgen.videos import load_rgb_frames
+
+logger = logging.get_logger(__name__)
+
+Media = Image.Image | list[Image.Image]
+
+
+def read_row(row: dict[str, Any], data_args: DataArguments, frame_sampling: str = "uniform") -> Media:
+    """Opens the image or video of a row and checks its text.
+
+    Args:
+        row: A row of a data set.
+        data_args: Names the columns.
+        frame_sampling: How frames of a video are chosen, see [`sample_frames`].
+
+    Returns:
+        The image, the images of a conversation, or the frames of a video, in RGB.
+
+    Raises:
+        ValueError: If the row is bad: the image or video cannot be read, or the text is missing or malformed.
+    """
+    check_text(row, data_args)
+    return open_media(row, data_args, frame_sampling)
+
+
+def open_media(row: dict[str, Any], data_args: DataArguments, frame_sampling: str = "uniform") -> Media:
+    """Opens the image or video of a row without a look at its text; see [`read_row`].
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    if data_args.video_column:
+        return load_rgb_frames(row[data_args.video_column], data_args.num_frames, frame_sampling)
+    images = row[data_args.image_column]
+    return [load_rgb_image(image) for image in images] if isinstance(images, list) else load_rgb_image(images)
+
+
+def check_text(row: dict[str, Any], data_args: DataArguments) -> None:
+    """
+    Raises:
+        ValueError: If a row has no caption or question, or its conversation does not fit its images.
+    """
+    if data_args.messages_column:
+        num_images, num_videos = (0, 1) if data_args.video_column else (count_images(row[data_args.image_column]), 0)
+        if num_images == num_videos == 0:
+            raise ValueError(f"`{data_args.image_column}` holds no image.")
+        check_conversation(row[data_args.messages_column], num_images, num_videos)
+        return
+    captions = row[data_args.caption_column]
+    if not captions or not all(isinstance(c, str) and c.strip() for c in true_captions(row, data_args)):
+        raise ValueError(f"`{data_args.caption_column}` must hold a caption, but is {captions!r}.")
+    if data_args.prompt_column and not isinstance(row[data_args.prompt_column], str):
+        raise ValueError(f"`{data_args.prompt_column}` must hold a text, but is {row[data_args.prompt_column]!r}.")
+
+
+def true_captions(row: dict[str, Any], data_args: DataArguments) -> list[str]:
+    """The captions of a row, one or several; of a conversation the assistant's last turn."""
+    if data_args.messages_column:
+        content = row[data_args.messages_column][-1]["content"]
+        return [content if isinstance(content, str) else "".join(part["text"] or "" for part in content)]
+    captions = row[data_args.caption_column]
+    return [captions] if isinstance(captions, str) else list(captions)
+
+
+def count_images(images: Any) -> int:
+    """Number of images in a cell, which holds one image or a list."""
+    return len(images) if isinstance(images, list) else 1
+
+
+def start_of_text(row: dict[str, Any], data_args: DataArguments) -> str:
+    """The first 80 characters of a row's text, valid or not, to find the row by."""
+    return str(row[data_args.messages_column or data_args.caption_column])[:80]
+
+
+def skip_or_raise(row: dict[str, Any], data_args: DataArguments, error: ValueError) -> dict[str, str]:
+    """Logs a bad row if `skip_bad_rows` is set.
+
+    Returns:
+        The row's name and the error, for the list of skipped rows.
+
+    Raises:
+        ValueError: If bad rows are not to be skipped; the message names the row.
+    """
+    name = f"the row with the caption {start_of_text(row, data_args)!r}"
+    if row.get("__key__"):  # of a WebDataset
+        name += f" ({row['__key__']} in {row['__url__']})"
+    if not data_args.skip_bad_rows:
+        raise ValueError(f"{name}: {error} (`--skip_bad_rows true` goes on without it.)") from error
+    logger.warning(f"Skipped {name}: {error}")
+    return {"row": name, "error": str(error)}

@@ -1,0 +1,174 @@
+"""The checkpoint that a training run goes on from: the newest whole one, of a run with the same settings."""
+
+import hashlib
+import json
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from common.data.data_arguments import DataArguments
+from common.data.feature_cache import FeatureDataset
+from common.training.training_arguments import EVLGenTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+RUN_NAME = "run.json"  # in a checkpoint: the settings of its run, and the position in a stream
+
+# Training arguments that change the trained weights. Others, such as `max_steps` or `save_steps`, may change.
+COMPARED_TRAINING_ARGUMENTS = (
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim"),
+    *("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "seed", "data_seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor"),
+)
+# Arguments that leave the trained weights alone, or name what `rows` below covers wherever it lies.
+IGNORED_ARGUMENTS = {
+    *("towers", "dataset", "data_files", "dataset_config", "train_split", "test_split", "max_test_samples"),
+    *("skip_bad_rows", "max_train_samples", "mixture", "shuffle_buffer", "streaming"),
+}
+
+
+def check_output_dir(training_args: EVLGenTrainingArguments) -> None:
+    """Creates the output folder now, not after hours of training.
+
+    Raises:
+        ValueError: If it cannot be written to.
+    """
+    try:
+        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=training_args.output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"`output_dir`: {training_args.output_dir} cannot be written to: {error}") from error
+
+
+def find_checkpoint(training_args: EVLGenTrainingArguments) -> str | None:
+    """Finds the checkpoint that `resume_from_checkpoint` requests: a named one, or the newest whole one.
+
+    Returns:
+        Its folder; None to start from the first step.
+
+    Raises:
+        ValueError: If the named checkpoint is damaged, or all are.
+    """
+    requested = training_args.resume_from_checkpoint
+    if requested is None or requested.lower() == "false":
+        return None
+    if requested.lower() != "true":
+        if problems := list(find_problems(Path(requested), training_args.world_size)):
+            raise ValueError(f"`resume_from_checkpoint`: {requested} is not whole: {'; '.join(problems)}.")
+        return requested
+    damaged = []
+    for folder in list_checkpoints(Path(training_args.output_dir)):
+        problems = list(find_problems(folder, training_args.world_size))
+        if not problems:
+            return str(folder)
+        damaged.append(f"{folder} is not whole: {'; '.join(problems)}")
+        logger.warning(f"{damaged[-1]}. An older checkpoint is tried.")
+    if damaged:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {'. '.join(damaged)}. Remove these folders to start from the first step."
+        )
+    logger.warning(f"There is no complete checkpoint in {training_args.output_dir}. Training starts at step 1.")
+    return None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints whose saving was completed, the newest first."""
+    folders = {}
+    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+        if match and (folder / TRAINER_STATE_NAME).exists():  # the file that is written last
+            folders[int(match[1])] = folder
+    return [folders[step] for step in sorted(folders, reverse=True)]
+
+
+def find_problems(checkpoint: Path, world_size: int) -> Iterator[str]:
+    """Missing and damaged files of a checkpoint. A full disk leaves empty or cut ones.
+
+    Args:
+        checkpoint: Its folder.
+        world_size: Number of processes, each with a state of its random generators.
+    """
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield f"{TRAINER_STATE_NAME} cannot be read ({error})"
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            yield f"{path.name} is damaged ({error})"
+    if any(checkpoint.glob("global_step*")):  # DeepSpeed keeps weights and optimizer in files of its own
+        return
+    if not any(checkpoint.glob("*.safetensors")) and not any(checkpoint.glob("pytorch_model_fsdp*")):
+        yield "the weights are missing"
+    rng = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    optimizer = next((name for name in (OPTIMIZER_NAME_BIN, "optimizer_0") if (checkpoint / name).exists()), "")
+    for name in (optimizer or OPTIMIZER_NAME, SCHEDULER_NAME, *rng):
+        path = checkpoint / name
+        if not path.exists():
+            yield f"{name} is missing"
+        elif path.is_file() and not zipfile.is_zipfile(path):  # torch.save writes an archive
+            yield f"{name} is damaged"
+
+
+def run_settings(training_args: EVLGenTrainingArguments, script_args: tuple[Any, ...], train: Any) -> dict[str, Any]:
+    """Settings that a resumed run must share with the run of its checkpoint, as JSON gives them back.
+
+    Args:
+        training_args: The Trainer's.
+        script_args: Dataclasses of the script's other arguments.
+        train: The training split.
+    """
+    settings = {name: getattr(training_args, name) for name in COMPARED_TRAINING_ARGUMENTS}
+    for arguments in script_args:
+        settings |= {name: value for name, value in vars(arguments).items() if name not in IGNORED_ARGUMENTS}
+    rows = train.images if isinstance(train, FeatureDataset) else train
+    if isinstance(rows, Dataset):
+        data_args = next(arguments for arguments in script_args if isinstance(arguments, DataArguments))
+        settings |= {"number of rows": len(rows), "texts of the rows": checksum_of_texts(rows, data_args)}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def checksum_of_texts(rows: Dataset, data_args: DataArguments) -> str:
+    """SHA-256 over captions, prompts or conversations, so that a data set may move but not change."""
+    _, *text_arguments = data_args.used_columns
+    digest = hashlib.sha256()
+    texts = rows.select_columns([getattr(data_args, argument) for argument in text_arguments])
+    for batch in texts.iter(batch_size=1000):
+        digest.update(json.dumps(batch, default=str).encode())
+    return digest.hexdigest()
+
+
+def check_settings_of_run(checkpoint: str, settings: dict[str, Any]) -> None:
+    """Compares the settings of this run with those of a checkpoint's run.
+
+    Raises:
+        ValueError: If they differ; the message names each field, and the way to train on with other settings.
+    """
+    path = Path(checkpoint, RUN_NAME)
+    if not path.exists():  # of a version that did not write it, or of another script
+        logger.warning(f"{checkpoint} has no {RUN_NAME}: it is not known whether its run had the same settings.")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    changed = [
+        f"`{name}` was {before[name]!r} and is {settings[name]!r}"
+        for name in sorted(before.keys() & settings.keys())
+        if before[name] != settings[name]
+    ]
+    if changed:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {checkpoint} is of a run with other settings: {'; '.join(changed)}. A resumed "
+            "run keeps its settings, but for its length and output. To train these weights with other settings, start "
+            f"a new run from them: examples/finetune.py --lora none --model {checkpoint}"
+        )

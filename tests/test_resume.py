@@ -1,0 +1,207 @@
+"""A run goes on where it stopped, or says why not: settings, damaged checkpoints, and the folder that it writes to."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import finetune
+import pretrain
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from .helpers import ROOT, save_image_folder, save_towers
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+CONNECTOR = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "merge_r": 3}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Towers, images and a recipe; and a run of four steps with a checkpoint after each two."""
+    folder = tmp_path_factory.mktemp("work")
+    recipe = {
+        **save_towers(folder),
+        "connector_config": CONNECTOR,
+        "dataset": save_image_folder(folder / "images"),
+        "test_split": "",
+        "max_steps": 4,
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "disable_tqdm": True,
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    pretrain.main(arguments(folder, folder / "run"))
+    return folder
+
+
+@pytest.fixture
+def run(work, tmp_path):
+    """A copy of the run, to be damaged."""
+    shutil.copytree(work / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def arguments(work, output, **changes):
+    given = ["--config", str(work / "recipe.yaml"), "--output_dir", str(output)]
+    return given + [text for name, value in changes.items() for text in (f"--{name}", str(value))]
+
+
+def resume(work, output, checkpoint=True, **changes):
+    return pretrain.main(arguments(work, output, resume_from_checkpoint=checkpoint, **changes))
+
+
+def assert_same_weights(one, other):
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def other_connector(**changes):
+    return {"connector_config": json.dumps({**CONNECTOR, **changes})}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        (other_connector(merge_r=2), "connector_config"),
+        (other_connector(num_attention_heads=2), "connector_config"),
+        (other_connector(pre_norm=True), "connector_config"),
+        ({"prompt": "a photo of"}, "prompt"),
+        ({"seed": 1}, "seed"),
+        ({"max_train_samples": 8}, "number of rows"),
+        ({"learning_rate": 1e-3}, "learning_rate"),
+        ({"weight_decay": 0.1}, "weight_decay"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type"),
+        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size"),
+        ({"horizontal_flip": True}, "horizontal_flip"),
+        ({"end_of_text": "."}, "end_of_text"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_resume_with_other_settings_is_refused_by_name(changes, field, work, run):
+    with pytest.raises(ValueError, match=rf"is of a run with other settings: .*`{field}` was .* and is ") as error:
+        resume(work, run, max_steps=6, **changes)
+    assert "start a new run from them: examples/finetune.py --lora none --model" in str(error.value)
+
+
+def test_another_language_model_does_not_get_the_old_weights(work, run, tmp_path):
+    other = save_towers(tmp_path / "other", text="opt")["text_model"]
+    with pytest.raises(ValueError, match=r"`text_model` was .*work.*text' and is .*other"):
+        resume(work, run, max_steps=6, text_model=other)
+
+
+def test_edited_captions_are_noticed_and_a_moved_data_set_is_not(work, run, tmp_path):
+    shutil.copytree(work / "images", tmp_path / "moved")
+    resume(work, run, max_steps=5, dataset=tmp_path / "moved")
+    metadata = tmp_path / "moved" / "train" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("a red image", "a crimson image"))
+    with pytest.raises(ValueError, match="`texts of the rows` was "):
+        resume(work, run, max_steps=6, dataset=tmp_path / "moved")
+
+
+def test_a_longer_run_and_another_folder_are_no_other_settings(work, run, tmp_path):
+    constant = {"lr_scheduler_type": "constant"}
+    pretrain.main(arguments(work, tmp_path / "whole", max_steps=6, **constant))
+    pretrain.main(arguments(work, tmp_path / "first", **constant))
+    checkpoint = tmp_path / "first" / "checkpoint-4"
+    resume(work, tmp_path / "second", checkpoint, max_steps=6, save_steps=3, logging_steps=1, **constant)
+    assert_same_weights(tmp_path / "whole", tmp_path / "second")
+
+
+def test_the_way_to_train_on_with_other_settings_works(work, run, tmp_path):
+    given = ["--lora", "none", "--model", str(run / "checkpoint-2"), "--learning_rate", "1e-3"]
+    finetune.main([*arguments(work, tmp_path / "other")[2:], *given, "--config", str(finetune_recipe(work, tmp_path))])
+    assert (tmp_path / "other" / "model.safetensors").exists()
+
+
+def finetune_recipe(work, folder):
+    recipe = json.loads((work / "recipe.yaml").read_text())
+    for name in ("vision_model", "text_model", "connector_config"):
+        del recipe[name]
+    (folder / "finetune.yaml").write_text(json.dumps(recipe))
+    return folder / "finetune.yaml"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("trainer_state.json", empty, r"trainer_state\.json cannot be read"),
+        ("model.safetensors", cut, r"model\.safetensors is damaged"),
+        ("model.safetensors", remove, "the weights are missing"),
+        ("optimizer.pt", remove, r"optimizer\.pt is missing"),
+        ("optimizer.pt", cut, r"optimizer\.pt is damaged"),
+        ("scheduler.pt", remove, r"scheduler\.pt is missing"),
+        ("rng_state.pth", remove, r"rng_state\.pth is missing"),
+        ("rng_state.pth", empty, r"rng_state\.pth is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_an_older_one(name, damage, message, work, run, caplog):
+    damage(run / "checkpoint-4" / name)
+    resume(work, run)
+    assert re.search(rf"checkpoint-4 is not whole: .*{message}.*An older checkpoint is tried", caplog.text)
+    assert_same_weights(work / "run", run)
+    damage(run / "checkpoint-2" / name)
+    damage(run / "checkpoint-4" / name)
+    with pytest.raises(ValueError, match=rf"(?s){message}.*{message}.*Remove these folders to start from the first"):
+        resume(work, run)
+    with pytest.raises(ValueError, match=rf"checkpoint-2 is not whole: {message}"):
+        resume(work, run, run / "checkpoint-2")
+
+
+def test_a_checkpoint_whose_saving_was_killed_is_passed_over(work, run, caplog):
+    remove(run / "checkpoint-4" / "trainer_state.json")
+    shutil.copytree(run / "checkpoint-4", run / "checkpoint-6-backup")
+    resume(work, run)
+    assert_same_weights(work / "run", run)
+    assert "is not whole" not in caplog.text
+
+
+def test_a_checkpoint_without_settings_is_resumed_with_a_warning(work, run, caplog):
+    remove(run / "checkpoint-4" / "run.json")
+    resume(work, run, max_steps=5)
+    assert "has no run.json: it is not known whether its run had the same settings" in caplog.text
+
+
+def test_two_runs_do_not_share_a_folder(work, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "examples" / "pretrain.py"), *arguments(work, tmp_path, max_steps=100_000)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.time() + 240
+        while not (tmp_path / "_run.json").exists():
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.05)
+        with pytest.raises(
+            ValueError, match=rf"another run writes to .*process {process.pid} on .*started .*pretrain"
+        ):
+            pretrain.main(arguments(work, tmp_path))
+    finally:
+        process.kill()
+        process.wait()
+    with FileLock(tmp_path / "_run.lock", blocking=False):  # ends with the process
+        pass
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(work, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"`output_dir`: .*file/run cannot be written to"):
+        pretrain.main(arguments(work, tmp_path / "file" / "run", vision_model="/nowhere"))
