@@ -1,22 +1,23 @@
-"""What `--cache_features true` saves of a training step, behind a ViT-S/16 with random weights.
+"""Measures how much `--cache_features true` saves of a training step with a ViT-S/16 of random weights.
 
     python -m benchmarks.cached_features
 
-The demo's data, connector, language model and recipe, batches of 16, towers in float32 or `--dtype bfloat16`. A step
-from images decodes and resizes them and runs the tower; a step from cached features reads those from disk. Both take
-turns; medians are printed, and the loss of the same images both ways: features are computed in float32 and kept in
-float16, while a step under bfloat16 autocast computes them in bfloat16. Also printed is how much of the batches is
-padding, the most that sorting captions by length or packing them could save.
+Data, connector, language model and recipe are the demo's, with batches of 16. A step from images decodes and resizes
+them and runs the tower. A step from cached features reads these from disk. Both take turns, and medians are printed.
+
+Two more figures are printed. The losses of the same images differ slightly: cached features are computed in float32
+and kept in float16, but a step under bfloat16 autocast computes them in bfloat16. The share of padding bounds what
+packed captions or batches of similar lengths could save.
 """
 
-import argparse
 import tempfile
-from collections.abc import Callable
-from itertools import cycle
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pretrain
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, ViTConfig, ViTModel
 
 from common.command_line import parse_arguments
@@ -24,74 +25,82 @@ from common.data.collator import CaptionCollator
 from common.data.feature_cache import cache_splits
 from common.data.loading import load_captions
 from common.models import build_model
+from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .timing import take_turns
+from .markdown import markdown_table
+from .timing import argument_parser, take_turns
+from .training_step import training_step
 
 VIT_S = ViTConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6)
-NORM = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+MERGE_R = [98, 49, 25]  # of 197 tokens
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="Rounds over which medians are taken.")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="Of the frozen towers.")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        steps, losses, padding = prepare(folder, arguments.dtype)
-        seconds = take_turns(steps, arguments.rounds, torch.device("cpu"))
-    reference = seconds["images"]
-    print(f"{torch.get_num_threads()} threads, {arguments.dtype} towers")
-    print("| a step from | time | images/s | loss |\n|---|---|---|---|")
-    for name, value in seconds.items():
-        print(f"| {name} | {value / reference:.2f} | {reference / value:.2f} x | {losses[name]:.4f} |")
-    print(f"{padding:.1%} of the tokens are padding.")
-
-
-def prepare(folder: str, dtype: str) -> tuple[dict[str, Callable[[], None]], dict[str, float], float]:
-    """A training step from images and one from their cached features, the loss before any step, and the share of
-    padding in a batch."""
+def save_tower(config: ViTConfig, folder: str) -> None:
     torch.manual_seed(0)
-    ViTModel(VIT_S, add_pooling_layer=False).save_pretrained(folder)
-    CLIPImageProcessor(size={"height": 224, "width": 224}, do_center_crop=False, **NORM).save_pretrained(folder)
-    argv = ["--vision_model", folder, "--output_dir", folder, "--max_train_samples", "160", "--max_test_samples", "16"]
-    argv += ["--dtype", dtype]
-    models, text_format, data, _, training = parse_arguments(
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    size = {"height": config.image_size, "width": config.image_size}
+    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    CLIPImageProcessor(size=size, do_center_crop=False, **statistics).save_pretrained(folder)
+
+
+def prepare(argv: list[str]) -> tuple[EVLGenForConditionalGeneration, dict[str, DataLoader]]:
+    """Returns a model, and batches from images and from their cached features.
+
+    Args:
+        argv: Arguments of `examples/pretrain.py` that change the demo's recipe.
+    """
+    model_args, processor_args, data_args, _, training_args = parse_arguments(
         *pretrain.ARGUMENTS, argv=argv, recipe=pretrain.DEMO_RECIPE
     )
-    models.connector_config["merge_r"] = [98, 49, 25]  # of 197 tokens
-    train, test = load_captions(data, training.seed)
-    model, processor = build_model(models, text_format)
-    cached, _ = cache_splits(model, processor, train, test, data, training.seed)
-    collator = CaptionCollator(processor, data, training=True, seed=training.seed)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    model_args.connector_config["merge_r"] = MERGE_R
+    images, eval_dataset = load_captions(data_args, training_args.seed)
+    model, processor = build_model(model_args, processor_args)
+    cached, _ = cache_splits(model, processor, images, eval_dataset, data_args, training_args.seed)
+    collator = CaptionCollator(processor, data_args, training=True, seed=training_args.seed)
+    batches = partial(
+        DataLoader, batch_size=training_args.per_device_train_batch_size, collate_fn=collator, drop_last=True
+    )
+    return model.train(), {"images": batches(images), "cached features": batches(cached)}
 
-    def batch_of(rows: Dataset, start: int) -> dict[str, torch.Tensor]:
-        return collator([rows[start + row] for row in range(training.per_device_train_batch_size)])
 
-    def loss(rows: Dataset, start: int) -> torch.Tensor:
-        batch = batch_of(rows, start)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return model.train()(**batch).loss
+def endless(batches: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+    while True:
+        yield from batches
 
-    starts_of_batches = range(0, len(train), training.per_device_train_batch_size)
 
-    def step(rows: Dataset) -> Callable[[], None]:
-        starts = cycle(starts_of_batches)
+@torch.no_grad()
+def first_loss(model: EVLGenForConditionalGeneration, batches: DataLoader) -> float:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return float(model(**next(iter(batches))).loss)
 
-        def run() -> None:
-            loss(rows, next(starts)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
 
-        return run
+def share_of_padding(batches: DataLoader) -> float:
+    masks = [batch["attention_mask"] for batch in batches]  # (batch, tokens)
+    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
-    sources = {"images": train, "cached features": cached}
-    with torch.no_grad():
-        losses = {name: float(loss(rows, 0)) for name, rows in sources.items()}
-    masks = [batch_of(cached, start)["attention_mask"] for start in starts_of_batches]
-    padding = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-    return {name: step(rows) for name, rows in sources.items()}, losses, padding
+
+def compare(model: EVLGenForConditionalGeneration, loaders: dict[str, DataLoader], rounds: int) -> None:
+    losses = {name: first_loss(model, batches) for name, batches in loaders.items()}
+    steps = {name: training_step(model, endless(batches)) for name, batches in loaders.items()}
+    seconds = take_turns(steps, rounds)
+    rows: list[list[Any]] = []
+    for name, value in seconds.items():
+        ratio = value / seconds["images"]
+        rows.append([name, f"{ratio:.2f}", f"{1 / ratio:.2f} x", f"{losses[name]:.4f}"])
+    print(markdown_table(["a step from", "time", "images/s", "loss"], rows))
+    print(f"\n{share_of_padding(loaders['cached features']):.1%} of the tokens are padding.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser(__doc__, rounds=9)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the towers.")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tower(VIT_S, folder)
+        changes = ["--vision_model", folder, "--output_dir", folder, "--dtype", arguments.dtype]
+        model, loaders = prepare([*changes, "--max_train_samples", "160", "--max_test_samples", "16"])
+        print(f"{torch.get_num_threads()} threads, {arguments.dtype} towers\n")
+        compare(model, loaders, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""What does exporting bring? Pixels to soft prompt in PyTorch, as a graph of torch.export, and in onnxruntime.
+"""Compares the time from pixels to soft prompt in PyTorch, as a graph of torch.export, and in onnxruntime.
 
     python -m benchmarks.export_speed --model outputs/demo
 
-The three take turns, round by round, so that a busy machine slows all of them alike; medians and their ratios are
-printed, for a batch of each size. All have as many threads, and float32. Needs `.[export]`.
+The three take turns, with as many threads each and in float32. Medians and their ratios are printed for each batch
+size. Needs `.[export]`.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
@@ -18,11 +18,12 @@ from export_graph import PIXELS, SoftPrompt, convert_to_onnx, example_pixels, ex
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .timing import take_turns
+from .markdown import markdown_table
+from .timing import argument_parser, take_turns
 
 
 def start_onnxruntime(program: torch.export.ExportedProgram) -> onnxruntime.InferenceSession:
-    """With as many threads as PyTorch has."""
+    """Loads a graph into onnxruntime, with as many threads as PyTorch has."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -31,45 +32,31 @@ def start_onnxruntime(program: torch.export.ExportedProgram) -> onnxruntime.Infe
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def runs_of(
-    prompt: SoftPrompt,
-    graph: torch.nn.Module,
-    session: onnxruntime.InferenceSession,
-    pixel_values: torch.Tensor,
-) -> dict[str, Callable[[], None]]:
-    def eager() -> None:
-        with torch.no_grad():
-            prompt(pixel_values)
-
-    def exported() -> None:
-        with torch.no_grad():
-            graph(pixel_values)
-
-    def onnx() -> None:
-        session.run(None, {PIXELS: pixel_values.numpy()})
-
-    return {"PyTorch": eager, "torch.export": exported, "onnxruntime": onnx}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser(__doc__, rounds=9)
     parser.add_argument("--model", default="outputs/demo", help="Captioner: a folder or a name on the Hub.")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="Images at a time.")
-    parser.add_argument("--rounds", type=int, default=9, help="Rounds over which the median is taken.")
-    arguments = parser.parse_args()
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="Numbers of images in a batch.")
+    arguments = parser.parse_args(argv)
     prompt = SoftPrompt(EVLGenForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32))
     size = EVLGenProcessor.from_pretrained(arguments.model).image_processor.size
     image_size = size["height"], size["width"]
     program = export_graph(prompt, image_size)
     graph, session = program.module(), start_onnxruntime(program)
 
-    print(f"{torch.get_num_threads()} threads, float32, seconds for each batch and ratio to PyTorch")
-    print(f"{'images':10}{'PyTorch':>18}{'torch.export':>18}{'onnxruntime':>18}")
+    rows = []
     for batch in arguments.batches:
-        runs = runs_of(prompt, graph, session, example_pixels(prompt, image_size, batch))
-        seconds = take_turns(runs, arguments.rounds, torch.device("cpu"))
-        cells = [f"{value:10.4f}{value / seconds['PyTorch']:8.2f}" for value in seconds.values()]
-        print(f"{batch:<10}{''.join(cells)}", flush=True)
+        pixel_values = example_pixels(prompt, image_size, batch)  # (batch, channels, height, width)
+        pixels = {PIXELS: pixel_values.numpy()}
+        runs: dict[str, Callable[[], Any]] = {
+            "PyTorch": lambda pixel_values=pixel_values: prompt(pixel_values),
+            "torch.export": lambda pixel_values=pixel_values: graph(pixel_values),
+            "onnxruntime": lambda pixels=pixels: session.run(None, pixels),
+        }
+        with torch.no_grad():
+            seconds = take_turns(runs, arguments.rounds)
+        rows.append([batch, *(f"{value:.4f} s, {value / seconds['PyTorch']:.2f}" for value in seconds.values())])
+    print(f"{torch.get_num_threads()} threads, float32; seconds of a batch, and the ratio to PyTorch's\n")
+    print(markdown_table(["images", "PyTorch", "torch.export", "onnxruntime"], rows))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What a run at the paper's size takes: parameters, arithmetic, hours and memory. It prints docs/paper_scale.md:
+"""Computes the parameters, arithmetic, hours and memory of a run at the paper's size.
 
-    python -m benchmarks.paper_scale > docs/paper_scale.md
+    python -m benchmarks.paper_scale
 
-The model is the real one, that of `EVLGenConfig()`, on tensors that have a shape, a dtype and no content. A training
-step runs through every operation of its forward and backward pass, in seconds and in no memory; the floating-point
-operations of each are counted, and the bytes that are alive.
+prints the tables of docs/paper_scale.md.
+
+The model is that of `EVLGenConfig()`, on fake tensors: they have a shape and a dtype, but no content. A training step
+runs all operations of its forward and backward pass in seconds and needs no memory. Its floating-point operations and
+living bytes are counted.
 """
 
 import weakref
@@ -22,18 +24,20 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-# Jian et al., ACL 2024, section 4: image-text pairs, pairs in a step, and hours on 8 A100-80G for so many steps.
+from .markdown import markdown_table
+
+# Jian et al., ACL 2024, section 4: image-text pairs, pairs per step, GPUs (A100-80G), and hours by number of steps.
 PAIRS, BATCH, GPUS = 104_000_000, 1600, 8
 PUBLISHED_HOURS = {150_000: 80, 250_000: 133}
 STEPS = max(PUBLISHED_HOURS)
 # Assumptions.
 CAPTION_TOKENS = 32
-PEAK = 312e12  # dense bfloat16 operations in a second on an A100, by its maker
+PEAK = 312e12  # dense bfloat16 operations per second of an A100, as its maker states
 UTILIZATION = 0.4
-MICRO_BATCHES = (50, 200)  # with 4 steps of accumulation on 8 GPUs, as in the recipe, or with none
+MICRO_BATCHES = (50, 200)  # on each of 8 GPUs, with 4 steps of accumulation as in the recipe, or with none
 
 _aten = torch.ops.aten
-# Attention on a CPU computes what it computes on a GPU, under a name that PyTorch does not count.
+# Fused attention has another name on a CPU than on a GPU. PyTorch counts it only under the name for GPUs.
 _CPU_ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
@@ -43,10 +47,10 @@ _CPU_ATTENTION = {
 
 
 class AliveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and still alive; `peak` is the most there were.
+    """Counts the bytes of living tensors that were made inside the context. `peak` is the highest count.
 
     Args:
-        known: Tensors that were there before; views of them are not counted.
+        known: Tensors that existed before. They and their views are not counted.
     """
 
     def __init__(self, known: Iterable[torch.Tensor]):
@@ -71,10 +75,10 @@ class AliveBytes(TorchDispatchMode):
 
 
 def build(config: EVLGenConfig) -> EVLGenForConditionalGeneration:
-    """The model in training, its towers in bfloat16, on tensors without content, with a GPU's memory in mind.
+    """Returns a training model of fake tensors that takes as many bytes as on a GPU, with towers in bfloat16.
 
-    Attention probabilities are not dropped out, which would keep them in memory on a CPU, as it does not on a GPU. And
-    LayerNorms are computed in float32, where autocast has them on a GPU.
+    Attention has no dropout: it would keep the probabilities in memory on a CPU, but not on a GPU. LayerNorms compute
+    in float32, as under autocast on a GPU.
     """
     config.connector_config.attention_probs_dropout_prob = 0.0
     with torch.device("meta"):
@@ -82,7 +86,7 @@ def build(config: EVLGenConfig) -> EVLGenForConditionalGeneration:
     for tower in (model.vision_tower, model.language_model):
         tower.to(torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")  # the meta device has no autocast
+        model.to_empty(device="cpu")  # as the meta device has no autocast
         model.tie_weights()
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -105,21 +109,26 @@ def images(model: EVLGenForConditionalGeneration, size: int) -> torch.Tensor:
 def caption_loss(
     model: EVLGenForConditionalGeneration, soft_prompt: torch.Tensor, caption: torch.Tensor
 ) -> torch.Tensor:
-    """What `forward` computes of a soft prompt and a caption behind it, `(size, caption tokens)`, without its checks,
-    which need content."""
-    words = model.get_input_embeddings()(caption)
+    """The loss that `forward` computes, without its checks, as these need content.
+
+    Args:
+        model: From [`build`].
+        soft_prompt: `(size, image tokens, dim)`.
+        caption: Token ids, `(size, caption tokens)`.
+    """
+    words = model.get_input_embeddings()(caption)  # (size, caption tokens, dim)
     inputs = torch.cat([soft_prompt.to(words.dtype), words], dim=1)
     logits = model.language_model(inputs_embeds=inputs, logits_to_keep=caption.shape[1], use_cache=False).logits
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), caption.flatten())
 
 
 def count_flops(model: EVLGenForConditionalGeneration, caption_tokens: int, size: int = 2) -> dict[str, float]:
-    """Floating-point operations for one pair, by part of a step; a product and its sum are two.
+    """Floating-point operations for one pair by part of a step. A multiplication and an addition count as two.
 
     Args:
         model: From [`build`].
-        caption_tokens: Tokens of a caption.
-        size: Pairs to count over.
+        caption_tokens: Number of tokens of a caption.
+        size: Number of pairs in the step that is counted.
     """
 
     def count(run: Callable[[], Any]) -> tuple[Any, float]:
@@ -147,7 +156,7 @@ def count_flops(model: EVLGenForConditionalGeneration, caption_tokens: int, size
 
 
 def peak_activations(model: EVLGenForConditionalGeneration, caption_tokens: int, size: int) -> int:
-    """The most bytes, beyond weights and gradients, that a forward and backward pass of `size` pairs holds."""
+    """Peak bytes of a forward and backward pass of `size` pairs, without weights and gradients."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     known = (*model.parameters(), *model.buffers(), *gradients)
     with next(model.parameters()).fake_mode, AliveBytes(known) as alive:
@@ -159,14 +168,14 @@ def peak_activations(model: EVLGenForConditionalGeneration, caption_tokens: int,
     return alive.peak
 
 
-def all_activations(model: EVLGenForConditionalGeneration) -> dict[bool, list[int]]:
-    """[`peak_activations`] of each micro-batch, by whether activations are computed again in the backward pass."""
+def all_activations(model: EVLGenForConditionalGeneration) -> list[int]:
+    """[`peak_activations`] of each micro-batch, then of each with activations recomputed in the backward pass."""
     plain = [peak_activations(model, CAPTION_TOKENS, size) for size in MICRO_BATCHES]
-    # Tensors without content have no state of random numbers to be kept.
+    # Fake tensors have no random state that could be preserved.
     model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    again = [peak_activations(model, CAPTION_TOKENS, size) for size in MICRO_BATCHES]
+    recomputed = [peak_activations(model, CAPTION_TOKENS, size) for size in MICRO_BATCHES]
     model.activation_checkpointing_disable()
-    return {False: plain, True: again}
+    return [*plain, *recomputed]
 
 
 def nbytes(parameters: Iterable[torch.Tensor]) -> int:
@@ -174,7 +183,7 @@ def nbytes(parameters: Iterable[torch.Tensor]) -> int:
 
 
 def gathered_bytes(model: EVLGenForConditionalGeneration) -> int:
-    """What a GPU holds beside its share of the weights: a layer, the next one, and all that is in no layer."""
+    """Bytes of weights that a GPU holds beside its share: a layer, the next layer, and all outside of layers."""
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     outside = nbytes(parameter for parameter in model.parameters() if parameter not in inside)
@@ -188,149 +197,76 @@ def plan_memory(model: EVLGenForConditionalGeneration, gpus: int) -> dict[str, t
     optimizer = 2 * gradients  # AdamW's two moments
     shared = weights / gpus + gathered_bytes(model)
     return {
-        "DDP": (weights, 2 * gradients, optimizer),  # it sums gradients in buckets, a second copy
+        "DDP": (weights, 2 * gradients, optimizer),  # DDP's buckets are a second copy of the gradients
         "ZeRO-2": (weights, gradients / gpus, optimizer / gpus),
         "FSDP2, ZeRO-3": (shared, gradients / gpus, optimizer / gpus),
     }
 
 
 def gpu_hours(flops: float) -> float:
-    """Of one GPU, at the assumed utilization."""
+    """Hours of one GPU at the assumed utilization."""
     return flops / (PEAK * UTILIZATION) / 3600
 
 
-def row(*cells: Any) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
-
-
-def table(header: list[str], rows: Iterable[tuple[Any, ...]]) -> str:
-    return "\n".join([row(*header), row("---", *["---:"] * (len(header) - 1)), *(row(*cells) for cells in rows)])
-
-
-def parameter_rows(model: EVLGenForConditionalGeneration) -> Iterable[tuple[Any, ...]]:
+def parameters_table(model: EVLGenForConditionalGeneration) -> str:
+    rows = []
     for name, part in model.named_children():
         count = sum(parameter.numel() for parameter in part.parameters())
         kind = "float32, trained" if next(part.parameters()).requires_grad else "bfloat16, frozen"
         size = f"{count / 1e6:.1f} M" if count > 1e5 else f"{count / 1e3:.1f} K"
-        yield f"`{name}`", size, kind, f"{nbytes(part.parameters()) / 1e6:,.0f} MB"
+        rows.append([f"`{name}`", size, kind, f"{nbytes(part.parameters()) / 1e6:,.0f} MB"])
+    return markdown_table(["part", "parameters", "kind", "weights"], rows)
 
 
-def memory_rows(model: EVLGenForConditionalGeneration) -> Iterable[tuple[Any, ...]]:
-    activations = all_activations(model)
+def arithmetic_table(flops: dict[str, float]) -> str:
+    per_pair = sum(flops.values())
+    rows = [
+        [name, f"{count / 1e9:.0f}", f"{count / per_pair:.0%}", f"{gpu_hours(count * BATCH * STEPS):.0f}"]
+        for name, count in {**flops, "all": per_pair}.items()
+    ]
+    return markdown_table(["part", "GFLOP for each pair", "share", "GPU hours"], rows)
+
+
+def hours_table(flops_per_pair: float) -> str:
+    rows = []
+    for steps, published in PUBLISHED_HOURS.items():
+        flops = flops_per_pair * BATCH * steps
+        utilization = flops / (GPUS * PEAK * published * 3600)
+        rows.append([f"{steps:,}", f"{gpu_hours(flops) / GPUS:.0f}", published, f"{utilization:.0%}"])
+    return markdown_table(["steps", "hours, computed", "hours, published", "share of the peak"], rows)
+
+
+def memory_table(model: EVLGenForConditionalGeneration) -> str:
+    peaks = all_activations(model)
+    rows = []
     for name, parts in plan_memory(model, GPUS).items():
-        totals = [sum(parts) + peak for peaks in activations.values() for peak in peaks]
-        yield name, *(f"{value / 1e9:.1f}" for value in parts), *(f"{total / 1e9:.0f}" for total in totals)
-    peaks = [f"{peak / 1e9:.1f}" for peaks in activations.values() for peak in peaks]
-    yield "of them activations", "", "", "", *peaks
+        totals = [f"{(sum(parts) + peak) / 1e9:.0f}" for peak in peaks]
+        rows.append([name, *(f"{part / 1e9:.1f}" for part in parts), *totals])
+    rows.append(["of them activations", "", "", "", *(f"{peak / 1e9:.1f}" for peak in peaks)])
+    totals = [f"{name}, batch {size}" for name in ("total", "recomputing") for size in MICRO_BATCHES]
+    return markdown_table(["strategy", "weights", "gradients", "optimizer", *totals], rows)
+
+
+def features_table(model: EVLGenForConditionalGeneration, tower_flops: float) -> str:
+    size = 2 * model.config.num_vision_tokens * model.config.vision_hidden_size  # bytes of float16
+    step = 3600 * PUBLISHED_HOURS[STEPS] / STEPS  # seconds
+    rows = [
+        ["one view of an image", f"{size / 1e6:.2f} MB"],
+        ["one view of all images", f"{size * PAIRS / 1e12:.0f} TB"],
+        ["GPU hours to compute them once", f"{gpu_hours(tower_flops * PAIRS):.0f}"],
+        ["GPU hours saved of those above", f"{gpu_hours(tower_flops * (BATCH * STEPS - PAIRS)):.0f}"],
+        ["a step, published", f"{step:.1f} s"],
+        ["images to decode", f"{BATCH / step:.0f} per second"],
+        ["or features to read", f"{size * BATCH / step / 1e9:.1f} GB per second"],
+    ]
+    return markdown_table(["cached features", ""], rows)
 
 
 def main() -> None:
     model = build(EVLGenConfig())
     flops = count_flops(model, CAPTION_TOKENS)
-    per_pair = sum(flops.values())
-    total = per_pair * BATCH * STEPS
-    tower = flops["vision tower, forward"]
-    feature = 2 * model.config.num_vision_tokens * model.config.vision_hidden_size  # float16
-    seconds = 3600 * PUBLISHED_HOURS[STEPS] / STEPS
-    arithmetic = [
-        (name, f"{count / 1e9:.0f}", f"{count / per_pair:.0%}", f"{gpu_hours(count * BATCH * STEPS):.0f}")
-        for name, count in flops.items()
-    ]
-    arithmetic.append(("all", f"{per_pair / 1e9:.0f}", "100%", f"{gpu_hours(total):.0f}"))
-    hours = [
-        (
-            f"{steps:,}",
-            f"{gpu_hours(per_pair * BATCH * steps) / GPUS:.0f}",
-            published,
-            f"{per_pair * BATCH * steps / (GPUS * PEAK * published * 3600):.0%}",
-        )
-        for steps, published in PUBLISHED_HOURS.items()
-    ]
-    memory = [f"{kind}{size}" for kind in ("total, batch ", "recomputing, batch ") for size in MICRO_BATCHES]
-    print(
-        DOCUMENT.format(
-            pairs=f"{PAIRS / 1e6:.0f} M",
-            batch=BATCH,
-            steps=f"{STEPS:,}",
-            passes=f"{BATCH * STEPS / PAIRS:.1f}",
-            gpus=GPUS,
-            vision_tokens=model.config.num_vision_tokens,
-            vision_dim=model.config.vision_hidden_size,
-            image_tokens=model.config.num_image_tokens,
-            caption=CAPTION_TOKENS,
-            peak=f"{PEAK / 1e12:.0f}",
-            utilization=f"{UTILIZATION:.0%}",
-            parameters=table(["part", "parameters", "kind", "weights"], parameter_rows(model)),
-            arithmetic=table(["part", "GFLOP for each pair", "share", "GPU hours"], arithmetic),
-            hours=table(["steps", "hours, computed", "hours, published", "utilization that this takes"], hours),
-            memory=table(["strategy", "weights", "gradients", "optimizer", *memory], memory_rows(model)),
-            feature=f"{feature / 1e6:.2f} MB",
-            features=f"{feature * PAIRS / 1e12:.0f} TB",
-            once=f"{gpu_hours(tower * PAIRS):.0f}",
-            saved=f"{gpu_hours(tower * (BATCH * STEPS - PAIRS)):.0f}",
-            rate=f"{feature * BATCH / seconds / 1e9:.1f} GB",
-            step=f"{seconds:.1f}",
-            per_second=f"{BATCH / seconds:.0f}",
-        ),
-        end="",
-    )
-
-
-DOCUMENT = """\
-# A run at the paper's size
-
-*Made by `python -m benchmarks.paper_scale > docs/paper_scale.md`.* The model is that of `EVLGenConfig()` and of
-[`opt-2.7b.yaml`](../examples/configs/opt-2.7b.yaml): EVA ViT-g, a TomeFormer of 12 layers with r = 19, OPT-2.7b. It
-takes {steps} steps of {batch} pairs from {pairs}, {passes} times through the data, on {gpus} A100-80G.
-
-- **Computed**, from the real configuration: parameters, bytes and floating-point operations. A training step runs
-  through all its operations on tensors without content. Activations are the most bytes that are alive at any time.
-- **Assumed**: {caption} tokens for each caption, behind {image_tokens} of the image; more of them cost more in the
-  language model alone. Towers in bfloat16; bfloat16 autocast with LayerNorms in float32; fused attention;
-  {peak} TFLOP/s at best, of which {utilization} are reached.
-- **Published**: the hours so named, by the paper's authors with their code.
-
-Nothing here was measured on a GPU, and no model of this size was trained with this repository. Sending gradients
-around, reading data and saving checkpoints are not counted; nor are the allocator's gaps, CUDA's own memory (about
-1 GB) and DeepSpeed's buffers.
-
-## Parameters
-
-{parameters}
-
-## Arithmetic and cost
-
-GPU hours are those of one A100 for all {steps} steps at {utilization} of its peak. The language model is frozen, so
-its backward pass costs as much as its forward pass, not twice as much.
-
-{arithmetic}
-
-With `--activation_checkpointing true`, the forward passes of language model and connector are done twice.
-
-## Hours
-
-On {gpus} A100-80G, at {utilization}; beside them the share of the peak at which the counted arithmetic takes the
-published time.
-
-{hours}
-
-## Memory of each GPU
-
-In GB, on {gpus} GPUs. *Recomputing* is `--activation_checkpointing true`. A batch of 50 on each GPU goes with 4 steps
-of accumulation, one of 200 with none.
-
-{memory}
-
-DDP fits with either batch, and sends nothing around but the gradients of what is trained: that is
-[`multi_gpu.yaml`](../examples/accelerate_configs/multi_gpu.yaml). FSDP2 and ZeRO-3 are for larger language models and
-smaller GPUs.
-
-## Cached vision features
-
-{vision_tokens} x {vision_dim} numbers in float16 are {feature} for each view of an image, {features} for one view of
-all. Computing them once takes {once} GPU hours, and saves {saved} of those above. At the published {step} s for a
-step, {per_second} images are decoded each second, or {rate} of features read.
-"""
+    print(parameters_table(model), arithmetic_table(flops), hours_table(sum(flops.values())), sep="\n\n")
+    print(f"\n{memory_table(model)}\n\n{features_table(model, flops['vision tower, forward'])}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""What a quantised frozen language model saves and costs on a CPU: bytes, a training step, a generated caption.
+"""Measures what a quantised frozen language model saves and costs on a CPU: bytes, a training step, generation.
 
     python -m benchmarks.quantization_speed
 
-The demo's size, a language model of SmolLM2-135M's shape with random weights, bfloat16 autocast. Each candidate is
-what `from_pretrained` makes of one checkpoint, quantised as by `--text_quantization`: int8 by torchao, int4 (NF4) by
-bitsandbytes. The candidates take turns; medians are printed, times relative to float32.
+The model has the demo's size and a language model of SmolLM2-135M's shape, with random weights and bfloat16 autocast.
+All candidates are loaded from one checkpoint, quantised as by `--text_quantization`: int8 by torchao, int4 (NF4) by
+bitsandbytes. They take turns. Medians are printed. Times are relative to float32.
 """
 
-import argparse
 import tempfile
 from typing import Any
 
@@ -16,8 +15,9 @@ from finetune_lora import quantization_config
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .timing import take_turns
-from .training_step import build, generation, parts_of_a_step
+from .markdown import markdown_table
+from .timing import argument_parser, take_turns
+from .training_step import SIZES, build, generation, parts_of_a_step
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -27,36 +27,40 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 
 
-def load_candidates() -> dict[str, EVLGenForConditionalGeneration]:
+def load_candidates(model: EVLGenForConditionalGeneration) -> dict[str, EVLGenForConditionalGeneration]:
+    """Saves a model and loads it as each candidate."""
     with tempfile.TemporaryDirectory() as folder:
-        build("demo", "EVLGen, front-loaded").save_pretrained(folder)
+        model.save_pretrained(folder)
         load = EVLGenForConditionalGeneration.from_pretrained
-        return {name: load(folder, **given).train() for name, given in CANDIDATES.items()}
+        return {name: load(folder, **arguments).train() for name, arguments in CANDIDATES.items()}
 
 
 def megabytes(model: EVLGenForConditionalGeneration) -> float:
-    """Of the language model's weights as they are held, whatever they are packed in."""
+    """Size of the language model's weights, packed as they are."""
     tensors = []
     for parameter in model.language_model.parameters():
-        inner = getattr(parameter, "__tensor_flatten__", None)
-        tensors += [getattr(parameter, name) for name in inner()[0]] if inner else [parameter]
+        flatten = getattr(parameter, "__tensor_flatten__", None)  # torchao's subclasses hold several tensors
+        tensors += [getattr(parameter, name) for name in flatten()[0]] if flatten else [parameter]
     return sum(tensor.nbytes for tensor in tensors) / 1e6
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="Rounds over which medians are taken.")
-    rounds = parser.parse_args().rounds
-    models = load_candidates()
+def compare(model: EVLGenForConditionalGeneration, rounds: int) -> None:
+    candidates = load_candidates(model)
     runs = {}
-    for name, model in models.items():
-        runs[name, "step"] = parts_of_a_step(model)["step"]
-        runs[name, "generation"] = generation(model)
-    seconds = take_turns(runs, rounds, torch.device("cpu"))
-    print("| language model | MB | training step | generation, 5 beams |\n|---|---|---|---|")
-    for name, model in models.items():
-        step, words = (seconds[name, part] / seconds["float32", part] for part in ("step", "generation"))
-        print(f"| {name} | {megabytes(model):.0f} | {step:.2f} | {words:.2f} |")
+    for name, candidate in candidates.items():
+        runs[name, "step"] = parts_of_a_step(candidate)["step"]
+        runs[name, "generation"] = generation(candidate)
+    seconds = take_turns(runs, rounds)
+    rows = []
+    for name, candidate in candidates.items():
+        ratios = [seconds[name, part] / seconds["float32", part] for part in ("step", "generation")]
+        rows.append([name, f"{megabytes(candidate):.0f}", *(f"{ratio:.2f}" for ratio in ratios)])
+    print(markdown_table(["language model", "MB", "training step", "generation, 5 beams"], rows))
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = argument_parser(__doc__, rounds=7).parse_args(argv)
+    compare(build(SIZES["demo"]["EVLGen, front-loaded"]), arguments.rounds)
 
 
 if __name__ == "__main__":

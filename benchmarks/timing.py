@@ -1,15 +1,31 @@
-"""Times candidates side by side, so that a busy machine slows all of them alike."""
+"""Measures candidates: seconds, operations and peak memory."""
 
+import argparse
 import random
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+CPU = torch.device("cpu")
 
-def measure(run: Callable[[], None], device: torch.device) -> float:
+
+def argument_parser(description: str, rounds: int) -> argparse.ArgumentParser:
+    """Returns the parser of a benchmark with its first argument, `--rounds`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="Rounds over which medians are taken.")
+    return parser
+
+
+def measure(run: Callable[[], Any], device: torch.device = CPU) -> float:
     """Seconds of one run."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -20,12 +36,13 @@ def measure(run: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def take_turns(runs: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each candidate over `rounds` rounds, after one to warm up.
+def take_turns(runs: dict[Any, Callable[[], Any]], rounds: int, device: torch.device = CPU) -> dict[Any, float]:
+    """Median seconds of each candidate over `rounds` rounds, after one round to warm up.
 
-    Each round has an order of its own: what comes behind a large candidate is slower, as memory was given back.
+    Candidates take turns, so that other processes slow all of them alike. Each round has its own random order: after a
+    large candidate the next one is slower, as memory was given back to the system.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[Any, list[float]] = {name: [] for name in runs}
     order, shuffle = list(runs), random.Random(0).shuffle
     for turn in tqdm(range(rounds + 1), leave=False):
         shuffle(order)
@@ -34,3 +51,22 @@ def take_turns(runs: dict[str, Callable[[], None]], rounds: int, device: torch.d
             if turn:
                 times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """Floating-point operations of all matrix products, including those of attention."""
+    # PyTorch does not count its fused attention on a CPU.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return counter.get_total_flops()
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns the result of a function that runs in a new process, so that its peak memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_megabytes() -> float:
+    """The most memory that this process has held so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

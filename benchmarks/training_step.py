@@ -1,47 +1,30 @@
-"""What a training step costs, and a generated caption: EVLGen, the Q-Former and MLPs on the same frozen towers.
+"""Compares training steps and generation of EVLGen, the Q-Former and MLPs on the same frozen towers.
 
     python -m benchmarks.training_step
 
-At the demo's size (EfficientNet-Lite0's 196 tokens) and at that of CLIP ViT-L/14 (257 tokens), both with a language
-model of SmolLM2-135M's shape, random weights, batches of 16, bfloat16 autocast, from cached vision features. The
-candidates share the frozen towers and take turns, so that a busy machine slows all of them alike; medians are printed.
-Peak memory is that of a process of its own. Beside each stands how near its matrix products come to the rate that this
-machine reaches on one large product. `--what steps` prints instead what each change of several to EVLGen's step saves.
+Two sizes are measured: the demo's (196 tokens of EfficientNet-Lite0) and that of CLIP ViT-L/14 (257 tokens). Both have
+a language model of SmolLM2-135M's shape, random weights, batches of 16, bfloat16 autocast and cached vision features.
+Candidates share the frozen towers and take turns. Times are medians. Peak memory is measured in new processes. The
+GEMM rate compares the operations per second of a step with those of one large matrix product.
+
+`--what steps` measures instead how much each of several changes saves of EVLGen's step.
 """
 
-import argparse
-import json
-import resource
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, TimmWrapperConfig
 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .timing import measure, take_turns
+from .markdown import markdown_table
+from .timing import argument_parser, count_flops, in_new_process, measure, peak_megabytes, take_turns
 
 BATCH, PROMPT, CAPTION = 16, 10, 10
-VISION = {
-    "demo": {
-        "vision_config": TimmWrapperConfig(
-            architecture="tf_efficientnet_lite0", model_args={"features_only": True, "out_indices": [3]}
-        ),
-        "num_vision_tokens": 196,
-        "vision_hidden_size": 112,
-    },
-    "clip-l": {
-        "vision_config": CLIPVisionConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
-        )
-    },
-}
+BEAMS, GENERATION_BATCH = 5, 8
 TEXT = LlamaConfig(
     hidden_size=576,
     intermediate_size=1536,
@@ -52,60 +35,72 @@ TEXT = LlamaConfig(
     tie_word_embeddings=True,
     pad_token_id=2,
 )
-_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_DEMO = {
-    "hidden_size": 384,
-    "num_attention_heads": 6,
-    "num_hidden_layers": 3,
-    "intermediate_size": 1536,
-    **_NO_DROPOUT,
-}
-_CLIP = {**_DEMO, "hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 6, "intermediate_size": 3072}
-_MLP = {"model_type": "evlgen_mlp"}
-_QFORMER = {"model_type": "evlgen_qformer"}
-CONNECTORS: dict[str, dict[str, dict[str, Any]]] = {
-    "demo": {
-        "EVLGen, front-loaded": {
-            **_DEMO,
-            "merge_r": [98, 49, 24],
-            "pre_norm": True,
-            "branch_initializer_range": 0.0,
-            "output_position_initializer_range": 1.0,
-            "merge_metric": "hidden_states",
-        },
-        "EVLGen, r = 57": {**_DEMO, "merge_r": 57},
-        "Q-Former, 25 queries": {**_DEMO, **_QFORMER, "intermediate_size": 1024, "num_query_tokens": 25},
-        "MLP on 5 x 5 means": {**_MLP, "hidden_size": 384, "intermediate_size": 6912, "pool_size": 5},
-        "MLP on all tokens": {**_MLP, "hidden_size": 384, "intermediate_size": 6912},
-    },
-    "clip-l": {
-        "EVLGen, front-loaded": {
-            **_CLIP,
-            "merge_r": [128, 64, 32, 4],
-            "pre_norm": True,
-            "branch_initializer_range": 0.0,
-            "output_position_initializer_range": 1.0,
-            "merge_metric": "hidden_states",
-        },
-        "EVLGen, r = 38": {**_CLIP, "merge_r": 38},
-        "Q-Former, 29 queries": {**_CLIP, **_QFORMER, "intermediate_size": 2048, "num_query_tokens": 29},
-        "MLP on 5 x 5 means": {**_MLP, "hidden_size": 768, "intermediate_size": 27648, "pool_size": 5},
-        "MLP on all tokens": {**_MLP, "hidden_size": 768, "intermediate_size": 27648},
-    },
+Step = Callable[[], None]
+
+
+def encoder_fields(hidden_size: int, layers: int) -> dict[str, Any]:
+    """Configuration fields that the TomeFormer and the Q-Former share: a BERT without dropout."""
+    return {
+        "hidden_size": hidden_size,
+        "num_attention_heads": hidden_size // 64,
+        "num_hidden_layers": layers,
+        "intermediate_size": 4 * hidden_size,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+def candidates(
+    vision: dict[str, Any], hidden_size: int, layers: int, front_loaded: list[int], r: int, queries: int
+) -> dict[str, EVLGenConfig]:
+    """Configurations of models whose connectors have about as many parameters. Times are relative to the first."""
+    encoder = encoder_fields(hidden_size, layers)
+    options = {
+        "pre_norm": True,
+        "branch_initializer_range": 0.0,
+        "output_position_initializer_range": 1.0,
+        "merge_metric": "hidden_states",
+    }
+    qformer = {"model_type": "evlgen_qformer", "intermediate_size": 8 * hidden_size // 3, "num_query_tokens": queries}
+    mlp = {"model_type": "evlgen_mlp", "hidden_size": hidden_size, "intermediate_size": 6 * layers * hidden_size}
+    connectors = {
+        "EVLGen, front-loaded": {**encoder, **options, "merge_r": front_loaded},
+        f"EVLGen, r = {r}": {**encoder, "merge_r": r},
+        f"Q-Former, {queries} queries": {**encoder, **qformer},
+        "MLP on 5 x 5 means": {**mlp, "pool_size": 5},
+        "MLP on all tokens": mlp,
+    }
+    class_token = isinstance(vision["vision_config"], CLIPVisionConfig)
+    return {
+        name: EVLGenConfig(**vision, connector_config={**fields, "class_token": class_token}, text_config=TEXT)
+        for name, fields in connectors.items()
+    }
+
+
+LITE0 = TimmWrapperConfig(architecture="tf_efficientnet_lite0", model_args={"features_only": True, "out_indices": [3]})
+DEMO_VISION = {"vision_config": LITE0, "num_vision_tokens": 196, "vision_hidden_size": 112}
+CLIP_L = CLIPVisionConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+)
+SIZES = {
+    "demo": candidates(DEMO_VISION, hidden_size=384, layers=3, front_loaded=[98, 49, 24], r=57, queries=25),
+    "clip-l": candidates(
+        {"vision_config": CLIP_L}, hidden_size=768, layers=6, front_loaded=[128, 64, 32, 4], r=38, queries=29
+    ),
 }
 
 
-def build(size: str, connector: str) -> EVLGenForConditionalGeneration:
+def build(config: EVLGenConfig) -> EVLGenForConditionalGeneration:
+    """Returns a model with random weights, in training mode."""
     torch.manual_seed(0)
-    fields = {**CONNECTORS[size][connector], "class_token": size != "demo"}
-    config = EVLGenConfig(**VISION[size], connector_config=fields, text_config=TEXT)
     return EVLGenForConditionalGeneration(config).train()
 
 
-def batch_of(model: EVLGenForConditionalGeneration, size: int = BATCH) -> dict[str, torch.Tensor]:
-    """Vision features, a prompt and a caption."""
+def random_batch(model: EVLGenForConditionalGeneration, size: int = BATCH) -> dict[str, torch.Tensor]:
+    """Returns random vision features with a prompt and a caption."""
     config = model.config
-    text = torch.randint(3, 49152, (size, PROMPT + CAPTION), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(3, config.text_config.vocab_size, (size, PROMPT + CAPTION), generator=generator)
     images = torch.full((size, config.num_image_tokens), config.image_token_id)
     input_ids = torch.cat([images, text], dim=1)  # (batch, image tokens + text)
     labels = input_ids.clone()
@@ -118,13 +113,26 @@ def batch_of(model: EVLGenForConditionalGeneration, size: int = BATCH) -> dict[s
     }
 
 
-def parts_of_a_step(
-    model: EVLGenForConditionalGeneration, settings: dict[str, Any] | None = None
-) -> dict[str, Callable[[], None]]:
-    """The whole step, with `settings` for `forward`, and those of its parts that can run alone."""
-    batch = {**batch_of(model), **(settings or {})}
-    hidden = torch.randn(BATCH * CAPTION, TEXT.hidden_size, requires_grad=True)
-    targets = batch["labels"][batch["labels"] != -100]
+def training_step(model: torch.nn.Module, batches: Iterator[dict[str, Any]]) -> Step:
+    """Returns a whole training step on the next batch. Its learning rate is small: the model hardly changes."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**next(batches))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def parts_of_a_step(model: EVLGenForConditionalGeneration) -> dict[str, Step]:
+    """Returns a whole training step, and those of its parts that can run alone."""
+    batch = random_batch(model)
+    hidden = torch.randn(BATCH * CAPTION, model.config.text_config.hidden_size, requires_grad=True)
+    targets = batch["labels"][batch["labels"] != -100]  # (batch * caption,)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16)
 
     def connector() -> None:
@@ -138,15 +146,11 @@ def parts_of_a_step(
             logits = model.language_model.lm_head(hidden)
         torch.nn.functional.cross_entropy(logits.float(), targets).backward()
 
-    return {
-        "step": training_step(model, batch),
-        "connector": connector,
-        "head": head,
-    }
+    return {"step": training_step(model, repeat(batch)), "connector": connector, "head": head}
 
 
-def tower_run(model: EVLGenForConditionalGeneration) -> Callable[[], None]:
-    """The frozen vision tower's work for a step, which cached features save."""
+def tower_step(model: EVLGenForConditionalGeneration) -> Step:
+    """Returns the frozen vision tower's part of a step. Cached features save it."""
     pixel_values = torch.randn(BATCH, 3, 224, 224)
 
     def run() -> None:
@@ -156,145 +160,106 @@ def tower_run(model: EVLGenForConditionalGeneration) -> Callable[[], None]:
     return run
 
 
-def training_step(model: torch.nn.Module, batch: dict[str, Any]) -> Callable[[], None]:
-    """A whole step of training, whose learning rate lets the model stay about as it is."""
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-4, fused=True)
-
-    def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(**batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def generation(model: EVLGenForConditionalGeneration) -> Callable[[], None]:
-    """Captions of exactly 10 tokens for 8 images, by 5 beams."""
-    batch = batch_of(model, 8)
-    inputs = {name: batch[name] for name in ("vision_features", "input_ids", "attention_mask")}
-    inputs["input_ids"], inputs["attention_mask"] = (
-        inputs[name][:, :-CAPTION] for name in ("input_ids", "attention_mask")
-    )
+def generation(model: EVLGenForConditionalGeneration) -> Step:
+    """Returns the generation of captions of exactly 10 tokens for 8 images, with 5 beams."""
+    batch = random_batch(model, GENERATION_BATCH)
+    inputs = {name: batch[name][:, :-CAPTION] for name in ("input_ids", "attention_mask")}
+    lengths = {"min_new_tokens": CAPTION, "max_new_tokens": CAPTION}
 
     def generate() -> None:
         model.eval()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            model.generate(**inputs, num_beams=5, min_new_tokens=CAPTION, max_new_tokens=CAPTION, do_sample=False)
+            model.generate(
+                vision_features=batch["vision_features"], **inputs, num_beams=BEAMS, **lengths, do_sample=False
+            )
         model.train()
 
     return generate
 
 
-def count_flops(step: Callable[[], None]) -> int:
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step()
-    return counter.get_total_flops()
+def share_towers(models: list[EVLGenForConditionalGeneration]) -> None:
+    """Gives all models the frozen towers of the first, so that no candidate gains from its place in memory."""
+    for model in models[1:]:
+        model.vision_tower, model.language_model = models[0].vision_tower, models[0].language_model
 
 
 def matrix_rate(rounds: int) -> float:
     """Floating-point operations per second of one large bfloat16 product: the median round."""
     a, b = (torch.randn(4096, 4096, dtype=torch.bfloat16) for _ in range(2))
-    seconds = sorted(measure(lambda: a @ b, torch.device("cpu")) for _ in range(rounds))
+    seconds = sorted(measure(lambda: a @ b) for _ in range(rounds))
     return 2 * 4096**3 / seconds[rounds // 2]
 
 
-def peak_megabytes(size: str, connector: str) -> float:
-    """Of one step, in a process of its own, over what the process held before it."""
-    command = [sys.executable, "-m", "benchmarks.training_step", "--peak", size, connector]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+def peak_of_a_step(config: EVLGenConfig) -> float:
+    """Peak memory of one step in MB, beyond that of the process before it."""
+    step = parts_of_a_step(build(config))["step"]
+    before = peak_megabytes()
+    step()
+    return peak_megabytes() - before
 
 
-# From the first version of this repository on, each with those before it.
-STEPS = {
-    "r = 57, float32 language model, all logits": {"connector": "EVLGen, r = 57", "all_logits": True},
-    "+ logits of the captions alone": {"connector": "EVLGen, r = 57"},
-    "+ front-loaded merging": {"connector": "EVLGen, front-loaded"},
-    "+ bfloat16 language model": {"connector": "EVLGen, front-loaded", "bfloat16": True},
-    "+ torch.compile of the language model": {"connector": "EVLGen, front-loaded", "bfloat16": True, "compile": True},
-}
-
-
-def print_steps(rounds: int) -> None:
-    """What each change of `STEPS` saves, at the demo's size."""
-    runs = {}
-    for name, change in STEPS.items():
-        model = build("demo", change["connector"])
-        if change.get("bfloat16"):
-            model.language_model.to(torch.bfloat16)
-        if change.get("compile"):
-            model.language_model.compile()
-        runs[name] = parts_of_a_step(model, {"logits_to_keep": 0} if change.get("all_logits") else {})["step"]
-    seconds = take_turns(runs, rounds, torch.device("cpu"))
-    reference = seconds[next(iter(STEPS))]
-    print("| step | time | speed |\n|---|---|---|")
-    for name, value in seconds.items():
-        print(f"| {name} | {value / reference:.2f} | {reference / value:.2f} x |")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="Rounds over which medians are taken.")
-    parser.add_argument("--what", choices=("connectors", "steps"), default="connectors", help="What to compare.")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.peak:
-        model = build(*arguments.peak)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        parts_of_a_step(model)["step"]()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-        return
-    if arguments.what == "steps":
-        print_steps(arguments.rounds)
-        return
+def compare_connectors(size: str, configs: dict[str, EVLGenConfig], rounds: int) -> None:
     # Before this process grows: on Linux, a new process starts with its parent's peak as its own.
-    peaks = {size: {name: peak_megabytes(size, name) for name in names} for size, names in CONNECTORS.items()}
-    for size, peaks_of_size in peaks.items():
-        print_table(size, peaks_of_size, arguments.rounds)
-
-
-def share_towers(models: list[EVLGenForConditionalGeneration]) -> None:
-    """Gives all models the frozen towers of the first: no one is faster for where its copy lies in memory."""
-    for model in models[1:]:
-        model.vision_tower, model.language_model = models[0].vision_tower, models[0].language_model
-
-
-def print_table(size: str, peaks: dict[str, float], rounds: int) -> None:
-    candidates = list(peaks)
-    models = {name: build(size, name) for name in candidates}
+    peaks = {name: in_new_process(peak_of_a_step, config) for name, config in configs.items()}
+    models = {name: build(config) for name, config in configs.items()}
     share_towers(list(models.values()))
-    runs, flops, tokens = {}, {}, {}
+    first = next(iter(models))
+    runs: dict[Any, Step] = {"tower": tower_step(models[first])}
+    flops = {}
     for name, model in models.items():
         parts = parts_of_a_step(model)
-        flops[name], tokens[name] = count_flops(parts["step"]), model.config.num_image_tokens
+        flops[name] = count_flops(parts["step"])
         runs |= {(name, part): run for part, run in parts.items()}
         runs[name, "generation"] = generation(model)
-    runs["tower"] = tower_run(models[candidates[0]])
-    seconds = take_turns(runs, rounds, torch.device("cpu"))
+    seconds = take_turns(runs, rounds)
     rate = matrix_rate(rounds)
-    reference = seconds[candidates[0], "step"]
+    header = ["connector", "tokens", "step", "images/s", "with the tower", "connector", "LLM, optimizer", "head"]
+    rows = []
+    for name, model in models.items():
+        step, connector, head = (seconds[name, part] for part in ("step", "connector", "head"))
+        row = [name, model.config.num_image_tokens, f"{step / seconds[first, 'step']:.2f}", f"{BATCH / step:.1f}"]
+        row += [f"{BATCH / (step + seconds['tower']):.1f}"]
+        row += [f"{part / step:.0%}" for part in (connector, step - connector - head, head)]
+        row += [f"{flops[name] / step / rate:.0%}", f"{peaks[name]:.0f} MB"]
+        rows.append([*row, f"{seconds[name, 'generation'] / seconds[first, 'generation']:.2f}"])
     print(f"\n{size}: {torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s on one large product\n")
-    columns = "connector | tokens | step | images/s | with the tower | connector | LLM, optimizer | head | GEMM rate"
-    columns += " | peak | beam 5"
-    print(f"| {columns} |\n{'|---' * 11}|")
-    for name in candidates:
-        step, connector, head, words = (seconds[name, part] for part in ("step", "connector", "head", "generation"))
-        cells = [
-            name,
-            str(tokens[name]),
-            f"{step / reference:.2f}",
-            f"{BATCH / step:.1f}",
-            f"{BATCH / (step + seconds['tower']):.1f}",
-            f"{connector / step:.0%}",
-            f"{(step - connector - head) / step:.0%}",
-            f"{head / step:.0%}",
-            f"{flops[name] / step / rate:.0%}",
-            f"{peaks[name]:.0f} MB",
-            f"{words / seconds[candidates[0], 'generation']:.2f}",
-        ]
-        print(f"| {' | '.join(cells)} |", flush=True)
+    print(markdown_table([*header, "GEMM rate", "peak", "beam 5"], rows))
+
+
+def compare_steps(constant: EVLGenConfig, front_loaded: EVLGenConfig, rounds: int) -> None:
+    """Prints how much each change of EVLGen's step saves. Each change keeps those before it."""
+
+    def step(
+        config: EVLGenConfig, dtype: torch.dtype = torch.float32, compiled: bool = False, **settings: Any
+    ) -> Step:
+        model = build(config)
+        model.language_model.to(dtype)
+        if compiled:
+            model.language_model.compile()
+        return training_step(model, repeat({**random_batch(model), **settings}))
+
+    runs = {
+        "constant merging, float32 language model, all logits": step(constant, logits_to_keep=0),
+        "+ logits of the captions alone": step(constant),
+        "+ front-loaded merging": step(front_loaded),
+        "+ bfloat16 language model": step(front_loaded, torch.bfloat16),
+        "+ torch.compile of the language model": step(front_loaded, torch.bfloat16, compiled=True),
+    }
+    seconds = take_turns(runs, rounds)
+    reference = next(iter(seconds.values()))
+    rows = [[name, f"{value / reference:.2f}", f"{reference / value:.2f} x"] for name, value in seconds.items()]
+    print(markdown_table(["step", "time", "speed"], rows))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser(__doc__, rounds=15)
+    parser.add_argument("--what", choices=("connectors", "steps"), default="connectors", help="What is compared.")
+    arguments = parser.parse_args(argv)
+    if arguments.what == "steps":
+        compare_steps(SIZES["demo"]["EVLGen, r = 57"], SIZES["demo"]["EVLGen, front-loaded"], arguments.rounds)
+    else:
+        for size, configs in SIZES.items():
+            compare_connectors(size, configs, arguments.rounds)
 
 
 if __name__ == "__main__":

