@@ -22,8 +22,8 @@ from transformers import CLIPImageProcessor, ViTConfig, ViTModel
 
 from common.command_line import parse_arguments
 from common.data.collator import CaptionCollator
-from common.data.feature_cache import cache_splits
-from common.data.loading import load_captions
+from common.data.feature_cache import cache_features
+from common.data.loading import load_datasets
 from common.models import build_model
 from modeling_evlgen import EVLGenForConditionalGeneration
 
@@ -53,9 +53,9 @@ def prepare(argv: list[str]) -> tuple[EVLGenForConditionalGeneration, dict[str, 
         *pretrain.ARGUMENTS, argv=argv, recipe=pretrain.DEMO_RECIPE
     )
     model_args.connector_config["merge_r"] = MERGE_R
-    images, eval_dataset = load_captions(data_args, training_args.seed)
+    images, eval_dataset = load_datasets(data_args, training_args.seed)
     model, processor = build_model(model_args, processor_args)
-    cached, _ = cache_splits(model, processor, images, eval_dataset, data_args, training_args.seed)
+    cached, _ = cache_features(model, processor, images, eval_dataset, data_args, training_args.seed)
     collator = CaptionCollator(processor, data_args, training=True, seed=training_args.seed)
     batches = partial(
         DataLoader, batch_size=training_args.per_device_train_batch_size, collate_fn=collator, drop_last=True

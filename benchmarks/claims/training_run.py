@@ -22,16 +22,16 @@ from train_scst_reward import CiderDReward, count_ngrams
 from transformers import TrainerCallback, set_seed
 
 from common.command_line import parse_arguments
-from common.data.collator import CaptionCollator, SetEpoch
+from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
-from common.data.feature_cache import FeatureDataset, cache_splits
-from common.data.loading import load_captions, true_captions
+from common.data.feature_cache import FeatureDataset, cache_features
+from common.data.loading import load_datasets
+from common.data.rows import true_captions
 from common.evaluation.captions import WrongImages, caption_loss, generate_captions
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import build_model
-from common.training.report import arithmetic
 from common.training.trainer import EVLGenTrainer
-from common.training.training_arguments import TrainingSettings
+from common.training.training_arguments import EVLGenTrainingArguments
 from common.training.whiten import whiten_vision_projection
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.tomeformer import TomeFormerLayer
@@ -102,16 +102,16 @@ class Prepared(NamedTuple):
     eval_dataset: FeatureDataset
     data_args: DataArguments
     generation_args: GenerationArguments
-    training_args: TrainingSettings
+    training_args: EVLGenTrainingArguments
 
 
 def prepare(run: Run, output_dir: str) -> Prepared:
     """Loads data and model as `examples/pretrain.py` does, and applies the changes that its arguments do not cover."""
     model_args, processor_args, data_args, generation_args, training_args = parse(run, output_dir)
     set_seed(training_args.seed)
-    train_dataset, eval_dataset = load_captions(data_args, training_args.seed)
+    train_dataset, eval_dataset = load_datasets(data_args, training_args.seed)
     model, processor = build_model(model_args, processor_args)
-    train_dataset, eval_dataset = cache_splits(
+    train_dataset, eval_dataset = cache_features(
         model, processor, train_dataset, eval_dataset, data_args, training_args.seed
     )
     if model_args.whitening_images:
@@ -135,7 +135,7 @@ class HeldOutCurve(TrainerCallback):
         self.references = [true_captions(row, prepared.data_args) for row in self.dataset]
         self.reward = CiderDReward(count_ngrams(self.dataset, prepared.data_args), len(self.dataset))
         training_args = prepared.training_args
-        self.evaluation = (training_args.per_device_eval_batch_size, arithmetic(training_args))
+        self.evaluation = (training_args.per_device_eval_batch_size, training_args.autocast_dtype)
         self.curve: list[dict[str, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
@@ -190,7 +190,7 @@ def train_captioner(run: Run, prepared: Prepared) -> dict[str, Any]:
         data_collator=data_collator,
         eval_collator=curve.collator,
         processing_class=prepared.processor,
-        callbacks=[SetEpoch(data_collator), curve],
+        callbacks=[curve],
     )
     trainer.train()
     return {"flops_per_step": flops, "curve": curve.curve, "training_loss": logged_losses(trainer)}
@@ -206,7 +206,7 @@ def logged_losses(trainer: EVLGenTrainer) -> list[list[float]]:
 
 
 def build_stage_one(prepared: Prepared) -> tuple[StageOne, StageOneCollator]:
-    captions = [true_captions(row, prepared.data_args)[0] for row in prepared.train_dataset.dataset]
+    captions = [true_captions(row, prepared.data_args)[0] for row in prepared.train_dataset.texts]
     vocabulary = CaptionVocabulary(prepared.processor.tokenizer, captions)
     return StageOne(prepared.model, len(vocabulary)), StageOneCollator(vocabulary, prepared.data_args)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedTokenizerBase
 
 from common.data.data_arguments import DataArguments
-from common.data.loading import true_captions
+from common.data.rows import true_captions
 from modeling_evlgen import EVLGenForConditionalGeneration, QFormerConnector
 
 PAD, CLS, DEC, SEP = range(4)
