@@ -433,11 +433,18 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
             raise ValueError(f"`input_ids` has {length} tokens, but the language model has places for {limit}.")
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Turns images into soft prompts once, before the first step; `vision_features` as well as `pixel_values`."""
-        vision_features = model_kwargs.pop("vision_features", None)
-        model_kwargs = super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
-        if vision_features is not None:
-            model_kwargs["mm_encoder_outputs"]["image"] = self.project_vision_features(vision_features)
+        """Turns images and videos into soft prompts once, before the first step."""
+        names = ("pixel_values", "vision_features", "pixel_values_videos", "frame_mask")
+        pixel_values, vision_features, videos, frame_mask = (model_kwargs.pop(name, None) for name in names)
+        encoded = model_kwargs.get("mm_encoder_outputs")
+        image_outputs = self._encode_images(pixel_values, vision_features, encoded)
+        video_outputs = self._encode_videos(videos, frame_mask, encoded)
+        # Words from NaN look like any others. `forward` does not check this: it would wait for the GPU in every step
+        # of a training, whose loss shows NaN anyway.
+        _check_finite({"`pixel_values`": pixel_values, "`vision_features`": vision_features}, image_outputs)
+        _check_finite({"`pixel_values_videos`": videos}, video_outputs)
+        outputs = {"image": image_outputs, "video": video_outputs}
+        model_kwargs["mm_encoder_outputs"] = {name: value for name, value in outputs.items() if value is not None}
         return model_kwargs
 
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
@@ -455,6 +462,25 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
                 processor.prompt_ignore_length = kwargs.get("input_ids_seq_length") or 0
         processors.append(SuppressTokensLogitsProcessor(placeholders, device=kwargs.get("device")))
         return processors
+
+
+def _check_finite(inputs: dict[str, torch.Tensor | None], outputs: EVLGenImageOutput | None) -> None:
+    """
+    Args:
+        inputs: Images, features or videos, by their names in messages.
+        outputs: Their soft prompts.
+
+    Raises:
+        ValueError: If a value is NaN or infinite.
+    """
+    if outputs is None:
+        return
+    # Prompts are not enough: some towers clamp infinity. Inputs are not: weights may be bad, or overflow.
+    tensors = {**inputs, "The soft prompt": outputs.pooler_output}
+    for name, tensor in tensors.items():
+        entries = [] if tensor is None else (~tensor.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        if entries:
+            raise ValueError(f"{name} must be finite, but has NaN or infinity in entries {entries}.")
 
 
 def _short(count: int) -> str:

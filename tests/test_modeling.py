@@ -1,5 +1,7 @@
 """The model: any tower with any language model, frozen towers, the loss, and generation."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import (
@@ -306,6 +308,59 @@ def test_bad_input_is_named():
         model(pixel_values=batch["pixel_values"])
     with pytest.raises(ValueError, match="`input_ids` has 129 tokens, but the language model has places for 128"):
         model(input_ids=torch.ones(1, 129, dtype=torch.long))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("vision", ["clip", "timm_cnn"])
+def test_nothing_is_generated_from_values_that_are_not_finite(vision, value):
+    model = tiny_model(vision, max_position_embeddings=512)
+    processor = tiny_processor(model)
+    images = processor(images=noise_images(2))
+    videos = processor(videos=[noise_images(2), noise_images(2)])
+    features = processor(vision_features=model.get_vision_features(images["pixel_values"]))
+    for name, batch in {"pixel_values": images, "pixel_values_videos": videos, "vision_features": features}.items():
+        batch[name][-1, ..., -1] = value
+        with pytest.raises(ValueError, match=rf"`{name}` must be finite, but has NaN or infinity in entries \[1\]"):
+            model.generate(**batch, max_new_tokens=3)
+
+
+def test_nothing_is_generated_from_soft_prompts_that_are_not_finite():
+    model = tiny_model()
+    batch = tiny_processor(model)(images=noise_images(2))
+    outputs = model.get_image_features(batch.pop("pixel_values"))
+    outputs.pooler_output[0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"The soft prompt must be finite, but has NaN or infinity in entries \[0\]"):
+        model.generate(**batch, mm_encoder_outputs={"image": outputs}, max_new_tokens=3)
+    with torch.no_grad():
+        model.language_projection.bias[0] = float("inf")
+    with pytest.raises(
+        ValueError, match=r"The soft prompt must be finite, but has NaN or infinity in entries \[0, 1\]"
+    ):
+        model.generate(**tiny_processor(model)(images=noise_images(2)), max_new_tokens=3)
+
+
+def test_images_and_videos_are_given_once():
+    model = tiny_model()
+    processor = tiny_processor(model)
+    images = processor(images=noise_images(2), text=PROMPTS)
+    videos = processor(videos=[noise_images(2), noise_images(2)], text=PROMPTS)
+    features = model.get_vision_features(images["pixel_values"])
+    encoded = model.project_vision_features(features)
+    only_features = {**processor(vision_features=features, text=PROMPTS)}
+    for call in (model, partial(model.generate, max_new_tokens=3)):
+        for inputs in (
+            {**images, "vision_features": features},
+            {**images, "mm_encoder_outputs": {"image": encoded}},
+            {**only_features, "mm_encoder_outputs": {"image": encoded}},
+        ):
+            with pytest.raises(ValueError, match="Only one of `pixel_values`, `vision_features` and `mm_encoder_ou"):
+                call(**inputs)
+        with pytest.raises(ValueError, match="Only one of `pixel_values_videos` and `mm_encoder_outputs` can be"):
+            call(**videos, mm_encoder_outputs={"video": encoded})
+    mixed = processor(images=noise_images(1), videos=[noise_images(2)], text="<image><video>what?")
+    given = {"video": model.get_video_features(mixed.pop("pixel_values_videos"), mixed.pop("frame_mask", None))}
+    model.generate(**mixed, mm_encoder_outputs=given, max_new_tokens=3)
+    assert given.keys() == {"video"}  # left as it was
 
 
 def test_towers_in_half_precision_leave_what_is_trained_in_float32(tmp_path):
