@@ -33,7 +33,7 @@ from datasets import Dataset
 from common.command_line import parse_arguments
 from common.data.data_arguments import DataArguments
 from common.data.loading import load_held_out
-from common.demo.scenes import easy_vqa_questions
+from common.demo.easy_vqa import easy_vqa_questions
 from common.evaluation.answers import answer_rows, start_processes
 from common.evaluation.benchmark_files import QUESTION_BENCHMARKS, clean_question, question_rows
 from common.evaluation.evaluation_arguments import EvaluationArguments, GenerationArguments

@@ -1,11 +1,14 @@
-"""The embedded demo: its two towers, its two data sets, and their one-time preparation."""
+"""The demo: its two towers, its data sets, and their one-time preparation."""
 
 import io
 import re
+import tarfile
 from collections import Counter
 
 import pytest
 import torch
+from datasets import Image as DatasetsImage
+from datasets import load_dataset
 from huggingface_hub import constants
 from PIL import Image
 from transformers import (
@@ -17,10 +20,12 @@ from transformers import (
     TimmWrapperModel,
 )
 
+from common.demo import emoji_videos, towers
 from common.demo import scenes as demo_scenes
-from common.demo import towers
 from common.demo.cache import demo_cache_dir, prepare_once
-from common.demo.scenes import CONCEPTS, RELATIONS, draw_scenes, easy_vqa_captions, held_out_pairs, load_demo_dataset
+from common.demo.easy_vqa import COLORS, SHAPES, easy_vqa_captions, load_easy_vqa, load_easy_vqa_questions
+from common.demo.emoji_videos import load_emoji_videos
+from common.demo.scenes import CONCEPTS, RELATIONS, draw_scenes, held_out_pairs, load_scenes
 from common.demo.towers import map_in_order, prepare_language_model, prepare_vision_tower
 
 from .helpers import demo_packages_or_skip
@@ -42,7 +47,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scenes(cache):
-    return load_demo_dataset("openmoji-scenes")
+    return load_scenes()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +110,7 @@ def test_first_concept_is_drawn_in_the_first_half():
 
 def test_preparation_happens_once(scenes, monkeypatch):
     monkeypatch.setattr(demo_scenes, "draw_scenes", None)  # a second preparation would call it
-    again = load_demo_dataset("openmoji-scenes")
+    again = load_scenes()
     assert again["train"]["caption"] == scenes["train"]["caption"] and len(again["test"]) == 60
 
 
@@ -164,16 +169,63 @@ def test_easy_vqa_captions_follow_from_the_questions():
 
 
 def test_easy_vqa_shares_no_image_between_its_splits():
-    splits = load_demo_dataset("easy-vqa")
+    splits = load_easy_vqa()
     assert {name: len(split) for name, split in splits.items()} == {"train": 3578, "test": 888}
     assert set(pixels(splits["train"])).isdisjoint(pixels(splits["test"]))
-    kinds = {f"a {color} {shape}" for color in demo_scenes.COLORS for shape in demo_scenes.SHAPES}
+    kinds = {f"a {color} {shape}" for color in COLORS for shape in SHAPES}
     assert set(splits["train"]["caption"]) == set(splits["test"]["caption"]) == kinds
 
 
-def test_an_unknown_data_set_is_refused_with_the_known_names():
-    with pytest.raises(ValueError, match="openmoji-scenes, easy-vqa"):
-        load_demo_dataset("flickr")
+def test_easy_vqa_asks_questions_about_its_images():
+    splits = load_easy_vqa_questions()
+    assert {name: len(split) for name, split in splits.items()} == {"train": 38575, "test": 9673}
+    first = splits["train"].select(range(50))
+    assert len(set(first["image"])) > 40 and set(first["answer_type"]) == {"yes/no", "color", "shape"}
+    assert all(answers == [answer] for answers, answer in zip(first["answers"], first["answer"], strict=True))
+    with Image.open(first[0]["image"]) as image:
+        assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ("1f468-1f3fe-200d-1f373", ("man cook", "medium-dark skin tone")),
+        ("1f468-200d-1f373", ("man cook", "")),
+        ("1f44b-1f3fb", ("waving hand", "light skin tone")),
+        ("1f3f4-e0067_e0062", None),
+        ("110000", None),
+    ],
+)
+def test_emoji_are_named_without_their_tone(codes, expected):
+    assert emoji_videos._name_and_tone(codes) == expected
+
+
+def save_emoji(folder, codes, frames):
+    images = [Image.new("RGB", (8, 8), (40 * index, 0, 0)) for index in range(frames)]
+    path = folder / f"{codes}.webp"
+    images[0].save(path, save_all=True, append_images=images[1:])
+    return path
+
+
+def test_one_tone_of_each_emoji_that_moves_is_held_out(monkeypatch, tmp_path):
+    tones = ["", *(f"-{tone:x}" for tone in range(0x1F3FB, 0x1F400))]
+    files = [save_emoji(tmp_path, f"1f44b{tone}", frames=2) for tone in tones]
+    files += [save_emoji(tmp_path, f"1f44d{tone}", frames=1) for tone in tones]  # does not move
+    files += [save_emoji(tmp_path, "1f600", frames=2)]  # has no tones
+    with tarfile.open(tmp_path / "package.tgz", "w:gz") as tar:
+        for file in files:
+            tar.add(file, f"package/assets/{file.name}")
+    monkeypatch.setattr(emoji_videos, "_fetch", lambda folder: tmp_path / "package.tgz")
+    splits = load_dataset(str(load_emoji_videos()))
+    assert splits["train"]["caption"] == ["waving hand"] * 5 and splits["test"]["caption"] == ["waving hand"]
+    (held_out,) = splits["test"].cast_column("image", DatasetsImage(decode=False))["image"]
+    assert held_out["path"].endswith("1f44b-1f3fe.webp")
+
+
+def test_a_missing_npm_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(emoji_videos.shutil, "which", lambda _: None)
+    with pytest.raises(RuntimeError, match=r"fetches .* with npm, which is not installed"):
+        emoji_videos._fetch(tmp_path)
 
 
 def test_vision_tower_gives_the_features_of_the_trained_classifier(tower, scenes):

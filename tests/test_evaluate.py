@@ -16,7 +16,7 @@ from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCardData, constants
 
 from common.demo import scenes
-from common.demo.scenes import easy_vqa_questions
+from common.demo.easy_vqa import easy_vqa_questions
 from common.evaluation import answers
 from common.evaluation.answers import join_answers, pending_batches, read_answers
 from modeling_evlgen import EVLGenForConditionalGeneration

@@ -8,7 +8,6 @@ import pytest
 import torch
 import train_scst
 
-from common.demo import emoji_videos
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import ROOT, tiny_model, tiny_processor
@@ -111,23 +110,3 @@ def test_the_papers_video_recipes_run(work, tmp_path):
 def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):
     with pytest.raises(ValueError, match=message):
         finetune_video.main(arguments(work, tmp_path, **changes))
-
-
-@pytest.mark.parametrize(
-    ("codes", "expected"),
-    [
-        ("1f468-1f3fe-200d-1f373", ("man cook", "medium-dark skin tone")),
-        ("1f468-200d-1f373", ("man cook", "")),
-        ("1f44b-1f3fb", ("waving hand", "light skin tone")),
-        ("1f3f4-e0067_e0062", None),
-        ("110000", None),
-    ],
-)
-def test_emoji_are_named_without_their_tone(codes, expected):
-    assert emoji_videos._name(codes) == expected
-
-
-def test_a_missing_npm_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(emoji_videos.shutil, "which", lambda _: None)
-    with pytest.raises(RuntimeError, match=r"fetches .* with npm, which is not installed"):
-        emoji_videos._fetch(tmp_path)

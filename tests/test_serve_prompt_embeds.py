@@ -292,7 +292,7 @@ def real_checkpoint(folder):
     """A checkpoint, its images, and the folder of its language model, which vLLM's CPU kernels take."""
     given = os.environ.get("EVLGEN_VLLM_CHECKPOINT")
     if given:
-        from common.demo.scenes import easy_vqa_questions
+        from common.demo.easy_vqa import easy_vqa_questions
 
         images = list(dict.fromkeys(row["image"] for row in easy_vqa_questions("test")))[:8]
         return given, images, PromptEmbedder.config_class.from_pretrained(given).text_model_name_or_path

@@ -17,7 +17,7 @@ from common.data.data_arguments import DataArguments
 from common.data.mixture import read_mixture, renamed_columns
 from common.data.rows import read_row, skip_or_raise
 from common.data.streams import CaptionStream, Source, tolerant_reading
-from common.demo.scenes import DEMO_DATASETS, load_demo_dataset
+from common.demo.demo_datasets import DEMO_DATASETS
 
 WEBDATASET_COLUMNS = ("__key__", "__url__")  # the origin of a row
 
@@ -91,7 +91,7 @@ def check_arguments(data_args: DataArguments) -> None:
 
 def load_splits(data_args: DataArguments) -> DatasetDict | IterableDatasetDict:
     if data_args.dataset in DEMO_DATASETS:
-        return load_demo_dataset(data_args.dataset)
+        return DEMO_DATASETS[data_args.dataset]()
     try:
         return load_dataset(
             data_args.dataset,

@@ -1,4 +1,4 @@
-"""Real videos for the video demo: Microsoft's animated Fluent emoji, as npm brings them."""
+"""emoji-videos: Microsoft's animated Fluent emoji (MIT licence), fetched with npm, with captions as "man cook"."""
 
 import json
 import re
@@ -7,56 +7,48 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-import emoji
 from PIL import Image
 from tqdm import tqdm
 
 from common.demo.cache import prepare_once
+from common.demo.packages import require_libraries
 
 EMOJI_VIDEOS = "emoji-videos"
-PACKAGE = "@lobehub/fluent-emoji-anim-1@1.0.0"  # MIT licence; 165 MB
+PACKAGE = "@lobehub/fluent-emoji-anim-1@1.0.0"  # 165 MB
 HELD_OUT_TONE = "medium-dark skin tone"
+TONES = 6  # five skin tones, and none
 
 
 def load_emoji_videos() -> Path:
-    """Fetches animated emoji that come in several skin tones; one tone of each is held out.
+    """Fetches the animated emoji that exist in all skin tones. One tone of each is held out.
 
     Returns:
-        A folder for `datasets.load_dataset`: splits "train" and "test" of animated WebP files with captions such as
-        "man cook", 5 and 1 of each.
+        A folder for `datasets.load_dataset`. Of each emoji, the split "train" has five videos (animated WebP) and the
+        split "test" has one.
 
     Raises:
+        ImportError: If the library `emoji` is not installed.
         RuntimeError: If npm is not installed or cannot fetch the package.
     """
     return prepare_once("data/emoji-videos-v1", _write)
 
 
 def _write(folder: Path) -> None:
-    folder.mkdir()
-    archive = _fetch(folder)
-    families: dict[str, dict[str, str]] = {}  # name -> tone -> file
+    archive = _fetch(folder.parent)
     with tarfile.open(archive) as tar:
-        for member in tar:
-            name = _name(Path(member.name).stem) if member.name.endswith(".webp") else None
-            if name is not None:
-                families.setdefault(name[0], {})[name[1]] = member.name
-        wanted = {}
-        for caption, tones in families.items():
-            if len(tones) == 6:  # one without a tone, and five with
-                for tone, path in tones.items():
-                    wanted[path] = ("test" if tone == HELD_OUT_TONE else "train", caption)
-        rows: dict[str, list[str]] = {"train": [], "test": []}
-        for path, (split, caption) in tqdm(sorted(wanted.items()), desc="Emoji videos", unit="clip"):
-            target = folder / split / Path(path).name
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(tar.extractfile(path).read())
-            with Image.open(target) as video:
-                if getattr(video, "n_frames", 1) < 2:  # not every emoji moves
-                    target.unlink()
-                    continue
-            rows[split].append(json.dumps({"file_name": target.name, "caption": caption}))
-    archive.unlink()
-    for split, lines in rows.items():
+        members = _choose([member.name for member in tar])
+        captions: dict[str, list[str]] = {"train": [], "test": []}
+        for member, (split, caption) in tqdm(sorted(members.items()), desc="Emoji videos", unit="video"):
+            path = folder / split / Path(member).name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(tar.extractfile(member).read())
+            with Image.open(path) as video:
+                moves = getattr(video, "n_frames", 1) > 1
+            if moves:
+                captions[split].append(json.dumps({"file_name": path.name, "caption": caption}))
+            else:  # some emoji have one frame
+                path.unlink()
+    for split, lines in captions.items():
         (folder / split / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -70,13 +62,35 @@ def _fetch(folder: Path) -> Path:
     return folder / result.stdout.strip().splitlines()[-1]
 
 
-def _name(codes: str) -> tuple[str, str] | None:
-    """Name and skin tone of an emoji, of its code points as the file's name gives them; None if it has no name."""
+def _choose(paths: list[str]) -> dict[str, tuple[str, str]]:
+    """Returns the split and the caption of each file of an emoji that exists in all skin tones."""
+    families: dict[str, dict[str, str]] = {}  # name -> tone -> path
+    for path in paths:
+        emoji = _name_and_tone(Path(path).stem) if path.endswith(".webp") else None
+        if emoji is not None:
+            name, tone = emoji
+            families.setdefault(name, {})[tone] = path
+    return {
+        path: ("test" if tone == HELD_OUT_TONE else "train", name)
+        for name, tones in families.items()
+        if len(tones) == TONES
+        for tone, path in tones.items()
+    }
+
+
+def _name_and_tone(codes: str) -> tuple[str, str] | None:
+    """Returns an emoji's name and skin tone ("" for none) from the code points in its file's name.
+
+    The result is None for code points that are no emoji.
+    """
+    require_libraries("emoji")
+    from emoji import EMOJI_DATA
+
     try:
         text = "".join(chr(int(code, 16)) for code in codes.split("-"))
     except (ValueError, OverflowError):
         return None
-    known = emoji.EMOJI_DATA.get(text) or emoji.EMOJI_DATA.get(text.replace("\ufe0f", ""))
+    known = EMOJI_DATA.get(text) or EMOJI_DATA.get(text.replace("\ufe0f", ""))
     if known is None:
         return None
     name = known["en"].strip(":").replace("_", " ")
