@@ -12,6 +12,7 @@ from transformers import LlamaConfig, ViTConfig
 
 from benchmarks import (
     cached_features,
+    cnn_tower,
     connector_speed,
     export_speed,
     quantization_speed,
@@ -145,6 +146,14 @@ def test_videos_of_several_lengths_are_measured(in_this_process, monkeypatch, ca
     video_speed.main(["--frames", "1", "3", "--rounds", "1"])
     rows = table(capsys)
     assert [row[0] for row in rows] == ["1", "3"] and all(is_number(cell) for row in rows for cell in row)
+
+
+def test_memory_formats_of_a_cnn_tower_are_compared(capsys):
+    with torch.compiler.set_stance("force_eager"):  # compilation takes a minute
+        cnn_tower.main(["--image_size", "64", "--images", "2", "--rounds", "1"])
+    rows = table(capsys)
+    assert len(rows) == 4 and rows[0][2:] == ["1.00", "0.0e+00"]
+    assert all(is_number(cell) for row in rows for cell in row[1:3]) and all(float(row[3]) < 1e-5 for row in rows)
 
 
 def test_an_exported_model_is_compared(tmp_path, capsys):
