@@ -1,25 +1,27 @@
-"""A page in the browser: an image or a video in; text, the merged patches and the cost of each part out.
+"""A page in the browser that captions an image or a video and shows which patches the connector merges.
 
     python examples/app.py --model outputs/demo
 
-The server is reached from this machine only, unless `--host` says otherwise. Beside a model that is to come from the
-Hub, nothing is fetched from or told to any other machine, by the server or by the page. Needs `.[app]`. `--model` may
-be an adapter's folder, from finetune.py. A model whose connector is no TomeFormer merges nothing and is refused.
+The page streams the text and lists tokens and milliseconds of each part of the model. The server listens on this
+machine only, unless `--host` is given. Except for a model from the Hub, neither the server nor the page contacts
+another machine. Needs `.[app]`. `--model` may be an adapter's folder, from finetune.py. The model's connector must be
+a TomeFormer, since other connectors merge no tokens.
 
-A Space on the Hub is the same script beside what it imports and the model; `examples/space` has its `requirements.txt`
-and its `README.md`, whose first lines tell the Hub the versions of Gradio and Python and the file to start:
+A Space on the Hub consists of this script, the code that it imports, and the model. `examples/space` has the Space's
+`requirements.txt` and its `README.md`. The first lines of that file give the Hub the versions of Gradio and Python and
+the script to start:
 
     mkdir -p my-space/outputs
     cp -r examples/app*.py examples/common examples/space/* *_evlgen my-space
     cp -r outputs/demo my-space/outputs
     hf upload you/my-space my-space --repo-type space
 
-For a model that is on the Hub already, leave the third line out and set the Space's variable `EVLGEN_MODEL` to its
-name.
+If the model is on the Hub already, omit the third line and set the Space's variable `EVLGEN_MODEL` to its name.
 """
 
 import argparse
 import html
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -37,6 +39,7 @@ from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 from common.evaluation.merging_overlay import (
+    SIDE,
     draw_groups,
     patch_grid,
     patch_groups,
@@ -48,24 +51,25 @@ from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # no telemetry, no look for newer versions
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: no telemetry, no check for newer versions
 import gradio as gr
 
-WAITING = 16  # requests that may wait; one is served at a time
-VISITORS = 64  # whose images are kept in memory, for the slider
-# One at a time: who presses Stop may leave a thread behind, and hooks and a video's frames are the model's own state.
-_SEEING = Lock()
+QUEUE_SIZE = 16  # requests that may wait; one is served at a time
+SESSIONS = 64  # visitors whose frames are kept in memory, for the slider
+PROMPT_CHARACTERS = 10_000  # checked before the prompt is tokenised: 20 MB take 26 s
+# A visitor who presses Stop may leave a thread behind. Hooks belong to the model, so they would record both threads.
+_MERGING_LOCK = Lock()
 
 
 @dataclass
 class Merging:
-    """What the page shows of an image or a video.
+    """The frames of an image or a video and their merging, as the page shows them.
 
     Attributes:
-        frames: The image, or the frames that the model sees of a video, as they are drawn.
-        groups: Before the connector and behind each of its layers `(side, side)`, the token that each patch is part
-            of. Empty where nothing has been merged yet.
-        counts: How many tokens there are, likewise.
+        frames: The image, or the sampled frames of a video, as they are drawn.
+        groups: Before the connector and after each of its layers, the token that each patch belongs to, of shape
+            `(side, side)`. Empty before the model has run.
+        counts: Number of tokens before the connector and after each of its layers.
     """
 
     frames: list[Image.Image]
@@ -73,7 +77,7 @@ class Merging:
     counts: list[int] = field(default_factory=list)
 
 
-class Stopped(StoppingCriteria):
+class StopOnEvent(StoppingCriteria):
     """Ends generation when `event` is set."""
 
     def __init__(self, event: Event):
@@ -85,7 +89,7 @@ class Stopped(StoppingCriteria):
 
 @contextmanager
 def timed(milliseconds: dict[str, float], part: str, device: torch.device) -> Iterator[None]:
-    """Writes down how long a part of the model takes."""
+    """Stores in `milliseconds[part]` how long the block takes."""
     start = time.perf_counter()
     yield
     if device.type == "cuda":
@@ -100,69 +104,75 @@ def stream_text(
     settings: dict[str, Any],
     milliseconds: dict[str, float],
 ) -> Iterator[str]:
-    """What the model says, longer and longer; with several beams only the whole text.
+    """Generates text and yields it as it grows; with several beams it yields only the whole text.
 
     Args:
         model, processor: The captioner.
-        inputs: Arguments of `generate` for one prompt, its `input_ids` among them.
-        settings: What [`generation_settings`] gives.
-        milliseconds: Is given those of the `"language model"` at the end.
+        inputs: Arguments of `generate` for one prompt, including `input_ids`.
+        settings: From [`generation_settings`].
+        milliseconds: Receives the time of the `"language model"` at the end.
 
     Raises:
         Exception: Whatever `generate` raises.
     """
 
-    def speak(**arguments: Any) -> torch.Tensor:
+    def generate(**arguments: Any) -> torch.Tensor:
         with timed(milliseconds, "language model", model.device):
             return model.generate(**inputs, **settings, **arguments)
 
     if settings["num_beams"] > 1:
-        yield processor.decode(speak()[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        yield processor.decode(generate()[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         return
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop, text = Event(), ""
     with ThreadPoolExecutor(max_workers=1) as executor:
-        words = executor.submit(speak, streamer=streamer, stopping_criteria=[Stopped(stop)])
-        # A `generate` that fails would leave the streamer open.
-        words.add_done_callback(lambda _: streamer.on_finalized_text("", stream_end=True))
+        generation = executor.submit(generate, streamer=streamer, stopping_criteria=[StopOnEvent(stop)])
+        # If `generate` fails, it does not end the stream, and the loop below would wait for ever.
+        generation.add_done_callback(lambda _: streamer.on_finalized_text("", stream_end=True))
         try:
             for piece in streamer:
                 text += piece
                 yield text.strip()
-            words.result()
-        finally:  # also when the visitor has gone
+            generation.result()
+        finally:  # also reached when the visitor has left
             stop.set()
 
 
 def generation_settings(num_beams: int, temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:
-    """Arguments of `generate`.
+    """Checks the visitor's options and returns them as arguments of `generate`.
 
     Args:
-        num_beams: Beams to search with, 1 or more.
-        temperature: Of sampling, above 0; at 0 the likeliest words are taken.
-        top_p: Words to draw from: the likeliest ones that have this probability together, above 0, at most 1.
-        max_new_tokens: Where to stop at the latest, 1 or more.
+        num_beams: Number of beams, 1 or more.
+        temperature: Temperature of sampling, above 0; 0 takes the likeliest token.
+        top_p: Probability of the likeliest tokens that are sampled from, above 0, at most 1.
+        max_new_tokens: Largest number of generated tokens, 1 or more.
 
     Raises:
-        ValueError: If one of them is out of range.
+        ValueError: If an option is out of range.
+        TypeError: If an option is not a number.
     """
-    for name, value, fits, wanted in (
-        ("num_beams", num_beams, num_beams >= 1, "1 or more"),
-        ("temperature", temperature, temperature >= 0, "0 or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "1 or more"),
+    options = {"num_beams": num_beams, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    for name, value in options.items():  # through the API they may be anything that JSON holds
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"`{name}` must be a number, but is {value!r}.")
+    for name, fits, wanted in (
+        ("num_beams", num_beams >= 1 and num_beams % 1 == 0, "a whole number of 1 or more"),
+        ("temperature", 0 <= temperature < math.inf, "0 or more"),
+        ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
+        ("max_new_tokens", max_new_tokens >= 1 and max_new_tokens % 1 == 0, "a whole number of 1 or more"),
     ):
         if not fits:
-            raise ValueError(f"`{name}` must be {wanted}, but is {value}.")
+            raise ValueError(f"`{name}` must be {wanted}, but is {options[name]}.")
     sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-    return {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": temperature > 0, **sampling}
+    lengths = {"num_beams": int(num_beams), "max_new_tokens": int(max_new_tokens)}
+    return {**lengths, "do_sample": temperature > 0, **sampling}
 
 
 @torch.no_grad()
 def describe(
     model: EVLGenForConditionalGeneration,
     processor: EVLGenProcessor,
-    kind: str,
+    modality: str,
     frames: list[Image.Image],
     prompt: str,
     settings: dict[str, Any],
@@ -171,21 +181,23 @@ def describe(
 
     Args:
         model, processor: The captioner.
-        kind, frames: What [`read_file`] gives.
-        prompt: What to say about it; may be empty.
-        settings: What [`generation_settings`] gives.
+        modality, frames: From [`read_file`].
+        prompt: The prompt; may be empty.
+        settings: From [`generation_settings`].
 
     Yields:
         The text so far, the merging, and the milliseconds of `"tower"`, `"connector"` and, at the end,
         `"language model"`. The first text is empty.
 
     Raises:
-        ValueError: If the prompt holds more placeholders than there are images, or is too long.
+        ValueError: If the prompt is too long, or its placeholders and the images differ in number.
     """
-    inputs = processor(**{kind: frames}, text=prompt).to(model.device)
-    pixel_values = inputs.pop("pixel_values" if kind == "images" else "pixel_values_videos")
+    if len(prompt) > PROMPT_CHARACTERS:
+        raise ValueError(f"The prompt has {len(prompt)} characters, but at most {PROMPT_CHARACTERS} are read.")
+    inputs = processor(**{modality: frames}, text=prompt).to(model.device)
+    pixel_values = inputs.pop("pixel_values" if modality == "images" else "pixel_values_videos")
     milliseconds: dict[str, float] = {}
-    with _SEEING:
+    with _MERGING_LOCK:
         with timed(milliseconds, "tower", model.device):
             vision_features = model.get_vision_features(pixel_values)
         with timed(milliseconds, "connector", model.device), recorded_merging(model) as layers:
@@ -194,7 +206,7 @@ def describe(
     layers = [unmerged, *layers]
     merging = Merging([resize_to_side(frame) for frame in frames], patch_groups(model, layers), token_counts(layers))
     yield "", merging, milliseconds
-    inputs = {**inputs, "mm_encoder_outputs": {kind.removesuffix("s"): soft_prompt}}
+    inputs = {**inputs, "mm_encoder_outputs": {modality.removesuffix("s"): soft_prompt}}
     text = ""
     for text in stream_text(model, processor, inputs, settings, milliseconds):
         yield text, merging, milliseconds
@@ -202,21 +214,27 @@ def describe(
 
 
 def draw_layer(merging: Merging | None, layer: int) -> list[tuple[Image.Image, str]]:
-    """Each frame with a caption, and, if it has been merged, what a layer of the connector leaves of it."""
+    """Returns each frame with a title and, once the model has run, the frame with a layer's tokens drawn over it.
+
+    Raises:
+        ValueError: If the connector has no such layer.
+    """
     if merging is None:
         return []
+    if merging.groups and layer not in range(len(merging.groups)):  # through the API it may be 1.5
+        raise ValueError(f"`layer` must be a whole number of 0 to {len(merging.groups) - 1}, but is {layer!r}.")
     drawn = []
     for number, frame in enumerate(merging.frames, start=1):
         name = "image" if len(merging.frames) == 1 else f"frame {number}"
         drawn.append((frame, name))
         if merging.groups:
-            caption = f"{name}, layer {layer}: {merging.counts[layer]} tokens"
-            drawn.append((draw_groups(frame, merging.groups[layer]), caption))
+            caption = f"{name}, layer {layer}: {merging.counts[int(layer)]} tokens"
+            drawn.append((draw_groups(frame, merging.groups[int(layer)]), caption))
     return drawn
 
 
 def figures(merging: Merging, milliseconds: dict[str, float]) -> str:
-    """Numbers of tokens and milliseconds of each part, as a table in Markdown."""
+    """Returns a Markdown table of tokens and of the milliseconds of each part."""
     frames = len(merging.frames)
     cells = {
         "vision tokens": f"{merging.counts[0]}" if frames == 1 else f"{frames} frames x {merging.counts[0]}",
@@ -229,7 +247,7 @@ def figures(merging: Merging, milliseconds: dict[str, float]) -> str:
 
 @contextmanager
 def shown_errors() -> Iterator[None]:
-    """Shows what goes wrong in the page, as text; what is no fault of the visitor's is logged as well."""
+    """Shows errors in the page, as text. Errors that the visitor has not caused are logged as well."""
     try:
         yield
     except Exception as error:
@@ -239,7 +257,7 @@ def shown_errors() -> Iterator[None]:
 
 
 def uploads_only(file: gr.File) -> gr.File:
-    """Takes files from the visitor's browser alone: Gradio would fetch a URL as well, whatever its size."""
+    """Accepts uploaded files only. Gradio would also fetch a URL, whatever the size of its content."""
     move = file.async_move_resource_to_block_cache
 
     async def move_upload(path: str | Path | None) -> str | None:
@@ -251,35 +269,62 @@ def uploads_only(file: gr.File) -> gr.File:
     return file
 
 
+def read_upload(path: str | None, num_frames: int, max_mb: float) -> tuple[str, list[Image.Image]]:
+    """Reads an uploaded file as [`read_file`] does, and deletes a file that is refused.
+
+    Raises:
+        ValueError: If there is no file, or it is refused.
+    """
+    if path is None:
+        raise ValueError("There is no image or video yet.")
+    try:
+        return read_file(path, num_frames, max_mb)
+    except ValueError:
+        Path(path).unlink(missing_ok=True)  # Gradio itself would keep it for an hour
+        raise
+
+
+def make_preview(frame: Image.Image) -> Image.Image:
+    """Returns a small copy: the page keeps frames in memory, and a PNG of 64 million pixels takes seconds."""
+    frame = frame.copy()
+    frame.thumbnail((2 * SIDE, 2 * SIDE))
+    return frame
+
+
 def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, max_mb: float) -> gr.Blocks:
-    """The page, to be launched.
+    """Builds the page.
 
     Args:
         model, processor: The captioner.
         max_mb: The largest file that is read, in MB of 2^20 bytes.
 
     Raises:
-        ValueError: If the connector is no TomeFormer, or the tower's patches are no square.
+        ValueError: If the connector is not a TomeFormer, or the tower's patches do not form a square.
     """
     patch_grid(model)
-    with recorded_merging(model):  # refuses other connectors
+    with recorded_merging(model):  # raises for other connectors
         num_layers = model.config.connector_config.num_hidden_layers
 
-    def look(path: str | None) -> tuple[Merging | None, list, str, str]:
+    def preview(path: str | None) -> tuple[Merging | None, list, str, str]:
         with shown_errors():
-            merging = None if path is None else Merging(read_file(path, processor.num_frames, max_mb)[1])
+            merging = None
+            if path is not None:
+                _, frames = read_upload(path, processor.num_frames, max_mb)
+                merging = Merging([make_preview(frame) for frame in frames])
             return merging, draw_layer(merging, 0), "", ""
 
-    def answer(path: str | None, prompt: str, layer: int, *options: Any) -> Iterator[tuple[Any, ...]]:
+    def answer(path: str | None, prompt: str | None, layer: int, *options: Any) -> Iterator[tuple[Any, ...]]:
         with shown_errors():
-            if path is None:
-                raise ValueError("There is no image or video yet.")
-            kind, frames = read_file(path, processor.num_frames, max_mb)
-            drawn = None
             settings = generation_settings(*options)
-            for text, merging, milliseconds in describe(model, processor, kind, frames, prompt, settings):
+            modality, frames = read_upload(path, processor.num_frames, max_mb)
+            drawn = None
+            for text, merging, milliseconds in describe(model, processor, modality, frames, prompt or "", settings):
                 drawn = draw_layer(merging, layer) if drawn is None else gr.skip()
                 yield text, figures(merging, milliseconds), merging, drawn
+
+    def show_layer(merging: Merging | None, layer: int) -> list[tuple[Image.Image, str]]:
+        with shown_errors():
+            return draw_layer(merging, layer)
 
     with gr.Blocks(title="EVLGen", delete_cache=(3600, 3600)) as page:
         merging = gr.State()
@@ -288,13 +333,13 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
                 file = uploads_only(
                     gr.File(label=f"Image or video, at most {max_mb:g} MB", elem_id="file", height=120)
                 )
-                prompt = gr.Textbox(label="Prompt", placeholder="none", elem_id="prompt")
+                prompt = gr.Textbox(label="Prompt", placeholder="none", elem_id="prompt", max_length=PROMPT_CHARACTERS)
                 with gr.Row():
                     start = gr.Button("Describe", variant="primary", elem_id="start")
                     stop = gr.Button("Stop", elem_id="stop")
                 beams = gr.Slider(1, 10, 1, step=1, label="Beams", info="Text is streamed with 1.")
-                temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest words.")
-                top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="Above temperature 0.")
+                temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 takes the likeliest token.")
+                top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="For temperatures above 0.")
                 default = min(model.generation_config.max_new_tokens or 30, 256)
                 max_new_tokens = gr.Slider(1, 256, default, step=1, label="Max new tokens")
             with gr.Column(scale=2):
@@ -306,11 +351,11 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
                     num_layers,
                     step=1,
                     label="Layer of the connector",
-                    info="0: before any merging.",
+                    info="0 is before the first layer.",
                     elem_id="layer",
                 )
                 gallery = gr.Gallery(
-                    label="Patches that have become one token share a number",
+                    label="Patches of one token share a number",
                     columns=2,
                     fit_columns=False,
                     height="auto",
@@ -318,14 +363,14 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
                     buttons=["download", "fullscreen"],
                     elem_id="gallery",
                 )
-        file.change(look, file, [merging, gallery, text, table])
-        layer.release(draw_layer, [merging, layer], gallery)
+        file.change(preview, file, [merging, gallery, text, table])
+        layer.release(show_layer, [merging, layer], gallery)
         options = [beams, temperature, top_p, max_new_tokens]
         running = gr.on(
             [start.click, prompt.submit], answer, [file, prompt, layer, *options], [text, table, merging, gallery]
         )
         stop.click(None, cancels=running)
-    return page.queue(max_size=WAITING, default_concurrency_limit=1)
+    return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -333,11 +378,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--model",
         default=os.environ.get("EVLGEN_MODEL", "outputs/demo"),
-        help="Captioner: a folder or a name on the Hub; by default $EVLGEN_MODEL or outputs/demo.",
+        help="Captioner: a folder or a name on the Hub. Default: $EVLGEN_MODEL or outputs/demo.",
     )
-    parser.add_argument("--max_mb", type=float, default=50.0, help="Largest file to take, in MB of 2^20 bytes.")
-    parser.add_argument("--host", help="Address to listen on; by default $GRADIO_SERVER_NAME or 127.0.0.1.")
-    parser.add_argument("--port", type=int, help="Port; by default the first free one from 7860 on.")
+    parser.add_argument("--max_mb", type=float, default=50.0, help="Largest file that is read, in MB of 2^20 bytes.")
+    parser.add_argument("--host", help="Address to listen on. Default: $GRADIO_SERVER_NAME or 127.0.0.1.")
+    parser.add_argument("--port", type=int, help="Port. Default: the first free one from 7860.")
     arguments = parser.parse_args(argv)
     if not arguments.max_mb > 0:
         parser.error(f"--max_mb must be above 0, but is {arguments.max_mb:g}")
@@ -351,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
         max_file_size=int(MB * arguments.max_mb),
         show_error=True,
         run_history=False,
-        state_session_capacity=VISITORS,
+        state_session_capacity=SESSIONS,
         footer_links=[],
     )
 

@@ -1,28 +1,43 @@
-"""Images and videos that visitors of a page send: what is too large or of another kind is refused undecoded."""
+"""Reads images and videos that visitors of a page upload, within limits on size, pixels, frames and time."""
 
+import io
 import math
+import time
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 import av
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from processing_evlgen.images import load_rgb_image
-from processing_evlgen.videos import load_rgb_frames
+from processing_evlgen.videos import sample_frames
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL knows more, and runs programs for some
-ANIMATED = (".png", ".webp", ".gif")  # or videos; the pages of a TIFF or a JPEG are none
-# As FFmpeg calls them; left to itself, it would take a playlist of other files as well.
+ANIMATED = (".png", ".webp", ".gif")  # several images in a TIFF or a JPEG are no video
+# FFmpeg's names. Without a name FFmpeg guesses, and would also open a playlist of other files.
 VIDEOS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".webm": "webm", ".mkv": "matroska", ".avi": "avi"}
 VIDEOS |= {".mpg": "mpeg", ".mpeg": "mpeg"}
-MEGAPIXELS = 64  # of an image or a frame; a small file may hold an image that no memory does
-VIDEO_MEGAPIXELS = 20_000  # of all frames together, 5 minutes in full HD; they are decoded up to the last one wanted
 MB = 2**20  # bytes, as Gradio counts them
+
+# A file of a few KB can hold images that fill the memory, so the size of a file is no limit. In millions of pixels:
+IMAGE_MEGAPIXELS = 64
+FRAME_MEGAPIXELS = 16  # of one frame, enough for 4K
+ANIMATION_MEGAPIXELS = 500  # of all frames of an animated GIF, PNG or WebP: 500 frames of 1000 x 1000
+VIDEO_MEGAPIXELS = 20_000  # of all frames of a video: 5 minutes of full HD
+KEPT_MEGAPIXELS = 4  # larger frames are shrunk as soon as they are decoded
+FRAMES = 20_000
+# For reading a file. PIL needs a minute for a GIF with 1 MB of comments, or for a PNG of a million empty chunks.
+IMAGE_SECONDS, VIDEO_SECONDS = 10.0, 60.0
+
+
+class TooMuchError(ValueError):
+    """A file exceeds a limit. The message is the predicate of a sentence about the file."""
 
 
 def read_file(path: str | Path, num_frames: int, max_mb: float) -> tuple[str, list[Image.Image]]:
-    """Reads what a visitor sent.
+    """Reads a file that a visitor uploaded.
 
     Args:
         path: The file.
@@ -30,53 +45,120 @@ def read_file(path: str | Path, num_frames: int, max_mb: float) -> tuple[str, li
         max_mb: The largest file that is read, in MB of 2^20 bytes.
 
     Returns:
-        `"images"` and the image, or `"videos"` and the frames of a video.
+        `"images"` and the image; or `"videos"` and the chosen frames of a video, at most 4 million pixels each.
 
     Raises:
-        ValueError: If the file is too large, of another kind or damaged, or it holds more pixels than are read, which
-            is found out before any is decoded. The message leaves the server's folder out.
+        ValueError: If the file is missing, damaged, of another kind, or over a limit. Pixels and frames are checked
+            before any are decoded. The message names the file without the server's folder.
     """
     path = Path(path)
     name, suffix = repr(path.name), path.suffix.lower()
     if suffix not in (*IMAGES, *VIDEOS):
         kinds = f"an image ({', '.join(IMAGES)}) nor a video ({', '.join(VIDEOS)})"
         raise ValueError(f"The file {name} is neither {kinds}.")
+    if not path.is_file():
+        raise ValueError(f"The file {name} is no longer on the server. Upload it again.")
     megabytes = path.stat().st_size / MB
     if megabytes > max_mb:
         raise ValueError(f"The file {name} has {megabytes:.1f} MB, but at most {max_mb:g} MB are read.")
-    unreadable = f"The file {name} cannot be read; it is damaged, or not what its name says."
     try:
-        frames, pixels = _measure(path)
-    except Image.DecompressionBombError:  # PIL's own limit is over this one
-        frames, pixels = 1, math.inf
-    except Exception as error:  # what PIL and FFmpeg raise is of many kinds, and names the server's own path
-        raise ValueError(unreadable) from error
-    if pixels > 1e6 * MEGAPIXELS:
-        raise ValueError(f"The file {name} has over {MEGAPIXELS} million pixels, more than are read.")
-    if frames > _most_frames(pixels):
-        raise ValueError(f"The video {name} is too long: at most {_most_frames(pixels)} frames of this size are read.")
-    try:
-        if path.suffix.lower() in VIDEOS or frames > 1:
-            return "videos", load_rgb_frames(path, num_frames)
-        return "images", [load_rgb_image(path)]
-    except ValueError as error:
-        raise ValueError(unreadable) from error
+        if suffix in VIDEOS:
+            return "videos", _read_video(path, num_frames)
+        return _read_image(path, num_frames)
+    except TooMuchError as error:
+        raise ValueError(f"The file {name} {error}.") from error
+    except Exception as error:  # PIL and FFmpeg raise many kinds, with the server's own path in the message
+        raise ValueError(f"The file {name} cannot be read; it is damaged, or not what its name says.") from error
 
 
-def _most_frames(pixels: int) -> int:
-    return int(1e6 * VIDEO_MEGAPIXELS / max(1, pixels))
-
-
-def _measure(path: Path) -> tuple[int, int]:
-    """Number of frames and pixels of each, without decoding; of a video that is too long, enough frames to say so."""
-    suffix = path.suffix.lower()
-    if suffix in IMAGES:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            frames = getattr(image, "n_frames", 1) if suffix in ANIMATED else 1
-            return frames, image.width * image.height
-    with av.open(str(path), format=VIDEOS[suffix]) as container:
+def _read_video(path: Path, num_frames: int) -> list[Image.Image]:
+    """Chosen frames of a video."""
+    format, deadline = VIDEOS[path.suffix.lower()], time.monotonic() + VIDEO_SECONDS
+    with av.open(str(path), format=format) as container:
         stream = container.streams.video[0]
-        pixels = stream.width * stream.height
-        # A packet holds a frame. They are counted, as the file's head may say anything.
-        packets = islice(container.demux(stream), _most_frames(pixels) + 1)
-        return sum(1 for packet in packets if packet.size), pixels
+        # A packet holds a frame. Packets are counted, since the number in the file's head may be wrong.
+        packets = islice(container.demux(stream), FRAMES + 1)
+        count = sum(1 for packet in packets if packet.size)
+        _check_sizes(count, stream.width * stream.height, FRAME_MEGAPIXELS, VIDEO_MEGAPIXELS)
+        total = stream.frames if 0 < stream.frames <= count else count
+    with av.open(str(path), format=format) as container:
+        stream = container.streams.video[0]
+        # Frames may be larger than the file's head says.
+        stream.codec_context.options = {"max_pixels": str(FRAME_MEGAPIXELS * 1_000_000)}
+        return _choose_frames(container.decode(stream), total, num_frames, VIDEO_MEGAPIXELS, deadline)
+
+
+def _read_image(path: Path, num_frames: int) -> tuple[str, list[Image.Image]]:
+    """`"images"` and the image, or `"videos"` and chosen frames of an animation."""
+    deadline = time.monotonic() + IMAGE_SECONDS
+    try:
+        with _TimedFile(path, deadline) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+            pixels = image.width * image.height
+            count = _count_frames(path, image) if path.suffix.lower() in ANIMATED else 1
+            if count == 1:
+                _check_sizes(count, pixels, IMAGE_MEGAPIXELS, IMAGE_MEGAPIXELS)
+                image.load()  # here, since `load_rgb_image` would call a file that is too slow a damaged one
+                return "images", [load_rgb_image(image)]
+            _check_sizes(count, pixels, FRAME_MEGAPIXELS, ANIMATION_MEGAPIXELS)
+            frames = ImageSequence.Iterator(image)
+            return "videos", _choose_frames(frames, count, num_frames, ANIMATION_MEGAPIXELS, deadline)
+    except Image.DecompressionBombError as error:  # PIL's own limit is 179 million pixels
+        raise TooMuchError(f"has over {IMAGE_MEGAPIXELS} million pixels, more than are read") from error
+
+
+class _TimedFile(io.BufferedReader):
+    """A file that cannot be read after a deadline."""
+
+    def __init__(self, path: Path, deadline: float):
+        super().__init__(io.FileIO(path))
+        self.deadline = deadline
+
+    def read(self, size: int | None = -1) -> bytes:
+        _check_time(self.deadline)
+        return super().read(size)
+
+
+def _count_frames(path: Path, image: Image.Image) -> int:
+    if image.format != "GIF":
+        return getattr(image, "n_frames", 1)  # from the file's head
+    with av.open(str(path), format="gif") as container:  # PIL takes 10 s for 200,000 frames, FFmpeg 0.1 s
+        return container.streams.video[0].frames
+
+
+def _check_sizes(count: int, pixels: int, frame_megapixels: int, megapixels: int) -> None:
+    """Refuses `count` frames of so many pixels each."""
+    if pixels > 1e6 * frame_megapixels:
+        what = "pixels" if count == 1 else "pixels in a frame"
+        raise TooMuchError(f"has over {frame_megapixels} million {what}, more than are read")
+    most = min(FRAMES, int(1e6 * megapixels / max(1, pixels)))
+    if count > most:
+        raise TooMuchError(f"is too long: at most {most} frames of this size are read")
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise TooMuchError("takes too long to read")
+
+
+def _choose_frames(
+    frames: Iterable[av.VideoFrame | Image.Image], total: int, num_frames: int, megapixels: int, deadline: float
+) -> list[Image.Image]:
+    """Takes frames at equal distances while they are decoded, and decodes none after the last one of these."""
+    indices = sample_frames(total, num_frames)
+    chosen, pixels = [], 0
+    for index, frame in enumerate(islice(frames, indices[-1] + 1)):
+        _check_time(deadline)
+        pixels += frame.width * frame.height  # which may change from frame to frame
+        if pixels > 1e6 * megapixels:
+            raise TooMuchError(f"has over {megapixels} million pixels in all frames, more than are read")
+        if index in indices:
+            frame = Image.fromarray(frame.to_ndarray(format="rgb24")) if isinstance(frame, av.VideoFrame) else frame
+            chosen.append(_shrink(load_rgb_image(frame)))
+    if not chosen:
+        raise ValueError("There are no frames.")
+    return chosen
+
+
+def _shrink(image: Image.Image) -> Image.Image:
+    factor = math.ceil(math.sqrt(image.width * image.height / (1e6 * KEPT_MEGAPIXELS)))
+    return image.reduce(factor) if factor > 1 else image

@@ -1,9 +1,11 @@
-"""examples/app.py: what the page is told and shows, without a browser; the real page in Chromium; and the Space."""
+"""examples/app.py: the page's functions without a browser, the real page in Chromium, and the Space."""
 
+import html
 import http.client
 import importlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -12,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +24,7 @@ import pytest
 import torch
 import yaml
 from finetune_lora import LoraArguments, add_lora
+from huggingface_hub.utils import httpx
 from PIL import Image
 
 from common.evaluation.merging_overlay import draw_groups
@@ -43,7 +46,7 @@ def captioner():
 
 @pytest.fixture(scope="module")
 def folder(captioner, tmp_path_factory):
-    """A checkpoint, and files that a visitor may send."""
+    """A checkpoint, and files that a visitor may upload."""
     folder = tmp_path_factory.mktemp("captioner")
     for part in captioner:
         part.save_pretrained(folder)
@@ -101,15 +104,58 @@ def test_sampling_draws_as_generate_does(captioner):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((0, 0, 1, 30), "`num_beams` must be 1 or more, but is 0"),
+        ((0, 0, 1, 30), "`num_beams` must be a whole number of 1 or more, but is 0"),
+        ((2.5, 0, 1, 30), "`num_beams` must be a whole number of 1 or more, but is 2.5"),
         ((1, -1, 1, 30), "`temperature` must be 0 or more, but is -1"),
+        ((1, math.nan, 1, 30), "`temperature` must be 0 or more, but is nan"),
+        ((1, math.inf, 1, 30), "`temperature` must be 0 or more, but is inf"),
         ((1, 1, 1.5, 30), "`top_p` must be above 0 and at most 1, but is 1.5"),
-        ((1, 0, 1, 0), "`max_new_tokens` must be 1 or more, but is 0"),
+        ((1, 0, 1, 0), "`max_new_tokens` must be a whole number of 1 or more, but is 0"),
+        ((1, 0, 1, 7.5), "`max_new_tokens` must be a whole number of 1 or more, but is 7.5"),
     ],
 )
 def test_options_out_of_range_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         app.generation_settings(*settings)
+
+
+@pytest.mark.parametrize("value", ["3", None, True, [3]])
+@pytest.mark.parametrize("position", range(4))
+def test_options_that_are_no_numbers_are_named(position, value):
+    options = [1, 0, 1, 30]
+    options[position] = value
+    name = ("num_beams", "temperature", "top_p", "max_new_tokens")[position]
+    with pytest.raises(TypeError, match=re.escape(f"`{name}` must be a number, but is {value!r}.")):
+        app.generation_settings(*options)
+
+
+def test_whole_numbers_may_come_as_floats():
+    assert app.generation_settings(2.0, 0, 1, 8.0) == {"num_beams": 2, "max_new_tokens": 8, "do_sample": False}
+
+
+def test_a_long_prompt_is_refused_before_it_is_tokenised(captioner, monkeypatch):
+    model, processor = captioner
+    monkeypatch.setattr(EVLGenProcessor, "__call__", None)
+    settings = app.generation_settings(1, 0, 1, 8)
+    with pytest.raises(ValueError, match="The prompt has 20000000 characters, but at most 10000 are read"):
+        next(app.describe(model, processor, "images", noise_images(1), "a" * 20_000_000, settings))
+
+
+def test_a_refused_file_is_deleted_at_once_and_others_are_kept(folder, tmp_path):
+    for name in ("image.PNG", "notes.txt", "broken.png"):
+        shutil.copy(folder / name, tmp_path / name)
+    assert app.read_upload(str(tmp_path / "image.PNG"), 4, 1)[0] == "images"
+    for name in ("notes.txt", "broken.png"):
+        with pytest.raises(ValueError, match=name):
+            app.read_upload(str(tmp_path / name), 4, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["image.PNG"]
+
+
+def test_previews_are_small():
+    """Each visitor's stay in memory, and are sent as PNG."""
+    assert app.make_preview(Image.new("RGB", (4000, 2000))).size == (896, 448)
+    image = noise_images(1)[0]
+    assert np.array_equal(app.make_preview(image), image)
 
 
 def test_errors_are_shown_as_text_and_the_next_visitor_is_served(captioner):
@@ -169,12 +215,15 @@ def test_draws_each_frame_beside_what_a_layer_leaves_of_it():
     (_, _), (unmerged, caption) = app.draw_layer(app.Merging([white], groups, [4, 1]), 0)
     assert caption == "image, layer 0: 4 tokens" and np.array_equal(unmerged, draw_groups(white, groups[0]))
     assert app.draw_layer(app.Merging([white]), 1) == [(white, "image")] and app.draw_layer(None, 1) == []
+    for layer in (2, 0.5, -1, "1"):
+        with pytest.raises(ValueError, match=rf"`layer` must be a whole number of 0 to 1, but is {layer!r}\."):
+            app.draw_layer(merging, layer)
     table = app.figures(merging, {"tower": 1.25, "connector": 0.5})
     assert table.splitlines()[2] == "| 2 frames x 4 | 1 | 1.2 ms | 0.5 ms | … |"
 
 
 def test_an_adapter_has_a_page(folder, tmp_path):
-    """What it shows is what the adapter's connector merges."""
+    """It shows the merging of the adapter's connector."""
     torch.manual_seed(0)
     adapted = add_lora(EVLGenForConditionalGeneration.from_pretrained(folder), LoraArguments(lora="text"))
     for parameter in adapted.parameters():
@@ -196,7 +245,7 @@ def test_other_connectors_are_refused_before_there_is_a_page():
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
         *tiny_towers(), connector_config=mlp, image_size=IMAGE_SIZE, image_token_id=300
     )
-    with pytest.raises(ValueError, match="merged by a TomeFormer, but the model has a MLPConnector"):
+    with pytest.raises(ValueError, match="connector must be a TomeFormer, but is a MLPConnector"):
         app.build_page(model, tiny_processor(model), 1)
 
 
@@ -220,29 +269,29 @@ CHROMIUM_FLAGS = """
     --disable-background-networking --disable-component-update --disable-sync --window-size=1280,1000
 """
 
-# A process that has this on its path writes down with whom it speaks, beside itself.
-_LISTEN = """
+# A process with this file on its path logs every other machine that it contacts.
+_LOG_CONTACTS = """
 import sys
 from pathlib import Path
 
-log = Path(__file__).with_name("spoken_with.txt")
+log = Path(__file__).with_name("contacts.txt")
 log.touch()
 
-def write_down(event, arguments):
+def log_contact(event, arguments):
     if event == "socket.connect" and isinstance(arguments[1], tuple) and not arguments[1][0].startswith("127."):
         log.write_text(log.read_text() + str(arguments[1]))
     if event == "socket.getaddrinfo" and arguments[0] not in ("localhost", "127.0.0.1"):
         log.write_text(log.read_text() + str(arguments))
 
-sys.addaudithook(write_down)
+sys.addaudithook(log_contact)
 """
 
 
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
-    """The real script as a process; gives its address and the file in which it writes down with whom it speaks."""
+    """Runs the real script as a process; returns its address and the log of the machines that it contacts."""
     site = tmp_path_factory.mktemp("site")
-    (site / "sitecustomize.py").write_text(_LISTEN)
+    (site / "sitecustomize.py").write_text(_LOG_CONTACTS)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "examples/app.py", "--model", str(folder), "--port", str(port), "--max_mb", "0.1"]
@@ -256,7 +305,7 @@ def server(folder, tmp_path_factory):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"The page does not come up:\n{log.read_text()}")
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}", site / "spoken_with.txt"
+        yield f"http://127.0.0.1:{port}", site / "contacts.txt"
     finally:
         process.terminate()
         process.wait(timeout=30)
@@ -291,7 +340,7 @@ def browser():
             driver.quit()
 
 
-# Writes down each text that the page shows.
+# Records each text that the page shows.
 _WATCH = """
     window.seen = [];
     setInterval(() => {
@@ -306,7 +355,7 @@ def test_the_page_in_a_browser(server, browser, folder):
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
 
-    address, spoken_with = server
+    address, contacts = server
 
     def find(selector):
         return browser.find_elements(By.CSS_SELECTOR, selector)
@@ -358,23 +407,50 @@ def test_the_page_in_a_browser(server, browser, folder):
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     assert [url for url in urls if url.startswith(("http:", "https:")) and not url.startswith(address)] == []
-    assert spoken_with.read_text() == ""
+    assert contacts.read_text() == ""
+
+
+def call(address, function, data):
+    """Calls one of the page's functions as any client may; returns the events of the answer."""
+    session = uuid.uuid4().hex
+    body = {"data": data, "fn_index": function, "session_hash": session}
+    httpx.post(f"{address}/gradio_api/queue/join", json=body).raise_for_status()
+    events = httpx.get(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=60)
+    return html.unescape(events.text)
+
+
+def upload(address, path):
+    """Uploads a file; returns it as an argument of the page's functions."""
+    (stored,) = httpx.post(f"{address}/gradio_api/upload", files={"files": path.open("rb")}).json()
+    return {"path": stored, "meta": {"_type": "gradio.FileData"}}
+
+
+def test_a_client_without_the_page_gets_named_errors(server, folder, tmp_path):
+    address, _ = server
+    shutil.copy(folder / "broken.png", tmp_path / "refused.png")
+    refused = upload(address, tmp_path / "refused.png")
+    assert Path(refused["path"]).exists()
+    assert "The file 'refused.png' cannot be read" in call(address, 0, [refused])
+    assert not Path(refused["path"]).exists()
+    assert "The file 'refused.png' is no longer on the server" in call(address, 0, [refused])
+    image = upload(address, folder / "image.PNG")
+    for prompt, options, message in (
+        ("", [2.5, 0, 1, 8], "`num_beams` must be a whole number of 1 or more, but is 2.5."),
+        ("a" * 10_001, [1, 0, 1, 8], "The prompt has 10001 characters, but at most 10000 are read."),
+        (None, [1, 0, 1, 8], "soft-prompt tokens"),
+    ):
+        assert message in call(address, 2, [image, prompt, 2, *options])
 
 
 def test_a_request_cannot_make_the_server_fetch_or_read(server):
-    address, spoken_with = server
+    address, contacts = server
     for path, message in (
         ("https://example.com/a.png", "Files are uploaded; URLs are not fetched."),
         ("/etc/passwd", "not uploaded by a user"),
     ):
         data = [{"path": path, "meta": {"_type": "gradio.FileData"}}]
-        body = json.dumps({"data": data, "fn_index": 0, "session_hash": path[-4:]}).encode()
-        headers = {"Content-Type": "application/json"}
-        with urllib.request.urlopen(urllib.request.Request(f"{address}/gradio_api/queue/join", body, headers)):
-            pass
-        with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={path[-4:]}") as events:
-            assert message in events.read().decode()
-    assert spoken_with.read_text() == ""
+        assert message in call(address, 0, data)
+    assert contacts.read_text() == ""
     assert not _answers("127.0.0.2", int(address.rpartition(":")[2]))  # it listens at one address
 
 

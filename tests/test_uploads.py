@@ -1,12 +1,15 @@
-"""examples/app_uploads.py: what visitors of the page send is read, or refused with a message for them."""
+"""examples/app_uploads.py: uploaded images and videos are read, or refused with a message for the visitor."""
 
 import importlib
 import struct
+import time
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from processing_evlgen.videos import load_rgb_frames
 
 from .helpers import noise_images
 
@@ -16,7 +19,7 @@ uploads = importlib.import_module("app_uploads")
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Files that a visitor may send."""
+    """Files that a visitor may upload."""
     folder = tmp_path_factory.mktemp("files")
     first, *rest = noise_images(6)
     first.save(folder / "image.PNG")
@@ -52,13 +55,13 @@ def test_the_pages_of_a_file_are_no_video(tmp_path):
     ],
 )
 def test_other_files_are_refused_by_their_name(files, name, max_mb, message):
-    """By the name that the visitor knows, not by the server's path."""
+    """The message has the name that the visitor knows, not the server's path."""
     with pytest.raises(ValueError, match=message):
         uploads.read_file(files / name, 4, max_mb)
 
 
 def test_images_of_another_format_than_their_names_are_read(tmp_path):
-    """As browsers save them; but none that PIL hands on to a program, and nothing that names other files."""
+    """Browsers save such images. Formats that PIL hands to a program and playlists of other files are refused."""
     noise_images(1)[0].save(tmp_path / "photo.jpg", format="PNG")
     assert np.array_equal(uploads.read_file(tmp_path / "photo.jpg", 4, 1)[1][0], noise_images(1)[0])
     noise_images(1)[0].save(tmp_path / "script.png", format="EPS")
@@ -74,33 +77,120 @@ def chunk(kind, data):
 
 @pytest.mark.parametrize("side", [9000, 60_000])
 def test_a_small_file_with_a_huge_image_is_refused_before_it_is_decoded(tmp_path, side):
-    """Over our limit and, the second, over PIL's; both files have a head and nothing behind it."""
+    """The first is over our limit, the second over PIL's. Both files have a head and no data."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b""))
     with pytest.raises(ValueError, match=r"^The file 'bomb\.png' has over 64 million pixels, more than are read"):
         uploads.read_file(tmp_path / "bomb.png", 4, 1)
 
 
-def save_video(path, frames):
+def save_video(path, frames, codec="mpeg4", size=32, moving=False):
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.width = stream.height = 32
-        for _ in range(frames):
-            container.mux(stream.encode(av.VideoFrame.from_image(noise_images(1)[0])))
+        stream = container.add_stream(codec, rate=25)
+        stream.width = stream.height = size
+        for image in noise_images(frames, size) if moving else frames * noise_images(1, size):
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
 
 
 @pytest.mark.parametrize("name", ["video.mp4", "video.mkv", "video.avi", "video.webp", "video.gif"])
 def test_a_video_that_is_too_long_is_refused_before_it_is_decoded(tmp_path, name, monkeypatch):
-    if name.endswith(("webp", "gif")):
+    animated = name.endswith(("webp", "gif"))
+    if animated:
         first, *rest = (Image.new("L", (32, 32), 9 * index) for index in range(12))
         first.save(tmp_path / name, save_all=True, append_images=rest)
     else:
         save_video(tmp_path / name, 12)
-    monkeypatch.setattr(uploads, "VIDEO_MEGAPIXELS", 12 * 32 * 32 / 1e6)
+    limit = "ANIMATION_MEGAPIXELS" if animated else "VIDEO_MEGAPIXELS"
+    monkeypatch.setattr(uploads, limit, 12 * 32 * 32 / 1e6)
     assert len(uploads.read_file(tmp_path / name, 4, 1)[1]) == 4
-    monkeypatch.setattr(uploads, "VIDEO_MEGAPIXELS", 11 * 32 * 32 / 1e6)
-    monkeypatch.setattr(uploads, "load_rgb_frames", None)
-    message = f"^The video '{name}' is too long: at most 11 frames of this size are read"
+    monkeypatch.setattr(uploads, limit, 11 * 32 * 32 / 1e6)
+    monkeypatch.setattr(uploads, "_choose_frames", None)
+    message = f"^The file '{name}' is too long: at most 11 frames of this size are read"
     with pytest.raises(ValueError, match=message):
         uploads.read_file(tmp_path / name, 4, 1)
+
+
+def gif(width, height, frames, extension=b""):
+    """A GIF of which each frame has one pixel, in 22 bytes, whatever the size of the canvas."""
+    head = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(3) + b"\xff" * 3
+    frame = b"\x21\xf9\x04\x00\x05\x00\x00\x00\x2c" + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
+    return head + extension + frame * frames + b";"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gif(8000, 8000, 300), "has over 16 million pixels in a frame, more than are read"),  # 90 s and 2 GB
+        (gif(4000, 4000, 32), "is too long: at most 31 frames of this size are read"),
+        (gif(1, 1, 200_000), "is too long: at most 20000 frames of this size are read"),  # 10 s
+        (gif(1, 1, 2, b"!\xfe" + 2_000_000 * b"\x01A" + b"\x00"), "takes too long to read"),  # 4 minutes
+    ],
+)
+def test_an_animation_that_would_keep_the_server_busy_is_refused_soon(tmp_path, content, message, monkeypatch):
+    monkeypatch.setattr(uploads, "IMAGE_SECONDS", 1.0)
+    (tmp_path / "bomb.gif").write_bytes(content)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=rf"^The file 'bomb\.gif' {message}\.$"):
+        uploads.read_file(tmp_path / "bomb.gif", 4, 50)
+    assert time.monotonic() - start < 5
+
+
+def test_a_still_image_that_would_keep_the_server_busy_is_refused_soon(tmp_path, monkeypatch):
+    """PIL goes from chunk to chunk in Python, so that millions of empty ones take it a minute."""
+    monkeypatch.setattr(uploads, "IMAGE_SECONDS", 0.5)
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
+    pixel = chunk(b"IDAT", zlib.compress(bytes(4))) + chunk(b"IEND", b"")
+    for name, content in (
+        ("before.png", head + 500_000 * chunk(b"zzZz", b"") + pixel),
+        ("within.png", head + 500_000 * chunk(b"IDAT", b"") + pixel),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^The file '{name}' takes too long to read\.$"):
+            uploads.read_file(tmp_path / name, 4, 50)
+
+
+SMALL = 32 * 32 / 1e6
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "message"),
+    [
+        ("FRAME_MEGAPIXELS", 2 * SMALL, "cannot be read"),  # FFmpeg's own limit, set to this one
+        ("VIDEO_MEGAPIXELS", 30 * SMALL, "has over .* million pixels in all frames"),
+        ("VIDEO_SECONDS", -1, "takes too long to read"),
+    ],
+)
+def test_limits_hold_for_frames_that_the_head_does_not_announce(tmp_path, limit, value, message, monkeypatch):
+    """An MPEG stream may change its size: the first 12 frames have 32 x 32 pixels, the others have 64 x 64."""
+    for name, size in (("small.mpg", 32), ("large.mpg", 64)):
+        save_video(tmp_path / name, 12, "mpeg1video", size)
+    joined = tmp_path / "joined.mpg"
+    joined.write_bytes((tmp_path / "small.mpg").read_bytes() + (tmp_path / "large.mpg").read_bytes())
+    assert {frame.size for frame in uploads.read_file(joined, 24, 1)[1]} == {(32, 32), (64, 64)}
+    monkeypatch.setattr(uploads, limit, value)
+    with pytest.raises(ValueError, match=f"^The file 'joined.mpg' {message}"):
+        uploads.read_file(joined, 24, 1)
+
+
+def test_large_frames_are_shrunk_and_images_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(uploads, "KEPT_MEGAPIXELS", 30 * 30 / 1e6)
+    save_video(tmp_path / "video.mp4", 4, size=64)
+    first, *rest = noise_images(2)  # 40 x 40
+    first.save(tmp_path / "image.png")
+    first.save(tmp_path / "video.webp", save_all=True, append_images=rest)
+    sizes = [uploads.read_file(tmp_path / name, 4, 1)[1][0].size for name in ("video.mp4", "video.webp", "image.png")]
+    assert sizes == [(22, 22), (20, 20), (40, 40)]
+
+
+def test_a_file_that_is_gone_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"^The file 'gone\.png' is no longer on the server\. Upload it again\.$"):
+        uploads.read_file(tmp_path / "gone.png", 4, 1)
+
+
+def test_the_frames_are_those_of_the_processor(tmp_path):
+    save_video(tmp_path / "video.mp4", 11, moving=True)
+    frames = uploads.read_file(tmp_path / "video.mp4", 4, 1)[1]
+    expected = load_rgb_frames(tmp_path / "video.mp4", 4)
+    assert all(np.array_equal(frame, other) for frame, other in zip(frames, expected, strict=True))
+    assert not np.array_equal(frames[0], frames[1])

@@ -134,7 +134,7 @@ def test_other_connectors_are_refused():
         image_size=IMAGE_SIZE,
         image_token_id=300,
     )
-    with pytest.raises(ValueError, match="merged by a TomeFormer, but the model has a MLPConnector"):
+    with pytest.raises(ValueError, match="connector must be a TomeFormer, but is a MLPConnector"):
         merging_overlay.merged_tokens(model, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
 
 
