@@ -1,10 +1,10 @@
 """Captions the images or videos of a benchmark and scores the captions, with the paper's decoding.
 
-Without arguments: the demo's model on the demo's held-out scenes. It needs `.[demo]` and `.[evaluate]`.
+Without arguments, it evaluates the demo's model on the demo's held-out scenes. It needs `.[demo]` and `.[evaluate]`.
 
     python examples/evaluate_captioning.py
 
-A published benchmark, read from its own files, with several processes if you like:
+A published benchmark is read from its own files, here by several processes:
 
     accelerate launch --num_processes 8 examples/evaluate_captioning.py --model path/to/model \
         --benchmark coco-karpathy --annotations dataset_coco.json --media_dir coco
@@ -17,36 +17,42 @@ A published benchmark, read from its own files, with several processes if you li
 | `msr-vtt` | `test_videodatainfo.json` | `video7010.mp4` and so on |
 | `msvd` | `AllVideoDescriptions.txt` or `MSR Video Description Corpus.csv`, and `--split_file` | the videos |
 
-A split in COCO's format is called by what `--test_split` says. Your own: `--dataset` and its columns, as in the
-training scripts; captions may then be of one token. METEOR and SPICE, as in `--metrics cider bleu rouge_l spice`, need
-Java, and SPICE a download of 0.4 GB, `python -m pycocoevalcap.spice.get_stanford_models`; both are tried on a caption
-before the model is loaded. A run that was cut off goes on when it is started again.
+A file in COCO's format holds one split; `--test_split` is then its name in the results. Your own data are given by
+`--dataset` and its columns, as in the training scripts. Their captions may have a single token.
+
+METEOR and SPICE, as in `--metrics cider bleu rouge_l spice`, need Java. SPICE needs a download of 0.4 GB,
+`python -m pycocoevalcap.spice.get_stanford_models`. Both are tried on a caption before the model is loaded.
+
+A run that was interrupted goes on when it is started again. Two runs cannot use one `--output_dir` at a time.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import evaluate
+from accelerate import PartialState
 from datasets import Dataset
 
 from common.command_line import parse_arguments
 from common.data.data_arguments import DataArguments
 from common.data.loading import load_held_out
+from common.evaluation.answer_folder import run_folder
 from common.evaluation.answers import answer_rows, start_processes
 from common.evaluation.benchmark_files import CAPTION_BENCHMARKS, caption_rows
 from common.evaluation.evaluation_arguments import EvaluationArguments, GenerationArguments
 from common.evaluation.results import (
     METRICS_FOLDER,
     check_source,
+    first_rows,
     output_folder,
     source_settings,
     subset_note,
-    take,
     write_json,
     write_results,
 )
 
-# Least and largest number of new tokens that the original evaluated with: `min_len` and `max_len` of
+# Smallest and largest number of new tokens in the original's evaluation: `min_len` and `max_len` of
 # lavis/projects/EVLGen/eval/caption_coco_opt2.7b_eval.yaml and EVLGen_video/eval/caption_msrvtt_opt2.7b_eval.yaml.
 LENGTHS = {
     "coco-karpathy": (8, 30),
@@ -67,16 +73,18 @@ METRIC_NAMES = {
 
 @dataclass
 class CaptionArguments:
-    split_file: str | None = field(default=None, metadata={"help": "msvd: which videos to take, one in each line."})
+    split_file: str | None = field(
+        default=None, metadata={"help": "msvd: file with the videos to take, one in each line."}
+    )
     video_column: str | None = field(default=None, metadata={"help": "The dataset's column of videos, if any."})
     caption_column: str = field(
-        default="caption", metadata={"help": "The dataset's column of captions, one or several."}
+        default="caption", metadata={"help": "The dataset's column of captions, one or several in a row."}
     )
-    num_frames: int = field(default=4, metadata={"help": "Frames taken of each video, at equal distances."})
-    prompt: str = field(default="", metadata={"help": "What the model is told along with each image."})
+    num_frames: int = field(default=4, metadata={"help": "Frames taken from each video, at equal distances."})
+    prompt: str = field(default="", metadata={"help": "Prompt that stands with each image."})
     metrics: list[str] = field(
         default_factory=lambda: ["cider", "bleu", "rouge_l"],
-        metadata={"help": "Of cider, bleu, rouge_l, and meteor and spice, which need Java."},
+        metadata={"help": "Some of cider, bleu, rouge_l, meteor and spice; the last two need Java."},
     )
 
 
@@ -84,7 +92,7 @@ class CaptionArguments:
 class CaptionDecoding(GenerationArguments):
     num_beams: int = field(default=5, metadata={"help": "Beams; 1 is greedy."})
     min_new_tokens: int | None = field(
-        default=None, metadata={"help": "Least length of a caption; default: the paper's for a benchmark, else 1."}
+        default=None, metadata={"help": "Smallest length of a caption; default: the paper's for a benchmark, else 1."}
     )
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "Largest length of a caption; default: the paper's for a benchmark, else 30."}
@@ -92,59 +100,84 @@ class CaptionDecoding(GenerationArguments):
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    evaluation, captions, generation = parse_arguments(
+    evaluation_args, caption_args, generation_args = parse_arguments(
         EvaluationArguments, CaptionArguments, CaptionDecoding, argv=argv
     )
-    name = check_source(evaluation, captions, CAPTION_BENCHMARKS, default="openmoji-scenes")
-    least, largest = LENGTHS.get(evaluation.benchmark, (1, 30))
-    if generation.min_new_tokens is None:
-        generation.min_new_tokens = least
-    if generation.max_new_tokens is None:
-        generation.max_new_tokens = largest
-    known = (*METRIC_NAMES, "bleu")
-    if not captions.metrics or not set(captions.metrics) <= set(known):
-        raise ValueError(f"`metrics` must be some of {', '.join(known)}, but is {captions.metrics}.")
+    name = check_source(evaluation_args, caption_args, CAPTION_BENCHMARKS, default="openmoji-scenes")
+    set_lengths(generation_args, evaluation_args.benchmark)
+    metric_names = (*METRIC_NAMES, "bleu")
+    if not caption_args.metrics or not set(caption_args.metrics) <= set(metric_names):
+        raise ValueError(f"`metrics` must be some of {', '.join(metric_names)}, but is {caption_args.metrics}.")
     state = start_processes()
+    folder = output_folder(evaluation_args, name)
+    with run_folder(folder, state):
+        return evaluate_rows(name, evaluation_args, caption_args, generation_args, folder, state)
+
+
+def set_lengths(generation_args: CaptionDecoding, benchmark: str | None) -> None:
+    """Sets lengths that are not given to the benchmark's."""
+    smallest, largest = LENGTHS.get(benchmark, (1, 30))
+    if generation_args.min_new_tokens is None:
+        generation_args.min_new_tokens = smallest
+    if generation_args.max_new_tokens is None:
+        generation_args.max_new_tokens = largest
+    generation_args.__post_init__()  # one of them may contradict the other's default
+
+
+def evaluate_rows(
+    name: str,
+    evaluation_args: EvaluationArguments,
+    caption_args: CaptionArguments,
+    generation_args: CaptionDecoding,
+    folder: Path,
+    state: PartialState,
+) -> dict[str, Any]:
+    """Captions the rows, scores the captions and writes the results; the last two on the main process alone."""
     with state.main_process_first():
-        all_rows, columns = load_rows(name, evaluation, captions)
-        rows = take(all_rows, evaluation.max_samples)
-    scored = any(rows["captions"])
-    metric = load_metric(captions.metrics) if scored and state.is_main_process else None
-    folder = output_folder(evaluation, name)
-    source = source_settings(name, evaluation)
-    texts = answer_rows(rows, columns, generation, evaluation, source, folder, state)
-    if texts is None:  # the main process does the rest
+        all_rows, data_args = load_rows(name, evaluation_args, caption_args)
+        rows = first_rows(all_rows, evaluation_args.max_samples)
+    has_references = any(rows["captions"])
+    metric = load_metric(caption_args.metrics) if has_references and state.is_main_process else None
+    source = source_settings(name, evaluation_args)
+    texts = answer_rows(rows, data_args, generation_args, evaluation_args, source, folder, state)
+    if texts is None:
         return {}
 
     predictions = [{"image_id": row, "caption": text} for row, text in zip(rows["id"], texts, strict=True)]
     write_json(folder / "predictions.json", predictions)
     metrics, notes = [], subset_note(len(rows), len(all_rows))
-    if scored:
+    if has_references:
         domains = rows["domain"][:] if "domain" in rows.column_names else []
-        metrics, cider_notes = score(metric, texts, rows["captions"][:], domains, captions.metrics)
+        metrics, cider_notes = score(metric, texts, rows["captions"][:], domains, caption_args.metrics)
         notes += cider_notes
     else:
         print(f"{name} has no captions here: {folder}/predictions.json is for its test server.")
-    task = ("video-to-text", "Video Captioning") if columns.video_column else ("image-to-text", "Image Captioning")
-    return write_results(folder, task, name, metrics, evaluation, len(texts), notes)
+    task = ("video-to-text", "Video Captioning") if data_args.video_column else ("image-to-text", "Image Captioning")
+    return write_results(folder, task, name, metrics, evaluation_args, len(texts), notes)
 
 
-def load_rows(name: str, evaluation: EvaluationArguments, captions: CaptionArguments) -> tuple[Dataset, DataArguments]:
-    """Rows with the columns `id` and `captions`, and what their other columns are called."""
-    shown = {"num_frames": captions.num_frames, "prompt": captions.prompt}
-    if evaluation.benchmark:
+def load_rows(
+    name: str, evaluation_args: EvaluationArguments, caption_args: CaptionArguments
+) -> tuple[Dataset, DataArguments]:
+    """Loads the rows, with the columns `id` and `captions`, and names their other columns."""
+    common = {"num_frames": caption_args.num_frames, "prompt": caption_args.prompt}
+    if evaluation_args.benchmark:
         rows = caption_rows(
-            name, evaluation.annotations, evaluation.media_dir, evaluation.test_split, captions.split_file
+            name,
+            evaluation_args.annotations,
+            evaluation_args.media_dir,
+            evaluation_args.test_split,
+            caption_args.split_file,
         )
-        columns = DataArguments(video_column="video" if "video" in rows[0] else None, **shown)
-        return Dataset.from_list(rows), columns
-    columns = evaluation.data_arguments(
-        name, video_column=captions.video_column, caption_column=captions.caption_column, **shown
+        return Dataset.from_list(rows), DataArguments(video_column="video" if "video" in rows[0] else None, **common)
+    column = caption_args.caption_column
+    data_args = evaluation_args.data_arguments(
+        name, video_column=caption_args.video_column, caption_column=column, **common
     )
-    rows = load_held_out(columns)
-    references = [caption_list(value) for value in rows[captions.caption_column]]
-    rows = rows.remove_columns(captions.caption_column).add_column("captions", references)
-    return rows.add_column("id", list(range(len(rows)))), columns
+    rows = load_held_out(data_args)
+    references = [caption_list(value) for value in rows[column]]
+    rows = rows.remove_columns(column).add_column("captions", references)
+    return rows.add_column("id", list(range(len(rows)))), data_args
 
 
 def caption_list(value: Any) -> list[str]:
@@ -156,11 +189,11 @@ def caption_list(value: Any) -> list[str]:
 
 
 def load_metric(names: list[str]) -> evaluate.EvaluationModule:
-    """The caption metrics. Those that run in Java are tried: what they lack is told before hours of captioning."""
+    """Loads the caption metrics and tries those that need Java, so that they do not fail after hours of captioning."""
     metric = evaluate.load(str(METRICS_FOLDER / "coco_caption"), keep_in_memory=True)
-    in_java = [name for name in names if name in ("meteor", "spice")]
-    if in_java:
-        metric.compute(predictions=["a dog on a sofa"], references=[["A dog lies on a sofa."]], metrics=in_java)
+    java_metrics = [name for name in names if name in ("meteor", "spice")]
+    if java_metrics:
+        metric.compute(predictions=["a dog on a sofa"], references=[["A dog lies on a sofa."]], metrics=java_metrics)
     return metric
 
 
@@ -171,25 +204,26 @@ def score(
     domains: list[str],
     names: list[str],
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The caption metrics times 100, of all rows and, where there are any, of each domain's rows by themselves.
+    """Computes the metrics, times 100, of all rows and of each domain, if there are domains.
 
     Returns:
-        The figures, and why they cannot be compared with others. CIDEr's say how many images its weights come from.
+        The figures, and notes why they cannot be compared with others. CIDEr's `args` hold the number of images that
+        its n-gram weights come from.
     """
     entries, notes = [], []
     for domain in (None, *sorted(set(domains))):
-        chosen = [index for index in range(len(texts)) if domain is None or domains[index] == domain]
+        indices = [index for index in range(len(texts)) if domain is None or domains[index] == domain]
         values = metric.compute(
-            predictions=[texts[index] for index in chosen],
-            references=[references[index] for index in chosen],
+            predictions=[texts[index] for index in indices],
+            references=[references[index] for index in indices],
             metrics=names,
         )
-        args = {"domain": domain} if domain else {}
-        for kind, name in METRIC_NAMES.items():
-            if kind in values:
-                entry = {"type": kind, "name": f"{name} ({domain})" if domain else name, "value": values[kind]}
-                told = args | ({"idf_images": values["cider_idf_images"]} if kind == "cider" else {})
-                entries.append(entry | ({"args": told} if told else {}))
+        for key, name in METRIC_NAMES.items():
+            if key in values:
+                entry = {"type": key, "name": f"{name} ({domain})" if domain else name, "value": values[key]}
+                args = {"domain": domain} if domain else {}
+                args |= {"idf_images": values["cider_idf_images"]} if key == "cider" else {}
+                entries.append(entry | ({"args": args} if args else {}))
         if "cider_note" in values:
             notes.append(f"{domain}: {values['cider_note']}" if domain else values["cider_note"])
     return entries, notes

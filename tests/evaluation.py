@@ -1,4 +1,4 @@
-"""What the tests of the evaluation scripts share: drawn images and videos for the published files, and a stand-in."""
+"""Helpers of the evaluation scripts' tests: images and videos for the published files, and fixed answers."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def animate(path, brightness):
 
 
 def save_work(folder):
-    """A tiny model, and the images and videos that the fixtures' files name, drawn."""
+    """Saves a tiny model, and draws the images and videos that the fixtures' files name."""
     model = tiny_model()
     processor = tiny_processor(model)
     model.save_pretrained(folder / "model")
@@ -75,15 +75,15 @@ def launch(script, arguments, *launcher, **kwargs):
     return subprocess.Popen([*command, *arguments], cwd=ROOT, **kwargs)
 
 
-class Said:
-    """In place of a model: says what is in a list, row by row."""
+class FixedAnswers:
+    """Replaces the model's generation by a list of texts, row by row."""
 
     def __init__(self, monkeypatch, texts):
         self.texts = texts
         monkeypatch.setattr(answers, "generate_batches", self)
 
-    def __call__(self, model, loader, processor, generation, dtype):
-        self.generation = generation
+    def __call__(self, model, loader, processor, generation_args, dtype):
+        self.generation_args = generation_args
         texts = iter(self.texts)
         for batch in loader:
             self.prompts = processor.batch_decode(batch["input_ids"], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""What the tests of streams share: tar shards of images, arguments that name them, and the streams themselves."""
+"""Helpers of the streams' tests: tar shards of images, arguments that name them, and streams."""
 
 import io
 import json
@@ -26,7 +26,7 @@ def png(color):
 
 
 def write_tars(folder, sizes, first=0, broken=()):
-    """WebDataset shards of images with captions "image 0", "image 1", …; those of some numbers are broken."""
+    """Writes WebDataset shards of images with captions "image 0", "image 1", …; `broken` are numbers of bad images."""
     folder.mkdir(parents=True, exist_ok=True)
     number = first
     for shard, size in enumerate(sizes):

@@ -1,4 +1,4 @@
-"""Captioning metrics: the words and the scores are pycocoevalcap's, and what cannot be compared or run is said."""
+"""Captioning metrics: words and scores are pycocoevalcap's; notes and errors name what cannot be compared or run."""
 
 import json
 import os
@@ -34,7 +34,7 @@ PACKAGE = Path(coco_eval.__file__).parent
 WORDS = json.loads((FIXTURES / "ptb_tokenizer.json").read_text(encoding="utf-8"))["captions and words"]
 CAPTIONS, TOKENIZED = (list(column) for column in zip(*WORDS, strict=True))
 COCO = json.loads((FIXTURES / "coco_caption.json").read_text(encoding="utf-8"))
-# Our names of what COCOEvalCap calls otherwise.
+# Our names and those of COCOEvalCap.
 NAMES = {"bleu_1": "Bleu_1", "bleu_2": "Bleu_2", "bleu_3": "Bleu_3", "bleu_4": "Bleu_4", "meteor": "METEOR"}
 NAMES |= {"rouge_l": "ROUGE_L", "cider": "CIDEr"}
 TWO = {"predictions": ["a dog on a sofa", "two men"], "references": [["A dog on a sofa."], ["Two men walk.", "men"]]}
@@ -164,19 +164,19 @@ def test_meteor_is_cocoevalcaps_and_ends_its_process(metric, module, monkeypatch
 
 @needs_java_tokenizer
 def test_scores_are_those_of_cocoevalcap_here(metric, monkeypatch, java_reads_utf8):
-    class Left:  # METEOR, which the test above has, and SPICE, which would download
+    class NoScore:  # for METEOR, which has a test above, and SPICE, which would download
         def method(self):
             return "left out"
 
-        def compute_score(self, truths, said):
-            return 0.0, [0.0] * len(said)
+        def compute_score(self, truths, candidates):
+            return 0.0, [0.0] * len(candidates)
 
-    monkeypatch.setattr(coco_eval, "Meteor", Left)
-    monkeypatch.setattr(coco_eval, "Spice", Left)
-    said = {image: [{"caption": caption}] for image, caption in enumerate(COCO["predictions"])}
+    monkeypatch.setattr(coco_eval, "Meteor", NoScore)
+    monkeypatch.setattr(coco_eval, "Spice", NoScore)
+    candidates = {image: [{"caption": caption}] for image, caption in enumerate(COCO["predictions"])}
     truths = {image: [{"caption": one} for one in captions] for image, captions in enumerate(COCO["references"])}
     theirs = coco_eval.COCOEvalCap(
-        SimpleNamespace(getImgIds=lambda: list(truths), imgToAnns=truths), SimpleNamespace(imgToAnns=said)
+        SimpleNamespace(getImgIds=lambda: list(truths), imgToAnns=truths), SimpleNamespace(imgToAnns=candidates)
     )
     theirs.evaluate()
     ours = metric.compute(predictions=COCO["predictions"], references=COCO["references"])
@@ -185,26 +185,30 @@ def test_scores_are_those_of_cocoevalcap_here(metric, monkeypatch, java_reads_ut
 
 
 def test_reward_of_self_critical_training_is_the_metric(metric, tmp_path, monkeypatch):
-    """But for captions that end in a letter and a full stop, as the reward knows no next caption."""
+    """Captions that end in a letter and a full stop are left out: the reward does not see the next caption."""
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     rows = zip(COCO["predictions"], COCO["references"], strict=True)
-    rows = [(said, truths) for said, truths in rows if not any(re.search(r"\b\w\.$", one) for one in [said, *truths])]
-    said, truths = (list(column) for column in zip(*rows, strict=True))
+    rows = [
+        (caption, truths)
+        for caption, truths in rows
+        if not any(re.search(r"\b\w\.$", text) for text in [caption, *truths])
+    ]
+    captions, truths = (list(column) for column in zip(*rows, strict=True))
     training = Dataset.from_dict({"caption": truths})
-    scores = load_reward(training, DataArguments()).score(said, truths)
-    assert len(said) > 130
-    expected = metric.compute(predictions=said, references=truths, metrics=["cider"])
+    scores = load_reward(training, DataArguments()).score(captions, truths)
+    assert len(captions) > 130
+    expected = metric.compute(predictions=captions, references=truths, metrics=["cider"])
     assert 100 * sum(scores) / len(scores) == pytest.approx(expected["cider"])
     (counts,) = (tmp_path / "evlgen_cider").iterdir()
     for content in (counts.read_text(), "{"):  # from disk, and from a damaged file
         counts.write_text(content)
-        assert load_reward(training, DataArguments()).score(said[:5], truths[:5]) == scores[:5]
+        assert load_reward(training, DataArguments()).score(captions[:5], truths[:5]) == scores[:5]
 
 
-# --- What is asked for, and what cannot be ---
+# --- Requested metrics, notes and errors ---
 
 
-def test_gives_what_is_asked_for(metric):
+def test_gives_the_requested_metrics(metric):
     assert set(metric.compute(**TWO, metrics=["bleu_4", "rouge_l"])) == {"bleu_4", "rouge_l"}
     assert set(metric.compute(**TWO, metrics=["cider"])) == {"cider", "cider_idf_images", "cider_note"}
     assert set(metric.compute(**TWO, metrics=["bleu"])) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4"}
@@ -218,7 +222,7 @@ def test_perfect_captions_and_empty_ones(metric):
     assert silent["cider"] == silent["rouge_l"] == 0 and silent["bleu_1"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_cider_of_few_images_says_that_it_cannot_be_compared(metric):
+def test_cider_of_few_images_has_a_note_against_comparison(metric):
     images = 999
     captions = {"predictions": ["a dog"] * images, "references": [["a cat"]] * images}
     assert "the references of only 999 images" in metric.compute(**captions, metrics=["cider"])["cider_note"]
@@ -226,14 +230,14 @@ def test_a_cider_of_few_images_says_that_it_cannot_be_compared(metric):
     assert metric.compute(**many, metrics=["cider"]) == {"cider": 0, "cider_idf_images": 1000}
 
 
-def test_one_image_has_a_cider_of_nought_that_says_why(metric):
+def test_cider_of_one_image_is_0_and_a_note_gives_the_reason(metric):
     one = {"predictions": ["a dog on a sofa"], "references": [["a dog on a sofa"]]}
     results = metric.compute(**one)
     assert results["cider"] == 0 and results["cider_idf_images"] == 1 and results["rouge_l"] == pytest.approx(100)
-    assert results["cider_note"].startswith("There is 1 image, for which CIDEr is 0 whatever is said")
+    assert results["cider_note"].startswith("There is 1 image, so CIDEr is 0 for any caption")
 
 
-def test_what_cannot_be_scored_is_refused(metric):
+def test_inputs_without_a_score_are_refused(metric):
     with pytest.raises(ValueError, match=r"`references\[1\]` must hold at least one caption"):
         metric.compute(predictions=["a", "b"], references=[["a"], []])
     with pytest.raises(ValueError, match="`predictions` must hold at least one caption"):
@@ -248,7 +252,7 @@ def test_what_cannot_be_scored_is_refused(metric):
         metric.compute(**TWO, metrics="cider")
 
 
-def test_without_java_only_what_needs_it_fails(metric, tmp_path, monkeypatch):
+def test_without_java_only_meteor_and_spice_fail(metric, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "cider" in metric.compute(**TWO)
     for name in ("meteor", "spice"):
@@ -256,13 +260,13 @@ def test_without_java_only_what_needs_it_fails(metric, tmp_path, monkeypatch):
             metric.compute(**TWO, metrics=["cider", name])
 
 
-def test_meteor_that_fails_says_why(metric, fake_java):
+def test_the_error_of_meteor_holds_the_output_of_java(metric, fake_java):
     fake_java('echo "out of luck" >&2; exit 1\n')
     with pytest.raises(RuntimeError, match="METEOR's Java process failed: out of luck"):
         metric.compute(**TWO, metrics=["meteor"])
 
 
-# --- SPICE, whose models no package brings: with a `java` that answers as it does ---
+# --- SPICE: no package has its models, so a fake `java` answers in their place ---
 
 
 @pytest.fixture
@@ -273,7 +277,7 @@ def spice_models(module, tmp_path, monkeypatch):
         path.touch()
 
 
-def test_spice_without_models_says_how_to_get_them(metric, module, fake_java, tmp_path, monkeypatch):
+def test_spice_without_models_names_their_download(metric, module, fake_java, tmp_path, monkeypatch):
     fake_java("exit 1\n")
     monkeypatch.setattr(module, "SPICE_FOLDER", tmp_path / "nowhere")
     with pytest.raises(RuntimeError, match=r"CoreNLP 3.6.0, .* `python -m pycocoevalcap.spice.get_stanford_models`"):
@@ -283,22 +287,22 @@ def test_spice_without_models_says_how_to_get_them(metric, module, fake_java, tm
 def test_spice_is_the_mean_f_score(metric, fake_java, spice_models, tmp_path):
     scores = [{"image_id": image, "scores": {"All": {"f": f}}} for image, f in enumerate((0.25, 0.5))]
     (tmp_path / "scores.json").write_text(json.dumps(scores))
-    fake_java(f'[ "$5" = "-out" ] && cp "$4" {tmp_path}/asked.json && cp {tmp_path}/scores.json "$6"\n')
+    fake_java(f'[ "$5" = "-out" ] && cp "$4" {tmp_path}/input.json && cp {tmp_path}/scores.json "$6"\n')
     assert metric.compute(**TWO, metrics=["spice"]) == {"spice": 37.5}
-    assert json.loads((tmp_path / "asked.json").read_text()) == [
+    assert json.loads((tmp_path / "input.json").read_text()) == [
         {"image_id": 0, "test": "a dog on a sofa", "refs": ["a dog on a sofa"]},
         {"image_id": 1, "test": "two men", "refs": ["two men walk", "men"]},
     ]
     assert [path.name for path in (tmp_path / "spice").iterdir()] == ["lib"]
 
 
-def test_spice_that_fails_says_why(metric, fake_java, spice_models):
+def test_the_error_of_spice_holds_the_output_of_java(metric, fake_java, spice_models):
     fake_java('echo "java.lang.reflect.InaccessibleObjectException: no" >&2; exit 1\n')
     with pytest.raises(RuntimeError, match=r"Java 8 or 11; (.|\n)*InaccessibleObjectException: no"):
         metric.compute(**TWO, metrics=["spice"])
 
 
-# --- As the Hub has it ---
+# --- On the Hub ---
 
 
 def test_loads_from_a_copy_in_a_clean_process(tmp_path):

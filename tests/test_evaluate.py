@@ -1,4 +1,4 @@
-"""The evaluation scripts as runs: answered by a model, killed, shared by two processes, and what they leave behind."""
+"""Runs of the evaluation scripts: answers of a model, kills, two processes, resumed runs and written results."""
 
 import json
 import os
@@ -18,11 +18,13 @@ from huggingface_hub import EvalResult, ModelCardData, constants
 from common.demo import scenes
 from common.demo.easy_vqa import easy_vqa_questions
 from common.evaluation import answers
-from common.evaluation.answers import join_answers, pending_batches, read_answers
+from common.evaluation.answer_folder import join_answers, read_answers
+from common.evaluation.answers import pending_batches
+from common.files import only_run_in
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .evaluation import Said, draw, launch, options, published, read_json, save_work, value, vqav2
+from .evaluation import FixedAnswers, draw, launch, options, published, read_json, save_work, value, vqav2
 from .helpers import TWO_PROCESSES, demo_packages_or_skip, save_image_folder, tiny_model
 
 
@@ -32,13 +34,13 @@ def work(tmp_path_factory):
 
 
 def test_easy_vqa_is_answered_by_the_model(work, tmp_path, monkeypatch):
-    """No stand-in: what the model says is what `generate` gives for one question by itself."""
+    """A real model: its answer in a batch is that of `generate` for the single question."""
     demo_packages_or_skip()
-    generate, asked = EVLGenForConditionalGeneration.generate, []
+    generate, calls = EVLGenForConditionalGeneration.generate, []
     monkeypatch.setattr(
         EVLGenForConditionalGeneration,
         "generate",
-        lambda self, **kwargs: asked.append(kwargs) or generate(self, **kwargs),
+        lambda self, **kwargs: calls.append(kwargs) or generate(self, **kwargs),
     )
     changes = {"dataset": "easy-vqa", "max_samples": 6}
     results = evaluate_vqa.main(options(work, tmp_path / "out", **changes))
@@ -54,12 +56,12 @@ def test_easy_vqa_is_answered_by_the_model(work, tmp_path, monkeypatch):
         words = model.generate(**inputs, num_beams=5, min_new_tokens=1, max_new_tokens=10, length_penalty=0.0)
     (text,) = processor.batch_decode(words[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert together[3] == text.strip()
-    assert [given["length_penalty"] for given in asked] == [0.0] * 9  # 2 batches, 6 single rows, and this one
+    assert [call["length_penalty"] for call in calls] == [0.0] * 9  # 2 batches, 6 single rows, and this one
 
 
 def test_without_arguments_the_demos_data_is_taken(work, tmp_path, monkeypatch):
     demo_packages_or_skip(tmp_path / "hf_home")
-    Said(monkeypatch, ["red"] * 200)
+    FixedAnswers(monkeypatch, ["red"] * 200)
     results = evaluate_vqa.main(options(work, tmp_path / "vqa"))
     ids = [entry["question_id"] for entry in read_json(tmp_path / "vqa" / "predictions.json")]
     assert results["dataset"]["type"] == "easy-vqa" and len(ids) == 200 and max(ids) > 9000
@@ -69,10 +71,10 @@ def test_without_arguments_the_demos_data_is_taken(work, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
     monkeypatch.setattr(scenes, "TRAIN_SCENES", 2)
     monkeypatch.setattr(scenes, "TEST_SCENES", 6)
-    said = Said(monkeypatch, ["a frog above an owl"] * 6)
+    fixed = FixedAnswers(monkeypatch, ["a frog above an owl"] * 6)
     results = evaluate_captioning.main(options(work, tmp_path / "captions"))
     assert results["dataset"]["type"] == "openmoji-scenes" and results["num_rows"] == 6
-    assert said.generation.min_new_tokens == 1  # short captions are right there
+    assert fixed.generation_args.min_new_tokens == 1  # short captions are right there
 
 
 def test_videos_are_captioned_by_the_model(work, tmp_path):
@@ -83,11 +85,11 @@ def test_videos_are_captioned_by_the_model(work, tmp_path):
     assert len(captions) == 3 and all(captions)
 
 
-def test_a_data_set_of_your_own_is_captioned(work, tmp_path):
+def test_a_data_set_is_captioned(work, tmp_path):
     folder = save_image_folder(tmp_path / "images")
-    little = {"dataset": folder, "num_beams": 2, "max_new_tokens": 6}
-    results = evaluate_captioning.main(options(work, tmp_path / "out", **little))
-    half = evaluate_captioning.main(options(work, tmp_path / "half", **little, dtype="bfloat16", num_workers=1))
+    arguments = {"dataset": folder, "num_beams": 2, "max_new_tokens": 6}
+    results = evaluate_captioning.main(options(work, tmp_path / "out", **arguments))
+    half = evaluate_captioning.main(options(work, tmp_path / "half", **arguments, dtype="bfloat16", num_workers=1))
     assert half["num_rows"] == 8 and half["settings"]["dtype"] == "bfloat16"
     assert all(isinstance(text, str) for text in read_answers(tmp_path / "half" / "answers.jsonl").values())
     assert results["num_rows"] == 8 and results["settings"]["min_new_tokens"] == 1  # short captions are allowed
@@ -103,27 +105,27 @@ def test_a_data_set_of_your_own_is_captioned(work, tmp_path):
         ("red", "Accuracy [%]"),
     ],
 )
-def test_questions_of_your_own_are_answered(column, name, work, tmp_path, monkeypatch):
-    """With one right answer they are scored as GQA's, with several people's as VQAv2's."""
+def test_questions_of_a_data_set_are_answered(column, name, work, tmp_path, monkeypatch):
+    """With one answer each they are scored as GQA's, with several people's answers as VQAv2's."""
     draw(tmp_path / "a.png", "red")
     rows = [{"image": str(tmp_path / "a.png"), "q": "What Color?", "a": column}] * 2
     Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
-    said = Said(monkeypatch, ["red", "blue"])
+    fixed = FixedAnswers(monkeypatch, ["red", "blue"])
     files = {"dataset": "parquet", "data_files": json.dumps({"test": str(tmp_path / "test.parquet")})}
     columns = {"image_column": "image", "prompt_column": "q", "caption_column": "a"}
     results = evaluate_vqa.main(options(work, tmp_path / "out", **files, **columns))
     expected = {1: 50, 2: 100 * (1 / 3) / 2, 3: 100 * (4 / 9 + 2 / 9) / 2}[len(column) if column != "red" else 1]
     assert value(results, name) == pytest.approx(expected)
-    assert said.prompts[0].endswith("Question: What Color? Short answer:")  # as it is in training
+    assert fixed.prompts[0].endswith("Question: What Color? Short answer:")  # as it is in training
 
 
 def test_a_dataset_is_scored_by_the_rule_that_is_named(work, tmp_path, monkeypatch):
-    """OK-VQA's, of a copy on the Hub, with lemmas; by default several people's answers are VQAv2's."""
+    """A copy of OK-VQA on the Hub is scored with lemmas. By default several answers are scored as VQAv2's."""
     pytest.importorskip("spacy", reason="needs the vqa extra")
     draw(tmp_path / "a.png", "red")
     rows = [{"image": str(tmp_path / "a.png"), "question": "What sport is this?", "answer": ["race"] * 10}]
     Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
-    Said(monkeypatch, ["racing"])
+    FixedAnswers(monkeypatch, ["racing"])
     files = {"dataset": "parquet", "data_files": json.dumps({"test": str(tmp_path / "test.parquet")})}
     scores = {}
     for rule in ({}, {"rule": "ok-vqa"}):
@@ -132,7 +134,7 @@ def test_a_dataset_is_scored_by_the_rule_that_is_named(work, tmp_path, monkeypat
     assert scores == {"vqav2": 0, "ok-vqa": 100}
 
 
-def test_a_killed_run_goes_on(work, tmp_path):
+def test_a_killed_run_is_resumed(work, tmp_path, monkeypatch):
     changes = {"dataset": "easy-vqa", "max_samples": 120, "batch_size": 3, "num_beams": 2}
     evaluate_vqa.main(options(work, tmp_path / "unbroken", **changes))
     broken = tmp_path / "broken"
@@ -142,17 +144,21 @@ def test_a_killed_run_goes_on(work, tmp_path):
     while not (part.exists() and part.read_bytes().count(b"\n") >= 9):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.001)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"another run writes to .*evaluate_vqa\.py"):
+        patch.setattr("common.files.LOCK_SECONDS", 0)
+        evaluate_vqa.main(options(work, broken, **changes))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     lines = part.read_bytes().splitlines(keepends=True)[:8]  # two batches and a part of the third
     assert len(lines) == 8 and not (broken / "results.json").exists()
-    lines[0] = json.dumps({"id": 0, "text": "said before"}).encode() + b"\n"  # to see that it is not asked again
+    lines[0] = json.dumps({"id": 0, "text": "from before"}).encode() + b"\n"  # it is not answered again
     part.write_bytes(b"".join(lines) + '{"id": 8, "text": "caf\u00e9'.encode()[:-1])  # a line that was cut off
     results = evaluate_vqa.main(options(work, broken, **changes))
     unbroken, resumed = (read_answers(folder / "answers.jsonl") for folder in (tmp_path / "unbroken", broken))
-    assert resumed == unbroken | {0: "said before"} and results["num_rows"] == 120
+    assert resumed == unbroken | {0: "from before"} and results["num_rows"] == 120
     assert [entry["question_id"] for entry in read_json(broken / "predictions.json")] == list(range(120))
     assert sorted(path.name for path in broken.iterdir()) == [
+        "_run.lock",
         "answers.jsonl",
         "predictions.json",
         "results.json",
@@ -160,10 +166,10 @@ def test_a_killed_run_goes_on(work, tmp_path):
     ]
 
 
-def test_a_finished_run_is_scored_again_without_asking(work, tmp_path, monkeypatch):
-    said = Said(monkeypatch, ["Navy blue.", "no", "one", "a circle"])
+def test_a_finished_run_is_scored_again_without_the_model(work, tmp_path, monkeypatch):
+    fixed = FixedAnswers(monkeypatch, ["Navy blue.", "no", "one", "a circle"])
     first = evaluate_vqa.main(options(work, tmp_path, **vqav2(work)))
-    said.texts = []  # nothing more to say
+    fixed.texts = []
     assert evaluate_vqa.main(options(work, tmp_path, **vqav2(work))) == first
 
 
@@ -175,7 +181,7 @@ def test_two_processes_answer_as_one(work, tmp_path):
     process = launch("evaluate_vqa.py", two, *TWO_PROCESSES, stderr=subprocess.PIPE, text=True)
     _, progress = process.communicate(timeout=240)
     assert process.returncode == 0, progress
-    assert "4/4" in progress and "7/7" not in progress  # the main process did its share
+    assert "4/4" in progress and "7/7" not in progress  # the share of the main process
     for name in ("predictions.json", "results.json", "settings.json"):
         assert read_json(tmp_path / "one" / name) == read_json(tmp_path / "two" / name)
     assert list(read_answers(tmp_path / "two" / "answers.jsonl").items()) == list(
@@ -185,7 +191,7 @@ def test_two_processes_answer_as_one(work, tmp_path):
 
 
 def test_results_become_a_model_cards_index(work, tmp_path, monkeypatch):
-    Said(monkeypatch, ["Navy blue.", "no", "one", "a circle"])
+    FixedAnswers(monkeypatch, ["Navy blue.", "no", "one", "a circle"])
     results = evaluate_vqa.main(options(work, tmp_path, **vqav2(work)))
     entries = [
         EvalResult(
@@ -205,7 +211,10 @@ def test_results_become_a_model_cards_index(work, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_beams": 3}, r"has answers from other settings: num_beams was 5 and is 3\. Remove it or name another"),
+        (
+            {"num_beams": 3},
+            r"answers from other settings: num_beams was 5 and is 3\. Remove .*, or name another folder",
+        ),
         ({"prompt": "{}"}, "prompt was 'Question: {} Short answer:' and is '{}'"),
         ({"clean_questions": False}, "settings: rows was '.*' and is"),
         ({"max_samples": 2}, "max_samples was None and is 2"),
@@ -213,7 +222,7 @@ def test_results_become_a_model_cards_index(work, tmp_path, monkeypatch):
     ],
 )
 def test_other_settings_do_not_mix_with_old_answers(changes, message, work, tmp_path, monkeypatch):
-    Said(monkeypatch, ["red"] * 4)
+    FixedAnswers(monkeypatch, ["red"] * 4)
     evaluate_vqa.main(options(work, tmp_path, **vqav2(work)))
     if "media_dir" in changes:
         changes = {"media_dir": shutil.copytree(work / "coco", tmp_path / "copy")}
@@ -222,8 +231,8 @@ def test_other_settings_do_not_mix_with_old_answers(changes, message, work, tmp_
 
 
 def test_other_data_do_not_mix_with_old_answers(work, tmp_path, monkeypatch):
-    """As many rows, whose numbers are the same, but other images: every way of having them is noticed."""
-    Said(monkeypatch, ["a red circle"] * 8)
+    """The rows have the same ids, but other images: this is noticed in every form of a data set."""
+    FixedAnswers(monkeypatch, ["a red circle"] * 8)
     folder = Path(save_image_folder(tmp_path / "images"))
     shutil.copytree(folder, tmp_path / "other")
     shutil.copytree(folder / "test", folder / "validation")
@@ -250,13 +259,79 @@ def test_other_data_do_not_mix_with_old_answers(work, tmp_path, monkeypatch):
     refused("files", "data_files was {'test': '.*one.parquet'} and is {'test': '.*two", **two)
 
 
+def test_an_image_that_is_replaced_by_one_of_the_same_size_is_noticed(work, tmp_path, monkeypatch):
+    FixedAnswers(monkeypatch, ["red"] * 4)
+    shutil.copytree(work / "coco", tmp_path / "coco")
+    arguments = options(work, tmp_path / "out", **vqav2(work, media_dir=tmp_path / "coco"))
+    evaluate_vqa.main(arguments)
+    path = next((tmp_path / "coco" / "val2014").glob("*393225.jpg"))
+    path.write_bytes(path.read_bytes()[:-2] + b"xx")
+    with pytest.raises(ValueError, match=r"images was '[0-9a-f]+' and is"):
+        evaluate_vqa.main(arguments)
+
+
+def test_answers_of_unknown_settings_are_refused(work, tmp_path, monkeypatch):
+    FixedAnswers(monkeypatch, ["red"] * 8)
+    arguments = options(work, tmp_path, **vqav2(work))
+    evaluate_vqa.main(arguments)
+    for content, message in (("{", "is broken: "), ("[1]", "is broken: "), (None, "has answers, but no settings")):
+        path = tmp_path / "settings.json"
+        path.unlink() if content is None else path.write_text(content)
+        with pytest.raises(ValueError, match=rf"`output_dir`: .*{message}.* Remove .*, or name another folder"):
+            evaluate_vqa.main(arguments)
+    (tmp_path / "answers.jsonl").rename(tmp_path / "answers.part-0.jsonl")  # of a run that was killed
+    with pytest.raises(ValueError, match=r"has answers, but no settings\.json"):
+        evaluate_vqa.main(arguments)
+    (tmp_path / "answers.part-0.jsonl").unlink()
+    assert evaluate_vqa.main(arguments)["num_rows"] == 4
+
+
+def test_a_second_run_in_the_same_folder_is_refused(work, tmp_path, monkeypatch):
+    FixedAnswers(monkeypatch, ["red"] * 4)
+    monkeypatch.setattr("common.files.LOCK_SECONDS", 0)
+    arguments = options(work, tmp_path, **vqav2(work))
+    message = rf"`output_dir`: another run writes to .*: process {os.getpid()} on .*, started 20"
+    with only_run_in(tmp_path), pytest.raises(ValueError, match=message):
+        evaluate_vqa.main(arguments)
+    assert not (tmp_path / "answers.jsonl").exists()
+    assert evaluate_vqa.main(arguments)["num_rows"] == 4
+
+
+def test_a_folder_that_cannot_be_made_is_named(work, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"`output_dir`: .*file/out cannot be made: .*Not a directory"):
+        evaluate_vqa.main(options(work, tmp_path / "file" / "out", **vqav2(work)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_beams": 2.5}, "`num_beams` must be an integer of 1 or more, but is 2.5"),
+        ({"num_beams": 0}, "`num_beams` must be an integer of 1 or more, but is 0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be an integer of 1 or more, but is 0"),
+        ({"min_new_tokens": 12}, "`max_new_tokens` must be an integer of 12 or more, but is 10"),
+        ({"min_new_tokens": -1}, "`min_new_tokens` must be an integer of 0 or more, but is -1"),
+        ({"num_workers": -1}, "`num_workers` must be an integer of 0 or more, but is -1"),
+        ({"batch_size": 1.5}, "`batch_size` must be an integer of 1 or more, but is 1.5"),
+    ],
+)
+def test_counts_in_a_yaml_file_are_checked(changes, message, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(changes))
+    with pytest.raises(ValueError, match=message):
+        evaluate_vqa.main(["--config", str(tmp_path / "recipe.yaml")])
+
+
 def test_another_model_of_the_same_name_is_noticed(work, tmp_path, monkeypatch):
-    Said(monkeypatch, ["red"] * 8)
+    FixedAnswers(monkeypatch, ["red"] * 8)
     shutil.copytree(work / "model", tmp_path / "model")
     evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))
-    tiny_model(seed=1).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"settings: weights was '.*' and is '.*'\. "):
-        evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))
+    model = EVLGenForConditionalGeneration.from_pretrained(work / "model")
+    with torch.no_grad():
+        model.language_projection.weight.neg_()
+    for other in (model, tiny_model(seed=1)):
+        other.save_pretrained(tmp_path / "model")
+        with pytest.raises(ValueError, match=r"settings: weights was '.*' and is '.*'\. "):
+            evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))
     shutil.copytree(work / "model", tmp_path / "model", dirs_exist_ok=True)
     config = read_json(tmp_path / "model" / "config.json")
     config["connector_config"]["keep_order"] = True  # the same weights, but other answers
@@ -268,14 +343,14 @@ def test_another_model_of_the_same_name_is_noticed(work, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"answer": None}, "`caption_column` must hold an answer or several people's, but a row holds None"),
+        ({"answer": None}, "`caption_column` must hold one answer or several, but a row holds None"),
         ({"question": None}, "`prompt_column` must hold a question, but a row holds None"),
         ({"answer": ["red", "blue"]}, "`references` entry 0 must hold the answers of at least 2 people"),
         ({"image": "b.png"}, r"row 1: `image` is missing: .*No such file.*'b\.png'"),
         ({"image": None}, "row 1: `image` is missing: there is none"),
     ],
 )
-def test_questions_of_your_own_that_cannot_be_answered_are_refused_at_once(row, message, work, tmp_path, monkeypatch):
+def test_questions_without_an_answer_or_image_are_refused_before_loading(row, message, work, tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "load_answering_model", None)
     draw(tmp_path / "a.png", "red")
     good = {"image": str(tmp_path / "a.png"), "question": "what?", "answer": "red"}
@@ -295,9 +370,12 @@ def test_a_broken_image_and_a_broken_line_are_named(work, tmp_path):
     (tmp_path / "out" / "answers.jsonl").write_text('{"id": 262148000}\n{"id": 1, "text": ""}\n')
     with pytest.raises(ValueError, match=r"`output_dir`: line 1 of .*answers\.jsonl is broken: 'text'"):
         evaluate_vqa.main(given)
+    (tmp_path / "out" / "answers.jsonl").write_text('{"id": 1, "text": ""}\n')
+    with pytest.raises(ValueError, match=r"`output_dir`: .*answers\.jsonl answers the row 1, which is none"):
+        evaluate_vqa.main(given)
 
 
-def test_batches_begin_at_the_same_rows_whatever_is_done():
+def test_batches_begin_at_the_same_rows_in_a_resumed_run():
     batches = [range(3), range(3, 6), range(6, 7)]
     assert pending_batches([False] * 7, 3) == batches
     assert pending_batches([True] * 4 + [False] * 3, 3) == batches[1:]
@@ -315,9 +393,9 @@ def test_a_row_is_kept_once(tmp_path):
 
 
 def test_arguments_come_from_a_yaml_file_too(work, tmp_path, monkeypatch):
-    said = Said(monkeypatch, ["red"] * 4)
+    fixed = FixedAnswers(monkeypatch, ["red"] * 4)
     files = {name: str(path) for name, path in vqav2(work).items()}
     (tmp_path / "recipe.yaml").write_text(json.dumps({**files, "num_beams": 2, "max_new_tokens": 4}))  # JSON is YAML
     evaluate_vqa.main(options(work, tmp_path / "out", config=tmp_path / "recipe.yaml", num_beams=3))
-    assert (said.generation.num_beams, said.generation.max_new_tokens) == (3, 4)
+    assert (fixed.generation_args.num_beams, fixed.generation_args.max_new_tokens) == (3, 4)
     assert len(read_json(tmp_path / "out" / "predictions.json")) == 4

@@ -47,7 +47,7 @@ def metric():
         ("." * 40, "." * 8),  # 32 periods at most
     ],
 )
-def test_punctuation_goes_as_in_the_official_tool(answer, expected):
+def test_punctuation_is_removed_as_in_the_official_tool(answer, expected):
     assert process_punctuation(answer) == expected
 
 
@@ -74,7 +74,7 @@ def test_digits_articles_and_contractions_are_the_official_tools(answer, expecte
     assert process_digits_and_articles(answer) == expected
 
 
-def test_all_official_contractions_are_there():
+def test_the_contractions_are_those_of_the_official_tool():
     assert len(CONTRACTIONS) == 118  # and two that change nothing, "let's" and "she's"
     assert CONTRACTIONS["yall'd've"] == CONTRACTIONS["y'alld've"] == CONTRACTIONS["y'all'dve"] == "y'all'd've"
     assert "shes" not in CONTRACTIONS and "its" not in CONTRACTIONS
@@ -94,7 +94,7 @@ def test_references_are_processed_only_where_they_differ():
 
 @pytest.mark.parametrize(
     ("matches", "expected"),
-    # One who said so leaves none, but nine others leave one; the official page's 0.3, 0.6, 0.9 and 1.
+    # These are the scores of the official page: 0.3, 0.6, 0.9 and 1.
     [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],
 )
 def test_each_person_is_left_out_once(matches, expected):
@@ -158,6 +158,6 @@ def test_a_missing_language_model_is_named(monkeypatch):
         ({"answer_types": ["other"] * 2}, "`answer_types` must hold 1 types, one for each question, but holds 2"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(changes, message, metric):
+def test_inputs_without_a_score_are_refused(changes, message, metric):
     with pytest.raises(ValueError, match=message):
         metric.compute(**{"predictions": ["yes"], "references": [["yes"] * 10], **changes})

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+LOCK_SECONDS = 5.0  # to wait for a folder: a run that was killed keeps it until the system has cleaned up
+
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file as a whole."""
@@ -38,7 +40,7 @@ def only_run_in(folder: Path, argument: str = "output_dir") -> Iterator[None]:
         ValueError: If another run has it open; the message names that run.
     """
     run_path = folder / "_run.json"  # the Trainer does not push files that start with "_" to the Hub
-    lock = FileLock(folder / "_run.lock", blocking=False)
+    lock = FileLock(folder / "_run.lock", timeout=LOCK_SECONDS)
     try:
         lock.acquire()
     except Timeout:

@@ -1,8 +1,8 @@
-"""Published benchmarks, read from their own files: one function for each format, which gives its rows.
+"""Reads published benchmarks from their own files, with one function for each format.
 
-A row of a caption benchmark is `{"id": int or str, "image" or "video": path, "captions": [str, …]}`, of NoCaps with a
-`"domain"`; a row of a question benchmark is `{"id", "image", "question", "answers": [str, …], "answer_type",
-"question_type"}`. Where a file tells no captions or answers, as those of test servers, the list is empty.
+A row of a caption benchmark is `{"id": int or str, "image" or "video": path, "captions": [str, …]}`. Rows of NoCaps
+also have a `"domain"`. A row of a question benchmark is `{"id", "image", "question", "answers": [str, …],
+"answer_type", "question_type"}`. Files for test servers have no captions or answers; then the list is empty.
 """
 
 import csv
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# The arguments that each benchmark reads, beside `media_dir`.
+# The arguments that each benchmark reads, in addition to `media_dir`.
 CAPTION_BENCHMARKS = {
     "coco-karpathy": ("annotations", "test_split"),
     "nocaps": ("annotations",),
@@ -35,11 +35,11 @@ VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm", ".webp")
 def caption_rows(
     benchmark: str, annotations: str | None, media_dir: str | None, split: str, split_file: str | None
 ) -> list[dict[str, Any]]:
-    """Reads one of the caption benchmarks; see the functions for each format.
+    """Reads a caption benchmark; see the functions for each format.
 
     Raises:
-        ValueError: If a file or folder is not given, missing or not in the benchmark's format, or if only some of the
-            images or videos have captions.
+        ValueError: If a file or folder is not given, is missing or has another format. If only some of the images or
+            videos have captions.
     """
     _check_folder(media_dir)
     if benchmark == "msr-vtt":
@@ -50,19 +50,19 @@ def caption_rows(
         rows = coco_rows(annotations, media_dir)
     else:
         rows = karpathy_rows(annotations, media_dir, split)
-    silent = [row["id"] for row in rows if not row["captions"]]
-    if silent and len(silent) < len(rows):
-        raise ValueError(f"`annotations`: {annotations} holds no caption of {silent[0]!r}, but of others.")
+    without_captions = [row["id"] for row in rows if not row["captions"]]
+    if without_captions and len(without_captions) < len(rows):
+        raise ValueError(f"`annotations`: {annotations} holds no caption of {without_captions[0]!r}, but of others.")
     return _not_empty("annotations", annotations, rows)
 
 
 def question_rows(
     benchmark: str, questions: str | None, annotations: str | None, media_dir: str | None
 ) -> list[dict[str, Any]]:
-    """Reads one of the question benchmarks; see the functions for each format.
+    """Reads a question benchmark; see the functions for each format.
 
     Raises:
-        ValueError: If a file or folder is not given, missing or not in the benchmark's format.
+        ValueError: If a file or folder is not given, is missing or has another format.
     """
     _check_folder(media_dir)
     rows = gqa_rows(questions, media_dir) if benchmark == "gqa" else vqa_rows(questions, annotations, media_dir)
@@ -70,7 +70,7 @@ def question_rows(
 
 
 def karpathy_rows(annotations: str, media_dir: str, split: str) -> list[dict[str, Any]]:
-    """COCO (`dataset_coco.json`) and Flickr30k (`dataset_flickr30k.json`) with Karpathy's splits.
+    """Reads COCO (`dataset_coco.json`) or Flickr30k (`dataset_flickr30k.json`) with Karpathy's splits.
 
     Args:
         annotations: The file.
@@ -78,7 +78,7 @@ def karpathy_rows(annotations: str, media_dir: str, split: str) -> list[dict[str
         split: "train", "restval", "val" or "test".
 
     Raises:
-        ValueError: If a file is missing or not in this format, or there is no such split.
+        ValueError: If a file is missing or has another format, or there is no such split.
     """
     with _published("annotations", annotations, "file of Karpathy's splits") as data:
         images = data["images"]
@@ -95,14 +95,15 @@ def karpathy_rows(annotations: str, media_dir: str, split: str) -> list[dict[str
 
 
 def coco_rows(annotations: str, media_dir: str) -> list[dict[str, Any]]:
-    """Captions in COCO's own format, all of a file's images; NoCaps' file has it too.
+    """Reads all images of a file in COCO's own format. NoCaps has this format, too.
 
     Args:
-        annotations: E.g. `nocaps_val_4500_captions.json`, or `coco_karpathy_test_gt.json`, which names no files.
+        annotations: E.g. `nocaps_val_4500_captions.json`. In `coco_karpathy_test_gt.json` images have ids, but no file
+            names; then names are those of COCO's validation images.
         media_dir: The folder of images; COCO's may lie in `val2014` below it.
 
     Raises:
-        ValueError: If a file is missing or not in this format.
+        ValueError: If a file is missing or has another format.
     """
     with _published("annotations", annotations, "file of captions in COCO's format") as data:
         captions = defaultdict(list)
@@ -117,15 +118,15 @@ def coco_rows(annotations: str, media_dir: str) -> list[dict[str, Any]]:
 
 
 def msr_vtt_rows(annotations: str, media_dir: str, split: str) -> list[dict[str, Any]]:
-    """MSR-VTT, `train_val_videodatainfo.json` or `test_videodatainfo.json`.
+    """Reads MSR-VTT.
 
     Args:
-        annotations: The file.
+        annotations: `train_val_videodatainfo.json` or `test_videodatainfo.json`.
         media_dir: The folder of videos, `video0.mp4` and so on.
         split: "train", "validate" or "test".
 
     Raises:
-        ValueError: If a file is missing or not in this format, or there is no such split.
+        ValueError: If a file is missing or has another format, or there is no such split.
     """
     videos = _videos(media_dir)
     with _published("annotations", annotations, "videodatainfo file of MSR-VTT") as data:
@@ -138,16 +139,15 @@ def msr_vtt_rows(annotations: str, media_dir: str, split: str) -> list[dict[str,
 
 
 def msvd_rows(annotations: str, media_dir: str, split_file: str | None) -> list[dict[str, Any]]:
-    """MSVD, `AllVideoDescriptions.txt` or `MSR Video Description Corpus.csv`, of which the English captions are taken.
+    """Reads MSVD, whose own files have no splits.
 
     Args:
-        annotations: The file.
+        annotations: `AllVideoDescriptions.txt`, or `MSR Video Description Corpus.csv` for its English captions.
         media_dir: The folder of videos, `-4wsuPCjDBc_5_15.avi` and so on.
-        split_file: The videos to take, as the first word of each line. None for all that have a caption, which the
-            files tell no splits of.
+        split_file: A file with the name of a video as the first word of each line. None for all videos with a caption.
 
     Raises:
-        ValueError: If a file is missing or not in this format, or has no caption of a video.
+        ValueError: If a file is missing or has another format, or a video has no caption.
     """
     videos = _videos(media_dir)
     captions = defaultdict(list)
@@ -158,7 +158,7 @@ def msvd_rows(annotations: str, media_dir: str, split_file: str | None) -> list[
         names = [line.split()[0] for line in _read_text("split_file", split_file).splitlines() if line.strip()]
     for name in names:
         if name not in captions:
-            raise ValueError(f"`split_file`: {split_file} names {name!r}, of which {annotations} has no caption.")
+            raise ValueError(f"`split_file`: {split_file} names {name!r}, but {annotations} has no caption of it.")
     return [{"id": name, "video": _video(videos, name, media_dir), "captions": captions[name]} for name in names]
 
 
@@ -182,7 +182,7 @@ def _msvd_captions(path: str) -> list[tuple[str, str]]:
 
 
 def vqa_rows(questions: str, annotations: str | None, media_dir: str) -> list[dict[str, Any]]:
-    """VQAv2 and OK-VQA.
+    """Reads VQAv2 or OK-VQA.
 
     Args:
         questions: E.g. `v2_OpenEnded_mscoco_val2014_questions.json`.
@@ -190,12 +190,12 @@ def vqa_rows(questions: str, annotations: str | None, media_dir: str) -> list[di
         media_dir: The folder of COCO's images; they may lie in `val2014` or the like below it.
 
     Raises:
-        ValueError: If a file is missing or not in this format, or a question has no annotation.
+        ValueError: If a file is missing or has another format, or a question has no annotation.
     """
     annotated = {}
     if annotations:
         with _published("annotations", annotations, "file of VQAv2's annotations") as data:
-            types = data.get("question_types", {})  # OK-VQA's have numbers, whose meaning it tells
+            types = data.get("question_types", {})  # in OK-VQA, names of the numbers below
             for entry in data["annotations"]:
                 annotated[entry["question_id"]] = {
                     "answers": [answer["answer"] for answer in entry["answers"]],
@@ -203,7 +203,7 @@ def vqa_rows(questions: str, annotations: str | None, media_dir: str) -> list[di
                     "question_type": types.get(entry["question_type"], entry["question_type"]),
                 }
     with _published("questions", questions, "file of VQAv2's questions") as data:
-        subtype = data["data_subtype"].replace("-dev", "")  # test-dev is a part of test
+        subset = data["data_subtype"].replace("-dev", "")  # test-dev is a part of test
         rows = []
         for question in data["questions"]:
             if annotations and question["question_id"] not in annotated:
@@ -211,22 +211,22 @@ def vqa_rows(questions: str, annotations: str | None, media_dir: str) -> list[di
                     f"`annotations`: {annotations} has no answers to the question {question['question_id']} of "
                     f"{questions}."
                 )
-            name = f"COCO_{subtype}_{question['image_id']:012d}.jpg"
-            row = {"id": question["question_id"], "image": _image(media_dir, name, subtype)}
+            name = f"COCO_{subset}_{question['image_id']:012d}.jpg"
+            row = {"id": question["question_id"], "image": _image(media_dir, name, subset)}
             row["question"] = question["question"]
             rows.append(row | annotated.get(question["question_id"], {"answers": []}))
         return rows
 
 
 def gqa_rows(questions: str, media_dir: str) -> list[dict[str, Any]]:
-    """GQA, e.g. `testdev_balanced_questions.json`. Its answer types are those of the official tool, open and binary.
+    """Reads GQA. The answer types are those of the official tool, open and binary.
 
     Args:
-        questions: The file.
+        questions: E.g. `testdev_balanced_questions.json`.
         media_dir: The folder of images, `n161313.jpg` and so on.
 
     Raises:
-        ValueError: If a file is missing or not in this format.
+        ValueError: If a file is missing or has another format.
     """
     with _published("questions", questions, "file of GQA's questions") as data:
         rows = []
@@ -242,10 +242,10 @@ def gqa_rows(questions: str, media_dir: str) -> list[dict[str, Any]]:
 
 
 def clean_question(question: str, max_words: int = 50) -> str:
-    """The original's clean-up of questions: lower case, without the marks ``.!"()*#:;~``, `max_words` words.
+    """Cleans a question as the original does: lower case, without ``.!"()*#:;~``, `max_words` words.
 
-    Source: `BlipQuestionProcessor` of the original (lavis/processors/blip_processors.py). The original also cuts the
-    prompt off behind 32 tokens, and with it the end of long questions; that is not done here.
+    Source: `BlipQuestionProcessor` of the original (lavis/processors/blip_processors.py). The original also truncates
+    the prompt to 32 tokens, and with it long questions. That is not done here.
     """
     words = re.sub(r'[.!"()*#:;~]', "", question.lower()).rstrip(" ").split(" ")
     return " ".join(words[:max_words])
@@ -279,18 +279,18 @@ def _read_text(argument: str, path: str | None) -> str:
 
 
 @contextmanager
-def _published(argument: str, path: str | None, what: str) -> Iterator[Any]:
-    """The JSON file's content; what its format lacks is reported as a `ValueError` that names it."""
+def _published(argument: str, path: str | None, description: str) -> Iterator[Any]:
+    """Reads a JSON file. An entry that is missed while the file is open becomes a `ValueError` that names the file."""
     text = _read_text(argument, path)
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"`{argument}`: {path} is no {what}, as it is no JSON: {error}") from error
+        raise ValueError(f"`{argument}`: {path} is no {description}, as it is no JSON: {error}") from error
     try:
         yield data
     except (KeyError, TypeError, AttributeError) as error:
         problem = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"`{argument}`: {path} is no {what}: {problem}.") from error
+        raise ValueError(f"`{argument}`: {path} is no {description}: {problem}.") from error
 
 
 def _check_split(split: str, splits: set[str], path: str) -> None:
@@ -299,7 +299,7 @@ def _check_split(split: str, splits: set[str], path: str) -> None:
 
 
 def _image(media_dir: str, name: str, subfolder: str | None = None) -> str:
-    """Path of an image, which lies in `media_dir` or in a folder of it."""
+    """Path of an image in `media_dir` or in its `subfolder`."""
     candidates = [Path(media_dir, name), *([Path(media_dir, subfolder, name)] if subfolder else [])]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
@@ -308,7 +308,7 @@ def _image(media_dir: str, name: str, subfolder: str | None = None) -> str:
 
 
 def _videos(media_dir: str) -> dict[str, str]:
-    """Paths of a folder's videos by name without suffix."""
+    """Paths of the videos in a folder, by their names without suffix."""
     return {path.stem: str(path) for path in Path(media_dir).iterdir() if path.suffix.lower() in VIDEO_SUFFIXES}
 
 

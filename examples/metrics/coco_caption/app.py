@@ -1,4 +1,4 @@
-"""The Space's page: the metric on captions that a visitor types."""
+"""The page of the Space, on which a visitor scores captions."""
 
 from pathlib import Path
 

@@ -23,7 +23,7 @@ from .ptb_tokenizer import tokenize_captions
 BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 DEFAULT = ("cider", *BLEU, "rouge_l")
 NAMES = (*DEFAULT, "meteor", "spice")
-# COCO's splits have 5,000 images (Karpathy), Flickr30k's 1,000; the idf of fewer says little about English captions.
+# Karpathy's test split of COCO has 5,000 images, that of Flickr30k 1,000. Weights from fewer images are very noisy.
 FEW_IMAGES = 1000
 SPICE_FOLDER = Path(next(iter(pycocoevalcap.__path__))) / "spice"
 
@@ -39,7 +39,7 @@ _CITATION = """\
 
 _DESCRIPTION = """\
 CIDEr-D, BLEU-1 to 4, ROUGE-L, METEOR and SPICE of image or video captions, as the COCO evaluation server and
-pycocoevalcap compute them, with the same Penn Treebank words, but without Java for the first three.
+pycocoevalcap compute them. The Penn Treebank words are the same, and the first three metrics need no Java.
 """
 
 _INPUTS = """
@@ -47,20 +47,20 @@ Args:
     predictions (`list[str]`): One caption for each image. It may be empty, which scores 0.
     references (`list[list[str]]`): The true captions of each image, one or more.
     metrics (`list[str]`, *optional*):
-        What to compute: `"cider"`, `"bleu_1"` to `"bleu_4"` (`"bleu"` for the four), `"rouge_l"`, `"meteor"`,
-        `"spice"`. By default all but METEOR and SPICE, which need Java and are computed only when they are named.
+        The metrics to compute: `"cider"`, `"bleu_1"` to `"bleu_4"` (`"bleu"` for the four), `"rouge_l"`, `"meteor"`,
+        `"spice"`. By default all but METEOR and SPICE, which need Java.
 
 Returns:
-    `dict`: for each metric that was asked for, 100 times what pycocoevalcap returns, as papers print it: BLEU,
-    ROUGE-L, METEOR and SPICE are in [0, 100], CIDEr-D is in [0, 1000]. With `"cider"` also `"cider_idf_images"`, the
-    number of images whose references the document frequencies come from: only scores with the same references can be
-    compared; where they are few, `"cider_note"` says so in words. With one image CIDEr-D is 0, since every n-gram has
-    the weight log(1) = 0.
+    `dict`: each requested metric, as 100 times the score of pycocoevalcap, as papers print it. BLEU, ROUGE-L, METEOR
+    and SPICE are in [0, 100], CIDEr-D is in [0, 1000]. With `"cider"` there is also `"cider_idf_images"`, the number
+    of images whose references give the document frequencies. Scores can be compared only if the references are the
+    same. With few images, `"cider_note"` states this. With one image CIDEr-D is 0, since every n-gram has the weight
+    log(1) = 0.
 
 Raises:
     ValueError: If there are no images, an image has no references, or a metric is unknown.
     TypeError: If `metrics` is a string.
-    RuntimeError: If METEOR or SPICE was asked for and cannot run; it says what is missing, and how to get it.
+    RuntimeError: If METEOR or SPICE is requested and cannot run; the message states the missing part and its remedy.
 
 Examples:
     >>> coco_caption = evaluate.load("examples/metrics/coco_caption")
@@ -91,27 +91,27 @@ class CocoCaption(evaluate.Metric):
     def _compute(
         self, predictions: list[str], references: list[list[str]], metrics: list[str] | None = None
     ) -> dict[str, float | int | str]:
-        names = requested(metrics)
+        names = requested_metrics(metrics)
         check(predictions, references, names)
-        said, truths = words(predictions, references)
+        candidates, truths = tokenize(predictions, references)
         scores: dict[str, float] = {}
         if "cider" in names:
-            scores["cider"], _ = Cider().compute_score(truths, said)
+            scores["cider"], _ = Cider().compute_score(truths, candidates)
         if not names.isdisjoint(BLEU):
-            bleu, _ = Bleu(4).compute_score(truths, said, verbose=0)
+            bleu, _ = Bleu(4).compute_score(truths, candidates, verbose=0)
             scores |= zip(BLEU, bleu, strict=True)
         if "rouge_l" in names:
-            scores["rouge_l"], _ = Rouge().compute_score(truths, said)
+            scores["rouge_l"], _ = Rouge().compute_score(truths, candidates)
         if "meteor" in names:
-            scores["meteor"] = meteor(truths, said)
+            scores["meteor"] = meteor(truths, candidates)
         if "spice" in names:
-            scores["spice"] = spice(truths, said)
+            scores["spice"] = spice(truths, candidates)
         results: dict[str, float | int | str] = {name: 100 * float(scores[name]) for name in NAMES if name in names}
         return results | (idf_source(len(predictions)) if "cider" in names else {})
 
 
-def requested(metrics: list[str] | None) -> set[str]:
-    """The keys of the results that were asked for."""
+def requested_metrics(metrics: list[str] | None) -> set[str]:
+    """The keys of the requested results."""
     if metrics is None:
         return set(DEFAULT)
     if isinstance(metrics, str):
@@ -123,17 +123,18 @@ def requested(metrics: list[str] | None) -> set[str]:
 
 
 def check(predictions: list[str], references: list[list[str]], names: set[str]) -> None:
-    """Refuses what has no score or cannot run, before anything is computed."""
+    """Refuses inputs without a score and metrics that cannot run, before anything is computed."""
     if not predictions:
         raise ValueError("`predictions` must hold at least one caption, but is empty.")
     for index, captions in enumerate(references):
         if not captions:
             raise ValueError(f"`references[{index}]` must hold at least one caption, but is empty.")
-    java = [name for name in ("meteor", "spice") if name in names]
-    if java and not shutil.which("java"):
+    java_metrics = [name for name in ("meteor", "spice") if name in names]
+    if java_metrics and not shutil.which("java"):
         raise RuntimeError(
-            f"{' and '.join(java).upper()} cannot run: there is no `java` on PATH. Install a Java runtime (for SPICE "
-            "version 8 or 11), for example with `apt install default-jre-headless` or `conda install openjdk`."
+            f"{' and '.join(java_metrics).upper()} cannot run: there is no `java` on PATH. Install a Java runtime "
+            "(for SPICE version 8 or 11), for example with `apt install default-jre-headless` or "
+            "`conda install openjdk`."
         )
     missing = [path for path in spice_models() if not path.exists()] if "spice" in names else []
     if missing:
@@ -144,40 +145,47 @@ def check(predictions: list[str], references: list[list[str]], names: set[str]) 
 
 
 def idf_source(images: int) -> dict[str, int | str]:
-    """How many images CIDEr's weights of n-grams come from, and what is wrong with few."""
+    """The number of images that CIDEr's weights of n-grams come from, with a note if it is small."""
     if images == 1:
-        note = "There is 1 image, for which CIDEr is 0 whatever is said: no n-gram is rarer than another."
+        note = "There is 1 image, so CIDEr is 0 for any caption: no n-gram is rarer than another."
     elif images < FEW_IMAGES:
         note = (
             f"CIDEr's n-gram weights come from the references of only {images} images; the score can be compared only "
-            "with scores over these same images."
+            "with scores of the same images."
         )
     else:
         return {"cider_idf_images": images}
     return {"cider_idf_images": images, "cider_note": note}
 
 
-def words(predictions: list[str], references: list[list[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """Penn Treebank words, by image, as pycocoevalcap's scorers want them: predictions (one each) and references."""
+def tokenize(predictions: list[str], references: list[list[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Penn Treebank words of the captions of each image, in the form that pycocoevalcap's scorers take.
+
+    Returns:
+        The predictions, one for each image, and the references.
+    """
     tokenized = iter(tokenize_captions(caption for captions in references for caption in captions))
     truths = {image: [next(tokenized) for _ in captions] for image, captions in enumerate(references)}
     return {image: [caption] for image, caption in enumerate(tokenize_captions(predictions))}, truths
 
 
-def meteor(truths: dict[int, list[str]], said: dict[int, list[str]]) -> float:
+def meteor(truths: dict[int, list[str]], candidates: dict[int, list[str]]) -> float:
     """METEOR 1.5, in [0, 1]."""
     with meteor_process() as scorer:
         try:
-            return scorer.compute_score(truths, said)[0]
-        except (OSError, ValueError) as error:  # the pipe broke, or gave no number
+            return scorer.compute_score(truths, candidates)[0]
+        except (OSError, ValueError) as error:  # the process ended, or printed no number
             scorer.meteor_p.kill()
             raise RuntimeError(f"METEOR's Java process failed: {scorer.meteor_p.stderr.read().decode()}") from error
 
 
 @contextmanager
 def meteor_process() -> Iterator[Meteor]:
-    """pycocoevalcap's wrapper ends its process when Python collects it, never closes its pipes, and waits for ever on
-    its own lock after an error."""
+    """Runs pycocoevalcap's wrapper and ends its process.
+
+    The wrapper itself leaves the process to garbage collection and its pipes open. After an error it waits for ever on
+    its own lock.
+    """
     scorer = Meteor()
     try:
         yield scorer
@@ -188,13 +196,13 @@ def meteor_process() -> Iterator[Meteor]:
             scorer.lock.release()
 
 
-def spice(truths: dict[int, list[str]], said: dict[int, list[str]]) -> float:
+def spice(truths: dict[int, list[str]], candidates: dict[int, list[str]]) -> float:
     """SPICE 1.0, in [0, 1]: the mean F-score of the images.
 
-    pycocoevalcap's own wrapper downloads by itself, and writes into the package's folder; this writes into a temporary
-    one, so that the installation may be read-only, and processes do not meet. It keeps no cache of parsed captions.
+    pycocoevalcap's own wrapper downloads files and writes into the package's folder. This one writes into a temporary
+    folder, so the installation may be read-only and several processes may run. It has no cache of parsed captions.
     """
-    rows = [{"image_id": image, "test": said[image][0], "refs": truths[image]} for image in said]
+    rows = [{"image_id": image, "test": candidates[image][0], "refs": truths[image]} for image in candidates]
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder) / "captions.json", Path(folder) / "scores.json"
         source.write_text(json.dumps(rows), encoding="utf-8")
@@ -204,7 +212,7 @@ def spice(truths: dict[int, list[str]], said: dict[int, list[str]]) -> float:
         if run.returncode or not result.exists():
             raise RuntimeError(
                 f"SPICE's Java process failed with status {run.returncode}. It needs some 8 GB of memory and Java 8 "
-                "or 11; Java 16 and newer refuse it (InaccessibleObjectException). It said:\n" + run.stderr[-2000:]
+                "or 11; Java 16 and newer refuse it (InaccessibleObjectException). Its output:\n" + run.stderr[-2000:]
             )
         scored: list[dict[str, Any]] = json.loads(result.read_text(encoding="utf-8"))
     f_scores = [row["scores"]["All"]["f"] for row in scored]

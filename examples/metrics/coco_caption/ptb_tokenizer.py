@@ -1,27 +1,28 @@
-r"""Penn Treebank words of captions, as pycocoevalcap's `PTBTokenizer` gives them, without Java.
+r"""Splits captions into the Penn Treebank words of pycocoevalcap's `PTBTokenizer`, without Java.
 
 pycocoevalcap runs `edu.stanford.nlp.process.PTBTokenizer -preserveLines -lowerCase` of Stanford CoreNLP 3.4.1 over all
-captions as one file and drops punctuation. CIDEr, BLEU, ROUGE-L and METEOR count its words, so a score can only be
-compared with others if the words are the same. Two consequences that may surprise, both pycocoevalcap's:
+captions as one file and drops punctuation. CIDEr, BLEU, ROUGE-L and METEOR count its words. So scores can be compared
+only if the words are the same. Two of its results may surprise:
 
-- Brackets stay, as `-lrb-` and `-rrb-`, and so do `?!`, `!!` and the like: the list of punctuation has none of them in
-  lower case, or doubled.
-- The captions of one call are one text. Whether the full stop after a single letter belongs to the letter
-  (`vitamin b.`, one word) or ends the sentence (`vitamin b`) depends on the first word of the next caption.
+- Brackets stay, as `-lrb-` and `-rrb-`, and so do `?!` and `!!`. pycocoevalcap's list of punctuation has neither the
+  lower-case brackets nor doubled marks.
+- The captions of one call are one text. A full stop after a single letter belongs to the letter (`vitamin b.`, one
+  word) or ends the sentence (`vitamin b`), and the first word of the next caption decides which.
 
-How it works: at each position every rule of `RULES` is tried, and the one that reads furthest wins, counting what it
-only looks at; the earlier rule wins a draw. What no rule takes is dropped. The rules restate, in Python's regular
-expressions, what `PTBLexer.flex` (edu/stanford/nlp/process, CoreNLP 3.4.1) was seen to do; each names its macro there.
+How it works: every rule of `RULES` is tried at each position. The rule that reads furthest wins, including its
+look-ahead; of two such rules, the earlier one wins. Letters that no rule takes are dropped. The rules restate, in
+Python's regular expressions, the observed behaviour of `PTBLexer.flex` (edu/stanford/nlp/process, CoreNLP 3.4.1). Each
+rule names its macro there.
 
 Known differences, none of which was met in captions:
 
-- A line break within a caption (`\r`, `\v`, `\f`, U+2028, U+2029) is a space here. There it is a line, so that all
-  captions after it go to the wrong images.
-- Java reads the captions in the encoding of the locale; this is what it gives for UTF-8.
-- Letters that Unicode has had only since version 6 are words here and dropped there, and so are some combining marks
-  of Indic scripts.
-- A tag whose quoted attribute is closed only in a later caption; the small Σ at the end of a word.
-- An Asian smiley that begins `x.[^x=`: by a mistake in the flex file it reads on, to a later `<>]`.
+- A line break within a caption (`\r`, `\v`, `\f`, U+2028, U+2029) is a space here. There it starts a new line, and all
+  later captions go to the wrong images.
+- Java reads the captions in the encoding of the locale. The words here are those that it gives for UTF-8.
+- Letters that are new in Unicode 6 or later are words here and dropped there, and so are some combining marks of Indic
+  scripts.
+- A tag with a quoted attribute that is closed only in a later caption; the small Σ at the end of a word.
+- An Asian smiley that begins with `x.[^x=`: by a mistake in the flex file it extends to a later `<>]`.
 """
 
 import re
@@ -29,12 +30,12 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-# pycocoevalcap/tokenizer/ptbtokenizer.py compares with lower-cased words, so that its -LRB- ... -RCB- never match.
+# pycocoevalcap/tokenizer/ptbtokenizer.py compares with lower-cased words, so its -LRB- ... -RCB- never match.
 PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 
 
 def _characters(*categories: str, below: int = 0x10000) -> str:
-    """The characters of some Unicode categories, as ranges to be put into a character class."""
+    """The characters of some Unicode categories, as ranges of a character class."""
     ranges: list[list[int]] = []
     for code in range(below):
         if unicodedata.category(chr(code)) in categories:
@@ -46,7 +47,7 @@ def _characters(*categories: str, below: int = 0x10000) -> str:
 
 
 def _any(words: str) -> str:
-    """Any of some words, in any case."""
+    """A pattern for any of some words, in any case."""
     return f"(?i:{'|'.join(words.split())})"
 
 
@@ -54,7 +55,7 @@ def _any(words: str) -> str:
 
 ALPHA = _characters("Lu", "Ll", "Lt", "Lm", "Lo")
 DIGIT = _characters("Nd")
-# The soft hyphen, spacing accents (a ring that stands for degrees), signs of Greek and Armenian; combining accents.
+# The soft hyphen, spacing accents (a ring in place of degrees), signs of Greek and Armenian; combining accents.
 MARK = "\u00ad\u02c2-\u02c5\u02d2-\u02df\u02e5-\u02ff\u0375\u0384\u0385\u03f6\u055a-\u055f"
 MARK += _characters("Mn", "Mc", below=0x0F00)
 LETTER = f"(?:[{ALPHA}{MARK}]|(?i:&[aeiou](?:acute|grave|uml);))"
@@ -78,15 +79,15 @@ SYMBOL = (
 
 # --- Words ---
 
-# Where a space was forgotten, "door.The", it is one word.
+# With a missing space, "door.The" is one word.
 WORD = f"{LETTER}{LETTER_OR_DIGIT}*(?:[.!?]{LETTER}{LETTER_OR_DIGIT}*)*"
 NOT = f"[nN]{ANY_APOSTROPHE}[tT]"
 CONTRACTION = f"{APOSTROPHE}(?:[msdMSD]|(?i:re|ve|ll))"
-# Hyphens join what they can, "20-year-old", also with French articles, "d'Art-l'Or".
+# Hyphens join words, "20-year-old", also with French articles, "d'Art-l'Or".
 PREFIX = f"(?:[dDoOlL]{ANY_APOSTROPHE}[{ALPHA}{DIGIT}])?"
 COMPOUND = f"{PREFIX}[{ALPHA}{DIGIT}]+(?:{HYPHEN}{PREFIX}[{ALPHA}{DIGIT}]+)*"
 ACRONYM = r"(?:(?i:(?:Canada|Sino|Korean|EU|Japan|non)-U\.S|U\.S\.-(?:U\.K|U\.S\.S\.R))|[A-Za-z](?:\.[A-Za-z])+)"
-# Its first part may hold a decimal point, and the others be initials: "9.5-inch", "anti-U.S.".
+# The first part may hold a decimal point, and the others may be initials: "9.5-inch", "anti-U.S.".
 HYPHENATED = f"[A-Za-z0-9][A-Za-z0-9.,\u00ad]*(?:-(?:{ACRONYM}\\.|[A-Za-z0-9\u00ad]+))+"
 FIRM = f"[A-Z]+(?:(?:{AMPERSAND}|\\+)[A-Z]+)+"
 EITHER_OR = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:\\?/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}"
@@ -142,12 +143,12 @@ PHONE = (
 )
 PATH = r"""/[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){},-]"""
 URL = r"""(?i:https?)://[^ \t\n\f\r"<>|(){}]+[^ \t\n\f\r"<>|.!?(){},-]"""
-# ",-_" is a range, which holds the capital letters and digits: "foo.com" is one, "Foo.com" a word.
+# ",-_" is a range with the capital letters and digits, so "foo.com" is a site, and "Foo.com" is a word.
 SITE = (
     r"""(?:(?i:www)\.(?:[^ \t\n\f\r"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}"""
     r"""|(?:[^ \t\n\f\r"`'<>|.!?(){},-_$]+\.)+(?i:com|net|org|edu))"""
 )
-SITE_AND_PATH = SITE.replace(")+", ")+?") + PATH  # the first slash is where the path begins
+SITE_AND_PATH = SITE.replace(")+", ")+?") + PATH  # the path begins at the first slash
 EMAIL = (
     r"""(?:<|(?i:&lt;))?[a-zA-Z0-9][^ \t\n\f\r"<>|(){}\u00a0]*@(?:[^ \t\n\f\r"<>|(){}.\u00a0]+\.)*"""
     r"""[^ \t\n\f\r"<>|(){}.\u00a0]+(?:>|(?i:&gt;))?"""
@@ -161,7 +162,7 @@ TAG = rf"<(?:[!?][A-Za-z-][^>\n]*|/{_NAME}|{_NAME}(?: +(?:{_NAME} *= *(?:'[^'\n]
 
 ASIAN_SMILEY = r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)"
 
-# --- What a token becomes ---
+# --- From a token to a word ---
 
 
 def _without_soft_hyphens(text: str) -> str:
@@ -169,7 +170,7 @@ def _without_soft_hyphens(text: str) -> str:
 
 
 def _in_one_piece(text: str) -> str:
-    """Spaces become non-breaking; pycocoevalcap's scorers split there all the same, save for ROUGE-L's."""
+    """Makes spaces non-breaking. Of pycocoevalcap's scorers, only ROUGE-L's does not split at them."""
     return text.replace(" ", "\u00a0").replace("(", "-LRB-").replace(")", "-RRB-")
 
 
@@ -199,13 +200,13 @@ BRACKETS = {"(": "-LRB-", ")": "-RRB-", "[": "-LSB-", "]": "-RSB-", "{": "-LCB-"
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of token.
+    """A type of token.
 
     Args:
         name: The macro of PTBLexer.flex.
         token: Regular expression of the token.
-        followed_by: What must come after, is read, and is left for the next token.
-        normalize: Gives the word for the token's text; as it is by default.
+        followed_by: Regular expression of the look-ahead, which must follow and is left for the next token.
+        normalize: Gives the word for the token's text; by default the text itself.
     """
 
     name: str
@@ -227,12 +228,12 @@ RULES = (
     # Two words in Treebank, spelled as one.
     *(_splits("can", "not"), _splits("'t", "was"), _splits("'t", "is"), _splits("gon", "na"), _splits("wan", "na")),
     *(_splits("got", "ta"), _splits("lem", "me"), _splits("gim", "me")),
-    # Markup that scraped captions carry: a tag is a word; dashes are "--" in Treebank; &#39; stays.
+    # Markup in scraped captions: a tag is a word; dashes are "--" in Treebank; &#39; stays.
     Rule("SGML", TAG, normalize=lambda text: text.replace(" ", "\u00a0")),
     Rule("SPMDASH", "&(?i:MD|mdash|ndash);|[\u0096\u0097\u2013\u2014\u2015]", normalize=lambda text: "--"),
     Rule("SPAMP", "(?i:&amp;)", normalize=_plain_ampersand),
     Rule("SPPUNC", "&(?:\\#[0-9]+|(?i:HT|TL|UR|LR|QC|QL|QR|odq|cdq));"),
-    # Words. Of "man's" it reads all and takes "man", of "don't" it takes "do"; the rest comes next.
+    # Words. In "man's" the rule reads all and takes "man"; in "don't" it takes "do". The rest comes next.
     Rule("WORD, REDAUX", WORD, f"(?:{CONTRACTION})?", _without_soft_hyphens),
     Rule("SWORD", "[A-Za-z\u00ad]*[A-MO-Za-mo-z]\u00ad*", NOT, _without_soft_hyphens),
     Rule("APOWORD", APOSTROPHE_WORD),
@@ -244,7 +245,7 @@ RULES = (
     Rule("LIKELYURL with a path", SITE_AND_PATH),
     Rule("EMAIL", EMAIL),
     Rule("TWITTER", f"@[A-Za-z_][A-Za-z_0-9]*|\\#{LETTER}+"),
-    # What contractions leave: "'s", "n't".
+    # The rest of contractions: "'s", "n't".
     Rule("REDAUX", CONTRACTION, "[^A-Za-z]", _latex_quotes),
     Rule("SREDAUX", NOT, normalize=_latex_quotes),
     # Numbers: "9-2/2014"; "1,000", "5:30", "-1"; "m²"; "1 1/2"; "½", spelled out.
@@ -253,7 +254,7 @@ RULES = (
     Rule("SUBSUPNUM", "[\u207a\u207b\u208a\u208b]?(?:[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+|[\u2080-\u2089]+)"),
     Rule("FRAC", FRACTION, normalize=_in_one_piece),
     Rule("FRAC2", "[\u00bc-\u00be\u2153-\u215e]", normalize=_one_of(FRACTIONS)),
-    # What Treebank wants as it is, or with its hyphen.
+    # Words that Treebank keeps unchanged, or with their hyphen.
     Rule("TBSPEC", f"(?i:-[lr][rcs]b-|C\\.D\\.s|pro-|anti-|S{AMPERSAND}(?:P-500|Ls))", normalize=_plain_ampersand),
     Rule("TBSPEC with an apostrophe", f"(?i:Cap{APOSTROPHE}n|c{APOSTROPHE}est)"),
     # "black/white", "his/her/its", "t-shirt/dress".
@@ -297,7 +298,7 @@ RULES = (
     Rule("THING before a pause", f"{COMPOUND}\\.", PAUSE),
     Rule("THINGA", FIRM, normalize=_plain_ampersand),
     Rule("THINGA before a pause", f"{FIRM}\\.", PAUSE, _plain_ampersand),
-    # Quotes. The first reads on, so that "'so" is no "'s"; which way they point does not matter, as they are dropped.
+    # Quotes. The first reads further, so that "'so" is no "'s". All are dropped, so their direction does not matter.
     Rule("Opening quote", "'", "[A-Za-z][^ \t\n\u00a0]", normalize=_latex_quotes),
     Rule("REDAUX before a letter, at the end", CONTRACTION, normalize=_latex_quotes),
     Rule("QUOTES", f"''|[`\u0091-\u0094\u00ab\u00bb\u2018-\u201f\u2039\u203a]{{1,2}}|{APOSTROPHE}", "", _latex_quotes),
@@ -308,13 +309,13 @@ RULES = (
     Rule("NEWLINE", "\n"),
 )
 _COMPILED = [(rule.compile(), rule.normalize) for rule in RULES]
-# For speed, blanks and most words: no other rule reads across the end of letters, or splits them.
+# For speed, blanks and most words are matched first: no other rule reads across the end of letters, or splits them.
 _PLAIN = re.compile(rf"(?: {BLANK}*)?(?:(?!(?i:cannot|gonna|gotta|wanna|lemme|gimme)\b)([A-Za-z]+)(?=[ \n]|\Z))?")
 _LINE_BREAKS = dict.fromkeys(map(ord, "\n\r\v\f\u2028\u2029"), " ")
 
 
 def _words(text: str) -> Iterator[str]:
-    """The words of a text, in lower case; `"\\n"` between its lines."""
+    """The words of a text, in lower case, with `"\\n"` between its lines."""
     position = 0
     while position < len(text):
         plain = _PLAIN.match(text, position)
@@ -333,13 +334,13 @@ def _words(text: str) -> Iterator[str]:
 
 
 def tokenize_captions(captions: Iterable[str]) -> list[str]:
-    """Words of each caption, in lower case, without punctuation, joined by one space.
+    """Splits captions into words, in lower case and without punctuation.
 
     Args:
-        captions: Any strings; the order matters for a last word like `b.` (see the module's text).
+        captions: Any strings. Their order matters for a last word like `b.`; see the module's docstring.
 
     Returns:
-        One string for each caption.
+        The words of each caption, joined by one space.
 
     Raises:
         TypeError: If a caption is not a string.
@@ -360,10 +361,10 @@ def tokenize_captions(captions: Iterable[str]) -> list[str]:
 
 
 def _without_punctuation(words: list[str]) -> str:
-    """As pycocoevalcap does it; what it strips is a space of another kind at the end of an address."""
+    """Drops punctuation as pycocoevalcap does, which also strips other spaces at the end of an address."""
     return " ".join(word for word in " ".join(words).rstrip().split(" ") if word not in PUNCTUATION)
 
 
 def tokenize_caption(caption: str) -> str:
-    """Words of one caption by itself; see [`tokenize_captions`]."""
+    """Splits a single caption into words; see [`tokenize_captions`]."""
     return tokenize_captions([caption])[0]

@@ -1,20 +1,22 @@
-"""How the official VQA evaluation compares a short answer with people's answers, as pure functions.
+"""Compares a short answer with people's answers as the official VQA evaluation does, in pure functions.
 
-Written after `vqaEval.py` of the VQA data set's authors (https://github.com/GT-Vision-Lab/VQA,
-PythonEvaluationTools/vqaEvaluation) in the version that LAVIS runs (lavis/common/vqa_tools/vqa_eval.py), and so the
-papers built on it. Scores can be compared only if all agree on every detail, so its oddities are kept, and named where
-they are. The authors' present version differs: where all ten people agree, it compares the prediction as it is, and
-where they do not, people's answers lose articles and number words as well.
+Source: `vqaEval.py` of the VQA data set's authors (https://github.com/GT-Vision-Lab/VQA,
+PythonEvaluationTools/vqaEvaluation), in the version that LAVIS runs (lavis/common/vqa_tools/vqa_eval.py). Papers that
+build on LAVIS use this version. Its oddities are kept, since scores can be compared only if every detail agrees;
+comments name them.
+
+The authors' present version differs. If all ten people agree, it does not normalise the prediction. If they differ,
+people's answers also lose articles and number words.
 """
 
 import re
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
-# The official pattern is meant to spare periods between digits, but its look-behind is misspelt: it spares every
-# period before a digit, and takes "1." for "1".
+# The official pattern should keep periods between digits, but its look-behind is misspelt. It keeps every period
+# before a digit, and turns "1." into "1".
 _PERIOD = re.compile(r"\.(?!\d)")
-_MOST_PERIODS = 32  # a regular expression's flag, `re.UNICODE`, that is passed where their number goes
+_MAX_PERIODS = 32  # the official tool passes the flag `re.UNICODE`, which is 32, as the number of replacements
 _THOUSANDS = re.compile(r"\d,\d")
 
 ARTICLES = {"a", "an", "the"}
@@ -40,49 +42,48 @@ def _without_one_apostrophe(word: str) -> list[str]:
     return [word[:index] + word[index + 1 :] for index, letter in enumerate(word) if letter == "'"]
 
 
-# "dont" -> "don't"; "couldnt've" and "couldn'tve" -> "couldn't've", but "couldntve" stays. As in the original,
-# "somebody'd" loses its apostrophe, and what starts with a capital "I" is never found, because answers are in lower
-# case by then.
+# "dont" -> "don't"; "couldnt've" and "couldn'tve" -> "couldn't've", but "couldntve" stays. As in the official tool,
+# "somebody'd" loses its apostrophe. Entries with a capital "I" are never found, since answers are in lower case.
 CONTRACTIONS = {wrong: right for right in _CONTRACTED for wrong in _without_one_apostrophe(right)}
 CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
 def process_punctuation(text: str) -> str:
-    """Takes punctuation out of an answer: a mark beside a space goes, one inside a word becomes a space.
+    """Removes punctuation from an answer.
 
-    Where the answer holds a comma between digits, every mark goes. Apostrophes, colons, and periods before a digit
-    stay.
+    A mark beside a space is removed; a mark inside a word becomes a space. In an answer with a comma between digits,
+    all marks are removed. Apostrophes, colons, and periods before a digit stay.
     """
     drop_all = _THOUSANDS.search(text) is not None
     processed = text
     for mark in PUNCTUATION:
         beside_space = f"{mark} " in text or f" {mark}" in text
         processed = processed.replace(mark, "" if beside_space or drop_all else " ")
-    return _PERIOD.sub("", processed, count=_MOST_PERIODS)
+    return _PERIOD.sub("", processed, count=_MAX_PERIODS)
 
 
 def process_digits_and_articles(text: str) -> str:
-    """Lower case, number words up to ten as digits, no articles, missing apostrophes put in, single spaces."""
+    """Lower case, number words up to ten as digits, no articles, missing apostrophes added, single spaces."""
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def normalize_prediction(answer: str) -> str:
-    """What becomes of a model's answer before it is compared."""
+    """Normalises a model's answer."""
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
     return process_digits_and_articles(process_punctuation(answer))
 
 
 def normalize_references(answers: list[str]) -> list[str]:
-    """What becomes of people's answers: where they differ, their punctuation goes; where all agree, nothing happens.
+    """Normalises people's answers: punctuation is removed if the answers differ; else they stay as they are.
 
-    They are neither lower-cased nor stripped, since the published ones are already.
+    They are neither lower-cased nor stripped, since published answers already are.
     """
     return [process_punctuation(answer) for answer in answers] if len(set(answers)) > 1 else list(answers)
 
 
 def vqa_score(prediction: str, answers: list[str]) -> float:
-    """Right to the degree that people said the same: min(1, matches / 3), with each person left out once, averaged.
+    """min(1, matches / 3), averaged over leaving out each person once; matches are people with the same answer.
 
     Source: Goyal et al., CVPR 2017 (VQA v2), and https://visualqa.org/evaluation.html.
 
@@ -94,20 +95,20 @@ def vqa_score(prediction: str, answers: list[str]) -> float:
         The score in [0, 1].
 
     Raises:
-        ValueError: If there are fewer answers, of which none would be left.
+        ValueError: If there are fewer answers: leaving out one would leave none.
     """
     if len(answers) < 2:
         raise ValueError(f"`answers` must hold the answers of at least 2 people, but holds {len(answers)}.")
-    said = normalize_prediction(prediction)
-    matches = [answer == said for answer in normalize_references(answers)]
-    left = [sum(matches) - match for match in matches]  # matches among the others
-    return sum(min(1.0, count / 3) for count in left) / len(left)
+    normalized = normalize_prediction(prediction)
+    matches = [answer == normalized for answer in normalize_references(answers)]
+    matches_of_others = [sum(matches) - match for match in matches]
+    return sum(min(1.0, count / 3) for count in matches_of_others) / len(matches)
 
 
 def gqa_score(prediction: str, answer: str) -> float:
-    """1 if the answer is the right one to the letter, after what is done to a VQAv2 prediction; else 0.
+    """1 if the prediction, normalised as for VQAv2, equals the right answer; else 0.
 
-    Source: LAVIS, lavis/tasks/vqa.py, `GQATask`. The right answer is taken as it is, so one with a hyphen or an
-    article cannot be hit.
+    Source: LAVIS, lavis/tasks/vqa.py, `GQATask`. The right answer is not normalised, so an answer with a hyphen or an
+    article cannot be matched.
     """
     return float(process_digits_and_articles(process_punctuation(prediction)) == answer)

@@ -1,4 +1,4 @@
-"""A page to try the metric on, as a Space: one question's answers."""
+"""The page of the Space, on which a visitor scores the answer to one question."""
 
 from pathlib import Path
 
@@ -23,8 +23,8 @@ def main() -> None:
         score,
         inputs=[
             gr.Textbox(label="The model's answer", value="Blue."),
-            gr.Textbox(label="People's answers, one in each line", lines=10, value="blue\n" * 2 + "navy\n" * 8),
-            gr.Radio(["vqav2", "ok-vqa", "gqa"], label="Whose rule", value="vqav2"),
+            gr.Textbox(label="Answers of people, one in each line", lines=10, value="blue\n" * 2 + "navy\n" * 8),
+            gr.Radio(["vqav2", "ok-vqa", "gqa"], label="Rule of the benchmark", value="vqav2"),
         ],
         outputs=gr.Number(label="Accuracy [%]"),
         title="VQA accuracy",

