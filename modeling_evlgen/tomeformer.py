@@ -145,8 +145,10 @@ class TomeFormerEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        token_type_embedding = self.token_type_embeddings.weight[0]  # (dim,)
-        embeddings = self.position_embeddings(inputs_embeds + token_type_embedding)  # (batch, tokens, dim)
+        # The row is looked up by calling the module: an offloaded one has no weights between its calls.
+        first_type = torch.zeros(1, dtype=torch.long, device=inputs_embeds.device)
+        embeddings = inputs_embeds + self.token_type_embeddings(first_type)  # (batch, tokens, dim)
+        embeddings = self.position_embeddings(embeddings)
         return self.dropout(self.LayerNorm(embeddings))
 
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import layer_norm
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, Blip2QFormerModel
@@ -72,6 +73,28 @@ print(ascii(captioner("a.png", do_sample=False, max_new_tokens=8)[0]["generated_
 """
     said = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
     assert run_clean(code, tmp_path).splitlines()[-1] == ascii(said)
+
+
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
+OFFLOADED = {
+    "tomeformer": TomeFormerConfig(
+        **SIZES, **LAYERS, merge_r=3, layer_scale_init_value=0.5, output_position_initializer_range=1.0
+    ),
+    "qformer": QFormerConnectorConfig(**SIZES, **LAYERS, num_query_tokens=5, position_initializer_range=0.1),
+    "mlp": MLPConnectorConfig(**SIZES, output_position_initializer_range=1.0),
+}
+
+
+@pytest.mark.parametrize("connector", OFFLOADED)
+@torch.no_grad()
+def test_an_offloaded_connector_gives_what_it_gave(connector):
+    """As `device_map` and `max_memory` offload it: each module loads its weights when it is called."""
+    model = AutoModel.from_config(OFFLOADED[connector]).eval()
+    tokens = torch.randn(2, 9, 32)
+    expected = model(tokens).last_hidden_state
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(model(tokens).last_hidden_state, expected)
 
 
 def test_the_qformer_is_transformers_own_with_queries_and_positions():

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -417,6 +418,16 @@ def test_a_copy_has_contextualizers_of_its_own():
             contextualizer.alpha.zero_()
         torch.testing.assert_close(twin.get_vision_features(videos), expected)
         assert not torch.allclose(model.get_vision_features(videos), expected)
+
+
+@torch.no_grad()
+def test_an_offloaded_video_model_gives_what_it_gave():
+    model = video_model()
+    videos = noise(2, 3)
+    expected = model.get_video_features(videos).pooler_output
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(model.get_video_features(videos).pooler_output, expected)
 
 
 def test_threads_that_share_a_model_do_not_disturb_each_other():
