@@ -1,6 +1,6 @@
-"""Every figure that README and docs quote is printed by a module of this package: `python -m benchmarks.NAME`.
+"""Measures the figures of README and docs: `python -m benchmarks.NAME` prints a table.
 
-Benchmarks train and measure with the very parts of the scripts, so those are made importable here, once for all.
+Benchmarks use the modules of the scripts in `examples/`, so these are made importable here.
 """
 
 import sys

@@ -80,6 +80,7 @@ def share_of_padding(batches: DataLoader) -> float:
 
 
 def compare(model: EVLGenForConditionalGeneration, loaders: dict[str, DataLoader], rounds: int) -> None:
+    """Prints times relative to a step from images, losses before the first step, and the share of padding."""
     losses = {name: first_loss(model, batches) for name, batches in loaders.items()}
     steps = {name: training_step(model, endless(batches)) for name, batches in loaders.items()}
     seconds = take_turns(steps, rounds)

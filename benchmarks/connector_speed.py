@@ -97,6 +97,7 @@ def forward_and_backward(model: nn.Module, tokens: torch.Tensor) -> None:
 
 
 def compare(candidates: dict[str, nn.Module], num_tokens: int, batch: int, rounds: int, device: torch.device) -> None:
+    """Prints the times of all candidates on random tokens, relative to the first candidate's."""
     torch.manual_seed(0)
     tokens = torch.randn(batch, num_tokens, VISION_DIM, device=device)
     models = {name: model.to(device).eval() for name, model in candidates.items()}

@@ -45,6 +45,7 @@ def megabytes(model: EVLGenForConditionalGeneration) -> float:
 
 
 def compare(model: EVLGenForConditionalGeneration, rounds: int) -> None:
+    """Prints bytes and times of a model in each precision."""
     candidates = load_candidates(model)
     runs = {}
     for name, candidate in candidates.items():

@@ -199,6 +199,7 @@ def peak_of_a_step(config: EVLGenConfig) -> float:
 
 
 def compare_connectors(size: str, configs: dict[str, EVLGenConfig], rounds: int) -> None:
+    """Prints times, operations and memory of all candidates of a size."""
     # Before this process grows: on Linux, a new process starts with its parent's peak as its own.
     peaks = {name: in_new_process(peak_of_a_step, config) for name, config in configs.items()}
     models = {name: build(config) for name, config in configs.items()}

@@ -110,7 +110,7 @@ def append(entry: dict[str, Any]) -> None:
     """Appends a finished run or a timing to the file. A process that is killed meanwhile damages no other line."""
     with FileLock(f"{RESULTS}.lock"), RESULTS.open("a+b") as file:
         file.seek(0)
-        # A killed process may have left a part of a line behind.
+        # A killed process may have left a part of a line.
         file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json.dumps(entry).encode() + b"\n")
         file.flush()
