@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -64,7 +65,7 @@ def load_base_model(
     """
     try:
         return load(name_or_path, **kwargs)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
 
 

@@ -6,6 +6,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations.accelerate import get_max_memory
 
+from .fingerprints import TOWERS
+
 
 def select_part(device_map: dict[str, Any], part: str) -> dict[str, Any]:
     """The entries of a device map for one part of the model, without the part's name.
@@ -23,31 +25,35 @@ def select_part(device_map: dict[str, Any], part: str) -> dict[str, Any]:
     return entries or {"": device_map[""]}
 
 
-def memory_left(max_memory: dict[Any, int | str], tower: PreTrainedModel) -> dict[Any, int]:
-    """The memory of each device in bytes, less what a loaded tower takes."""
+def find_device(tower: PreTrainedModel) -> torch.device:
+    """The device that a tower computes on."""
+    devices = (parameter.device for parameter in tower.parameters())
+    # Weights that are offloaded to the disk are on the meta device until they are needed.
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def memory_left(max_memory: dict[Any, int | str], tower: PreTrainedModel, trained_bytes: int) -> dict[Any, int]:
+    """The memory of each device in bytes, less what a loaded tower takes, and what is trained, beside it."""
     left = get_max_memory(max_memory)
-    for parameter in tower.parameters():
-        device = parameter.device.index if parameter.device.index in left else parameter.device.type
-        if device in left:
-            left[device] = max(0, left[device] - parameter.nbytes)
+    taken = [(parameter.device, parameter.nbytes) for parameter in tower.parameters()]
+    for device, num_bytes in [*taken, (find_device(tower), trained_bytes)]:
+        key = device.index if device.index in left else device.type
+        if key in left:
+            left[key] = max(0, left[key] - num_bytes)
     return left
 
 
-def place_trained_parts(model: PreTrainedModel, towers: tuple[str, ...]) -> None:
+def place_trained_parts(model: PreTrainedModel) -> None:
     """Moves what is trained to the vision tower's device, and sets `model.hf_device_map` if a tower has one.
 
     Args:
         model: `EVLGenForConditionalGeneration`, whose towers have been placed.
-        towers: The names of its towers.
     """
-    devices = (parameter.device for parameter in model.vision_tower.parameters())
-    # Weights that are offloaded to the disk are on the meta device until they are needed.
-    device = next((device for device in devices if device.type != "meta"), torch.device("cpu"))
     device_map: dict[str, Any] = {}
     for name, part in model.named_children():
-        if name not in towers:
-            part.to(device)
+        if name not in TOWERS.values():
+            part.to(find_device(model.vision_tower))
         entries = getattr(part, "hf_device_map", None) or {"": next(part.parameters()).device}
         device_map |= {f"{name}.{key}".rstrip("."): place for key, place in entries.items()}
-    if any(hasattr(getattr(model, tower), "hf_device_map") for tower in towers):
+    if any(hasattr(getattr(model, tower), "hf_device_map") for tower in TOWERS.values()):
         model.hf_device_map = device_map

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from configuration_evlgen import EVLGenConfig
@@ -111,13 +111,15 @@ def find_reference(name_or_path: str | os.PathLike, adapter: str | None, kwargs:
         kwargs: The other arguments of `from_pretrained`. Those that the reference takes over are removed.
 
     Raises:
-        ValueError: If the adapter is for another model.
+        ValueError: If the checkpoint has no configuration, or the adapter is for another model.
     """
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     adapter_kwargs = dict(kwargs.get("adapter_kwargs") or {})
     config, changes = kwargs.get("config"), {}
     if not isinstance(config, PreTrainedConfig):  # of this or another copy of the code
         config_dict, _ = EVLGenConfig.get_config_dict(name_or_path if config is None else config, **hub)
+        if not isinstance(config_dict, dict) or "model_type" not in config_dict:
+            raise ValueError(f"{str(name_or_path)!r} has no {CONFIG_NAME} with a `model_type`.")
         if config_dict.get("towers") == "reference":
             fields = EVLGenConfig.__dataclass_fields__.keys() - {"dtype"}  # which is the towers' here
             changes = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
@@ -159,7 +161,9 @@ def load_reference(
         raise TypeError(f"A checkpoint without its towers does not take these arguments: {', '.join(unknown)}.")
     weights = _load_weights(name_or_path, hub)
     hub_of_all = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
-    vision_tower, language_model = _load_towers(model_class, config, hub_of_all | kwargs)
+    vision_tower, language_model = _load_towers(
+        model_class, config, hub_of_all | kwargs, sum(t.nbytes for t in weights.values())
+    )
     model = model_class(config, vision_tower, language_model)
     model.config.name_or_path = name_or_path
     model.name_or_path = str(name_or_path)
@@ -169,7 +173,7 @@ def load_reference(
     for names, problem in ((missing, "start afresh, since the checkpoint lacks them"), (unexpected, "are left out")):
         if names:
             logger.warning(f"Some weights {problem}: {', '.join(names)}.")
-    place_trained_parts(model, tuple(TOWERS.values()))
+    place_trained_parts(model)
     try:
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub)
     except OSError:
@@ -192,16 +196,22 @@ def _load_weights(name_or_path: str | os.PathLike, hub: dict[str, Any]) -> dict[
 
 
 def _load_towers(
-    model_class: type[PreTrainedModel], config: EVLGenConfig, kwargs: dict[str, Any]
+    model_class: type[PreTrainedModel], config: EVLGenConfig, kwargs: dict[str, Any], trained_bytes: int
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Loads the vision tower, and the language model into the memory that is left."""
+    """Loads the vision tower, and the language model into the memory that is left.
+
+    Args:
+        model_class, config: As in [`load_reference`].
+        kwargs: Arguments of `from_pretrained`, with which both towers are loaded.
+        trained_bytes: What the weights that are trained will take.
+    """
     kwargs = dict(kwargs)
     dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
     kwargs["dtype"] = config.dtype if dtype in (None, "auto") else dtype
     quantization_config = kwargs.pop("quantization_config", None)
     vision_tower = _load_tower("vision_model", load_vision_tower, config, kwargs)
     if kwargs.get("max_memory") is not None:
-        kwargs["max_memory"] = memory_left(kwargs["max_memory"], vision_tower)
+        kwargs["max_memory"] = memory_left(kwargs["max_memory"], vision_tower, trained_bytes)
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     return vision_tower, _load_tower("text_model", model_class.load_language_model, config, kwargs)

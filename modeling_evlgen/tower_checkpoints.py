@@ -6,6 +6,7 @@ import shutil
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -113,15 +114,19 @@ class TowerCheckpointMixin:
 
         Raises:
             ValueError: If a named tower cannot be loaded, or is not the one that the model was trained on. If an
-                adapter is for another model.
+                adapter is for another model. If there is no configuration.
+            OSError: If there is no such checkpoint, or its files are damaged.
         """
-        if pretrained_model_name_or_path is not None:
-            pretrained_model_name_or_path, adapter = find_adapter(pretrained_model_name_or_path, kwargs)
-            reference = find_reference(pretrained_model_name_or_path, adapter, kwargs)
+        reference, name_or_path = None, pretrained_model_name_or_path
+        if name_or_path is not None:
+            name_or_path, adapter = find_adapter(name_or_path, kwargs)
+            reference = find_reference(name_or_path, adapter, kwargs)
+        try:
             if reference is not None:
                 return load_reference(cls, reference, kwargs)
-        kwargs = quantize_only_language_model(kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            loaded = super().from_pretrained(name_or_path, *args, **quantize_only_language_model(kwargs))
+        except SafetensorError as error:
+            raise OSError(f"The weights in {str(name_or_path)!r} cannot be read: {error}") from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         hand_over_quantizer(model)
         model.freeze_towers()

@@ -28,8 +28,10 @@ def model(tmp_path):
     return build(save_towers(tmp_path / "base"))
 
 
-def build(towers, **kwargs):
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(**towers, connector_config=SIZES, **kwargs)
+def build(towers, connector_config=SIZES, **kwargs):
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        **towers, connector_config=connector_config, **kwargs
+    )
     with torch.no_grad():
         model.language_projection.weight.normal_(std=0.3)
     return model
@@ -137,6 +139,54 @@ def test_towers_share_the_memory_that_is_given(model, tmp_path):
         EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", device_map={"language_model": "cpu"})
 
 
+CONNECTORS = {
+    "tomeformer": SIZES,
+    "evlgen_qformer": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_query_tokens": 5},
+    "evlgen_mlp": {"hidden_size": 32, "intermediate_size": 64},
+}
+
+
+@pytest.mark.parametrize("towers", ["include", "reference"])
+@pytest.mark.parametrize(
+    ("connector", "is_video"),
+    [("evlgen_mlp", False), ("evlgen_mlp", True), ("evlgen_qformer", False)],
+)
+def test_a_model_with_offloaded_parts_generates_the_same(connector, is_video, towers, tmp_path):
+    fields = {"temporal_hidden_size": 8, "temporal_num_attention_heads": 2} if is_video else {}
+    connector_config = {"model_type": connector, **CONNECTORS[connector]}
+    model = build(save_towers(tmp_path / "base"), connector_config, temporal_contextualizer=is_video, **fields)
+    if is_video:
+        for contextualizer in model.temporal:
+            torch.nn.init.ones_(contextualizer.alpha)
+    model.save_pretrained(tmp_path / "model", towers=towers)
+    media = {"videos": [noise_images(3), noise_images(2)]} if is_video else {"images": noise_images(2)}
+    batch = tiny_processor(model)(**media, text=["what is it?"] * 2)
+    expected = model.generate(**batch, max_new_tokens=6, do_sample=False)
+
+    def generates_the_same(**kwargs):
+        loaded = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", **kwargs)
+        assert torch.equal(loaded.generate(**batch, max_new_tokens=6, do_sample=False), expected), kwargs
+        return {name.split(".")[0] for name, parameter in loaded.named_parameters() if parameter.is_meta}
+
+    parts = [name for name, _ in model.named_children()]
+    for on_disk in [*({part} for part in parts), set(parts)]:
+        offloaded = generates_the_same(device_map={part: "disk" if part in on_disk else "cpu" for part in parts})
+        # What is trained is small, and stays with the vision tower where the towers are loaded one by one.
+        assert offloaded == (on_disk if towers == "include" else on_disk & {"vision_tower", "language_model"})
+    sizes = [sum(parameter.nbytes for parameter in part.parameters()) for part in model.children()]
+    # The largest limit is enough for the towers, but not for what is trained as well.
+    for limit in (sum(sizes) - min(sizes), sum(sizes) // 2, sum(sizes) // 8):
+        assert generates_the_same(device_map="auto", max_memory={"cpu": limit}), limit
+
+
+@pytest.mark.parametrize("towers", ["include", "reference"])
+def test_a_model_with_offloaded_parts_can_be_saved(towers, model, tmp_path):
+    model.save_pretrained(tmp_path / "model", towers=towers)
+    loaded = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", device_map={"": "disk"})
+    loaded.save_pretrained(tmp_path / "again")
+    same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "again"), model)
+
+
 def test_fields_can_be_changed_in_loading(model, tmp_path):
     model.save_pretrained(tmp_path / "model", towers="reference")
     video = EVLGenForConditionalGeneration.from_pretrained(
@@ -236,6 +286,22 @@ def test_a_missing_base_model_is_named(model, tmp_path):
         EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model")
     moved = str(tmp_path / "base" / "elsewhere")
     same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", text_model_name_or_path=moved), model)
+
+
+@pytest.mark.parametrize(
+    ("towers", "file", "message"),
+    [
+        ("include", "model/model.safetensors", r"The weights in '.*/model' cannot be read: "),
+        ("reference", "model/model.safetensors", r"The weights in '.*/model' cannot be read: "),
+        ("reference", "base/text/model.safetensors", r"`text_model_name_or_path`='.*/base/text' cannot be loaded: "),
+    ],
+)
+def test_weights_that_were_cut_off_are_named(towers, file, message, model, tmp_path):
+    model.save_pretrained(tmp_path / "model", towers=towers)
+    path = tmp_path / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises((OSError, ValueError), match=message):
+        EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model")
 
 
 def test_towers_that_were_changed_or_have_no_name_are_saved(model, tmp_path, caplog):

@@ -184,6 +184,15 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
         EVLGenForConditionalGeneration.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("text", [None, "{}", "[]"])
+def test_a_folder_without_a_configuration_is_not_taken_for_the_papers_model(text, tmp_path):
+    checkpoint(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(ValueError, match=r"/model' has no config\.json with a `model_type`"):
+        EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model")
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch):
     model, *_ = checkpoint(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
