@@ -291,6 +291,23 @@ def test_a_broken_image_is_skipped_and_counted(cache_features, work, with_a_brok
     assert metrics["test_loss"] > 0
 
 
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (b'{"file_name": "../../0.png", "caption": "a"}', r"Invalid metadata file_name '../../0\.png'"),
+        ('{"file_name": "0.png", "caption": "a"}'.encode("utf-16"), "Invalid value"),
+        ('{"file_name": "0.png", "caption": "caf\u00e9"}'.encode("latin-1"), "UnicodeDecodeError"),
+        (b"", "one JSON object a line, in UTF-8"),
+        (b'{"file_name": "0.png", "caption": "a"}\n{"file_name": "1.png", "caption": ["a"]}', "changed from string"),
+        (b'{"caption": "a"}', "Metadata files .*different"),
+    ],
+)
+def test_metadata_that_cannot_be_read_are_named(metadata, message, work, with_a_broken_image, tmp_path):
+    (with_a_broken_image / "train" / "metadata.jsonl").write_bytes(metadata)
+    with pytest.raises(ValueError, match=rf"(?s)`dataset`: .*images' cannot be read: .*{message}"):
+        pretrain.main(arguments(work, tmp_path / "out", dataset=with_a_broken_image))
+
+
 @pytest.mark.parametrize("caption", [None, "", " "])
 def test_a_row_without_a_caption_is_named_or_skipped(caption, work, tmp_path, capsys):
     rows = load_dataset(str(work / "images"), split="train")

@@ -1,5 +1,6 @@
 """Training and held-out rows from a demo, a folder, files or the Hub."""
 
+import os
 from typing import Any
 
 from datasets import (
@@ -90,6 +91,11 @@ def check_arguments(data_args: DataArguments) -> None:
 
 
 def load_splits(data_args: DataArguments) -> DatasetDict | IterableDatasetDict:
+    """All splits of a data set by name.
+
+    Raises:
+        ValueError: If there is no such data set, or its files cannot be read.
+    """
     if data_args.dataset in DEMO_DATASETS:
         return DEMO_DATASETS[data_args.dataset]()
     try:
@@ -103,6 +109,12 @@ def load_splits(data_args: DataArguments) -> DatasetDict | IterableDatasetDict:
         raise ValueError(
             f"`dataset` is {data_args.dataset!r}, which is no folder, none of {', '.join(DEMO_DATASETS)}, and cannot "
             f"be had from the Hub: {error}"
+        ) from error
+    except Exception as error:  # builders of `datasets` raise errors of many types
+        cause = error.__cause__ or error
+        hint = " A metadata.jsonl holds one JSON object a line, in UTF-8." if os.path.isdir(data_args.dataset) else ""
+        raise ValueError(
+            f"`dataset`: {data_args.dataset!r} cannot be read: {type(cause).__name__}: {cause}.{hint}"
         ) from error
 
 
