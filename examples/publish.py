@@ -4,28 +4,32 @@
     python examples/publish.py --model outputs/demo --repo_id you/captioner \
         --results outputs/evaluation/demo/openmoji-scenes/results.json --check true
 
-`--results` takes what `evaluate_captioning.py` and `evaluate_vqa.py` left behind; it becomes the card's table and its
-`model-index`. `--check true` then loads what was published in a process of its own, which runs the code that was just
-uploaded, and captions an image. `--folder` writes everything into a folder and uploads nothing.
+`--results` takes the results.json files of `evaluate_captioning.py` and `evaluate_vqa.py`. They become the card's
+table and its `model-index`. `--check true` then loads the published model in a new process and captions an image. That
+process runs the code that was just uploaded. `--folder` writes everything into a folder and uploads nothing.
 
-An adapter's folder, from `finetune.py`, is published as an adapter, for the model on the Hub that `--base_model`
-names; or, with `--merge true`, as one model with it.
+The folder of an adapter, from `finetune.py`, is published as an adapter for the model on the Hub that `--base_model`
+names. With `--merge true` it is published as one complete model.
 """
 
 import copy
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -40,86 +44,114 @@ from modeling_evlgen.adapters import BASE_MODEL, check_base, find_adapter
 from modeling_evlgen.fingerprints import TOWERS, hash_weights, is_on_hub
 from processing_evlgen import EVLGenProcessor
 
-SHEET = "captions.png"  # the contact sheet that a training leaves beside its model
+SHEET = "captions.png"  # the contact sheet that pretrain.py writes beside its model
 CARD = "README.md"
-# Of what was published before, these would be loaded in place of what is published now, or beside it.
-WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "adapter_config.json"]
+# Files of an earlier publication that are deleted. Loaded beside the new ones, they would give another model.
+STALE = ["*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG, BASE_MODEL, SHEET]
+HUB_FILES = [".gitattributes"]  # the Hub's own file in a clone of a repository
 
 
 @dataclass
 class PublishArguments:
     repo_id: str | None = field(
-        default=None, metadata={"help": "Name of the repository on the Hub: you/captioner; default: the folder's."}
+        default=None,
+        metadata={"help": "Name of the repository on the Hub, such as you/captioner. Default: the folder's name."},
     )
     model: str = field(default="outputs/demo", metadata={"help": "Folder of the trained model."})
     results: list[str] = field(default_factory=list, metadata={"help": "results.json files of evaluations."})
-    license: str | None = field(default=None, metadata={"help": "The Hub's name of a licence, e.g. bsd-3-clause."})
-    datasets: list[str] = field(default_factory=list, metadata={"help": "Data sets on the Hub it was trained on."})
+    license: str | None = field(
+        default=None, metadata={"help": "Identifier of a licence on the Hub, such as bsd-3-clause."}
+    )
+    datasets: list[str] = field(
+        default_factory=list, metadata={"help": "Data sets on the Hub that the model was trained on."}
+    )
     towers: Literal["include", "reference"] | None = field(
-        default=None, metadata={"help": "Whether to upload the frozen towers or only name them; default: the model's."}
+        default=None,
+        metadata={"help": "Whether to upload the frozen towers or only name them. Default: the model's setting."},
     )
     merge: bool = field(default=False, metadata={"help": "Merge an adapter into its model."})
     base_model: str | None = field(
-        default=None, metadata={"help": "Name on the Hub of the model that an adapter is for; default: as it says."}
+        default=None, metadata={"help": "Name on the Hub of an adapter's model. Default: the name in the adapter."}
     )
     card: Literal["replace", "keep"] | None = field(
-        default=None, metadata={"help": "What to do with a README.md that was edited since it was written here."}
+        default=None, metadata={"help": "Whether to replace or keep a README.md that was edited after publishing."}
     )
-    private: bool = field(default=False, metadata={"help": "Only you can see a new repository."})
-    folder: str | None = field(default=None, metadata={"help": "Write everything into this folder, upload nothing."})
-    check: bool = field(default=False, metadata={"help": "Load what was published in a new process, and caption."})
-    image: str | None = field(default=None, metadata={"help": "The image to caption; default: the contact sheet."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
+    folder: str | None = field(
+        default=None, metadata={"help": "Write everything into this folder and upload nothing."}
+    )
+    check: bool = field(
+        default=False, metadata={"help": "Load the published model in a new process and caption an image."}
+    )
+    image: str | None = field(
+        default=None, metadata={"help": "The image to caption. Default: the model's contact sheet."}
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse_arguments(PublishArguments, argv=argv)
-    if arguments.repo_id is None and arguments.folder is None:
-        raise ValueError("`repo_id` is needed, the name of the repository to upload to, or `folder`, to write to.")
-    arguments.repo_id = arguments.repo_id or Path(arguments.folder).resolve().name
+    check_arguments(arguments)
     results = read_results(arguments.results)
-    if arguments.check and arguments.image is None and not Path(arguments.model, SHEET).exists():
-        raise ValueError(f"`check` needs a `image`: there is no {SHEET} in {arguments.model}.")
-    if arguments.folder is not None and Path(arguments.folder).resolve() == Path(arguments.model).resolve():
-        raise ValueError(f"`folder` must be another than the model's, but both are {arguments.folder}.")
     check_results(results, arguments)
-    card = known_card(arguments)
+    card = read_card(arguments)
     if card is not None and is_edited(card) and arguments.card is None:
         raise ValueError(
-            f"{CARD} of {arguments.folder or arguments.repo_id} was edited since it was written here: --card keep "
-            "leaves it as it is, --card replace writes another."
+            f"{CARD} of {arguments.folder or arguments.repo_id} was edited after it was written here. "
+            "--card keep leaves it as it is, --card replace writes a new one."
         )
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(arguments.folder or temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        new_card = write_folder(folder, arguments, results)
+    # Beside the target folder, so that files can be moved there.
+    beside = Path(arguments.folder).resolve().parent if arguments.folder else None
+    if beside is not None:
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".publish-") as temporary:
+        new_card = write_model(Path(temporary), arguments, results)
         if card is None or arguments.card != "keep":
-            (folder / CARD).write_text(sign(new_card), encoding="utf-8")
-        published = str(folder.resolve())
+            Path(temporary, CARD).write_text(sign(new_card), encoding="utf-8")
         if arguments.folder is None:
-            upload(folder, arguments)
+            upload(Path(temporary), arguments)
             published = arguments.repo_id
         else:
-            print(f"{folder}/ holds what would be published.")
-        if arguments.check:
-            print(f"{published} says: {caption(published, arguments)}")
+            published = str(Path(arguments.folder).resolve())
+            move_files(Path(temporary), Path(published))
+            print(f"{arguments.folder}/ holds the files to publish.")
+    if arguments.check:
+        print(f"{published} generates: {caption(published, arguments)}")
+
+
+def check_arguments(arguments: PublishArguments) -> None:
+    """Completes `repo_id`.
+
+    Raises:
+        ValueError: If arguments are missing or contradict each other.
+    """
+    if arguments.repo_id is None and arguments.folder is None:
+        raise ValueError("`repo_id` is needed to upload, or `folder` to write to a folder.")
+    arguments.repo_id = arguments.repo_id or Path(arguments.folder).resolve().name
+    if arguments.folder is None and "/" not in arguments.repo_id:
+        raise ValueError(f"`repo_id` must name the owner, as in you/captioner, but is {arguments.repo_id!r}.")
+    if arguments.check and arguments.image is None and not Path(arguments.model, SHEET).exists():
+        raise ValueError(f"`check` needs an `image`: there is no {SHEET} in {arguments.model}.")
+    if arguments.folder is not None and Path(arguments.folder).resolve() == Path(arguments.model).resolve():
+        raise ValueError(f"`folder` must differ from the model's folder, but both are {arguments.folder}.")
 
 
 def check_results(results: list[dict[str, Any]], arguments: PublishArguments) -> None:
-    """
+    """Checks that results were measured with the weights that are published.
+
     Raises:
-        ValueError: If results are another model's: its weights were others.
+        ValueError: If they were measured with other weights.
     """
     for path, entry in zip(arguments.results, results, strict=True):
         load = partial(EVLGenForConditionalGeneration.from_pretrained, dtype=DTYPES[entry["settings"]["dtype"]])
         weights = hash_weights(load_captioner("model", load, arguments.model).state_dict())
         if weights != entry["settings"]["weights"] or arguments.merge:
             raise ValueError(
-                f"`results`: {path} is of {entry['model']}, whose weights are not those of what is to be published."
+                f"`results`: {path} was measured on {entry['model']}, whose weights differ from the published ones."
             )
 
 
-def known_card(arguments: PublishArguments) -> str | None:
-    """The card that is there already, if any."""
+def read_card(arguments: PublishArguments) -> str | None:
+    """Reads the card of the repository or folder; None if it has none yet."""
     if arguments.folder is not None:
         path = Path(arguments.folder, CARD)
     else:
@@ -130,12 +162,12 @@ def known_card(arguments: PublishArguments) -> str | None:
     return path.read_text(encoding="utf-8") if path.exists() else None
 
 
-def write_folder(folder: Path, arguments: PublishArguments, results: list[dict[str, Any]]) -> str:
-    """Writes everything that is to be published but the card, which it returns."""
+def write_model(folder: Path, arguments: PublishArguments, results: list[dict[str, Any]]) -> str:
+    """Writes everything but the card into an empty folder, and returns the card."""
     source = Path(arguments.model)
     is_adapter = (source / ADAPTER_CONFIG).exists()
     if arguments.merge and not is_adapter:
-        raise ValueError(f"`merge` is for adapters, but there is no {ADAPTER_CONFIG} in {arguments.model}.")
+        raise ValueError(f"`merge` needs an adapter, but there is no {ADAPTER_CONFIG} in {arguments.model}.")
     name = find_adapter(source, {})[0] if arguments.merge else arguments.model
     model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, name)
     described, adapter_of = model.config, None
@@ -149,7 +181,7 @@ def write_folder(folder: Path, arguments: PublishArguments, results: list[dict[s
             model = PeftModel.from_pretrained(model, source).merge_and_unload()
             model.config.adapted_towers = adapted_towers(source)
         trained = model.num_parameters() - sum(getattr(model, tower).num_parameters() for tower in TOWERS.values())
-        described = copy.deepcopy(model.config)  # with the names that a private tower has
+        described = copy.deepcopy(model.config)  # the card names private towers, the published configuration does not
         save_model(model, folder, arguments.towers)
         described.towers = model.config.towers
     EVLGenProcessor.from_pretrained(arguments.model).save_pretrained(folder)
@@ -169,17 +201,17 @@ def write_folder(folder: Path, arguments: PublishArguments, results: list[dict[s
 
 
 def adapted_towers(adapter: Path) -> list[str]:
-    """The towers that an adapter changes."""
+    """Returns the towers that an adapter changes, by the arguments that name them."""
     with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as weights:
         names = list(weights.keys())
     return [argument for argument, tower in TOWERS.items() if any(f".{tower}." in name for name in names)]
 
 
 def save_model(model: EVLGenForConditionalGeneration, folder: Path, towers: str | None) -> None:
-    """Saves the model as others can load it: towers that only this machine has are included, and not named.
+    """Saves the model so that others can load it. Towers that are not on the Hub are included, without their names.
 
     Raises:
-        ValueError: If such towers are only to be named.
+        ValueError: If `towers` is `"reference"` and a tower is not on the Hub.
     """
     names = {argument: getattr(model.config, f"{argument}_name_or_path") for argument in TOWERS}
     private = [argument for argument, name in names.items() if not is_on_hub(name)]
@@ -192,7 +224,7 @@ def save_model(model: EVLGenForConditionalGeneration, folder: Path, towers: str 
 
 
 def copy_adapter(source: Path, folder: Path, base_model: str | None) -> str:
-    """Copies an adapter, and nothing else that a training leaves in its folder; gives its model's name on the Hub.
+    """Copies an adapter without the other files of its training, and returns the name of its model on the Hub.
 
     Raises:
         ValueError: If that model is not on the Hub.
@@ -201,8 +233,8 @@ def copy_adapter(source: Path, folder: Path, base_model: str | None) -> str:
     base_model = base_model or config["base_model_name_or_path"]
     if not is_on_hub(base_model):
         raise ValueError(
-            f"`model` is an adapter for {base_model}, which is not on the Hub: publish that first, and give its name "
-            "as `base_model`; or merge the adapter into it with --merge true."
+            f"`model` is an adapter for {base_model}, which is not on the Hub. Publish that model first and give its "
+            "name as `base_model`, or merge the adapter into it with --merge true."
         )
     (folder / ADAPTER_CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": base_model}, indent=2))
     for name in (SAFETENSORS_WEIGHTS_NAME, BASE_MODEL):
@@ -211,24 +243,67 @@ def copy_adapter(source: Path, folder: Path, base_model: str | None) -> str:
     return base_model
 
 
+def move_files(source: Path, target: Path) -> None:
+    """Moves published files into a folder, in place of those of an earlier publication.
+
+    A link in the folder is replaced; the file that it leads to is not changed.
+
+    Raises:
+        ValueError: If the folder holds files that do not belong to the model, and would be published with it.
+    """
+    target.mkdir(exist_ok=True)
+    names = list_files(source)
+    present = list(filter_repo_objects(list_files(target), ignore_patterns=DEFAULT_IGNORE_PATTERNS))  # as in an upload
+    stale = [name for name in present if any(fnmatch(name, pattern) for pattern in STALE) and "/" not in name]
+    foreign = sorted({*present} - {*names, *stale, *HUB_FILES, CARD})
+    if foreign:
+        raise ValueError(
+            f"`folder`: {target} holds files that do not belong to the model: {', '.join(foreign)}. Remove them, or "
+            "name another folder."
+        )
+    for name in stale:
+        (target / name).unlink()
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
+        os.replace(source / name, target / name)
+
+
+def list_files(folder: Path) -> list[str]:
+    """Lists files and links below a folder, relative to it."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
 def upload(folder: Path, arguments: PublishArguments) -> None:
-    """Uploads in one commit. A repository that was made for it is gone again if that fails."""
+    """Uploads in one commit. If that fails, a repository that this call created is deleted."""
     api = HfApi()
-    is_new = not api.repo_exists(arguments.repo_id)
-    api.create_repo(arguments.repo_id, private=arguments.private, exist_ok=True)
+    first_commit = create_repository(api, arguments)
     try:
         commit = api.upload_folder(
             repo_id=arguments.repo_id,
             folder_path=folder,
             commit_message="Model, processor, code and card",
-            delete_patterns=WEIGHTS,
+            delete_patterns=STALE,
         )
-    except BaseException:
-        if is_new:
-            with suppress(Exception):  # what went wrong first is what is to be told
-                api.delete_repo(arguments.repo_id)
+    except BaseException:  # also Ctrl-C
+        if first_commit is not None:
+            with suppress(Exception):  # the user needs the first error
+                if api.repo_info(arguments.repo_id).sha == first_commit:  # nobody else has written to it
+                    api.delete_repo(arguments.repo_id)
         raise
     print(f"Published: {commit.commit_url}")
+
+
+def create_repository(api: HfApi, arguments: PublishArguments) -> str | None:
+    """Creates the repository and returns its first commit; None if the repository exists already."""
+    try:
+        api.create_repo(arguments.repo_id, private=arguments.private, exist_ok=False)
+    except HfHubHTTPError as error:
+        # A token may be allowed to write to a repository but not to create one, which gives another status than 409.
+        if error.response.status_code == 409 or api.repo_exists(arguments.repo_id):
+            return None
+        raise
+    return api.repo_info(arguments.repo_id).sha
 
 
 CAPTION = """
@@ -237,32 +312,30 @@ from transformers import pipeline
 task, model, image = sys.argv[1:]
 print(pipeline(task, model=model, trust_remote_code=True)(image)[0]["generated_text"])
 """
-
-
-def caption(published: str, arguments: PublishArguments) -> str:
-    """What the published model says about an image, in a process without this repository's code.
-
-    Raises:
-        RuntimeError: If it cannot be loaded or fails.
-    """
-    image = arguments.image or str(Path(arguments.model, SHEET).resolve())
-    command = [sys.executable, "-I", "-c", _WITHOUT_EVLGEN + CAPTION, "image-to-text", published, image]
-    with tempfile.TemporaryDirectory() as elsewhere:
-        done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"The published model does not work:\n{done.stderr}")
-    said = done.stdout.strip()
-    if not said:
-        raise RuntimeError(f"The published model says nothing about {image}.")
-    return said.splitlines()[-1]
-
-
-# An installed EVLGen would be taken in place of the code that was published.
+# An installed EVLGen would be used instead of the published code.
 _WITHOUT_EVLGEN = """
 import sys
 for name in ("configuration_evlgen", "modeling_evlgen", "processing_evlgen"):
     sys.modules[name] = None
 """
+
+
+def caption(published: str, arguments: PublishArguments) -> str:
+    """Captions an image with the published model, in a process without this repository's code.
+
+    Raises:
+        RuntimeError: If the model cannot be loaded, fails, or generates nothing.
+    """
+    image = arguments.image or str(Path(arguments.model, SHEET).resolve())
+    command = [sys.executable, "-I", "-c", _WITHOUT_EVLGEN + CAPTION, "image-to-text", published, image]
+    with tempfile.TemporaryDirectory() as elsewhere:
+        process = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"The published model does not work:\n{process.stderr}")
+    text = process.stdout.strip()
+    if not text:
+        raise RuntimeError(f"The published model generates nothing for {image}.")
+    return text.splitlines()[-1]
 
 
 if __name__ == "__main__":

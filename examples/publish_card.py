@@ -1,4 +1,4 @@
-"""The model card of a published model: what it is made of, how to use it, how well it does, and what it cannot do."""
+"""Writes the model card of a published model: parts, usage, training data, evaluation, limits and licence."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from configuration_evlgen import EVLGenConfig
 from modeling_evlgen.fingerprints import TOWERS, is_on_hub
 
 PAPER = "https://arxiv.org/abs/2310.03291"
-KIND = {"tomeformer": "a TomeFormer", "evlgen_qformer": "a Q-Former", "evlgen_mlp": "an MLP"}
+CONNECTORS = {"tomeformer": "a TomeFormer", "evlgen_qformer": "a Q-Former", "evlgen_mlp": "an MLP"}
 
 _TEMPLATE = """\
 ---
@@ -22,11 +22,11 @@ _TEMPLATE = """\
 
 {{ summary }}
 {% if sheet %}
-![Held-out images and what the model says about them](captions.png)
+![Held-out images and the model's captions](captions.png)
 {% endif %}
 ## How to use
 
-The code comes with the model, so look at it before you trust it, and name a `revision` where it matters.
+The repository contains the model's code. Read it before you trust it, and pin a `revision` where it matters.
 
 ```python
 from transformers import pipeline
@@ -35,7 +35,8 @@ captioner = pipeline("{{ task }}", model="{{ repo_id }}", trust_remote_code=True
 captioner("{{ file }}", num_beams=5)
 ```
 
-What it was trained to be asked goes into `prompt`, such as `prompt="Question: What is it? Short answer:"`.
+A question goes into `prompt`, in the form of the training data, such as
+`prompt="Question: What is it? Short answer:"`.
 
 ```python
 from transformers import AutoModel, AutoProcessor
@@ -43,11 +44,11 @@ from transformers import AutoModel, AutoProcessor
 model = AutoModel.from_pretrained("{{ repo_id }}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{{ repo_id }}", trust_remote_code=True)
 inputs = processor(images="image.png", text="")
-words = model.generate(**inputs, max_new_tokens=30)
-processor.batch_decode(words[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+token_ids = model.generate(**inputs, max_new_tokens=30)
+processor.batch_decode(token_ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 ```
 
-## What it is made of
+## Architecture
 
 {{ parts }}
 
@@ -81,21 +82,21 @@ processor.batch_decode(words[:, inputs["input_ids"].shape[1] :], skip_special_to
 
 
 def read_results(paths: list[str]) -> list[dict[str, Any]]:
-    """Reads what `examples/evaluate_captioning.py` and `evaluate_vqa.py` left behind.
+    """Reads results.json files of `examples/evaluate_captioning.py` and `evaluate_vqa.py`.
 
     Raises:
-        ValueError: If a file is missing or is not such a file.
+        ValueError: If a file is missing or is not a results.json.
     """
     results = []
     for path in paths:
         try:
             entry = json.loads(Path(path).read_text(encoding="utf-8"))
             kept = {name: entry[name] for name in ("task", "dataset", "metrics", "num_rows", "settings", "model")}
-            if not {"weights", "dtype"} <= kept["settings"].keys():  # by which the model is known
-                raise ValueError("its settings do not name weights and dtype")
+            if not {"weights", "dtype"} <= kept["settings"].keys():  # they identify the model
+                raise ValueError("its settings lack weights and dtype")
             results.append(kept | {"notes": entry.get("notes", [])})
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"`results`: {path} is no results.json of an evaluation: {error!r}") from error
+            raise ValueError(f"`results`: {path} is not the results.json of an evaluation: {error!r}") from error
     return results
 
 
@@ -109,17 +110,17 @@ def model_card(
     has_sheet: bool,
     adapter_of: str | None = None,
 ) -> ModelCard:
-    """Writes the card.
+    """Fills in the card.
 
     Args:
         repo_id: The repository's name.
         config: The model's configuration.
-        trained_parameters: How many parameters were trained.
-        results: See [`read_results`].
-        license: The Hub's name of a licence.
-        datasets: Names of data sets that it was trained on.
-        has_sheet: Whether captions.png lies beside the card.
-        adapter_of: The model that this is an adapter for, if it is one.
+        trained_parameters: Number of trained parameters.
+        results: From [`read_results`].
+        license: The Hub's identifier of a licence.
+        datasets: Names on the Hub of the training data.
+        has_sheet: Whether captions.png is published beside the card.
+        adapter_of: Name on the Hub of the adapter's model; None for a complete model.
     """
     bases = [name for name in (config.vision_model_name_or_path, config.text_model_name_or_path) if is_on_hub(name)]
     task = "video-to-text" if config.temporal_contextualizer else "image-to-text"
@@ -155,12 +156,12 @@ _SIGNATURE = "\n<!-- Written by EVLGen's examples/publish.py: sha256 {} -->\n"
 
 
 def sign(card: str) -> str:
-    """A card by which it can be seen later whether it was edited."""
+    """Appends a hash of the card. With it [`is_edited`] detects later changes."""
     return card + _SIGNATURE.format(hashlib.sha256(card.encode()).hexdigest())
 
 
 def is_edited(card: str) -> bool:
-    """Whether a card is not, to the letter, what [`sign`] gave."""
+    """Returns whether a card differs from what [`sign`] returned."""
     written, _, _ = card.partition(_SIGNATURE.partition("{")[0])
     return card != sign(written)
 
@@ -186,45 +187,47 @@ def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
 
 
 def _summary(config: EVLGenConfig, task: str, adapter_of: str | None) -> str:
-    seen = "videos and images" if task == "video-to-text" else "images"
-    tokens = f"{config.num_vision_tokens} tokens of an image become {config.num_image_tokens}"
+    inputs = "videos and images" if task == "video-to-text" else "images"
+    tokens = f"The {config.num_vision_tokens} tokens of an image become {config.num_image_tokens}."
     adapter = f" It is a LoRA adapter for [{adapter_of}](https://huggingface.co/{adapter_of})." if adapter_of else ""
-    vision, text = (_how(config, argument) for argument in TOWERS)
+    vision, text = (_training_state(config, argument) for argument in TOWERS)
     return (
-        f"Says what is in {seen}, and answers questions about them as far as it was trained to. An "
-        f"[EVLGen]({PAPER}): a vision tower ({vision}), {KIND[config.connector_config.model_type]} that was trained "
-        f"with the caption loss alone, and a language model ({text}); {tokens}.{adapter}"
+        f"Captions {inputs}, and answers questions about them as far as it was trained to. It is an "
+        f"[EVLGen]({PAPER}): a vision tower ({vision}), {CONNECTORS[config.connector_config.model_type]} that was "
+        f"trained with the caption loss alone, and a language model ({text}). {tokens}{adapter}"
     )
 
 
-def _how(config: EVLGenConfig, argument: str) -> str:
+def _training_state(config: EVLGenConfig, argument: str) -> str:
     return "adapted by LoRA" if argument in (config.adapted_towers or ()) else "frozen"
 
 
 def _parts(config: EVLGenConfig, trained_parameters: int) -> str:
-    def base(name: str | None, revision: str | None) -> str:
-        if not name:
-            return "a model that is not on the Hub"
-        shown = f"[{name}](https://huggingface.co/{name})" if is_on_hub(name) else f"{Path(name).name}, from a folder"
-        return shown + (f", revision `{revision}`" if revision else "")
-
-    held = "named by this repository and loaded from theirs" if config.towers == "reference" else "in this repository"
-    merged = ", beside the adapter that was merged" if config.adapted_towers else ""
+    parts = []
+    for title, argument, tower in (
+        ("Vision tower", "vision_model", config.vision_config),
+        ("Language model", "text_model", config.text_config),
+    ):
+        name, revision = (getattr(config, f"{argument}_{suffix}") for suffix in ("name_or_path", "revision"))
+        state = _training_state(config, argument)
+        parts.append(f"- {title} (`{tower.model_type}`), {state}: {_base_model(name, revision)}")
+    location = "loaded from the repositories named above" if config.towers == "reference" else "in this repository"
+    merged = ", and the adapter that was merged" if config.adapted_towers else ""
     return "\n".join(
-        [
-            f"- Vision tower (`{config.vision_config.model_type}`), {_how(config, 'vision_model')}: "
-            f"{base(config.vision_model_name_or_path, config.vision_model_revision)}",
-            f"- Language model (`{config.text_config.model_type}`), {_how(config, 'text_model')}: "
-            f"{base(config.text_model_name_or_path, config.text_model_revision)}",
-            f"- Trained: {trained_parameters / 1e6:.1f} M parameters{merged}.",
-            f"- The towers are {held}.",
-        ]
+        [*parts, f"- Trained: {trained_parameters / 1e6:.1f} M parameters{merged}.", f"- The towers are {location}."]
     )
 
 
+def _base_model(name: str | None, revision: str | None) -> str:
+    if not name:
+        return "a model that is not on the Hub"
+    link = f"[{name}](https://huggingface.co/{name})" if is_on_hub(name) else f"{Path(name).name}, from a folder"
+    return link + (f", revision `{revision}`" if revision else "")
+
+
 def _training(datasets: list[str]) -> str:
-    named = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
-    return f"Data: {named}." if named else "The data that it was trained on is not told."
+    links = ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
+    return f"Data: {links}." if links else "The training data is not named."
 
 
 def _evaluation(results: list[dict[str, Any]]) -> str:
@@ -247,15 +250,15 @@ _DECODING = ("num_beams", "min_new_tokens", "max_new_tokens", "length_penalty", 
 
 
 def _limits(config: EVLGenConfig) -> str:
-    order = "- The order of a video's frames is not seen.\n" if config.temporal_contextualizer else ""
+    order = "- The model ignores the order of a video's frames.\n" if config.temporal_contextualizer else ""
     return (
-        "- It says what its training captions say; images unlike those get wrong captions, fluently.\n"
-        f"- An image is {config.num_image_tokens} tokens: small print and many small things are lost.\n"
+        "- The captions follow those of the training data. Images of another kind get fluent but wrong captions.\n"
+        f"- An image is {config.num_image_tokens} tokens, so small print and many small things are lost.\n"
         f"{order}"
-        "- Biases and errors of the base models are its own."
+        "- The model has the biases and errors of its base models."
     )
 
 
 def _licence(license: str | None) -> str:
-    own = f"`{license}` for what was trained and the code." if license else "Not told for what was trained."
-    return f"{own} The base models' licences hold for them."
+    trained = f"`{license}` for the trained parts and the code." if license else "The trained parts name no licence."
+    return f"{trained} The base models keep their own licences."

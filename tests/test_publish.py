@@ -1,4 +1,4 @@
-"""examples/publish.py: one commit with weights, code, processor and a card, which then works for anybody."""
+"""examples/publish.py: one commit with weights, code, processor and a card, and a model that works for anybody."""
 
 import json
 from functools import partial
@@ -18,7 +18,7 @@ from modeling_evlgen.adapters import save_base
 from modeling_evlgen.fingerprints import hash_weights
 
 from .helpers import noise_images, save_towers, tiny_model, tiny_processor
-from .hub_server import HubError, HubServer
+from .hub_server import HubError, HubServer, Repo
 
 RESULTS = {
     "task": {"type": "image-to-text", "name": "Image captioning"},
@@ -49,7 +49,7 @@ def save_model(folder, **kwargs):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub for the script, and for the processes in which it tries out what it has published."""
+    """A Hub for the script, and for the processes in which it checks the published model."""
     with HubServer() as server:
         monkeypatch.setattr(publish, "HfApi", partial(HfApi, endpoint=server.url, token="hf_dummy"))
         for name, value in server.client_env(tmp_path / "hf_home").items():
@@ -68,7 +68,7 @@ def test_a_model_is_published_in_one_commit_and_works(hub, tmp_path, capsys):
     expected = {"README.md", "captions.png", "config.json", "model.safetensors", "modeling_evlgen.py"}
     assert files.keys() >= expected | {"processing_evlgen.py", "processor_config.json", "tokenizer.json"}
     assert not [name for name in files if name.endswith((".bin", ".pt")) or name.startswith("checkpoint-")]
-    assert "user/captioner says: " in capsys.readouterr().out
+    assert "user/captioner generates: " in capsys.readouterr().out
 
     card = ModelCard(files["README.md"].decode())
     assert (card.data.license, card.data.pipeline_tag, card.data.datasets) == (
@@ -99,13 +99,13 @@ def test_a_folder_is_written_instead(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "The towers are in this repository" in card  # since nobody else has those folders
     assert 'model="out", trust_remote_code=True' in card  # by the folder's name, where no other is given
-    assert "(`clip_vision_model`), frozen: vision, from a folder" in card and "(frozen); 17 tokens" in card
+    assert "(`clip_vision_model`), frozen: vision, from a folder" in card and "(frozen). The 17 tokens" in card
     assert "Not evaluated." in card and "captions.png" not in card
     written = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".json", ".md", ".jinja")]
     assert len(written) > 5 and not [path.name for path in written if str(tmp_path) in path.read_text()]
     with pytest.raises(ValueError, match=r"`towers` cannot be \"reference\": '.*vision' is not on the Hub"):
         publish.main([*given, "--towers", "reference"])
-    with pytest.raises(ValueError, match="`folder` must be another than the model's"):
+    with pytest.raises(ValueError, match="`folder` must differ from the model's folder"):
         publish.main([*given, "--folder", str(tmp_path / "model")])
 
 
@@ -118,7 +118,7 @@ def test_an_edited_card_is_not_overwritten_unasked(hub, tmp_path):
     assert "license: mit" in card and not is_edited(card)
     edited = card.replace("## Limits", "## Limits\n\nNo night scenes.")
     hub.repos["models", "user/captioner"].commit("main", "edited", "", {"README.md": edited.encode()})
-    with pytest.raises(ValueError, match=r"README.md of user/captioner was edited since .*: --card keep"):
+    with pytest.raises(ValueError, match=r"README.md of user/captioner was edited after .*\. --card keep"):
         publish.main(given)
     publish.main([*given, "--card", "keep"])
     assert hub.files("user/captioner")["README.md"].decode() == edited
@@ -127,15 +127,16 @@ def test_an_edited_card_is_not_overwritten_unasked(hub, tmp_path):
     assert is_edited("# Someone's") and not is_edited(sign("# Ours"))
 
 
+def fail_to_upload(*args, **kwargs):
+    raise HubError(403, "Your storage is full")
+
+
 def test_a_failed_upload_leaves_nothing_new_and_nothing_old(hub, tmp_path, monkeypatch):
     save_model(tmp_path / "model")
     given = ["--model", str(tmp_path / "model"), "--repo_id", "user/captioner"]
 
-    def full(*args, **kwargs):
-        raise HubError(403, "Your storage is full")
-
     with monkeypatch.context() as patched:
-        patched.setattr(hub, "commit", full)
+        patched.setattr(hub, "commit", fail_to_upload)
         with pytest.raises(HfHubHTTPError, match="Your storage is full"):
             publish.main(given)
         assert ("models", "user/captioner") not in hub.repos
@@ -143,7 +144,7 @@ def test_a_failed_upload_leaves_nothing_new_and_nothing_old(hub, tmp_path, monke
     stale = {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b"{}", "notes.md": b"mine"}
     hub.repos["models", "user/captioner"].commit("main", "an earlier upload's", "", stale)
     with monkeypatch.context() as patched:
-        patched.setattr(hub, "commit", full)
+        patched.setattr(hub, "commit", fail_to_upload)
         with pytest.raises(HfHubHTTPError, match="Your storage is full"):
             publish.main([*given, "--license", "mit"])
     assert hub.files("user/captioner").keys() >= stale.keys()  # as it was
@@ -151,19 +152,98 @@ def test_a_failed_upload_leaves_nothing_new_and_nothing_old(hub, tmp_path, monke
     assert hub.files("user/captioner").keys() & stale.keys() == {"notes.md"}
 
 
-def test_an_adapter_is_published_as_one_or_merged(hub, tmp_path, capsys):
-    save_model(tmp_path / "base")
-    base = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "base")
+@pytest.mark.parametrize("request_name", ["repo_info", "create_repo"])
+def test_a_repository_that_was_there_before_is_never_deleted(request_name, hub, tmp_path, monkeypatch):
+    """Also where the Hub denies that it exists, or refuses to create it for another reason."""
+    save_model(tmp_path / "model")
+    hub.repos["models", "user/captioner"] = repo = Repo("user/captioner")
+    repo.commit("main", "somebody's", "", {"notes.md": b"mine"})
+
+    def refuse(*args, **kwargs):
+        raise HubError(*((404, "Not found", "RepoNotFound") if request_name == "repo_info" else (403, "Forbidden")))
+
+    monkeypatch.setattr(hub, request_name, refuse)
+    monkeypatch.setattr(hub, "commit", fail_to_upload)
+    with pytest.raises(HfHubHTTPError):
+        publish.main(["--model", str(tmp_path / "model"), "--repo_id", "user/captioner"])
+    assert hub.files("user/captioner") == {"notes.md": b"mine"}
+
+
+@pytest.mark.parametrize("others_write", [False, True])
+def test_ctrl_c_deletes_a_new_repository_unless_others_have_written_to_it(others_write, hub, tmp_path, monkeypatch):
+    save_model(tmp_path / "model")
+
+    def interrupt(*args, **kwargs):
+        if others_write:
+            hub.repos["models", "user/captioner"].commit("main", "somebody's", "", {"notes.md": b"mine"})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HfApi, "upload_folder", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        publish.main(["--model", str(tmp_path / "model"), "--repo_id", "user/captioner"])
+    assert (("models", "user/captioner") in hub.repos) == others_write
+
+
+def save_adapter(folder):
+    """Saves a model in `base` and an adapter for it in `adapter`; returns the base model and the adapted one."""
+    save_model(folder / "base")
+    base = EVLGenForConditionalGeneration.from_pretrained(folder / "base")
     adapted = add_lora(base, LoraArguments())
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    adapted.save_pretrained(tmp_path / "adapter")
-    save_base(base.config, tmp_path / "adapter")
-    tiny_processor(base).save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(folder / "adapter")
+    save_base(base.config, folder / "adapter")
+    tiny_processor(base).save_pretrained(folder / "adapter")
+    return base, adapted
+
+
+def test_a_merged_model_replaces_its_adapter_in_a_folder(hub, tmp_path):
+    """The adapter's configuration beside the merged weights would apply the adapter once more."""
+    base, adapted = save_adapter(tmp_path)
+    HfApi(endpoint=hub.url, token="hf_dummy").create_repo("user/base")
+    given = ["--model", str(tmp_path / "adapter"), "--folder", str(tmp_path / "out")]
+    publish.main([*given, "--base_model", "user/base"])
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    publish.main([*given, "--merge", "true", "--card", "replace"])
+    adapted.merge_and_unload()
+    torch.testing.assert_close(
+        EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict(), base.state_dict()
+    )
+    left = {"adapter_config.json", "adapter_model.safetensors", "base_model.json"}
+    assert not left & {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_folder_holds_nothing_but_the_model(tmp_path):
+    save_model(tmp_path / "model")
+    out = tmp_path / "out"
+    given = ["--model", str(tmp_path / "model"), "--folder", str(out)]
+    publish.main(given)
+    (tmp_path / "elsewhere.json").write_text("mine")
+    (out / "config.json").unlink()
+    (out / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    (out / ".gitattributes").touch()
+    (out / "model-00001-of-00002.safetensors").touch()
+    publish.main(given)
+    assert (tmp_path / "elsewhere.json").read_text() == "mine"
+    assert not (out / "config.json").is_symlink()
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    written = (out / "config.json").stat()
+    (out / ".env").write_text("TOKEN=secret")
+    (out / "checkpoint-2").mkdir()
+    (out / "checkpoint-2" / "optimizer.pt").touch()
+    with pytest.raises(ValueError, match=r"out holds files that .*: \.env, checkpoint-2/optimizer\.pt\. Remove"):
+        publish.main(given)
+    assert (out / "config.json").stat() == written
+
+
+def test_an_adapter_is_published_as_one_or_merged(hub, tmp_path, capsys):
+    base, adapted = save_adapter(tmp_path)
     (tmp_path / "adapter" / "bad_rows.jsonl").write_text("a name that is nobody's business")
     given = ["--model", str(tmp_path / "adapter"), "--repo_id", "user/adapter", "--folder", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match=r"is an adapter for .*base, which is not on the Hub: publish that first"):
+    with pytest.raises(ValueError, match=r"is an adapter for .*base, which is not on the Hub\. Publish that"):
         publish.main(given)
     publish.main([*given, "--merge", "true"])
     adapted.merge_and_unload()
@@ -176,7 +256,7 @@ def test_an_adapter_is_published_as_one_or_merged(hub, tmp_path, capsys):
     publish.main(["--model", str(tmp_path / "base"), "--repo_id", "user/base"])
     given = ["--model", str(tmp_path / "adapter"), "--repo_id", "user/adapter", "--base_model", "user/base"]
     publish.main([*given, "--check", "true", "--image", str(tmp_path / "base" / "captions.png")])
-    assert "user/adapter says: " in capsys.readouterr().out
+    assert "user/adapter generates: " in capsys.readouterr().out
     files = hub.files("user/adapter")
     assert files.keys() >= {"adapter_model.safetensors", "base_model.json", "processor_config.json"}
     assert not files.keys() & {"model.safetensors", "bad_rows.jsonl"}
@@ -188,20 +268,23 @@ def test_mistakes_are_named_before_anything_is_uploaded(hub, tmp_path):
     save_model(tmp_path / "model")
     (tmp_path / "bad.json").write_text('{"task": 1}')
     given = ["--model", str(tmp_path / "model"), "--repo_id", "you/captioner"]
-    with pytest.raises(ValueError, match=r"`results`: .*bad.json is no results.json of an evaluation"):
+    with pytest.raises(ValueError, match=r"`results`: .*bad.json is not the results.json of an evaluation"):
         publish.main([*given, "--results", str(tmp_path / "bad.json")])
     (tmp_path / "other.json").write_text(json.dumps(RESULTS))
-    with pytest.raises(ValueError, match=r"other.json is of outputs/mine, whose weights are not those of what is"):
+    with pytest.raises(ValueError, match=r"other.json was measured on outputs/mine, whose weights differ from the"):
         publish.main([*given, "--results", str(tmp_path / "other.json")])
-    with pytest.raises(ValueError, match="`merge` is for adapters"):
+    with pytest.raises(ValueError, match="`merge` needs an adapter"):
         publish.main([*given, "--merge", "true", "--folder", str(tmp_path / "out")])
     (tmp_path / "model" / "captions.png").unlink()
-    with pytest.raises(ValueError, match="`check` needs a `image`"):
+    with pytest.raises(ValueError, match="`check` needs an `image`"):
         publish.main([*given, "--check", "true"])
     with pytest.raises(ValueError, match=r"`model`='.*nowhere' cannot be loaded"):
         publish.main(["--model", str(tmp_path / "nowhere"), "--repo_id", "you/captioner"])
     with pytest.raises(ValueError, match="`repo_id` is needed"):
         publish.main(["--model", str(tmp_path / "model")])
+    with pytest.raises(ValueError, match="`repo_id` must name the owner, as in you/captioner, but is 'captioner'"):
+        publish.main(["--model", str(tmp_path / "model"), "--repo_id", "captioner"])
+    assert hub.repos == {}
 
 
 def test_the_papers_card_names_its_base_models(tmp_path):
@@ -216,10 +299,10 @@ def test_the_papers_card_names_its_base_models(tmp_path):
     card = model_card("you/video", config, 9e7, read_results([str(tmp_path / "results.json")]), "mit", [], False)
     assert card.data.base_model == ["Salesforce/blip2-opt-2.7b", "facebook/opt-2.7b"]
     assert card.data.pipeline_tag == "video-to-text"
-    assert "named by this repository and loaded from theirs" in card.text
-    assert "257 tokens of an image become 29" in card.text
+    assert "The towers are loaded from the repositories named above." in card.text
+    assert "The 257 tokens of an image become 29." in card.text
     assert (
         "| 120.50 | num_beams 5, min_new_tokens 8 |\n\n- COCO Captions, Karpathy's splits: in-domain: few" in card.text
     )
     assert "[facebook/opt-2.7b](https://huggingface.co/facebook/opt-2.7b), revision `abc`" in card.text
-    assert "The order of a video's frames is not seen." in card.text
+    assert "The model ignores the order of a video's frames." in card.text
