@@ -183,7 +183,7 @@ def test_results_of_a_model_with_another_sign_are_not_published(tmp_path):
     with torch.no_grad():
         model.language_projection.weight.neg_()
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="is of mine, whose weights are not those of what is to be published"):
+    with pytest.raises(ValueError, match="was measured on mine, whose weights differ from the published ones"):
         publish.main(arguments)
 
 
