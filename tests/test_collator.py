@@ -91,6 +91,13 @@ def test_a_batch_of_bad_rows_alone_is_replaced_by_good_rows():
         RecordingCollator(collator, none)([none[0]])
 
 
+def test_an_image_with_more_pixels_than_allowed_is_a_bad_row():
+    rows = rows_of(2)
+    with pytest.raises(ValueError, match=r"has 40 x 40 pixels, more than `max_pixels`=1000 allows"):
+        collator_of(DataArguments(max_pixels=1000))(rows)
+    assert len(collator_of(DataArguments(max_pixels=1600))(rows)["pixel_values"]) == 2
+
+
 def test_importing_and_reading_leave_datasets_as_it_was():
     code = """
 from datasets.packaged_modules.webdataset.webdataset import WebDataset

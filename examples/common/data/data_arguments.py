@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from processing_evlgen.images import MAX_PIXELS
+
 
 @dataclass
 class DataArguments:
@@ -55,6 +57,9 @@ class DataArguments:
     )
     cached_views: int | None = field(
         default=None, metadata={"help": "Crops and flips of each training image to keep in the cache."}
+    )
+    max_pixels: int = field(
+        default=MAX_PIXELS, metadata={"help": "Largest width times height of an image or frame; larger ones are bad."}
     )
     skip_bad_rows: bool = field(
         default=False,

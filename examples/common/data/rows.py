@@ -40,9 +40,12 @@ def open_media(row: dict[str, Any], data_args: DataArguments, frame_sampling: st
         ValueError: If it cannot be read.
     """
     if data_args.video_column:
-        return load_rgb_frames(row[data_args.video_column], data_args.num_frames, frame_sampling)
+        frames = data_args.num_frames, frame_sampling, data_args.max_pixels
+        return load_rgb_frames(row[data_args.video_column], *frames)
     images = row[data_args.image_column]
-    return [load_rgb_image(image) for image in images] if isinstance(images, list) else load_rgb_image(images)
+    if isinstance(images, list):
+        return [load_rgb_image(image, max_pixels=data_args.max_pixels) for image in images]
+    return load_rgb_image(images, max_pixels=data_args.max_pixels)
 
 
 def check_text(row: dict[str, Any], data_args: DataArguments) -> None:

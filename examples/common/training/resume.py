@@ -32,7 +32,7 @@ COMPARED_TRAINING_ARGUMENTS = (
 # Arguments that leave the trained weights alone, or name what `rows` below covers wherever it lies.
 IGNORED_ARGUMENTS = {
     *("towers", "dataset", "data_files", "dataset_config", "train_split", "test_split", "max_test_samples"),
-    *("skip_bad_rows", "max_train_samples", "mixture", "shuffle_buffer", "streaming"),
+    *("skip_bad_rows", "max_pixels", "max_train_samples", "mixture", "shuffle_buffer", "streaming"),
 }
 
 
