@@ -21,11 +21,12 @@ from configuration_evlgen import EVLGenConfig
 
 from .activation_checkpointing import checkpoint_frozen_layers
 from .connectors import build_connector
+from .input_checks import check_finite, check_length, check_vision_features
 from .named_towers import allow_missing_towers
 from .temporal import TemporalContextualizer, TemporalTower, encode_images, encode_videos
 from .tower_checkpoints import TowerCheckpointMixin
 from .vision_tower import build_vision_tower
-from .whitening import moments, whitening_matrix
+from .whitening import whiten_inputs
 
 
 @dataclass
@@ -37,8 +38,8 @@ class EVLGenImageOutput(BaseModelOutputWithPooling):
         pooler_output (`torch.Tensor` of shape `(batch, num_image_tokens, text_hidden_size)`):
             The soft prompt: merged tokens in the language model's embedding space.
         output_index (`torch.LongTensor` of shape `(batch, num_vision_tokens)`):
-            The place in the soft prompt of the token that each vision token became part of; None from a connector that
-            does not merge.
+            For each vision token, the index of the soft prompt's token that it was merged into; None from a connector
+            that does not merge.
     """
 
     output_index: torch.Tensor | None = None
@@ -47,20 +48,20 @@ class EVLGenImageOutput(BaseModelOutputWithPooling):
 class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, GenerationMixin):
     """Generates text from images: vision tower → LayerNorm, Linear → TomeFormer → Linear → language model.
 
-    Each `<image>` placeholder token of the text is replaced by one token of the soft prompt. The towers are frozen:
-    without gradient and in evaluation mode, whatever `train()` says, for as long as none of their parameters is
-    trained.
+    The TomeFormer may be another connector. Each `<image>` placeholder of the text is replaced by one token of the
+    soft prompt. The towers are frozen: without gradient, and in evaluation mode even after `train()`, unless the user
+    trains one of their parameters.
 
     Args:
-        config ([`EVLGenConfig`]): What to build.
-        vision_tower, language_model (`PreTrainedModel`, *optional*): Loaded towers to take instead of fresh ones.
+        config ([`EVLGenConfig`]): The configuration.
+        vision_tower, language_model (`PreTrainedModel`, *optional*): Loaded towers, instead of fresh ones.
     """
 
     config: EVLGenConfig
     main_input_name = "input_ids"
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    # What is trained stays in float32, whatever dtype the towers are loaded in.
+    # Trained weights stay in float32, in which small steps of the optimizer are not lost to rounding.
     _keep_in_fp32_modules_strict = ["ln_vision", "vision_projection", "connector", "language_projection", "temporal"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -74,7 +75,7 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
         super().__init__(config)
         for tower in (vision_tower, language_model):
             for module in tower.modules() if tower is not None else ():
-                module._is_hf_initialized = True  # or `post_init` would draw fresh weights
+                module._is_hf_initialized = True  # or `post_init` would draw its weights anew
         self.vision_tower = build_vision_tower(config.vision_config) if vision_tower is None else vision_tower
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
@@ -89,10 +90,10 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
         self.vision_projection = nn.Linear(config.vision_hidden_size, connector_dim)
         self.connector = build_connector(config.connector_config)
         self.language_projection = nn.Linear(connector_dim, text_dim)
-        # Language models differ in what they can be told.
+        # Not every language model takes `logits_to_keep` and `position_ids`.
         self._text_arguments = set(inspect.signature(self.language_model.forward).parameters)
         self.post_init()
-        # Sharding looks every one of these layers up, and towers also name some that only their text models have.
+        # FSDP looks for each of these layers, and the towers' lists name some that this model does not have.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
         self.freeze_towers()
         self.register_load_state_dict_post_hook(allow_missing_towers)
@@ -105,7 +106,7 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
             init.zeros_(module.alpha)
 
     def freeze_towers(self) -> None:
-        """Takes the vision tower and the language model out of training."""
+        """Freezes the vision tower and the language model: no gradient, evaluation mode."""
         for tower in (self.vision_tower, self.language_model):
             tower.requires_grad_(False)
         self.train(self.training)
@@ -125,11 +126,12 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
         """One line for each part: how many parameters it has, and how many of them are trained."""
         lines = []
         for name, part in self.named_children():
-            # PEFT keeps what it trains in full a second time, as it was.
-            own = [p for key, p in part.named_parameters() if "original_module" not in key.split(".")]
-            count, trained = sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
-            how = {0: "frozen", count: "trained"}.get(trained, f"{_short(trained)} of them trained")
-            lines.append(f"{name}: {_short(count)} parameters, {how}")
+            # PEFT keeps the original of each module that it trains in full.
+            parameters = [p for key, p in part.named_parameters() if "original_module" not in key.split(".")]
+            count = sum(p.numel() for p in parameters)
+            trained = sum(p.numel() for p in parameters if p.requires_grad)
+            state = {0: "frozen", count: "trained"}.get(trained, f"{_short(trained)} of them trained")
+            lines.append(f"{name}: {_short(count)} parameters, {state}")
         return "\n".join(lines)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -145,13 +147,13 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
         self.language_model.set_output_embeddings(new_embeddings)
 
     def get_vision_features(self, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Runs the vision tower alone; what it gives can be kept and handed in as `vision_features` later.
+        """Runs the vision tower alone. The features can be stored, and passed as `vision_features` later.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`):
                 Images from the processor; or videos, of shape `(videos, frames, channels, height, width)`.
             frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
-                False for frames that only fill a short video up.
+                False for the frames that pad a short video.
 
         Returns:
             `torch.Tensor` of shape `(images or videos, num_vision_tokens, vision_hidden_size)`. A video is the mean of
@@ -197,7 +199,7 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
             pixel_values_videos (`torch.Tensor` of shape `(videos, frames, channels, height, width)`):
                 Videos from the processor.
             frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
-                False for frames that only fill a short video up.
+                False for the frames that pad a short video.
 
         Returns:
             [`EVLGenImageOutput`]; its `pooler_output` is the soft prompt.
@@ -209,44 +211,17 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
             )
         return self.project_vision_features(self.get_vision_features(pixel_values_videos, frame_mask))
 
-    @torch.no_grad()
-    def whiten_vision_projection(self, vision_features: torch.Tensor | Iterable[torch.Tensor]) -> None:
-        """Lets a fresh vision projection start from what the tower gives, measured on some images.
-
-        Its outputs then have mean 0, and all directions of the tower's tokens count about the same in them. With W its
-        weight, M the matrix of [`whitening_matrix`] and m the tokens' mean, the weight becomes W M and the bias
-        -W M m, as data-dependent starts go (Krähenbühl et al., ICLR 2016). A trained projection would be spoilt.
-
-        Args:
-            vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`):
-                What [`get_vision_features`] gives for images like those to come, some hundreds; or an iterable of such
-                tensors.
-
-        Raises:
-            ValueError: If `vision_features` has another shape, is not finite or does not vary.
-        """
-        batches = [vision_features] if torch.is_tensor(vision_features) else vision_features
-        batches = (self._check_vision_features(batch).to(self.ln_vision.weight.device) for batch in batches)
-        try:
-            mean, covariance = moments(self.ln_vision(batch).flatten(0, 1) for batch in batches)
-        except ValueError as error:
-            raise ValueError(f"`vision_features` cannot be whitened: {error}") from error
-        projection = self.vision_projection
-        weight = projection.weight.cpu().double() @ whitening_matrix(covariance)  # (connector_dim, vision_dim)
-        projection.weight.copy_(weight)
-        projection.bias.copy_(-weight @ mean)
-
     def project_vision_features(self, vision_features: torch.Tensor) -> EVLGenImageOutput:
         """Turns the vision tower's tokens into soft prompts: the part of the model that is trained.
 
         Args:
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`):
-                What [`get_vision_features`] gives.
+                Features from [`get_vision_features`].
 
         Raises:
             ValueError: If `vision_features` has another shape.
         """
-        tokens = self.ln_vision(self._check_vision_features(vision_features))
+        tokens = self._normalize(vision_features)  # (images, num_vision_tokens, vision_hidden_size)
         tokens = self.vision_projection(tokens)  # (images, num_vision_tokens, connector_dim)
         connected = self.connector(tokens)
         soft_prompt = self.language_projection(connected.last_hidden_state)  # (images, num_image_tokens, text_dim)
@@ -255,6 +230,32 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
             pooler_output=soft_prompt,
             output_index=connected.get("output_index"),
         )
+
+    def _normalize(self, vision_features: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+        """Checks vision features, and runs `ln_vision` over them in its own dtype."""
+        check_vision_features(vision_features, self.config)
+        return self.ln_vision(vision_features.to(device=device, dtype=self.ln_vision.weight.dtype))
+
+    @torch.no_grad()
+    def whiten_vision_projection(self, vision_features: torch.Tensor | Iterable[torch.Tensor]) -> None:
+        """Starts a fresh vision projection from the statistics of the vision tower's tokens; see [`whiten_inputs`].
+
+        A trained projection would be spoilt.
+
+        Args:
+            vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`):
+                Features from [`get_vision_features`], of some hundreds of images like those to come; or an iterable of
+                such tensors.
+
+        Raises:
+            ValueError: If `vision_features` has another shape, is not finite or does not vary.
+        """
+        batches = [vision_features] if torch.is_tensor(vision_features) else vision_features
+        device = self.vision_projection.weight.device
+        try:
+            whiten_inputs(self.vision_projection, (self._normalize(batch, device).flatten(0, 1) for batch in batches))
+        except ValueError as error:
+            raise ValueError(f"`vision_features` cannot be whitened: {error}") from error
 
     @can_return_tuple
     def forward(
@@ -279,26 +280,27 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
                 `video_token_id` for each video.
             attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 1 for tokens, 0 for padding.
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
-                The images, in the order in which their placeholders stand in the batch.
+                The images, in the order of their placeholders in the batch.
             pixel_values_videos (`torch.Tensor` of shape `(videos, frames, channels, height, width)`, *optional*):
                 The videos, likewise.
             frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
-                False for frames that only fill a short video up.
+                False for the frames that pad a short video.
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
-                The ids to predict, -100 where nothing is to be predicted. They are shifted inside.
+                `input_ids` where the model learns to predict them, -100 elsewhere. They are shifted inside.
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
-                What [`get_vision_features`] gave for the images, instead of `pixel_values`.
+                Features of the images from [`get_vision_features`], instead of `pixel_values`.
             inputs_embeds (`torch.Tensor` of shape `(batch, sequence, text_dim)`, *optional*):
-                Embedded text, instead of `input_ids`, without any images to fill in.
+                Embedded text, instead of `input_ids`. It cannot be combined with images or videos.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Positions of the tokens.
             mm_encoder_outputs (`dict[str, EVLGenImageOutput]`, *optional*):
-                What [`get_image_features`] gave, under `"image"`, instead of `pixel_values`, and what
-                [`get_video_features`] gave, under `"video"`, instead of `pixel_values_videos`.
+                Outputs of [`get_image_features`] under `"image"`, instead of `pixel_values`, and of
+                [`get_video_features`] under `"video"`, instead of `pixel_values_videos`.
             logits_to_keep (`int` or `torch.Tensor`, *optional*):
-                For which places to compute logits, as in transformers' language models. In training with `labels`,
-                the default is only those that have a label, and `logits` has shape `(labels, vocab)`; else all.
+                The places that logits are computed for, as in transformers' language models. In training with
+                `labels`, the default is the places with a target, and `logits` has shape `(targets, vocab)`. Otherwise
+                it is all places.
             kwargs:
-                Handed to the language model (`cache`, `use_cache` …), `num_items_in_batch` to the loss.
+                Arguments of the language model (`cache`, `use_cache` …), and `num_items_in_batch` of the loss.
 
         Raises:
             ValueError: If inputs contradict each other, placeholders and images differ in number, or the text is
@@ -311,12 +313,14 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, image_outputs, video_outputs)
         elif image_outputs is not None or video_outputs is not None:
-            raise ValueError("Images need `input_ids`, whose placeholders say where they go, not `inputs_embeds`.")
-        self._check_length(inputs_embeds.shape[1], kwargs.get("cache"))
+            raise ValueError("Images need `input_ids`, which hold their placeholders, instead of `inputs_embeds`.")
+        check_length(inputs_embeds.shape[1], kwargs.get("cache"), self.config)
 
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        targets = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        # The targets of each place: the ids that come next.
+        targets = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # (batch, sequence)
         if logits_to_keep is None:
+            # Most places of a training batch are images, prompts and padding, whose logits nobody needs.
             only_targets = self.training and targets is not None and "logits_to_keep" in self._text_arguments
             logits_to_keep = targets != -100 if only_targets else 0
             targets = targets[logits_to_keep] if only_targets else targets
@@ -326,7 +330,7 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
             kwargs["position_ids"] = position_ids
 
         if self.training:
-            kwargs.setdefault("use_cache", False)  # a frozen language model does not know that it is trained through
+            kwargs.setdefault("use_cache", False)  # the frozen language model is in evaluation mode, and would cache
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs
         )
@@ -355,6 +359,7 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
         vision_features: torch.Tensor | None,
         mm_encoder_outputs: dict[str, EVLGenImageOutput] | None,
     ) -> EVLGenImageOutput | None:
+        """The soft prompts of the images, if there are any, from the one argument that is given."""
         encoded = (mm_encoder_outputs or {}).get("image")
         if sum(images is not None for images in (pixel_values, vision_features, encoded)) > 1:
             raise ValueError("Only one of `pixel_values`, `vision_features` and `mm_encoder_outputs` can be given.")
@@ -364,24 +369,13 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
             return self.project_vision_features(vision_features)
         return encoded
 
-    def _check_vision_features(self, vision_features: torch.Tensor) -> torch.Tensor:
-        """Features of the right shape, in the dtype of what is trained."""
-        if not torch.is_tensor(vision_features):
-            raise TypeError(f"`vision_features` must be a tensor, but is a {type(vision_features).__name__}.")
-        expected = (self.config.num_vision_tokens, self.config.vision_hidden_size)
-        if vision_features.ndim != 3 or tuple(vision_features.shape[1:]) != expected:
-            raise ValueError(
-                f"`vision_features` must have shape (images, {expected[0]}, {expected[1]}), but has "
-                f"{tuple(vision_features.shape)}."
-            )
-        return vision_features.to(self.ln_vision.weight.dtype)
-
     def _encode_videos(
         self,
         pixel_values_videos: torch.Tensor | None,
         frame_mask: torch.Tensor | None,
         mm_encoder_outputs: dict[str, EVLGenImageOutput] | None,
     ) -> EVLGenImageOutput | None:
+        """The soft prompts of the videos, likewise."""
         encoded = (mm_encoder_outputs or {}).get("video")
         if pixel_values_videos is None:
             return encoded
@@ -398,62 +392,61 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
         """Embeds the text and fills the soft prompts into their placeholders, `(batch, sequence, text_dim)`."""
         images = input_ids == self.config.image_token_id  # (batch, sequence)
         videos = input_ids == self.config.video_token_id
-        # The placeholders' own ids may lie beyond the embedding, so they are never looked up.
+        # Placeholders may lie beyond the embedding, so another id is looked up in their place.
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(images | videos, 0))
         inputs_embeds = self._fill("image", images, image_outputs, inputs_embeds)
         return self._fill("video", videos, video_outputs, inputs_embeds)
 
     def _fill(
         self,
-        kind: str,
+        modality: str,
         placeholders: torch.Tensor,
         outputs: EVLGenImageOutput | None,
         inputs_embeds: torch.Tensor,
     ) -> torch.Tensor:
+        """Fills the soft prompts of one modality, `"image"` or `"video"`, into embedded text.
+
+        Raises:
+            ValueError: If the placeholders and the soft prompts differ in number.
+        """
         num_placeholders = placeholders.sum()
         num_features = 0 if outputs is None else outputs.pooler_output.shape[:2].numel()
         torch_compilable_check(
             num_placeholders == num_features,
             lambda: (
-                f"`input_ids` holds {int(num_placeholders)} {kind} placeholders, but the {kind}s give {num_features} "
-                f"tokens, {self.config.num_image_tokens} each."
+                f"`input_ids` holds {int(num_placeholders)} {modality} placeholders, but the {modality}s give "
+                f"{num_features} tokens, {self.config.num_image_tokens} each."
             ),
         )
         if outputs is None:
             return inputs_embeds
         soft_prompts = outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds.masked_scatter(placeholders.unsqueeze(2), soft_prompts)
-
-    def _check_length(self, length: int, cache: Any) -> None:
-        limit = getattr(self.config.text_config.get_text_config(), "max_position_embeddings", None)
-        if limit is None:  # a model without positions, whose cache may not know its length
-            return
-        length += cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        if isinstance(limit, int) and isinstance(length, int) and length > limit:
-            raise ValueError(f"`input_ids` has {length} tokens, but the language model has places for {limit}.")
+        mask = placeholders.unsqueeze(2).to(inputs_embeds.device)  # (batch, sequence, 1)
+        return inputs_embeds.masked_scatter(mask, soft_prompts)
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Turns images and videos into soft prompts once, before the first step."""
         names = ("pixel_values", "vision_features", "pixel_values_videos", "frame_mask")
-        pixel_values, vision_features, videos, frame_mask = (model_kwargs.pop(name, None) for name in names)
+        given = {name: model_kwargs.pop(name, None) for name in names}
         encoded = model_kwargs.get("mm_encoder_outputs")
-        image_outputs = self._encode_images(pixel_values, vision_features, encoded)
-        video_outputs = self._encode_videos(videos, frame_mask, encoded)
-        # Words from NaN look like any others. `forward` does not check this: it would wait for the GPU in every step
-        # of a training, whose loss shows NaN anyway.
-        _check_finite({"`pixel_values`": pixel_values, "`vision_features`": vision_features}, image_outputs)
-        _check_finite({"`pixel_values_videos`": videos}, video_outputs)
-        outputs = {"image": image_outputs, "video": video_outputs}
-        model_kwargs["mm_encoder_outputs"] = {name: value for name, value in outputs.items() if value is not None}
-        return model_kwargs
+        outputs = {
+            "image": self._encode_images(given["pixel_values"], given["vision_features"], encoded),
+            "video": self._encode_videos(given["pixel_values_videos"], given["frame_mask"], encoded),
+        }
+        outputs = {name: output for name, output in outputs.items() if output is not None}
+        # Words from NaN look like any others. `forward` does not check this: it would make the CPU wait for the GPU in
+        # every step of a training, where the loss shows it. Soft prompts alone would not do, since some towers clamp
+        # infinity; inputs alone would not either, since weights may be NaN, or overflow in half precision.
+        check_finite({f"`{name}`": tensor for name, tensor in given.items() if name != "frame_mask"})
+        check_finite({f"The {name} soft prompt": output.pooler_output for name, output in outputs.items()})
+        return {**model_kwargs, "mm_encoder_outputs": outputs}
 
     def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
-        """Keeps placeholders out of what is said, and, as in the original, out of what a repetition penalty counts:
-        only generated tokens do."""
+        """Never generates placeholders. A repetition penalty counts generated tokens alone, as in the original."""
         for name in ("encoder_repetition_penalty", "prompt_lookup_num_tokens"):
             if getattr(generation_config, name, None) not in (None, 1.0):
                 raise ValueError(
-                    f"`{name}` is not supported: it looks prompt ids up, and those of images are no words."
+                    f"`{name}` is not supported: it reads the prompt's ids, and those of images are no words."
                 )
         processors = super()._get_logits_processor(generation_config, **kwargs)
         placeholders = [self.config.image_token_id, self.config.video_token_id]
@@ -462,25 +455,6 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
                 processor.prompt_ignore_length = kwargs.get("input_ids_seq_length") or 0
         processors.append(SuppressTokensLogitsProcessor(placeholders, device=kwargs.get("device")))
         return processors
-
-
-def _check_finite(inputs: dict[str, torch.Tensor | None], outputs: EVLGenImageOutput | None) -> None:
-    """
-    Args:
-        inputs: Images, features or videos, by their names in messages.
-        outputs: Their soft prompts.
-
-    Raises:
-        ValueError: If a value is NaN or infinite.
-    """
-    if outputs is None:
-        return
-    # Prompts are not enough: some towers clamp infinity. Inputs are not: weights may be bad, or overflow.
-    tensors = {**inputs, "The soft prompt": outputs.pooler_output}
-    for name, tensor in tensors.items():
-        entries = [] if tensor is None else (~tensor.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
-        if entries:
-            raise ValueError(f"{name} must be finite, but has NaN or infinity in entries {entries}.")
 
 
 def _short(count: int) -> str:

@@ -1,8 +1,30 @@
-"""The statistics of a vision tower's tokens, from which a fresh projection can start."""
+"""Starts a linear map from the statistics of its inputs."""
 
 from collections.abc import Iterable
 
 import torch
+from torch import nn
+
+
+@torch.no_grad()
+def whiten_inputs(linear: nn.Linear, batches: Iterable[torch.Tensor]) -> None:
+    """Changes a fresh linear map so that it whitens its inputs first.
+
+    Its outputs then have mean 0, and all directions of the inputs count about the same in them. With weight W, the
+    matrix M of [`whitening_matrix`] and the inputs' mean m, the weight becomes W M and the bias -W M m. Source of
+    data-dependent starts: Krähenbühl et al., "Data-dependent initializations of convolutional neural networks", 2016.
+
+    Args:
+        linear (`nn.Linear`): The map, with a bias.
+        batches (`Iterable[torch.Tensor]`): Inputs, each of shape `(tokens, dim)`.
+
+    Raises:
+        ValueError: If there are fewer than two inputs, or they are not finite or do not vary.
+    """
+    mean, covariance = moments(batches)
+    weight = linear.weight.cpu().double() @ whitening_matrix(covariance)  # (out_dim, dim)
+    linear.weight.copy_(weight)
+    linear.bias.copy_(-weight @ mean)
 
 
 def moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,31 +41,31 @@ def moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
     """
     count, total, products = 0, 0.0, 0.0
     for tokens in batches:
-        tokens = tokens.detach().cpu().double()  # not every device has float64
+        tokens = tokens.detach().cpu().double()  # some accelerators have no float64
         count += len(tokens)
-        total = total + tokens.sum(dim=0)
-        products = products + tokens.T @ tokens
+        total = total + tokens.sum(dim=0)  # (dim,)
+        products = products + tokens.T @ tokens  # (dim, dim)
     if count < 2:
         raise ValueError(f"A covariance needs 2 tokens or more, but there are {count}.")
     mean = total / count  # (dim,)
     covariance = products / count - torch.outer(mean, mean)  # (dim, dim)
     if not covariance.isfinite().all():
         raise ValueError("The tokens must be finite.")
-    if not covariance.diagonal().mean() > 1e-12 * mean.square().mean():  # below is rounding
+    if not covariance.diagonal().mean() > 1e-12 * mean.square().mean():  # less is rounding error
         raise ValueError("The tokens must vary, but are all the same.")
     return mean, covariance
 
 
 def whitening_matrix(covariance: torch.Tensor, shrinkage: float = 0.1) -> torch.Tensor:
-    """The matrix behind which the directions of tokens have nearly equal variance, about 1, and are uncorrelated.
+    """The matrix that makes the directions of tokens uncorrelated, and their variances nearly 1.
 
-    With covariance C and shrinkage s it is ((1 - s) C + s tr(C) / dim I)^(-1/2): ZCA whitening (Bell and Sejnowski,
-    "The independent components of natural scenes are edge filters", 1997) of a covariance that is shrunk towards a
-    multiple of the identity (Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance
-    matrices", 2004). Without the shrinkage, directions in which tokens hardly differ would be blown up.
+    With covariance C and shrinkage s it is ((1 - s) C + s tr(C) / dim I)^(-1/2). This is ZCA whitening (Bell and
+    Sejnowski, "The independent components of natural scenes are edge filters", 1997). The covariance is shrunk towards
+    a multiple of the identity (Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance
+    matrices", 2004). Without the shrinkage, directions of little variance would be blown up.
 
     Args:
-        covariance (`torch.Tensor` of shape `(dim, dim)`): Of tokens, in float64.
+        covariance (`torch.Tensor` of shape `(dim, dim)`): The tokens' covariance, in float64.
         shrinkage (`float`, *optional*, defaults to 0.1): Above 0 and at most 1, which scales all directions alike.
 
     Returns:
@@ -54,6 +76,7 @@ def whitening_matrix(covariance: torch.Tensor, shrinkage: float = 0.1) -> torch.
     """
     if not 0 < shrinkage <= 1:
         raise ValueError(f"`shrinkage` must be above 0 and at most 1, but is {shrinkage}.")
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = torch.linalg.eigh(covariance)  # (dim,), (dim, dim)
+    # Rounding makes some of the smallest eigenvalues negative.
     values = (1 - shrinkage) * values.clamp(min=0) + shrinkage * covariance.diagonal().mean()
     return (vectors * values.rsqrt()) @ vectors.T

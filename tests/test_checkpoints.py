@@ -149,7 +149,7 @@ CONNECTORS = {
 @pytest.mark.parametrize("towers", ["include", "reference"])
 @pytest.mark.parametrize(
     ("connector", "is_video"),
-    [("evlgen_mlp", False), ("evlgen_mlp", True), ("evlgen_qformer", False)],
+    [("tomeformer", False), ("tomeformer", True), ("evlgen_qformer", False), ("evlgen_mlp", False)],
 )
 def test_a_model_with_offloaded_parts_generates_the_same(connector, is_video, towers, tmp_path):
     fields = {"temporal_hidden_size": 8, "temporal_num_attention_heads": 2} if is_video else {}

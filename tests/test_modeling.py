@@ -176,7 +176,7 @@ def test_a_batch_says_what_its_members_say_alone(text, settings):
 @pytest.mark.parametrize("settings", [{"prompt_lookup_num_tokens": 2}, {"encoder_repetition_penalty": 1.2}])
 def test_options_that_look_up_prompt_ids_are_refused(settings):
     model = tiny_model()
-    with pytest.raises(ValueError, match="is not supported: it looks prompt ids up"):
+    with pytest.raises(ValueError, match="is not supported: it reads the prompt's ids"):
         model.generate(**tiny_processor(model)(images=noise_images(1), text="what?"), **settings)
 
 
@@ -329,12 +329,12 @@ def test_nothing_is_generated_from_soft_prompts_that_are_not_finite():
     batch = tiny_processor(model)(images=noise_images(2))
     outputs = model.get_image_features(batch.pop("pixel_values"))
     outputs.pooler_output[0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"The soft prompt must be finite, but has NaN or infinity in entries \[0\]"):
+    with pytest.raises(ValueError, match=r"The image soft prompt must be finite, but has NaN or infinity in entries \[0\]"):
         model.generate(**batch, mm_encoder_outputs={"image": outputs}, max_new_tokens=3)
     with torch.no_grad():
         model.language_projection.bias[0] = float("inf")
     with pytest.raises(
-        ValueError, match=r"The soft prompt must be finite, but has NaN or infinity in entries \[0, 1\]"
+        ValueError, match=r"The image soft prompt must be finite, but has NaN or infinity in entries \[0, 1\]"
     ):
         model.generate(**tiny_processor(model)(images=noise_images(2)), max_new_tokens=3)
 

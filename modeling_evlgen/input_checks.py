@@ -1,0 +1,57 @@
+"""Checks of the model's inputs, whose errors name the argument."""
+
+from typing import Any
+
+import torch
+
+from configuration_evlgen import EVLGenConfig
+
+
+def check_vision_features(vision_features: torch.Tensor, config: EVLGenConfig) -> None:
+    """
+    Raises:
+        TypeError: If `vision_features` is no tensor.
+        ValueError: If its shape is not `(images, num_vision_tokens, vision_hidden_size)`.
+    """
+    if not torch.is_tensor(vision_features):
+        raise TypeError(f"`vision_features` must be a tensor, but is a {type(vision_features).__name__}.")
+    expected = (config.num_vision_tokens, config.vision_hidden_size)
+    if vision_features.ndim != 3 or tuple(vision_features.shape[1:]) != expected:
+        raise ValueError(
+            f"`vision_features` must have shape (images, {expected[0]}, {expected[1]}), but has "
+            f"{tuple(vision_features.shape)}."
+        )
+
+
+def check_length(length: int, cache: Any, config: EVLGenConfig) -> None:
+    """
+    Args:
+        length: Tokens that are new.
+        cache (`Cache`, *optional*): Keys and values of the tokens before them.
+        config: The model's configuration.
+
+    Raises:
+        ValueError: If there are more tokens than the language model has positions.
+    """
+    limit = getattr(config.text_config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:  # a model without positions, whose cache may not know its length
+        return
+    length += cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    if isinstance(limit, int) and isinstance(length, int) and length > limit:  # in a graph, lengths may be symbols
+        raise ValueError(f"`input_ids` has {length} tokens, but the language model has places for {limit}.")
+
+
+def check_finite(tensors: dict[str, torch.Tensor | None]) -> None:
+    """
+    Args:
+        tensors: Tensors of any shape, or None, by their names in the message.
+
+    Raises:
+        ValueError: If a value is NaN or infinite; the message counts the entries of the first dimension from 0.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        entries = (~tensor.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        if entries:
+            raise ValueError(f"{name} must be finite, but has NaN or infinity in entries {entries}.")
