@@ -1,19 +1,39 @@
 """Configurations of the connectors: the TomeFormer, and the two that it is measured against."""
 
+import math
 from typing import Any
 
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .checked_config import CheckedConfig
+
+# The smallest and the largest value of each numeric field; a connector has some of these fields.
+_COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+_COUNTS += ("type_vocab_size", "num_query_tokens", "cross_attention_frequency", "pool_size")
+_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+_DEVIATIONS = ("initializer_range", "position_initializer_range", "output_position_initializer_range")
+_DEVIATIONS += ("branch_initializer_range", "query_initializer_range", "layer_norm_eps")
+_RANGES = {
+    **dict.fromkeys(_COUNTS, (1, math.inf)),
+    **dict.fromkeys(_PROBABILITIES, (0, 1)),
+    **dict.fromkeys(_DEVIATIONS, (0, math.inf)),
+    "layer_scale_init_value": (-math.inf, math.inf),
+}
 
 
-class ConnectorConfig(PreTrainedConfig):
+class ConnectorConfig(CheckedConfig):
     r"""
-    What all connectors tell: how wide their tokens are, and how many they make of how many.
+    The fields of all connectors, and the checks of those that several connectors have.
 
     Args:
         hidden_size (`int`, defaults to 768): Width D of the tokens, in and out.
         max_position_embeddings (`int`, *optional*, defaults to 512):
             Largest number of input tokens; None for any number.
         class_token (`bool`, defaults to `True`): Whether token 0 is a class token.
+
+    Raises:
+        TypeError: If a field has a wrong type; the message names it.
+        ValueError: If a field is out of range; the message names it.
     """
 
     base_config_key = "connector_config"
@@ -22,34 +42,32 @@ class ConnectorConfig(PreTrainedConfig):
     max_position_embeddings: int | None = 512
     class_token: bool = True
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ConnectorConfig":
-        # Fields go through the checks of `__post_init__`; left to transformers, they would be set afterwards.
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.__dataclass_fields__}
-        return super().from_dict({**config_dict, **fields}, **kwargs)
-
-    def num_output_tokens(self, num_tokens: int) -> int:
-        """Tokens that the connector makes of `num_tokens` input tokens."""
-        raise NotImplementedError
-
-    def _check_sizes(self, *names: str) -> None:
-        for name in ("hidden_size", *names):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
-
-    def _check_grid(self) -> None:
-        grid, positions = self.position_grid_size, self.max_position_embeddings
-        if grid is not None and not (grid >= 2 and grid**2 + int(self.class_token) <= (positions or 0)):
-            raise ValueError(
-                "`position_grid_size` must be 2 or more, and its patches must fit `max_position_embeddings` "
-                f"({positions}), but it is {grid}."
-            )
-
-    def _check_heads(self) -> None:
-        if self.hidden_size % self.num_attention_heads:
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        fields = self.own_fields()
+        for name, (low, high) in _RANGES.items():
+            if name in fields:
+                self._check_range(name, low, high)
+        if "hidden_act" in fields and self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, but is {self.hidden_act!r}.")
+        if "num_attention_heads" in fields and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
+            )
+        if "position_grid_size" in fields and self.position_grid_size is not None:
+            self._check_grid()
+
+    def num_output_tokens(self, num_tokens: int) -> int:
+        """Returns how many tokens the connector makes of `num_tokens` input tokens."""
+        raise NotImplementedError
+
+    def _check_grid(self) -> None:
+        grid, positions = self.position_grid_size, self.max_position_embeddings
+        if grid < 2 or grid**2 + int(self.class_token) > (positions or 0):
+            raise ValueError(
+                "`position_grid_size` must be 2 or more, and its patches must fit `max_position_embeddings` "
+                f"({positions}), but it is {grid}."
             )
 
 
@@ -86,11 +104,11 @@ class TomeFormerConfig(ConnectorConfig):
             Standard deviation of the freshly initialised linear maps that end the residual branches; by default
             `initializer_range`. With `pre_norm=True` and 0.0 the TomeFormer starts as pure token merging behind the
             embeddings' LayerNorm, and its branches learn at full speed at once, unlike behind gains of 0.
-        merge_r (`int`, `list[int]` or `tuple[int, float]`, defaults to 19):
-            Tokens to merge: the same number in every layer; or one number per layer, padded with zeros; or a pair
-            `(r, inflection)`, for numbers that change linearly around `r` from `r * (1 - inflection)` in the first
-            layer to `r * (1 + inflection)` in the last (ToMe's schedules). A pair is turned into a list at once,
-            since JSON does not tell the two apart.
+        merge_r (`int`, `list[int]`, `dict[str, float]` or `tuple[int, float]`, defaults to 19):
+            Tokens to merge: the same number in every layer; or one number per layer, padded with zeros; or
+            `{"r": r, "inflection": i}`, for numbers that change linearly around `r`, from `r * (1 - i)` in the first
+            layer to `r * (1 + i)` in the last (ToMe's schedules). The pair `(r, i)` means the same. Both become a
+            list at once.
         merge_metric (`str`, defaults to `"keys"`):
             What the similarity of tokens is measured on: `"keys"` of the layer's attention, averaged over its heads
             (ToMe, section 3, and the paper), or `"hidden_states"`, all of what the attention reads. Fresh keys are
@@ -120,32 +138,29 @@ class TomeFormerConfig(ConnectorConfig):
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    position_initializer_range: float | None = None
+    layer_norm_eps: float | int = 1e-12
+    initializer_range: float | int = 0.02
+    position_initializer_range: float | int | None = None
     position_grid_size: int | None = None
-    output_position_initializer_range: float | None = None
-    branch_initializer_range: float | None = None
-    merge_r: int | list[int] | tuple[int, float] = 19
+    output_position_initializer_range: float | int | None = None
+    branch_initializer_range: float | int | None = None
+    merge_r: int | list[int] | tuple[int, float | int] | dict[str, float | int] = 19
     merge_metric: str = "keys"
     keep_order: bool = False
     size_weighting: bool = False
     pre_norm: bool = False
-    layer_scale_init_value: float | None = None
+    layer_scale_init_value: float | int | None = None
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        self._check_sizes("num_hidden_layers", "num_attention_heads", "intermediate_size")
-        self._check_heads()
-        self._check_grid()
-        if isinstance(self.merge_r, tuple):
-            self.merge_r = _linear_schedule(*self.merge_r, self.num_hidden_layers)
+        if isinstance(self.merge_r, tuple | dict):
+            self.merge_r = _linear_schedule(self.merge_r, self.num_hidden_layers)
         requested = self.merge_r if isinstance(self.merge_r, list) else [self.merge_r]
-        if any(not isinstance(r, int) or isinstance(r, bool) or r < 0 for r in requested):
+        if any(r < 0 for r in requested):
             raise ValueError(f"`merge_r` must hold integers of 0 or more, but is {self.merge_r}.")
         if self.merge_metric not in ("keys", "hidden_states"):
             raise ValueError(f'`merge_metric` must be "keys" or "hidden_states", but is {self.merge_metric!r}.')
@@ -197,30 +212,21 @@ class QFormerConnectorConfig(ConnectorConfig):
     model_type = "evlgen_qformer"
 
     num_query_tokens: int = 32
-    query_initializer_range: float = 0.02
+    query_initializer_range: float | int = 0.02
     cross_attention_frequency: int = 2
-    position_initializer_range: float | None = None
+    position_initializer_range: float | int | None = None
     position_grid_size: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    layer_norm_eps: float | int = 1e-12
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        self._check_sizes(
-            "num_query_tokens",
-            "cross_attention_frequency",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-        )
-        self._check_heads()
-        self._check_grid()
         if self.position_grid_size is not None and self.position_initializer_range is None:
             raise ValueError(
                 "`position_grid_size` needs `position_initializer_range`: without it there are no positions."
@@ -263,14 +269,13 @@ class MLPConnectorConfig(ConnectorConfig):
     hidden_act: str = "gelu"
     residual: bool | None = None
     pool_size: int | None = None
-    output_position_initializer_range: float | None = None
-    branch_initializer_range: float | None = None
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
+    output_position_initializer_range: float | int | None = None
+    branch_initializer_range: float | int | None = None
+    layer_norm_eps: float | int = 1e-12
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        self._check_sizes("intermediate_size", *([] if self.pool_size is None else ["pool_size"]))
         if self.residual is None:
             self.residual = self.branch_initializer_range is not None
         if self.output_position_initializer_range is not None and self.max_position_embeddings is None:
@@ -314,10 +319,16 @@ def connector_config_class(fields: dict[str, Any]) -> type[ConnectorConfig]:
     return CONNECTOR_CONFIGS[model_type]
 
 
-def _linear_schedule(r: int, inflection: float, num_layers: int) -> list[int]:
-    """ToMe's `parse_r` (facebookresearch/ToMe, tome/utils.py) for a pair, for any number of layers, one included."""
+def _linear_schedule(merge_r: tuple[int, float] | dict[str, float], num_layers: int) -> list[int]:
+    """ToMe's `parse_r` (facebookresearch/ToMe, tome/utils.py) for a pair, and for one layer as well."""
+    fields = dict(zip(("r", "inflection"), merge_r, strict=True)) if isinstance(merge_r, tuple) else merge_r
+    if fields.keys() != {"r", "inflection"}:
+        raise ValueError(f"`merge_r` must have the keys `r` and `inflection`, but has {', '.join(fields) or 'none'}.")
+    r, inflection = fields["r"], fields["inflection"]
+    if not isinstance(r, int) or not math.isfinite(inflection):
+        raise ValueError(f"`merge_r` needs an integer `r` and a finite `inflection`, but is {merge_r}.")
     if num_layers == 1:
-        return [int(r)]
+        return [r]
     first = int(r * (1.0 - inflection))
     last = 2 * r - first
     return [int(first + (last - first) * layer / (num_layers - 1)) for layer in range(num_layers)]

@@ -4,9 +4,11 @@ import copy
 import os
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+from .checked_config import CheckedConfig
 from .configuration_connectors import TomeFormerConfig, connector_config_class
 from .hub_code import AUTO_MAP, CUSTOM_PIPELINES, save_hub_code
 
@@ -24,7 +26,7 @@ _CLASS_TOKEN = {
 }
 
 
-class EVLGenConfig(PreTrainedConfig):
+class EVLGenConfig(CheckedConfig):
     r"""
     Configuration of [`EVLGenForConditionalGeneration`]. The defaults are the paper's model: EVA ViT-g, a TomeFormer of
     BERT-base's size and OPT-2.7b.
@@ -107,39 +109,87 @@ class EVLGenConfig(PreTrainedConfig):
     towers: str | None = None
 
     def __post_init__(self, **kwargs: Any):
-        connector_says = not isinstance(self.connector_config, dict | None) or "class_token" in (
-            self.connector_config or {}
-        )
-        if isinstance(self.connector_config, dict):
-            self.connector_config = connector_config_class(self.connector_config)(**self.connector_config)
+        connector = self.connector_config
+        class_token_is_given = not isinstance(connector, dict | None) or "class_token" in (connector or {})
+        if isinstance(connector, dict):
+            self.connector_config = connector_config_class(connector)(**connector)
+        self._build_tower_configs()
         super().__post_init__(**kwargs)
+        connector_config_class({"model_type": self.connector_config.model_type})  # raises where it is no connector
 
-        self._settle("num_vision_tokens", _num_vision_tokens(self.vision_config))
-        self._settle("vision_hidden_size", getattr(self.vision_config, "hidden_size", None))
+        for name in ("num_vision_tokens", "vision_hidden_size"):
+            self._check_range(name, 1)
+        for name in ("temporal_hidden_size", "temporal_num_attention_heads"):
+            self._check_range(name, 1)
+        self._complete("num_vision_tokens", _num_vision_tokens(self.vision_config))
+        self._complete("vision_hidden_size", getattr(self.vision_config, "hidden_size", None))
+        self._fit_connector(class_token_is_given)
+        self._check_placeholders()
+        if self.towers not in (None, "include", "reference"):
+            raise ValueError(f'`towers` must be "include" or "reference", but is {self.towers!r}.')
+        unknown = set(self.adapted_towers or ()) - {"vision_model", "text_model"}
+        if unknown:
+            raise ValueError(f'`adapted_towers` holds "vision_model" and "text_model", but has {sorted(unknown)}.')
+        if self.temporal_contextualizer:
+            for name in ("temporal_hidden_size", "vision_hidden_size"):
+                if getattr(self, name) % self.temporal_num_attention_heads:
+                    raise ValueError(
+                        f"`{name}` ({getattr(self, name)}) must be a multiple of `temporal_num_attention_heads` "
+                        f"({self.temporal_num_attention_heads})."
+                    )
+
+    def _build_tower_configs(self) -> None:
+        """Turns dictionaries into configurations of transformers. Its own errors do not name the part."""
+        for name in ("vision_config", "text_config"):
+            fields = getattr(self, name)
+            if not isinstance(fields, dict | None):
+                continue
+            try:
+                part, _ = self.sub_configs_defaults[name].create_subconfig(name, fields)
+            except (TypeError, ValueError, StrictDataclassError) as error:
+                raise ValueError(f"`{name}` cannot be used: {error}") from error
+            setattr(self, name, part)
+
+    def _complete(self, name: str, expected: int | None) -> None:
+        """Sets a field that the vision tower's configuration determines, or checks it where it is given."""
+        given = getattr(self, name)
+        if given is None and expected is None:
+            raise ValueError(
+                f"`{name}` is needed: the configuration of a {self.vision_config.model_type!r} does not determine it. "
+                "`EVLGenForConditionalGeneration.from_vision_text_pretrained` measures it."
+            )
+        fixed = name != "num_vision_tokens" or self.vision_config.model_type not in _ANY_IMAGE_SIZE
+        if fixed and None not in (given, expected) and given != expected:
+            raise ValueError(f"`{name}` is {given}, but must be {expected} by the vision tower's configuration.")
+        setattr(self, name, expected if given is None else given)
+
+    def _fit_connector(self, class_token_is_given: bool) -> None:
+        """Adapts the connector to the vision tower's class token, and refuses one that cannot take its tokens."""
+        connector, tokens = self.connector_config, self.num_vision_tokens
         has_class_token = _CLASS_TOKEN.get(self.vision_config.model_type)
-        if has_class_token is not None and not connector_says:
-            self.connector_config.class_token = has_class_token
-        if has_class_token is False and self.connector_config.class_token:
+        if has_class_token is not None and not class_token_is_given:
+            connector.class_token = has_class_token
+        if has_class_token is False and connector.class_token:
             raise ValueError(
                 "`connector_config.class_token` is True, but a vision tower of type "
                 f"{self.vision_config.model_type!r} has no class token."
             )
-        limit = self.connector_config.max_position_embeddings
-        if limit is not None and self.num_vision_tokens > limit:
+        limit = connector.max_position_embeddings
+        if limit is not None and tokens > limit:
             raise ValueError(
-                f"The vision tower gives {self.num_vision_tokens} tokens, more than "
-                f"`connector_config.max_position_embeddings` ({limit})."
+                f"The vision tower gives {tokens} tokens, more than `connector_config.max_position_embeddings` "
+                f"({limit})."
             )
-        grid = getattr(self.connector_config, "position_grid_size", None)
-        if grid is not None and grid**2 + int(self.connector_config.class_token) != self.num_vision_tokens:
+        grid = getattr(connector, "position_grid_size", None)
+        if grid is not None and grid**2 + int(connector.class_token) != tokens:
             raise ValueError(
-                f"`connector_config.position_grid_size` is {grid}, but the vision tower gives "
-                f"{self.num_vision_tokens} tokens, with {'a' if self.connector_config.class_token else 'no'} class "
-                "token; give this tower's grid, or null for positions that start independent of each other."
+                f"`connector_config.position_grid_size` is {grid}, but the vision tower gives {tokens} tokens, with "
+                f"{'a' if connector.class_token else 'no'} class token. Give this tower's grid, or null for positions "
+                "that start independent of each other."
             )
-        self.connector_config.num_output_tokens(self.num_vision_tokens)  # raises where tokens cannot be pooled
-        if self.towers not in (None, "include", "reference"):
-            raise ValueError(f'`towers` must be "include" or "reference", but is {self.towers!r}.')
+        connector.num_output_tokens(tokens)  # raises where tokens cannot be pooled
+
+    def _check_placeholders(self) -> None:
         if self.image_token_id is None:
             self.image_token_id = self.text_config.get_text_config().vocab_size
         if self.video_token_id is None:
@@ -149,26 +199,6 @@ class EVLGenConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must not be negative, but is {getattr(self, name)}.")
         if self.image_token_id == self.video_token_id:
             raise ValueError(f"`image_token_id` and `video_token_id` must differ, but both are {self.image_token_id}.")
-        if self.temporal_contextualizer:
-            for name in ("temporal_hidden_size", "vision_hidden_size"):
-                if getattr(self, name) % self.temporal_num_attention_heads:
-                    raise ValueError(
-                        f"`{name}` ({getattr(self, name)}) must be a multiple of `temporal_num_attention_heads` "
-                        f"({self.temporal_num_attention_heads})."
-                    )
-
-    def _settle(self, name: str, told: int | None) -> None:
-        """Takes field `name` from what the vision tower's configuration tells, and checks one against the other."""
-        given = getattr(self, name)
-        if given is None and told is None:
-            raise ValueError(
-                f"`{name}` is needed: a vision tower of type {self.vision_config.model_type!r} does not tell it. "
-                "`EVLGenForConditionalGeneration.from_vision_text_pretrained` finds it out."
-            )
-        fixed = name != "num_vision_tokens" or self.vision_config.model_type not in _ANY_IMAGE_SIZE
-        if fixed and None not in (given, told) and given != told:
-            raise ValueError(f"`{name}` is {given}, but the vision tower's configuration says {told}.")
-        setattr(self, name, told if given is None else given)
 
     @property
     def num_image_tokens(self) -> int:
@@ -187,6 +217,10 @@ class EVLGenConfig(PreTrainedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(f"The checkpoint's `model_type` is {model_type!r}, but an {cls.model_type!r} is wanted.")
+        # A missing part must not be taken for the paper's, as it is where a model is configured from scratch.
+        missing = [name for name in cls.sub_configs_defaults if {**config_dict, **kwargs}.get(name) is None]
+        if missing:
+            raise ValueError(f"The configuration of a checkpoint must have {', '.join(missing)}, which is missing.")
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -202,6 +236,11 @@ def _num_vision_tokens(vision_config: PreTrainedConfig) -> int | None:
         return None
     height, width = _pair(vision_config.image_size)
     patch_height, patch_width = _pair(vision_config.patch_size)
+    if min(height, width, patch_height, patch_width) < 1:
+        raise ValueError(
+            f"`vision_config` must have an `image_size` and a `patch_size` of at least 1, but has "
+            f"{vision_config.image_size} and {vision_config.patch_size}."
+        )
     prefix = int(_CLASS_TOKEN[vision_config.model_type]) + getattr(vision_config, "num_register_tokens", 0)
     return (height // patch_height) * (width // patch_width) + prefix
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from configuration_evlgen import EVLGenConfig
@@ -118,8 +118,6 @@ def find_reference(name_or_path: str | os.PathLike, adapter: str | None, kwargs:
     config, changes = kwargs.get("config"), {}
     if not isinstance(config, PreTrainedConfig):  # of this or another copy of the code
         config_dict, _ = EVLGenConfig.get_config_dict(name_or_path if config is None else config, **hub)
-        if not isinstance(config_dict, dict) or "model_type" not in config_dict:
-            raise ValueError(f"{str(name_or_path)!r} has no {CONFIG_NAME} with a `model_type`.")
         if config_dict.get("towers") == "reference":
             fields = EVLGenConfig.__dataclass_fields__.keys() - {"dtype"}  # which is the towers' here
             changes = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
