@@ -1,15 +1,19 @@
-"""Captions all images or videos of a folder, or of shards, of any number; or answers one prompt about each.
+"""Captions all images or videos in folders and shards, in any number, or answers one prompt about each of them.
 
     accelerate launch examples/caption_folder.py --model outputs/demo --inputs my_images --output_dir outputs/mine
 
-`--inputs` are folders, in which everything below is looked at, single files, and shards: WebDataset's `.tar`, and
-`.parquet`, whose images `--column` names. `--media video` captions videos, which needs `.[video]`. Several processes
+`--inputs` are folders with all files below them, single files, and shards. Shards are WebDataset's `.tar`, and
+`.parquet` with images in `--column`. `--media video` captions videos and needs `.[video]`. Several processes
 (`--num_processes 8`; on CPUs also `--multi_gpu`) share the work.
 
 `captions.jsonl`, or `captions.parquet` with `--format parquet`, has a row for each image, in the order of the names,
-whatever the number of processes: `file`, `text`, and `error` where an image could not be read. Those are named as
-they come and counted at the end, and stop nothing. A run that was cut off goes on when it is started again. What is to
-be captioned is listed once, at the first start, in `items.arrow`.
+with any number of processes. It has `file`, `text`, and an `error` if the image could not be read. Such images are
+named as they come and counted at the end, and the run goes on.
+
+A run that was interrupted goes on when it is started again. `items.arrow` lists the items at the first start; later
+files are not on it. A file that was replaced since then, by its size or time, is captioned again. A shard that was
+replaced is refused, and so are other settings and a second run in the same folder. Images that a `.parquet` names by
+their paths are not compared.
 """
 
 import json
@@ -22,7 +26,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-from caption_folder_items import ITEM, list_items, read_item
+from accelerate import PartialState
+from caption_folder_items import ITEM, find_changed, list_items, read_item, update_items
 from datasets import Dataset
 from PIL import Image
 from pyarrow import parquet as pq
@@ -30,160 +35,220 @@ from tqdm import tqdm
 from transformers import BatchFeature
 
 from common.command_line import parse_arguments
-from common.evaluation.answers import (
-    answer_pending,
-    answering_settings,
+from common.evaluation.answer_folder import (
+    ANSWERS,
+    SETTINGS,
     check_settings,
-    load_answering_model,
+    has_answers,
+    join_answers,
     read_lines,
-    start_processes,
+    run_folder,
 )
-from common.evaluation.evaluation_arguments import AnswerArguments, GenerationArguments
+from common.evaluation.answers import answer_pending, answering_settings, load_answering_model, start_processes
+from common.evaluation.evaluation_arguments import AnswerArguments, GenerationArguments, check_count
 from common.files import replacing
 from processing_evlgen import EVLGenProcessor
+from processing_evlgen.images import MAX_PIXELS
 
-ROWS = 10_000  # that are held in memory to be written together
-NAMED = 10  # unreadable items that are named once more at the end
+ROWS = 10_000  # held in memory and written together
+MAX_NAMES = 10  # names in a message about many items
+ITEMS = "items.arrow"
 CAPTION = pa.schema({"file": pa.string(), "text": pa.string(), "error": pa.string()})
 
 
 @dataclass
 class FolderArguments(AnswerArguments):
     inputs: list[str] = field(default_factory=list, metadata={"help": "Folders, .tar and .parquet shards, files."})
-    output_dir: str = field(default="outputs/captions", metadata={"help": "Where the captions go."})
-    media: Literal["image", "video"] = field(default="image", metadata={"help": "What to caption."})
+    output_dir: str = field(default="outputs/captions", metadata={"help": "Folder of the captions."})
+    media: Literal["image", "video"] = field(default="image", metadata={"help": "Type of the items."})
     column: str | None = field(
         default=None, metadata={"help": "Column of a .parquet; default: image, or video with `--media video`."}
     )
-    num_frames: int = field(default=4, metadata={"help": "Frames taken of each video, at equal distances."})
-    prompt: str = field(default="", metadata={"help": "What the model is told along with each image."})
-    format: Literal["jsonl", "parquet"] = field(default="jsonl", metadata={"help": "Of the captions."})
+    num_frames: int = field(default=4, metadata={"help": "Frames taken from each video, at equal distances."})
+    prompt: str = field(default="", metadata={"help": "Prompt that stands with each item."})
+    max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Largest image or frame that is read, in pixels."})
+    format: Literal["jsonl", "parquet"] = field(default="jsonl", metadata={"help": "File type of the captions."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_frames", self.num_frames, 1)
+        check_count("max_pixels", self.max_pixels, 1)
 
 
 class ItemCollator:
-    """Makes prompts of items. For one that cannot be read stands a white image, whose caption is not kept."""
+    """Makes the prompts of items. A white image replaces an unreadable one; its caption is not kept."""
 
-    def __init__(self, processor: EVLGenProcessor, arguments: FolderArguments):
+    def __init__(self, processor: EVLGenProcessor, folder_args: FolderArguments):
         self.processor = processor
-        self.arguments = arguments
+        self.folder_args = folder_args
 
     def __call__(self, items: list[dict[str, Any]]) -> BatchFeature:
-        media, errors, sources = self.arguments.media, [], []
+        args, errors, sources = self.folder_args, [], []
         white = Image.new("RGB", (32, 32), "white")
         for item in items:
             try:
-                sources.append(read_item(item, media, self.arguments.column, self.arguments.num_frames))
+                sources.append(read_item(item, args.media, args.column, args.num_frames, args.max_pixels))
                 errors.append(None)
             except ValueError as error:
-                sources.append(white if media == "image" else [white])
-                errors.append(str(error).encode(errors="backslashreplace").decode())  # of odd names
+                sources.append(white if args.media == "image" else [white])
+                errors.append(str(error).encode(errors="backslashreplace").decode())  # names need not be UTF-8
         batch = self.prompts(sources)
         batch["errors"] = errors
         return batch
 
     def prompts(self, sources: list[Any]) -> BatchFeature:
-        frames = {"num_frames": self.arguments.num_frames} if self.arguments.media == "video" else {}
-        prompts = [self.arguments.prompt] * len(sources)
-        return self.processor(**{f"{self.arguments.media}s": sources}, text=prompts, **frames)
+        frames = {"num_frames": self.folder_args.num_frames} if self.folder_args.media == "video" else {}
+        prompts = [self.folder_args.prompt] * len(sources)
+        return self.processor(**{f"{self.folder_args.media}s": sources}, text=prompts, **frames)
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
-    arguments, generation = parse_arguments(FolderArguments, GenerationArguments, argv=argv)
-    if not arguments.inputs:
+    folder_args, generation_args = parse_arguments(FolderArguments, GenerationArguments, argv=argv)
+    if not folder_args.inputs:
         raise ValueError("`inputs` is needed: folders, shards or files.")
-    arguments.column = arguments.column or arguments.media
+    folder_args.column = folder_args.column or folder_args.media
     state = start_processes()
-    folder = Path(arguments.output_dir)
+    with run_folder(Path(folder_args.output_dir), state):
+        return caption_items(folder_args, generation_args, state)
+
+
+def caption_items(
+    folder_args: FolderArguments, generation_args: GenerationArguments, state: PartialState
+) -> dict[str, int]:
+    """Lists the items, captions those without a caption and, on the main process, writes all captions."""
+    folder = Path(folder_args.output_dir)
     with state.main_process_first():
-        path = folder / "items.arrow"
-        if path.exists() and state.is_main_process:
-            print(f"What {path} lists is captioned; files that came later are not on it.")
-        items = load_items(path, arguments)
-    model, processor = load_answering_model(arguments)
-    collate = ItemCollator(processor, arguments)
-    check_length(collate, model.config.text_config, generation.max_new_tokens)
+        items = load_items(folder / ITEMS, folder_args, is_new=state.is_main_process and is_new_run(folder))
+    model, processor = load_answering_model(folder_args)
+    collate = ItemCollator(processor, folder_args)
+    check_length(collate, model.config.text_config, generation_args.max_new_tokens)
     if state.is_main_process:
         settings = {
-            "inputs": [os.path.abspath(given) for given in arguments.inputs],
-            "media": arguments.media,
-            "column": arguments.column,
-            "prompt": arguments.prompt,
-            "num_frames": arguments.num_frames if arguments.media == "video" else None,
-            **answering_settings(model, processor, generation, arguments),
+            "inputs": [os.path.abspath(source) for source in folder_args.inputs],
+            "media": folder_args.media,
+            "column": folder_args.column,
+            "prompt": folder_args.prompt,
+            "num_frames": folder_args.num_frames if folder_args.media == "video" else None,
+            "max_pixels": folder_args.max_pixels,
+            **answering_settings(model, processor, generation_args, folder_args),
         }
         check_settings(folder, settings)
-    answer_pending(items, range(len(items)), collate, model, processor, generation, arguments, folder, state)
-    if not state.is_main_process:
-        return {}
-    return write_captions(items, folder, arguments.format)
+        drop_changed(items, folder)
+    answer_pending(items, range(len(items)), collate, model, processor, generation_args, folder_args, folder, state)
+    return write_captions(items, folder, folder_args.format) if state.is_main_process else {}
 
 
-def load_items(path: Path, arguments: FolderArguments) -> Dataset:
-    """The list of what is to be captioned, from disk; if it is not there, it is made.
+def is_new_run(folder: Path) -> bool:
+    """Whether the items of a folder are still to be listed.
+
+    A list without settings is of a run that ended before its first caption, possibly of other inputs.
 
     Raises:
-        ValueError: If there is nothing to be captioned, or an input cannot be used.
+        ValueError: If the folder holds answers without their settings or list.
     """
-    if not path.exists():
+    missing = [name for name in (SETTINGS, ITEMS) if not (folder / name).exists()]
+    if missing and has_answers(folder):
+        raise ValueError(
+            f"`output_dir`: {folder} has answers, but no {' and no '.join(missing)}. Remove {folder}, or name another "
+            "folder."
+        )
+    if not missing:
+        print(f"Going on with the items in {folder / ITEMS}; files that came later are not on it.")
+    return bool(missing)
+
+
+def load_items(path: Path, folder_args: FolderArguments, is_new: bool) -> Dataset:
+    """The list of items on disk; a new run lists them first.
+
+    Raises:
+        ValueError: If there are no items, an input cannot be used, or the list is broken.
+    """
+    if is_new:
         left_out: Counter = Counter()
-        found = list_items(arguments.inputs, arguments.media, arguments.column, left_out)
+        found = list_items(folder_args.inputs, folder_args.media, folder_args.column, left_out)
         items = iter(tqdm(found, desc="Items", unit="item"))
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial_path, pa.ipc.new_stream(partial_path, ITEM) as writer:
             while batch := list(islice(items, ROWS)):
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=ITEM))
-        if others := ", ".join(f"{count} {kind}" for kind, count in left_out.most_common()):
-            print(f"Left out: {others}.")
-    items = Dataset.from_file(str(path))
+        if counts := ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common()):
+            print(f"Left out: {counts}.")
+    try:
+        items = Dataset.from_file(str(path))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"`output_dir`: {path} is broken: {error}. Remove {path.parent}, or name another folder."
+        ) from error
     if not len(items):
         path.unlink()
-        raise ValueError(f"`inputs`: there is no {arguments.media} in {arguments.inputs}.")
+        raise ValueError(f"`inputs`: there is no {folder_args.media} in {folder_args.inputs}.")
     return items
+
+
+def drop_changed(items: Dataset, folder: Path) -> None:
+    """Removes the answers to files that were replaced since they were listed, so that they are captioned again.
+
+    Raises:
+        ValueError: If a shard was replaced.
+    """
+    changed = find_changed(items)
+    if not changed:
+        return
+    names = [items[index]["file"] for index in islice(changed, MAX_NAMES)]
+    print(f"{len(changed)} files changed and are captioned again: {shortened(names, len(changed))}")
+    join_answers(folder, range(len(items)), dropped=changed)
+    with replacing(folder / ITEMS) as partial_path:
+        update_items(folder / ITEMS, partial_path, changed)
+
+
+def shortened(names: list[str], count: int) -> str:
+    """The first names of many, for a message."""
+    return ", ".join(names[:MAX_NAMES]) + (", …" if count > MAX_NAMES else "")
 
 
 def check_length(collate: ItemCollator, text_config: Any, max_new_tokens: int) -> None:
     """
     Raises:
-        ValueError: If the language model has no places for the prompt and the longest caption.
+        ValueError: If the prompt and the longest caption do not fit the language model.
     """
     white = Image.new("RGB", (32, 32), "white")
-    tokens = collate.prompts([white if collate.arguments.media == "image" else [white]])["input_ids"].shape[1]
+    tokens = collate.prompts([white if collate.folder_args.media == "image" else [white]])["input_ids"].shape[1]
     limit = getattr(text_config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens + max_new_tokens > limit:
         raise ValueError(
             f"`prompt` and image have {tokens} tokens and `max_new_tokens` is {max_new_tokens}, but the language "
-            f"model has places for {limit}."
+            f"model takes at most {limit}."
         )
 
 
-def write_captions(items: Dataset, folder: Path, kind: str) -> dict[str, int]:
-    """Writes the answers with the items' names, and says how many there are.
+def write_captions(items: Dataset, folder: Path, file_type: str) -> dict[str, int]:
+    """Writes the answers with the names of their items, and prints their numbers.
 
     Args:
         items: The list.
-        folder: Where `answers.jsonl` is, with an answer to each of them.
-        kind: `"jsonl"` or `"parquet"`.
+        folder: Holds `answers.jsonl` with an answer to each item.
+        file_type: `"jsonl"` or `"parquet"`.
 
     Returns:
-        How many were `"captioned"`, and how many `"broken"`.
+        The numbers of `"captioned"` and `"broken"` items.
     """
-    path, counts, named = folder / f"captions.{kind}", Counter(captioned=0, broken=0), []
+    path, counts, broken_names = folder / f"captions.{file_type}", Counter(captioned=0, broken=0), []
 
     def rows() -> Iterator[dict[str, Any]]:
-        answers = read_lines(folder / "answers.jsonl")
+        answers = read_lines(folder / ANSWERS)
         for item, (_, answer) in zip(items.select_columns("file"), answers, strict=True):
-            broken = "error" in answer
-            counts["broken" if broken else "captioned"] += 1
-            if broken and len(named) < NAMED:
-                named.append(item["file"])
-            yield {"file": item["file"], "text": answer["text"], **({"error": answer["error"]} if broken else {})}
+            is_broken = "error" in answer
+            counts["broken" if is_broken else "captioned"] += 1
+            if is_broken and len(broken_names) < MAX_NAMES:
+                broken_names.append(item["file"])
+            yield {"file": item["file"], "text": answer["text"], **({"error": answer["error"]} if is_broken else {})}
 
     with replacing(path) as partial_path:
-        (write_jsonl if kind == "jsonl" else write_parquet)(partial_path, tqdm(rows(), "Writing", len(items)))
+        write = write_jsonl if file_type == "jsonl" else write_parquet
+        write(partial_path, tqdm(rows(), "Writing", len(items)))
     print(f"{path} holds {counts['captioned']} captions.")
-    if named:
-        more = ", …" if counts["broken"] > len(named) else ""
-        print(f"{counts['broken']} could not be read and have an `error` there: {', '.join(named)}{more}")
+    if broken_names:
+        names = shortened(broken_names, counts["broken"])
+        print(f"{counts['broken']} could not be read and have an `error` there: {names}")
     return dict(counts)
 
 

@@ -1,7 +1,7 @@
-"""Images or videos in folders, WebDataset shards and Parquet files: listed once, and each read when its turn comes.
+"""Images or videos in folders, WebDataset shards and Parquet files: listed once, and each opened when it is needed.
 
-An item is a row of [`ITEM`]: where an image or video is, not the image itself. Shards are listed by their headers
-alone, and a list on disk is as good as one in memory (`datasets` maps it), so there may be any number of them.
+An item is a row of [`ITEM`]: the location of an image or video. Shards are listed from their headers. `datasets` maps
+the list from disk, so it may be longer than memory holds.
 """
 
 import os
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+from datasets import Dataset
 from PIL import Image
 from pyarrow import parquet as pq
 
@@ -27,48 +28,52 @@ SUFFIXES = {
 SHARDS = (".tar", ".parquet")
 ITEM = pa.schema(
     {
-        "file": pa.string(),  # what it is called: a path, or a shard's path and its name or row in there
-        "path": pa.binary(),  # the file on disk, whose name need not be UTF-8
-        "offset": pa.int64(),  # in a .tar: where it begins, and how long it is, in bytes
+        "file": pa.string(),  # the name: a path, or a shard's path and the name or row in the shard
+        "path": pa.binary(),  # the file on disk; its name need not be UTF-8
+        "file_size": pa.int64(),  # of the file on disk, in bytes; null if it could not be looked at
+        "file_time": pa.int64(),  # of its last change, in nanoseconds since 1970
+        "offset": pa.int64(),  # in a .tar: first byte and number of bytes
         "size": pa.int64(),
-        "row_group": pa.int32(),  # in a .parquet: where it is
+        "row_group": pa.int32(),  # in a .parquet: row group, and row in it
         "row": pa.int32(),
-        "error": pa.string(),  # why it cannot be read, if that is known already
+        "error": pa.string(),  # the reason, if it is known already that the item cannot be read
     }
 )
+BATCH = 10_000  # items that are looked at together
 
 
 def list_items(inputs: list[str], media: Media, column: str, left_out: Counter) -> Iterator[dict[str, Any]]:
     """Finds the images or videos in folders and shards.
 
     Args:
-        inputs: Folders, in which everything below is looked at, in the order of its names; shards; single files.
-        media: What to look for, by the suffix of the name. In a `.tar`, every member of such a name is an item; in a
-            `.parquet`, every row is.
-        column: The column of a `.parquet`: of `datasets`' images or videos, bytes, paths or URLs.
+        inputs: Folders, of which all files below are taken in the order of their names; shards; single files.
+        media: What to look for, by the suffix of the name. In a `.tar`, every member with such a name is an item. In a
+            `.parquet`, every row is an item.
+        column: The column of a `.parquet`. It holds images or videos of `datasets`, bytes, paths or URLs.
         left_out: Counts the other files in folders, by their suffix.
 
     Yields:
-        Rows of [`ITEM`]. A shard that cannot be read, or only in part, gives one with an `error`.
+        Rows of [`ITEM`]. A shard of which a part cannot be read gives one with an `error`, and so does a file that is
+        no regular file, such as a named pipe.
 
     Raises:
-        ValueError: If an input does not exist or is of another kind, or a `.parquet` lacks the column.
+        ValueError: If an input does not exist or has another type, or a `.parquet` lacks the column.
     """
-    known = SUFFIXES[media] + SHARDS
-    for given in inputs:
-        if os.path.isdir(given):
-            for path in _walk(given, left_out):
+    suffixes = SUFFIXES[media] + SHARDS
+    for source in inputs:
+        if os.path.isdir(source):
+            for path in _walk(source, left_out):
                 suffix = Path(path).suffix.lower()
-                if suffix in known:
+                if suffix in suffixes:
                     yield from _items_of(path, media, column)
                 else:
                     left_out[suffix or "(no suffix)"] += 1
-        elif not os.path.exists(given):
-            raise ValueError(f"`inputs`: there is no {given}.")
-        elif Path(given).suffix.lower() in known:
-            yield from _items_of(given, media, column)
+        elif not os.path.exists(source):
+            raise ValueError(f"`inputs`: there is no {source}.")
+        elif Path(source).suffix.lower() in suffixes:
+            yield from _items_of(source, media, column)
         else:
-            raise ValueError(f"`inputs` must be folders or files of {', '.join(known)}, but {given} is none of these.")
+            raise ValueError(f"`inputs` must be folders or files of {', '.join(suffixes)}, but {source} is neither.")
 
 
 def _walk(folder: str, left_out: Counter) -> Iterator[str]:
@@ -85,30 +90,43 @@ def _walk(folder: str, left_out: Counter) -> Iterator[str]:
 
 def _items_of(path: str, media: Media, column: str) -> Iterator[dict[str, Any]]:
     suffix = Path(path).suffix.lower()
-    if suffix == ".tar":
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a named pipe would wait for a writer
+        items = [{"file": path, "error": f"`inputs`: {path!r} is no regular file."}]
+    elif suffix == ".tar":
         items = _tar_items(path, media)
     elif suffix == ".parquet":
         items = _parquet_items(path, column)
     else:
         items = [{"file": path}]
+    common = dict.fromkeys(ITEM.names) | {"path": os.fsencode(os.path.abspath(path))}
+    common["file_size"], common["file_time"] = _file_state(common["path"])
     for item in items:
         item["file"] = os.fsencode(item["file"]).decode(errors="backslashreplace")
-        yield {**dict.fromkeys(ITEM.names), "path": os.fsencode(os.path.abspath(path)), **item}
+        yield {**common, **item}
+
+
+def _file_state(path: bytes) -> tuple[int | None, int | None]:
+    """Size and time of the last change, by which a replaced file is noticed; None for a file that is missing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None, None
+    return status.st_size, status.st_mtime_ns
 
 
 def _tar_items(path: str, media: Media) -> Iterator[dict[str, Any]]:
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # or it would keep all of them
+                tar.members.clear()  # tarfile would keep all of them in memory
                 if member.isdir() or Path(member.name).suffix.lower() not in SUFFIXES[media]:
                     continue
                 name = f"{path}/{member.name}"
                 error = None if member.isreg() else f"{name}: a link in a .tar is not followed."
                 yield {"file": name, "offset": member.offset_data, "size": member.size, "error": error}
-            tar.fileobj.seek(tar.offset)  # tarfile takes anything that is no header for the end
+            tar.fileobj.seek(tar.offset)  # tarfile takes any broken header for the end
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError(f"no header at byte {tar.offset} and no end; what follows is lost")
+                raise tarfile.ReadError(f"no header at byte {tar.offset} and no end; the rest is lost")
     except (tarfile.TarError, OSError) as error:
         yield {"file": path, "error": f"`inputs`: {path!r} cannot be read: {error}"}
 
@@ -123,9 +141,9 @@ def _parquet_items(path: str, column: str) -> Iterator[dict[str, Any]]:
         return
     if column not in schema.names:
         raise ValueError(f"`column` is {column!r}, but {path} has {schema.names}.")
-    kind = schema.field(column).type
-    if kind not in (pa.binary(), pa.large_binary(), pa.string(), pa.large_string()) and not pa.types.is_struct(kind):
-        raise ValueError(f"`column` {column!r} of {path} must hold bytes, paths or `datasets`' images, not {kind}.")
+    dtype = schema.field(column).type
+    if dtype not in (pa.binary(), pa.large_binary(), pa.string(), pa.large_string()) and not pa.types.is_struct(dtype):
+        raise ValueError(f"`column` {column!r} of {path} must hold bytes, paths or `datasets`' images, not {dtype}.")
     index = 0
     for group, size in enumerate(sizes):
         for row in range(size):
@@ -133,30 +151,79 @@ def _parquet_items(path: str, column: str) -> Iterator[dict[str, Any]]:
             index += 1
 
 
-def read_item(item: dict[str, Any], media: Media, column: str, num_frames: int) -> Image.Image | list[Image.Image]:
-    """Reads an item's image, or the frames of its video, in RGB.
+def find_changed(items: Dataset) -> dict[int, tuple[int, int]]:
+    """Finds single files that were replaced since they were listed. A file that is gone counts as unchanged.
+
+    Args:
+        items: The list.
+
+    Returns:
+        Size and time of each replaced file, by the index of its item.
+
+    Raises:
+        ValueError: If a shard was replaced, since the positions of its items may be others now.
+    """
+    changed, changed_shards, index = {}, set(), 0
+    state_of = lru_cache(maxsize=1)(_file_state)  # the items of a shard are neighbours
+    columns = items.select_columns(["path", "file_size", "file_time"])
+    for batch in columns.iter(batch_size=BATCH):
+        for path, size, time in zip(batch["path"], batch["file_size"], batch["file_time"], strict=True):
+            state = state_of(path)
+            if state not in ((size, time), (None, None)):
+                if Path(os.fsdecode(path)).suffix.lower() in SHARDS:
+                    changed_shards.add(os.fsdecode(path))
+                else:
+                    changed[index] = state
+            index += 1
+    if changed_shards:
+        raise ValueError(
+            f"`inputs`: {', '.join(sorted(changed_shards))} changed since the items were listed. Name another "
+            "`output_dir`."
+        )
+    return changed
+
+
+def update_items(path: Path, partial_path: Path, changed: dict[int, tuple[int, int]]) -> None:
+    """Copies a list with the present size and time of replaced files."""
+    index = 0
+    with pa.ipc.open_stream(path) as reader, pa.ipc.new_stream(partial_path, ITEM) as writer:
+        for batch in reader:
+            rows = batch.to_pylist()
+            for row in rows:
+                row["file_size"], row["file_time"] = changed.get(index, (row["file_size"], row["file_time"]))
+                index += 1
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=ITEM))
+
+
+def read_item(
+    item: dict[str, Any], media: Media, column: str, num_frames: int, max_pixels: int
+) -> Image.Image | list[Image.Image]:
+    """Opens an item's image, or frames of its video, in RGB.
 
     Args:
         item: A row of [`ITEM`].
         media, column: As in [`list_items`].
-        num_frames: Frames to take of a video.
+        num_frames: Number of frames to take from a video.
+        max_pixels: Largest image or frame that is decoded.
 
     Raises:
-        ValueError: If it cannot be read; the message names it.
+        ValueError: If it cannot be read or is too large; the message names it.
         ImportError: If a video needs PyAV, which is not installed.
     """
     if item["error"] is not None:
         raise ValueError(item["error"])
     try:
         source = _source(item, column)
-        return load_rgb_image(source) if media == "image" else load_rgb_frames(source, num_frames)
+        if media == "image":
+            return load_rgb_image(source, max_pixels=max_pixels)
+        return load_rgb_frames(source, num_frames, max_pixels=max_pixels)
     except (OSError, ValueError, pa.ArrowException) as error:
         message = str(error)
         raise ValueError(message if item["file"] in message else f"{item['file']}: {message}") from error
 
 
 def _source(item: dict[str, Any], column: str) -> Any:
-    """What the processor's loaders take: a path, or bytes with a name."""
+    """A path, a URL, or bytes with a name, for the processor's loaders."""
     path = os.fsdecode(item["path"])
     if item["size"] is not None:
         with open(path, "rb") as file:
@@ -177,6 +244,6 @@ def _source(item: dict[str, Any], column: str) -> Any:
 
 @lru_cache(maxsize=1)
 def _row_group(path: str, row_group: int, column: str) -> pa.ChunkedArray:
-    """The smallest part of a file that can be read; its rows are asked for one after the other."""
+    """The smallest part of a file that can be read. Its rows are read one after the other."""
     with pq.ParquetFile(path) as file:
         return file.read_row_group(row_group, columns=[column]).column(0)

@@ -1,4 +1,4 @@
-"""examples/caption_folder.py as runs: folders and shards, broken files, kills, two processes, and what comes out."""
+"""Runs of examples/caption_folder.py: folders and shards, broken and replaced files, kills, and two processes."""
 
 import io
 import json
@@ -13,11 +13,13 @@ import tracemalloc
 import caption_folder
 import pyarrow as pa
 import pytest
+import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from pyarrow import parquet as pq
 
-from common.evaluation.answers import join_answers, read_lines
+from common.evaluation.answer_folder import join_answers, read_lines
+from common.files import only_run_in
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -52,7 +54,11 @@ def save_tar(path, members):
 
 
 def save_mixed(folder):
-    """Ten images in a folder, a folder in it, a `.tar` and a `.parquet`, two of them broken; gives their order."""
+    """Saves ten images in a folder, a folder in it, a `.tar` and a `.parquet`, two of them broken.
+
+    Returns:
+        Their names, in the order of the captions.
+    """
     images = noise_images(8)
     for name, image in zip(("b.png", "a.png", "deep/c.jpg"), images[:3], strict=True):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +95,8 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def says(model, **inputs):
-    """What the model says about one image or video by itself."""
+def caption(model, **inputs):
+    """The model's caption of a single image or video."""
     model, processor = EVLGenForConditionalGeneration.from_pretrained(model), EVLGenProcessor.from_pretrained(model)
     inputs = processor(**inputs)
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)
@@ -99,7 +105,7 @@ def says(model, **inputs):
 
 
 def test_everything_below_a_folder_is_captioned(model, tmp_path, capsys):
-    """Images, a `.tar` and a `.parquet`, in the order of names; what cannot be read is named and counted."""
+    """Images, a `.tar` and a `.parquet` come in the order of names. Unreadable images are named and counted."""
     names = save_mixed(tmp_path / "in")
     result = caption_folder.main(options(model, tmp_path / "out", tmp_path / "in", num_workers=1))
     rows = read(tmp_path / "out" / "captions.jsonl")
@@ -108,7 +114,7 @@ def test_everything_below_a_folder_is_captioned(model, tmp_path, capsys):
     assert broken.keys() == {names[2], names[8]} == {row["file"] for row in rows if "error" in row}
     assert all(name in error and "cannot be read" in error for name, error in broken.items())
     for index, image in ((0, 1), (1, 0), (7, 3), (9, 4), (3, 5), (5, 7)):
-        assert rows[index]["text"] == says(model, images=noise_images(8)[image])
+        assert rows[index]["text"] == caption(model, images=noise_images(8)[image])
     assert len({row["text"] for row in rows}) > 5
     printed = capsys.readouterr()
     assert f"2 could not be read and have an `error` there: {names[2]}, {names[8]}\n" in printed.out
@@ -135,12 +141,12 @@ def test_videos_are_captioned(model, tmp_path):
     result = caption_folder.main(options(model, tmp_path / "out", tmp_path / "in", media="video", num_frames=3))
     rows = read(tmp_path / "out" / "captions.jsonl")
     assert result == {"captioned": 3, "broken": 1} and "c.tar/2.mp4" in rows[3]["error"]
-    assert rows[1]["text"] == rows[2]["text"] == says(model, videos=str(tmp_path / "in" / "b.webp"), num_frames=3)
+    assert rows[1]["text"] == rows[2]["text"] == caption(model, videos=str(tmp_path / "in" / "b.webp"), num_frames=3)
     assert rows[0]["text"] != rows[1]["text"]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "path", "datasets"])
-def test_columns_of_every_kind_are_read(kind, model, tmp_path):
+def test_columns_of_every_type_are_read(kind, model, tmp_path):
     images = noise_images(2)
     for index, image in enumerate(images):
         image.save(tmp_path / f"{index}.png")
@@ -153,13 +159,13 @@ def test_columns_of_every_kind_are_read(kind, model, tmp_path):
         )
     rows.to_parquet(tmp_path / "shard.parquet")
     caption_folder.main(options(model, tmp_path / "out", tmp_path / "shard.parquet", column="image"))
-    said = read(tmp_path / "out" / "captions.jsonl")
-    assert [row["text"] for row in said[:2]] == [says(model, images=image) for image in images]
-    assert kind == "datasets" or "but holds None" in said[2]["error"]
+    rows = read(tmp_path / "out" / "captions.jsonl")
+    assert [row["text"] for row in rows[:2]] == [caption(model, images=image) for image in images]
+    assert kind == "datasets" or "but holds None" in rows[2]["error"]
 
 
 @pytest.mark.parametrize("cut", ["member", "header", "garbage", "end"])
-def test_a_broken_shard_is_named_and_what_comes_before_is_kept(cut, model, tmp_path):
+def test_a_broken_shard_is_named_and_the_images_before_the_damage_are_kept(cut, model, tmp_path):
     save_tar(tmp_path / "in" / "1.tar", {f"{index}.png": png(image) for index, image in enumerate(noise_images(3))})
     save_tar(tmp_path / "in" / "2.tar", {"0.png": png(noise_images(1)[0])})
     (tmp_path / "in" / "3.tar").write_bytes(BROKEN)
@@ -180,7 +186,7 @@ def test_a_broken_shard_is_named_and_what_comes_before_is_kept(cut, model, tmp_p
     assert result == {"captioned": len(whole), "broken": 3 + len(partial)}
 
 
-def test_names_that_are_no_text_and_links_are_told(model, tmp_path):
+def test_names_that_are_not_utf8_are_escaped_and_links_are_counted(model, tmp_path):
     folder = os.fsencode(tmp_path / "in")
     os.mkdir(folder)
     (tmp_path / "elsewhere").mkdir()
@@ -195,10 +201,10 @@ def test_names_that_are_no_text_and_links_are_told(model, tmp_path):
     caption_folder.main(options(model, tmp_path / "out", tmp_path / "in"))
     rows = read(tmp_path / "out" / "captions.jsonl")
     assert [row["file"] for row in rows] == [f"{tmp_path}/in/\\xfe.png", f"{tmp_path}/in/\\xff.png"]
-    assert "error" in rows[0] and rows[1]["text"] == says(model, images=noise_images(1))
+    assert "error" in rows[0] and rows[1]["text"] == caption(model, images=noise_images(1))
 
 
-def test_a_killed_run_goes_on(model, tmp_path):
+def test_a_killed_run_is_resumed(model, tmp_path, monkeypatch):
     folder = save_images(tmp_path / "in", 90)
     changes = {"batch_size": 3, "num_beams": 2}
     caption_folder.main(options(model, tmp_path / "unbroken", folder, **changes))
@@ -209,20 +215,26 @@ def test_a_killed_run_goes_on(model, tmp_path):
     while not (part.exists() and part.read_bytes().count(b"\n") >= 12):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.001)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match=r"another run writes to .*caption_folder\.py"),
+    ):
+        patch.setattr("common.files.LOCK_SECONDS", 0)
+        caption_folder.main(options(model, broken, folder, **changes))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (broken / "captions.jsonl").exists()
     lines = part.read_bytes().splitlines(keepends=True)[:11]  # three batches and a part of the fourth
     assert len(lines) == 11
-    lines[1] = b'{"id": 1, "text": "said before"}\n'  # to see that it is not asked again
+    lines[1] = b'{"id": 1, "text": "from before"}\n'  # it is not captioned again
     part.write_bytes(b"".join(lines) + '{"id": 11, "text": "caf\u00e9'.encode()[:-1])  # a line that was cut off
     (folder / "000a.png").write_bytes(BROKEN)  # came later
     assert caption_folder.main(options(model, broken, folder, **changes)) == {"captioned": 89, "broken": 1}
     unbroken, resumed = (read(output / "captions.jsonl") for output in (tmp_path / "unbroken", broken))
-    assert resumed[1]["text"] == "said before" != unbroken[1]["text"]
-    unbroken[1]["text"] = "said before"
+    assert resumed[1]["text"] == "from before" != unbroken[1]["text"]
+    unbroken[1]["text"] = "from before"
     assert resumed == unbroken and len(resumed) == 90 and "error" in resumed[7]
-    names = {"answers.jsonl", "captions.jsonl", "items.arrow", "settings.json"}
+    names = {"_run.lock", "answers.jsonl", "captions.jsonl", "items.arrow", "settings.json"}
     assert {path.name for path in broken.iterdir()} == names
 
 
@@ -234,7 +246,7 @@ def test_two_processes_caption_as_one(model, tmp_path):
     process = launch("caption_folder.py", two, *TWO_PROCESSES, stderr=subprocess.PIPE, text=True)
     _, progress = process.communicate(timeout=240)
     assert process.returncode == 0, progress
-    assert "6/6" in progress and "10/10 [" in progress  # the main process's share; what it writes
+    assert "6/6" in progress and "10/10 [" in progress  # the share of the main process; all that it writes
     rows = read(tmp_path / "two" / "captions.jsonl")
     assert rows == read(tmp_path / "one" / "captions.jsonl") and [row["file"] for row in rows] == names
     answers = [entry["id"] for _, entry in read_lines(tmp_path / "two" / "answers.jsonl")]
@@ -247,7 +259,7 @@ def test_two_processes_caption_as_one(model, tmp_path):
         ({"prompt": "what?"}, "has answers from other settings: prompt was '' and is 'what\\?'"),
         ({"num_beams": 2}, "num_beams was 1 and is 2"),
         ({"batch_size": 3}, "batch_size was 4 and is 3"),
-        ({"column": "image"}, "column was 'image' and is 'image'"),
+        ({"column": "photo"}, "column was 'image' and is 'photo'"),
     ],
 )
 def test_other_settings_do_not_mix_with_old_captions(changes, message, model, tmp_path):
@@ -266,12 +278,14 @@ def test_other_settings_do_not_mix_with_old_captions(changes, message, model, tm
         (["in/empty"], {}, "there is no image in"),
         (["in/deep"], {"media": "video"}, "there is no video in"),
         (["in/none"], {}, "`inputs`: there is no .*in/none"),
-        (["in/notes.txt"], {}, r"must be folders or files of .*\.tar, \.parquet, but .*notes\.txt is none of these"),
-        (["in"], {"column": "image"}, r"`column` is 'image', but .*z\.parquet has \['id', 'image'\]"),
+        (["in/notes.txt"], {}, r"must be folders or files of .*\.tar, \.parquet, but .*notes\.txt is neither"),
+        (["in"], {"column": "photo"}, r"`column` is 'photo', but .*z\.parquet has \['id', 'image'\]"),
         (["in"], {"column": "id"}, r"`column` 'id' of .*z\.parquet must hold bytes, paths or .* not int64"),
+        (["in"], {"batch_size": 0}, "`batch_size` must be an integer of 1 or more, but is 0"),
+        (["in"], {"num_frames": 0}, "`num_frames` must be an integer of 1 or more, but is 0"),
         (["in"], {"dtype": "float8"}, "`dtype` must be one of float32, bfloat16, but is 'float8'"),
         (["in"], {"prompt": "a long prompt " * 30}, "has .* tokens, but at most 128 are allowed"),
-        (["in"], {"max_new_tokens": 120}, "tokens and `max_new_tokens` is 120, but the language model has places for"),
+        (["in"], {"max_new_tokens": 120}, "tokens and `max_new_tokens` is 120, but the language model takes at most"),
         (["in"], {"model": "/none"}, "`model`='/none' cannot be loaded"),
     ],
 )
@@ -283,10 +297,12 @@ def test_an_error_in_the_settings_stops_at_once(inputs, changes, message, model,
     assert not (tmp_path / "out" / "answers.jsonl").exists()
 
 
-def test_a_file_that_vanishes_is_one_that_cannot_be_read(model, tmp_path):
+def test_a_file_that_vanishes_is_one_that_cannot_be_read(model, tmp_path, monkeypatch):
     names = save_mixed(tmp_path / "in")
     arguments = caption_folder.FolderArguments(inputs=[str(tmp_path / "in")], column="image")
-    caption_folder.load_items(tmp_path / "out" / "items.arrow", arguments)
+    (tmp_path / "out").mkdir()
+    caption_folder.load_items(tmp_path / "out" / "items.arrow", arguments, is_new=True)
+    monkeypatch.setattr(caption_folder, "is_new_run", lambda folder: False)
     shutil.rmtree(tmp_path / "in" / "deep")
     (tmp_path / "in" / "z.parquet").unlink()
     result = caption_folder.main(options(model, tmp_path / "out", tmp_path / "in"))
@@ -294,8 +310,131 @@ def test_a_file_that_vanishes_is_one_that_cannot_be_read(model, tmp_path):
     assert result == {"captioned": 2, "broken": 8} and [row["file"] for row in rows] == names
 
 
+def test_a_replaced_image_is_captioned_again(model, tmp_path, capsys):
+    folder, output = save_images(tmp_path / "in", 9), tmp_path / "out"
+    caption_folder.main(options(model, output, folder))
+    lines = (output / "answers.jsonl").read_text().splitlines(keepends=True)
+    lines[3] = '{"id": 3, "text": "from before"}\n'
+    (output / "answers.jsonl").write_text("".join(lines))
+    fresh = noise_images(9, size=30)
+    for index in (2, 7):  # 007.png was broken
+        fresh[index].save(folder / f"{index:03}.png")
+    (folder / "005.png").unlink()
+    assert caption_folder.main(options(model, output, folder)) == {"captioned": 9, "broken": 0}
+    names = [f"{folder}/00{index}.png" for index in (2, 7)]
+    assert f"2 files changed and are captioned again: {', '.join(names)}\n" in capsys.readouterr().out
+    rows = read(output / "captions.jsonl")
+    assert [rows[index]["text"] for index in (2, 7)] == [caption(model, images=fresh[index]) for index in (2, 7)]
+    assert rows[3]["text"] == "from before" and rows[5]["text"]
+    caption_folder.main(options(model, output, folder))
+    assert "changed" not in capsys.readouterr().out and read(output / "captions.jsonl") == rows
+
+
+def test_a_replaced_image_of_the_same_size_is_noticed(model, tmp_path):
+    image, other = noise_images(2, size=32)
+    for folder, source in (("in", image), ("other", other)):
+        (tmp_path / folder).mkdir()
+        source.save(tmp_path / folder / "a.bmp")
+    caption_folder.main(options(model, tmp_path / "out", tmp_path / "in"))
+    shutil.copyfile(tmp_path / "other" / "a.bmp", tmp_path / "in" / "a.bmp")
+    caption_folder.main(options(model, tmp_path / "out", tmp_path / "in"))
+    assert read(tmp_path / "out" / "captions.jsonl")[0]["text"] == caption(model, images=other)
+
+
+@pytest.mark.parametrize("name", ["deep/shard.tar", "z.parquet"])
+def test_a_replaced_shard_is_refused(name, model, tmp_path):
+    """Its items may be at other positions. The answers are kept."""
+    save_mixed(tmp_path / "in")
+    caption_folder.main(options(model, tmp_path / "out", tmp_path / "in"))
+    before = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    with (tmp_path / "in" / name).open("ab") as file:
+        file.write(b"more")
+    noise_images(1, size=9)[0].save(tmp_path / "in" / "a.png")
+    with pytest.raises(ValueError, match=rf"`inputs`: .*{name} changed since the items were listed. Name another"):
+        caption_folder.main(options(model, tmp_path / "out", tmp_path / "in"))
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
+
+
+def test_answers_of_unknown_settings_or_items_are_refused(model, tmp_path):
+    folder, output = save_images(tmp_path / "in", 8), tmp_path / "out"
+    arguments = options(model, output, folder)
+    caption_folder.main(arguments)
+    for name in ("settings.json", "items.arrow"):
+        content = (output / name).read_bytes()
+        (output / name).write_bytes(content[:-20] if name == "settings.json" else b"")
+        with pytest.raises(
+            ValueError, match=rf"`output_dir`: .*{name} is broken: .* Remove .*, or name another folder"
+        ):
+            caption_folder.main(arguments)
+        (output / name).unlink()
+        with pytest.raises(ValueError, match=rf"`output_dir`: .*out has answers, but no {name}\. Remove"):
+            caption_folder.main([*arguments, "--prompt", "what is it?"])
+        (output / name).write_bytes(content)
+    assert caption_folder.main(arguments) == {"captioned": 7, "broken": 1}
+
+
+def test_a_list_without_settings_is_made_again(model, tmp_path, monkeypatch):
+    """It is of a run that was killed while its model was loaded, and may be of other inputs."""
+    first, second = save_images(tmp_path / "first", 8), save_images(tmp_path / "second", 9)
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(caption_folder, "load_answering_model", None)
+        caption_folder.main(options(model, tmp_path / "out", first))
+    assert (tmp_path / "out" / "items.arrow").exists()
+    caption_folder.main(options(model, tmp_path / "out", second))
+    names = [row["file"] for row in read(tmp_path / "out" / "captions.jsonl")]
+    assert names == [f"{second}/{index:03}.png" for index in range(9)]
+
+
+def test_captions_of_two_models_do_not_mix(model, tmp_path):
+    """The models differ by a sign."""
+    folder = save_images(tmp_path / "in", 8)
+    shutil.copytree(model, tmp_path / "model")
+    caption_folder.main(options(tmp_path / "model", tmp_path / "out", folder))
+    other = EVLGenForConditionalGeneration.from_pretrained(model)
+    with torch.no_grad():
+        other.language_projection.weight.neg_()
+    other.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"has answers from other settings: weights was '.*' and is '.*'\. Remove"):
+        caption_folder.main(options(tmp_path / "model", tmp_path / "out", folder))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.files.LOCK_SECONDS", 0)
+    folder, output = save_images(tmp_path / "in", 8), tmp_path / "out"
+    output.mkdir()
+    message = rf"`output_dir`: another run writes to .*: process {os.getpid()} on .*, started 20"
+    with only_run_in(output), pytest.raises(ValueError, match=message):
+        caption_folder.main(options(model, output, folder))
+    assert not (output / "items.arrow").exists()
+    assert caption_folder.main(options(model, output, folder)) == {"captioned": 7, "broken": 1}
+
+
+def test_an_image_with_too_many_pixels_is_named(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    for size in (40, 41):
+        noise_images(1, size=size)[0].save(tmp_path / "in" / f"{size}.png")
+    result = caption_folder.main(options(model, tmp_path / "out", tmp_path / "in", max_pixels=1600))
+    assert result == {"captioned": 1, "broken": 1}
+    error = read(tmp_path / "out" / "captions.jsonl")[1]["error"]
+    assert error.endswith("41.png' cannot be read: it has 41 x 41 pixels, more than `max_pixels`=1600 allows")
+
+
+def test_what_is_no_regular_file_is_named_and_not_waited_for(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    noise_images(1)[0].save(tmp_path / "in" / "a.png")
+    os.symlink(tmp_path / "nowhere.png", tmp_path / "in" / "d.png")
+    for name in ("b.png", "c.tar", "e.parquet"):
+        os.mkfifo(tmp_path / "in" / name)
+    assert caption_folder.main(options(model, tmp_path / "out", tmp_path / "in")) == {"captioned": 1, "broken": 4}
+    errors = {row["file"].rpartition("/")[2]: row.get("error") for row in read(tmp_path / "out" / "captions.jsonl")}
+    assert "No such file" in errors["d.png"]
+    for name in ("b.png", "c.tar", "e.parquet"):
+        assert errors[name] == f"`inputs`: '{tmp_path}/in/{name}' is no regular file."
+    assert caption_folder.main(options(model, tmp_path / "single", tmp_path / "in" / "b.png"))["broken"] == 1
+
+
 def peak_memory(function, *arguments):
-    """The most bytes that Python held while the function ran, over those before."""
+    """The largest number of bytes that Python allocated while the function ran."""
     tracemalloc.start()
     try:
         function(*arguments)
@@ -308,8 +447,8 @@ def test_neither_items_nor_captions_are_held_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(caption_folder, "ROWS", 100)
     save_tar(tmp_path / "many.tar", {f"{index:080}.png": b"" for index in range(3000)})
     arguments = caption_folder.FolderArguments(inputs=[str(tmp_path / "many.tar")], column="image")
-    assert peak_memory(caption_folder.load_items, tmp_path / "items.arrow", arguments) < 500_000
-    items = caption_folder.load_items(tmp_path / "items.arrow", arguments)
+    assert peak_memory(caption_folder.load_items, tmp_path / "items.arrow", arguments, True) < 500_000
+    items = caption_folder.load_items(tmp_path / "items.arrow", arguments, is_new=False)
     assert items["file"][2999] == f"{tmp_path}/many.tar/{2999:080}.png"
 
     for part in range(2):
