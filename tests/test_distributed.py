@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pretrain
 import pytest
@@ -205,22 +206,23 @@ def test_zero_trains_as_one_process(stage, work, tmp_path):
     assert list((tmp_path / "checkpoint-4").glob("global_step4/*"))
 
 
-def test_self_critical_training_refuses_a_model_that_is_shared_out(monkeypatch):
-    def under_fsdp(trainer):
+def test_self_critical_training_refuses_a_partitioned_model(monkeypatch):
+    def under_fsdp(trainer, **kwargs):
         trainer.is_fsdp_enabled = True
 
     monkeypatch.setattr(EVLGenTrainer, "__init__", under_fsdp)
-    with pytest.raises(ValueError, match=r"cannot be shared out by FSDP .* with .*multi_gpu\.yaml"):
+    with pytest.raises(ValueError, match=r"FSDP and DeepSpeed cannot partition it.* with .*multi_gpu\.yaml"):
         SCSTTrainer(reward=None, num_samples=2, greedy_baseline=False, max_new_tokens=1)
 
 
-def test_a_temporal_contextualizer_is_not_shared_out(monkeypatch):
-    def under_fsdp(trainer, model):
-        trainer.model, trainer.is_fsdp_enabled, trainer.train_dataset = model, True, None
+def test_a_temporal_contextualizer_is_not_partitioned(monkeypatch):
+    def under_fsdp(trainer, model, **kwargs):
+        trainer.model, trainer.is_fsdp_enabled = model, True
 
     monkeypatch.setattr(Trainer, "__init__", under_fsdp)
-    EVLGenTrainer(tiny_model(), eval_collator=None)
+    others = {"args": SimpleNamespace(), "data_collator": None, "eval_collator": None, "train_dataset": None}
+    EVLGenTrainer(model=tiny_model(), **others)
     video_model = tiny_model()
     video_model.temporal = TemporalTower(video_model.vision_tower, 16, 8, 2)
-    with pytest.raises(ValueError, match=r"cannot share out scalars, such as temporal\.0\.alpha.*multi_gpu\.yaml"):
-        EVLGenTrainer(video_model, eval_collator=None)
+    with pytest.raises(ValueError, match=r"cannot partition scalars, such as temporal\.0\.alpha.*multi_gpu\.yaml"):
+        EVLGenTrainer(model=video_model, **others)
