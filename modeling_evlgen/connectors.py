@@ -21,13 +21,8 @@ from configuration_evlgen.configuration_connectors import (
     TomeFormerConfig,
 )
 
-from .tomeformer import (
-    TomeFormerModel,
-    build_branch_end,
-    build_output_positions,
-    build_positions,
-    init_own_range,
-)
+from .connector_layers import BranchLinear, PositionEmbeddings, build_output_positions, init_connector_layer
+from .tomeformer import TomeFormerModel
 
 
 def build_connector(config: ConnectorConfig) -> PreTrainedModel:
@@ -90,7 +85,13 @@ class QFormerConnector(PreTrainedModel):
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
         self.position_embeddings = None
         if config.position_initializer_range is not None:
-            self.position_embeddings = build_positions(config, config.position_initializer_range)
+            self.position_embeddings = PositionEmbeddings(
+                config.max_position_embeddings,
+                config.hidden_size,
+                config.position_initializer_range,
+                config.position_grid_size,
+                num_prefix_tokens=int(config.class_token),
+            )
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         shared = Blip2QFormerConfig.__dataclass_fields__.keys() & QFormerConnectorConfig.__dataclass_fields__.keys()
         own = {name: getattr(config, name) for name in shared - ConnectorConfig.__dataclass_fields__.keys()}
@@ -102,7 +103,7 @@ class QFormerConnector(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if not init_own_range(module):
+        if not init_connector_layer(module):
             super()._init_weights(module)
         if isinstance(module, QFormerConnector):
             init.normal_(module.query_tokens, std=self.config.query_initializer_range)
@@ -148,13 +149,16 @@ class MLPConnector(PreTrainedModel):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dense_1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.dense_2 = build_branch_end(config, config.intermediate_size)
-        self.output_position_embeddings = build_output_positions(config)
+        std = config.initializer_range if config.branch_initializer_range is None else config.branch_initializer_range
+        self.dense_2 = BranchLinear(config.intermediate_size, config.hidden_size, std)
+        self.output_position_embeddings = build_output_positions(
+            config.max_position_embeddings, config.hidden_size, config.output_position_initializer_range
+        )
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if not init_own_range(module):
+        if not init_connector_layer(module):
             super()._init_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:

@@ -12,12 +12,9 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from configuration_evlgen.configuration_connectors import (
-    MLPConnectorConfig,
-    QFormerConnectorConfig,
-    TomeFormerConfig,
-)
+from configuration_evlgen.configuration_connectors import TomeFormerConfig
 
+from .connector_layers import BranchLinear, PositionEmbeddings, build_output_positions, init_connector_layer
 from .token_merging import bipartite_soft_matching
 
 
@@ -38,108 +35,19 @@ class TomeFormerOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-def smooth_positions(grid_size: int, dim: int, length: float = 0.25) -> torch.Tensor:
-    """Random vectors for the places of a square grid, the more alike the closer they are.
-
-    Each channel is a cosine over the grid with a random direction, wavelength and phase: random Fourier features
-    (Rahimi and Recht, NeurIPS 2007; for positions Tancik et al., NeurIPS 2020) of the kernel
-    `exp(-d^2 / (2 length^2))`, where d is the distance of two places.
-
-    Args:
-        grid_size (`int`): Places a side, at least 2.
-        dim (`int`): Channels.
-        length (`float`, *optional*, defaults to 0.25):
-            At this distance, in sides of the grid, places have a correlation of `exp(-1/2)`.
-
-    Returns:
-        `torch.Tensor` of shape `(grid_size**2, dim)`, row by row; each channel has mean 0, all together standard
-        deviation 1.
-    """
-    side = torch.linspace(0, 1, grid_size)
-    places = torch.cartesian_prod(side, side)  # (places, 2)
-    phases = places @ torch.randn(2, dim) / length + 2 * torch.pi * torch.rand(dim)  # (places, dim)
-    waves = phases.cos()
-    waves = waves - waves.mean(dim=0)
-    return waves / waves.std()
-
-
-class PositionEmbeddings(nn.Embedding):
-    """Learned positions that are added to tokens, with a standard deviation of their own at the start.
-
-    With a `grid_size` those of a square grid of patches, behind `num_prefix_tokens` others, start smooth over it.
-    """
-
-    def __init__(
-        self,
-        num_positions: int,
-        dim: int,
-        initializer_range: float,
-        grid_size: int | None = None,
-        num_prefix_tokens: int = 0,
-    ):
-        super().__init__(num_positions, dim)
-        self.initializer_range = initializer_range
-        self.grid_size = grid_size
-        self.num_prefix_tokens = num_prefix_tokens
-
-    def draw(self) -> torch.Tensor:
-        """Fresh weights, `(positions, dim)`."""
-        weight = torch.randn(self.num_embeddings, self.embedding_dim)
-        if self.grid_size is not None:
-            grid = smooth_positions(self.grid_size, self.embedding_dim)  # (patches, dim)
-            weight[self.num_prefix_tokens : self.num_prefix_tokens + len(grid)] = grid
-        return weight * self.initializer_range
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens + self.weight[: tokens.shape[1]]  # (batch, tokens, dim)
-
-
-class BranchLinear(nn.Linear):
-    """The linear map that ends a residual branch, with a standard deviation of its own at the start."""
-
-    def __init__(self, in_features: int, out_features: int, initializer_range: float):
-        super().__init__(in_features, out_features)
-        self.initializer_range = initializer_range
-
-
-def init_own_range(module: nn.Module) -> bool:
-    """Gives a layer with a standard deviation of its own its fresh weights; tells whether it is one."""
-    if isinstance(module, PositionEmbeddings):
-        init.copy_(module.weight, module.draw())
-    elif isinstance(module, BranchLinear):
-        init.normal_(module.weight, std=module.initializer_range)
-        init.zeros_(module.bias)
-    else:
-        return False
-    return True
-
-
-def build_branch_end(config: TomeFormerConfig | MLPConnectorConfig, in_features: int) -> BranchLinear:
-    std = config.branch_initializer_range
-    return BranchLinear(in_features, config.hidden_size, config.initializer_range if std is None else std)
-
-
-def build_positions(config: TomeFormerConfig | QFormerConnectorConfig, std: float) -> PositionEmbeddings:
-    """Positions of the visual tokens."""
-    sizes = config.max_position_embeddings, config.hidden_size
-    return PositionEmbeddings(*sizes, std, config.position_grid_size, num_prefix_tokens=int(config.class_token))
-
-
-def build_output_positions(config: TomeFormerConfig | MLPConnectorConfig) -> nn.Module:
-    """Positions of the output tokens, if the configuration asks for them; else the identity."""
-    std = config.output_position_initializer_range
-    if std is None:
-        return nn.Identity()
-    return PositionEmbeddings(config.max_position_embeddings, config.hidden_size, std)
-
-
 class TomeFormerEmbeddings(nn.Module):
     """Adds position and token-type embeddings and normalises the sum."""
 
     def __init__(self, config: TomeFormerConfig):
         super().__init__()
         std = config.position_initializer_range
-        self.position_embeddings = build_positions(config, config.initializer_range if std is None else std)
+        self.position_embeddings = PositionEmbeddings(
+            config.max_position_embeddings,
+            config.hidden_size,
+            config.initializer_range if std is None else std,
+            config.position_grid_size,
+            num_prefix_tokens=int(config.class_token),
+        )
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -204,7 +112,8 @@ class TomeFormerBranchOutput(nn.Module):
     def __init__(self, config: TomeFormerConfig, in_features: int):
         super().__init__()
         self.pre_norm = config.pre_norm
-        self.dense = build_branch_end(config, in_features)
+        std = config.branch_initializer_range
+        self.dense = BranchLinear(in_features, config.hidden_size, config.initializer_range if std is None else std)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layer_scale = None
@@ -299,12 +208,14 @@ class TomeFormerModel(PreTrainedModel):
         super().__init__(config)
         self.embeddings = TomeFormerEmbeddings(config)
         self.encoder = TomeFormerEncoder(config)
-        self.output_position_embeddings = build_output_positions(config)
+        self.output_position_embeddings = build_output_positions(
+            config.max_position_embeddings, config.hidden_size, config.output_position_initializer_range
+        )
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if init_own_range(module):
+        if init_connector_layer(module):
             return
         super()._init_weights(module)
         if isinstance(module, TomeFormerBranchOutput) and module.layer_scale is not None:

@@ -1,0 +1,99 @@
+"""Layers that several connectors share: learned positions, and linear maps at the end of residual branches."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+def smooth_positions(grid_size: int, dim: int, length: float = 0.25) -> torch.Tensor:
+    """Draws a random vector for each patch of a square grid. The closer two patches are, the more alike they are.
+
+    Each channel is a cosine over the grid with a random direction, wavelength and phase. These are random Fourier
+    features (Rahimi and Recht, NeurIPS 2007; for positions Tancik et al., NeurIPS 2020) of the kernel
+    `exp(-d^2 / (2 length^2))`, where d is the distance of two patches.
+
+    Args:
+        grid_size (`int`): Patches along each side, at least 2.
+        dim (`int`): Channels.
+        length (`float`, *optional*, defaults to 0.25):
+            The distance, in sides of the grid, at which two patches have a correlation of `exp(-1/2)`.
+
+    Returns:
+        `torch.Tensor` of shape `(grid_size**2, dim)`, row by row. Each channel has mean 0. All values together have
+        standard deviation 1.
+    """
+    side = torch.linspace(0, 1, grid_size)
+    patches = torch.cartesian_prod(side, side)  # (patches, 2)
+    phases = patches @ torch.randn(2, dim) / length + 2 * torch.pi * torch.rand(dim)  # (patches, dim)
+    waves = phases.cos()
+    waves = waves - waves.mean(dim=0)
+    return waves / waves.std()
+
+
+class PositionEmbeddings(nn.Embedding):
+    """Learned positions that are added to tokens.
+
+    Args:
+        num_positions (`int`): Largest number of tokens.
+        dim (`int`): Width of the tokens.
+        initializer_range (`float`): Standard deviation of fresh positions.
+        grid_size (`int`, *optional*):
+            Patches along each side of a square grid. If given, the positions of the grid start smooth over it.
+        num_prefix_tokens (`int`, *optional*, defaults to 0): Tokens before the first patch.
+    """
+
+    def __init__(
+        self,
+        num_positions: int,
+        dim: int,
+        initializer_range: float,
+        grid_size: int | None = None,
+        num_prefix_tokens: int = 0,
+    ):
+        super().__init__(num_positions, dim)
+        self.initializer_range = initializer_range
+        self.grid_size = grid_size
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def draw(self) -> torch.Tensor:
+        """Returns fresh weights, `(positions, dim)`."""
+        weight = torch.randn(self.num_embeddings, self.embedding_dim)
+        if self.grid_size is not None:
+            grid = smooth_positions(self.grid_size, self.embedding_dim)  # (patches, dim)
+            weight[self.num_prefix_tokens : self.num_prefix_tokens + len(grid)] = grid
+        return weight * self.initializer_range
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens + self.weight[: tokens.shape[1]]  # (batch, tokens, dim)
+
+
+def build_output_positions(num_positions: int, dim: int, initializer_range: float | None) -> nn.Module:
+    """Returns positions for the output tokens of a connector, or the identity if `initializer_range` is None."""
+    if initializer_range is None:
+        return nn.Identity()
+    return PositionEmbeddings(num_positions, dim, initializer_range)
+
+
+class BranchLinear(nn.Linear):
+    """The linear map at the end of a residual branch.
+
+    Args:
+        in_features, out_features (`int`): As in `nn.Linear`.
+        initializer_range (`float`): Standard deviation of fresh weights.
+    """
+
+    def __init__(self, in_features: int, out_features: int, initializer_range: float):
+        super().__init__(in_features, out_features)
+        self.initializer_range = initializer_range
+
+
+def init_connector_layer(module: nn.Module) -> bool:
+    """Draws fresh weights for a layer of this file. Returns whether `module` is one."""
+    if isinstance(module, PositionEmbeddings):
+        init.copy_(module.weight, module.draw())
+    elif isinstance(module, BranchLinear):
+        init.normal_(module.weight, std=module.initializer_range)
+        init.zeros_(module.bias)
+    else:
+        return False
+    return True
