@@ -16,6 +16,9 @@ replaced is refused, and so are other settings and a second run in the same fold
 their paths are not compared.
 """
 
+# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
+import common.processes  # isort: skip  # noqa: F401
+
 import json
 import os
 from collections import Counter

@@ -26,6 +26,9 @@ METEOR and SPICE, as in `--metrics cider bleu rouge_l spice`, need Java. SPICE n
 A run that was interrupted goes on when it is started again. Two runs cannot use one `--output_dir` at a time.
 """
 
+# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
+import common.processes  # isort: skip  # noqa: F401
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

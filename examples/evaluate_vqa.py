@@ -27,6 +27,9 @@ columns, as in the training scripts, and by the `--rule` that scores them.
 A run that was interrupted goes on when it is started again. Two runs cannot use one `--output_dir` at a time.
 """
 
+# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
+import common.processes  # isort: skip  # noqa: F401
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal

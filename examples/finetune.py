@@ -14,6 +14,9 @@ load it like a model, as long as its base model stays where it was. `--lora none
 a whole model. `--text_quantization int8` or `int4` keeps the frozen language model small.
 """
 
+# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
+from common.processes import use_all_cores  # isort: skip
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -28,7 +31,6 @@ from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
-from common.processes import use_all_cores
 from common.training.report import report
 from common.training.resume import check_output_dir, find_checkpoint
 from common.training.trainer import EVLGenTrainer

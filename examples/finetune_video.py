@@ -10,6 +10,9 @@ trains the demo's captioner on animated emoji, which npm fetches. Your own video
 The folder holds videos and a `metadata.jsonl` with their `file_name` and `caption`.
 """
 
+# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
+from common.processes import use_all_cores  # isort: skip
+
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +25,6 @@ from common.data.loading import load_datasets
 from common.demo.emoji_videos import EMOJI_VIDEOS, load_emoji_videos
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
-from common.processes import use_all_cores
 from common.training.report import report
 from common.training.resume import check_output_dir, find_checkpoint
 from common.training.trainer import EVLGenTrainer

@@ -17,6 +17,9 @@ Data that outgrow a disk are streamed, and several data sets are mixed by weight
 A run that was killed goes on with `--resume_from_checkpoint true`, from the last checkpoint in `output_dir`.
 """
 
+# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
+from common.processes import use_all_cores  # isort: skip
+
 from pathlib import Path
 
 from transformers import set_seed
@@ -28,7 +31,6 @@ from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import build_model
-from common.processes import use_all_cores
 from common.training.report import report
 from common.training.resume import check_output_dir, find_checkpoint
 from common.training.trainer import EVLGenTrainer

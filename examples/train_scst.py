@@ -6,6 +6,9 @@ Without more arguments it trains the demo's captioner on the demo's images. Only
 temporal contextualizer are trained. Reward, baseline and length of the samples are logged.
 """
 
+# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
+from common.processes import use_all_cores  # isort: skip
+
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +27,6 @@ from common.data.rows import true_captions
 from common.evaluation.captions import generate_captions
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
-from common.processes import use_all_cores
 from common.training.report import report
 from common.training.resume import check_output_dir, find_checkpoint
 from common.training.training_arguments import EVLGenTrainingArguments

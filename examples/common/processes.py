@@ -1,12 +1,19 @@
-"""Several processes on one machine."""
+"""How processes and threads share the cores of a machine."""
 
 import os
+
+# GNU's OpenMP lets a waiting thread spin 300,000 times before it sleeps. Beside other busy processes it mostly spins
+# while the thread that it waits for cannot run, and a step takes several times as long. After 1,000 spins it does not,
+# and an idle machine is as fast (benchmarks/busy_machine.py). OpenMP reads this when PyTorch is loaded, so scripts
+# import this module first.
+if "OMP_WAIT_POLICY" not in os.environ:  # somebody's own choice
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
 
 def use_all_cores(device: torch.device) -> None:
-    """Shares the cores out among the processes of `accelerate launch`, which leaves each one thread by default."""
+    """Shares the cores out among the processes of `accelerate launch`, which gives each one thread by default."""
     if device.type == "cpu" and {"ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS"} <= os.environ.keys():
         if os.environ["OMP_NUM_THREADS"] != "1":
             return

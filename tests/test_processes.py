@@ -1,0 +1,55 @@
+"""examples/common/processes.py: threads that wait do not keep other processes from running."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import busy_machine
+from configuration_evlgen import EVLGenConfig
+
+from .helpers import ROOT, TEXT_CONFIGS, VISION_CONFIGS
+
+# Prints how OpenMP's threads will wait, when PyTorch would load OpenMP, and stops.
+CODE = """
+import os, sys
+class Stop:
+    def find_spec(name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.exit()
+sys.meta_path.insert(0, Stop)
+import {script}
+"""
+
+
+def spin_count(script, **environment):
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, "-c", CODE.format(script=script)]
+    result = subprocess.run(command, cwd=ROOT / "examples", env=env | environment, capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["pretrain", "finetune", "finetune_video", "train_scst", "evaluate_captioning", "evaluate_vqa", "caption_folder"],
+)
+def test_threads_sleep_soon_while_they_wait(script):
+    assert spin_count(script) == "1000"
+
+
+def test_users_choose_how_threads_wait():
+    assert spin_count("pretrain", GOMP_SPINCOUNT="5") == "5"
+    assert spin_count("pretrain", OMP_WAIT_POLICY="ACTIVE") == "None"
+
+
+def test_steps_beside_busy_processes_are_measured(capsys):
+    config = EVLGenConfig(
+        vision_config=VISION_CONFIGS["clip"],
+        text_config=TEXT_CONFIGS["llama"],
+        connector_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "merge_r": 3},
+    )
+    busy_machine.compare(config, ["OMP_NUM_THREADS=1"], others=[0, 1], rounds=1)
+    assert re.search(r"\| OMP_NUM_THREADS=1 \| [\d.]+ \(1\.00\) \| [\d.]+ \(1\.00\) \|", capsys.readouterr().out)
