@@ -1,0 +1,181 @@
+"""A folder in which every placeholder of README and docs is a tiny model, data set or file.
+
+Names on the Hub are folders with that path: transformers looks for a folder first.
+"""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import torch
+from finetune_lora import LoraArguments, add_lora
+from PIL import Image
+from transformers import BertConfig, BertModel
+
+from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.adapters import save_base
+from processing_evlgen import EVLGenProcessor
+
+from .helpers import (
+    COLORS,
+    FIXTURES,
+    ROOT,
+    noise_images,
+    save_image_folder,
+    save_towers,
+    tiny_image_processor,
+    tiny_tokenizer,
+)
+from .test_convert_original_checkpoint import read, save_base_models
+
+LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+CONNECTOR = {**LAYERS, "merge_r": 3}
+TEMPORAL = {"temporal_hidden_size": 8, "temporal_num_attention_heads": 2}
+IMAGE_MODELS = ("outputs/demo", "outputs/mine", "outputs/mine/checkpoint-200", "outputs/opt-2.7b", "path/to/model")
+IMAGE_MODELS += ("path/to/image/model", "weak")
+VIDEO_MODELS = ("outputs/demo-video", "outputs/video-opt-2.7b", "path/to/video/model")
+
+
+def make_work(folder: Path) -> Path:
+    """Fills a folder with all placeholders, and links to what commands read from the repository."""
+    for name in ("examples", "docs", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
+    save_models(folder)
+    save_base_models_of_the_hub(folder)
+    save_data(folder)
+    save_original(folder)
+    return folder
+
+
+def save_models(folder: Path) -> None:
+    """An image model, a video model and an adapter. They end texts and turns with one token, as SmolLM2 does."""
+    towers = save_towers(folder / "towers", chat=True)
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(**towers, connector_config=CONNECTOR)
+    processor = EVLGenProcessor(
+        tiny_image_processor(), tiny_tokenizer(chat=True), model.config.num_image_tokens, end_of_text="<|im_end|>"
+    )
+    model.generation_config.update(eos_token_id=processor.end_of_text_id, pad_token_id=0, max_new_tokens=8)
+    first, *others = IMAGE_MODELS
+    save(folder / first, model, processor)
+    noise_images(1)[0].save(folder / first / "captions.png")
+    for name in others:
+        link(folder / name, folder / first)
+    first_video, *others = VIDEO_MODELS
+    save(folder / first_video, EVLGenForConditionalGeneration.from_image_model(folder / first, **TEMPORAL), processor)
+    for name in others:
+        link(folder / name, folder / first_video)
+    adapted = add_lora(EVLGenForConditionalGeneration.from_pretrained(folder / first), LoraArguments(lora_r=2))
+    save(folder / "outputs" / "vqa", adapted, processor)
+    save_base(model.config, folder / "outputs" / "vqa")
+
+
+def save(folder: Path, *parts) -> None:
+    for part in parts:
+        part.save_pretrained(folder)
+
+
+def link(path: Path, target: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def save_base_models_of_the_hub(folder: Path) -> None:
+    """What the paper's recipes and the examples name."""
+    for vision, vision_name, text, text_name in (
+        ("eva", "Salesforce/blip2-opt-2.7b", "opt", "facebook/opt-2.7b"),
+        ("clip", "openai/clip-vit-large-patch14", "qwen2", "Qwen/Qwen2.5-1.5B-Instruct"),
+    ):
+        saved = save_towers(folder / "hub" / vision, vision, text, bos=text == "opt", chat=text == "qwen2")
+        link(folder / vision_name, Path(saved["vision_model"]))
+        link(folder / text_name, Path(saved["text_model"]))
+    BertModel(BertConfig(**LAYERS, vocab_size=10)).save_pretrained(folder / "google-bert" / "bert-base-uncased")
+
+
+def save_data(folder: Path) -> None:
+    save_image_folder(folder / "my_images", train=8, test=4)
+    link(folder / "data" / "coco", folder / "my_images")
+    for split, count in (("train", 8), ("test", 4)):
+        for kind, write, suffix in (
+            ("my_questions", question, "png"),
+            ("my_chats", conversation, "png"),
+            ("my_videos", caption, "mp4"),
+            ("emoji", caption, "webp"),
+        ):
+            (folder / kind / split).mkdir(parents=True)
+            rows = []
+            for index in range(count):
+                color, name = COLORS[index % len(COLORS)], f"{index}.{suffix}"
+                write_medium(folder / kind / split / name, color)
+                rows.append(json.dumps({"file_name": name, **write(color)}))
+            (folder / kind / split / "metadata.jsonl").write_text("\n".join(rows))
+    for name in ("shards", "data/laion", "data/ccs"):
+        write_shard(folder / name / "0.tar")
+    for name in ("image.png", "a.png", "b.png", "video.mp4"):
+        write_medium(folder / name, "red")
+    for file in (FIXTURES / "benchmarks").iterdir():
+        shutil.copy(file, folder)
+    for file in ("dataset_coco.json", "v2_OpenEnded_mscoco_val2014_questions.json"):
+        write_coco_images(folder / "coco", json.loads((folder / file).read_text()))
+
+
+def question(color: str) -> dict:
+    return {"question": "what colour is it?", "answer": color}
+
+
+def conversation(color: str) -> dict:
+    asked = [{"type": "image", "text": None}, {"type": "text", "text": "what colour is it?"}]
+    answer = [{"type": "text", "text": color}]
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+
+
+def caption(color: str) -> dict:
+    return {"caption": f"a {color} image"}
+
+
+def write_medium(path: Path, color: str) -> None:
+    image = Image.new("RGB", (48, 32), color)
+    if path.suffix != ".mp4":
+        frames = [Image.new("RGB", (48, 32), "white")] if path.suffix == ".webp" else []
+        image.save(path, **({"save_all": True, "append_images": frames} if frames else {}))
+        return
+    import av  # of the video extra
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for index in range(4):
+            frame = av.VideoFrame.from_image(image)
+            frame.pts = index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def write_shard(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for index in range(8):
+            image = io.BytesIO()
+            Image.new("RGB", (40, 40), COLORS[index % 4]).save(image, format="JPEG")
+            for suffix, content in (("jpg", image.getvalue()), ("txt", f"a {COLORS[index % 4]} image".encode())):
+                member = tarfile.TarInfo(f"{index:03d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def write_coco_images(folder: Path, published: dict) -> None:
+    """Draws the images that a published file names."""
+    names = [image["filename"] for image in published.get("images", [])]
+    names += [f"COCO_val2014_{row['image_id']:012d}.jpg" for row in published.get("questions", [])]
+    (folder / "val2014").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (48, 32), "red").save(folder / "val2014" / name)
+
+
+def save_original(folder: Path) -> None:
+    """A checkpoint of the original code, and its own base models in original/."""
+    meta, state, *_ = read("image_opt")
+    (folder / "original").mkdir()
+    save_base_models(meta, folder / "original")
+    torch.save({"model": state}, folder / "checkpoint_best.pth")

@@ -1,0 +1,267 @@
+"""README, docs/ and the scripts' docstrings: commands and Python blocks run on tiny data, and links lead on.
+
+A command runs in this process, through its script's `main`. The folder of `placeholders.py` has all that it names.
+`RUN` holds what shortens a script. Benchmarks are only parsed. `FOREIGN` holds why other commands are not run.
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from datasets import load_dataset
+from huggingface_hub import constants
+from transformers import PreTrainedModel, ProcessorMixin, dynamic_module_utils
+
+from common import models
+from common.demo.demo_datasets import DEMO_DATASETS
+from configuration_evlgen import TomeFormerConfig
+from modeling_evlgen import EVLGenForConditionalGeneration
+
+from .documents import (
+    PAGES,
+    SCRIPTS,
+    Block,
+    Command,
+    anchors,
+    blocks_of_page,
+    code_spans,
+    commands_of,
+    commands_of_docstring,
+    commands_of_page,
+    known_options,
+    relative_links,
+)
+from .helpers import ROOT, tiny_tokenizer
+from .placeholders import CONNECTOR, TEMPORAL, make_work
+from .vllm_server import VLLMServer
+
+TINY_BATCHES = ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "4", "--max_test_samples", "2"]
+LITTLE = ["--max_steps", "1", *TINY_BATCHES, "--gradient_accumulation_steps", "1", "--dataloader_num_workers", "0"]
+LITTLE += ["--report_to", "none", "--disable_tqdm", "true", "--output_dir", "runs/{number}"]
+LITTLE += ["--max_new_tokens", "2", "--min_new_tokens", "0"]
+LITTLE_MODEL = ["--connector_config", json.dumps(CONNECTOR), "--whitening_images", "4", "--torch_compile", "false"]
+FEW = ["--max_samples", "2", "--num_beams", "2", "--max_new_tokens", "2", "--min_new_tokens", "0"]
+RUN = {
+    "app": [],
+    "caption_folder": ["--max_new_tokens", "2", "--output_dir", "runs/{number}"],
+    "convert_original_checkpoint": ["--vision_model", "original/vision", "--text_model", "original/text"],
+    "evaluate_captioning": FEW,
+    "evaluate_vqa": FEW,
+    "export": ["--formats", "pt2", "--output_dir", "runs/{number}"],  # test_export.py makes ONNX
+    "finetune": LITTLE,
+    "finetune_video": LITTLE,
+    "pretrain": [*LITTLE, *LITTLE_MODEL],
+    "publish": ["--folder", "runs/{number}", "--check", "false"],
+    "serve_prompt_embeds": ["--max_new_tokens", "2"],
+    "train_scst": LITTLE,
+    "visualize_merging": [],
+}
+RUN["convert_original_checkpoint"] += ["--merge_r", "5", "--connector_num_attention_heads", "4"]
+# `path/to/folder` is what the script wants.
+FOLDERS = {"pretrain": "my_images", "finetune": "my_chats", "finetune_video": "my_videos"}
+FOREIGN = {
+    "python3 -m venv": "makes an environment; .ci/run does it",
+    "pip install": "needs the network; .ci/run installs `.[dev]`",
+    "python -m pytest": "these tests",
+    "ruff": ".ci/run does it",
+    "pre-commit": "writes into .git",
+    "vllm serve": "needs a vLLM server; test_serve_prompt_embeds.py starts one",
+    "hf": "needs an account on the Hub",
+    "mkdir": "makes a Space's folder; test_app.py does it",
+    "cp": "likewise",
+}
+FOREIGN_OPTIONS = {"--enable-prompt-embeds"}
+PLACEHOLDER_FILES = {"my_mixture.yaml"}
+
+COMMANDS = [command for page in PAGES for command in commands_of_page(page)]
+COMMANDS += [command for script in SCRIPTS for command in commands_of_docstring(script)]
+
+
+def what_is_run(command: Command) -> tuple[str, ...]:
+    """The command without the options that `RUN` replaces."""
+    replaced = {word for word in RUN.get(command.name, ()) if word.startswith("--")}
+    kept = re.split(r"\0(?=--)", "\0".join(command.arguments))
+    return (command.kind, command.name, *(option for option in kept if option.split("\0")[0] not in replaced))
+
+
+RUNS = {what_is_run(command): command for command in reversed(COMMANDS)}
+
+
+@pytest.fixture(scope="module")
+def dev_extra():
+    for library in ("av", "gradio", "openai", "onnxruntime", "pycocoevalcap", "timm", "torchao"):
+        if find_spec(library) is None:
+            pytest.skip(f"needs the dev extra, which has {library}")
+
+
+@pytest.fixture(scope="module")
+def work(dev_extra, tmp_path_factory):
+    folder = make_work(tmp_path_factory.mktemp("work"))
+    (folder / "runs").mkdir()
+    return folder
+
+
+@pytest.fixture
+def tiny_world(work, monkeypatch):
+    """The folder of placeholders, an empty cache, tiny towers and data for the demo, and no Hub."""
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(constants, "HF_HOME", str(work / "hf_home"))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(work / "modules"))
+    monkeypatch.setattr(models, "prepare_vision_tower", lambda: work / "towers" / "vision")
+    monkeypatch.setattr(models, "prepare_language_model", lambda: work / "towers" / "text")
+    for name in DEMO_DATASETS:
+        folder = "my_questions" if name == "easy-vqa-questions" else "my_images"
+        monkeypatch.setitem(DEMO_DATASETS, name, lambda folder=folder: load_dataset(folder))
+    load = EVLGenForConditionalGeneration.from_image_model
+    monkeypatch.setattr(EVLGenForConditionalGeneration, "from_image_model", lambda name: load(name, **TEMPORAL))
+    for part in (PreTrainedModel, ProcessorMixin):
+        monkeypatch.setattr(part, "push_to_hub", lambda self, name: self.save_pretrained(f"runs/{name}"))
+
+
+@pytest.mark.parametrize("command", RUNS.values(), ids=lambda command: f"{command.name} {command.where}")
+def test_a_documented_command_works(command, work, tiny_world, monkeypatch):
+    if command.kind == "foreign":
+        has_reason = any(f"{command.name} ".startswith(f"{known} ") for known in FOREIGN)
+        assert has_reason, f"{command.where}: no rule for {command.name}"
+    elif command.kind == "benchmark":
+        parse(command, monkeypatch)
+    else:
+        assert command.name in RUN, f"{command.where}: no rule for the script {command.name}"
+        run(command, work, monkeypatch)
+
+
+def main_of(kind: str, name: str) -> Callable:
+    module = name if kind == "script" else f"benchmarks.{name}"
+    return importlib.import_module(f"{module}.__main__" if name == "claims" else module).main
+
+
+class ParsedError(Exception):
+    """Ends a program behind its parser, which knows the arguments."""
+
+
+def parse(command: Command, monkeypatch) -> None:
+    """Starts a benchmark and stops it behind its parser. test_benchmark_modules.py runs all at tiny sizes."""
+
+    def stop(*args):
+        raise ParsedError
+
+    main = main_of(command.kind, command.name)
+    if not inspect.signature(main).parameters:
+        assert not command.arguments, f"{command.where}: {command.name} has no arguments"
+        return
+    parse_args = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *args: stop(parse_args(*args)))
+    with pytest.raises(ParsedError):
+        main(list(command.arguments))
+
+
+def run(command: Command, work: Path, monkeypatch) -> None:
+    """Runs a script in the folder of placeholders."""
+    number = str(len(list((work / "runs").iterdir())))
+    folder = FOLDERS.get(command.name, "")
+    arguments = [word.replace("path/to/folder", folder) for word in command.arguments]
+    arguments += [word.replace("{number}", number) for word in RUN[command.name]]
+    main = main_of(command.kind, command.name)
+    if command.name == "app":
+        monkeypatch.setattr("gradio.Blocks.launch", lambda page, **settings: None)
+    elif command.name == "evaluate_vqa":
+        monkeypatch.setattr("evaluate_vqa.easy_vqa_questions", lambda split: tiny_questions())
+    elif command.name == "finetune_video":
+        monkeypatch.setattr("finetune_video.load_emoji_videos", lambda: work / "emoji")
+    elif "--results" in arguments:  # of an evaluation before
+        main_of("script", "evaluate_captioning")(FEW)
+    elif "--resume_from_checkpoint" in arguments:  # of a run that was broken off after its first step
+        main([*arguments, "--save_steps", "1", "--resume_from_checkpoint", "false"])
+        arguments += ["--max_steps", "2"]
+    elif command.name == "serve_prompt_embeds":
+        model = EVLGenForConditionalGeneration.from_pretrained("path/to/model")
+        with VLLMServer(model.language_model, tiny_tokenizer(chat=True)) as server:
+            assert all(main([*arguments, "--server", server.url]))
+        return
+    main(arguments)
+
+
+def tiny_questions() -> list[dict]:
+    row = {"question": "what colour is it?", "answers": ["red"], "answer_type": "color", "image": "a.png"}
+    return [{"id": index, **row} for index in range(200)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_blocks_of_a_page_run_in_their_order(page, tiny_world):
+    names: dict = {}
+    for block in blocks_of_page(page):
+        if block.language == "python":
+            exec(compile(block.code, block.where, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_yaml_blocks_of_a_page_are_recipes(page):
+    known = known_options(main_of("script", "pretrain"))
+    for block in blocks_of_page(page):
+        if block.language == "yaml":
+            recipe = yaml.safe_load(block.code)
+            assert {f"--{name}" for name in recipe} <= known, block.where
+            TomeFormerConfig(**recipe.get("connector_config", {}))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_on(page):
+    for target in relative_links(page):
+        path, _, heading = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page.name} links to {target}, which does not exist"
+        assert not heading or heading in anchors(linked), f"{page.name} links to {target}: there is no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_that_a_page_names_exist(page):
+    known = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.suffix in (".py", ".yaml")]
+    for code in [*code_spans(page), *(block.code for block in blocks_of_page(page))]:
+        for name in re.findall(r"[\w./-]+\.(?:py|yaml)\b", code):
+            exists = any(f"/{path}".endswith(f"/{name}") for path in known) or name in PLACEHOLDER_FILES
+            assert exists, f"{page.name} names {name}, which does not exist"
+
+
+def test_the_architecture_page_names_every_module_that_travels_with_a_checkpoint():
+    named = set(code_spans(ROOT / "docs" / "architecture.md"))
+    packages = ("configuration_evlgen", "modeling_evlgen", "processing_evlgen")
+    modules = {path.name for package in packages for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
+    assert modules <= named, f"docs/architecture.md does not name {sorted(modules - named)}"
+
+
+def test_every_option_that_the_pages_name_is_known(dev_extra):
+    scripts = {("script", name) for name in RUN}
+    benchmarks = {(command.kind, command.name) for command in COMMANDS if command.kind == "benchmark"}
+    known = set(launch_command_parser()._option_string_actions) | FOREIGN_OPTIONS
+    for main in (main_of(*program) for program in scripts | benchmarks):
+        if inspect.signature(main).parameters:
+            known |= known_options(main)
+    for page in PAGES:
+        for option in re.findall(r"(?<![\w-])--[\w-]+", " ".join(code_spans(page))):
+            assert option in known, f"{page.name} names {option}, which no parser knows"
+
+
+def test_every_extra_that_the_pages_name_is_in_setup_py():
+    extras = set(re.findall(r'^    "(\w+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)) | {"dev"}
+    for page in PAGES:
+        named = set(re.findall(r"\.\[(\w+)\]", page.read_text(encoding="utf-8")))
+        assert named <= extras, f"{page.name} names {named - extras}, which setup.py does not have"
+
+
+def test_commands_are_read_as_a_shell_reads_them():
+    code = "# first\nA=1 .venv/bin/python -m benchmarks.claims --time && accelerate launch --num_processes 2 \\\n"
+    commands = commands_of(Block("bash", code + "    examples/pretrain.py --prompt 'a b'  # last\n", "page"))
+    assert commands == [
+        Command("benchmark", "claims", ("--time",), "page"),
+        Command("script", "pretrain", ("--prompt", "a b"), "page"),
+    ]
+    (unknown,) = commands_of(Block("bash", "accelerate launch --nowhere 2 examples/pretrain.py", "page"))
+    assert unknown == Command("foreign", "accelerate launch --nowhere 2 examples/pretrain.py", (), "page")
