@@ -1,7 +1,7 @@
-"""The code that travels with every checkpoint, which loads it with `trust_remote_code=True` without EVLGen installed.
+"""Copies the code into every checkpoint, so that `trust_remote_code=True` loads it without EVLGen installed.
 
 transformers' loader takes one flat folder of files that import each other as `from .name import X`. In this repository
-the code lives in three packages; a checkpoint gets a copy in which `from configuration_evlgen import X` has become
+the code lives in three packages. In the copy, `from configuration_evlgen import X` becomes
 `from .configuration_evlgen import X`. Code that was itself loaded from a checkpoint is copied as it is.
 """
 
@@ -51,8 +51,8 @@ def save_hub_code(save_directory: str | os.PathLike) -> list[Path]:
 
 
 def _parts() -> tuple[type, ...]:
-    # Imported here, since each of them imports this module. That they are all named in one file has a second use: the
-    # loader copies just the files that a module imports, at whatever depth, and each module reaches this one.
+    # Imported here, since each of them imports this module. The imports have a second use: the loader copies only the
+    # files that a module imports, directly or not. Each module imports this one, and so all others.
     from configuration_evlgen import EVLGenConfig
     from modeling_evlgen import EVLGenForConditionalGeneration
     from processing_evlgen import EVLGenProcessor

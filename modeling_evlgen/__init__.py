@@ -1,7 +1,7 @@
-"""EVLGen's model: token merging, the TomeFormer connector and the model that ties it to a vision tower and an LLM.
+"""EVLGen's model: a vision tower, a connector that merges tokens, and a language model.
 
-Importing this package makes its classes known to transformers' Auto classes, so that a checkpoint loads with this code
-rather than with the copy that it carries.
+Importing this package registers its classes with transformers' Auto classes. Checkpoints then load with this code,
+instead of the copy that they hold.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText

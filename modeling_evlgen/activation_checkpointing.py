@@ -1,4 +1,4 @@
-"""Activation checkpointing in a frozen language model."""
+"""Activation checkpointing in a frozen language model, which transformers' own leaves out."""
 
 from functools import partial
 from typing import Any
@@ -10,15 +10,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def checkpoint_frozen_layers(tower: nn.Module) -> None:
-    """Lets the layers of a frozen tower be computed again in the backward pass, instead of keeping their activations.
+    """Computes the layers of a frozen tower again in the backward pass, instead of keeping their activations.
 
-    These are needed where a gradient passes through to the tower's inputs. transformers' layers look at their own
-    `training`, by which some switch on dropout as well, so those of a tower in evaluation mode keep everything. Here
-    they stay in evaluation mode, in the forward pass and in the second one.
+    A frozen tower has activations to keep if a gradient passes through to its inputs. transformers checkpoints a layer
+    only if its `training` is True, which may switch on its dropout as well. Here a layer stays in evaluation mode, in
+    both forward passes.
 
     Args:
-        tower (`nn.Module`): With layers that `activation_checkpointing_enable` has switched on; without effect for as
-            long as they are switched off or trained.
+        tower (`nn.Module`): The tower. A layer is checkpointed while `activation_checkpointing_enable` has switched it
+            on and it is in evaluation mode.
     """
     for layer in tower.modules():
         if isinstance(layer, GradientCheckpointingLayer) and getattr(layer.forward, "func", None) is not _run:
@@ -26,7 +26,8 @@ def checkpoint_frozen_layers(tower: nn.Module) -> None:
 
 
 def _run(layer: GradientCheckpointingLayer, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    caches = any(isinstance(argument, Cache) for argument in (*args, *kwargs.values()))  # to be written to only once
-    if layer.gradient_checkpointing and not layer.training and torch.is_grad_enabled() and not caches:
+    # A second forward pass would write to a cache again.
+    has_cache = any(isinstance(argument, Cache) for argument in (*args, *kwargs.values()))
+    if layer.gradient_checkpointing and not layer.training and torch.is_grad_enabled() and not has_cache:
         return layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
     return forward(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Adapters, as PEFT saves them, and the models that they are for."""
+"""Finds adapters that PEFT saved, and the models that they are for."""
 
 import json
 import os
@@ -14,26 +14,26 @@ from configuration_evlgen import EVLGenConfig
 from .fingerprints import TOWERS, is_on_hub
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
-BASE_MODEL = "base_model.json"  # beside an adapter: what the model must be like that it is put on
+BASE_MODEL = "base_model.json"  # beside an adapter: fields of the model that it was trained on
 
 
 def find_adapter(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str | os.PathLike, str | None]:
-    """Looks whether what `from_pretrained` was given is an adapter.
+    """Finds out whether `from_pretrained` is to load an adapter.
 
     Args:
-        name_or_path (`str` or `os.PathLike`): What it was given.
-        kwargs: What else it was given. If there is an adapter, `adapter_kwargs` tell of it from now on, and `revision`
-            and `subfolder`, which were the adapter's, are gone.
+        name_or_path (`str` or `os.PathLike`): A folder or a repository's name.
+        kwargs: The other arguments of `from_pretrained`. For an adapter, `adapter_kwargs` are extended, and `revision`
+            and `subfolder`, which are the adapter's, are removed.
 
     Returns:
-        The model to be loaded and the adapter to be put on it, or None.
+        The name of the model to load, and that of the adapter to put on it, or None.
 
     Raises:
-        ValueError: If there is an adapter, but its model is not where it says.
+        ValueError: If there is an adapter, but not its model.
     """
     adapter_kwargs = dict(kwargs.get("adapter_kwargs") or {})
     adapter = adapter_kwargs.get("_adapter_model_path")
-    if adapter is not None:  # AutoModel has looked already
+    if adapter is not None:  # AutoModel has found it already
         return name_or_path, adapter
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     adapter, base, _ = maybe_load_adapters(name_or_path, hub, **adapter_kwargs)
@@ -41,14 +41,13 @@ def find_adapter(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> tup
         return name_or_path, None
     kwargs["adapter_kwargs"] = {**adapter_kwargs, "_adapter_model_path": adapter}
     if base != name_or_path:
-        own = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
-        kwargs["adapter_kwargs"] |= own
-        base = _locate(base, adapter)
+        kwargs["adapter_kwargs"] |= {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
+        base = _find_base(base, adapter)
     return base, adapter
 
 
-def _locate(base: str, adapter: str | os.PathLike) -> str:
-    """Where the model of an adapter is: as named; a relative path may also start in a folder above the adapter."""
+def _find_base(base: str, adapter: str | os.PathLike) -> str:
+    """The folder or name of an adapter's model. A relative path may start in any folder above the adapter."""
     if os.path.isdir(base) or not os.path.isdir(adapter):
         return base
     folder = Path(adapter).resolve()
@@ -65,11 +64,11 @@ def _locate(base: str, adapter: str | os.PathLike) -> str:
 
 
 def save_base(config: EVLGenConfig, folder: str | os.PathLike) -> None:
-    """Writes down beside an adapter what the model is like that it was trained on.
+    """Writes a description of the model that an adapter was trained on into the adapter's folder.
 
     Args:
-        config ([`EVLGenConfig`]): The model's.
-        folder (`str` or `os.PathLike`): The adapter's.
+        config ([`EVLGenConfig`]): The model's configuration.
+        folder (`str` or `os.PathLike`): The adapter's folder.
     """
     Path(folder, BASE_MODEL).write_text(json.dumps(_describe(config), indent=2) + "\n", encoding="utf-8")
 
@@ -77,17 +76,17 @@ def save_base(config: EVLGenConfig, folder: str | os.PathLike) -> None:
 def check_base(config: EVLGenConfig, adapter: str | os.PathLike, adapter_kwargs: dict[str, Any]) -> None:
     """
     Args:
-        config ([`EVLGenConfig`]): Of the model that an adapter is to be put on.
+        config ([`EVLGenConfig`]): The configuration of the model that an adapter is to be put on.
         adapter (`str` or `os.PathLike`): The adapter: a folder or a repository's name.
-        adapter_kwargs: How to find it on the Hub.
+        adapter_kwargs: `revision`, `token` … of the adapter's repository.
 
     Raises:
-        ValueError: If the model is not like the one that the adapter was trained on. The connector's weights may be
-            others: the adapter has its own.
+        ValueError: If the model differs from the one that the adapter was trained on. The connector's weights may
+            differ, since the adapter has its own.
     """
     hub = {name: adapter_kwargs[name] for name in HUB_ARGUMENTS if name in adapter_kwargs}
     path = cached_file(adapter, BASE_MODEL, _raise_exceptions_for_missing_entries=False, **hub)
-    if path is None:  # saved by other scripts
+    if path is None:  # saved by another script than ours
         return
     wanted, found = json.loads(Path(path).read_text(encoding="utf-8")), _describe(config)
     changed = [
@@ -98,12 +97,13 @@ def check_base(config: EVLGenConfig, adapter: str | os.PathLike, adapter_kwargs:
     if changed:
         raise ValueError(
             f"The adapter {str(adapter)!r} was trained on another model than {config.name_or_path!r}: "
-            f"{'; '.join(changed)}. Write where the right one is as `base_model_name_or_path` into the adapter's "
+            f"{'; '.join(changed)}. Write the right one as `base_model_name_or_path` into the adapter's "
             f"{ADAPTER_CONFIG_NAME}."
         )
 
 
 def _describe(config: EVLGenConfig) -> dict[str, Any]:
+    """The fields by which models are compared, as JSON holds them."""
     connector = config.connector_config
     fields = type(connector).__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
     description = {f"{argument}_fingerprint": getattr(config, f"{argument}_fingerprint") for argument in TOWERS}

@@ -41,7 +41,7 @@ def training_step(model, batch):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    torch.manual_seed(0)  # of the connector's dropout
+    torch.manual_seed(0)  # for the connector's dropout
     model.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(**batch).loss
@@ -55,7 +55,7 @@ def test_same_loss_and_gradients_from_less_memory(text):
     model, batch = build(text)
     loss, gradients, kept = training_step(model.train(), batch)
     model.activation_checkpointing_enable()
-    model.activation_checkpointing_enable()  # twice is once
+    model.activation_checkpointing_enable()  # a second time changes nothing
     again, gradients_again, kept_again = training_step(model, batch)
     assert torch.equal(again, loss)
     assert gradients_again.keys() == gradients.keys() and len(gradients) > 20
@@ -69,7 +69,7 @@ def test_same_loss_and_gradients_from_less_memory(text):
 
 
 @pytest.mark.parametrize("text", TEXT_CONFIGS)
-def test_the_language_model_says_what_it_said(text):
+def test_generation_is_not_changed(text):
     model, batch = build(text, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     prompts = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     with torch.no_grad():

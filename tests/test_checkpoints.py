@@ -43,7 +43,7 @@ def same(model, other):
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
-def test_what_is_trained_and_the_names_of_the_towers_are_enough(model, tmp_path):
+def test_trained_weights_and_the_names_of_the_towers_are_enough(model, tmp_path):
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(tmp_path / "model", towers="reference")
     saved = load_file(tmp_path / "model" / "model.safetensors")
@@ -51,7 +51,7 @@ def test_what_is_trained_and_the_names_of_the_towers_are_enough(model, tmp_path)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["text_model_name_or_path"] == str(tmp_path / "base" / "text")
     assert (config["towers"], len(config["text_model_fingerprint"])) == ("reference", 64)
-    assert model.config.towers is None  # saving left the model as it was
+    assert model.config.towers is None  # saving did not change the model
 
     for load in (EVLGenForConditionalGeneration.from_pretrained, AutoModel.from_pretrained):
         loaded = load(tmp_path / "model")
@@ -64,7 +64,7 @@ def test_what_is_trained_and_the_names_of_the_towers_are_enough(model, tmp_path)
             "connector",
             "language_projection",
         }
-    loaded.save_pretrained(tmp_path / "again")  # what it was stays what it is
+    loaded.save_pretrained(tmp_path / "again")  # as it was loaded
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "model" / "model.safetensors"
     ).read_bytes()
@@ -72,7 +72,7 @@ def test_what_is_trained_and_the_names_of_the_towers_are_enough(model, tmp_path)
     same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "whole"), model)
 
 
-def test_dtype_and_device_map_are_the_towers(model, tmp_path):
+def test_dtype_and_device_map_are_for_the_towers(model, tmp_path):
     model.save_pretrained(tmp_path / "model", towers="reference")
     loaded, info = EVLGenForConditionalGeneration.from_pretrained(
         tmp_path / "model", dtype=torch.bfloat16, device_map="auto", output_loading_info=True
@@ -92,12 +92,12 @@ def test_dtype_and_device_map_are_the_towers(model, tmp_path):
         EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", merge_rr=3)
 
 
-def test_no_dtype_and_auto_are_the_checkpoints_own(tmp_path):
+def test_without_a_dtype_or_with_auto_the_checkpoints_dtype_is_used(tmp_path):
     towers = save_towers(tmp_path / "base")
     AutoModelForCausalLM.from_pretrained(towers["text_model"], dtype=torch.bfloat16).save_pretrained(
         towers["text_model"]
     )
-    build(towers).save_pretrained(tmp_path / "model", towers="reference")  # a vision tower of float32 among them
+    build(towers).save_pretrained(tmp_path / "model", towers="reference")  # with a vision tower of float32
     for given, expected in (
         ({}, torch.bfloat16),
         ({"dtype": "auto"}, torch.bfloat16),
@@ -110,7 +110,7 @@ def test_no_dtype_and_auto_are_the_checkpoints_own(tmp_path):
             assert loaded.connector.dtype == torch.float32
 
 
-def test_towers_and_what_is_trained_may_be_in_several_files(tmp_path):
+def test_towers_and_trained_weights_may_be_in_several_files(tmp_path):
     towers = save_towers(tmp_path / "base")
     text = AutoModelForCausalLM.from_pretrained(towers["text_model"])
     (tmp_path / "base" / "text" / "model.safetensors").unlink()
@@ -121,7 +121,7 @@ def test_towers_and_what_is_trained_may_be_in_several_files(tmp_path):
     same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"), model)
 
 
-def test_towers_share_the_memory_that_is_given(model, tmp_path):
+def test_towers_share_max_memory(model, tmp_path):
     model.save_pretrained(tmp_path / "model", towers="reference")
     vision, text = (sum(p.nbytes for p in part.parameters()) for part in (model.vision_tower, model.language_model))
     assert vision < text
@@ -171,10 +171,10 @@ def test_a_model_with_offloaded_parts_generates_the_same(connector, is_video, to
     parts = [name for name, _ in model.named_children()]
     for on_disk in [*({part} for part in parts), set(parts)]:
         offloaded = generates_the_same(device_map={part: "disk" if part in on_disk else "cpu" for part in parts})
-        # What is trained is small, and stays with the vision tower where the towers are loaded one by one.
+        # Beside named towers, the trained parts stay with the vision tower.
         assert offloaded == (on_disk if towers == "include" else on_disk & {"vision_tower", "language_model"})
     sizes = [sum(parameter.nbytes for parameter in part.parameters()) for part in model.children()]
-    # The largest limit is enough for the towers, but not for what is trained as well.
+    # The largest limit is enough for the towers, but not for the trained parts as well.
     for limit in (sum(sizes) - min(sizes), sum(sizes) // 2, sum(sizes) // 8):
         assert generates_the_same(device_map="auto", max_memory={"cpu": limit}), limit
 
@@ -187,7 +187,7 @@ def test_a_model_with_offloaded_parts_can_be_saved(towers, model, tmp_path):
     same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "again"), model)
 
 
-def test_fields_can_be_changed_in_loading(model, tmp_path):
+def test_fields_can_be_changed_when_a_checkpoint_is_loaded(model, tmp_path):
     model.save_pretrained(tmp_path / "model", towers="reference")
     video = EVLGenForConditionalGeneration.from_pretrained(
         tmp_path / "model", temporal_contextualizer=True, temporal_hidden_size=8, temporal_num_attention_heads=2
@@ -311,7 +311,7 @@ def test_towers_that_were_changed_or_have_no_name_are_saved(model, tmp_path, cap
         model.language_model.lm_head.weight[0, 0] += 1
     with pytest.raises(ValueError, match=r"language_model differs from '.*text'"):
         model.save_pretrained(tmp_path / "model", towers="reference")
-    model.config.towers = "reference"  # as a default it gives way
+    model.config.towers = "reference"  # as a default, it is only a wish
     model.save_pretrained(tmp_path / "model")
     assert "The checkpoint holds its towers: language_model differs from" in caplog.text
     same(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"), model)
@@ -335,10 +335,10 @@ def test_a_tower_that_was_given_as_a_model_is_not_taken_for_its_base_model(tmp_p
         build({**towers, "text_model": tmp_path / "adapter"})
 
 
-def test_a_folder_is_named_by_its_whole_path(tmp_path, monkeypatch):
+def test_a_folder_is_named_by_its_absolute_path(tmp_path, monkeypatch):
     save_towers(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    model = build({"vision_model": "base/vision", "text_model": "base/text"})  # which might be on the Hub as well
+    model = build({"vision_model": "base/vision", "text_model": "base/text"})  # such names may be on the Hub as well
     assert not is_on_hub("base/text")
     model.save_pretrained("model", towers="reference")
     (tmp_path / "elsewhere").mkdir()
@@ -391,7 +391,7 @@ def test_towers_on_the_hub_are_named_by_default_and_found_in_the_cache_offline(t
         assert b"language_model" not in files["model.safetensors"]
         config = json.loads(files["config.json"])
         assert config["text_model_name_or_path"] == "user/llm"
-        assert config["text_model_revision"] == hub.commits("user/llm")[-1]["sha"]  # though no revision was named
+        assert config["text_model_revision"] == hub.commits("user/llm")[-1]["sha"]  # no revision was named
         before = hub.files("user/llm")["model.safetensors"]
         later = {name: tensor + 1 for name, tensor in safetensors.torch.load(before).items()}
         hub.repos["models", "user/llm"].commit(

@@ -19,7 +19,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from .helpers import ROOT, noise_images, run_clean, tiny_model, tiny_processor
 from .hub_server import HubServer
 
-# What a user without this repository does with a checkpoint. Prints the same words again and again.
+# Everything that a user without this repository does with a checkpoint. Each way gives the same caption.
 USE_CHECKPOINT = """
 import json
 from PIL import Image
@@ -33,8 +33,8 @@ def caption(folder, auto_class):
     new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1]:]
     return processor.batch_decode(new, skip_special_tokens=True)[0].strip(), model, processor
 
-said, model, processor = caption(name, AutoModel)
-words = [said, caption(name, AutoModelForImageTextToText)[0]]
+answer, model, processor = caption(name, AutoModel)
+words = [answer, caption(name, AutoModelForImageTextToText)[0]]
 settings = dict(model=name, trust_remote_code=True)
 captioner = pipeline("image-to-text", **settings)
 words.append(captioner(image, prompt="what is it?", max_new_tokens=8, do_sample=False)[0]["generated_text"])
@@ -50,7 +50,7 @@ print(json.dumps(words))
 
 
 def checkpoint(folder, **kwargs):
-    """Saves a tiny model and its processor, and an image beside them; gives them and what the model says."""
+    """Saves a tiny model and its processor; returns both, and the model's answer about an image."""
     model = tiny_model(**kwargs)
     processor = tiny_processor(model)
     model.save_pretrained(folder)
@@ -72,9 +72,9 @@ def last_line(output):
 
 @pytest.mark.parametrize("vision", ["clip", "eva", "timm_cnn"])
 def test_a_folder_works_without_this_repository(vision, tmp_path):
-    *_, said = checkpoint(tmp_path / "model", vision=vision)
+    *_, answer = checkpoint(tmp_path / "model", vision=vision)
     code = USE_CHECKPOINT.format(name="model", image=save_image(tmp_path), again="again")
-    assert last_line(run_clean(code, tmp_path)) == [said] * 5
+    assert last_line(run_clean(code, tmp_path)) == [answer] * 5
     files = {path.name for path in (tmp_path / "again").iterdir()}
     assert {"model.safetensors", "modeling_evlgen.py", "token_merging.py", "pipeline_evlgen.py"} <= files
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
@@ -91,7 +91,7 @@ EVLGenProcessor.from_pretrained({folder!r}).push_to_hub("captioner")
 
 
 def test_a_repository_works_by_its_name(tmp_path):
-    *_, said = checkpoint(tmp_path / "model")
+    *_, answer = checkpoint(tmp_path / "model")
     with HubServer() as hub:
         environment = hub.client_env(tmp_path / "publisher")
         publish = PUBLISH.format(root=str(ROOT), folder=str(tmp_path / "model"))
@@ -103,7 +103,7 @@ def test_a_repository_works_by_its_name(tmp_path):
         user = tmp_path / "user"
         user.mkdir()
         output = run_clean(code, user, hub.client_env(tmp_path / "user_home"))
-    assert last_line(output) == [said] * 5
+    assert last_line(output) == [answer] * 5
 
 
 PIPELINE = """
@@ -138,9 +138,9 @@ print(json.dumps([one, prompted]))
 
 
 def test_the_pipeline_takes_what_users_have(tmp_path):
-    *_, said = checkpoint(tmp_path / "model")
+    *_, answer = checkpoint(tmp_path / "model")
     one, prompted = last_line(run_clean(PIPELINE.format(image=save_image(tmp_path)), tmp_path))
-    assert said.startswith(prompted[0]["generated_text"])
+    assert answer.startswith(prompted[0]["generated_text"])
     assert one != prompted
 
 

@@ -139,7 +139,7 @@ def test_towers_stay_frozen_through_a_checkpoint(tmp_path):
         assert torch.equal(value, again.state_dict()[name])
 
 
-def test_cached_features_are_the_image():
+def test_cached_features_replace_the_image():
     model = tiny_model("convnext", "qwen2")
     processor = tiny_processor(model)
     batch = training_batch(processor)
@@ -157,18 +157,18 @@ def test_cached_features_are_the_image():
     [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"repetition_penalty": 1.5}],
     ids=["greedy", "beam", "beam-returned", "penalty"],
 )
-def test_a_batch_says_what_its_members_say_alone(text, settings):
+def test_a_batch_generates_what_its_members_generate_alone(text, settings):
     model = tiny_model("clip", text)
     processor = tiny_processor(model)
     settings = {"max_new_tokens": 8, "do_sample": False, **settings}
 
-    def say(images, prompts):
+    def answer(images, prompts):
         batch = processor(images=images, text=prompts)
         new = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
         return processor.batch_decode(new, skip_special_tokens=True)
 
-    together = say(noise_images(2), PROMPTS)
-    alone = [words for image, prompt in zip(noise_images(2), PROMPTS, strict=True) for words in say(image, prompt)]
+    together = answer(noise_images(2), PROMPTS)
+    alone = [words for image, prompt in zip(noise_images(2), PROMPTS, strict=True) for words in answer(image, prompt)]
     assert together == alone
     assert len(set(together)) > 1 and "<image>" not in "".join(together)
 
@@ -266,7 +266,7 @@ def test_dinov2_takes_images_of_another_size_than_it_was_trained_on():
     assert EVLGenConfig.from_dict(model.config.to_dict()).num_vision_tokens == 257
 
 
-def test_timm_towers_with_channels_last_are_read_rightly():
+def test_feature_maps_with_channels_last_become_tokens():
     arguments = {
         "features_only": True,
         "out_indices": [1],
@@ -282,7 +282,7 @@ def test_timm_towers_with_channels_last_are_read_rightly():
     assert tokens.shape[1:] == (shape.num_tokens, shape.hidden_size) == (64, 16)
 
 
-def test_captions_are_greedy_whatever_the_language_model_does_in_chats():
+def test_captions_are_greedy_even_if_the_language_model_samples_in_chats():
     tower, language_model = tiny_towers()
     language_model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(tower, language_model, image_token_id=300)
@@ -329,7 +329,9 @@ def test_nothing_is_generated_from_soft_prompts_that_are_not_finite():
     batch = tiny_processor(model)(images=noise_images(2))
     outputs = model.get_image_features(batch.pop("pixel_values"))
     outputs.pooler_output[0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"The image soft prompt must be finite, but has NaN or infinity in entries \[0\]"):
+    with pytest.raises(
+        ValueError, match=r"The image soft prompt must be finite, but has NaN or infinity in entries \[0\]"
+    ):
         model.generate(**batch, mm_encoder_outputs={"image": outputs}, max_new_tokens=3)
     with torch.no_grad():
         model.language_projection.bias[0] = float("inf")
@@ -360,7 +362,7 @@ def test_images_and_videos_are_given_once():
     mixed = processor(images=noise_images(1), videos=[noise_images(2)], text="<image><video>what?")
     given = {"video": model.get_video_features(mixed.pop("pixel_values_videos"), mixed.pop("frame_mask", None))}
     model.generate(**mixed, mm_encoder_outputs=given, max_new_tokens=3)
-    assert given.keys() == {"video"}  # left as it was
+    assert given.keys() == {"video"}  # not changed
 
 
 def test_towers_in_half_precision_leave_what_is_trained_in_float32(tmp_path):

@@ -36,7 +36,7 @@ def test_the_moments_of_batches_are_those_of_all_tokens():
     assert_close(covariance, torch.cov(tokens.double().T, correction=0))
 
 
-def test_white_tokens_are_uncorrelated_and_vary_alike():
+def test_white_tokens_are_uncorrelated_with_equal_variances():
     tokens = correlated_tokens()
     mean, covariance = moments([tokens])
     matrix = whitening_matrix(covariance, shrinkage=1e-9)
@@ -77,7 +77,7 @@ def test_a_shrinkage_out_of_range_is_refused(shrinkage):
         whitening_matrix(torch.eye(3), shrinkage)
 
 
-def test_the_projection_becomes_itself_behind_a_whitening():
+def test_the_projection_whitens_its_inputs_first():
     model = tiny_model()
     features = correlated_tokens(17 * 20, 16).view(20, 17, 16)
     fresh = model.vision_projection.weight.clone()
@@ -137,7 +137,7 @@ def prepare(tmp_path, monkeypatch):
 
 def test_the_script_whitens_from_images_from_a_cache_and_from_a_stream(prepare):
     random = prepare()[0].vision_projection
-    images = prepare("--whitening_images", "100")[0]  # all there are
+    images = prepare("--whitening_images", "100")[0]  # all images that there are
     assert not torch.allclose(images.vision_projection.weight, random.weight, rtol=0.1)
     cached, train = prepare("--whitening_images", "100", "--cache_features", "true")
     assert_close(cached.vision_projection.weight, images.vision_projection.weight, atol=1e-3, rtol=1e-2)
