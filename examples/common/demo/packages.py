@@ -15,7 +15,7 @@ from common.demo.cache import prepare_once
 
 
 class DataPackage(NamedTuple):
-    """A package that only its data files are wanted of.
+    """A Python package that is used for its data files alone.
 
     Args:
         name: Its name on PyPI.
