@@ -89,6 +89,7 @@ def check_base(config: EVLGenConfig, adapter: str | os.PathLike, adapter_kwargs:
     if path is None:  # saved by another script than ours
         return
     wanted, found = json.loads(Path(path).read_text(encoding="utf-8")), _describe(config)
+    # A fingerprint that either side lacks proves nothing.
     changed = [
         f"`{name}` is {found[name]!r}, not {value!r}"
         for name, value in wanted.items()

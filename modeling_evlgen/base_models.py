@@ -43,16 +43,15 @@ def load_tower(
         ValueError: If the tower cannot be loaded, or cannot become part of a checkpoint.
     """
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
-    if isinstance(model, PreTrainedModel):
-        # It may have been changed since it was loaded, so its name says only where it came from.
-        base_model = BaseModel(model, Identity(find_name(model.name_or_path)[0]), False, hub)
-    else:
-        tower = load_base_model(argument, load, model, kwargs)
-        has_other_fields = any(hasattr(tower.config, name) for name in kwargs.keys() - INERT_FIELDS)
-        base_model = BaseModel(tower, identify(tower.name_or_path, **hub), not has_other_fields, hub)
-    refuse_remote_code(argument, base_model.tower)
-    refuse_adapter(argument, base_model.tower)
-    return base_model
+    is_loaded = isinstance(model, PreTrainedModel)
+    tower = model if is_loaded else load_base_model(argument, load, model, kwargs)
+    check_tower(argument, tower)
+    if is_loaded:
+        # The user may have changed it since it was loaded, so its name does not bring it back.
+        return BaseModel(tower, Identity(find_name(tower.name_or_path)[0]), False, hub)
+    # `from_pretrained` also takes fields of the configuration, as in `text_rms_norm_eps=1e-5`.
+    has_other_fields = any(hasattr(tower.config, name) for name in kwargs.keys() - INERT_FIELDS)
+    return BaseModel(tower, identify(tower.name_or_path, **hub), not has_other_fields, hub)
 
 
 def load_base_model(
@@ -69,26 +68,20 @@ def load_base_model(
         raise ValueError(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
 
 
-def refuse_remote_code(argument: str, model: PreTrainedModel) -> None:
+def check_tower(argument: str, tower: PreTrainedModel) -> None:
     """
     Raises:
-        ValueError: If the model brings code of its own, which a checkpoint of ours could not load again.
+        ValueError: If a tower brings code that a checkpoint of ours could not load again, or has an adapter, which
+            would be trained and saved by other rules than a base model.
     """
-    if type(model.config).__module__.startswith("transformers_modules"):
+    if type(tower.config).__module__.startswith("transformers_modules"):
         raise ValueError(
-            f"`{argument}` is a {type(model).__name__}, which brings code of its own. Only models whose code is in "
+            f"`{argument}` is a {type(tower).__name__}, which brings code of its own. Only models whose code is in "
             "transformers can become part of a checkpoint."
         )
-
-
-def refuse_adapter(argument: str, model: PreTrainedModel) -> None:
-    """
-    Raises:
-        ValueError: If the model has an adapter, which would be trained and saved by other rules than a base model.
-    """
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if getattr(tower, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"`{argument}` is a {type(model).__name__} with an adapter. Merge it first: "
+            f"`{argument}` is a {type(tower).__name__} with an adapter. Merge it first: "
             "`PeftModel.from_pretrained(base_model, adapter).merge_and_unload().save_pretrained(folder)`."
         )
 
@@ -156,6 +149,7 @@ def configure(
     image_token_id, video_token_id = placeholder_ids(text)
     defaults = {
         "image_token_id": image_token_id,
+        # Beside an `<image>` of the user's choice, `<video>` is the next id.
         "video_token_id": video_token_id if "image_token_id" not in fields else None,
         "num_vision_tokens": shape.num_tokens,
         "vision_hidden_size": shape.hidden_size,
@@ -213,9 +207,11 @@ def build(
     model = model_class(config, vision_tower=vision.tower, language_model=text.tower)
     if connector is not None:
         model.connector.load_state_dict(connector.state_dict())
-    text_defaults = text.tower.generation_config  # its sampling is for chats
-    special = {name: getattr(text_defaults, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**special)
+    # The language model's defaults for sampling are meant for chats, not for captions.
+    special_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(
+        **{id_: getattr(text.tower.generation_config, id_) for id_ in special_ids}
+    )
     for base_model, tower in zip((vision, text), TOWERS.values(), strict=True):
         if base_model.is_named:
             remember_tower(model, tower)

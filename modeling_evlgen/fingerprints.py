@@ -24,9 +24,8 @@ from transformers.utils import (
     extract_commit_hash,
 )
 
-# The towers, by the arguments that name their base models.
+# The towers, and their configurations, by the arguments that name their base models.
 TOWERS = {"vision_model": "vision_tower", "text_model": "language_model"}
-# Their configurations' names in the model's, likewise.
 CONFIG_FIELDS = {"vision_model": "vision_config", "text_model": "text_config"}
 
 # Fields of a tower's configuration that do not change what it computes. Names with a leading underscore do not either.

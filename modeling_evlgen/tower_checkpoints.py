@@ -71,7 +71,7 @@ class TowerCheckpointMixin:
         vision_kwargs, text_kwargs = pop_prefixed(kwargs, "vision_"), pop_prefixed(kwargs, "text_")
         text_kwargs["dtype"] = dtype
         text = load_tower("text_model", AutoModelForCausalLM.from_pretrained, text_model, text_kwargs)
-        vision_kwargs["dtype"] = text.tower.dtype
+        vision_kwargs["dtype"] = text.tower.dtype  # with "auto", only the loaded model knows it
         vision = load_tower("vision_model", load_vision_tower, vision_model, vision_kwargs)
         config, connector = configure(vision, text, connector_model, connector_config, image_size, kwargs)
         model = build(cls, config, vision, text, connector)
@@ -166,6 +166,7 @@ class TowerCheckpointMixin:
         leave_out_towers(self, towers == "reference")
         parts = [part for name, part in self.named_children() if towers == "include" or name not in TOWERS.values()]
         check_disk_space(save_directory, sum(t.nbytes for part in parts for t in part.state_dict().values()))
+        # config.json records what this checkpoint holds; the model's own wish is for the next one.
         before, self.config.towers = self.config.towers, towers
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
