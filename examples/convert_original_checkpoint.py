@@ -3,13 +3,14 @@
     python examples/convert_original_checkpoint.py --checkpoint checkpoint_best.pth \
         --vision_model Salesforce/blip2-opt-2.7b --text_model facebook/opt-2.7b --output_dir evlgen-opt-2.7b
 
-The original saves what it trained, so the frozen towers come from where it took them: EVA ViT-g (the vision tower of
-any BLIP-2 checkpoint) and the language model. A checkpoint that holds the towers as well replaces their weights.
+The original saves only the trained parts. The frozen towers come from their base models: EVA ViT-g, the vision tower
+of any BLIP-2 checkpoint, and the language model. If the checkpoint holds the towers too, their weights come from it.
 """
 
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -35,15 +36,39 @@ RENAMED = {
     _BLOCK + r"attn\.proj\.": _LAYER + "self_attn.projection.",
     _BLOCK + r"mlp\.(fc[12])\.": _LAYER + r"mlp.\2.",
 }
-DROPPED = r"rotary_emb\.inv_freq$|embeddings\.position_ids$"  # buffers that are computed now
+DROPPED = r"rotary_emb\.inv_freq$|embeddings\.position_ids$"  # buffers that today's models compute
 TRAINED = ("ln_vision.", "vision_projection.", "connector.", "language_projection.", "temporal.")
+
+
+def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """Reads the tensors of a checkpoint without running code that it may hold.
+
+    Raises:
+        ValueError: If the file cannot be read, or does not hold a dictionary of tensors.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, some without a message
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"`checkpoint`: {path} is not a file of torch.save that holds tensors: {reason}") from error
+    tensors = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    if not isinstance(tensors, dict) or not tensors:
+        raise ValueError(f"`checkpoint`: {path} must hold a dictionary of tensors, but holds {_describe(tensors)}.")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"`checkpoint`: {path} must hold tensors, but {name!r} is {_describe(tensor)}.")
+    return tensors
+
+
+def _describe(value: Any) -> str:
+    return "nothing" if value in ({}, None) else f"a {type(value).__name__}"
 
 
 def convert_state_dict(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Renames the original's tensors to EVLGen's, and joins the vision tower's query and value biases.
 
     Raises:
-        ValueError: If there are tensors that the original does not have; the message names them.
+        ValueError: If there are tensors that the original does not have. The message names them.
     """
     converted, unknown = {}, []
     for name, tensor in original.items():
@@ -66,45 +91,54 @@ def convert_state_dict(original: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def infer_sizes(converted: dict[str, torch.Tensor]) -> tuple[dict[str, int], dict[str, int]]:
-    """What the tensors' shapes tell about the connector and the temporal contextualizer.
+    """Reads the sizes of the connector and of the temporal contextualizer from the tensors' shapes.
 
     Returns:
         Fields of `TomeFormerConfig`, and of `EVLGenConfig`.
+
+    Raises:
+        ValueError: If tensors are missing or misshapen. The message names them.
     """
-    positions, hidden_size = _shape(converted, "connector.embeddings.position_embeddings.weight")
+    positions, hidden_size = _shape(converted, "connector.embeddings.position_embeddings.weight", 2)
+    matches = (re.match(r"connector\.encoder\.layer\.(\d+)\.", name) for name in converted)
+    layers = {int(match[1]) for match in matches if match}
+    for number in range(len(layers)):  # a single tensor of layer 1000000 shall not make a million layers
+        if number not in layers:
+            raise ValueError(f"Missing tensors: connector.encoder.layer.{number}.")
     connector = {
         "hidden_size": hidden_size,
-        "intermediate_size": _shape(converted, "connector.encoder.layer.0.intermediate.dense.bias")[0],
-        "num_hidden_layers": 1
-        + max(int(n.split(".")[3]) for n in converted if n.startswith("connector.encoder.layer.")),
+        "intermediate_size": _shape(converted, "connector.encoder.layer.0.intermediate.dense.bias", 1)[0],
+        "num_hidden_layers": len(layers),
         "max_position_embeddings": positions,
-        "type_vocab_size": _shape(converted, "connector.embeddings.token_type_embeddings.weight")[0],
+        "type_vocab_size": _shape(converted, "connector.embeddings.token_type_embeddings.weight", 2)[0],
     }
     if not any(name.startswith("temporal.") for name in converted):
         return connector, {}
-    hidden_size = _shape(converted, "temporal.0.query.weight")[0]
+    hidden_size = _shape(converted, "temporal.0.query.weight", 2)[0]
     return connector, {"temporal_contextualizer": True, "temporal_hidden_size": hidden_size}
 
 
-def _shape(converted: dict[str, torch.Tensor], name: str) -> torch.Size:
+def _shape(converted: dict[str, torch.Tensor], name: str, ndim: int) -> torch.Size:
     if name not in converted:
         raise ValueError(f"Missing tensors: {name}.")
+    if converted[name].ndim != ndim:
+        raise ValueError(f"Misshapen tensors: {name} {tuple(converted[name].shape)}, not of {ndim} dimensions.")
     return converted[name].shape
 
 
 def load_converted(model: EVLGenForConditionalGeneration, converted: dict[str, torch.Tensor]) -> None:
-    """Loads converted tensors into a model whose towers may or may not be among them.
+    """Loads converted tensors into a model. The tensors may include the towers.
 
     Raises:
-        ValueError: If tensors are missing, of another shape, or unknown to this model; the message names them.
+        ValueError: If tensors are missing, of another shape, or unknown to the model. The message names them.
     """
     expected = model.state_dict()
-    held = [part for part in ("vision_tower.", "language_model.") if any(name.startswith(part) for name in converted)]
-    wanted = {name for name in expected if name.startswith((*TRAINED, *held))}
-    # BLIP-2's last norm is not part of the tower, and a tied head may be stored or not.
-    optional = {name for name in wanted if "post_layernorm" in name or name.endswith("lm_head.weight")}
+    towers = [tower for tower in ("vision_tower.", "language_model.") if any(n.startswith(tower) for n in converted)]
+    required = {name for name in expected if name.startswith((*TRAINED, *towers))}
+    # The original's tower ends before BLIP-2's last norm, and a tied head is not always stored.
+    optional = {name for name in required if "post_layernorm" in name or name.endswith("lm_head.weight")}
     problems = {
-        "Missing": wanted - optional - converted.keys(),
+        "Missing": required - optional - converted.keys(),
         "Unknown": converted.keys() - expected.keys(),
         "Misshapen": {
             f"{name} {tuple(tensor.shape)} for {tuple(expected[name].shape)}"
@@ -112,24 +146,27 @@ def load_converted(model: EVLGenForConditionalGeneration, converted: dict[str, t
             if name in expected and tensor.shape != expected[name].shape
         },
     }
-    found = [f"{kind} tensors: {', '.join(sorted(names))}." for kind, names in problems.items() if names]
-    if found:
-        raise ValueError(" ".join(found))
+    messages = [f"{problem} tensors: {', '.join(sorted(names))}." for problem, names in problems.items() if names]
+    if messages:
+        raise ValueError(" ".join(messages))
     model.load_state_dict(converted, strict=False)
 
 
 def load_language_model(
     name_or_path: str, llama: bool, **kwargs: str
 ) -> tuple[str | PreTrainedModel, PreTrainedTokenizerBase]:
-    """The language model, by its name where it stays as it is, and its tokenizer; the Llama variant has the original's
-    special tokens."""
+    """Loads the language model and its tokenizer. The Llama variant gets the original's special tokens.
+
+    Returns:
+        The language model, or its name if it stays as it is; and the tokenizer.
+    """
     if not llama:
         return name_or_path, AutoTokenizer.from_pretrained(name_or_path)
     language_model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-    # lavis/models/blip2_models/blip2_vicuna_instruct.py: `</s>` begins, ends and stands for unknown words.
-    odd = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **odd)
-    tokenizer.add_bos_token = True  # the new one, in place of the one that the saved tokenizer adds
+    # lavis/models/blip2_models/blip2_vicuna_instruct.py: `</s>` is the first, the last and the unknown token.
+    special_tokens = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, **special_tokens)
+    tokenizer.add_bos_token = True  # makes the tokenizer add the new BOS token; the saved one would add `<s>`
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return language_model, tokenizer
@@ -139,15 +176,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="The original's .pth file.")
     parser.add_argument("--vision_model", required=True, help="EVA ViT-g: a folder or a name on the Hub.")
-    parser.add_argument("--text_model", required=True, help="The language model: a folder or a name on the Hub.")
+    parser.add_argument("--text_model", required=True, help="Language model: a folder or a name on the Hub.")
     parser.add_argument("--merge_r", type=int, default=19, help="Tokens merged in each layer.")
-    parser.add_argument("--connector_num_attention_heads", type=int, default=12, help="Heads of the connector.")
-    parser.add_argument("--dtype", default="auto", help="dtype of the frozen towers. Default: the language model's.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Where to write the converted checkpoint.")
+    parser.add_argument(
+        "--connector_num_attention_heads", type=int, default=12, help="The connector's attention heads."
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        help="dtype of the frozen towers. Default: the language model's.",
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the converted checkpoint.")
     arguments = parser.parse_args(argv)
 
-    checkpoint = torch.load(arguments.checkpoint, map_location="cpu", weights_only=True)
-    original = checkpoint.get("model", checkpoint)
+    original = load_checkpoint(arguments.checkpoint)
     converted = convert_state_dict(original)
     connector, temporal = infer_sizes(converted)
     connector |= {"merge_r": arguments.merge_r, "num_attention_heads": arguments.connector_num_attention_heads}
@@ -172,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         end_of_text=None if llama else "\n",
         bos_label=not llama,
     )
-    # The paper's decoding of captions.
+    # The paper's decoding settings for captions.
     decoding = {"num_beams": 5, "min_new_tokens": 8, "max_new_tokens": 30, "repetition_penalty": 1.5 if llama else 1.0}
     model.generation_config.update(
         eos_token_id=processor.end_of_text_id, pad_token_id=tokenizer.pad_token_id, **decoding

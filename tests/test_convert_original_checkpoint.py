@@ -1,11 +1,10 @@
-"""Checkpoints of the original implementation, through the converter: every recorded tensor at its tolerance."""
+"""Converted checkpoints of the original reproduce every recorded tensor within its tolerance."""
 
 import json
-import pickle
 
 import pytest
 import torch
-from convert_original_checkpoint import convert_state_dict, main
+from convert_original_checkpoint import convert_state_dict, load_checkpoint, main
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from tokenizers.pre_tokenizers import Sequence, Split
@@ -45,7 +44,7 @@ def read(case):
 
 
 def save_base_models(meta, folder):
-    """The base models that the original was built from, with other weights; gives the converter's arguments."""
+    """Saves the original's base models with other weights; returns the converter's arguments."""
     vision, text = meta["config"]["vision"], meta["config"]["lm"]
     Blip2VisionModel(
         Blip2VisionConfig(
@@ -288,6 +287,18 @@ print(pipeline("image-to-text", model="out", trust_remote_code=True)("image.png"
             "Missing tensors: connector.embeddings.position",
         ),
         (lambda s: {k: v for k, v in s.items() if "v_bias" not in k}, "Missing tensors: .*v_bias"),
+        (
+            lambda s: s | {"VLconnector.encoder.layer.1000000.attention.self.query.bias": torch.zeros(48)},
+            "Missing tensors: connector.encoder.layer.3.",
+        ),
+        (
+            lambda s: s | {"VLconnector.encoder.layer.last.attention.self.query.bias": torch.zeros(48)},
+            "Unknown tensors: connector.encoder.layer.last.attention.self.query.bias",
+        ),
+        (
+            lambda s: s | {"VLconnector.embeddings.position_embeddings.weight": torch.zeros(48)},
+            r"Misshapen tensors: connector.embeddings.position_embeddings.weight \(48,\), not of 2 dimensions",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_written(change, message, tmp_path):
@@ -302,8 +313,36 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
         def __reduce__(self):
             return (print, ("code of a checkpoint ran",))
 
-    meta, _, _, _ = read("image_opt")
-    arguments = save_base_models(meta, tmp_path)
     torch.save({"model": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
-        main(["--checkpoint", str(tmp_path / "evil.pth"), *arguments, "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match=r"evil\.pth is not a file of torch\.save .*: Weights only load failed"):
+        load_checkpoint(tmp_path / "evil.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not a file of torch.save that holds tensors: "),
+        (b"a text\n", "is not a file of torch.save that holds tensors: "),
+        (b"PK\x03\x04", "is not a file of torch.save that holds tensors: "),
+        (torch.zeros(3), "must hold a dictionary of tensors, but holds a Tensor"),
+        ([torch.zeros(3)], "must hold a dictionary of tensors, but holds a list"),
+        (None, "must hold a dictionary of tensors, but holds nothing"),
+        ({}, "must hold a dictionary of tensors, but holds nothing"),
+        ({"model": {}}, "must hold a dictionary of tensors, but holds nothing"),
+        ({"model": "path"}, "must hold a dictionary of tensors, but holds a str"),
+        ({"model": {"VL_proj.bias": [1.0]}}, "must hold tensors, but 'VL_proj.bias' is a list"),
+        ({"model": {3: torch.zeros(3)}}, "must hold tensors, but 3 is a Tensor"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_named(content, message, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    arguments = ["--vision_model", "none", "--text_model", "none", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=rf"^`checkpoint`: .*checkpoint\.pth {message}"):
+        main(["--checkpoint", str(path), *arguments])
+    with pytest.raises(ValueError, match=r"^`checkpoint`: .*nowhere\.pth is not a file"):
+        main(["--checkpoint", str(tmp_path / "nowhere.pth"), *arguments])
+    assert not (tmp_path / "out").exists()
