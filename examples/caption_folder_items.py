@@ -136,6 +136,8 @@ def _parquet_items(path: str, column: str) -> Iterator[dict[str, Any]]:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            if sum(sizes) != file.metadata.num_rows:  # a damaged number could stand for any number of items
+                raise OSError(f"its row groups have {sum(sizes)} rows, but it has {file.metadata.num_rows}")
     except (OSError, pa.ArrowException) as error:
         yield {"file": path, "error": f"`inputs`: {path!r} cannot be read: {error}"}
         return
@@ -217,7 +219,8 @@ def read_item(
         if media == "image":
             return load_rgb_image(source, max_pixels=max_pixels)
         return load_rgb_frames(source, num_frames, max_pixels=max_pixels)
-    except (OSError, ValueError, pa.ArrowException) as error:
+    # An IndexError comes from a row group with fewer rows than were listed.
+    except (OSError, ValueError, IndexError, pa.ArrowException) as error:
         message = str(error)
         raise ValueError(message if item["file"] in message else f"{item['file']}: {message}") from error
 

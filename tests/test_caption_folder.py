@@ -409,6 +409,29 @@ def test_a_second_run_in_the_same_folder_is_refused(model, tmp_path, monkeypatch
     assert caption_folder.main(options(model, output, folder)) == {"captioned": 7, "broken": 1}
 
 
+def test_a_parquet_file_with_damaged_numbers_of_rows_is_named(model, tmp_path, monkeypatch):
+    rows = [{"bytes": png(image), "path": None} for image in noise_images(3)]
+    for count in (2, 3):
+        (tmp_path / f"{count}").mkdir()
+        pq.write_table(
+            pa.table({"image": rows[:count]}), tmp_path / f"{count}" / "a.parquet", row_group_size=count - 1
+        )
+    data = (tmp_path / "3" / "a.parquet").read_bytes()
+    (tmp_path / "damaged.parquet").write_bytes(data.replace(b"\x16\x06", b"\x16\x0a"))  # 3 rows in all become 5
+    result = caption_folder.main(options(model, tmp_path / "out", tmp_path / "damaged.parquet"))
+    (row,) = read(tmp_path / "out" / "captions.jsonl")
+    assert result["broken"] == 1 and "its row groups have 3 rows, but it has 5" in row["error"]
+
+    arguments = caption_folder.FolderArguments(inputs=[str(tmp_path / "3" / "a.parquet")], column="image")
+    (tmp_path / "short").mkdir()
+    caption_folder.load_items(tmp_path / "short" / "items.arrow", arguments, is_new=True)
+    shutil.copy2(tmp_path / "2" / "a.parquet", tmp_path / "3" / "a.parquet")
+    monkeypatch.setattr(caption_folder, "is_new_run", lambda folder: False)
+    monkeypatch.setattr(caption_folder, "find_changed", lambda items: {})  # it changes while the run goes on
+    result = caption_folder.main(options(model, tmp_path / "short", tmp_path / "3" / "a.parquet"))
+    assert result == {"captioned": 2, "broken": 1}
+
+
 def test_an_image_with_too_many_pixels_is_named(model, tmp_path):
     (tmp_path / "in").mkdir()
     for size in (40, 41):
