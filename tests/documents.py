@@ -14,7 +14,8 @@ from accelerate.commands.launch import launch_command_parser
 from .helpers import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+METRIC_CARDS = sorted((ROOT / "examples" / "metrics").glob("*/README.md"))
+SCRIPTS = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 

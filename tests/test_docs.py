@@ -26,6 +26,7 @@ from configuration_evlgen import TomeFormerConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .documents import (
+    METRIC_CARDS,
     PAGES,
     SCRIPTS,
     Block,
@@ -81,7 +82,7 @@ FOREIGN = {
 FOREIGN_OPTIONS = {"--enable-prompt-embeds"}
 PLACEHOLDER_FILES = {"my_mixture.yaml"}
 
-COMMANDS = [command for page in PAGES for command in commands_of_page(page)]
+COMMANDS = [command for page in [*PAGES, *METRIC_CARDS] for command in commands_of_page(page)]
 COMMANDS += [command for script in SCRIPTS for command in commands_of_docstring(script)]
 
 
@@ -194,7 +195,7 @@ def tiny_questions() -> list[dict]:
     return [{"id": index, **row} for index in range(200)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *METRIC_CARDS], ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_the_python_blocks_of_a_page_run_in_their_order(page, tiny_world):
     names: dict = {}
     for block in blocks_of_page(page):
