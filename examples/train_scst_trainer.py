@@ -64,13 +64,8 @@ def sequence_log_probabilities(
 class SCSTTrainer(EVLGenTrainer):
     """Policy gradient on CIDEr-D. Held-out rows are evaluated by the caption loss.
 
-    Args:
-        reward ([`CiderDReward`]): Scores captions.
-        num_samples (`int`): Captions sampled for each image.
-        greedy_baseline (`bool`):
-            True takes the greedy caption's reward as the baseline (Rennie et al., CVPR 2017), False the mean reward of
-            the image's other samples.
-        max_new_tokens (`int`): Largest length of a sample.
+    The baseline is the greedy caption's reward (Rennie et al., CVPR 2017) if `greedy_baseline` is set, else the mean
+    reward of the image's other samples.
 
     Raises:
         ValueError: If FSDP or DeepSpeed is to partition the model.

@@ -24,13 +24,8 @@ class EmptyBatchError(ValueError):
 class CaptionCollator:
     """Turns rows with an image, a video or cached vision features into a batch of model inputs.
 
-    Args:
-        processor ([`EVLGenProcessor`]): Prepares the inputs.
-        data_args (`DataArguments`): Columns, prompt and augmentation.
-        training (`bool`):
-            True augments images, draws frames at random from both halves of a video, and draws one of several
-            captions. False takes images as they are, frames at equal distances, and the first caption.
-        seed (`int`, *optional*, defaults to 0): Of these draws.
+    For training, images are augmented, frames are drawn from both halves of a video, and one of several captions is
+    drawn. Else images stay as they are, frames have equal distances, and the first caption counts.
     """
 
     def __init__(self, processor: EVLGenProcessor, data_args: DataArguments, training: bool, seed: int = 0):

@@ -31,14 +31,7 @@ logger = logging.get_logger(__name__)
 
 
 class FeatureDataset(torch.utils.data.Dataset):
-    """Rows with `vision_features` (views, tokens, dim), float16 and on disk, in place of the image.
-
-    Args:
-        images: The rows with their images.
-        path: The file of features, one entry for each row of `images`.
-        rows: Indices of the good rows.
-        image_column: The column of images.
-    """
+    """Good rows of a data set, with `vision_features` (views, tokens, dim) from a file in place of the image."""
 
     def __init__(self, images: Dataset, path: Path, rows: list[int], image_column: str):
         self.images = images if len(rows) == len(images) else images.select(rows)
@@ -71,10 +64,7 @@ def cache_features(
 ) -> tuple[FeatureDataset, FeatureDataset | None]:
     """Runs the vision tower over both splits; over `cached_views` crops and flips of each training image.
 
-    Args:
-        model, processor, data_args: As in [`cache_split`].
-        train, test: Rows with images.
-        seed: Of crops and flips. The views are those that the first epochs would draw without a cache.
+    The views are those that the first epochs would draw without a cache.
     """
     views = CaptionCollator(processor, data_args, training=True, seed=seed)
     train = cache_split(model, train, views, data_args.cached_views or 1)
@@ -94,16 +84,7 @@ def cache_split(
 
     The features lie in `$HF_HOME/evlgen_features`. Each tower (weights included), image processor, augmentation and
     data set has a file of its own. A run that was killed goes on where it stopped. A damaged file is computed again.
-
-    Args:
-        model: Its vision tower runs.
-        dataset: Rows with images, encoded or not.
-        views: Opens an image; gives another view of it in each `epoch`. Says what happens to bad rows.
-        num_views: Views to keep of each image.
-        batch_size: Images in each run of the tower.
-
-    Returns:
-        [`FeatureDataset`], without bad rows if these are to be skipped.
+    `views` opens an image, and gives another view of it in each `epoch`.
 
     Raises:
         ValueError: If a row is bad and not to be skipped, or a feature does not fit float16.

@@ -27,14 +27,8 @@ def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | Captio
     """Loads the training and the held-out split. Images stay encoded until a batch is made of them.
 
     Without streaming, an epoch of a mixture has every row of each data set at least once. It ends with the data set
-    that is largest for its weight, and repeats rows of the others. A stream does not end.
-
-    Args:
-        data_args: Names data sets, splits and columns.
-        seed: Of shuffling a stream, which the Trainer cannot shuffle, and of mixing.
-
-    Returns:
-        The training split, and the held-out split without bad rows, or None.
+    that is largest for its weight, and repeats rows of the others. A stream does not end. `seed` is for mixing and for
+    shuffling streams, which the Trainer cannot shuffle. The held-out split has no bad rows.
 
     Raises:
         ValueError: If arguments contradict each other, or a split or column does not exist; the message names those
@@ -143,13 +137,7 @@ def load_training_split(data_args: DataArguments, splits: Any, seed: int) -> Dat
 def select_split(
     splits: Any, argument: str, data_args: DataArguments, max_samples: int | None
 ) -> Dataset | IterableDataset:
-    """One split with the columns that are used, its images and videos not decoded.
-
-    Args:
-        splits: By name.
-        argument: The argument that names the split.
-        data_args: Names the columns.
-        max_samples: Take only the first rows.
+    """The first rows of the split that `argument` names, with the columns that are used; images are not decoded.
 
     Raises:
         ValueError: If the split or a column does not exist.

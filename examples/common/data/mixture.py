@@ -15,13 +15,7 @@ DATASET_ARGUMENTS = ("dataset", "data_files", "dataset_config", "train_split", "
 
 
 def read_mixture(data_args: DataArguments) -> list[tuple[float, DataArguments]]:
-    """Reads the data sets to train on: those of `mixture`, or the single one of `dataset`.
-
-    Args:
-        data_args: Holds what the entries of the mixture leave out.
-
-    Returns:
-        The weight and the arguments of each data set.
+    """The weight and the arguments of each data set to train on: those of `mixture`, or the single one of `dataset`.
 
     Raises:
         ValueError: If `mixture` is no list of data sets with weights, or an entry has other keys than a weight,

@@ -16,15 +16,7 @@ Media = Image.Image | list[Image.Image]
 
 
 def read_row(row: dict[str, Any], data_args: DataArguments, frame_sampling: str = "uniform") -> Media:
-    """Opens the image or video of a row and checks its text.
-
-    Args:
-        row: A row of a data set.
-        data_args: Names the columns.
-        frame_sampling: How frames of a video are chosen, see [`sample_frames`].
-
-    Returns:
-        The image, the images of a conversation, or the frames of a video, in RGB.
+    """Opens the image, the images of a conversation or the frames of a video, in RGB, and checks the text.
 
     Raises:
         ValueError: If the row is bad: the image or video cannot be read, or the text is missing or malformed.
@@ -34,11 +26,7 @@ def read_row(row: dict[str, Any], data_args: DataArguments, frame_sampling: str 
 
 
 def open_media(row: dict[str, Any], data_args: DataArguments, frame_sampling: str = "uniform") -> Media:
-    """Opens the image or video of a row without a look at its text; see [`read_row`].
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
+    """Opens the image or video of a row without a look at its text."""
     if data_args.video_column:
         frames = data_args.num_frames, frame_sampling, data_args.max_pixels
         return load_rgb_frames(row[data_args.video_column], *frames)
@@ -86,14 +74,7 @@ def start_of_text(row: dict[str, Any], data_args: DataArguments) -> str:
 
 
 def skip_or_raise(row: dict[str, Any], data_args: DataArguments, error: ValueError) -> dict[str, str]:
-    """Logs a bad row if `skip_bad_rows` is set.
-
-    Returns:
-        The row's name and the error, for the list of skipped rows.
-
-    Raises:
-        ValueError: If bad rows are not to be skipped; the message names the row.
-    """
+    """Logs a bad row and returns its entry in the list of skipped rows; without `skip_bad_rows` raises its error."""
     name = f"the row with the caption {start_of_text(row, data_args)!r}"
     if row.get("__key__"):  # of a WebDataset
         name += f" ({row['__key__']} in {row['__url__']})"

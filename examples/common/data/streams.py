@@ -67,20 +67,12 @@ def _is_no_buffer_warning(record: python_logging.LogRecord) -> bool:
 
 @dataclass
 class Source:
-    """One of a stream's data sets.
+    """One of a stream's data sets."""
 
-    Args:
-        name: Its name in messages.
-        dataset: Its rows.
-        weight: Its share of the rows, relative to the weights of the other data sets.
-        splittable: Whether readers may have shards of their own. If False, each reader reads all rows and keeps its
-            share.
-    """
-
-    name: str
+    name: str  # in messages
     dataset: IterableDataset
-    weight: float = 1.0
-    splittable: bool = True
+    weight: float = 1.0  # its share of the rows, relative to the other weights
+    splittable: bool = True  # False: readers have no shards of their own; each reads all rows and keeps its share
 
     @property
     def num_shards(self) -> int:
@@ -97,14 +89,7 @@ def count_shard_groups(num_shards: int, num_readers: int) -> int:
 
 
 def select_share(source: Source, generator: np.random.Generator, reader: int, num_readers: int) -> IterableDataset:
-    """The rows of one reader. Each row goes to exactly one reader.
-
-    Args:
-        source: The data set.
-        generator: In the same state for all readers; shuffles the shards before they are divided.
-        reader: Index of the reader, from 0.
-        num_readers: Number of readers.
-    """
+    """The rows of one reader, from 0. Each row goes to one reader, if `generator` has the same state for all."""
     groups = count_shard_groups(source.num_shards, num_readers)
     interleaved = min(INTERLEAVED_SHARDS, source.num_shards // groups)
     # A buffer of one row shuffles shards only. It holds no rows that a state would miss.
@@ -120,14 +105,7 @@ class SourceReader:
     """Goes round one reader's share of a data set for ever, each time in a new order.
 
     Rows are read in blocks, and each block is shuffled. A state holds the position of a block's first row and the
-    number of rows already returned from the block. So at most one block is read again after a resume.
-
-    Args:
-        source ([`Source`]): The data set.
-        seed (`int`): Of all draws.
-        reader, num_readers (`int`): Index of this reader, and the number of readers.
-        buffer_size (`int`): Rows in a block; the last block of a round may be shorter.
-        state (`dict`, *optional*): The `state` of another reader after some row, to go on from. JSON can hold it.
+    number of rows already returned from the block. So at most one block is read again after a resume. A state is JSON.
     """
 
     def __init__(
@@ -136,8 +114,8 @@ class SourceReader:
         seed: int,
         reader: int,
         num_readers: int,
-        buffer_size: int,
-        state: dict[str, Any] | None = None,
+        buffer_size: int,  # rows in a block
+        state: dict[str, Any] | None = None,  # of another reader after some row, to go on from
     ):
         self.source = source
         self.seed = seed
@@ -194,10 +172,7 @@ class SourceReader:
 class CaptionStream(torch.utils.data.IterableDataset):
     """Rows of one or several data sets, for ever. A data set at its end starts again; the others go on.
 
-    Args:
-        sources ([`list[Source]`]): The data sets.
-        seed (`int`): Of all draws.
-        buffer_size (`int`): Rows that each reader holds and shuffles, of all data sets together.
+    Each reader holds and shuffles `buffer_size` rows, of all data sets together.
     """
 
     def __init__(self, sources: list[Source], seed: int, buffer_size: int):
@@ -236,12 +211,7 @@ class CaptionStream(torch.utils.data.IterableDataset):
         return {"seed": self.seed, "shuffle_buffer": self.buffer_size, "data sets, weights and shards": sources}
 
     def load_states(self, states: dict[int, dict[str, Any]], next_reader: int) -> None:
-        """Goes on at the positions of this process's readers.
-
-        Args:
-            states: The latest state of each reader, by its index in the process. A missing reader starts anew.
-            next_reader: Index of the reader that gives the next batch.
-        """
+        """Goes on from the latest state of each reader of this process, by index. A missing reader starts anew."""
         self.states, self.next_reader = states, next_reader
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -22,12 +22,7 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
 def draw_loss_curve(log_history: list[dict[str, float]], path: str | Path) -> None:
-    """Draws the training loss and any held-out loss against steps.
-
-    Args:
-        log_history: The Trainer's `state.log_history`; losses in nats per token.
-        path: The PNG file to write.
-    """
+    """Draws the training loss and any held-out loss of the Trainer's log against steps, into a PNG file."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, label in (("loss", "training"), ("eval_loss", "held-out")):
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
@@ -42,14 +37,7 @@ def draw_loss_curve(log_history: list[dict[str, float]], path: str | Path) -> No
 
 
 def draw_contact_sheet(dataset: Dataset, captions: list[str], data_args: DataArguments, path: str | Path) -> None:
-    """Draws the first 16 images with their captions: green if it is a true caption, else red beside the true one.
-
-    Args:
-        dataset: Rows of images and true captions.
-        captions: The generated captions, in the same order.
-        data_args: Names the columns.
-        path: The PNG file to write.
-    """
+    """Draws the first 16 images with their generated captions: green if true, else red beside the true one."""
     shown = dataset.select(range(min(16, len(dataset))))
     columns = 4
     rows = -(-len(shown) // columns)

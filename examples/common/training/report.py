@@ -18,13 +18,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 def report(trainer: EVLGenTrainer, data_args: DataArguments, generation_args: GenerationArguments) -> dict[str, float]:
     """Leaves loss.png, captions.png and metrics.json beside the saved model, and prints a summary.
 
-    Args:
-        trainer: Has trained and saved its model.
-        data_args: Names the columns.
-        generation_args: Decoding of held-out captions.
-
-    Returns:
-        The figures of [`evaluate_captions`] on the main process; none on others or without held-out rows.
+    Returns the figures of [`evaluate_captions`] on the main process; none on others or without held-out rows.
     """
     if not trainer.is_world_process_zero():
         return {}

@@ -51,10 +51,7 @@ def check_output_dir(training_args: EVLGenTrainingArguments) -> None:
 
 
 def find_checkpoint(training_args: EVLGenTrainingArguments) -> str | None:
-    """Finds the checkpoint that `resume_from_checkpoint` requests: a named one, or the newest whole one.
-
-    Returns:
-        Its folder; None to start from the first step.
+    """The checkpoint that `resume_from_checkpoint` requests, named or the newest whole one; None to start anew.
 
     Raises:
         ValueError: If the named checkpoint is damaged, or all are.
@@ -92,12 +89,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_problems(checkpoint: Path, world_size: int) -> Iterator[str]:
-    """Missing and damaged files of a checkpoint. A full disk leaves empty or cut ones.
-
-    Args:
-        checkpoint: Its folder.
-        world_size: Number of processes, each with a state of its random generators.
-    """
+    """Missing and damaged files of a checkpoint: a full disk leaves empty or cut ones."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -123,13 +115,7 @@ def find_problems(checkpoint: Path, world_size: int) -> Iterator[str]:
 
 
 def run_settings(training_args: EVLGenTrainingArguments, script_args: tuple[Any, ...], train: Any) -> dict[str, Any]:
-    """Settings that a resumed run must share with the run of its checkpoint, as JSON gives them back.
-
-    Args:
-        training_args: The Trainer's.
-        script_args: Dataclasses of the script's other arguments.
-        train: The training split.
-    """
+    """Settings that a resumed run must share with the run of its checkpoint, as JSON gives them back."""
     settings = {name: getattr(training_args, name) for name in COMPARED_TRAINING_ARGUMENTS}
     for arguments in script_args:
         settings |= {name: value for name, value in vars(arguments).items() if name not in IGNORED_ARGUMENTS}

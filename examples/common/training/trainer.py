@@ -30,13 +30,11 @@ logger = logging.get_logger(__name__)
 
 
 class EVLGenTrainer(Trainer):
-    """
+    """Takes the arguments of [`Trainer`], and
+
     Args:
-        args ([`EVLGenTrainingArguments`]): The Trainer's arguments.
-        data_collator ([`CaptionCollator`]): Makes the training batches.
         eval_collator ([`CaptionCollator`]): Makes the held-out batches, without augmentation.
         script_args (`tuple`): Dataclasses of the script's other arguments. A resumed run must share them.
-        kwargs: Other arguments of [`Trainer`].
 
     Raises:
         ValueError: If the model could not be saved, or FSDP or DeepSpeed is to partition a temporal contextualizer.
@@ -80,11 +78,7 @@ class EVLGenTrainer(Trainer):
             self.add_callback(CountStreamEpoch())
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
-        """Trains, or goes on from a checkpoint to the same weights as an unbroken run.
-
-        Args:
-            resume_from_checkpoint (`str`, *optional*): What [`find_checkpoint`] returns.
-            kwargs: As in [`Trainer.train`].
+        """Trains, or goes on from what [`find_checkpoint`] returns, to the same weights as an unbroken run.
 
         Raises:
             ValueError: If the checkpoint is of a run with other settings, or another run writes to `output_dir`.

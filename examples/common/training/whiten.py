@@ -14,16 +14,10 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 def whiten_vision_projection(
     model: EVLGenForConditionalGeneration, collator: CaptionCollator, rows: Any, num_images: int
 ) -> None:
-    """Changes the model's vision projection, see [`EVLGenForConditionalGeneration.whiten_vision_projection`].
+    """Whitens the vision projection of a fresh model.
 
-    Args:
-        model: The fresh model.
-        collator: Opens and prepares images, without augmentation.
-        rows: A data set or a stream, with images, videos or cached vision features.
-        num_images: Number of images to measure: of a data set at equal distances, of a stream the first.
-
-    Raises:
-        ValueError: If a row is bad and not to be skipped, or no good row is left.
+    Measures rows at equal distances of a data set, and the first rows of a stream. `collator` opens images without
+    augmentation.
     """
     if hasattr(rows, "__len__"):
         indices = range(0, len(rows), max(1, len(rows) // num_images))
