@@ -1,4 +1,4 @@
-"""Configuration of EVLGen: what a model is made of, without a single tensor."""
+"""The configuration of EVLGen and its parts. This package builds no tensors."""
 
 from .configuration_connectors import (
     CONNECTOR_CONFIGS,

@@ -14,11 +14,11 @@ class CheckedConfig(PreTrainedConfig):
     """A configuration that checks the types of its fields.
 
     Raises:
-        TypeError: If a field has not the type of its annotation.
+        TypeError: If a field does not have the type of its annotation.
     """
 
     def __post_init__(self, **kwargs: Any):
-        for name in self.own_fields():
+        for name in self.field_names():
             annotation, value = self.__dataclass_fields__[name].type, getattr(self, name)
             try:
                 type_validator(name, value, annotation)
@@ -28,8 +28,8 @@ class CheckedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def own_fields(cls) -> list[str]:
-        """The names of all fields that are not those of every configuration in transformers."""
+    def field_names(cls) -> list[str]:
+        """Returns the names of the fields that only this configuration has, not every one in transformers."""
         return [name for name in cls.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
 
     @classmethod
@@ -50,7 +50,7 @@ class CheckedConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CheckedConfig":
         # transformers sets the fields in `kwargs` after all checks, so they join the others here. Whole parts stay: it
         # merges those with the parts in `config_dict`.
-        names = [name for name in cls.own_fields() if name in kwargs and name not in cls.sub_configs_defaults]
+        names = [name for name in cls.field_names() if name in kwargs and name not in cls.sub_configs_defaults]
         return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in names}}, **kwargs)
 
     def _check_range(self, name: str, low: float, high: float = math.inf) -> None:

@@ -1,4 +1,4 @@
-"""Configurations of the connectors: the TomeFormer, and the two that it is measured against."""
+"""Configurations of the connectors: the TomeFormer and its peers, a Q-Former and an MLP."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ from transformers.activations import ACT2FN
 
 from .checked_config import CheckedConfig
 
-# The smallest and the largest value of each numeric field; a connector has some of these fields.
+# The smallest and the largest value of each numeric field. No connector has all of these fields.
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _COUNTS += ("type_vocab_size", "num_query_tokens", "cross_attention_frequency", "pool_size")
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -23,12 +23,12 @@ _RANGES = {
 
 class ConnectorConfig(CheckedConfig):
     r"""
-    The fields of all connectors, and the checks of those that several connectors have.
+    The fields that all connectors have, and the checks that several connectors need.
 
     Args:
         hidden_size (`int`, defaults to 768): Width D of the tokens, in and out.
         max_position_embeddings (`int`, *optional*, defaults to 512):
-            Largest number of input tokens; None for any number.
+            Largest number of input tokens. None allows any number.
         class_token (`bool`, defaults to `True`): Whether token 0 is a class token.
 
     Raises:
@@ -44,7 +44,7 @@ class ConnectorConfig(CheckedConfig):
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        fields = self.own_fields()
+        fields = self.field_names()
         for name, (low, high) in _RANGES.items():
             if name in fields:
                 self._check_range(name, low, high)
@@ -80,55 +80,55 @@ class TomeFormerConfig(ConnectorConfig):
     Args:
         hidden_size (`int`, defaults to 768): Width D of the tokens.
         num_hidden_layers (`int`, defaults to 12): Number of layers L.
-        num_attention_heads (`int`, defaults to 12): Heads of each layer; must divide `hidden_size`.
+        num_attention_heads (`int`, defaults to 12): Heads of each layer. Must divide `hidden_size`.
         intermediate_size (`int`, defaults to 3072): Width of the feed-forward part.
         hidden_act (`str`, defaults to `"gelu"`): Activation of the feed-forward part, a key of transformers' `ACT2FN`.
         hidden_dropout_prob (`float`, defaults to 0.1): Dropout after the embeddings and in both residual branches.
         attention_probs_dropout_prob (`float`, defaults to 0.1): Dropout of the attention probabilities.
         max_position_embeddings (`int`, defaults to 512): Largest number of input tokens.
-        type_vocab_size (`int`, defaults to 2): Rows of the token-type table, of which the first is used.
+        type_vocab_size (`int`, defaults to 2): Rows of the token-type table. Only the first is used.
         layer_norm_eps (`float`, defaults to 1e-12): Epsilon of the LayerNorms.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of freshly initialised weights.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
         position_initializer_range (`float`, *optional*):
-            Standard deviation of freshly initialised position embeddings; by default `initializer_range`. Positions
-            that weigh about as much as the tokens make a fresh connector learn sooner where things are.
+            Standard deviation of fresh position embeddings. By default `initializer_range`. With positions about as
+            large as the tokens, a fresh connector learns positions sooner.
         position_grid_size (`int`, *optional*):
-            Patches a side of the square grid that the vision tower sees. If given, fresh position embeddings are
-            smooth over the grid, so that patches that lie side by side start with similar ones: the mean of a merged
-            token's positions still tells where it lies, and neighbours are more alike. By default all are independent.
+            Patches along each side of the vision tower's square grid. If given, fresh position embeddings are smooth
+            over the grid. So the mean position of a merged token still shows where it is, and neighbours are more
+            alike. By default all positions start independent of each other.
         output_position_initializer_range (`float`, *optional*):
-            If given, learned positions are added to the tokens behind the last layer, with this standard deviation at
-            the start. What has been merged into a token differs from image to image; its position tells the language
-            model which token of the prompt it is, as a Q-Former's queries do. 1.0 is about the tokens' own size.
+            If given, learned positions are added to the tokens after the last layer, and fresh ones have this standard
+            deviation. The tokens themselves have about 1.0. Other patches are merged into a token for each image, so
+            positions identify the tokens to the language model, as the queries of a Q-Former do.
         branch_initializer_range (`float`, *optional*):
-            Standard deviation of the freshly initialised linear maps that end the residual branches; by default
-            `initializer_range`. With `pre_norm=True` and 0.0 the TomeFormer starts as pure token merging behind the
-            embeddings' LayerNorm, and its branches learn at full speed at once, unlike behind gains of 0.
+            Standard deviation of fresh linear maps at the end of residual branches. By default `initializer_range`.
+            With `pre_norm=True` and 0.0, the TomeFormer starts as pure token merging after the LayerNorm of its
+            embeddings. Its branches learn at full speed at once, unlike with gains of 0.
         merge_r (`int`, `list[int]`, `dict[str, float]` or `tuple[int, float]`, defaults to 19):
-            Tokens to merge: the same number in every layer; or one number per layer, padded with zeros; or
-            `{"r": r, "inflection": i}`, for numbers that change linearly around `r`, from `r * (1 - i)` in the first
-            layer to `r * (1 + i)` in the last (ToMe's schedules). The pair `(r, i)` means the same. Both become a
-            list at once.
+            Number of tokens to merge (ToMe's schedules). An integer holds for every layer. A list has one number for
+            each layer and is padded with zeros. With `{"r": r, "inflection": i}` or the pair `(r, i)`, numbers change
+            linearly from `r * (1 - i)` in the first layer to `r * (1 + i)` in the last; it is replaced by that list.
         merge_metric (`str`, defaults to `"keys"`):
-            What the similarity of tokens is measured on: `"keys"` of the layer's attention, averaged over its heads
-            (ToMe, section 3, and the paper), or `"hidden_states"`, all of what the attention reads. Fresh keys are
-            narrow random projections, which blur what is alike.
+            Vectors whose similarity decides what is merged. `"keys"` are those of the layer's attention, averaged over
+            its heads (ToMe, section 3, and the paper). `"hidden_states"` are the whole input of the attention. Fresh
+            keys are narrow random projections, so they blur similarity.
         keep_order (`bool`, defaults to `False`):
-            Whether merged tokens stand in the order of their places in the image, so that the language model reads
-            them row by row. In the paper's connector those that were not merged come first.
+            Whether tokens keep their order in the image, so that the language model reads them row by row. In the
+            paper's connector, tokens that were not merged come first.
         size_weighting (`bool`, defaults to `False`):
-            Whether a token counts for as many tokens as were merged into it: in later merges, which become weighted
-            means, and in the attention, whose scores gain the logarithm of the size (ToMe's proportional attention).
-            The paper's connector does without.
-        class_token (`bool`, defaults to `True`): Whether token 0 is a class token, which is never merged.
+            Whether the number of tokens that were merged into a token counts. It is the weight in later means, and its
+            logarithm is added to the scores of the attention (ToMe's proportional attention). The paper's connector
+            does not use it.
+        class_token (`bool`, defaults to `True`): Whether token 0 is a class token. It is never merged.
         pre_norm (`bool`, defaults to `False`):
             `False` is BERT's block, which normalises after each residual sum. `True` normalises the input of each
-            residual branch instead, so the residual path, and with it the merging, is left alone.
+            residual branch instead. Then the residual path only merges tokens.
         layer_scale_init_value (`float`, *optional*):
-            If given, each residual branch is scaled by learned per-channel gains that start at this value (LayerScale,
-            Touvron et al., ICCV 2021). With `pre_norm=True` and 0.0 the TomeFormer starts as pure token merging, too.
+            If given, each residual branch is scaled by learned gains per channel that start at this value (LayerScale,
+            Touvron et al., ICCV 2021). With `pre_norm=True` and 0.0, the TomeFormer also starts as pure token merging.
 
     Raises:
+        TypeError: If a field has a wrong type; the message names it.
         ValueError: If a field is out of range; the message names it.
     """
 
@@ -168,7 +168,7 @@ class TomeFormerConfig(ConnectorConfig):
             raise ValueError(f"`merge_r` has {len(requested)} entries for {self.num_hidden_layers} layers.")
 
     def merge_schedule(self, num_tokens: int) -> list[int]:
-        """Tokens really merged in each layer, of `num_tokens` at the start: no layer merges more than half of its own.
+        """Returns how many tokens each layer merges of `num_tokens` input tokens. No layer merges more than half.
 
         Returns:
             `list[int]` with `num_hidden_layers` entries.
@@ -185,27 +185,29 @@ class TomeFormerConfig(ConnectorConfig):
         return schedule
 
     def num_output_tokens(self, num_tokens: int) -> int:
-        """Tokens left of `num_tokens` input tokens behind the last layer."""
+        """Returns how many of `num_tokens` input tokens are left after the last layer."""
         return num_tokens - sum(self.merge_schedule(num_tokens))
 
 
 class QFormerConnectorConfig(ConnectorConfig):
     r"""
-    Configuration of BLIP-2's Q-Former (Li et al., ICML 2023) as a connector: learned queries that attend to the visual
-    tokens, in transformers' own `Blip2QFormerModel`. Its fields have that model's names and BLIP-2's values.
+    Configuration of BLIP-2's Q-Former (Li et al., ICML 2023) as a connector. Learned queries attend to the visual
+    tokens in transformers' own `Blip2QFormerModel`. The fields have that model's names and BLIP-2's values.
 
     Args:
-        num_query_tokens (`int`, defaults to 32): Queries, hence tokens of the soft prompt.
+        num_query_tokens (`int`, defaults to 32): Number of queries, and so of tokens in the soft prompt.
         query_initializer_range (`float`, defaults to 0.02): Standard deviation of fresh queries.
-        cross_attention_frequency (`int`, defaults to 2): Every how many layers the queries attend to visual tokens.
+        cross_attention_frequency (`int`, defaults to 2):
+            Queries attend to visual tokens in every layer whose index is a multiple of this.
         position_initializer_range (`float`, *optional*):
-            If given, learned positions are added to the visual tokens, with this standard deviation at the start.
-            BLIP-2 has none, since the tokens of a ViT know their places; those of a CNN do not.
-        position_grid_size (`int`, *optional*): As in [`TomeFormerConfig`]; needs `position_initializer_range`.
+            If given, learned positions are added to the visual tokens, and fresh ones have this standard deviation.
+            BLIP-2 has none: the tokens of a ViT contain their positions. Those of a CNN do not.
+        position_grid_size (`int`, *optional*): As in [`TomeFormerConfig`]. Needs `position_initializer_range`.
         num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, hidden_dropout_prob,
         attention_probs_dropout_prob, layer_norm_eps, initializer_range: As in [`TomeFormerConfig`].
 
     Raises:
+        TypeError: If a field has a wrong type; the message names it.
         ValueError: If a field is out of range; the message names it.
     """
 
@@ -231,34 +233,38 @@ class QFormerConnectorConfig(ConnectorConfig):
             raise ValueError(
                 "`position_grid_size` needs `position_initializer_range`: without it there are no positions."
             )
+        if self.position_initializer_range is not None and self.max_position_embeddings is None:
+            raise ValueError("`position_initializer_range` needs `max_position_embeddings`, the number of positions.")
 
     def num_output_tokens(self, num_tokens: int) -> int:
-        """The queries, whatever the number of visual tokens."""
+        """Returns the number of queries, whatever the number of visual tokens."""
         return self.num_query_tokens
 
 
 class MLPConnectorConfig(ConnectorConfig):
     r"""
     Configuration of an MLP on each visual token, as in LLaVA-1.5 (Liu et al., CVPR 2024). Between EVLGen's two linear
-    projections it is `dense_2(act(dense_1(x)))` of the normalised tokens x.
+    projections it computes `dense_2(act(dense_1(x)))` from the normalised tokens x.
 
     Args:
-        intermediate_size (`int`, defaults to 3072): Width between the two.
+        intermediate_size (`int`, defaults to 3072): Width between the two layers.
         hidden_act (`str`, defaults to `"gelu"`): Activation, a key of transformers' `ACT2FN`.
         residual (`bool`, *optional*):
-            Whether the normalised input is added to the output; by default where `branch_initializer_range` is given.
+            Whether the normalised input is added to the output. By default it is if `branch_initializer_range` is
+            given.
         pool_size (`int`, *optional*):
-            If given, the grid of visual tokens is averaged to `pool_size` x `pool_size` tokens first. The class token,
-            if there is one, is kept beside them.
+            If given, the grid of visual tokens is averaged to `pool_size` x `pool_size` tokens first. A class token
+            stays in front of them.
         output_position_initializer_range (`float`, *optional*): As in [`TomeFormerConfig`].
         max_position_embeddings (`int`, *optional*):
-            Largest number of input tokens; by default any, or 512 with output positions.
+            Largest number of input tokens. By default any, or 512 with output positions.
         branch_initializer_range (`float`, *optional*):
-            Standard deviation of the fresh `dense_2`; by default `initializer_range`. At 0.0 a residual MLP starts as
+            Standard deviation of a fresh `dense_2`. By default `initializer_range`. With 0.0, a residual MLP starts as
             the identity.
         layer_norm_eps, initializer_range: As in [`TomeFormerConfig`].
 
     Raises:
+        TypeError: If a field has a wrong type; the message names it.
         ValueError: If a field is out of range; the message names it.
     """
 
@@ -282,10 +288,10 @@ class MLPConnectorConfig(ConnectorConfig):
             self.max_position_embeddings = 512
 
     def num_output_tokens(self, num_tokens: int) -> int:
-        """All tokens, or those of the pooled grid.
+        """Returns the number of tokens, or of those of the pooled grid.
 
         Raises:
-            ValueError: If tokens are to be pooled that are no square grid, or a smaller one.
+            ValueError: If tokens are pooled, but are not a square grid of at least `pool_size` tokens a side.
         """
         if self.pool_size is None:
             return num_tokens
@@ -306,7 +312,7 @@ CONNECTOR_CONFIGS = {
 
 
 def connector_config_class(fields: dict[str, Any]) -> type[ConnectorConfig]:
-    """The configuration that `fields` are of, by their `model_type`; a TomeFormer's without one.
+    """Returns the configuration class that `fields` name by their `model_type`. Without one it is the TomeFormer's.
 
     Raises:
         ValueError: If there is no such connector.
@@ -320,7 +326,7 @@ def connector_config_class(fields: dict[str, Any]) -> type[ConnectorConfig]:
 
 
 def _linear_schedule(merge_r: tuple[int, float] | dict[str, float], num_layers: int) -> list[int]:
-    """ToMe's `parse_r` (facebookresearch/ToMe, tome/utils.py) for a pair, and for one layer as well."""
+    """ToMe's `parse_r` (facebookresearch/ToMe, tome/utils.py) for a pair, which also works for one layer."""
     fields = dict(zip(("r", "inflection"), merge_r, strict=True)) if isinstance(merge_r, tuple) else merge_r
     if fields.keys() != {"r", "inflection"}:
         raise ValueError(f"`merge_r` must have the keys `r` and `inflection`, but has {', '.join(fields) or 'none'}.")

@@ -12,10 +12,10 @@ from .checked_config import CheckedConfig
 from .configuration_connectors import TomeFormerConfig, connector_config_class
 from .hub_code import AUTO_MAP, CUSTOM_PIPELINES, save_hub_code
 
-# These towers take images of any size, whatever `image_size` their configuration says.
+# These towers take images of any size. The `image_size` in their configuration is not binding.
 _ANY_IMAGE_SIZE = ("dinov2", "dinov2_with_registers")
 
-# Whether the sequence of these towers starts with a class token. Of other towers EVLGen learns by a dry run.
+# Whether the tokens of these towers start with a class token. For other towers a dry run finds it out.
 _CLASS_TOKEN = {
     "blip_2_vision_model": True,  # EVA ViT-g
     "clip_vision_model": True,
@@ -29,47 +29,47 @@ _CLASS_TOKEN = {
 class EVLGenConfig(CheckedConfig):
     r"""
     Configuration of [`EVLGenForConditionalGeneration`]. The defaults are the paper's model: EVA ViT-g, a TomeFormer of
-    BERT-base's size and OPT-2.7b.
+    BERT-base's size and OPT-2.7b. The configuration of a checkpoint must have all three parts.
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the vision tower, of any type that `AutoModel` knows or `Blip2VisionConfig` (EVA ViT-g).
-        connector_config ([`TomeFormerConfig`] or `dict`, *optional*):
-            Configuration of the connector; or of one of its peers, [`QFormerConnectorConfig`] or
-            [`MLPConnectorConfig`], which a `dict` names by its `model_type`. Where it does not say `class_token`, the
-            vision tower does.
+        connector_config ([`ConnectorConfig`] or `dict`, *optional*):
+            Configuration of the connector: [`TomeFormerConfig`], [`QFormerConnectorConfig`] or [`MLPConnectorConfig`].
+            A `dict` names it by its `model_type`. By default `class_token` is set by the vision tower.
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the language model, of any type that `AutoModelForCausalLM` knows.
         image_token_id (`int`, *optional*):
-            Id of the placeholder token `<image>`. It is never looked up in the language model's embedding and may lie
-            beyond it; by default it is the first id that does.
+            Id of the placeholder token `<image>`. It is never looked up in the language model's embedding, so it may
+            lie beyond it. By default it is the first id beyond.
         video_token_id (`int`, *optional*):
-            Id of the placeholder token `<video>`, likewise; by default the one after `<image>`'s.
+            Id of the placeholder token `<video>`. By default the id after that of `<image>`.
         temporal_contextualizer (`bool`, *optional*, defaults to `False`):
-            Whether the frames of a video see each other inside the vision tower (EVLGen, section 3.3). Without it, a
+            Whether the frames of a video attend to each other in the vision tower (EVLGen, section 3.3). Without it, a
             video is the mean of its frames.
         temporal_hidden_size (`int`, *optional*, defaults to 256): Width of the temporal queries and keys.
         temporal_num_attention_heads (`int`, *optional*, defaults to 8):
-            Heads of the temporal attention; must divide `temporal_hidden_size` and `vision_hidden_size`.
+            Heads of the temporal attention. Must divide `temporal_hidden_size` and `vision_hidden_size`.
         num_vision_tokens (`int`, *optional*):
-            Tokens N that the vision tower gives for one image. Needed only where `vision_config` does not tell
-            (feature maps, timm); [`EVLGenForConditionalGeneration.from_vision_text_pretrained`] finds it out.
-        vision_hidden_size (`int`, *optional*): Width Dv of these tokens. Needed where `num_vision_tokens` is.
+            Number of tokens N of the vision tower for one image. Needed for towers with feature maps and for timm,
+            whose `vision_config` does not determine it.
+            [`EVLGenForConditionalGeneration.from_vision_text_pretrained`] measures it.
+        vision_hidden_size (`int`, *optional*): Width Dv of these tokens. Needed for the same towers.
         vision_model_name_or_path, vision_model_revision, text_model_name_or_path, text_model_revision (`str`,
         *optional*):
-            The base models that the towers came from: repositories on the Hub and the commits that were loaded, or
-            folders.
+            The base models of the towers: repositories on the Hub and the commits that were loaded, or folders.
         vision_model_fingerprint, text_model_fingerprint (`str`, *optional*):
-            SHA-256 over their weight files; a checkpoint that names its towers is not loaded with others.
+            SHA-256 of the base models. A checkpoint that names its towers is not loaded with others.
         adapted_towers (`list[str]`, *optional*):
-            `"vision_model"` and `"text_model"`, where an adapter was merged into that tower, whose weights are its
-            base model's no more.
+            `"vision_model"`, `"text_model"` or both: the towers that an adapter was merged into. Their weights differ
+            from those of their base models.
         towers (`str`, *optional*):
-            Whether checkpoints hold the frozen towers, `"include"`, or only name them, `"reference"`. By default the
+            `"include"` if checkpoints hold the frozen towers, `"reference"` if they only name them. By default the
             latter if both towers are repositories on the Hub. See [`~EVLGenForConditionalGeneration.save_pretrained`].
 
     Raises:
-        ValueError: If the parts do not fit each other; the message names the field.
+        TypeError: If a field has a wrong type; the message names it.
+        ValueError: If a field is out of range, or the parts do not fit each other; the message names the field.
     """
 
     model_type = "evlgen"
@@ -202,14 +202,15 @@ class EVLGenConfig(CheckedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens of the soft prompt for one image: what the connector leaves of the vision tower's tokens."""
+        """Tokens of the soft prompt for one image: the output tokens of the connector."""
         return self.connector_config.num_output_tokens(self.num_vision_tokens)
 
     def to_dict(self) -> dict[str, Any]:
-        # Written here, since transformers records only the class that is saved, and `pipeline` changes what it reads.
+        # transformers adds only the class that is saved to `auto_map`, so the whole map is written here. These are
+        # copies, as `pipeline` changes what it reads.
         config = super().to_dict()
-        for part in ("vision_config", "text_config"):  # where they were loaded from is told above, as far as it is
-            config[part].pop("_name_or_path", None)
+        for part in ("vision_config", "text_config"):
+            config[part].pop("_name_or_path", None)  # `vision_model_name_or_path` and its peer name the base models
         return {**config, "auto_map": dict(AUTO_MAP), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
     @classmethod
@@ -217,7 +218,7 @@ class EVLGenConfig(CheckedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(f"The checkpoint's `model_type` is {model_type!r}, but an {cls.model_type!r} is wanted.")
-        # A missing part must not be taken for the paper's, as it is where a model is configured from scratch.
+        # `EVLGenConfig()` fills missing parts with the paper's. A checkpoint without one is damaged.
         missing = [name for name in cls.sub_configs_defaults if {**config_dict, **kwargs}.get(name) is None]
         if missing:
             raise ValueError(f"The configuration of a checkpoint must have {', '.join(missing)}, which is missing.")
@@ -231,16 +232,16 @@ class EVLGenConfig(CheckedConfig):
 
 
 def _num_vision_tokens(vision_config: PreTrainedConfig) -> int | None:
-    """Tokens of one image, class and register tokens included; None where the tower's configuration does not tell."""
+    """Returns the number of tokens of one image, class and register tokens included, if the configuration has it."""
     if vision_config.model_type not in _CLASS_TOKEN:
         return None
-    height, width = _pair(vision_config.image_size)
-    patch_height, patch_width = _pair(vision_config.patch_size)
-    if min(height, width, patch_height, patch_width) < 1:
+    sizes = vision_config.image_size, vision_config.patch_size
+    if None in sizes or min(*_pair(sizes[0]), *_pair(sizes[1])) < 1:
         raise ValueError(
-            f"`vision_config` must have an `image_size` and a `patch_size` of at least 1, but has "
-            f"{vision_config.image_size} and {vision_config.patch_size}."
+            "`vision_config` must have an `image_size` and a `patch_size` of at least 1, but has "
+            f"{sizes[0]} and {sizes[1]}."
         )
+    (height, width), (patch_height, patch_width) = map(_pair, sizes)
     prefix = int(_CLASS_TOKEN[vision_config.model_type]) + getattr(vision_config, "num_register_tokens", 0)
     return (height // patch_height) * (width // patch_width) + prefix
 

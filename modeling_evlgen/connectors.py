@@ -1,7 +1,7 @@
-"""The connectors: the TomeFormer, and the two that it is measured against, BLIP-2's Q-Former and an MLP.
+"""The peers of the TomeFormer, to compare it with: BLIP-2's Q-Former and an MLP.
 
-A connector takes `inputs_embeds` (batch, tokens, dim) and gives an output with `last_hidden_state` (batch, output
-tokens, dim). That of the TomeFormer also says where each token went, in `output_index`.
+A connector takes `inputs_embeds`, (batch, tokens, dim), and returns an output with `last_hidden_state`, (batch, output
+tokens, dim).
 """
 
 import os
@@ -26,20 +26,24 @@ from .tomeformer import TomeFormerModel
 
 
 def build_connector(config: ConnectorConfig) -> PreTrainedModel:
-    """A connector with fresh weights, of the kind that its configuration is of."""
-    kinds = {
+    """Builds the connector of a configuration, with fresh weights."""
+    model_classes = {
         TomeFormerConfig.model_type: TomeFormerModel,
         QFormerConnectorConfig.model_type: QFormerConnector,
         MLPConnectorConfig.model_type: MLPConnector,
     }
-    return kinds[config.model_type]._from_config(config)
+    return model_classes[config.model_type]._from_config(config)
 
 
 def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorConfig) -> PreTrainedModel:
-    """A connector of the given configuration that starts from a BERT checkpoint, in float32.
+    """Builds a connector that starts from a BERT checkpoint, in float32.
 
-    A Q-Former takes BERT's self-attention, and its feed-forward for the queries, as BLIP-2's does (salesforce/LAVIS,
-    lavis/models/blip2_models); queries and cross-attention are fresh.
+    A Q-Former takes BERT's self-attention, and BERT's feed-forward for the queries, as in BLIP-2 (salesforce/LAVIS,
+    lavis/models/blip2_models). Its queries and its cross-attention are fresh.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): A folder or a repository's name.
+        config ([`ConnectorConfig`]): The connector's configuration.
 
     Raises:
         ValueError: If the connector cannot start from BERT.
@@ -52,15 +56,15 @@ def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorCon
             name_or_path, config=config, dtype=torch.float32, key_mapping=QFormerConnector.bert_names
         )
     raise ValueError(
-        f"`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is of {config.model_type!r}."
+        f"`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is for {config.model_type!r}."
     )
 
 
 class QFormerConnector(PreTrainedModel):
-    """BLIP-2's Q-Former: learned queries that attend to the visual tokens, in transformers' own model of it.
+    """BLIP-2's Q-Former: learned queries that attend to the visual tokens. The layers are transformers' own.
 
     Args:
-        config ([`QFormerConnectorConfig`]): What to build.
+        config ([`QFormerConnectorConfig`]): The configuration.
     """
 
     config: QFormerConnectorConfig
@@ -70,7 +74,7 @@ class QFormerConnector(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _keys_to_ignore_on_load_unexpected = [r"^(bert\.)?embeddings\.", r"pooler\.", r"cls\."]
-    # A BERT's weights by the names that they have here.
+    # Renames the weights of a BERT.
     bert_names = {
         r"^(?:bert\.)?embeddings\.LayerNorm\.(?:weight|gamma)$": "qformer.layernorm.weight",
         r"^(?:bert\.)?embeddings\.LayerNorm\.(?:bias|beta)$": "qformer.layernorm.bias",
@@ -94,9 +98,9 @@ class QFormerConnector(PreTrainedModel):
             )
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         shared = Blip2QFormerConfig.__dataclass_fields__.keys() & QFormerConnectorConfig.__dataclass_fields__.keys()
-        own = {name: getattr(config, name) for name in shared - ConnectorConfig.__dataclass_fields__.keys()}
+        fields = {name: getattr(config, name) for name in shared - ConnectorConfig.__dataclass_fields__.keys()}
         self.qformer = Blip2QFormerModel._from_config(
-            Blip2QFormerConfig(**own, hidden_size=config.hidden_size, encoder_hidden_size=config.hidden_size),
+            Blip2QFormerConfig(**fields, hidden_size=config.hidden_size, encoder_hidden_size=config.hidden_size),
             attn_implementation=config._attn_implementation,
         )
         self.post_init()
@@ -112,14 +116,17 @@ class QFormerConnector(PreTrainedModel):
         raise NotImplementedError("A Q-Former reads `inputs_embeds`; it has no input embeddings.")
 
     def embed_tokens(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """What the queries attend to, `(batch, tokens, hidden_size)`: tokens with their positions, normalised, as
-        `ln_vision` does it for BLIP-2's Q-Former, which has no projection before it."""
+        """Adds positions to the visual tokens and normalises them, `(batch, tokens, hidden_size)`.
+
+        BLIP-2's `ln_vision` does not do for this, as EVLGen has a projection after it.
+        """
         if self.position_embeddings is not None:
             inputs_embeds = self.position_embeddings(inputs_embeds)
         return self.LayerNorm(inputs_embeds)
 
     def forward(self, inputs_embeds: torch.Tensor) -> BaseModelOutput:
-        """
+        """Lets the queries attend to visual tokens.
+
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Visual tokens.
 
@@ -133,10 +140,10 @@ class QFormerConnector(PreTrainedModel):
 
 
 class MLPConnector(PreTrainedModel):
-    """An MLP on each visual token, LLaVA's way; of a pooled grid of them if the configuration says so.
+    """An MLP on each visual token, as in LLaVA. With `pool_size`, on the means of a grid of them.
 
     Args:
-        config ([`MLPConnectorConfig`]): What to build.
+        config ([`MLPConnectorConfig`]): The configuration.
     """
 
     config: MLPConnectorConfig
@@ -165,7 +172,8 @@ class MLPConnector(PreTrainedModel):
         raise NotImplementedError("An MLP reads `inputs_embeds`; it has no input embeddings.")
 
     def forward(self, inputs_embeds: torch.Tensor) -> BaseModelOutput:
-        """
+        """Runs the MLP.
+
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Visual tokens.
 
@@ -180,9 +188,9 @@ class MLPConnector(PreTrainedModel):
     def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.config.pool_size is None:
             return tokens
-        first = int(self.config.class_token)
-        prefix, patches = tokens[:, :first], tokens[:, first:]
+        first_patch = int(self.config.class_token)
+        prefix, patches = tokens[:, :first_patch], tokens[:, first_patch:]
         side = round(patches.shape[1] ** 0.5)
         grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (batch, dim, side, side)
-        pooled = F.adaptive_avg_pool2d(grid, self.config.pool_size).flatten(2).transpose(1, 2)
+        pooled = F.adaptive_avg_pool2d(grid, self.config.pool_size).flatten(2).transpose(1, 2)  # (batch, tokens, dim)
         return torch.cat([prefix, pooled], dim=1)

@@ -1,4 +1,4 @@
-"""The temporal contextualizer, which turns a frozen image tower into a video tower (EVLGen, section 3.3)."""
+"""The temporal contextualizer. It turns a frozen image tower into a video tower (EVLGen, section 3.3)."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 from .vision_tower import extract_vision_tokens
 
-# Without a gradient, so many frames run through the tower, or through one part of it, at a time.
+# Without a gradient, this many frames run through the tower, or through one part of it, at a time.
 FRAMES_AT_ONCE = 32
 
-# Pairs of frames, over all places, that the temporal attention looks at in one go.
+# Scores of the temporal attention that are computed at a time: pairs of frames, times tokens.
 SCORES_AT_ONCE = 2**20
 
-# The two residual branches of a pre-norm transformer block, as the names that towers give to their parts, in order.
+# The parts of the two residual branches of a pre-norm transformer block, in order. Each part has several names, since
+# towers differ in them.
 _ATTENTION = (
     ("layer_norm1", "norm1", "layernorm_before"),
     ("self_attn", "attention", "attn"),
@@ -34,10 +35,10 @@ _FEED_FORWARD = (
 
 
 class _Call(threading.local):
-    """The frames that run through a tower in this thread, as [`TemporalTower.frames`] announces them.
+    """The videos whose frames run through a tower in this thread. [`TemporalTower.frames`] sets them.
 
-    The tower's own code calls its blocks and hands no further arguments down to them in all towers. So the blocks look
-    the frames up here. A `ContextVar` would do as well, but `torch.compile` cannot trace it.
+    They cannot be arguments of the blocks. The tower's own code calls these, and few towers pass further arguments
+    on to them. A `ContextVar` would do as well, but `torch.compile` cannot trace it.
     """
 
     frames: tuple[int, torch.Tensor | None] | None = None  # frames of each video, and their mask
@@ -47,20 +48,19 @@ _call = _Call()
 
 
 class TemporalContextualizer(nn.Module):
-    """Attention over the frames of a video, at each place by itself, in one block of a vision tower.
+    """Attention over the frames of a video, separately for each token position, in one block of a vision tower.
 
-    Between the block's attention and its feed-forward it adds to each token what the other frames say:
-    `x + alpha * softmax(query(x) key(x)ᵀ * scale) x`. Values are the tokens themselves, cut into heads; there is no
-    output projection. The scale is `hidden_size**-0.5`, of the whole width and not a head's. `alpha` is a scalar that
-    is learned and starts at zero. Source: `temporal_merge` of the original (yiren-jian/EVLGen).
+    Between the block's attention and its feed-forward, x becomes
+    `x + alpha * softmax(query(x) key(x)ᵀ * scale) x`. The values are the tokens themselves, split into heads. There is
+    no output projection. The scale is `hidden_size**-0.5`, from the whole width and not from a head's. `alpha` is a
+    learned scalar that starts at zero. Source: `temporal_merge` of the original (yiren-jian/EVLGen).
 
-    The block keeps its parts and their names. While videos run through the tower, [`run_block`] takes the place of the
-    block's own `forward`.
+    The block keeps its parts and their names. [`run_block`] replaces the block's own `forward`.
 
     Args:
         dim (`int`): Width of the tokens, a multiple of `num_heads`.
         hidden_size (`int`): Width of queries and keys, a multiple of `num_heads`.
-        num_heads (`int`): Heads.
+        num_heads (`int`): Number of heads.
     """
 
     def __init__(self, dim: int, hidden_size: int, num_heads: int):
@@ -70,16 +70,17 @@ class TemporalContextualizer(nn.Module):
         self.query = nn.Linear(dim, hidden_size)
         self.key = nn.Linear(dim, hidden_size)
         self.alpha = nn.Parameter(torch.zeros(()))
-        self._block: tuple[nn.Module, ...] = ()  # in a tuple, or it would be a part of this module
+        self._block: tuple[nn.Module, ...] = ()  # in a tuple, so that it does not become a submodule
 
     def forward(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """
+        """Computes what is added to the tokens.
+
         Args:
             hidden_states (`torch.Tensor` of shape `(videos, frames, tokens, dim)`): The tokens of all frames.
             frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
 
         Returns:
-            `torch.Tensor` of the same shape: what is to be added to `hidden_states`.
+            `torch.Tensor` of the same shape and dtype as `hidden_states`.
         """
         inputs = hidden_states.to(self.query.weight.dtype).transpose(1, 2)  # (videos, tokens, frames, dim)
         heads = (*inputs.shape[:3], self.num_heads, -1)
@@ -88,22 +89,22 @@ class TemporalContextualizer(nn.Module):
         value = inputs.reshape(heads).transpose(2, 3)  # (videos, tokens, heads, frames, dim / heads)
         mask = None if frame_mask is None else frame_mask[:, None, None, None, :]
         context = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
-        context = context.permute(0, 3, 1, 2, 4).reshape(hidden_states.shape)
+        context = context.permute(0, 3, 1, 2, 4).reshape(hidden_states.shape)  # (videos, frames, tokens, dim)
         return (self.alpha * context).to(hidden_states.dtype)
 
     def join(self, block: nn.Module) -> None:
-        """Puts the contextualizer into a pre-norm transformer block."""
+        """Inserts the contextualizer into a pre-norm transformer block."""
         self._block = (block,)
         block.forward = self.run_block
 
     def run_block(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The block with the contextualizer between its two branches; the plain block where no videos are announced.
+        """Runs the block with the contextualizer between its two branches. Outside of `frames`, runs the plain block.
 
-        Without a gradient, memory beyond the tokens themselves does not grow with the number of frames.
+        Without a gradient, only the tokens themselves take more memory for more frames.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(videos * frames, tokens, dim)`): The block's input.
-            args, kwargs: What else the tower gives to its blocks, for the attention.
+            args, kwargs: Further arguments of the block, for its attention.
 
         Returns:
             `torch.Tensor` of the same shape.
@@ -113,7 +114,7 @@ class TemporalContextualizer(nn.Module):
             return type(block).forward(block, hidden_states, *args, **kwargs)
         run = partial(self._run_branches, *_call.frames, **kwargs)
         if getattr(block, "gradient_checkpointing", False) and block.training and torch.is_grad_enabled():
-            # The backward pass calls `run` again, after this call and on a GPU in another thread.
+            # The backward pass calls `run` again: later, and on a GPU in another thread. So `run` holds the frames.
             return block._gradient_checkpointing_func(run, hidden_states, *args)
         return run(hidden_states, *args)
 
@@ -125,9 +126,9 @@ class TemporalContextualizer(nn.Module):
             lambda part: _branch(block, _ATTENTION, part, *args, **kwargs), hidden_states, FRAMES_AT_ONCE
         )
         video = hidden_states.unflatten(0, (-1, num_frames))  # (videos, frames, tokens, dim)
-        # Places are independent of each other; the scores of all of them at once would fill memory in long videos.
-        places = max(1, SCORES_AT_ONCE // num_frames**2)
-        video = _add_in_parts(lambda part: self(part, frame_mask), video, places, dim=2, inplace=True)
+        # Token positions are independent of each other. The scores of all together would fill memory in long videos.
+        tokens_at_once = max(1, SCORES_AT_ONCE // num_frames**2)
+        video = _add_in_parts(lambda part: self(part, frame_mask), video, tokens_at_once, dim=2, inplace=True)
         return _add_in_parts(
             lambda part: _branch(block, _FEED_FORWARD, part), video.flatten(0, 1), FRAMES_AT_ONCE, inplace=True
         )
@@ -157,10 +158,12 @@ class TemporalTower(nn.ModuleList):
 
     @contextmanager
     def frames(self, num_frames: int, frame_mask: torch.Tensor | None = None) -> Iterator[None]:
-        """While this is open, the tower's batch is `videos * num_frames` images, and frames of a video see each other.
+        """While this is open, the frames of a video attend to each other in this thread.
+
+        The tower's batch is then `videos * num_frames` images.
 
         Args:
-            num_frames: Frames of each video.
+            num_frames (`int`): Frames of each video.
             frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
         """
         before, _call.frames = _call.frames, (num_frames, frame_mask)
@@ -195,11 +198,12 @@ def encode_videos(
     pixel_values: torch.Tensor,
     frame_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Runs a vision tower over the frames of videos, and takes the mean over the frames.
+    """Runs a vision tower over the frames of videos and averages the tokens over the frames.
 
     Args:
         vision_tower (`PreTrainedModel`): The tower.
-        temporal ([`TemporalTower`], *optional*): What its blocks let the frames see of each other, if anything.
+        temporal ([`TemporalTower`], *optional*):
+            The contextualizers of its blocks. Without them, frames do not attend to each other.
         pixel_values (`torch.Tensor` of shape `(videos, frames, channels, height, width)`): The videos.
         frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
 
@@ -214,7 +218,7 @@ def encode_videos(
     if temporal is not None:
         with temporal.frames(num_frames, frame_mask):
             return _weighted_mean(vision_tower, pixel_values, weight)
-    # Frames that do not see each other can come one after the other, in as little memory as a few of them take.
+    # Frames that do not attend to each other can be encoded one after the other, which saves memory.
     at_once = num_frames if torch.is_grad_enabled() else max(1, FRAMES_AT_ONCE // videos)
     parts = zip(pixel_values.split(at_once, dim=1), weight.split(at_once, dim=1), strict=True)
     return sum(_weighted_mean(vision_tower, frames, part) for frames, part in parts)
@@ -222,11 +226,11 @@ def encode_videos(
 
 def _weighted_mean(vision_tower: PreTrainedModel, frames: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     tokens = extract_vision_tokens(vision_tower, frames.flatten(0, 1)).unflatten(0, weight.shape)
-    return torch.einsum("vf,vftd->vtd", weight.to(tokens.dtype), tokens)  # (videos, tokens, dim)
+    return torch.einsum("vf,vftd->vtd", weight.to(tokens), tokens)  # (videos, tokens, dim)
 
 
 def _find_blocks(vision_tower: nn.Module) -> Iterator[nn.Module]:
-    """The blocks that have a norm and an attention, and a norm and a feed-forward."""
+    """Yields the blocks that have a norm with an attention, and a norm with a feed-forward."""
     for module in vision_tower.modules():
         if all(_part(module, names) is not None for names in (*_ATTENTION[:2], *_FEED_FORWARD[:2])):
             yield module
@@ -239,10 +243,10 @@ def _part(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
 def _branch(
     block: nn.Module, parts: tuple[tuple[str, ...], ...], hidden_states: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """One residual branch of a block, without the sum; `args` and `kwargs` go to its attention."""
+    """Runs one residual branch of a block, without the sum. `args` and `kwargs` go to its attention."""
     norm, middle, *ends = (_part(block, names) for names in parts)
     output = middle(norm(hidden_states), *args, **kwargs)
-    output = output[0] if isinstance(output, tuple) else output  # beside attention probabilities
+    output = output[0] if isinstance(output, tuple) else output  # some return attention probabilities as well
     for end in ends:
         output = output if end is None else end(output)
     return output
@@ -251,7 +255,10 @@ def _branch(
 def _add_in_parts(
     function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, size: int, dim: int = 0, inplace: bool = False
 ) -> torch.Tensor:
-    """`x + function(x)`; without a gradient for `size` entries of `dim` at a time, and written over `x` if allowed."""
+    """Returns `x + function(x)`.
+
+    Without a gradient it is computed for `size` entries of `dim` at a time, and overwrites `x` if `inplace`.
+    """
     if torch.is_grad_enabled() or x.shape[dim] <= size:
         return x + function(x)
     total = x if inplace else torch.empty_like(x)

@@ -23,11 +23,11 @@ class TomeFormerOutput(ModelOutput):
     """
     Args:
         last_hidden_state (`torch.Tensor` of shape `(batch, output_tokens, hidden_size)`):
-            The tokens behind the last layer, with their output positions if there are any.
+            The tokens after the last layer, with their output positions if there are any.
         output_index (`torch.LongTensor` of shape `(batch, tokens)`):
-            The place in `last_hidden_state` of the token that each input token became part of.
+            The index in `last_hidden_state` of the token that each input token became part of.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
-            The embedded tokens and each layer's output, `num_hidden_layers + 1` in all, with fewer and fewer tokens.
+            The embedded tokens and each layer's output, `num_hidden_layers + 1` in all. Each has fewer tokens.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -53,7 +53,7 @@ class TomeFormerEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        # The row is looked up by calling the module: an offloaded one has no weights between its calls.
+        # Calling the module looks the row up. An offloaded module has its weights only during a call.
         first_type = torch.zeros(1, dtype=torch.long, device=inputs_embeds.device)
         embeddings = inputs_embeds + self.token_type_embeddings(first_type)  # (batch, tokens, dim)
         embeddings = self.position_embeddings(embeddings)
@@ -61,7 +61,7 @@ class TomeFormerEmbeddings(nn.Module):
 
 
 class TomeFormerSelfAttention(nn.Module):
-    """Attention of all tokens to all; also hands out the metric by which they are matched."""
+    """Attention of all tokens to all tokens. It also returns the metric by which tokens are matched."""
 
     def __init__(self, config: TomeFormerConfig):
         super().__init__()
@@ -85,7 +85,7 @@ class TomeFormerSelfAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        # A token that stands for k tokens draws as much attention as k tokens would.
+        # A token of size k gets as much attention as k equal tokens.
         bias = None if size is None else size.log().to(query.dtype)[:, None, None]  # (batch, 1, 1, tokens)
         context, _ = attention(
             self,
@@ -99,14 +99,14 @@ class TomeFormerSelfAttention(nn.Module):
         context = context.reshape(hidden_states.shape)  # (batch, tokens, dim)
         # (batch, tokens, dim) or (batch, tokens, head_dim)
         metric = hidden_states if self.config.merge_metric == "hidden_states" else key.mean(dim=1)
-        return context, metric.detach()
+        return context, metric.detach()  # matching is not differentiable
 
 
 class TomeFormerBranchOutput(nn.Module):
-    """The end of a residual branch: projection, dropout, gains if there are any, the sum, and post-norm's LayerNorm.
+    """The end of a residual branch: projection, dropout, learned gains, sum and LayerNorm.
 
-    Under pre-norm its LayerNorm is applied to the branch's input instead, by the layer. It is kept here, under BERT's
-    name for it, so that both kinds of block load BERT's weights.
+    With `pre_norm`, the layer applies this LayerNorm to the input of the branch. It keeps BERT's name here, so that
+    both types of block load BERT's weights.
     """
 
     def __init__(self, config: TomeFormerConfig, in_features: int):
@@ -166,7 +166,17 @@ class TomeFormerLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, r: int, size: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Tokens, each input token's place among them, and their sizes if sizes were given."""
+        """Runs the layer and merges `r` tokens after its attention.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, dim)`): The tokens.
+            r (`int`): Number of tokens to merge.
+            size (`torch.Tensor` of shape `(batch, tokens)`, *optional*): The number of inputs merged into each token.
+
+        Returns:
+            The tokens, `(batch, tokens - r, dim)`. The output index of each input token, `(batch, tokens)`. The sizes
+            of the tokens, `(batch, tokens - r)`, if sizes were given.
+        """
         hidden_states, metric = self.attention(hidden_states, size)
         merging = bipartite_soft_matching(metric, r, self.class_token, self.keep_order)
         hidden_states = merging.merge(hidden_states, size)  # (batch, tokens - r, dim)
@@ -182,11 +192,14 @@ class TomeFormerEncoder(nn.Module):
 
 
 class TomeFormerModel(PreTrainedModel):
-    """The connector: `(batch, tokens, hidden_size)` in, fewer tokens of the same width out.
+    """The connector of EVLGen. It takes `(batch, tokens, hidden_size)` and returns fewer tokens of the same width.
 
-    State-dict names are those of the original implementation (yiren-jian/EVLGen, `VLconnector.*`), which are BERT's.
-    So `TomeFormerModel.from_pretrained("bert-base-uncased", merge_r=19)` starts from BERT's encoder; its word
-    embeddings and its pooler are left out.
+    The names of its weights are BERT's, as in the original implementation (yiren-jian/EVLGen, `VLconnector.*`). So
+    `TomeFormerModel.from_pretrained("bert-base-uncased", merge_r=19)` starts from BERT's encoder. Its word embeddings
+    and its pooler are left out.
+
+    Args:
+        config ([`TomeFormerConfig`]): The configuration.
     """
 
     config: TomeFormerConfig
@@ -257,7 +270,7 @@ class TomeFormerModel(PreTrainedModel):
         size = hidden_states.new_ones(batch, tokens, dtype=torch.float32) if config.size_weighting else None
         for layer, r in zip(self.encoder.layer, config.merge_schedule(tokens), strict=True):
             hidden_states, layer_index, size = layer(hidden_states, r, size)
-            output_index = layer_index.gather(1, output_index)
+            output_index = layer_index.gather(1, output_index)  # composes the layers' indices
             all_hidden_states += (hidden_states,)
         return TomeFormerOutput(
             last_hidden_state=self.output_position_embeddings(hidden_states),

@@ -1,4 +1,4 @@
-"""Any vision tower of transformers or timm as a source of visual tokens."""
+"""Loads any vision tower of transformers or timm, and turns its output into tokens."""
 
 import os
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 
 class TowerShape(NamedTuple):
-    """What a vision tower gives for one image: tokens N, their width Dv, and whether the first is a class token."""
+    """The output of a vision tower for one image: N tokens of width Dv, with or without a class token in front."""
 
     num_tokens: int
     hidden_size: int
@@ -17,18 +17,21 @@ class TowerShape(NamedTuple):
 
 
 def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """A vision tower with fresh weights. EVA ViT-g, as BLIP-2 carries it, is one that `AutoModel` does not know."""
+    """Builds a vision tower with fresh weights."""
     if config.model_type == "blip_2_vision_model":
-        return Blip2VisionModel._from_config(config)
+        return Blip2VisionModel._from_config(config)  # EVA ViT-g, which `AutoModel` does not know
     return AutoModel.from_config(config)
 
 
 def load_vision_tower(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-    """Loads a vision tower. Of a checkpoint that holds more (CLIP, SigLIP, BLIP-2), the vision part is taken.
+    """Loads a vision tower. From a CLIP, SigLIP or BLIP-2 checkpoint it loads only the vision tower.
 
     Args:
         name_or_path (`str` or `os.PathLike`): A folder or the name of a repository on the Hub.
-        kwargs: Handed to `from_pretrained` (`revision`, `dtype`, `trust_remote_code` …).
+        kwargs: Further arguments of `from_pretrained`, e.g. `revision`, `dtype` or `trust_remote_code`.
+
+    Raises:
+        OSError: If there is no such checkpoint.
     """
     hub_kwargs = {
         name: kwargs[name] for name in ("revision", "token", "cache_dir", "trust_remote_code") if name in kwargs
@@ -43,20 +46,20 @@ def load_vision_tower(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrai
 
 
 def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Runs a vision tower and lays its output out as tokens.
+    """Runs a vision tower and returns its output as tokens.
 
-    A feature map becomes a sequence, row by row. EVA ViT-g's tokens are taken before BLIP-2's `post_layernorm`,
-    which is BLIP-2's trained connector norm and not part of the tower (EVLGen has its own).
+    A feature map becomes a sequence, row by row. The tokens of EVA ViT-g are those before BLIP-2's `post_layernorm`.
+    That norm was trained with BLIP-2's connector and is not part of the tower. EVLGen has its own.
 
     Args:
         tower (`PreTrainedModel`): The tower.
-        pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Images as the tower wants them.
+        pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Images from the tower's processor.
 
     Returns:
         `torch.Tensor` of shape `(batch, tokens, dim)`.
 
     Raises:
-        ValueError: If the tower gives neither tokens nor a feature map.
+        ValueError: If the tower returns neither tokens nor a feature map.
     """
     # Convolutions take over the memory format of the pixels. On a CPU this made EfficientNet-Lite0 1.5 times as fast.
     # The weights are saved and hashed as they are, and converting them gains nothing more (benchmarks.cnn_tower).
@@ -65,35 +68,35 @@ def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) ->
         return tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state  # (batch, tokens, dim)
     output = tower(pixel_values=pixel_values)
     features = output.feature_maps if "feature_maps" in output else output.last_hidden_state
-    if isinstance(features, list | tuple):  # timm's multi-scale feature maps: the last one asked for
-        features = features[-1]
+    if isinstance(features, list | tuple):
+        features = features[-1]  # the last of timm's feature maps
     if features.ndim == 4 and _gives_channels_last(tower):  # (batch, height, width, dim)
         features = features.flatten(1, 2)
     elif features.ndim == 4:  # (batch, dim, height, width)
         features = features.flatten(2).transpose(1, 2)
     if features.ndim != 3:
         raise ValueError(
-            f"`vision_model` must give tokens (batch, tokens, dim) or a feature map (batch, dim, height, width), but "
-            f"{type(tower).__name__} gives shape {tuple(features.shape)}."
+            "`vision_model` must return tokens (batch, tokens, dim) or a feature map (batch, dim, height, width), "
+            f"but {type(tower).__name__} returns shape {tuple(features.shape)}."
         )
     return features
 
 
 def _gives_channels_last(tower: PreTrainedModel) -> bool:
-    """Whether feature maps are (batch, height, width, dim), as those of timm's Swin are."""
+    """Whether feature maps have shape (batch, height, width, dim), like those of timm's Swin."""
     return getattr(getattr(tower, "timm_model", None), "output_fmt", "NCHW") == "NHWC"
 
 
 def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None) -> TowerShape:
-    """Finds out what a tower gives by a dry run on the meta device: no weights, no arithmetic.
+    """Measures the output of a tower by a dry run on the meta device, without weights or arithmetic.
 
     Args:
         config (`PreTrainedConfig`): The tower's configuration.
         image_size (`int`, *optional*):
-            Height and width of the images in pixels; by default what the configuration says, or 224.
+            Height and width of the images in pixels. By default those of the configuration, or 224.
 
     Raises:
-        ValueError: If the tower cannot be run on pixels alone, or gives neither tokens nor a feature map.
+        ValueError: If the tower needs other inputs than pixels, or returns neither tokens nor a feature map.
     """
     if image_size is None:
         image_size = getattr(config, "image_size", None) or _timm_image_size(config) or 224
@@ -119,8 +122,8 @@ def _has_class_token(tower: PreTrainedModel, num_tokens: int, image_size: tuple[
 
 
 def _timm_image_size(config: PreTrainedConfig) -> int | tuple[int, int] | None:
-    told = (getattr(config, "model_args", None) or {}).get("img_size")
-    if told is not None:
-        return told
+    image_size = (getattr(config, "model_args", None) or {}).get("img_size")
+    if image_size is not None:
+        return image_size
     input_size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")  # channels, height, width
     return tuple(input_size[1:]) if input_size else None

@@ -1,4 +1,4 @@
-"""Configurations: defaults of the paper, what is derived, and clear errors for what cannot work."""
+"""Configurations: the paper's defaults, derived values, files, and errors that name the field."""
 
 import json
 import math
@@ -154,6 +154,11 @@ def test_fields_out_of_range_are_refused(config_class, fields, message):
         (TomeFormerConfig, {"layer_scale_init_value": math.nan}, "`layer_scale_init_value` must be finite"),
         (TomeFormerConfig, {"type_vocab_size": 0}, "`type_vocab_size` must be at least 1"),
         (MLPConnectorConfig, {"branch_initializer_range": -0.1}, "`branch_initializer_range` must be at least 0"),
+        (
+            QFormerConnectorConfig,
+            {"position_initializer_range": 0.1, "max_position_embeddings": None},
+            "`position_initializer_range` needs `max_position_embeddings`",
+        ),
     ],
 )
 def test_fields_that_only_some_connectors_have_are_checked(config_class, fields, message):
@@ -198,6 +203,7 @@ CLIP = {"model_type": "clip_vision_model"}
         ({"text_config": {"model_type": "opt3"}}, "`text_config` cannot be used: .*opt3"),
         ({"vision_config": {**CLIP, "image_size": "224"}}, "`vision_config` cannot be used: .*'image_size'"),
         ({"vision_config": {**CLIP, "patch_size": 0}}, "`vision_config` must have an `image_size` and a `patch_size`"),
+        ({"vision_config": {**CLIP, "image_size": None}}, "`patch_size` of at least 1, but has None and 32"),
         ({"connector_config": CLIPVisionConfig()}, "`model_type` must be one of tomeformer, .* 'clip_vision_model'"),
     ],
 )

@@ -71,8 +71,8 @@ from transformers import pipeline
 captioner = pipeline("image-to-text", model="model", trust_remote_code=True)
 print(ascii(captioner("a.png", do_sample=False, max_new_tokens=8)[0]["generated_text"]))
 """
-    said = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
-    assert run_clean(code, tmp_path).splitlines()[-1] == ascii(said)
+    caption = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+    assert run_clean(code, tmp_path).splitlines()[-1] == ascii(caption)
 
 
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
@@ -161,11 +161,11 @@ def test_an_mlp_can_start_as_the_identity_with_output_positions():
 
 
 def test_a_token_of_size_k_weighs_as_much_as_k_tokens():
-    """Merging tokens that are equal changes nothing, if sizes count; without sizes it changes what the rest sees."""
+    """If sizes count, merging equal tokens changes nothing. Without sizes, the others attend to them less."""
     torch.manual_seed(0)
     sizes = {**SIZES, "num_hidden_layers": 3, "num_attention_heads": 4, "class_token": False}
     a, b, c = torch.randn(3, 32)
-    tokens = torch.stack([a, a, b, c, a, a]).unsqueeze(0)  # all of them `a`: places 0, 1, 4, 5
+    tokens = torch.stack([a, a, b, c, a, a]).unsqueeze(0)  # tokens 0, 1, 4 and 5 are equal
 
     def output(**merging):
         model = TomeFormerModel(TomeFormerConfig(**sizes, **merging)).eval()
@@ -227,7 +227,7 @@ def save_bert(folder):
 
 @pytest.mark.parametrize("prefix", ["", "bert."])
 def test_a_qformer_starts_from_bert_as_blip2s_does(prefix, tmp_path):
-    """Cross-attention and queries are new, and the queries' feed-forward is that of BERT's words."""
+    """Cross-attention and queries are fresh. The feed-forward for queries is BERT's."""
     path = save_bert(tmp_path / "bert") / "model.safetensors"
     weights = {name: torch.randn_like(tensor) for name, tensor in load_file(path).items()}
     old = {"weight": "gamma", "bias": "beta"} if prefix else {}  # as in bert-base-uncased
@@ -240,13 +240,13 @@ def test_a_qformer_starts_from_bert_as_blip2s_does(prefix, tmp_path):
     qformer = model.connector.qformer
     layer, name = qformer.encoder.layer[1], "encoder.layer.1."
     assert len(qformer.encoder.layer) == 2
-    for mine, berts in (
+    for parameter, bert_name in (
         (layer.attention.attention.key.weight, "attention.self.key.weight"),
         (layer.attention.output.LayerNorm.bias, "attention.output.LayerNorm.bias"),
         (layer.intermediate_query.dense.weight, "intermediate.dense.weight"),
         (layer.output_query.LayerNorm.weight, "output.LayerNorm.weight"),
     ):
-        assert torch.equal(mine, weights[name + berts])
+        assert torch.equal(parameter, weights[name + bert_name])
     assert torch.equal(qformer.layernorm.weight, weights["embeddings.LayerNorm.weight"])
     cross = qformer.encoder.layer[0].crossattention.attention.key.weight
     assert 0.01 < cross.std() < 0.03
@@ -255,7 +255,7 @@ def test_a_qformer_starts_from_bert_as_blip2s_does(prefix, tmp_path):
 
 
 def test_old_checkpoints_have_a_tomeformer(tmp_path):
-    """A configuration that does not say which connector it has, as those of the first version."""
+    """Configurations of the first version do not name their connector."""
     fields = tiny_model().config.to_dict()
     del fields["connector_config"]["model_type"]
     assert isinstance(EVLGenConfig.from_dict(fields).connector_config, TomeFormerConfig)

@@ -1,4 +1,4 @@
-"""Token merging: every recorded case of the original implementation, and the rules a user relies on."""
+"""Token merging: every recorded case of the original implementation, and the rules that users rely on."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_merges_the_most_similar_pair_by_plain_mean():
 
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9])
-def test_every_place_is_taken_and_the_mean_is_kept(tokens, class_token):
+def test_every_output_has_an_input_and_the_mean_is_kept(tokens, class_token):
     generator = torch.Generator().manual_seed(tokens)
     metric, x = torch.randn(2, tokens, 6, generator=generator), torch.randn(2, tokens, 3, generator=generator)
     merging = bipartite_soft_matching(metric, r=tokens, class_token=class_token)
@@ -76,7 +76,7 @@ def test_matching_carries_no_gradient():
     x = torch.randn(1, 8, 4, requires_grad=True)
     bipartite_soft_matching(metric, r=2).merge(x).sum().backward()
     assert metric.grad is None
-    assert torch.allclose(x.grad.sum(1), torch.tensor(6.0))  # six output tokens share out one each
+    assert torch.allclose(x.grad.sum(1), torch.tensor(6.0))  # six outputs with a gradient of one
 
 
 def test_bad_input_is_named():
@@ -92,14 +92,14 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_many_half_precision_tokens_in_one_place_keep_their_mean(dtype):
+def test_many_half_precision_tokens_that_become_one_keep_their_mean(dtype):
     merging = TokenMerging(torch.zeros(1, 577, dtype=torch.long), 1)
     tokens = torch.full((1, 577, 4), 1.1, dtype=dtype)
     assert torch.equal(merging.merge(tokens), tokens[:, :1])
 
 
 @pytest.mark.parametrize("class_token", [False, True])
-def test_tokens_keep_their_order_if_asked(class_token):
+def test_tokens_can_keep_their_order(class_token):
     generator = torch.Generator().manual_seed(0)
     metric, x = torch.randn(2, 13, 8, generator=generator), torch.randn(2, 13, 5, generator=generator)
     plain = bipartite_soft_matching(metric, 4, class_token)
@@ -107,16 +107,16 @@ def test_tokens_keep_their_order_if_asked(class_token):
     for row in range(2):
         plain_groups = {frozenset(g) for g in _groups(plain, row)}
         assert plain_groups == {frozenset(g) for g in _groups(ordered, row)}  # the same tokens are merged
-        # A token stands where its destination, at an odd place, or it itself stood.
-        places = [next((place for place in group if place % 2), group[0]) for group in _groups(ordered, row)]
-        assert places == sorted(places)
+        # A merged token has the index of its destination, which is odd.
+        indices = [next((index for index in group if index % 2), group[0]) for group in _groups(ordered, row)]
+        assert indices == sorted(indices)
     assert ordered.merge(x).shape == (2, 9, 5)
     if class_token:
         assert torch.equal(ordered.merge(x)[:, 0], x[:, 0])
 
 
 def _groups(merging, row):
-    """The input tokens of each output token, in the output's order."""
+    """Returns the input tokens of each output token, in the output's order."""
     return [
-        (merging.output_index[row] == place).nonzero().flatten().tolist() for place in range(merging.num_output_tokens)
+        (merging.output_index[row] == index).nonzero().flatten().tolist() for index in range(merging.num_output_tokens)
     ]

@@ -1,4 +1,4 @@
-"""The TomeFormer connector: parity with the original, BERT's weights, and every way a user may run it."""
+"""The TomeFormer: parity with the original, BERT's weights, and all ways to run it."""
 
 import json
 
@@ -48,18 +48,18 @@ def test_matches_the_original(case, attn_implementation):
 
 
 def test_output_index_is_composed_over_the_layers():
-    """With blocks that are pure merging, each output token is the mean of the tokens that the index sends to it."""
+    """In blocks that only merge, each output token lies between the tokens that the index merges into it."""
     config = tiny_config(pre_norm=True, layer_scale_init_value=0.0)
     model = TomeFormerModel(config).eval()
     x = tokens()
     output = model(x, output_hidden_states=True)
     embedded = output.hidden_states[0]
     assert output.last_hidden_state.shape == (2, config.num_output_tokens(33), 32) == (2, 18, 32)
-    for place in range(18):
+    for index in range(18):
         for row in range(2):
-            members = embedded[row, output.output_index[row] == place]
+            members = embedded[row, output.output_index[row] == index]
             low, high = members.min(0).values, members.max(0).values
-            merged = output.last_hidden_state[row, place]
+            merged = output.last_hidden_state[row, index]
             assert len(members) >= 1
             assert ((merged >= low - 1e-5) & (merged <= high + 1e-5)).all()
 
@@ -149,9 +149,9 @@ def test_correlation_of_smooth_positions_falls_with_the_distance_as_the_docstrin
     torch.manual_seed(0)
     side, length = 9, 0.25
     waves = smooth_positions(side, 20_000, length)
-    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)) / (side - 1)
-    kernel = torch.exp(-torch.cdist(places, places).square() / (2 * length**2))
-    centre = torch.eye(side**2) - 1 / side**2  # the mean over the places is taken away
+    patches = torch.cartesian_prod(torch.arange(side), torch.arange(side)) / (side - 1)
+    kernel = torch.exp(-torch.cdist(patches, patches).square() / (2 * length**2))
+    centre = torch.eye(side**2) - 1 / side**2  # subtracts the mean over the patches
     kernel = centre @ kernel @ centre
     kernel = kernel / kernel.diagonal().mean()
     torch.testing.assert_close(waves @ waves.T / waves.shape[1], kernel, atol=0.05, rtol=0)
@@ -164,15 +164,15 @@ def test_a_grid_that_does_not_fit_the_positions_is_refused(grid):
 
 
 def test_tokens_can_be_matched_by_their_hidden_states():
-    """Tokens that come in pairs of near copies merge with their copies, even where keys say nothing."""
+    """Tokens merge with their near copies, even if all keys are equal."""
     torch.manual_seed(0)
     fields = {"class_token": False, "merge_r": [8], "num_hidden_layers": 1, "pre_norm": True}
     model = TomeFormerModel(tiny_config(**fields, merge_metric="hidden_states", position_initializer_range=0.0)).eval()
     torch.nn.init.zeros_(model.encoder.layer[0].attention.self.key.weight)
     distinct = tokens(count=8)
     pairs = torch.cat([distinct, distinct.flip(1)], dim=1) + 1e-3 * tokens(count=16, seed=1)  # copy of k at 15 - k
-    place = model(pairs).output_index
-    assert torch.equal(place[:, :8], place[:, 8:].flip(1))
+    index = model(pairs).output_index
+    assert torch.equal(index[:, :8], index[:, 8:].flip(1))
     with pytest.raises(ValueError, match='`merge_metric` must be "keys" or "hidden_states", but is \'values\''):
         tiny_config(merge_metric="values")
 

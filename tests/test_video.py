@@ -79,7 +79,7 @@ def test_bad_sampling_is_named():
     ("name", "codec"), [("video.mp4", "libx264"), ("video.webm", "libvpx"), ("video.avi", "mpeg4")]
 )
 def test_reads_video_files(name, codec, tmp_path):
-    """WebM does not say how many frames it holds."""
+    """A WebM file does not contain its number of frames."""
     path = write_video(tmp_path / name, 16, codec)
     frames = load_rgb_frames(path, 4)
     assert indices(frames) == [0, 4, 8, 12]
@@ -123,7 +123,7 @@ def test_a_video_that_cannot_be_read_is_named(tmp_path):
 
 
 def video_model(vision="clip", alpha=0.5, seed=0):
-    """A tiny video model whose contextualizers do something."""
+    """Returns a tiny video model whose contextualizers have an effect."""
     tower, language_model = tiny_towers(vision, seed=seed)
     connector = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
@@ -154,7 +154,7 @@ def blocks_of(tower):
 
 
 def blocks_by_hand(tower, contextualizers, pixel_values, frames):
-    """What the tower's blocks give with the contextualizers written out."""
+    """Runs the tower's blocks with the contextualizers written out."""
     seen = []
     layers = blocks_of(tower)
     handle = layers[0].register_forward_pre_hook(
@@ -227,7 +227,7 @@ def test_an_image_runs_through_the_tower_and_through_nothing_else(vision):
 
 @pytest.mark.parametrize("vision", TRANSFORMERS)
 def test_with_a_contextualizer_an_image_is_a_video_of_one_frame(vision):
-    """Its only frame attends to itself, so that each block adds `alpha * x` behind its attention."""
+    """Its only frame attends to itself, so each block adds `alpha * x` after its attention."""
     model = video_model(vision)
     images = noise(3)
     with torch.no_grad():
@@ -463,7 +463,7 @@ def kept_for_backward():
 
 @pytest.mark.parametrize("vision", ["eva", "clip"])
 def test_a_trained_tower_recomputes_its_blocks_in_whatever_thread_the_backward_pass_runs(vision):
-    """On a GPU, autograd runs the backward pass in a thread of its own."""
+    """On a GPU, autograd runs the backward pass in another thread."""
     videos, mask = noise(2, 3), torch.tensor([[True, True, False], [True] * 3])
     gradients, kept = [], []
     for checkpointing in (False, True):
@@ -512,7 +512,7 @@ def test_a_video_is_captioned_in_a_clean_process(tmp_path):
     video = write_video(tmp_path / "video.mp4", 9)
     inputs = processor(videos=video, text="what is it?")
     new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
-    said = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+    caption = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
     code = """
 from transformers import AutoModel, pipeline
 captioner = pipeline("video-to-text", model="model", trust_remote_code=True)
@@ -522,5 +522,5 @@ assert captioner(["video.mp4", "video.mp4"], batch_size=2, **settings) == [one, 
 AutoModel.from_pretrained("model", trust_remote_code=True).save_pretrained("again")
 print(one[0]["generated_text"])
 """
-    assert run_clean(code, tmp_path).strip().splitlines()[-1] == said
+    assert run_clean(code, tmp_path).strip().splitlines()[-1] == caption
     assert (tmp_path / "again" / "temporal.py").exists()

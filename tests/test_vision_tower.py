@@ -1,4 +1,4 @@
-"""Vision towers: what all of them have in common, whatever their architecture."""
+"""Vision towers: the properties of all architectures."""
 
 import pytest
 import torch
