@@ -1,4 +1,4 @@
-"""Files that a kill leaves whole, the old or the new one; and folders that only one run writes to."""
+"""Replaces files as a whole, so that a kill leaves the old or the new one; keeps other runs out of a folder."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-LOCK_SECONDS = 5.0  # to wait for a folder: a run that was killed keeps it until the system has cleaned up
+LOCK_SECONDS = 5.0  # to wait for a folder: the system needs a moment to release that of a killed run
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -22,22 +22,25 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write what is to replace `path` as a whole, once it is written; other processes write elsewhere."""
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    yield partial_path
-    os.replace(partial_path, path)
+    """Yields a temporary path. The file written there replaces `path` at the end, unless an error occurs."""
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another one in each process
+    try:
+        yield partial_path
+        os.replace(partial_path, path)
+    finally:
+        partial_path.unlink(missing_ok=True)
 
 
 @contextmanager
 def only_run_in(folder: Path, argument: str = "output_dir") -> Iterator[None]:
-    """While open, no other run can open the same folder. The lock ends with the process, however that ends.
+    """Locks a folder against other runs while open. The lock ends with the process, even if it is killed.
 
     Args:
         folder: An existing folder.
         argument: The argument that names it, for the message.
 
     Raises:
-        ValueError: If another run has it open; the message names that run.
+        ValueError: If another run has locked it. The message names that run.
     """
     run_path = folder / "_run.json"  # the Trainer does not push files that start with "_" to the Hub
     lock = FileLock(folder / "_run.lock", timeout=LOCK_SECONDS)

@@ -1,4 +1,4 @@
-"""From what the command line says to a model and its processor."""
+"""Builds or loads a model and its processor, as a script's arguments request."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +23,17 @@ logger = logging.get_logger(__name__)
 def build_model(
     arguments: ModelArguments, text_format: ProcessorArguments
 ) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
-    """Loads the towers, builds a connector between them, and the processor that fits.
+    """Loads the towers, and builds a new connector between them and a processor.
+
+    Args:
+        arguments: The towers, by default those of the demo, and the connector.
+        text_format: The processor's settings.
 
     Returns:
-        The model, whose generation stops where captions end, and its processor.
+        The model and its processor. The model's generation stops at the processor's `end_of_text`.
+
+    Raises:
+        ValueError: If a tower cannot be loaded, or the parts do not fit each other.
     """
     vision_model = arguments.vision_model or str(prepare_vision_tower())
     text_model = arguments.text_model or str(prepare_language_model())
@@ -46,6 +53,7 @@ def build_model(
     )
     model.config.towers = arguments.towers
     tokenizer = AutoTokenizer.from_pretrained(text_model, **text)
+    # Some tokenizers allow longer texts than their language model has positions for.
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit or tokenizer.model_max_length)
     if text_format.chat_template is not None:
@@ -64,24 +72,33 @@ def build_model(
 
 
 def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """What of `fields` a connector has, so that a recipe's `connector_config` does for its peers as well.
+    """Selects the fields that a connector has, so that a recipe's `connector_config` also works for other connectors.
 
-    Fields that only other connectors have are left out, which is logged; those that none has are left to be refused.
+    Fields of other connectors are omitted with a warning. Unknown fields are kept, and refused later.
+
+    Args:
+        connector: `"tomeformer"`, `"qformer"` or `"mlp"`.
+        fields: Fields of any connector's configuration.
+
+    Returns:
+        The selected fields and `model_type`.
     """
     model_type = {"tomeformer": "tomeformer", "qformer": "evlgen_qformer", "mlp": "evlgen_mlp"}[connector]
-    own = CONNECTOR_CONFIGS[model_type].__dataclass_fields__.keys()
-    foreign = {name for peer in CONNECTOR_CONFIGS.values() for name in peer.__dataclass_fields__} - own
-    left_out = sorted(fields.keys() & foreign)
-    if left_out:
-        logger.warning(f"The connector is a {connector}: `connector_config`'s {', '.join(left_out)} are left out.")
-    return {**{name: value for name, value in fields.items() if name not in left_out}, "model_type": model_type}
+    known = CONNECTOR_CONFIGS[model_type].__dataclass_fields__.keys()
+    others = {
+        name for config_class in CONNECTOR_CONFIGS.values() for name in config_class.__dataclass_fields__
+    } - known
+    omitted = sorted(fields.keys() & others)
+    if omitted:
+        logger.warning(f"`connector_config`: a {connector} has no {', '.join(omitted)}, so they are left out.")
+    return {**{name: value for name, value in fields.items() if name not in omitted}, "model_type": model_type}
 
 
 def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
-    """Loads a trained model to go on with, by `load(name_or_path, **kwargs)`.
+    """Loads a trained model by `load(name_or_path, **kwargs)`.
 
     Raises:
-        ValueError: If there is no such model; the message names `argument`.
+        ValueError: If there is no such model. The message names `argument`.
     """
     try:
         return load(name_or_path, **kwargs)
@@ -91,10 +108,10 @@ def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: A
 
 
 def load_trainable(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
-    """Loads a trained model as [`load_captioner`] does, to train it on.
+    """Loads a trained model as [`load_captioner`] does, to continue its training.
 
     Raises:
-        ValueError: If there is no such model, or it is an adapter, which would neither be trained nor saved.
+        ValueError: If there is no such model, or it is an adapter. An adapter would neither be trained nor saved.
     """
 
     def load_unless_adapter(name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
@@ -109,14 +126,16 @@ def load_trainable(argument: str, load: Callable, name_or_path: str, **kwargs: A
 
 
 def load_image_processor(vision_model: str, **kwargs: Any) -> CLIPImageProcessor:
-    """The original's evaluation transform, a plain bicubic resize without a crop, with the tower's size, mean and std.
+    """Creates the original's evaluation transform for a tower: a bicubic resize without a crop.
 
-    A tower without an image processor beside it gets CLIP's at 224 pixels, which is logged.
+    Source: `BlipImageEvalProcessor` of the original (lavis/processors/blip_processors.py). Size, mean and standard
+    deviation are those of the tower's own image processor. If it has none, they are CLIP's at 224 pixels, which is
+    logged.
     """
     try:
         known = AutoImageProcessor.from_pretrained(vision_model, **kwargs)
     except (OSError, ValueError) as error:
-        logger.warning(f"{vision_model} has no image processor, so CLIP's at 224 pixels is taken: {error}")
+        logger.warning(f"{vision_model} has no image processor, so CLIP's at 224 pixels is used: {error}")
         return CLIPImageProcessor(size={"height": 224, "width": 224}, do_center_crop=False)
     if isinstance(known, TimmWrapperImageProcessor):
         _, height, width = known.data_config["input_size"]
