@@ -13,7 +13,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from export_graph import PIXELS, SoftPrompt, convert_to_onnx, example_pixels, export_graph
+from export import PIXELS, SoftPrompt, convert_to_onnx, example_pixels, export_graph
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor

@@ -1,56 +1,53 @@
-"""Exports what turns pixels into a soft prompt, vision tower and connector, as one file that needs no code.
+"""Exports vision tower and connector, from pixels to soft prompt, as one file that runs without this repository.
 
     python examples/export.py --model outputs/demo --output_dir outputs/export --formats pt2 onnx --check true
 
-`soft_prompt.pt2` is a graph of torch.export, for any number of images, in the weights' dtype, on the CPU
-(`torch.export.passes.move_to_device_pass` moves it); its settings for images lie in it:
+`soft_prompt.pt2` is a graph of torch.export for any number of images. It computes on the CPU in the weights' dtype;
+`torch.export.passes.move_to_device_pass` moves it to a GPU. The image processor's settings are stored in the file:
 
     files = {"image_processor.json": ""}
     program = torch.export.load("outputs/export/soft_prompt.pt2", extra_files=files).module()
     soft_prompt = program(pixel_values)  # (images, num_image_tokens, text_hidden_size)
 
-`soft_prompt.onnx` (needs `.[export]`) is the same for onnxruntime, with weights beside it where they are over 2 GB,
-and the settings among its metadata. A language model takes a soft prompt in place of its placeholders' embeddings;
+`soft_prompt.onnx` (needs `.[export]`) is the same graph for onnxruntime, with the settings in its metadata. Weights of
+over 2 GB lie in a second file. In the language model's input a soft prompt replaces the embeddings of placeholders.
 EVLGen's `generate` takes it as `mm_encoder_outputs={"image": EVLGenImageOutput(pooler_output=soft_prompt)}`.
 
-`--check true` compares both with the model on 8 images, in batches of 1, 3 and 4. The graph of torch.export must
-give the same up to 1e-5 of a soft prompt's largest value. onnxruntime adds up in another order, so it may be up to
-1e-3 off, and one image of the 8 by more: where two links between tokens are equally strong up to the last digits,
-it may merge the other one.
+`--check true` compares both files with the model on 8 images, in batches of 1, 3 and 4. Differences are relative to the
+soft prompt's largest value. For torch.export they must be at most 1e-5. For onnxruntime they must be at most 1e-3, but
+one image may exceed that: onnxruntime sums in another order, and so may merge another of two equally similar pairs.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from export_graph import (
-    PIXELS,
-    SoftPrompt,
-    convert_to_onnx,
-    example_pixels,
-    export_graph,
-    relative_difference,
-)
+from torch import nn
 
 from common.command_line import parse_arguments
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.temporal import encode_images
 from processing_evlgen import EVLGenProcessor
 
+PIXELS, SOFT_PROMPT = "pixel_values", "soft_prompt"  # the ONNX graph's input and output
 SETTINGS = "image_processor.json"
-BATCHES = (1, 3, 4)
-# Largest difference over a soft prompt's largest value, and how many images may be off by more.
+BATCH_SIZES = (1, 3, 4)
+# Largest relative difference, and the number of images that may exceed it.
 TOLERANCES = {"pt2": (1e-5, 0), "onnx": (1e-3, 1)}
 
 
 @dataclass
 class ExportArguments:
     model: str = field(default="outputs/demo", metadata={"help": "Captioner: a folder or a name on the Hub."})
-    output_dir: str = field(default="outputs/export", metadata={"help": "Where the files go."})
+    output_dir: str = field(default="outputs/export", metadata={"help": "Folder for the exported files."})
     formats: list[str] = field(default_factory=lambda: ["pt2"], metadata={"help": "pt2, onnx or both."})
-    dtype: str = field(default="float32", metadata={"help": "Of the vision tower: float32, or bfloat16 for pt2."})
-    check: bool = field(default=False, metadata={"help": "Compare what the files give with what the model gives."})
+    dtype: str = field(
+        default="float32", metadata={"help": "dtype of the vision tower: float32, or bfloat16 for pt2."}
+    )
+    check: bool = field(default=False, metadata={"help": "Compare the exported files with the model."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,9 +76,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_arguments(arguments: ExportArguments) -> None:
-    """
+    """Checks formats and dtype.
+
     Raises:
-        ValueError: If there is no such format or dtype, or onnxruntime would not run it.
+        ValueError: If there is no such format or dtype, or onnxruntime does not support the dtype.
     """
     unknown = sorted(set(arguments.formats) - set(TOLERANCES))
     if unknown or not arguments.formats:
@@ -94,30 +92,93 @@ def check_arguments(arguments: ExportArguments) -> None:
         )
 
 
-@torch.no_grad()
-def compare(prompt: SoftPrompt, image_size: tuple[int, int], name: str, path: Path) -> None:
-    """Compares a file with the model that it was made of.
+class SoftPrompt(nn.Module):
+    """Computes soft prompts from pixels with all parts of a model but its language model.
+
+    Args:
+        model ([`EVLGenForConditionalGeneration`]): The model. Its language model is removed from it.
+    """
+
+    def __init__(self, model: EVLGenForConditionalGeneration):
+        super().__init__()
+        model.language_model = nn.Identity()
+        self.model = model.eval().requires_grad_(False)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): From the image processor.
+
+        Returns:
+            `torch.Tensor` of shape `(images, num_image_tokens, text_hidden_size)`, the `pooler_output` of
+            [`get_image_features`].
+        """
+        tower = self.model.vision_tower
+        # (images, num_vision_tokens, vision_hidden_size)
+        tokens = encode_images(tower, self.model.temporal, pixel_values.to(tower.dtype))
+        return self.model.project_vision_features(tokens).pooler_output
+
+
+def example_pixels(prompt: SoftPrompt, image_size: tuple[int, int], images: int, seed: int = 0) -> torch.Tensor:
+    """Returns images of noise, `(images, channels, height, width)`, float32. No two of their tokens are alike."""
+    channels = getattr(prompt.model.config.vision_config, "num_channels", 3)
+    return torch.randn(images, channels, *image_size, generator=torch.Generator().manual_seed(seed))
+
+
+def export_graph(prompt: SoftPrompt, image_size: tuple[int, int]) -> torch.export.ExportedProgram:
+    """Exports the graph for any number of images.
+
+    Args:
+        prompt: The module to export.
+        image_size: Height and width of the images in pixels.
+    """
+    shapes = ({0: torch.export.Dim("images", min=1)},)
+    # Without gradients a temporal contextualizer splits its batch, and the graph would fix the number of parts.
+    with torch.enable_grad():
+        return torch.export.export(prompt, (example_pixels(prompt, image_size, 2),), dynamic_shapes=shapes)
+
+
+def convert_to_onnx(program: torch.export.ExportedProgram) -> Any:
+    """Converts the graph to a `torch.onnx.ONNXProgram`.
 
     Raises:
-        RuntimeError: If it gives something else.
+        ImportError: If the extra `export` is not installed.
+    """
+    try:
+        return torch.onnx.export(program, input_names=[PIXELS], output_names=[SOFT_PROMPT], verbose=False)
+    except ImportError as error:
+        raise ImportError('ONNX needs further packages. Install them with: pip install -e ".[export]"') from error
+
+
+def relative_difference(prompt: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Divides the largest difference in each image's soft prompt by its largest value, `(images,)`."""
+    return (prompt - other).abs().amax(dim=(1, 2)) / prompt.abs().amax(dim=(1, 2))
+
+
+@torch.no_grad()
+def compare(prompt: SoftPrompt, image_size: tuple[int, int], name: str, path: Path) -> None:
+    """Compares an exported file with the model.
+
+    Raises:
+        RuntimeError: If their soft prompts differ.
     """
     run = load_exported(name, path)
     differences = []
-    for seed, images in enumerate(BATCHES):
+    for seed, images in enumerate(BATCH_SIZES):
         pixel_values = example_pixels(prompt, image_size, images, seed)
         differences.append(relative_difference(prompt(pixel_values), run(pixel_values)))
     differences = torch.cat(differences)
     tolerance, outliers = TOLERANCES[name]
-    result = (
-        f"{len(differences)} soft prompts, the median {differences.median():.1e} off, {differences.max():.1e} at most"
-    )
+    result = f"relative differences of {len(differences)} soft prompts: median {differences.median():.1e}"
+    result += f", largest {differences.max():.1e}"
+    # A NaN is not within the tolerance.
     if not (differences <= tolerance).sum() >= len(differences) - outliers:
-        raise RuntimeError(f"{path} does not give what the model gives: {result}, but {tolerance} is allowed.")
+        raise RuntimeError(f"{path} differs from the model: {result}, but {tolerance} is allowed.")
     print(f"  checked: {result}")
 
 
 def load_exported(name: str, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What a file of format `name` computes."""
+    """Loads a file of format `name` as a function from pixels to soft prompts."""
     if name == "pt2":
         return torch.export.load(path).module()
     import onnxruntime

@@ -1,11 +1,11 @@
-"""examples/export.py: pixels to soft prompt in one file, which gives what the model gives and needs no code."""
+"""examples/export.py: one file computes the model's soft prompts from pixels, without this repository's code."""
 
 import json
 
 import export
 import pytest
 import torch
-from export_graph import SoftPrompt, convert_to_onnx, export_graph
+from export import SoftPrompt, convert_to_onnx, export_graph
 from safetensors.torch import save_file
 
 from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput
@@ -55,7 +55,7 @@ def assert_same(prompt, run, **tolerance):
         ("timm_cnn", "mlp"),
     ],
 )
-def test_a_graph_gives_what_the_model_gives(vision, connector, tmp_path):
+def test_a_graph_equals_the_model(vision, connector, tmp_path):
     model = build(vision, connector)
     pixels = torch.randn(3, 3, *SIZE)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_a_video_models_graph_takes_an_image_for_a_video_of_one_frame(tmp_path):
     ("vision", "connector"),
     [("eva", "tomeformer"), ("siglip", "tomeformer in order"), ("timm_cnn", "qformer"), ("siglip", "mlp")],
 )
-def test_onnxruntime_gives_what_the_model_gives(vision, connector, tmp_path):
+def test_onnxruntime_equals_the_model(vision, connector, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the export extra")
     prompt = SoftPrompt(build(vision, connector))
     convert_to_onnx(export_graph(prompt, SIZE)).save(tmp_path / "soft_prompt.onnx")
@@ -92,27 +92,27 @@ def test_onnxruntime_gives_what_the_model_gives(vision, connector, tmp_path):
     assert_same(prompt, run, atol=1e-5, rtol=1e-4)
 
 
-def test_the_script_writes_what_runs_without_this_repository(tmp_path, capsys):
+def test_exported_files_run_without_this_repository(tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="needs the export extra")
     model, processor = save(tmp_path / "model")
     out = tmp_path / "out"
     given = ["--model", str(tmp_path / "model"), "--output_dir", str(out), "--formats", "pt2", "onnx"]
     export.main([*given, "--check", "true"])
-    assert capsys.readouterr().out.count("checked: 8 soft prompts") == 2
+    assert capsys.readouterr().out.count("checked: relative differences of 8 soft prompts") == 2
     pixels = processor.image_processor(noise_images(3), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        save_file({"pixels": pixels, "soft_prompt": model.get_image_features(pixels).pooler_output}, out / "told")
+        save_file({"pixels": pixels, "soft_prompt": model.get_image_features(pixels).pooler_output}, out / "expected")
     code = """
 import sys
 sys.modules["transformers"] = None
 import onnxruntime, torch
 from safetensors.torch import load_file
-told, files = load_file("out/told"), {"image_processor.json": ""}
+expected, files = load_file("out/expected"), {"image_processor.json": ""}
 program = torch.export.load("out/soft_prompt.pt2", extra_files=files).module()
-torch.testing.assert_close(program(told["pixels"]), told["soft_prompt"])
+torch.testing.assert_close(program(expected["pixels"]), expected["soft_prompt"])
 session = onnxruntime.InferenceSession("out/soft_prompt.onnx")
-(soft_prompt,) = session.run(["soft_prompt"], {"pixel_values": told["pixels"].numpy()})
-torch.testing.assert_close(torch.from_numpy(soft_prompt), told["soft_prompt"], atol=1e-4, rtol=1e-4)
+(soft_prompt,) = session.run(["soft_prompt"], {"pixel_values": expected["pixels"].numpy()})
+torch.testing.assert_close(torch.from_numpy(soft_prompt), expected["soft_prompt"], atol=1e-4, rtol=1e-4)
 assert session.get_modelmeta().custom_metadata_map["image_processor.json"] == files["image_processor.json"]
 print(files["image_processor.json"])
 """
@@ -139,7 +139,7 @@ def test_the_check_notices_another_result(tmp_path):
         model.language_projection.bias[0] += 1e-2
     torch.export.save(export_graph(SoftPrompt(model), SIZE), path)
     prompt = SoftPrompt(EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model"))
-    with pytest.raises(RuntimeError, match=r"soft_prompt\.pt2 does not give what the model gives: 8 soft prompts"):
+    with pytest.raises(RuntimeError, match=r"soft_prompt\.pt2 differs from the model: relative differences of 8"):
         export.compare(prompt, SIZE, "pt2", path)
 
 
