@@ -37,8 +37,8 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
 
     Raises:
         ValueError: If the image cannot be read or has more than `max_pixels`; the message names it. If an array holds
-            NaN or infinite values.
-        TypeError: If `source` is nothing of the above.
+            NaN or infinite values, or has another number of dimensions than 3.
+        TypeError: If `source` is nothing of the above, or an array of no numbers.
     """
     if source is None:
         raise ValueError("`images`: None is no image.")
@@ -68,7 +68,11 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _check_array(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    if array.ndim != 3:
+        raise ValueError(f"`images`: an array must have 3 dimensions, but has the shape {tuple(array.shape)}.")
     if isinstance(array, np.ndarray):
+        if array.dtype.kind not in "buif":
+            raise TypeError(f"`images`: an array must hold numbers, but has the dtype {array.dtype}.")
         finite = np.isfinite(array).all()
     else:  # integers are finite, and slow to check
         finite = not array.is_floating_point() or array.isfinite().all()

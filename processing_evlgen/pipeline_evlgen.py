@@ -44,6 +44,8 @@ class EVLGenImageToTextPipeline(Pipeline):
         """
         if type(images).__module__.startswith("datasets."):
             images = (row for row in images)
+        if isinstance(images, list) and not images:  # transformers looks at the first entry
+            return []
         return super().__call__(images, **kwargs)
 
     def _sanitize_parameters(
@@ -55,6 +57,8 @@ class EVLGenImageToTextPipeline(Pipeline):
     def preprocess(self, inputs: Any, prompt: str = "") -> dict[str, torch.Tensor]:
         if isinstance(inputs, dict) and self.modality in inputs:
             inputs, prompt = inputs[self.modality], inputs.get("prompt", prompt)
+        if inputs is None:  # the processor would take the prompt alone
+            raise ValueError(f"`{self.modality}s` must not hold None.")
         return dict(self.processor(**{f"{self.modality}s": inputs}, text=prompt, return_tensors="pt"))
 
     def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ import importlib
 import random
 import tempfile
 from io import BytesIO
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> lis
     Raises:
         ValueError: If an argument is out of range.
     """
+    if not isinstance(num_frames, Integral):
+        raise ValueError(f"`num_frames` must be an integer, but is {num_frames!r}.")
     if total < 1 or num_frames < 1:
         raise ValueError(f"`total` and `num_frames` must be at least 1, but are {total} and {num_frames}.")
     count = min(num_frames, total)
@@ -66,6 +69,7 @@ def load_rgb_frames(
 
     Raises:
         ValueError: If the video cannot be read, has no frames or too large ones; the message names it.
+        TypeError: If `source` is nothing of the above.
         ImportError: If a file needs PyAV, which is not installed.
     """
     if isinstance(source, dict):
@@ -78,6 +82,10 @@ def load_rgb_frames(
             raise
         except Exception as error:  # FFmpeg and PIL raise errors of many types for broken files
             raise ValueError(f"`videos`: {name!r} cannot be read: {error}") from error
+    if not hasattr(source, "__len__"):
+        raise TypeError(
+            f"`videos` must hold files, URLs, arrays or lists of frames, but holds {type(source).__name__}."
+        )
     if len(source) == 0:
         raise ValueError("`videos` holds a video without frames.")
     frames = [source[index] for index in sample_frames(len(source), num_frames, sampling)]

@@ -13,11 +13,11 @@ from PIL import Image, ImageFile
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from processing_evlgen import EVLGenProcessor
+from processing_evlgen import EVLGenImageToTextPipeline, EVLGenProcessor
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.processing_evlgen import clean_caption
 
-from .helpers import noise_images, tiny_image_processor, tiny_tokenizer
+from .helpers import noise_images, tiny_image_processor, tiny_model, tiny_processor, tiny_tokenizer
 
 IMAGE, BOS, EOS = 300, 1, 2  # ids of the tiny tokenizer
 
@@ -303,8 +303,28 @@ def test_bad_input_is_named(inputs, error, message):
 def test_empty_images_without_a_text_are_refused():
     with pytest.raises(ValueError, match="Without a `text`, at least one image or video is needed"):
         make_processor()(images=[])
+
+
+def test_images_and_videos_of_another_type_or_shape_are_refused():
     with pytest.raises(TypeError, match="`images` must hold images, paths, URLs or arrays, but holds a int"):
         make_processor()(images=[7])
+    with pytest.raises(ValueError, match=r"`images`: an array must have 3 dimensions, but has the shape \(8, 8\)"):
+        make_processor()(images=np.zeros((8, 8)))
+    with pytest.raises(TypeError, match="`images`: an array must hold numbers, but has the dtype object"):
+        make_processor()(images=np.full((8, 8, 3), None))
+    with pytest.raises(TypeError, match="`videos` must hold files, URLs, arrays or lists of frames, but holds int"):
+        make_processor()(videos=7)
+    with pytest.raises(ValueError, match=r"`num_frames` must be an integer, but is 2\.5"):
+        make_processor()(videos=noise_images(4), num_frames=2.5)
+
+
+def test_a_pipeline_without_images_returns_nothing_and_names_none():
+    model = tiny_model()
+    captioner = EVLGenImageToTextPipeline(model, processor=tiny_processor(model))
+    assert captioner([]) == []
+    for images in (None, [None], {"image": None}):
+        with pytest.raises(ValueError, match="`images` must not hold None"):
+            captioner(images)
 
 
 @pytest.mark.parametrize("token", ["</s>", "<|im_end|>", "<pad>", "<video>"])
