@@ -130,7 +130,7 @@ def hash_weights(state_dict: Mapping[str, torch.Tensor]) -> str | None:
     """SHA-256 over the names, dtypes, shapes and bytes of weights in memory.
 
     The layout in memory and the device do not matter. Quantised weights of torchao count by the values that they stand
-    for. One CPU core hashes 1 to 2 GB each second; threads were no faster on two cores.
+    for. One CPU core hashes 1 to 2 GB each second. Threads were no faster on two busy cores.
 
     Args:
         state_dict: Tensors of any dtype and shape, by their names.
