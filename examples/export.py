@@ -13,9 +13,9 @@
 over 2 GB lie in a second file. In the language model's input a soft prompt replaces the embeddings of placeholders.
 EVLGen's `generate` takes it as `mm_encoder_outputs={"image": EVLGenImageOutput(pooler_output=soft_prompt)}`.
 
-`--check true` compares both files with the model on 8 images, in batches of 1, 3 and 4. Differences are relative to the
-soft prompt's largest value. For torch.export they must be at most 1e-5. For onnxruntime they must be at most 1e-3, but
-one image may exceed that: onnxruntime sums in another order, and so may merge another of two equally similar pairs.
+`--check true` compares both files with the model on 8 images, in batches of 1, 3 and 4. Differences are relative to
+the soft prompt's largest value. For torch.export they must be at most 1e-5, and for onnxruntime at most 1e-3. One
+image may exceed onnxruntime's limit: it sums in another order, and so may merge another of two equally similar pairs.
 """
 
 from collections.abc import Callable

@@ -1,13 +1,13 @@
-"""Draws which patches of an image or a video became which token of the soft prompt, layer by layer.
+"""Draws which patches of an image or a video become which token of the soft prompt, layer by layer.
 
     python examples/visualize_merging.py --model outputs/demo --images a.png b.png --output merging.png
     python examples/visualize_merging.py --model outputs/demo-video --videos video.mp4 --output merging.png
 
-Each row is an image, as the model sees it, and what each layer of the connector leaves of it: patches that have
-become one token share a colour and a number, its place among the tokens of that layer; behind the last layer, that is
-its place in the soft prompt. A video is one set of tokens before the connector, so there is one merging for all its
-frames; it is drawn over each of them, a row for each frame. `--model` may be an adapter's folder, from finetune.py.
-Videos need `.[video]`.
+Each row shows an image as the model receives it, and its patches after each layer of the connector. Patches of one
+token share a colour and a number, the token's position after that layer. After the last layer it is the position in
+the soft prompt. The frames of a video are averaged to one set of tokens before the connector, so they share one
+merging. It is drawn over each of them. `--model` may be an adapter's folder, from finetune.py. Videos need
+`.[video]`.
 """
 
 import argparse
@@ -35,7 +35,14 @@ GAP, TITLE = 16, 32  # pixels between panels, and above each
 
 @dataclass
 class Row:
-    """An image, or a frame of a video, and its merging: for each layer `(side, side)` and the number of tokens."""
+    """An image or a frame of a video, and its merging.
+
+    Attributes:
+        image: The image, SIDE x SIDE pixels.
+        name: Title of the row.
+        groups: For each layer the token that each patch is part of, of shape `(side, side)`.
+        counts: Number of tokens after each layer.
+    """
 
     image: Image.Image
     name: str
@@ -44,7 +51,7 @@ class Row:
 
 
 def image_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, sources: list[str]) -> list[Row]:
-    """A row for each image; sources are paths or URLs."""
+    """Computes a row for each image. Sources are paths or URLs."""
     images = [load_rgb_image(source) for source in sources]
     layers = merged_tokens(model, processor(images=images)["pixel_values"].to(model.device))
     return [
@@ -54,7 +61,7 @@ def image_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
 
 
 def video_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, source: str) -> list[Row]:
-    """A row for each frame that the model sees of a video; the source is a path or a URL."""
+    """Computes a row for each sampled frame of a video. The source is a path or a URL."""
     frames = load_rgb_frames(source, processor.num_frames)
     layers = merged_tokens(model, processor(videos=frames)["pixel_values_videos"].to(model.device))
     groups, counts = patch_groups(model, layers), token_counts(layers)
@@ -75,12 +82,12 @@ def draw_merging(
 
     Args:
         model, processor: The captioner.
-        images: Images: paths or URLs.
-        videos: Videos, likewise.
+        images, videos: Paths or URLs.
         path: The PNG file to write.
 
     Raises:
-        ValueError: If the model's connector is no TomeFormer, its patches are no square, or a source cannot be read.
+        ValueError: If the connector is not a TomeFormer, the tower's patches do not form a square, or a source cannot
+            be read.
     """
     rows = image_rows(model, processor, images) if images else []
     for video in videos:

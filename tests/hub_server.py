@@ -7,17 +7,17 @@
 
 Clients must be other processes: `huggingface_hub` reads HF_ENDPOINT when it is imported.
 
-It holds repositories in memory and answers what `huggingface_hub` and `transformers` ask when they create a
+It holds repositories in memory and answers the requests of `huggingface_hub` and `transformers` that create a
 repository, upload to it and load from it. It differs from the Hub in these ways:
 
-- Every file is a "regular" file, whatever its size: its content travels in the commit request. LFS and Xet, which the
-  Hub would ask for large files, are not spoken. As a consequence `upload_folder` starts another commit after each
-  100 MB, where the Hub would take one.
+- Every file is a "regular" file, whatever its size: its content is part of the commit request. The Hub would use LFS
+  or Xet for large files. As a consequence `upload_folder` makes a commit for each 100 MB, where the Hub would take
+  one.
 - There are branches, but no tags and no pull requests.
-- A new repository is empty, where the Hub would put a `.gitattributes` in it.
-- Any token may write to every repository; without a token, writing is refused. Nothing is private.
+- A new repository is empty, where the Hub would add a `.gitattributes`.
+- Any token may write to every repository. Writing without a token is refused. Nothing is private.
 
-What it does not know it answers with status 501, which a test can look for in `hub.requests`.
+Unknown requests get status 501. A test can search `hub.requests` for them.
 """
 
 import base64
@@ -31,7 +31,7 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote
 
-USER = "user"  # whose token it is: `create_repo("name")` creates "user/name"
+USER = "user"  # the token's owner: `create_repo("name")` creates "user/name"
 CLIENT_VARIABLES = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "PYTHONPATH")
 
 
@@ -40,7 +40,7 @@ def now() -> str:
 
 
 def git_oid(content: bytes) -> str:
-    """The id git gives a file; clients compare it with their own to leave unchanged files out of a commit."""
+    """Git's id of a file. Clients compare it with their own, and leave unchanged files out of a commit."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -51,11 +51,11 @@ class Commit:
     title: str
     message: str
     changed: list[str]
-    files: dict[str, bytes]  # the whole repository at this commit, not only what changed
+    files: dict[str, bytes]  # all files of the repository at this commit
     date: str = field(default_factory=now)
 
     def history(self) -> list["Commit"]:
-        """This commit and those it builds on, newest first, without the empty one a repository starts from."""
+        """Returns this commit and its ancestors, newest first, without the empty first commit of a repository."""
         return [self, *self.parent.history()] if self.parent else []
 
 
@@ -73,7 +73,7 @@ class Repo:
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def commit(self, branch: str, title: str, message: str, changes: dict[str, bytes | None]) -> Commit:
-        """Add a commit to a branch; a change to None deletes the path."""
+        """Adds a commit to a branch. A change to None deletes the path."""
         parent = self.branches[branch]
         files = {path: content for path, content in {**parent.files, **changes}.items() if content is not None}
         digest = hashlib.sha1(f"{parent.sha}\n{title}\n{message}".encode())
@@ -85,7 +85,7 @@ class Repo:
 
 
 class HubError(Exception):
-    """An answer that is an error. Clients choose the exception they raise by `code`, then by `status`."""
+    """An error reply. Clients choose the exception to raise by `code`, then by `status`."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **headers: str):
         super().__init__(message)
@@ -110,7 +110,7 @@ class Reply:
 
 REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo_id>[^/]+(?:/[^/]+)?)"
 REV = r"(?P<rev>[^/]+)"
-ROUTES = [  # method ("GET" answers HEAD too), path, and the method of HubServer that answers
+ROUTES = [  # method ("GET" also for HEAD), path, and the method of HubServer that replies
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
     ("POST", r"/api/repos/create", "create_repo"),
@@ -128,7 +128,7 @@ NEEDS_TOKEN = {"whoami", "create_repo", "delete_repo", "create_branch", "preuplo
 
 
 class HubServer:
-    """Serves on a free port while used as a context manager; `requests` keeps "METHOD path -> status" of each call."""
+    """Serves on a free port while used as a context manager. `requests` lists "METHOD path -> status" of each call."""
 
     def __init__(self):
         self.repos: dict[tuple[str, str], Repo] = {}  # by kind ("models", "datasets", "spaces") and id
@@ -146,10 +146,10 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
-    # What tests use.
+    # For tests.
 
     def client_env(self, hf_home) -> dict[str, str]:
-        """The environment for a client process: this one's, with nothing of its Hub settings or its PYTHONPATH."""
+        """Returns the environment for a client: this process's, without its Hub settings and its PYTHONPATH."""
         env = {name: value for name, value in os.environ.items() if not name.startswith(CLIENT_VARIABLES)}
         env |= {"HF_ENDPOINT": self.url, "HF_TOKEN": "hf_dummy", "HF_HOME": str(hf_home), "NO_PROXY": "127.0.0.1"}
         return env | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -161,9 +161,9 @@ class HubServer:
         history = reversed(self.repos[kind, repo_id].at("main").history())
         return [{"sha": commit.sha, "title": commit.title, "files": list(commit.changed)} for commit in history]
 
-    # What clients ask. Each method answers one route, with a Reply or with what is to be sent as JSON.
+    # For clients. Each method serves one route, and returns a Reply or the JSON to send.
 
-    def answer(self, request: Request, path: str) -> Reply:
+    def reply(self, request: Request, path: str) -> Reply:
         method = "GET" if request.method == "HEAD" else request.method
         for route_method, pattern, name in ROUTES:
             found = re.fullmatch(pattern, path) if route_method == method else None
@@ -180,7 +180,7 @@ class HubServer:
             with self.lock:
                 reply = getattr(self, name)(request, **args)
             return reply if isinstance(reply, Reply) else Reply(json.dumps(reply).encode())
-        raise HubError(501, f"The stand-in Hub has no answer to {request.method} {path}")
+        raise HubError(501, f"The stand-in Hub does not know {request.method} {path}")
 
     def whoami(self, request):
         token = {"displayName": "dummy", "role": "write"}
@@ -190,19 +190,19 @@ class HubServer:
         return {"errors": [], "warnings": []}
 
     def create_repo(self, request):
-        asked = json.loads(request.body)
-        kind = (asked.get("type") or "model") + "s"
-        repo_id = f"{asked.get('organization') or USER}/{asked['name']}"
+        body = json.loads(request.body)
+        kind = (body.get("type") or "model") + "s"
+        repo_id = f"{body.get('organization') or USER}/{body['name']}"
         url = f"{self.url}/{repo_id}" if kind == "models" else f"{self.url}/{kind}/{repo_id}"
         if (kind, repo_id) in self.repos:
-            body = {"error": "You already created this repo", "url": url}
-            return Reply(json.dumps(body).encode(), 409, {"X-Error-Message": body["error"]})
+            error = {"error": "You already created this repo", "url": url}
+            return Reply(json.dumps(error).encode(), 409, {"X-Error-Message": error["error"]})
         self.repos[kind, repo_id] = Repo(repo_id)
         return {"url": url, "name": repo_id}
 
     def delete_repo(self, request):
-        asked = json.loads(request.body)
-        name = (asked.get("type") or "model") + "s", f"{asked.get('organization') or USER}/{asked['name']}"
+        body = json.loads(request.body)
+        name = (body.get("type") or "model") + "s", f"{body.get('organization') or USER}/{body['name']}"
         if self.repos.pop(name, None) is None:
             raise HubError(404, "Repository not found", "RepoNotFound")
         return {}
@@ -249,10 +249,10 @@ class HubServer:
         return {}
 
     def preupload(self, request, repo, rev):
-        there = {path: git_oid(content) for path, content in repo.at(rev).files.items()}
-        asked = [file["path"] for file in json.loads(request.body)["files"]]
-        how = {"uploadMode": "regular", "shouldIgnore": False}
-        return {"files": [{"path": path, "oid": there.get(path), **how} for path in asked]}
+        oids = {path: git_oid(content) for path, content in repo.at(rev).files.items()}
+        paths = [file["path"] for file in json.loads(request.body)["files"]]
+        mode = {"uploadMode": "regular", "shouldIgnore": False}
+        return {"files": [{"path": path, "oid": oids.get(path), **mode} for path in paths]}
 
     def commit(self, request, repo, rev):
         if rev not in repo.branches:
@@ -271,10 +271,10 @@ class HubServer:
                 changes[value["path"]] = base64.b64decode(value["content"])
             elif key in ("deletedFile", "deletedFolder"):
                 path = value["path"].strip("/")
-                gone = [p for p in head.files if p == path or (key == "deletedFolder" and p.startswith(f"{path}/"))]
-                if not gone:
+                deleted = [p for p in head.files if p == path or (key == "deletedFolder" and p.startswith(f"{path}/"))]
+                if not deleted:
                     raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-                changes |= {p: None for p in gone if p not in changes}
+                changes |= {p: None for p in deleted if p not in changes}
             else:  # "lfsFile" comes only after `preupload` answered "lfs"
                 raise HubError(501, f"The stand-in Hub does not take {key!r} in a commit")
         new = repo.commit(rev, title, message, changes)
@@ -282,20 +282,20 @@ class HubServer:
 
     def resolve(self, request, repo, rev, path):
         commit = repo.at(rev)
-        headers = {"X-Repo-Commit": commit.sha}  # with a 404 too: clients then remember that the file is not there
+        headers = {"X-Repo-Commit": commit.sha}  # also with 404: clients then remember that there is no such file
         if path not in commit.files:
             raise HubError(404, "Entry not found", "EntryNotFound", **headers)
         content = commit.files[path]
         headers |= {"ETag": f'"{git_oid(content)}"', "Accept-Ranges": "bytes"}
         headers |= {"Content-Type": "application/octet-stream"}
-        asked = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
-        if not asked or asked[0] == "bytes=-":
+        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
+        if not wanted or wanted[0] == "bytes=-":
             return Reply(content, 200, headers)
         size = len(content)
-        if asked[1]:
-            start, end = int(asked[1]), min(int(asked[2] or size), size - 1)
+        if wanted[1]:
+            start, end = int(wanted[1]), min(int(wanted[2] or size), size - 1)
         else:
-            start, end = max(size - int(asked[2]), 0), size - 1
+            start, end = max(size - int(wanted[2]), 0), size - 1
         if start > end:
             raise HubError(416, "Range not satisfiable", **{"Content-Range": f"bytes */{size}"})
         return Reply(content[start : end + 1], 206, headers | {"Content-Range": f"bytes {start}-{end}/{size}"})
@@ -306,7 +306,7 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # keeps connections open, as clients like
+    protocol_version = "HTTP/1.1"  # keeps connections open
     disable_nagle_algorithm = True
 
     def respond(self):
@@ -314,10 +314,10 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
         try:
-            reply = self.server.hub.answer(Request(self.command, parse_qs(query), headers, body), path)
+            reply = self.server.hub.reply(Request(self.command, parse_qs(query), headers, body), path)
         except HubError as error:
             reply = Reply(json.dumps({"error": str(error)}).encode(), error.status, error.headers)
-        except Exception as error:  # a fault of this file; clients show the message, and would retry after a 500
+        except Exception as error:  # a bug in this file; clients show the message, and would retry after a 500
             reply = Reply(b"", 501, {"X-Error-Message": repr(error)})
         self.server.hub.requests.append(f"{self.command} {unquote(path)} -> {reply.status}")
         self.send_response(reply.status)

@@ -1,4 +1,4 @@
-"""The stand-in Hub answers the real clients: each test runs them in a process of its own, away from this checkout."""
+"""The stand-in Hub serves the real clients. Each test runs them in another process, outside this checkout."""
 
 import hashlib
 import subprocess
@@ -17,7 +17,7 @@ def hub():
 
 
 def run(hub, cwd, script):
-    """Run a client script. It must end well, and have asked nothing that the server does not know."""
+    """Runs a client script. It must succeed, and send no request that the server does not know."""
     path = cwd / "client.py"
     path.write_text(textwrap.dedent(script))
     env = hub.client_env(cwd / "hf_home") | {"OMP_NUM_THREADS": "1"}

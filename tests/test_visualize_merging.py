@@ -1,4 +1,4 @@
-"""examples/visualize_merging.py: the groups are the model's, and the drawing shows them."""
+"""examples/visualize_merging.py: the drawing shows the model's own merging."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def patch(drawn, row, column, side=4):
 
 
 def test_patches_of_a_token_share_a_colour_and_a_number():
-    """Wherever they lie, whatever the image shows; and no other patch looks like them."""
+    """Wherever the patches lie. No other patch has that colour and number."""
     groups = np.arange(16).reshape(4, 4)
     groups[0, 0] = groups[3, 1] = groups[1, 3] = 10
     drawn = merging_overlay.draw_groups(Image.new("RGB", (448, 448), "white"), groups)
@@ -46,7 +46,7 @@ def test_patches_of_a_token_share_a_colour_and_a_number():
             assert (np.abs(corner - others[:8, :8]).max() > 15) == (not same)
 
 
-def test_the_image_stays_to_be_seen_and_tokens_have_outlines():
+def test_the_image_stays_visible_and_tokens_have_outlines():
     image = Image.new("RGB", (448, 448), "white")
     image.paste("black", (0, 0, 224, 448))
     merged = np.asarray(merging_overlay.draw_groups(image, np.zeros((2, 2), dtype=int)), dtype=int)
@@ -56,7 +56,7 @@ def test_the_image_stays_to_be_seen_and_tokens_have_outlines():
 
 
 def test_numbers_are_as_large_as_there_is_room():
-    """At the width of a page (220 pixels for 14 patches) they still stand within their patches, and fill them."""
+    """At the width of a page (220 pixels for 14 patches) the numbers fill their patches and stay within them."""
     groups = np.arange(196).reshape(14, 14) % 98
     drawn = merging_overlay.draw_groups(Image.new("RGB", (448, 448), "white"), groups).convert("L")
     written = np.asarray(drawn) < 30
@@ -65,8 +65,8 @@ def test_numbers_are_as_large_as_there_is_room():
         assert np.ptp(rows) >= 14 and rows.max() <= 27 and columns.min() >= 1 and columns.max() <= 28
 
 
-def test_a_merged_token_keeps_a_colour():
-    """That of its first patch, from layer to layer."""
+def test_a_merged_token_keeps_its_colour():
+    """It has the colour of its first patch, from layer to layer."""
     image = Image.new("RGB", (448, 448), "white")
     before, after = (
         patch(merging_overlay.draw_groups(image, groups), 0, 0, 2)
@@ -91,7 +91,7 @@ def captioner(tmp_path_factory):
 
 
 def draw(captioner, *arguments):
-    """Draws what the arguments name; gives the panels of each row."""
+    """Runs the script with the arguments; returns the panels of each row."""
     output = captioner / "merging.png"
     visualize_merging.main(["--model", str(captioner), *arguments, "--output", str(output)])
     drawing = np.asarray(Image.open(output))
