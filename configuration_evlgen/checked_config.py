@@ -50,7 +50,7 @@ class CheckedConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CheckedConfig":
         # transformers sets the fields in `kwargs` after all checks, so they join the others here. Whole parts stay: it
         # merges those with the parts in `config_dict`.
-        names = [name for name in cls.field_names() if name in kwargs and name not in cls.sub_configs_defaults]
+        names = [name for name in cls.field_names() if name in kwargs and name not in cls.sub_configs]
         return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in names}}, **kwargs)
 
     def _check_range(self, name: str, low: float, high: float = math.inf) -> None:

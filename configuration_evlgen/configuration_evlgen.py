@@ -142,13 +142,12 @@ class EVLGenConfig(CheckedConfig):
         """Turns dictionaries into configurations of transformers. Its own errors do not name the part."""
         for name in ("vision_config", "text_config"):
             fields = getattr(self, name)
-            if not isinstance(fields, dict | None):
+            if not isinstance(fields, dict) or "model_type" not in fields:
                 continue
             try:
-                part, _ = self.sub_configs_defaults[name].create_subconfig(name, fields)
+                setattr(self, name, AutoConfig.for_model(**fields))
             except (TypeError, ValueError, StrictDataclassError) as error:
                 raise ValueError(f"`{name}` cannot be used: {error}") from error
-            setattr(self, name, part)
 
     def _complete(self, name: str, expected: int | None) -> None:
         """Sets a field that the vision tower's configuration determines, or checks it where it is given."""
@@ -219,7 +218,7 @@ class EVLGenConfig(CheckedConfig):
         if model_type != cls.model_type:
             raise ValueError(f"The checkpoint's `model_type` is {model_type!r}, but an {cls.model_type!r} is wanted.")
         # `EVLGenConfig()` fills missing parts with the paper's. A checkpoint without one is damaged.
-        missing = [name for name in cls.sub_configs_defaults if {**config_dict, **kwargs}.get(name) is None]
+        missing = [name for name in cls.sub_configs if {**config_dict, **kwargs}.get(name) is None]
         if missing:
             raise ValueError(f"The configuration of a checkpoint must have {', '.join(missing)}, which is missing.")
         return super().from_dict(config_dict, **kwargs)
