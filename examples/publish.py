@@ -326,7 +326,8 @@ def caption(published: str, arguments: PublishArguments) -> str:
     Raises:
         RuntimeError: If the model cannot be loaded, fails, or generates nothing.
     """
-    image = arguments.image or str(Path(arguments.model, SHEET).resolve())
+    image = arguments.image or str(Path(arguments.model, SHEET))
+    image = str(Path(image).resolve()) if Path(image).exists() else image  # the process starts in another folder
     command = [sys.executable, "-I", "-c", _WITHOUT_EVLGEN + CAPTION, "image-to-text", published, image]
     with tempfile.TemporaryDirectory() as elsewhere:
         process = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)

@@ -25,6 +25,7 @@ from common.evaluation.merging_overlay import (
     resize_to_side,
     token_counts,
 )
+from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import load_rgb_image
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not arguments.images and not arguments.videos:
         parser.error("at least one of --images and --videos must be given")
-    model = EVLGenForConditionalGeneration.from_pretrained(arguments.model)
+    model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, arguments.model)
     processor = EVLGenProcessor.from_pretrained(arguments.model)
     draw_merging(model, processor, arguments.images, arguments.videos, arguments.output)
     print(f"Drew {len(arguments.images)} images and {len(arguments.videos)} videos to {arguments.output}.")

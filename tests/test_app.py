@@ -187,7 +187,7 @@ def test_threads_that_are_left_behind_do_not_mix_mergings(captioner):
     slow.remove()
 
 
-def test_who_goes_away_stops_the_model(captioner):
+def test_a_visitor_who_leaves_stops_the_model(captioner):
     model, processor = captioner
     calls = []
     hook = model.language_model.register_forward_hook(lambda *_: calls.append(time.sleep(0.02)))
@@ -249,7 +249,7 @@ def test_other_connectors_are_refused_before_there_is_a_page():
         app.build_page(model, tiny_processor(model), 1)
 
 
-def test_the_page_is_local_bounded_and_tells_nobody(folder, monkeypatch):
+def test_the_page_is_local_and_bounded_and_sends_no_data(folder, monkeypatch):
     launched = {}
     monkeypatch.setattr(gr.Blocks, "launch", lambda page, **settings: launched.update(settings, page=page))
     app.main(["--model", str(folder), "--max_mb", "2"])

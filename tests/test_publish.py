@@ -86,7 +86,7 @@ def test_a_model_is_published_in_one_commit_and_works(hub, tmp_path, capsys):
     assert "captions.png" in card.text
 
 
-def test_a_folder_is_written_instead(tmp_path):
+def test_a_folder_is_written_instead(tmp_path, monkeypatch):
     towers = save_towers(tmp_path / "base")
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
         **towers, connector_config={"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "merge_r": 3}
@@ -95,7 +95,8 @@ def test_a_folder_is_written_instead(tmp_path):
     tiny_processor(model).save_pretrained(tmp_path / "model")
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     given = ["--model", str(tmp_path / "model"), "--folder", str(tmp_path / "out")]
-    publish.main([*given, "--check", "true", "--image", str(tmp_path / "red.png")])
+    monkeypatch.chdir(tmp_path)
+    publish.main([*given, "--check", "true", "--image", "red.png"])
     card = (tmp_path / "out" / "README.md").read_text()
     assert "The towers are in this repository" in card  # since nobody else has those folders
     assert 'model="out", trust_remote_code=True' in card  # by the folder's name, where no other is given

@@ -122,9 +122,11 @@ def test_without_images_or_videos_there_is_nothing_to_draw(captioner, capsys):
     assert "at least one of --images and --videos must be given" in capsys.readouterr().err
 
 
-def test_a_video_that_cannot_be_read_is_named(captioner):
+def test_a_video_or_a_model_that_cannot_be_read_is_named(captioner, tmp_path):
     with pytest.raises(ValueError, match=r"none\.mp4"):
         draw(captioner, "--videos", "none.mp4")
+    with pytest.raises(ValueError, match=r"`model`='.*nowhere' cannot be loaded"):
+        draw(tmp_path / "nowhere", "--videos", "none.mp4")
 
 
 def test_other_connectors_are_refused():
