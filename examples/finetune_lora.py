@@ -15,6 +15,7 @@ from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 
+TOWERS = {"text": ("language_model",), "vision": ("vision_tower",), "both": ("language_model", "vision_tower")}
 # What is trained in full, and saved with the adapter.
 TRAINED = ("ln_vision", "vision_projection", "connector", "language_projection", "temporal")
 LINEAR = (nn.Linear, Conv1D)  # the layers of quantised models are subclasses; GPT-2 has Conv1D
@@ -31,35 +32,24 @@ class LoraArguments:
 
 
 def target_modules(model: EVLGenForConditionalGeneration, lora: str) -> str:
-    """Finds the layers that get an adapter: all linear layers inside the numbered blocks of the towers.
+    """Returns a regular expression for the names of all linear layers inside the numbered blocks of the towers.
 
-    Heads, poolers and embeddings lie outside the blocks. A mixture's experts get no adapter where transformers keeps
-    them as one tensor.
-
-    Args:
-        model: The model.
-        lora: `"text"`, `"vision"` or `"both"`.
-
-    Returns:
-        A regular expression that matches the full names of these layers, for `LoraConfig`.
+    Adapters go there. Heads, poolers and embeddings lie outside the blocks. A mixture's experts get no adapter where
+    transformers keeps them as one tensor.
 
     Raises:
         ValueError: If a tower has no such layers.
     """
     expressions = []
-    for name, tower, config in (
-        ("text", "language_model", model.config.text_config),
-        ("vision", "vision_tower", model.config.vision_config),
-    ):
-        if lora not in (name, "both"):
-            continue
-        layers = _linear_layers_of_blocks(getattr(model, tower))
+    for name in TOWERS[lora]:
+        tower = getattr(model, name)
+        layers = _linear_layers_of_blocks(tower)
         if not layers:
             raise ValueError(
-                f"`lora` is {lora!r}, but the {tower.replace('_', ' ')} ({config.model_type!r}) has no linear layers "
-                "inside numbered blocks. An adapter needs such layers."
+                f"`lora` is {lora!r}, but the {name.replace('_', ' ')} ({tower.config.model_type!r}) has no linear "
+                "layers inside numbered blocks. An adapter needs such layers."
             )
-        expressions += [rf"{tower}\.{layer}" for layer in layers]
+        expressions += [rf"{name}\.{layer}" for layer in layers]
     return "|".join(expressions)
 
 
@@ -103,9 +93,6 @@ def quantization_config(bits: Literal["int8", "int4"] | None) -> Any | None:
     """Returns how to quantise a language model: to 4 bits (NF4) or 8 bits by bitsandbytes, to 8 on a CPU by torchao.
 
     On a CPU, torchao stores 4 bits as 8, and gradients through bitsandbytes 0.50's 8 bits are wrong.
-
-    Args:
-        bits: `"int8"`, `"int4"`, or None for no quantisation.
 
     Raises:
         ImportError: If the library is not installed.

@@ -25,15 +25,11 @@ class CiderDReward(CiderScorer):
     """CIDEr-D (Vedantam et al., CVPR 2015) of single captions, by pycocoevalcap, with given document frequencies.
 
     With the document frequencies of the references, the mean is a hundredth of `examples/metrics/coco_caption`'s
-    CIDEr-D. Only, each caption is tokenised by itself (see its `ptb_tokenizer.py`).
-
-    Args:
-        document_frequency (`Counter`):
-            Number of images whose captions hold each n-gram (`tuple[str, ...]`, n up to 4).
-        num_documents (`int`): Number of images that were counted.
+    CIDEr-D. Only, each caption is tokenised by itself (see its `ptb_tokenizer.py`). `document_frequency` holds the
+    number of images whose captions hold each n-gram, n up to 4. `num_documents` is the number of counted images.
     """
 
-    def __init__(self, document_frequency: Counter, num_documents: int):
+    def __init__(self, document_frequency: Counter[tuple[str, ...]], num_documents: int):
         super().__init__()
         self.document_frequency = document_frequency
         self.log_num_documents = math.log(num_documents)
@@ -47,14 +43,7 @@ class CiderDReward(CiderScorer):
         """Ignored: the scorer would set the number of captions that it scores."""
 
     def score(self, captions: list[str], references: list[list[str]]) -> list[float]:
-        """
-        Args:
-            captions: Generated captions.
-            references: The true captions of each.
-
-        Returns:
-            CIDEr-D of each, in [0, 10].
-        """
+        """Returns the CIDEr-D of each generated caption, in [0, 10], against its true captions."""
         self.ctest = [precook(tokenize_caption(caption)) for caption in captions]
         self.crefs = [[precook(tokenize_caption(caption)) for caption in captions] for captions in references]
         return [float(score) for score in self.compute_cider()]
@@ -63,23 +52,19 @@ class CiderDReward(CiderScorer):
 def load_reward(dataset: Dataset, data_args: DataArguments) -> CiderDReward:
     """Counts the n-grams of the training captions, or reads the counts from `$HF_HOME/evlgen_cider`.
 
-    Args:
-        dataset: The training split.
-        data_args: Names the caption column.
-
     Raises:
         ValueError: If there are fewer than two rows: all frequencies would be equal.
     """
     if len(dataset) < 2:
         raise ValueError(f"CIDEr needs the captions of at least 2 images, but the training split has {len(dataset)}.")
-    name = f"{dataset._fingerprint}-{data_args.caption_column}-ptb.json"
-    path = Path(constants.HF_HOME) / "evlgen_cider" / name
+    folder = Path(constants.HF_HOME) / "evlgen_cider"
+    path = folder / f"{dataset._fingerprint}-{data_args.caption_column}-ptb.json"
     try:
         counts = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # not counted yet, or the file is damaged
         counted = count_ngrams(dataset.select_columns([data_args.caption_column]), data_args)
         counts = {" ".join(ngram): count for ngram, count in counted.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(counts))
     return CiderDReward(Counter({tuple(ngram.split()): count for ngram, count in counts.items()}), len(dataset))
 

@@ -12,6 +12,8 @@ from common.data.rows import true_captions
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenImageOutput
 
+Encoded = dict[str, EVLGenImageOutput]  # soft prompts, by "image" or "video"
+
 
 class SCSTCollator(CaptionCollator):
     """Prompts without captions; the true captions stand under `references`, a list for each row."""
@@ -27,12 +29,7 @@ def self_critical_advantage(rewards: torch.Tensor) -> torch.Tensor:
     """Reward of each sample minus the mean reward of the other samples of the same image.
 
     Source: Luo, "A Better Variant of Self-Critical Sequence Training", arXiv 2003.09971 (leave-one-out REINFORCE).
-
-    Args:
-        rewards (`torch.Tensor` of shape `(images, samples)`): At least 2 samples.
-
-    Returns:
-        `torch.Tensor` of the same shape. Its mean over the samples of an image is 0.
+    Shapes are `(images, samples)`. The mean over the samples of an image is 0.
 
     Raises:
         ValueError: If there are fewer than 2 samples.
@@ -46,18 +43,12 @@ def self_critical_advantage(rewards: torch.Tensor) -> torch.Tensor:
 def sequence_log_probabilities(
     logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor, num_rows: int
 ) -> torch.Tensor:
-    """Sums the log-probabilities of the tokens of each sequence.
+    """Sums the log-probabilities of the tokens of each sequence, `(num_rows,)`, float32.
 
-    Args:
-        logits (`torch.Tensor` of shape `(tokens, vocab)`): One row for each token of all sequences.
-        targets (`torch.LongTensor` of shape `(tokens,)`): The tokens.
-        rows (`torch.LongTensor` of shape `(tokens,)`): Index of the sequence that each token belongs to.
-        num_rows (`int`): Number of sequences.
-
-    Returns:
-        `torch.Tensor` of shape `(num_rows,)`, float32.
+    `logits` are `(tokens, vocab)` and `targets` `(tokens,)`, of all sequences together. `rows`, `(tokens,)`, holds the
+    index of each token's sequence.
     """
-    chosen = logits.float().log_softmax(dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    chosen = logits.float().log_softmax(dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)  # (tokens,)
     return chosen.new_zeros(num_rows).index_add(0, rows, chosen)
 
 
@@ -72,13 +63,7 @@ class SCSTTrainer(EVLGenTrainer):
     """
 
     def __init__(
-        self,
-        *,
-        reward: CiderDReward,
-        num_samples: int,
-        greedy_baseline: bool,
-        max_new_tokens: int,
-        **kwargs: Any,
+        self, *, reward: CiderDReward, num_samples: int, greedy_baseline: bool, max_new_tokens: int, **kwargs: Any
     ):
         super().__init__(**kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -99,9 +84,8 @@ class SCSTTrainer(EVLGenTrainer):
         references = inputs.pop("references")
         evlgen = self.accelerator.unwrap_model(model)
         encoded = self._encode(evlgen, inputs)
-        sampled = self._generate(
-            evlgen, inputs, encoded, do_sample=True, top_k=0, num_return_sequences=self.num_samples
-        )
+        sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": self.num_samples}
+        sampled = self._generate(evlgen, inputs, encoded, **sampling)
         rewards = self._rewards(sampled, references, self.num_samples)  # (images, samples)
         if self.greedy_baseline:
             greedy = self._generate(evlgen, inputs, encoded, do_sample=False)
@@ -109,15 +93,13 @@ class SCSTTrainer(EVLGenTrainer):
         else:
             advantage = self_critical_advantage(rewards)
 
-        log_probabilities = self._score(model, inputs, encoded, sampled)
-        self._record(
-            reward=rewards.mean(),
-            baseline=(rewards - advantage).mean(),
-            length=_mask(sampled, evlgen).sum(1).float().mean(),
-        )
-        return -(advantage.flatten() * log_probabilities).mean()
+        lengths = _mask(sampled, evlgen).sum(1).float()
+        self._steps += 1
+        for name, values in (("reward", rewards), ("baseline", rewards - advantage), ("length", lengths)):
+            self._sums[name] += float(values.mean())
+        return -(advantage.flatten() * self._score(model, inputs, encoded, sampled)).mean()
 
-    def _encode(self, evlgen: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, EVLGenImageOutput]:
+    def _encode(self, evlgen: torch.nn.Module, inputs: dict[str, Any]) -> Encoded:
         """Soft prompts with gradient, computed once for all samples of an image."""
         if "pixel_values_videos" in inputs:
             videos, mask = inputs.pop("pixel_values_videos"), inputs.pop("frame_mask", None)
@@ -128,17 +110,16 @@ class SCSTTrainer(EVLGenTrainer):
 
     @torch.no_grad()
     def _generate(
-        self, evlgen: torch.nn.Module, inputs: dict[str, Any], encoded: dict[str, EVLGenImageOutput], **settings: Any
+        self, evlgen: torch.nn.Module, inputs: dict[str, Any], encoded: Encoded, **settings: Any
     ) -> torch.Tensor:
         """New tokens, `(images * samples, tokens)`."""
-        fixed = {
-            kind: EVLGenImageOutput(pooler_output=output.pooler_output.detach()) for kind, output in encoded.items()
-        }
+        # New outputs, since `generate` repeats their soft prompts in place.
+        outputs = {name: EVLGenImageOutput(pooler_output=output.pooler_output) for name, output in encoded.items()}
         with self.compute_loss_context_manager():
             sequences = evlgen.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                mm_encoder_outputs=fixed,
+                mm_encoder_outputs=outputs,
                 num_beams=1,
                 min_new_tokens=0,
                 max_new_tokens=self.max_new_tokens,
@@ -156,11 +137,7 @@ class SCSTTrainer(EVLGenTrainer):
         return torch.tensor(scores, device=new_tokens.device).view(len(references), samples)
 
     def _score(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        encoded: dict[str, EVLGenImageOutput],
-        sampled: torch.Tensor,
+        self, model: torch.nn.Module, inputs: dict[str, Any], encoded: Encoded, sampled: torch.Tensor
     ) -> torch.Tensor:
         """Log-probability of each sample with gradient, `(images * samples,)`."""
         repeats = len(sampled) // len(inputs["input_ids"])
@@ -183,11 +160,6 @@ class SCSTTrainer(EVLGenTrainer):
             logits = logits[:, :-1][labels[:, 1:] != -100]
         rows = torch.arange(len(mask), device=mask.device).unsqueeze(1).expand_as(mask)[mask]
         return sequence_log_probabilities(logits, sampled[mask], rows, len(mask))
-
-    def _record(self, **values: torch.Tensor) -> None:
-        self._steps += 1
-        for name, value in values.items():
-            self._sums[name] += float(value)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._steps:

@@ -10,23 +10,15 @@ from huggingface_hub import constants
 
 
 def demo_cache_dir() -> Path:
-    """Returns the folder that holds the demo's prepared models and data: `$HF_HOME/evlgen_demo`."""
+    """Returns `$HF_HOME/evlgen_demo`."""
     return Path(constants.HF_HOME) / "evlgen_demo"
 
 
 def prepare_once(name: str, write: Callable[[Path], None]) -> Path:
     """Returns the cached folder `name`, and first writes it if it does not exist.
 
-    `write` fills a temporary folder, which takes its final name only when it is complete. An interrupted process
-    therefore never leaves half a folder under the final name.
-
-    Args:
-        name: Path of the folder below `demo_cache_dir()`.
-        write: Called with a path that does not exist yet; must create a folder there. It may put temporary files
-            beside that folder.
-
-    Returns:
-        The complete folder.
+    `write` gets a path that does not exist yet. It must create a folder there, and may put temporary files beside it.
+    The folder takes its final name only when it is complete. So an interrupted process never leaves half a folder.
     """
     folder = demo_cache_dir() / name
     if folder.is_dir():

@@ -12,15 +12,7 @@ def with_article(noun: str) -> str:
 
 
 def save_splits(folder: Path, splits: dict[str, Iterable[dict]]) -> None:
-    """Saves a data set for `datasets.load_from_disk`.
-
-    Args:
-        folder: A new folder.
-        splits: Rows `{"image": PNG bytes, "caption": text}` of each split.
-    """
+    """Saves rows `{"image": PNG bytes, "caption": text}` of each split for `datasets.load_from_disk`."""
     features = Features({"image": Image(), "caption": Value("string")})
-    saved = DatasetDict()
-    for split, rows in splits.items():
-        rows = [{**row, "image": {"bytes": row["image"], "path": None}} for row in rows]
-        saved[split] = Dataset.from_list(rows, features=features, split=split)
-    saved.save_to_disk(folder)
+    saved = {split: Dataset.from_list(list(rows), features=features, split=split) for split, rows in splits.items()}
+    DatasetDict(saved).save_to_disk(folder)

