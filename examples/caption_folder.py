@@ -120,7 +120,7 @@ def caption_items(
 ) -> dict[str, int]:
     """Lists the items, captions those without a caption and, on the main process, writes all captions."""
     folder = Path(folder_args.output_dir)
-    with state.main_process_first():
+    with state.main_process_first():  # the others read the list that it has written
         items = load_items(folder / ITEMS, folder_args, is_new=state.is_main_process and is_new_run(folder))
     model, processor = load_answering_model(folder_args)
     collate = ItemCollator(processor, folder_args)
@@ -135,7 +135,7 @@ def caption_items(
             "max_pixels": folder_args.max_pixels,
             **answering_settings(model, processor, generation_args, folder_args),
         }
-        check_settings(folder, settings)
+        check_settings(folder, settings)  # before answers are dropped
         drop_changed(items, folder)
     answer_pending(items, range(len(items)), collate, model, processor, generation_args, folder_args, folder, state)
     return write_captions(items, folder, folder_args.format) if state.is_main_process else {}

@@ -136,7 +136,7 @@ def evaluate_rows(
     state: PartialState,
 ) -> dict[str, Any]:
     """Captions the rows, scores the captions and writes the results; the last two on the main process alone."""
-    with state.main_process_first():
+    with state.main_process_first():  # the others find the data set in the cache
         all_rows, data_args = load_rows(name, evaluation_args, caption_args)
         rows = first_rows(all_rows, evaluation_args.max_samples)
     has_references = any(rows["captions"])

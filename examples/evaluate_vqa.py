@@ -155,6 +155,7 @@ def load_rows(
         rows, data_args = load_dataset_rows(name, evaluation_args, question_args)
     total = len(rows)
     if not evaluation_args.benchmark and not evaluation_args.dataset:
+        # Spread over the split, so that all types of questions are among them.
         rows = rows.select(range(0, total, total // DEMO_QUESTIONS)).take(DEMO_QUESTIONS)
     rows = first_rows(rows, evaluation_args.max_samples)
     clean = question_args.clean_questions

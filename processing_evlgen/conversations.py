@@ -40,6 +40,7 @@ def encode_conversation(processor: ProcessorMixin, messages: list[dict[str, Any]
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
+        # The template writes the conversation up to this turn, as it does for generation.
         prompt = processor.apply_chat_template(turns[:index], add_generation_prompt=True)
         if not prompt.startswith(text):
             raise ValueError(
@@ -48,6 +49,7 @@ def encode_conversation(processor: ProcessorMixin, messages: list[dict[str, Any]
             )
         prompt_ids = processor.tokenize_prompt(prompt.removeprefix(text), add_special_tokens=not text)
         answer = turn["content"]
+        # By itself: generation appends the answer to the prompt's ids, and no token spans both.
         answer_ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
         check_plain_text(processor.tokenizer, end_id, {f"`messages` entry {index}": (answer, answer_ids)})
         ids += [*prompt_ids, *answer_ids, end_id]

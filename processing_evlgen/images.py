@@ -30,7 +30,7 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
         timeout (`float`, *optional*, defaults to 30.0): Seconds to wait for a URL.
         max_pixels (`int`, *optional*, defaults to 64,000,000):
             Largest width times height that is decoded. The size is read from the header, before any pixel. PIL has a
-            limit of its own, 179 million pixels, which `PIL.Image.MAX_IMAGE_PIXELS` sets for the whole process.
+            limit of its own, 179 million pixels. `PIL.Image.MAX_IMAGE_PIXELS` sets it for the whole process.
 
     Returns:
         `PIL.Image.Image` in mode RGB, or the array.
@@ -89,6 +89,7 @@ def _open(source: str | Path | dict, timeout: float) -> Image.Image:
                 return Image.open(BytesIO(source["bytes"]))
             source = source["path"]
         if str(source).startswith(("http://", "https://")):
+            # huggingface_hub brings httpx, so the code of a checkpoint needs no further package.
             response = httpx.get(str(source), timeout=timeout, follow_redirects=True).raise_for_status()
             return Image.open(BytesIO(response.content))
         if str(source).startswith("data:image/"):
@@ -118,8 +119,9 @@ def _describe(source: str | Path | dict) -> str:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":
+    if image.mode.startswith("I;16") or image.mode == "I":  # PIL would clip all values above 255
         image = image.point(lambda value: value / 256).convert("L")
+    # A palette, too, may have a transparent colour.
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")

@@ -42,6 +42,7 @@ class EVLGenImageToTextPipeline(Pipeline):
             For one image, `[{"generated_text": str}, …]` with `num_return_sequences` entries. For a list, a list of
             these. For a data set or a generator, an iterator over these.
         """
+        # transformers takes torch's data sets and generators as many images, and anything else as one.
         if type(images).__module__.startswith("datasets."):
             images = (row for row in images)
         if isinstance(images, list) and not images:  # transformers looks at the first entry
@@ -65,7 +66,8 @@ class EVLGenImageToTextPipeline(Pipeline):
         batch, prompt_length = model_inputs["input_ids"].shape
         generate_kwargs = self._prepare_generate_kwargs(generate_kwargs, return_dict_in_generate=False)
         sequences = self.model.generate(**model_inputs, **generate_kwargs)  # (batch * returned, sequence)
-        return {"generated": sequences[:, prompt_length:].reshape(batch, -1, sequences.shape[1] - prompt_length)}
+        new_tokens = sequences[:, prompt_length:]
+        return {"generated": new_tokens.reshape(batch, -1, new_tokens.shape[1])}  # (batch, returned, new tokens)
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
         texts = self.processor.batch_decode(model_outputs["generated"][0], skip_special_tokens=True)

@@ -102,11 +102,12 @@ class EVLGenProcessor(ProcessorMixin):
         if chat_template is None and tokenizer.chat_template is not None:
             join_parts = _JOIN_PARTS.replace("IMAGE_TOKEN", image_token).replace("VIDEO_TOKEN", video_token)
             chat_template = join_parts + tokenizer.get_chat_template()
+        # Not normalized: a tokenizer that lower-cases or splits words still finds them.
         placeholders = [AddedToken(token, special=True, normalized=False) for token in (image_token, video_token)]
         tokenizer.add_tokens(placeholders, special_tokens=True)
         tokenizer.padding_side = "left"  # for generation; with labels, `pad` takes the right side
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+            tokenizer.pad_token = tokenizer.eos_token  # labels are masked by length, so a real EOS stays a label
         self.num_image_tokens = num_image_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
@@ -252,7 +253,7 @@ class EVLGenProcessor(ProcessorMixin):
         sequences, labels = [], []
         for ids, caption_ids in zip(prompt_ids, suffix_ids, strict=True):
             sequences.append([*ids, *caption_ids, self.end_of_text_id])
-            unlabelled = len(ids) - int(self._is_bos_a_label(ids))
+            unlabelled = len(ids) - int(self._is_bos_a_label(ids))  # images and prompt carry no loss
             labels.append([-100] * unlabelled + sequences[-1][unlabelled:])
         return sequences, labels
 
@@ -325,7 +326,7 @@ class EVLGenProcessor(ProcessorMixin):
         pixels = self.image_processor(frames, **{**images_arguments, "return_tensors": "pt"})["pixel_values"]
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (videos, frames)
         padded = pixels.new_zeros(*mask.shape, *pixels.shape[1:])  # (videos, frames, channels, height, width)
-        padded[mask] = pixels
+        padded[mask] = pixels  # pixels: (frames of all videos, channels, height, width)
         return {"pixel_values_videos": padded} if mask.all() else {"pixel_values_videos": padded, "frame_mask": mask}
 
     def tokenize_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
@@ -338,7 +339,7 @@ class EVLGenProcessor(ProcessorMixin):
         while token := next((token for token in placeholders if text.startswith(token)), None):
             text = text.removeprefix(token)
             ids += [placeholders[token]] * self.num_image_tokens
-        for token in placeholders:
+        for token in placeholders:  # within the text; those at its start have ids already
             text = text.replace(token, token * self.num_image_tokens)
         bos = self.tokenizer.bos_token
         if bos is not None and text.startswith(bos):  # a chat template has added it
@@ -366,6 +367,7 @@ class EVLGenProcessor(ProcessorMixin):
     def _is_bos_a_label(self, prompt_ids: list[int]) -> bool:
         if not self.bos_label or prompt_ids[-1] != self.tokenizer.bos_token_id:
             return False
+        # The original masks images and prompts. If there is a prompt, it masks BOS as a part of it.
         return all(token in (self.image_token_id, self.video_token_id) for token in prompt_ids[:-1])
 
     @property

@@ -144,5 +144,5 @@ def _read_animated_image(name: str, num_frames: int, sampling: str, max_pixels: 
         check_size(image.width, image.height, max_pixels)
         for index in sample_frames(getattr(image, "n_frames", 1), num_frames, sampling):
             image.seek(index)
-            frames.append(load_rgb_image(image.copy()))
+            frames.append(load_rgb_image(image.copy()))  # the next `seek` overwrites the pixels
     return frames

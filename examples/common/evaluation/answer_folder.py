@@ -45,8 +45,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Writes the settings of a new run, or compares them with those that the run in the folder began with.
 
     Raises:
-        ValueError: If the answers in the folder come from other settings, which the message names, or from unknown
-            ones.
+        ValueError: If the settings differ; the message names them. If they are missing or broken.
     """
     path, remedy = folder / SETTINGS, f"Remove {folder}, or name another folder."
     if not path.exists():
@@ -104,6 +103,7 @@ def find_answers(files: list[Path], ids: Sequence[int | str]) -> np.ndarray:
     Raises:
         ValueError: If a line is broken or answers no row.
     """
+    # A range of millions of items needs no dictionary.
     index_of = ids.index if isinstance(ids, range) else {row: index for index, row in enumerate(ids)}.__getitem__
     positions = np.full((len(ids), 2), -1, dtype=np.int64)
     for number, file in enumerate(files):
@@ -140,5 +140,5 @@ def join_answers(folder: Path, ids: Sequence[int | str], dropped: Collection[int
         for number, offset in positions[positions[:, 0] >= 0]:
             files[number].seek(offset)
             joined.write(files[number].readline())
-    for part in parts:
+    for part in parts:  # only now: after a kill before this line, the first answer to each row is found again
         part.unlink()

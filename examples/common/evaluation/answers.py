@@ -86,6 +86,7 @@ def answer_rows(
     if not len(rows):
         raise ValueError("There is nothing to evaluate: the split has no rows.")
     ids = unique_ids(rows)
+    # Before the model is loaded, which may take minutes.
     checksums = row_checksums(rows, ids, data_args) if state.is_main_process else {}
     model, processor = load_answering_model(evaluation_args)
     if state.is_main_process:
@@ -142,7 +143,7 @@ def _identify_medium(medium: Any) -> Any:
     if medium is None:
         raise TypeError("there is none")
     if isinstance(medium, bytes):
-        return zlib.crc32(medium)
+        return zlib.crc32(medium)  # notices a change; it need not withstand an attack
     if not isinstance(medium, str) or medium.startswith(("http://", "https://", "data:")):
         return medium
     status = os.stat(medium)
@@ -214,6 +215,7 @@ def answer_pending(
         join_answers(folder, ids)
     state.wait_for_everyone()
 
+    # Every process reads the same file, and so computes the same batches.
     answered = find_answers([path], ids)[:, 0] >= 0
     if state.is_main_process and answered.any():
         print(f"{answered.sum()} of {len(ids)} rows have been answered before.")
@@ -233,7 +235,7 @@ def answer_pending(
     write_part(part, batch_ids, generate_answers(loader, generate), sum(map(len, share)), state.is_main_process)
 
     state.wait_for_everyone()
-    state.destroy_process_group()
+    state.destroy_process_group()  # the main process scores alone, and the others end
     if state.is_main_process:
         join_answers(folder, ids)
 
@@ -242,7 +244,7 @@ def generate_answers(
     loader: DataLoader, generate: Callable[..., Iterator[list[str]]]
 ) -> Iterator[list[dict[str, Any]]]:
     """The answers to each batch: `{"text": str}`, or `{"text": None, "error": str}` for an unreadable row."""
-    errors: deque[list[str | None] | None] = deque()
+    errors: deque[list[str | None] | None] = deque()  # of batches that are not answered yet
 
     def inputs() -> Iterator[BatchFeature]:
         for batch in loader:

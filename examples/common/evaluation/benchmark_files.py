@@ -168,7 +168,7 @@ def _msvd_captions(path: str) -> list[tuple[str, str]]:
         try:
             return [
                 (f"{line['VideoID']}_{line['Start']}_{line['End']}", line["Description"].strip())
-                for line in csv.DictReader(io.StringIO(text, newline=""))
+                for line in csv.DictReader(io.StringIO(text, newline=""))  # a caption may hold a line break
                 if line["Language"] == "English" and line["Description"].strip()
             ]
         except (KeyError, AttributeError) as error:
@@ -273,7 +273,7 @@ def _read_text(argument: str, path: str | None) -> str:
     if not path:
         raise ValueError(f"`{argument}` is needed: a file of the benchmark.")
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")  # a file may begin with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"`{argument}`: {path} cannot be read: {error}") from error
 

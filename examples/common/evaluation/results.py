@@ -74,7 +74,7 @@ def check_source(
 
 def _non_defaults(arguments: Any) -> list[str]:
     """Names of the arguments with other values than their defaults."""
-    defaults = type(arguments)()
+    defaults = type(arguments)()  # the parser does not record which arguments were given
     return [name for name, value in vars(arguments).items() if value != getattr(defaults, name)]
 
 
