@@ -187,9 +187,14 @@ def main(argv: list[str] | None = None) -> None:
         choices=["auto", "float32", "float16", "bfloat16"],
         help="dtype of the frozen towers. Default: the language model's.",
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for the converted checkpoint.")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="New or empty folder to write to."
+    )
     arguments = parser.parse_args(argv)
 
+    # An adapter that stays beside the converted model would be applied to it.
+    if arguments.output_dir.exists() and any(arguments.output_dir.iterdir()):
+        raise ValueError(f"`output_dir` must be a new or empty folder, but {arguments.output_dir} holds files.")
     original = load_checkpoint(arguments.checkpoint)
     converted = convert_state_dict(original)
     connector, temporal = infer_sizes(converted)

@@ -346,3 +346,11 @@ def test_a_file_that_is_no_checkpoint_is_named(content, message, tmp_path):
     with pytest.raises(ValueError, match=r"^`checkpoint`: .*nowhere\.pth is not a file"):
         main(["--checkpoint", str(tmp_path / "nowhere.pth"), *arguments])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_files_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    arguments = ["--checkpoint", "none.pth", "--vision_model", "none", "--text_model", "none"]
+    with pytest.raises(ValueError, match=r"`output_dir` must be a new or empty folder, but .*out holds files"):
+        main([*arguments, "--output_dir", str(tmp_path / "out")])
