@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import ADAPTER_CONFIG_NAME, logging
 
 from configuration_evlgen import EVLGenConfig
 from configuration_evlgen.configuration_connectors import ConnectorConfig
@@ -153,7 +153,8 @@ class TowerCheckpointMixin:
 
         Raises:
             ValueError: If `towers` is `"reference"`, but a tower has no name, or has changed since it was loaded. If
-                `"include"` is to save a quantised language model. If the model was loaded with an adapter.
+                `"include"` is to save a quantised language model. If the model was loaded with an adapter, or the
+                folder holds one.
             OSError: If the disk has no room for the weights. An earlier checkpoint in the folder is left as it is.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
@@ -161,6 +162,11 @@ class TowerCheckpointMixin:
                 "A model that was loaded with an adapter cannot be saved. Load the model that the adapter is for, and "
                 "`PeftModel.from_pretrained(model, adapter)`: its `save_pretrained` saves the adapter, and "
                 "`merge_and_unload().save_pretrained` a model that has become one with it."
+            )
+        if os.path.exists(os.path.join(save_directory, ADAPTER_CONFIG_NAME)):
+            raise ValueError(
+                f"`save_directory`: {save_directory} holds an adapter ({ADAPTER_CONFIG_NAME}), which would be loaded "
+                "together with this model. Remove it or name another folder."
             )
         towers = choose_towers(self, towers, kwargs.get("state_dict"))
         leave_out_towers(self, towers == "reference")

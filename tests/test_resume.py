@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from .helpers import ROOT, save_image_folder, save_towers
+from .helpers import ROOT, save_image_folder, save_towers, tiny_model
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 CONNECTOR = {**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "merge_r": 3}
@@ -199,6 +199,14 @@ def test_two_runs_do_not_share_a_folder(work, tmp_path):
         process.wait()
     with FileLock(tmp_path / "_run.lock", blocking=False):  # ends with the process
         pass
+
+
+def test_a_model_is_not_trained_or_saved_beside_an_adapter(work, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"`output_dir`: .* holds an adapter"):
+        pretrain.main(arguments(work, tmp_path))
+    with pytest.raises(ValueError, match=r"`save_directory`: .* holds an adapter \(adapter_config\.json\)"):
+        tiny_model().save_pretrained(tmp_path)
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(work, tmp_path):

@@ -22,7 +22,7 @@ from common.data.collator import CaptionCollator
 from common.data.streams import CaptionStream
 from common.files import only_run_in, write_whole
 from common.training.resume import RUN_NAME, check_settings_of_run, run_settings
-from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 from modeling_evlgen.adapters import save_base
 from modeling_evlgen.named_towers import choose_towers
 
@@ -97,6 +97,8 @@ class EVLGenTrainer(Trainer):
         if checkpoint is not None:
             check_settings_of_run(checkpoint, self._settings())
             state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        if not isinstance(self.model, PeftModel) and (output_dir / ADAPTER_CONFIG_NAME).exists():
+            raise ValueError(f"`output_dir`: {output_dir} holds an adapter. Remove it or name another folder.")
         if self.is_world_process_zero():
             if checkpoint is None and any((output_dir / name).exists() for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
                 logger.warning(f"{output_dir} holds a model. The model trained now will replace it.")
@@ -170,6 +172,10 @@ class EVLGenTrainer(Trainer):
             self.positions["states"][str(reader)] = state
             self.positions["next_reader"] = (reader + 1) % max(1, self.args.dataloader_num_workers)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # Logits of images, prompts and padding would fill memory.
+        return super().compute_loss(model, limit_logits(inputs) if model.training else inputs, *args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Decay for matrices only, none for biases, norms and gains (the original's lavis/runners/runner_base.py)."""
