@@ -11,6 +11,7 @@ GEMM rate compares the operations per second of a step with those of one large m
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -18,13 +19,14 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, TimmWrapperConfig
 
 from configuration_evlgen import EVLGenConfig
-from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 
 from .markdown import markdown_table
-from .timing import argument_parser, count_flops, in_new_process, measure, peak_megabytes, take_turns
+from .timing import argument_parser, count_flops, in_new_process, peak_megabytes, take_turns
 
 BATCH, PROMPT, CAPTION = 16, 10, 10
 BEAMS, GENERATION_BATCH = 5, 8
+SQUARE = 4096  # side of the large matrices
 TEXT = LlamaConfig(
     hidden_size=576,
     intermediate_size=1536,
@@ -120,7 +122,7 @@ def training_step(model: torch.nn.Module, batches: Iterator[dict[str, Any]]) -> 
 
     def step() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model(**next(batches))["loss"]
+            loss = model(**limit_logits(next(batches)))["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -151,27 +153,20 @@ def parts_of_a_step(model: EVLGenForConditionalGeneration) -> dict[str, Step]:
 
 def tower_step(model: EVLGenForConditionalGeneration) -> Step:
     """Returns the frozen vision tower's part of a step. Cached features save it."""
-    pixel_values = torch.randn(BATCH, 3, 224, 224)
-
-    def run() -> None:
-        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            model.get_vision_features(pixel_values)
-
-    return run
+    encode = torch.autocast("cpu", dtype=torch.bfloat16)(model.get_vision_features)
+    return partial(encode, torch.randn(BATCH, 3, 224, 224))
 
 
 def generation(model: EVLGenForConditionalGeneration) -> Step:
     """Returns the generation of captions of exactly 10 tokens for 8 images, with 5 beams."""
     batch = random_batch(model, GENERATION_BATCH)
     inputs = {name: batch[name][:, :-CAPTION] for name in ("input_ids", "attention_mask")}
-    lengths = {"min_new_tokens": CAPTION, "max_new_tokens": CAPTION}
+    settings = {"num_beams": BEAMS, "do_sample": False, "min_new_tokens": CAPTION, "max_new_tokens": CAPTION}
 
+    @torch.autocast("cpu", dtype=torch.bfloat16)
     def generate() -> None:
         model.eval()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            model.generate(
-                vision_features=batch["vision_features"], **inputs, num_beams=BEAMS, **lengths, do_sample=False
-            )
+        model.generate(vision_features=batch["vision_features"], **inputs, **settings)
         model.train()
 
     return generate
@@ -181,13 +176,6 @@ def share_towers(models: list[EVLGenForConditionalGeneration]) -> None:
     """Gives all models the frozen towers of the first, so that no candidate gains from its place in memory."""
     for model in models[1:]:
         model.vision_tower, model.language_model = models[0].vision_tower, models[0].language_model
-
-
-def matrix_rate(rounds: int) -> float:
-    """Floating-point operations per second of one large bfloat16 product: the median round."""
-    a, b = (torch.randn(4096, 4096, dtype=torch.bfloat16) for _ in range(2))
-    seconds = sorted(measure(lambda: a @ b) for _ in range(rounds))
-    return 2 * 4096**3 / seconds[rounds // 2]
 
 
 def peak_of_a_step(config: EVLGenConfig) -> float:
@@ -205,7 +193,8 @@ def compare_connectors(size: str, configs: dict[str, EVLGenConfig], rounds: int)
     models = {name: build(config) for name, config in configs.items()}
     share_towers(list(models.values()))
     first = next(iter(models))
-    runs: dict[Any, Step] = {"tower": tower_step(models[first])}
+    square = torch.randn(SQUARE, SQUARE, dtype=torch.bfloat16)
+    runs: dict[Any, Step] = {"tower": tower_step(models[first]), "product": partial(torch.mm, square, square)}
     flops = {}
     for name, model in models.items():
         parts = parts_of_a_step(model)
@@ -213,7 +202,7 @@ def compare_connectors(size: str, configs: dict[str, EVLGenConfig], rounds: int)
         runs |= {(name, part): run for part, run in parts.items()}
         runs[name, "generation"] = generation(model)
     seconds = take_turns(runs, rounds)
-    rate = matrix_rate(rounds)
+    rate = 2 * SQUARE**3 / seconds["product"]
     header = ["connector", "tokens", "step", "images/s", "with the tower", "connector", "LLM, optimizer", "head"]
     rows = []
     for name, model in models.items():

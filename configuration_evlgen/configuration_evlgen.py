@@ -6,11 +6,16 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
 
 from .checked_config import CheckedConfig
 from .configuration_connectors import TomeFormerConfig, connector_config_class
 from .hub_code import AUTO_MAP, CUSTOM_PIPELINES, save_hub_code
+
+# The paper's towers. The default configuration of transformers for the first is EVA ViT-g.
+_EVA_VIT_G = {"model_type": "blip_2_vision_model"}
+_OPT_2_7B = {"model_type": "opt", "hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240}
+_OPT_2_7B |= {"num_hidden_layers": 32, "num_attention_heads": 32}
 
 # These towers take images of any size. The `image_size` in their configuration is not binding.
 _ANY_IMAGE_SIZE = ("dinov2", "dinov2_with_registers")
@@ -73,21 +78,8 @@ class EVLGenConfig(CheckedConfig):
     """
 
     model_type = "evlgen"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="blip_2_vision_model"),
-        "connector_config": SubConfigSpec(config_class=TomeFormerConfig),
-        "text_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="opt",
-            init_kwargs={
-                "hidden_size": 2560,
-                "word_embed_proj_dim": 2560,
-                "ffn_dim": 10240,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
-            },
-        ),
-    }
+    # Older releases of transformers do not have `sub_configs_defaults`, by which newer ones would build the parts.
+    sub_configs = {"vision_config": AutoConfig, "connector_config": TomeFormerConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     connector_config: dict | PreTrainedConfig | None = None
@@ -111,8 +103,8 @@ class EVLGenConfig(CheckedConfig):
     def __post_init__(self, **kwargs: Any):
         connector = self.connector_config
         class_token_is_given = not isinstance(connector, dict | None) or "class_token" in (connector or {})
-        if isinstance(connector, dict):
-            self.connector_config = connector_config_class(connector)(**connector)
+        if isinstance(connector, dict | None):
+            self.connector_config = connector_config_class(connector or {})(**(connector or {}))
         self._build_tower_configs()
         super().__post_init__(**kwargs)
         connector_config_class({"model_type": self.connector_config.model_type})  # raises where it is no connector
@@ -140,10 +132,11 @@ class EVLGenConfig(CheckedConfig):
 
     def _build_tower_configs(self) -> None:
         """Turns dictionaries into configurations of transformers. Its own errors do not name the part."""
-        for name in ("vision_config", "text_config"):
+        for name, defaults in (("vision_config", _EVA_VIT_G), ("text_config", _OPT_2_7B)):
             fields = getattr(self, name)
-            if not isinstance(fields, dict) or "model_type" not in fields:
+            if not isinstance(fields, dict | None):
                 continue
+            fields = defaults if fields is None else {"model_type": defaults["model_type"], **fields}
             try:
                 setattr(self, name, AutoConfig.for_model(**fields))
             except (TypeError, ValueError, StrictDataclassError) as error:

@@ -10,7 +10,7 @@ from transformers import BatchFeature
 from common.data.collator import CaptionCollator
 from common.data.rows import true_captions
 from common.training.trainer import EVLGenTrainer
-from modeling_evlgen import EVLGenImageOutput
+from modeling_evlgen import EVLGenImageOutput, target_positions
 
 Encoded = dict[str, EVLGenImageOutput]  # soft prompts, by "image" or "video"
 
@@ -145,6 +145,7 @@ class SCSTTrainer(EVLGenTrainer):
         prompt_mask = inputs["attention_mask"].repeat_interleave(repeats, dim=0)
         mask = _mask(sampled, self.accelerator.unwrap_model(model))  # (samples, tokens)
         labels = torch.cat([torch.full_like(prompt_ids, -100), sampled.masked_fill(~mask, -100)], dim=1)
+        positions = target_positions(labels)  # (samples, sequence)
         soft_prompts = {
             kind: EVLGenImageOutput(pooler_output=output.pooler_output.repeat_interleave(repeats, dim=0))
             for kind, output in encoded.items()
@@ -153,11 +154,11 @@ class SCSTTrainer(EVLGenTrainer):
             input_ids=torch.cat([prompt_ids, sampled], dim=1),
             attention_mask=torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], dim=1),
             mm_encoder_outputs=soft_prompts,
-            labels=labels,
+            logits_to_keep=positions,
         )
         logits = outputs.logits
-        if logits.ndim == 3:  # else only the labels have logits, `(tokens, vocab)`
-            logits = logits[:, :-1][labels[:, 1:] != -100]
+        if logits.ndim == 3:  # of a language model that does not take `logits_to_keep`
+            logits = logits[positions]
         rows = torch.arange(len(mask), device=mask.device).unsqueeze(1).expand_as(mask)[mask]
         return sequence_log_probabilities(logits, sampled[mask], rows, len(mask))
 

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig, TomeFormerConfig
 
 from .connectors import MLPConnector, QFormerConnector
-from .modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput
+from .labels import limit_logits, target_positions
+from .modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput, EVLGenModel
 from .token_merging import TokenMerging, bipartite_soft_matching
 from .tomeformer import TomeFormerModel, TomeFormerOutput
 
@@ -27,10 +28,13 @@ for auto_class in (AutoModel, AutoModelForImageTextToText):
 __all__ = [
     "EVLGenForConditionalGeneration",
     "EVLGenImageOutput",
+    "EVLGenModel",
     "MLPConnector",
     "QFormerConnector",
     "TokenMerging",
     "TomeFormerModel",
     "TomeFormerOutput",
     "bipartite_soft_matching",
+    "limit_logits",
+    "target_positions",
 ]

@@ -7,26 +7,31 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
-from transformers.generation import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MultimodalCausalLMOutputWithPast
 from transformers.utils import can_return_tuple, torch_compilable_check
 
 from configuration_evlgen import EVLGenConfig
 
 from .activation_checkpointing import checkpoint_frozen_layers
 from .connectors import build_connector
-from .input_checks import check_finite, check_length, check_vision_features
+from .generation import EVLGenGenerationMixin
+from .input_checks import check_length, check_vision_features
+from .labels import mask_labels, select_positions, shift_labels
 from .named_towers import allow_missing_towers
 from .temporal import TemporalContextualizer, TemporalTower, encode_images, encode_videos
 from .tower_checkpoints import TowerCheckpointMixin
 from .vision_tower import build_vision_tower
+from .vllm_backend import adapt_to_vllm, check_checkpoint, is_built_by_vllm
 from .whitening import whiten_inputs
+
+# The keys and values of earlier tokens are an argument with another name in releases of transformers before 5.20.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 @dataclass
@@ -45,12 +50,39 @@ class EVLGenImageOutput(BaseModelOutputWithPooling):
     output_index: torch.Tensor | None = None
 
 
-class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, GenerationMixin):
-    """Generates text from images: vision tower → LayerNorm, Linear → TomeFormer → Linear → language model.
+@dataclass
+class EVLGenModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, sequence, dim)`): The input of the language model's head.
+        image_outputs, video_outputs ([`EVLGenImageOutput`], *optional*): The encoded images and videos, if any.
+    """
 
-    The TomeFormer may be another connector. Each `<image>` placeholder of the text is replaced by one token of the
-    soft prompt. The towers are frozen: without gradient, and in evaluation mode even after `train()`, unless the user
-    trains one of their parameters.
+    image_outputs: EVLGenImageOutput | None = None
+    video_outputs: EVLGenImageOutput | None = None
+
+
+@dataclass
+class EVLGenCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    Args:
+        loss (`torch.Tensor`, *optional*): The mean cross-entropy of the targets, if there are labels.
+        logits (`torch.Tensor` of shape `(batch, sequence, vocab)`):
+            Scores of the next token; for a `logits_to_keep` of shape `(batch, sequence)`, of shape `(kept, vocab)`.
+        image_outputs, video_outputs ([`EVLGenImageOutput`], *optional*): The encoded images and videos, if any.
+    """
+
+    image_outputs: EVLGenImageOutput | None = None
+    video_outputs: EVLGenImageOutput | None = None
+
+
+class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
+    """Vision tower → LayerNorm, Linear → TomeFormer → Linear → language model, up to its last hidden state.
+
+    The language model is whole, so checkpoints are those of [`EVLGenForConditionalGeneration`]. Only its head does not
+    run. The TomeFormer may be another connector. Each `<image>` placeholder of the text is replaced by one token of
+    the soft prompt. The towers are frozen: without gradient, and in evaluation mode even after `train()`, unless the
+    user trains one of their parameters.
 
     Args:
         config ([`EVLGenConfig`]): The configuration.
@@ -265,14 +297,12 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
         pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         frame_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
         vision_features: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, EVLGenImageOutput] | None = None,
-        logits_to_keep: int | torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> MultimodalCausalLMOutputWithPast:
+    ) -> EVLGenModelOutputWithPast:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
@@ -285,8 +315,6 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
                 The videos, likewise.
             frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
                 False for the frames that pad a short video.
-            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
-                `input_ids` where the model learns to predict them, -100 elsewhere. They are shifted inside.
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
                 Features of the images from [`get_vision_features`], instead of `pixel_values`.
             inputs_embeds (`torch.Tensor` of shape `(batch, sequence, text_dim)`, *optional*):
@@ -295,107 +323,73 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
             mm_encoder_outputs (`dict[str, EVLGenImageOutput]`, *optional*):
                 Outputs of [`get_image_features`] under `"image"`, instead of `pixel_values`, and of
                 [`get_video_features`] under `"video"`, instead of `pixel_values_videos`.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*):
-                The places that logits are computed for, as in transformers' language models. In training with
-                `labels`, the default is the places with a target, and `logits` has shape `(targets, vocab)`. Otherwise
-                it is all places.
-            kwargs:
-                Arguments of the language model (`cache`, `use_cache` …), and `num_items_in_batch` of the loss.
+            kwargs: Arguments of the language model (`cache`, `use_cache` …).
 
         Raises:
             ValueError: If inputs contradict each other, placeholders and images differ in number, or the text is
                 longer than the language model allows.
         """
+        encoded = self._encode(pixel_values, pixel_values_videos, frame_mask, vision_features, mm_encoder_outputs)
+        inputs = self._prepare_inputs(input_ids, inputs_embeds, encoded, position_ids, kwargs)
+        outputs = self.get_decoder()(attention_mask=attention_mask, return_dict=True, **inputs)
+        return EVLGenModelOutputWithPast(**outputs, image_outputs=encoded["image"], video_outputs=encoded["video"])
+
+    def get_decoder(self) -> nn.Module:
+        """Returns the language model without its head."""
+        return self.language_model.base_model
+
+    def _encode(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        frame_mask: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, EVLGenImageOutput] | None = None,
+    ) -> dict[str, EVLGenImageOutput | None]:
+        """The soft prompts of the images and of the videos, if there are any, each from the one argument given."""
+        image, video = (mm_encoder_outputs or {}).get("image"), (mm_encoder_outputs or {}).get("video")
+        if sum(images is not None for images in (pixel_values, vision_features, image)) > 1:
+            raise ValueError("Only one of `pixel_values`, `vision_features` and `mm_encoder_outputs` can be given.")
+        if pixel_values_videos is not None and video is not None:
+            raise ValueError("Only one of `pixel_values_videos` and `mm_encoder_outputs` can be given.")
+        if pixel_values is not None:
+            image = self.get_image_features(pixel_values, return_dict=True)
+        elif vision_features is not None:
+            image = self.project_vision_features(vision_features)
+        if pixel_values_videos is not None:
+            video = self.get_video_features(pixel_values_videos, frame_mask, return_dict=True)
+        return {"image": image, "video": video}
+
+    def _prepare_inputs(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.Tensor | None,
+        encoded: dict[str, EVLGenImageOutput | None],
+        position_ids: torch.LongTensor | None,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The language model's arguments."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        image_outputs = self._encode_images(pixel_values, vision_features, mm_encoder_outputs)
-        video_outputs = self._encode_videos(pixel_values_videos, frame_mask, mm_encoder_outputs)
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, image_outputs, video_outputs)
-        elif image_outputs is not None or video_outputs is not None:
+            inputs_embeds = self._embed(input_ids, encoded)
+        elif any(outputs is not None for outputs in encoded.values()):
             raise ValueError("Images need `input_ids`, which hold their placeholders, instead of `inputs_embeds`.")
-        check_length(inputs_embeds.shape[1], kwargs.get("cache"), self.config)
-
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        # The targets of each place: the ids that come next.
-        targets = None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)  # (batch, sequence)
-        if logits_to_keep is None:
-            # Most places of a training batch are images, prompts and padding, whose logits nobody needs.
-            only_targets = self.training and targets is not None and "logits_to_keep" in self._text_arguments
-            logits_to_keep = targets != -100 if only_targets else 0
-            targets = targets[logits_to_keep] if only_targets else targets
-        if "logits_to_keep" in self._text_arguments:
-            kwargs["logits_to_keep"] = logits_to_keep
+        check_length(inputs_embeds.shape[1], kwargs.get(_CACHE), self.config)
         if position_ids is not None and "position_ids" in self._text_arguments:
             kwargs["position_ids"] = position_ids
-
         if self.training:
             kwargs.setdefault("use_cache", False)  # the frozen language model is in evaluation mode, and would cache
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **kwargs
-        )
-        loss = None
-        if targets is not None:
-            loss = self.loss_function(
-                outputs.logits,
-                labels=None,
-                shift_labels=targets,
-                vocab_size=outputs.logits.shape[-1],
-                num_items_in_batch=num_items_in_batch,
-            )
-        return MultimodalCausalLMOutputWithPast(
-            loss=loss,
-            logits=outputs.logits,
-            cache=outputs.get("cache"),
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-            image_outputs=image_outputs,
-            video_outputs=video_outputs,
-        )
+        return {"inputs_embeds": inputs_embeds, **kwargs}
 
-    def _encode_images(
-        self,
-        pixel_values: torch.Tensor | None,
-        vision_features: torch.Tensor | None,
-        mm_encoder_outputs: dict[str, EVLGenImageOutput] | None,
-    ) -> EVLGenImageOutput | None:
-        """The soft prompts of the images, if there are any, from the one argument that is given."""
-        encoded = (mm_encoder_outputs or {}).get("image")
-        if sum(images is not None for images in (pixel_values, vision_features, encoded)) > 1:
-            raise ValueError("Only one of `pixel_values`, `vision_features` and `mm_encoder_outputs` can be given.")
-        if pixel_values is not None:
-            return self.get_image_features(pixel_values, return_dict=True)
-        if vision_features is not None:
-            return self.project_vision_features(vision_features)
-        return encoded
-
-    def _encode_videos(
-        self,
-        pixel_values_videos: torch.Tensor | None,
-        frame_mask: torch.Tensor | None,
-        mm_encoder_outputs: dict[str, EVLGenImageOutput] | None,
-    ) -> EVLGenImageOutput | None:
-        """The soft prompts of the videos, likewise."""
-        encoded = (mm_encoder_outputs or {}).get("video")
-        if pixel_values_videos is None:
-            return encoded
-        if encoded is not None:
-            raise ValueError("Only one of `pixel_values_videos` and `mm_encoder_outputs` can be given.")
-        return self.get_video_features(pixel_values_videos, frame_mask, return_dict=True)
-
-    def _embed(
-        self,
-        input_ids: torch.LongTensor,
-        image_outputs: EVLGenImageOutput | None,
-        video_outputs: EVLGenImageOutput | None,
-    ) -> torch.Tensor:
+    def _embed(self, input_ids: torch.LongTensor, encoded: dict[str, EVLGenImageOutput | None]) -> torch.Tensor:
         """Embeds the text and fills the soft prompts into their placeholders, `(batch, sequence, text_dim)`."""
         images = input_ids == self.config.image_token_id  # (batch, sequence)
         videos = input_ids == self.config.video_token_id
         # Placeholders may lie beyond the embedding, so another id is looked up in their place.
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(images | videos, 0))
-        inputs_embeds = self._fill("image", images, image_outputs, inputs_embeds)
-        return self._fill("video", videos, video_outputs, inputs_embeds)
+        inputs_embeds = self._fill("image", images, encoded["image"], inputs_embeds)
+        return self._fill("video", videos, encoded["video"], inputs_embeds)
 
     def _fill(
         self,
@@ -424,37 +418,87 @@ class EVLGenForConditionalGeneration(TowerCheckpointMixin, PreTrainedModel, Gene
         mask = placeholders.unsqueeze(2).to(inputs_embeds.device)  # (batch, sequence, 1)
         return inputs_embeds.masked_scatter(mask, soft_prompts)
 
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Turns images and videos into soft prompts once, before the first step."""
-        names = ("pixel_values", "vision_features", "pixel_values_videos", "frame_mask")
-        given = {name: model_kwargs.pop(name, None) for name in names}
-        encoded = model_kwargs.get("mm_encoder_outputs")
-        outputs = {
-            "image": self._encode_images(given["pixel_values"], given["vision_features"], encoded),
-            "video": self._encode_videos(given["pixel_values_videos"], given["frame_mask"], encoded),
-        }
-        outputs = {name: output for name, output in outputs.items() if output is not None}
-        # Words from NaN look like any others. `forward` does not check this: it would make the CPU wait for the GPU in
-        # every step of a training, where the loss shows it. Soft prompts alone would not do, since some towers clamp
-        # infinity; inputs alone would not either, since weights may be NaN, or overflow in half precision.
-        check_finite({f"`{name}`": tensor for name, tensor in given.items() if name != "frame_mask"})
-        check_finite({f"The {name} soft prompt": output.pooler_output for name, output in outputs.items()})
-        return {**model_kwargs, "mm_encoder_outputs": outputs}
 
-    def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
-        """Never generates placeholders. A repetition penalty counts generated tokens alone, as in the original."""
-        for name in ("encoder_repetition_penalty", "prompt_lookup_num_tokens"):
-            if getattr(generation_config, name, None) not in (None, 1.0):
-                raise ValueError(
-                    f"`{name}` is not supported: it reads the prompt's ids, and those of images are no words."
-                )
-        processors = super()._get_logits_processor(generation_config, **kwargs)
-        placeholders = [self.config.image_token_id, self.config.video_token_id]
-        for processor in processors:
-            if isinstance(processor, RepetitionPenaltyLogitsProcessor):
-                processor.prompt_ignore_length = kwargs.get("input_ids_seq_length") or 0
-        processors.append(SuppressTokensLogitsProcessor(placeholders, device=kwargs.get("device")))
-        return processors
+class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
+    """[`EVLGenModel`] with the language model's head: generates text from images and videos, and computes the loss."""
+
+    @property
+    def base_model(self) -> EVLGenModel:
+        """The same model up to its last hidden state: an [`EVLGenModel`] that shares all modules and hooks."""
+        view = object.__new__(EVLGenModel)
+        # accelerate may have wrapped this model's own `forward`.
+        view.__dict__ = {name: value for name, value in self.__dict__.items() if name != "forward"}
+        return view
+
+    @classmethod
+    def _from_config(cls, config: EVLGenConfig, **kwargs: Any) -> EVLGenModel:
+        if not is_built_by_vllm(config):
+            return super()._from_config(config, **kwargs)
+        check_checkpoint(config)
+        model = EVLGenModel._from_config(config, **kwargs)
+        adapt_to_vllm(model)
+        return model
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        frame_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, EVLGenImageOutput] | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> EVLGenCausalLMOutputWithPast:
+        """
+        Args:
+            input_ids, attention_mask, pixel_values, pixel_values_videos, frame_mask, vision_features, inputs_embeds,
+            position_ids, mm_encoder_outputs: As in [`EVLGenModel.forward`].
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
+                `input_ids` where the model learns to predict them, -100 elsewhere. They are shifted inside.
+                Placeholders and padding are never targets.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                The positions that logits are computed for, as in transformers' language models: the last ones, or
+                indices, or a mask of shape `(batch, sequence)`. With 0 it is all positions. The loss is that of these
+                positions; [`target_positions`] finds those with a target.
+            kwargs:
+                Arguments of the language model (`cache`, `use_cache` …), and `num_items_in_batch` of the loss.
+
+        Raises:
+            ValueError: As [`EVLGenModel.forward`] does.
+        """
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        encoded = self._encode(pixel_values, pixel_values_videos, frame_mask, vision_features, mm_encoder_outputs)
+        inputs = self._prepare_inputs(input_ids, inputs_embeds, encoded, position_ids, kwargs)
+        keeps_all = "logits_to_keep" not in self._text_arguments
+        if not keeps_all:
+            inputs["logits_to_keep"] = logits_to_keep
+        outputs = self.language_model(attention_mask=attention_mask, return_dict=True, **inputs)
+        loss = None
+        if labels is not None:
+            placeholder_ids = (self.config.image_token_id, self.config.video_token_id)
+            targets = shift_labels(mask_labels(labels, placeholder_ids, attention_mask))  # (batch, sequence)
+            loss = self.loss_function(
+                outputs.logits,
+                labels=None,
+                shift_labels=targets if keeps_all else select_positions(targets, logits_to_keep),
+                vocab_size=outputs.logits.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+            )
+        return EVLGenCausalLMOutputWithPast(
+            loss=loss,
+            logits=outputs.logits,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            image_outputs=encoded["image"],
+            video_outputs=encoded["video"],
+            **{_CACHE: outputs.get(_CACHE)},
+        )
 
 
 def _short(count: int) -> str:

@@ -12,6 +12,7 @@ from transformers import (
     Blip2ForConditionalGeneration,
     CLIPConfig,
     CLIPModel,
+    DataCollatorForLanguageModeling,
     Dinov2Config,
     SiglipConfig,
     SiglipModel,
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from configuration_evlgen import EVLGenConfig
-from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel, target_positions
 from modeling_evlgen.vision_tower import extract_vision_tokens, measure_vision_tower
 
 from .helpers import TEXT_CONFIGS, VISION_CONFIGS, noise_images, save_towers, tiny_model, tiny_processor, tiny_towers
@@ -64,13 +65,64 @@ def test_the_loss_is_the_captions_cross_entropy():
         torch.testing.assert_close(model(**batch).logits, logits)
 
 
-def test_training_runs_the_head_over_captions_only():
-    model = tiny_model()
+@pytest.mark.parametrize("training", [False, True])
+def test_logits_are_those_of_all_positions_unless_some_are_requested(training):
+    model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train(training)
     batch = training_batch(tiny_processor(model))
-    whole = model.eval()(**batch)
-    captions_only = model.train()(**batch)
+    whole = model(**batch)
     assert whole.logits.shape[:2] == batch["input_ids"].shape
+    captions_only = model(**batch, logits_to_keep=target_positions(batch["labels"]))
     assert captions_only.logits.shape == ((batch["labels"] != -100).sum(), 300)
+    torch.testing.assert_close(captions_only.loss, whole.loss)
+    length = batch["input_ids"].shape[1]
+    for last in (length, torch.arange(length)):
+        torch.testing.assert_close(model(**batch, logits_to_keep=last).loss, whole.loss)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_copy_of_the_ids_trains_on_words_alone(side):
+    model = tiny_model()
+    processor = tiny_processor(model)
+    batch = processor(images=noise_images(2), text=["<image>what is it?", "<image>a"], padding_side=side)
+    losses, counts = [], []
+    for image, text in zip(noise_images(2), ("<image>what is it?", "<image>a"), strict=True):
+        single = processor(images=image, text=text)
+        targets = single["input_ids"][:, 1:]
+        logits = model(**single).logits[:, :-1][targets != processor.image_token_id]
+        targets = targets[targets != processor.image_token_id]
+        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        counts.append(len(targets))
+    loss = model(**batch, labels=batch["input_ids"].clone()).loss
+    torch.testing.assert_close(loss, sum(losses) / sum(counts))
+    collator = DataCollatorForLanguageModeling(processor.tokenizer, mlm=False)
+    rows = [
+        {"input_ids": ids[mask.bool()]} for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    processor.tokenizer.padding_side = side
+    torch.testing.assert_close(model(**collator(rows), pixel_values=batch["pixel_values"]).loss, loss)
+
+
+@pytest.mark.parametrize(("text", "bos"), [("llama", False), ("opt", True), ("gpt2", False)])
+def test_the_base_model_gives_what_the_head_reads(text, bos):
+    model = tiny_model(text=text)
+    batch = tiny_processor(model, bos)(images=noise_images(2), text=["what is it?", "a"])
+    base_model = model.base_model
+    assert type(base_model) is EVLGenModel and base_model.connector is model.connector
+    hidden = base_model(**batch).last_hidden_state
+    torch.testing.assert_close(model.get_output_embeddings()(hidden), model(**batch).logits)
+    assert model.train().base_model.training and not model.eval().base_model.training
+
+
+def test_the_base_model_loads_and_saves_the_same_checkpoints(tmp_path):
+    model = tiny_model()
+    batch = tiny_processor(model)(images=noise_images(1), text="what is it?")
+    model.save_pretrained(tmp_path / "a")
+    base_model, info = EVLGenModel.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(base_model(**batch).last_hidden_state, model.base_model(**batch).last_hidden_state)
+    base_model.save_pretrained(tmp_path / "b")
+    again = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "b")
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
 def test_padding_and_prompts_carry_no_loss():

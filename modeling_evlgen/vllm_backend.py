@@ -1,0 +1,96 @@
+"""What vLLM's Transformers backend needs of a model that it builds and serves itself.
+
+vLLM brings the attention, the head and linear maps of its own, in the serving dtype. The model ends at the last hidden
+state, and gets soft prompts as `inputs_embeds`.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from configuration_evlgen import EVLGenConfig
+
+
+def is_built_by_vllm(config: EVLGenConfig) -> bool:
+    """Whether vLLM builds a model. It sets its own attention for the language model before."""
+    return str(getattr(config.text_config, "_attn_implementation", None)).startswith("vllm")
+
+
+def check_checkpoint(config: EVLGenConfig) -> None:
+    """
+    Raises:
+        ValueError: If the checkpoint only names its towers. vLLM reads the weights of one checkpoint alone.
+    """
+    if config.towers != "reference":
+        return
+    name = config.name_or_path
+    load = f"from_pretrained({name!r}, trust_remote_code=True).save_pretrained('complete'"
+    raise ValueError(
+        f"vLLM cannot serve {name!r}, which only names its towers. This makes a complete checkpoint of it: python -c "
+        f"\"from transformers import AutoModel, AutoProcessor; AutoModel.{load}, towers='include'); "
+        f'AutoProcessor.{load})"'
+    )
+
+
+def adapt_to_vllm(model: PreTrainedModel) -> None:
+    """Changes a fresh model's layers in place so that vLLM can replace the rest.
+
+    Args:
+        model ([`EVLGenModel`]): The model, without weights. The names of its weights stay.
+    """
+    model.language_model.set_output_embeddings(nn.Identity())  # vLLM has its own, and loads the weights there
+    for name in model._keep_in_fp32_modules_strict:
+        if getattr(model, name) is not None:
+            setattr(model, name, _keep_linear_maps(getattr(model, name)))
+    for module in model.vision_tower.modules():
+        if isinstance(module, nn.MultiheadAttention):  # it reads the weight of its linear map directly
+            module.out_proj = _KeptLinear(module.out_proj)
+    embeddings = model.get_input_embeddings()
+    if type(embeddings) is nn.Embedding:
+        embeddings.__class__ = _PlaceholderEmbedding
+    _count_only_words()
+
+
+class _PlaceholderEmbedding(nn.Embedding):
+    """Input embeddings that vLLM also looks placeholders up in, before it fills in the soft prompts."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids.clamp(max=self.num_embeddings - 1))
+
+
+class _KeptLinear(nn.Module):
+    """A linear map that vLLM does not replace, since it is no `nn.Linear`. Its weights keep their names and dtype."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(tokens, self.weight, self.bias)
+
+
+def _keep_linear_maps(part: nn.Module) -> nn.Module:
+    for name, child in part.named_children():
+        setattr(part, name, _keep_linear_maps(child))
+    return _KeptLinear(part) if isinstance(part, nn.Linear) else part
+
+
+def _count_only_words() -> None:
+    """Lets vLLM's penalties take prompts with placeholders, whose ids may lie beyond the vocabulary.
+
+    vLLM counts the ids of a prompt in a table of `vocab_size + 1` entries, of which the last stands for padding. A
+    larger id is written outside of the table, and one request would end the server.
+    """
+    utils: Any = sys.modules.get("vllm.model_executor.layers.utils")
+    count = getattr(utils, "get_token_bin_counts_and_mask", None)
+    if count is None or getattr(count, "counts_only_words", False):
+        return
+
+    def count_words(tokens: torch.Tensor, vocab_size: int, num_seqs: int) -> Any:
+        return count(tokens.clamp(max=vocab_size), vocab_size, num_seqs)
+
+    count_words.counts_only_words = True
+    utils.get_token_bin_counts_and_mask = count_words
