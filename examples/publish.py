@@ -14,14 +14,13 @@ names. With `--merge true` it is published as one complete model.
 
 import copy
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -34,11 +33,13 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from publish_card import is_edited, model_card, read_results, sign
-from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
 from common.evaluation.answers import DTYPES
 from common.models import load_captioner
+from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.adapters import BASE_MODEL, check_base, find_adapter
 from modeling_evlgen.fingerprints import TOWERS, hash_weights, is_on_hub
@@ -48,44 +49,36 @@ SHEET = "captions.png"  # the contact sheet that pretrain.py writes beside its m
 CARD = "README.md"
 # Files of an earlier publication that are deleted. Loaded beside the new ones, they would give another model.
 STALE = ["*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG, BASE_MODEL, SHEET]
-HUB_FILES = [".gitattributes"]  # the Hub's own file in a clone of a repository
+# Runs without this repository's code. An installed EVLGen, too, would be used instead of the published code.
+CAPTION = """
+import sys
+for name in ("configuration_evlgen", "modeling_evlgen", "processing_evlgen"):
+    sys.modules[name] = None
+from transformers import pipeline
+task, model, image = sys.argv[1:]
+print(pipeline(task, model=model, trust_remote_code=True)(image)[0]["generated_text"])
+"""
 
 
 @dataclass
 class PublishArguments:
-    repo_id: str | None = field(
-        default=None,
-        metadata={"help": "Name of the repository on the Hub, such as you/captioner. Default: the folder's name."},
+    repo_id: str | None = HfArg(default=None, help="Name on the Hub, as in you/captioner. Default: the folder's name.")
+    model: str = HfArg(default="outputs/demo", help="Folder of the trained model.")
+    results: list[str] = HfArg(default_factory=list, help="results.json files of evaluations.")
+    license: str | None = HfArg(default=None, help="Identifier of a licence on the Hub, such as bsd-3-clause.")
+    datasets: list[str] = HfArg(default_factory=list, help="Data sets on the Hub that the model was trained on.")
+    towers: Literal["include", "reference"] | None = HfArg(
+        default=None, help="Whether to upload the frozen towers or only name them. Default: the model's setting."
     )
-    model: str = field(default="outputs/demo", metadata={"help": "Folder of the trained model."})
-    results: list[str] = field(default_factory=list, metadata={"help": "results.json files of evaluations."})
-    license: str | None = field(
-        default=None, metadata={"help": "Identifier of a licence on the Hub, such as bsd-3-clause."}
+    merge: bool = HfArg(default=False, help="Merge an adapter into its model.")
+    base_model: str | None = HfArg(default=None, help="Name on the Hub of an adapter's model. Default: the adapter's.")
+    card: Literal["replace", "keep"] | None = HfArg(
+        default=None, help="Whether to replace or keep a README.md that was edited after publishing."
     )
-    datasets: list[str] = field(
-        default_factory=list, metadata={"help": "Data sets on the Hub that the model was trained on."}
-    )
-    towers: Literal["include", "reference"] | None = field(
-        default=None,
-        metadata={"help": "Whether to upload the frozen towers or only name them. Default: the model's setting."},
-    )
-    merge: bool = field(default=False, metadata={"help": "Merge an adapter into its model."})
-    base_model: str | None = field(
-        default=None, metadata={"help": "Name on the Hub of an adapter's model. Default: the name in the adapter."}
-    )
-    card: Literal["replace", "keep"] | None = field(
-        default=None, metadata={"help": "Whether to replace or keep a README.md that was edited after publishing."}
-    )
-    private: bool = field(default=False, metadata={"help": "Make a new repository private."})
-    folder: str | None = field(
-        default=None, metadata={"help": "Write everything into this folder and upload nothing."}
-    )
-    check: bool = field(
-        default=False, metadata={"help": "Load the published model in a new process and caption an image."}
-    )
-    image: str | None = field(
-        default=None, metadata={"help": "The image to caption. Default: the model's contact sheet."}
-    )
+    private: bool = HfArg(default=False, help="Make a new repository private.")
+    folder: str | None = HfArg(default=None, help="Write everything into this folder and upload nothing.")
+    check: bool = HfArg(default=False, help="Load the published model in a new process and caption an image.")
+    image: str | None = HfArg(default=None, help="The image to caption. Default: the model's contact sheet.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,31 +92,26 @@ def main(argv: list[str] | None = None) -> None:
             f"{CARD} of {arguments.folder or arguments.repo_id} was edited after it was written here. "
             "--card keep leaves it as it is, --card replace writes a new one."
         )
-    # Beside the target folder, so that files can be moved there.
-    beside = Path(arguments.folder).resolve().parent if arguments.folder else None
-    if beside is not None:
-        beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".publish-") as temporary:
+    target = Path(arguments.folder).resolve() if arguments.folder else None
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    # The temporary folder stands beside the target, so that files can be moved there.
+    with tempfile.TemporaryDirectory(dir=target and target.parent, prefix=".publish-") as temporary:
         new_card = write_model(Path(temporary), arguments, results)
         if card is None or arguments.card != "keep":
             Path(temporary, CARD).write_text(sign(new_card), encoding="utf-8")
-        if arguments.folder is None:
+        if target is None:
             upload(Path(temporary), arguments)
-            published = arguments.repo_id
         else:
-            published = str(Path(arguments.folder).resolve())
-            move_files(Path(temporary), Path(published))
+            move_files(Path(temporary), target)
             print(f"{arguments.folder}/ holds the files to publish.")
     if arguments.check:
+        published = str(target or arguments.repo_id)
         print(f"{published} generates: {caption(published, arguments)}")
 
 
 def check_arguments(arguments: PublishArguments) -> None:
-    """Completes `repo_id`.
-
-    Raises:
-        ValueError: If arguments are missing or contradict each other.
-    """
+    """Completes `repo_id`. A ValueError names arguments that are missing or contradict each other."""
     if arguments.repo_id is None and arguments.folder is None:
         raise ValueError("`repo_id` is needed to upload, or `folder` to write to a folder.")
     arguments.repo_id = arguments.repo_id or Path(arguments.folder).resolve().name
@@ -136,11 +124,7 @@ def check_arguments(arguments: PublishArguments) -> None:
 
 
 def check_results(results: list[dict[str, Any]], arguments: PublishArguments) -> None:
-    """Checks that results were measured with the weights that are published.
-
-    Raises:
-        ValueError: If they were measured with other weights.
-    """
+    """Raises a ValueError if results were not measured with the weights that are published."""
     for path, entry in zip(arguments.results, results, strict=True):
         load = partial(EVLGenForConditionalGeneration.from_pretrained, dtype=DTYPES[entry["settings"]["dtype"]])
         weights = hash_weights(load_captioner("model", load, arguments.model).state_dict())
@@ -152,11 +136,10 @@ def check_results(results: list[dict[str, Any]], arguments: PublishArguments) ->
 
 def read_card(arguments: PublishArguments) -> str | None:
     """Reads the card of the repository or folder; None if it has none yet."""
-    if arguments.folder is not None:
-        path = Path(arguments.folder, CARD)
-    else:
+    path = Path(arguments.folder or "", CARD)
+    if arguments.folder is None:
         api = HfApi()
-        if not api.repo_exists(arguments.repo_id) or not api.file_exists(arguments.repo_id, CARD):
+        if not api.file_exists(arguments.repo_id, CARD):  # also False without a repository
             return None
         path = Path(api.hf_hub_download(arguments.repo_id, CARD))
     return path.read_text(encoding="utf-8") if path.exists() else None
@@ -170,48 +153,33 @@ def write_model(folder: Path, arguments: PublishArguments, results: list[dict[st
         raise ValueError(f"`merge` needs an adapter, but there is no {ADAPTER_CONFIG} in {arguments.model}.")
     name = find_adapter(source, {})[0] if arguments.merge else arguments.model
     model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, name)
+    adapter = load_file(source / SAFETENSORS_WEIGHTS_NAME) if is_adapter else {}
     described, adapter_of = model.config, None
     if is_adapter and not arguments.merge:
         adapter_of = copy_adapter(source, folder, arguments.base_model)
-        with safe_open(source / SAFETENSORS_WEIGHTS_NAME, framework="pt") as weights:
-            trained = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.offset_keys())
+        trained = sum(weight.numel() for weight in adapter.values())
     else:
         if arguments.merge:
             check_base(model.config, source, {})
             model = PeftModel.from_pretrained(model, source).merge_and_unload()
-            model.config.adapted_towers = adapted_towers(source)
+            adapted = [argument for argument, tower in TOWERS.items() if any(f".{tower}." in name for name in adapter)]
+            model.config.adapted_towers = adapted
         trained = model.num_parameters() - sum(getattr(model, tower).num_parameters() for tower in TOWERS.values())
         described = copy.deepcopy(model.config)  # the card names private towers, the published configuration does not
         save_model(model, folder, arguments.towers)
-        described.towers = model.config.towers
+        described.towers = EVLGenConfig.from_pretrained(folder).towers
     EVLGenProcessor.from_pretrained(arguments.model).save_pretrained(folder)
-    if (source / SHEET).exists():
+    has_sheet = (source / SHEET).exists()
+    if has_sheet:
         shutil.copy(source / SHEET, folder / SHEET)
-    card = model_card(
-        arguments.repo_id,
-        described,
-        trained,
-        results,
-        arguments.license,
-        arguments.datasets,
-        has_sheet=(folder / SHEET).exists(),
-        adapter_of=adapter_of,
-    )
-    return str(card)
-
-
-def adapted_towers(adapter: Path) -> list[str]:
-    """Returns the towers that an adapter changes, by the arguments that name them."""
-    with safe_open(adapter / SAFETENSORS_WEIGHTS_NAME, framework="pt") as weights:
-        names = list(weights.keys())
-    return [argument for argument, tower in TOWERS.items() if any(f".{tower}." in name for name in names)]
+    facts = (described, trained, results, arguments.license, arguments.datasets, has_sheet, adapter_of)
+    return str(model_card(arguments.repo_id, *facts))
 
 
 def save_model(model: EVLGenForConditionalGeneration, folder: Path, towers: str | None) -> None:
     """Saves the model so that others can load it. Towers that are not on the Hub are included, without their names.
 
-    Raises:
-        ValueError: If `towers` is `"reference"` and a tower is not on the Hub.
+    A ValueError names a tower that is not on the Hub, if `towers` is `"reference"`.
     """
     names = {argument: getattr(model.config, f"{argument}_name_or_path") for argument in TOWERS}
     private = [argument for argument, name in names.items() if not is_on_hub(name)]
@@ -220,14 +188,12 @@ def save_model(model: EVLGenForConditionalGeneration, folder: Path, towers: str 
     for argument in private:
         setattr(model.config, f"{argument}_name_or_path", None)
     model.save_pretrained(folder, towers="include" if private else towers)
-    model.config.towers = EVLGenForConditionalGeneration.config_class.from_pretrained(folder).towers
 
 
 def copy_adapter(source: Path, folder: Path, base_model: str | None) -> str:
     """Copies an adapter without the other files of its training, and returns the name of its model on the Hub.
 
-    Raises:
-        ValueError: If that model is not on the Hub.
+    A ValueError names a model that is not on the Hub.
     """
     config = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base_model = base_model or config["base_model_name_or_path"]
@@ -246,16 +212,15 @@ def copy_adapter(source: Path, folder: Path, base_model: str | None) -> str:
 def move_files(source: Path, target: Path) -> None:
     """Moves published files into a folder, in place of those of an earlier publication.
 
-    A link in the folder is replaced; the file that it leads to is not changed.
-
-    Raises:
-        ValueError: If the folder holds files that do not belong to the model, and would be published with it.
+    A link in the folder is replaced; the file that it leads to is not changed. A ValueError names files in the folder
+    that do not belong to the model, and would be published with it.
     """
     target.mkdir(exist_ok=True)
     names = list_files(source)
     present = list(filter_repo_objects(list_files(target), ignore_patterns=DEFAULT_IGNORE_PATTERNS))  # as in an upload
     stale = [name for name in present if any(fnmatch(name, pattern) for pattern in STALE) and "/" not in name]
-    foreign = sorted({*present} - {*names, *stale, *HUB_FILES, CARD})
+    hub_file = ".gitattributes"  # the Hub's own, in a clone of a repository
+    foreign = sorted({*present} - {*names, *stale, hub_file, CARD})
     if foreign:
         raise ValueError(
             f"`folder`: {target} holds files that do not belong to the model: {', '.join(foreign)}. Remove them, or "
@@ -279,11 +244,9 @@ def upload(folder: Path, arguments: PublishArguments) -> None:
     api = HfApi()
     first_commit = create_repository(api, arguments)
     try:
+        title = "Model, processor, code and card"
         commit = api.upload_folder(
-            repo_id=arguments.repo_id,
-            folder_path=folder,
-            commit_message="Model, processor, code and card",
-            delete_patterns=STALE,
+            repo_id=arguments.repo_id, folder_path=folder, commit_message=title, delete_patterns=STALE
         )
     except BaseException:  # also Ctrl-C
         if first_commit is not None:
@@ -306,29 +269,11 @@ def create_repository(api: HfApi, arguments: PublishArguments) -> str | None:
     return api.repo_info(arguments.repo_id).sha
 
 
-CAPTION = """
-import sys
-from transformers import pipeline
-task, model, image = sys.argv[1:]
-print(pipeline(task, model=model, trust_remote_code=True)(image)[0]["generated_text"])
-"""
-# An installed EVLGen would be used instead of the published code.
-_WITHOUT_EVLGEN = """
-import sys
-for name in ("configuration_evlgen", "modeling_evlgen", "processing_evlgen"):
-    sys.modules[name] = None
-"""
-
-
 def caption(published: str, arguments: PublishArguments) -> str:
-    """Captions an image with the published model, in a process without this repository's code.
-
-    Raises:
-        RuntimeError: If the model cannot be loaded, fails, or generates nothing.
-    """
+    """Captions an image with the published model in a new process. A RuntimeError has that process's error."""
     image = arguments.image or str(Path(arguments.model, SHEET))
     image = str(Path(image).resolve()) if Path(image).exists() else image  # the process starts in another folder
-    command = [sys.executable, "-I", "-c", _WITHOUT_EVLGEN + CAPTION, "image-to-text", published, image]
+    command = [sys.executable, "-I", "-c", CAPTION, "image-to-text", published, image]
     with tempfile.TemporaryDirectory() as elsewhere:
         process = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
     if process.returncode:
