@@ -4,8 +4,6 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -74,16 +72,12 @@ Examples:
 
 class CocoCaption(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string")),
-                }
-            ),
+            features=datasets.Features(predictions=text, references=datasets.Sequence(text)),
             codebase_urls=["https://github.com/salaniz/pycocoevalcap", "https://github.com/tylin/coco-caption"],
             reference_urls=["https://arxiv.org/abs/1504.00325", "https://arxiv.org/abs/1411.5726"],
         )
@@ -159,36 +153,24 @@ def idf_source(images: int) -> dict[str, int | str]:
 
 
 def tokenize(predictions: list[str], references: list[list[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """Penn Treebank words of the captions of each image, in the form that pycocoevalcap's scorers take.
-
-    Returns:
-        The predictions, one for each image, and the references.
-    """
+    """Penn Treebank words of the predictions and references, in the form that pycocoevalcap's scorers take."""
     tokenized = iter(tokenize_captions(caption for captions in references for caption in captions))
     truths = {image: [next(tokenized) for _ in captions] for image, captions in enumerate(references)}
     return {image: [caption] for image, caption in enumerate(tokenize_captions(predictions))}, truths
 
 
 def meteor(truths: dict[int, list[str]], candidates: dict[int, list[str]]) -> float:
-    """METEOR 1.5, in [0, 1]."""
-    with meteor_process() as scorer:
-        try:
-            return scorer.compute_score(truths, candidates)[0]
-        except (OSError, ValueError) as error:  # the process ended, or printed no number
-            scorer.meteor_p.kill()
-            raise RuntimeError(f"METEOR's Java process failed: {scorer.meteor_p.stderr.read().decode()}") from error
+    """METEOR 1.5, in [0, 1].
 
-
-@contextmanager
-def meteor_process() -> Iterator[Meteor]:
-    """Runs pycocoevalcap's wrapper and ends its process.
-
-    The wrapper itself leaves the process to garbage collection and its pipes open. After an error it waits for ever on
-    its own lock.
+    pycocoevalcap's wrapper itself leaves its process to garbage collection and the pipes open. After an error it waits
+    for ever on its own lock.
     """
     scorer = Meteor()
     try:
-        yield scorer
+        return scorer.compute_score(truths, candidates)[0]
+    except (OSError, ValueError) as error:  # the process ended, or printed no number
+        scorer.meteor_p.kill()
+        raise RuntimeError(f"METEOR's Java process failed: {scorer.meteor_p.stderr.read().decode()}") from error
     finally:
         scorer.meteor_p.kill()
         scorer.meteor_p.communicate()

@@ -186,11 +186,8 @@ def _latex_quotes(text: str) -> str:
     return re.sub("&apos;", "'", re.sub("&quot;", "''", text))
 
 
-def _one_of(words: dict[str, str]) -> Callable[[str], str]:
-    return lambda text: words.get(text, text)
-
-
 FRACTIONS = {"¼": "1/4", "½": "1/2", "¾": "3/4", "⅓": "1/3", "⅔": "2/3"}
+CURRENCY = "\u00a2-\u00a5\u0080\u20a0\u20a4\u20ac\u060b\u0e3f\uffe0\uffe1\uffe5\uffe6"
 CURRENCIES = {"¢": "cents", "£": "#", "\u0080": "$", "¤": "$", "₠": "$", "€": "$"}
 BRACKETS = {"(": "-LRB-", ")": "-RRB-", "[": "-LSB-", "]": "-RSB-", "{": "-LCB-", "}": "-RCB-"}
 
@@ -200,22 +197,12 @@ BRACKETS = {"(": "-LRB-", ")": "-RRB-", "[": "-LSB-", "]": "-RSB-", "{": "-LCB-"
 
 @dataclass(frozen=True)
 class Rule:
-    """A type of token.
+    """A type of token."""
 
-    Args:
-        name: The macro of PTBLexer.flex.
-        token: Regular expression of the token.
-        followed_by: Regular expression of the look-ahead, which must follow and is left for the next token.
-        normalize: Gives the word for the token's text; by default the text itself.
-    """
-
-    name: str
-    token: str
-    followed_by: str = ""
-    normalize: Callable[[str], str] = str
-
-    def compile(self) -> re.Pattern[str]:
-        return re.compile(f"({self.token})(?:{self.followed_by})")
+    name: str  # the macro of PTBLexer.flex
+    token: str  # regular expression
+    followed_by: str = ""  # regular expression of the look-ahead, which is left for the next token
+    normalize: Callable[[str], str] = str  # gives the word for the token's text
 
 
 def _splits(first: str, second: str) -> Rule:
@@ -253,7 +240,7 @@ RULES = (
     Rule("NUMBER", NUMBER, normalize=_without_soft_hyphens),
     Rule("SUBSUPNUM", "[\u207a\u207b\u208a\u208b]?(?:[\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+|[\u2080-\u2089]+)"),
     Rule("FRAC", FRACTION, normalize=_in_one_piece),
-    Rule("FRAC2", "[\u00bc-\u00be\u2153-\u215e]", normalize=_one_of(FRACTIONS)),
+    Rule("FRAC2", "[\u00bc-\u00be\u2153-\u215e]", normalize=lambda text: FRACTIONS.get(text, text)),
     # Words that Treebank keeps unchanged, or with their hyphen.
     Rule("TBSPEC", f"(?i:-[lr][rcs]b-|C\\.D\\.s|pro-|anti-|S{AMPERSAND}(?:P-500|Ls))", normalize=_plain_ampersand),
     Rule("TBSPEC with an apostrophe", f"(?i:Cap{APOSTROPHE}n|c{APOSTROPHE}est)"),
@@ -261,11 +248,7 @@ RULES = (
     Rule("THING3", EITHER_OR),
     # Currencies as Treebank has them: "US$", and "#" for pounds.
     Rule("DOLSIGN", "[A-Z]*\\$|\\#"),
-    Rule(
-        "DOLSIGN2",
-        "[\u00a2-\u00a5\u0080\u20a0\u20a4\u20ac\u060b\u0e3f\uffe0\uffe1\uffe5\uffe6]",
-        normalize=_one_of(CURRENCIES),
-    ),
+    Rule("DOLSIGN2", f"[{CURRENCY}]", normalize=lambda text: CURRENCIES.get(text, text)),
     # Abbreviations: the "b" of "plan b. The"; "fig. 5"; "corp.", which may also end a sentence; "Mr.", "U.S.".
     Rule("ACRONYM", "[A-Za-z]", f"\\.{SPACE}+(?:{SENTENCE_START}|{TAG}){SPACE}"),
     Rule("ABBREV3", f"{_any('ca figs? prop nos? bldg pp op')}\\.", f"{SPACE}?[{DIGIT}]"),
@@ -284,7 +267,7 @@ RULES = (
     Rule("SMILEY", r"[<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]]", "[^A-Za-z0-9]", _in_one_piece),
     Rule("ASIANSMILEY", ASIAN_SMILEY, normalize=_in_one_piece),
     # Signs.
-    Rule("Brackets", r"[\[\](){}]", normalize=_one_of(BRACKETS)),
+    Rule("Brackets", r"[\[\](){}]", normalize=lambda text: BRACKETS.get(text, text)),
     Rule("HYPHENS", "-+", normalize=lambda text: "--" if len(text) in (3, 4) else text),
     Rule("LDOTS", "\\.{3,5}|(?:\\.[ \u00a0]){2,4}\\.|[\u0085\u2026]", normalize=lambda text: "..."),
     Rule("FNMARKS, ASTS, =", r"@+|\#+|_+|\*+|(?:\\\*){1,3}|="),
@@ -308,7 +291,7 @@ RULES = (
     # The next caption.
     Rule("NEWLINE", "\n"),
 )
-_COMPILED = [(rule.compile(), rule.normalize) for rule in RULES]
+_COMPILED = [(re.compile(f"({rule.token})(?:{rule.followed_by})"), rule.normalize) for rule in RULES]
 # For speed, blanks and most words are matched first: no other rule reads across the end of letters, or splits them.
 _PLAIN = re.compile(rf"(?: {BLANK}*)?(?:(?!(?i:cannot|gonna|gotta|wanna|lemme|gimme)\b)([A-Za-z]+)(?=[ \n]|\Z))?")
 _LINE_BREAKS = dict.fromkeys(map(ord, "\n\r\v\f\u2028\u2029"), " ")
@@ -334,35 +317,25 @@ def _words(text: str) -> Iterator[str]:
 
 
 def tokenize_captions(captions: Iterable[str]) -> list[str]:
-    """Splits captions into words, in lower case and without punctuation.
+    """Returns the words of each caption, in lower case, without punctuation, joined by one space.
 
-    Args:
-        captions: Any strings. Their order matters for a last word like `b.`; see the module's docstring.
-
-    Returns:
-        The words of each caption, joined by one space.
-
-    Raises:
-        TypeError: If a caption is not a string.
+    The order of captions matters for a last word like `b.`; see the module's docstring. A caption that is not a string
+    raises a TypeError.
     """
     captions = list(captions)
     for index, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise TypeError(f"Caption {index} must be a string, but is {caption!r}.")
     text = "\n".join(caption.translate(_LINE_BREAKS) for caption in captions)
-    lines: list[list[str]] = [[] for _ in captions]
-    number = 0
+    lines: list[list[str]] = [[]]
     for word in _words(text):
         if word == "\n":
-            number += 1
+            lines.append([])
         else:
-            lines[number].append(word)
-    return [_without_punctuation(line) for line in lines]
-
-
-def _without_punctuation(words: list[str]) -> str:
-    """Drops punctuation as pycocoevalcap does, which also strips other spaces at the end of an address."""
-    return " ".join(word for word in " ".join(words).rstrip().split(" ") if word not in PUNCTUATION)
+            lines[-1].append(word)
+    # pycocoevalcap also strips other spaces at the end of an address.
+    split = [" ".join(line).rstrip().split(" ") for line in lines]
+    return [" ".join(word for word in words if word not in PUNCTUATION) for words in split] if captions else []
 
 
 def tokenize_caption(caption: str) -> str:

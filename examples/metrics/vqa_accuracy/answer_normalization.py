@@ -38,13 +38,14 @@ _CONTRACTED = [stem + ending for ending, stems in _STEMS.items() for stem in ste
 _CONTRACTED += ["ma'am", "o'clock", "'ow's'at", "'twas", "y'all"]
 
 
-def _without_one_apostrophe(word: str) -> list[str]:
-    return [word[:index] + word[index + 1 :] for index, letter in enumerate(word) if letter == "'"]
-
-
 # "dont" -> "don't"; "couldnt've" and "couldn'tve" -> "couldn't've", but "couldntve" stays. As in the official tool,
 # "somebody'd" loses its apostrophe. Entries with a capital "I" are never found, since answers are in lower case.
-CONTRACTIONS = {wrong: right for right in _CONTRACTED for wrong in _without_one_apostrophe(right)}
+CONTRACTIONS = {
+    right[:index] + right[index + 1 :]: right
+    for right in _CONTRACTED
+    for index, letter in enumerate(right)
+    if letter == "'"
+}
 CONTRACTIONS["somebody'd"] = "somebodyd"
 
 
@@ -85,17 +86,10 @@ def normalize_references(answers: list[str]) -> list[str]:
 def vqa_score(prediction: str, answers: list[str]) -> float:
     """min(1, matches / 3), averaged over leaving out each person once; matches are people with the same answer.
 
-    Source: Goyal et al., CVPR 2017 (VQA v2), and https://visualqa.org/evaluation.html.
-
-    Args:
-        prediction: The model's answer.
-        answers: The answers of at least 2 people (VQAv2 and OK-VQA: 10).
-
-    Returns:
-        The score in [0, 1].
+    Source: Goyal et al., CVPR 2017 (VQA v2), and https://visualqa.org/evaluation.html. The score is in [0, 1].
 
     Raises:
-        ValueError: If there are fewer answers: leaving out one would leave none.
+        ValueError: If there are fewer than 2 answers: leaving out one would leave none. VQAv2 and OK-VQA have 10.
     """
     if len(answers) < 2:
         raise ValueError(f"`answers` must hold the answers of at least 2 people, but holds {len(answers)}.")

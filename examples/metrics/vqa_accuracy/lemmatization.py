@@ -19,10 +19,9 @@ def lemmatize(answers: list[str]) -> list[str]:
     Raises:
         ImportError: If spaCy or its small English model is not installed.
     """
-    documents = _load_spacy().pipe(answers)
     return [
         " ".join(token.lemma_ if token.pos_ in ("NOUN", "VERB") else token.text for token in document)
-        for document in documents
+        for document in _load_spacy().pipe(answers)
     ]
 
 

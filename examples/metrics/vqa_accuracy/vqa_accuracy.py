@@ -53,16 +53,12 @@ BENCHMARKS = ("vqav2", "ok-vqa", "gqa")
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class VQAAccuracy(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Value("string"),
-                    "references": datasets.Sequence(datasets.Value("string")),
-                }
-            ),
+            features=datasets.Features(predictions=text, references=datasets.Sequence(text)),
             reference_urls=["https://visualqa.org/evaluation.html", "https://github.com/GT-Vision-Lab/VQA"],
         )
 
@@ -79,17 +75,14 @@ class VQAAccuracy(evaluate.Metric):
         _check_references(references, benchmark)
         if benchmark == "ok-vqa":
             predictions = lemmatize(predictions)
-        score = _gqa_score if benchmark == "gqa" else vqa_score
-        scores = [score(answer, people) for answer, people in zip(predictions, references, strict=True)]
+        pairs = zip(predictions, references, strict=True)
+        gqa = benchmark == "gqa"
+        scores = [gqa_score(answer, people[0]) if gqa else vqa_score(answer, people) for answer, people in pairs]
         results = {"accuracy": 100 * fmean(scores), "num_questions": len(scores)}
         for name, types in (("answer_type", answer_types), ("question_type", question_types)):
             if types is not None:
                 results[f"accuracy_per_{name}"] = _mean_per_type(f"{name}s", types, scores)
         return results
-
-
-def _gqa_score(prediction: str, answers: list[str]) -> float:
-    return gqa_score(prediction, answers[0])
 
 
 def _check_references(references: list[list[str]], benchmark: str) -> None:
