@@ -41,11 +41,7 @@ TRAINED = ("ln_vision.", "vision_projection.", "connector.", "language_projectio
 
 
 def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """Reads the tensors of a checkpoint without running code that it may hold.
-
-    Raises:
-        ValueError: If the file cannot be read, or does not hold a dictionary of tensors.
-    """
+    """Reads a dictionary of tensors without running code that the file may hold."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, some without a message
@@ -65,11 +61,7 @@ def _describe(value: Any) -> str:
 
 
 def convert_state_dict(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames the original's tensors to EVLGen's, and joins the vision tower's query and value biases.
-
-    Raises:
-        ValueError: If there are tensors that the original does not have. The message names them.
-    """
+    """Renames the original's tensors to EVLGen's, and joins the vision tower's query and value biases."""
     converted, unknown = {}, []
     for name, tensor in original.items():
         if re.search(DROPPED, name):
@@ -91,14 +83,7 @@ def convert_state_dict(original: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def infer_sizes(converted: dict[str, torch.Tensor]) -> tuple[dict[str, int], dict[str, int]]:
-    """Reads the sizes of the connector and of the temporal contextualizer from the tensors' shapes.
-
-    Returns:
-        Fields of `TomeFormerConfig`, and of `EVLGenConfig`.
-
-    Raises:
-        ValueError: If tensors are missing or misshapen. The message names them.
-    """
+    """Reads fields of `TomeFormerConfig` and, with a temporal contextualizer, of `EVLGenConfig` from the shapes."""
     positions, hidden_size = _shape(converted, "connector.embeddings.position_embeddings.weight", 2)
     matches = (re.match(r"connector\.encoder\.layer\.(\d+)\.", name) for name in converted)
     layers = {int(match[1]) for match in matches if match}
@@ -127,11 +112,7 @@ def _shape(converted: dict[str, torch.Tensor], name: str, ndim: int) -> torch.Si
 
 
 def load_converted(model: EVLGenForConditionalGeneration, converted: dict[str, torch.Tensor]) -> None:
-    """Loads converted tensors into a model. The tensors may include the towers.
-
-    Raises:
-        ValueError: If tensors are missing, of another shape, or unknown to the model. The message names them.
-    """
+    """Loads converted tensors, possibly with towers. Tensors that do not fit the model raise a ValueError."""
     expected = model.state_dict()
     towers = [tower for tower in ("vision_tower.", "language_model.") if any(n.startswith(tower) for n in converted)]
     required = {name for name in expected if name.startswith((*TRAINED, *towers))}
@@ -155,11 +136,7 @@ def load_converted(model: EVLGenForConditionalGeneration, converted: dict[str, t
 def load_language_model(
     name_or_path: str, llama: bool, **kwargs: str
 ) -> tuple[str | PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the language model and its tokenizer. The Llama variant gets the original's special tokens.
-
-    Returns:
-        The language model, or its name if it stays as it is; and the tokenizer.
-    """
+    """Loads the tokenizer, and the Llama variant with the original's special tokens; other models stay a name."""
     if not llama:
         return name_or_path, AutoTokenizer.from_pretrained(name_or_path)
     language_model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
@@ -178,18 +155,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vision_model", required=True, help="EVA ViT-g: a folder or a name on the Hub.")
     parser.add_argument("--text_model", required=True, help="Language model: a folder or a name on the Hub.")
     parser.add_argument("--merge_r", type=int, default=19, help="Tokens merged in each layer.")
+    parser.add_argument("--connector_num_attention_heads", type=int, default=12, help="The connector's heads.")
+    dtypes = ["auto", "float32", "float16", "bfloat16"]
     parser.add_argument(
-        "--connector_num_attention_heads", type=int, default=12, help="The connector's attention heads."
+        "--dtype", default="auto", choices=dtypes, help="The towers' dtype; default: the text model's."
     )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "float16", "bfloat16"],
-        help="dtype of the frozen towers. Default: the language model's.",
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="New or empty folder to write to."
-    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="New or empty folder to write to.")
     arguments = parser.parse_args(argv)
 
     # An adapter that stays beside the converted model would be applied to it.

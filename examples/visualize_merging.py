@@ -36,19 +36,12 @@ GAP, TITLE = 16, 32  # pixels between panels, and above each
 
 @dataclass
 class Row:
-    """An image or a frame of a video, and its merging.
+    """An image or a frame of a video, and its merging in each layer."""
 
-    Attributes:
-        image: The image, SIDE x SIDE pixels.
-        name: Title of the row.
-        groups: For each layer the token that each patch is part of, of shape `(side, side)`.
-        counts: Number of tokens after each layer.
-    """
-
-    image: Image.Image
+    image: Image.Image  # SIDE x SIDE pixels
     name: str
-    groups: list[np.ndarray]
-    counts: list[int]
+    groups: list[np.ndarray]  # (side, side) each, the token that each patch is part of
+    counts: list[int]  # tokens after the layer
 
 
 def image_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, sources: list[str]) -> list[Row]:
@@ -73,23 +66,9 @@ def video_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
 
 
 def draw_merging(
-    model: EVLGenForConditionalGeneration,
-    processor: EVLGenProcessor,
-    images: list[str],
-    videos: list[str],
-    path: str | Path,
+    model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, images: list[str], videos: list[str], path: Path
 ) -> None:
-    """Draws one row for each image and for each frame of a video, one column for each layer.
-
-    Args:
-        model, processor: The captioner.
-        images, videos: Paths or URLs.
-        path: The PNG file to write.
-
-    Raises:
-        ValueError: If the connector is not a TomeFormer, the tower's patches do not form a square, or a source cannot
-            be read.
-    """
+    """Draws one row for each image and for each frame of a video, one column for each layer, to a PNG file."""
     rows = image_rows(model, processor, images) if images else []
     for video in videos:
         rows += video_rows(model, processor, video)

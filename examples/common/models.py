@@ -3,12 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from transformers import (
-    AutoImageProcessor,
-    AutoTokenizer,
-    CLIPImageProcessor,
-    TimmWrapperImageProcessor,
-)
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, TimmWrapperImageProcessor
 from transformers.utils import find_adapter_config_file, logging
 
 from common.demo.towers import prepare_language_model, prepare_vision_tower
@@ -23,22 +18,15 @@ logger = logging.get_logger(__name__)
 def build_model(
     arguments: ModelArguments, text_format: ProcessorArguments
 ) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
-    """Loads the towers, and builds a new connector between them and a processor.
+    """Loads the towers, by default those of the demo, and builds a new connector between them and a processor.
 
-    Args:
-        arguments: The towers, by default those of the demo, and the connector.
-        text_format: The processor's settings.
-
-    Returns:
-        The model and its processor. The model's generation stops at the processor's `end_of_text`.
-
-    Raises:
-        ValueError: If a tower cannot be loaded, or the parts do not fit each other.
+    The model's generation stops at the processor's `end_of_text`. Parts that cannot be loaded or do not fit each other
+    raise a ValueError.
     """
     vision_model = arguments.vision_model or str(prepare_vision_tower())
     text_model = arguments.text_model or str(prepare_language_model())
-    vision = _without_none(revision=arguments.vision_revision)
-    text = _without_none(revision=arguments.text_revision)
+    vision = {"revision": arguments.vision_revision} if arguments.vision_revision is not None else {}
+    text = {"revision": arguments.text_revision} if arguments.text_revision is not None else {}
 
     image_processor = load_image_processor(vision_model, **vision)
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
@@ -74,32 +62,19 @@ def build_model(
 def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Selects the fields that a connector has, so that a recipe's `connector_config` also works for other connectors.
 
-    Fields of other connectors are omitted with a warning. Unknown fields are kept, and refused later.
-
-    Args:
-        connector: `"tomeformer"`, `"qformer"` or `"mlp"`.
-        fields: Fields of any connector's configuration.
-
-    Returns:
-        The selected fields and `model_type`.
+    Fields of other connectors are omitted with a warning. Unknown fields are kept, and refused later. The field
+    `model_type` is added.
     """
     model_type = {"tomeformer": "tomeformer", "qformer": "evlgen_qformer", "mlp": "evlgen_mlp"}[connector]
-    known = CONNECTOR_CONFIGS[model_type].__dataclass_fields__.keys()
-    others = {
-        name for config_class in CONNECTOR_CONFIGS.values() for name in config_class.__dataclass_fields__
-    } - known
-    omitted = sorted(fields.keys() & others)
+    known = set().union(*(config_class.__dataclass_fields__ for config_class in CONNECTOR_CONFIGS.values()))
+    omitted = sorted(fields.keys() & known - CONNECTOR_CONFIGS[model_type].__dataclass_fields__.keys())
     if omitted:
         logger.warning(f"`connector_config`: a {connector} has no {', '.join(omitted)}, so they are left out.")
     return {**{name: value for name, value in fields.items() if name not in omitted}, "model_type": model_type}
 
 
 def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
-    """Loads a trained model by `load(name_or_path, **kwargs)`.
-
-    Raises:
-        ValueError: If there is no such model. The message names `argument`.
-    """
+    """Loads a model by `load(name_or_path, **kwargs)`. A missing one raises a ValueError that names `argument`."""
     try:
         return load(name_or_path, **kwargs)
     except OSError as error:
@@ -108,11 +83,7 @@ def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: A
 
 
 def load_trainable(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
-    """Loads a trained model as [`load_captioner`] does, to continue its training.
-
-    Raises:
-        ValueError: If there is no such model, or it is an adapter. An adapter would neither be trained nor saved.
-    """
+    """Loads a trained model to train it further. An adapter would neither be trained nor saved, so it is refused."""
 
     def load_unless_adapter(name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
         if find_adapter_config_file(name_or_path) is not None:
@@ -147,7 +118,3 @@ def load_image_processor(vision_model: str, **kwargs: Any) -> CLIPImageProcessor
     return CLIPImageProcessor(
         size={"height": height, "width": width}, do_center_crop=False, image_mean=list(mean), image_std=list(std)
     )
-
-
-def _without_none(**kwargs: Any) -> dict[str, Any]:
-    return {name: value for name, value in kwargs.items() if value is not None}

@@ -18,15 +18,12 @@ TINT = 0.6  # opacity of a token's colour over the image, 0 to 1
 
 @contextmanager
 def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[torch.Tensor]]:
-    """Records the merging of the connector's next forward pass.
+    """Records the merging of the connector's next forward pass. A connector that does not merge raises a ValueError.
 
     Yields:
-        `list[torch.Tensor]`: Empty at first. The forward pass appends one int64 tensor for each layer of the
-        connector, of shape `(images, num_vision_tokens)`: for each vision token the index of the token after that
-        layer that it has become part of. The last tensor holds positions in the soft prompt.
-
-    Raises:
-        ValueError: If the connector is not a TomeFormer.
+        An empty list. The forward pass appends an int64 tensor for each layer, `(images, num_vision_tokens)`: for each
+        vision token the index of the token after that layer that it has become part of. The last tensor holds
+        positions in the soft prompt.
     """
     # PEFT's wrapper holds two connectors, the base model's and the trained one. Only one of them runs.
     tomeformer_layers = [module for module in model.connector.modules() if isinstance(module, TomeFormerLayer)]
@@ -49,35 +46,20 @@ def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[tor
 
 
 @torch.no_grad()
-def merged_tokens(
-    model: EVLGenForConditionalGeneration, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None = None
-) -> list[torch.Tensor]:
-    """Runs tower and connector, and returns the token that each vision token is part of after each layer.
+def merged_tokens(model: EVLGenForConditionalGeneration, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+    """Runs tower and connector on the processor's images or videos, and returns the list of [`recorded_merging`].
 
-    Args:
-        model ([`EVLGenForConditionalGeneration`]): The model.
-        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`):
-            Images from the processor; or videos, of shape `(videos, frames, channels, height, width)`. A video's
-            frames are averaged to one set of tokens before the connector, so they share one merging.
-        frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
-            False for frames that pad a short video.
-
-    Returns:
-        `list[torch.Tensor]`: As in [`recorded_merging`], each of shape `(images or videos, num_vision_tokens)`.
-
-    Raises:
-        ValueError: If the connector is not a TomeFormer.
+    A video's frames are averaged to one set of tokens before the connector, so they share one merging.
     """
     with recorded_merging(model) as layers:
-        model.project_vision_features(model.get_vision_features(pixel_values, frame_mask))
+        model.project_vision_features(model.get_vision_features(pixel_values))
     return layers
 
 
 def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
     """Returns the number of tokens before the first patch (class and register tokens) and of patches along each side.
 
-    Raises:
-        ValueError: If the tower's patches do not form a square.
+    Raises a ValueError if the tower's patches do not form a square.
     """
     tokens = model.config.num_vision_tokens
     side = math.isqrt(tokens)
@@ -89,16 +71,7 @@ def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
 
 
 def patch_groups(model: EVLGenForConditionalGeneration, layers: list[torch.Tensor], row: int = 0) -> list[np.ndarray]:
-    """Arranges the patches of one image or video in a square, for each layer.
-
-    Args:
-        model ([`EVLGenForConditionalGeneration`]): The model.
-        layers: From [`merged_tokens`].
-        row: Index of the image or video in the batch.
-
-    Returns:
-        `list[np.ndarray]`: For each layer the token that each patch is part of, int64, of shape `(side, side)`.
-    """
+    """For each layer the token that each patch of an image or video is part of: int64, `(side, side)`."""
     prefix, side = patch_grid(model)
     return [index[row, prefix:].reshape(side, side).cpu().numpy() for index in layers]
 
@@ -117,14 +90,7 @@ def draw_groups(image: Image.Image, groups: np.ndarray) -> Image.Image:
     """Tints, outlines and numbers the patches of each token.
 
     All patches of a token have one colour and one number, the token's position. The colour is that of the token's
-    first patch, so that it stays the same from layer to layer.
-
-    Args:
-        image: The image, SIDE x SIDE pixels.
-        groups: The token that each patch is part of, of shape `(side, side)`.
-
-    Returns:
-        `PIL.Image.Image`, SIDE x SIDE pixels, RGB.
+    first patch, so that it stays the same from layer to layer. Images are RGB, SIDE x SIDE pixels.
     """
     side = len(groups)
     _, first_patches, tokens = np.unique(groups, return_index=True, return_inverse=True)
