@@ -1,0 +1,95 @@
+"""TRL's trainers train a checkpoint with their defaults, and with the loss of our own collator."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from .helpers import noise_images, tiny_model, tiny_processor
+
+trl = pytest.importorskip("trl", reason="needs the trl extra")
+
+ANSWERS = ["a red circle", "a blue triangle to the left of a green square"]
+# Marks what the assistant generates, for `assistant_only_loss`.
+TRAINING_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def checkpoint(folder, text="llama"):
+    model = tiny_model(text=text, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    processor = tiny_processor(model, chat=True)
+    processor.chat_template = processor.chat_template.replace(processor.tokenizer.chat_template, TRAINING_TEMPLATE)
+    processor.end_of_text = "<|im_end|>"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return (
+        AutoModelForImageTextToText.from_pretrained(folder),
+        AutoProcessor.from_pretrained(folder),
+    )
+
+
+def conversation(answer):
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}
+    return [question, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+
+
+def rows(kind):
+    messages = [conversation(answer) for answer in ANSWERS]
+    images = [[image] for image in noise_images(2)]
+    if kind == "messages":
+        return Dataset.from_dict({"messages": messages, "images": images})
+    prompts, completions = zip(*((turns[:1], turns[1:]) for turns in messages), strict=True)
+    return Dataset.from_dict({"prompt": list(prompts), "completion": list(completions), "images": images})
+
+
+def sft_trainer(model, processor, dataset, folder, peft_config=None, **settings):
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none", **settings}
+    args = trl.SFTConfig(output_dir=str(folder), save_strategy="no", logging_steps=1, **settings)
+    return trl.SFTTrainer(model, args, train_dataset=dataset, processing_class=processor, peft_config=peft_config)
+
+
+def our_loss(model, processor):
+    batch = processor(images=noise_images(2), messages=[conversation(answer) for answer in ANSWERS])
+    return model(**batch).loss.item()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("kind", ["messages", "prompt and completion"])
+def test_sft_with_its_defaults_trains_a_checkpoint(kind, lora, tmp_path):
+    model, processor = checkpoint(tmp_path / "model")
+    towers = {
+        name: p.clone() for name, p in model.named_parameters() if name.startswith(("vision_tower", "language_"))
+    }
+    peft_config = LoraConfig(r=2, target_modules=r"language_model.*\.(q|v)_proj") if lora else None
+    trainer = sft_trainer(model, processor, rows(kind), tmp_path / "out", peft_config, learning_rate=1e-2)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[1] < losses[0] < 20
+    assert isinstance(trainer.model, PeftModel) is lora
+    if not lora:
+        state = model.state_dict()
+        assert all(torch.equal(state[n], p) for n, p in towers.items() if not n.startswith("language_projection"))
+
+
+@pytest.mark.parametrize(("text", "kind"), [("llama", "messages"), ("llama", "prompts"), ("gpt2", "messages")])
+def test_the_loss_of_sft_is_that_of_our_collator(text, kind, tmp_path):
+    model, processor = checkpoint(tmp_path / "model", text)
+    settings = {"bf16": False, "assistant_only_loss": kind == "messages"}
+    trainer = sft_trainer(model, processor, rows(kind), tmp_path / "out", max_steps=1, **settings)
+    expected = our_loss(model, processor)
+    trainer.train()
+    (loss,) = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert loss == pytest.approx(expected, abs=1e-3)
+
+
+def test_labels_of_a_batch_never_hold_placeholders(tmp_path):
+    _, processor = checkpoint(tmp_path / "model")
+    batch = processor(images=noise_images(2), text=["<image>what is it?", "<image>a"])
+    batch["labels"] = batch["input_ids"].clone()
+    is_placeholder = batch["input_ids"] == processor.image_token_id
+    assert torch.equal(batch["labels"] == -100, is_placeholder)
