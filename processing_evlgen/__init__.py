@@ -5,7 +5,8 @@ from transformers import AutoProcessor
 from configuration_evlgen import EVLGenConfig
 
 from .pipeline_evlgen import EVLGenImageToTextPipeline
-from .processing_evlgen import EVLGenProcessor, clean_caption
+from .processing_evlgen import EVLGenProcessor
+from .prompts import clean_caption
 
 AutoProcessor.register(EVLGenConfig, EVLGenProcessor, exist_ok=True)
 

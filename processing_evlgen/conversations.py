@@ -6,8 +6,36 @@ from transformers import ProcessorMixin
 
 from .token_ids import check_plain_text
 
+# Most language models' chat templates take a message's content as one string. This joins a list of parts into one.
+_JOIN_PARTS = """\
+{%- set ns = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- set text = namespace(value='') -%}
+{%- if message.content is string or message.content is none -%}
+{%- set text.value = message.content -%}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}
+{%- set text.value = text.value + 'IMAGE_TOKEN' -%}
+{%- elif part.type == 'video' -%}
+{%- set text.value = text.value + 'VIDEO_TOKEN' -%}
+{%- else -%}
+{%- set text.value = text.value + part.text -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set ns.messages = ns.messages + [dict(message, content=text.value)] -%}
+{%- endfor -%}
+{%- set messages = ns.messages -%}
+"""
+
 _ROLES = ("system", "user", "assistant")
 _PARTS = ("image", "video", "text")
+
+
+def join_parts(chat_template: str, image_token: str, video_token: str) -> str:
+    """A language model's chat template that takes lists of parts as well, with placeholders of images and videos."""
+    return _JOIN_PARTS.replace("IMAGE_TOKEN", image_token).replace("VIDEO_TOKEN", video_token) + chat_template
 
 
 def encode_conversation(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:

@@ -1,58 +1,51 @@
 """EVLGen's processor: images, videos and text in, model inputs and labels out."""
 
 import os
-import re
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tokenizers import AddedToken
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import (
+    ImagesKwargs,
+    MultiModalData,
+    ProcessingKwargs,
+    Unpack,
+    VideosKwargs,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
 
-from .conversations import encode_conversation
+from .batch import EVLGenBatch
+from .conversations import encode_conversation, join_parts
 from .images import MAX_PIXELS, load_rgb_image
 from .inputs import count_images_per_text, flatten_images, flatten_videos, list_strings
-from .token_ids import check_plain_text, pad
+from .prompts import PromptEncoder
+from .token_ids import pad
 from .videos import load_rgb_frames
 
-# Most language models' chat templates take a message's content as one string. This joins a list of parts into one.
-_JOIN_PARTS = """\
-{%- set ns = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- set text = namespace(value='') -%}
-{%- if message.content is string or message.content is none -%}
-{%- set text.value = message.content -%}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == 'image' -%}
-{%- set text.value = text.value + 'IMAGE_TOKEN' -%}
-{%- elif part.type == 'video' -%}
-{%- set text.value = text.value + 'VIDEO_TOKEN' -%}
-{%- else -%}
-{%- set text.value = text.value + part.text -%}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- set ns.messages = ns.messages + [dict(message, content=text.value)] -%}
-{%- endfor -%}
-{%- set messages = ns.messages -%}
-"""
+
+class EVLGenImagesKwargs(ImagesKwargs, total=False):
+    max_pixels: int | None
 
 
-def clean_caption(caption: str, max_words: int = 50) -> str:
-    """Cleans a caption as the original does: lower case, ``.!"()*#:;~`` to spaces, single spaces, `max_words` words.
-
-    Source: `pre_caption` of the original's `BlipCaptionProcessor` (lavis/processors/blip_processors.py).
-    """
-    caption = re.sub(r'[.!"()*#:;~]', " ", caption.lower())
-    return " ".join(caption.split()[:max_words])
+class EVLGenVideosKwargs(VideosKwargs, total=False):
+    max_pixels: int | None
+    frame_sampling: str | None
+    num_frames: Any  # `sample_frames` checks it, and names it as its other arguments
 
 
-class EVLGenProcessor(ProcessorMixin):
+class EVLGenProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: EVLGenImagesKwargs
+    videos_kwargs: EVLGenVideosKwargs
+    _defaults = {}  # transformers < 5.19 reads it
+
+
+class EVLGenProcessor(PromptEncoder):
     r"""
     Prepares inputs for [`EVLGenForConditionalGeneration`].
 
@@ -82,6 +75,8 @@ class EVLGenProcessor(ProcessorMixin):
             Whether the BOS token after the images of an empty prompt is a label, as in the paper's OPT recipe.
     """
 
+    valid_processor_kwargs = EVLGenProcessorKwargs
+
     def __init__(
         self,
         image_processor=None,
@@ -100,8 +95,7 @@ class EVLGenProcessor(ProcessorMixin):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"`tokenizer` must be a tokenizer, but is {type(tokenizer).__name__}.")
         if chat_template is None and tokenizer.chat_template is not None:
-            join_parts = _JOIN_PARTS.replace("IMAGE_TOKEN", image_token).replace("VIDEO_TOKEN", video_token)
-            chat_template = join_parts + tokenizer.get_chat_template()
+            chat_template = join_parts(tokenizer.get_chat_template(), image_token, video_token)
         # Not normalized: a tokenizer that lower-cases or splits words still finds them.
         placeholders = [AddedToken(token, special=True, normalized=False) for token in (image_token, video_token)]
         tokenizer.add_tokens(placeholders, special_tokens=True)
@@ -117,6 +111,7 @@ class EVLGenProcessor(ProcessorMixin):
         self.end_of_text = end_of_text
         self.clean_captions = clean_captions
         self.bos_label = bos_label
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @property
@@ -141,10 +136,7 @@ class EVLGenProcessor(ProcessorMixin):
         videos: Any = None,
         messages: list[list[dict[str, Any]]] | None = None,
         vision_features: torch.Tensor | None = None,
-        num_frames: int | None = None,
-        frame_sampling: str = "uniform",
-        max_pixels: int = MAX_PIXELS,
-        **kwargs: Unpack[ProcessingKwargs],
+        **kwargs: Unpack[EVLGenProcessorKwargs],
     ) -> BatchFeature:
         """
         Args:
@@ -164,14 +156,21 @@ class EVLGenProcessor(ProcessorMixin):
                 See [`encode_conversation`]. For generation, make a `text` of one with `apply_chat_template`.
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
                 The vision tower's output for the images, instead of `images`. Returned unchanged, for the model.
-            num_frames (`int`, *optional*): Frames to take of each video; by default the processor's `num_frames`.
-            frame_sampling (`str`, *optional*, defaults to `"uniform"`):
-                How to choose them: `"uniform"`, or `"headtail"` for training. See [`sample_frames`].
-            max_pixels (`int`, *optional*, defaults to 64,000,000):
-                Largest width times height of an image or frame that is decoded. See [`load_rgb_image`].
             kwargs:
-                Arguments of the image processor, and the tokenizer's `return_tensors` (by default `"pt"`), `padding`
-                (by default `True`), `pad_to_multiple_of`, `padding_side`, `max_length` and `add_special_tokens`.
+                Arguments of the image processor; the tokenizer's `return_tensors` (by default `"pt"`), `padding` (by
+                default `True`), `pad_to_multiple_of`, `padding_side`, `max_length`, `truncation` and
+                `add_special_tokens`; and:
+
+                - `num_frames` (`int`): Frames to take of each video; by default the processor's `num_frames`. With
+                  `do_sample_frames=False` it is all frames.
+                - `frame_sampling` (`str`): How to choose them: `"uniform"` (the default), or `"headtail"` for
+                  training. See [`sample_frames`].
+                - `max_pixels` (`int`): Largest width times height of an image or frame that is decoded, by default
+                  64,000,000. See [`load_rgb_image`].
+                - `return_offsets_mapping` (`bool`): Adds `offset_mapping`. All tokens of a placeholder have its span.
+                - `return_text_replacement_offsets` (`bool`): Adds `text_replacement_offsets`, as transformers'
+                  `get_text_with_replacements` describes them. Then `offset_mapping` refers to the expanded text.
+                - `return_mm_token_type_ids` (`bool`): Adds `mm_token_type_ids`: 1 on images, 2 on videos, 0 on text.
 
         Returns:
             `BatchFeature` with
@@ -181,11 +180,13 @@ class EVLGenProcessor(ProcessorMixin):
             - `pixel_values_videos`: float32, `(videos, frames, channels, height, width)`, if there are videos; and
               `frame_mask`: bool, `(videos, frames)`, if they differ in their number of frames.
             - `labels`: int64, `(batch, sequence)`, with a `suffix` or `messages`: -100 on images, prompts and padding.
+            - `offset_mapping`: int64, `(batch, sequence, 2)`, if requested: start and end of each token in its text.
 
         Raises:
-            ValueError: If images, placeholders and texts differ in number, or a text is longer than the language
-                model allows. If an image cannot be read or is too large, or an array holds NaN or infinite values. If
-                a suffix is empty or holds a special token.
+            ValueError: If images, placeholders and texts differ in number. If a text is longer than `max_length` or
+                than the language model allows, without `truncation`; or `truncation` would cut placeholders or all
+                labels off. If offsets are requested for a `suffix` or `messages`. If an image cannot be read or is
+                too large, or an array holds NaN or infinite values. If a suffix is empty or holds a special token.
             TypeError: If a text is not a string, or an image of no accepted type.
         """
         if images is None and videos is None and text is None and vision_features is None and messages is None:
@@ -196,29 +197,57 @@ class EVLGenProcessor(ProcessorMixin):
             raise ValueError("`messages` is given instead of `text` and `suffix`, not together with them.")
         if images is not None and vision_features is not None:
             raise ValueError("Only one of `images` and `vision_features` can be given.")
+        arguments = self._merge_kwargs(
+            EVLGenProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        images_arguments, text_arguments = arguments["images_kwargs"], arguments["text_kwargs"]
+        for name in ("return_text_replacement_offsets", "return_mm_token_type_ids"):
+            text_arguments.setdefault(name, arguments.get(name))  # transformers < 5.20 has them here alone
+        if suffix is not None or messages is not None:
+            self._refuse_offsets(text_arguments)
+        max_pixels = images_arguments.pop("max_pixels", None) or MAX_PIXELS
         images_per_text = count_images_per_text(images)
         images = [] if images is None else flatten_images(images)
         images = [load_rgb_image(image, max_pixels=max_pixels) for image in images]
         num_images = len(images) if vision_features is None else len(vision_features)
-        num_frames = self.num_frames if num_frames is None else num_frames
-        videos = [load_rgb_frames(video, num_frames, frame_sampling, max_pixels) for video in flatten_videos(videos)]
-        arguments = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        text_arguments = arguments["text_kwargs"]
+        videos = self._load_videos(videos, arguments["videos_kwargs"])
         if messages is None:
-            sequences, labels = self._encode(
-                text, suffix, images_per_text, num_images, len(videos), text_arguments.get("add_special_tokens", True)
-            )
+            columns = self._encode(text, suffix, images_per_text, num_images, len(videos), text_arguments)
         else:
-            sequences, labels = self._encode_conversations(messages, images_per_text, num_images, len(videos))
-        data = pad(self.tokenizer, sequences, labels, text_arguments)
+            columns = self._encode_conversations(messages, images_per_text, num_images, len(videos))
+        placeholder_ids = (self.image_token_id, self.video_token_id)
+        data: dict[str, Any] = pad(self.tokenizer, columns, placeholder_ids, text_arguments)
+        if text_arguments["return_mm_token_type_ids"]:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if images:
-            images_arguments = {**arguments["images_kwargs"], "return_tensors": "pt"}
-            data["pixel_values"] = self.image_processor(images, **images_arguments)["pixel_values"]
+            pixels = self.image_processor(images, **{**images_arguments, "return_tensors": "pt"})
+            data["pixel_values"] = pixels["pixel_values"]
         if videos:
-            data.update(self._stack_videos(videos, arguments["images_kwargs"]))
+            data.update(self._stack_videos(videos, images_arguments))
         if vision_features is not None:
             data["vision_features"] = vision_features
-        return BatchFeature(data, tensor_type=text_arguments.get("return_tensors", "pt"))
+        return EVLGenBatch(
+            data,
+            placeholder_ids=placeholder_ids,
+            tensor_type=text_arguments.get("return_tensors", "pt"),
+            skip_tensor_conversion=self.skip_tensor_conversion,
+        )
+
+    @staticmethod
+    def _refuse_offsets(arguments: dict[str, Any]) -> None:
+        for name in ("return_offsets_mapping", "return_text_replacement_offsets"):
+            if arguments.get(name):
+                raise ValueError(f"`{name}` is for a `text` alone, without `suffix` or `messages`.")
+
+    def _load_videos(self, videos: Any, arguments: dict[str, Any]) -> list[list[Any]]:
+        """The chosen frames of each video."""
+        num_frames = arguments.get("num_frames")
+        num_frames = self.num_frames if num_frames is None else num_frames
+        if arguments.get("do_sample_frames") is False:
+            num_frames = sys.maxsize
+        sampling = arguments.get("frame_sampling") or "uniform"
+        max_pixels = arguments.get("max_pixels") or MAX_PIXELS
+        return [load_rgb_frames(video, num_frames, sampling, max_pixels) for video in flatten_videos(videos)]
 
     def _encode(
         self,
@@ -227,9 +256,9 @@ class EVLGenProcessor(ProcessorMixin):
         images_per_text: list[int] | None,
         num_images: int,
         num_videos: int,
-        add_special_tokens: bool,
-    ) -> tuple[list[list[int]], list[list[int]] | None]:
-        """Ids of prompts and their suffixes, and labels."""
+        arguments: dict[str, Any],
+    ) -> dict[str, list[Any]]:
+        """Ids of prompts and their suffixes, with labels or offsets."""
         if text is None and not num_images and not num_videos:
             raise ValueError("Without a `text`, at least one image or video is needed, but there is none.")
         prompts = list_strings("text", "" if text is None else text)
@@ -238,24 +267,9 @@ class EVLGenProcessor(ProcessorMixin):
         if images_per_text is not None:
             self._check_images_per_text(prompts, images_per_text)
         prompts = self._insert_placeholders(prompts, num_images, num_videos)
-        prompt_ids = [self.tokenize_prompt(prompt, add_special_tokens) for prompt in prompts]
         if suffix is None:
-            return prompt_ids, None
-        suffixes = self._clean_suffixes(list_strings("suffix", suffix))
-        if len(suffixes) != len(prompts):
-            raise ValueError(f"`suffix` has {len(suffixes)} entries, but there are {len(prompts)} prompts.")
-        suffix_ids = [
-            self._tokenize_suffix(prompt, ids, suffix, add_special_tokens)
-            for prompt, ids, suffix in zip(prompts, prompt_ids, suffixes, strict=True)
-        ]
-        named = {f"`suffix` entry {index}": pair for index, pair in enumerate(zip(suffixes, suffix_ids, strict=True))}
-        check_plain_text(self.tokenizer, self.end_of_text_id, named)
-        sequences, labels = [], []
-        for ids, caption_ids in zip(prompt_ids, suffix_ids, strict=True):
-            sequences.append([*ids, *caption_ids, self.end_of_text_id])
-            unlabelled = len(ids) - int(self._is_bos_a_label(ids))  # images and prompt carry no loss
-            labels.append([-100] * unlabelled + sequences[-1][unlabelled:])
-        return sequences, labels
+            return self._encode_prompts(prompts, num_images, num_videos, arguments)
+        return self._encode_suffixes(prompts, suffix, arguments.get("add_special_tokens", True))
 
     def _encode_conversations(
         self,
@@ -263,7 +277,7 @@ class EVLGenProcessor(ProcessorMixin):
         images_per_text: list[int] | None,
         num_images: int,
         num_videos: int,
-    ) -> tuple[list[list[int]], list[list[int]]]:
+    ) -> dict[str, list[list[int]]]:
         """Ids and labels of conversations, checked against the numbers of images and videos."""
         encoded = [encode_conversation(self, conversation) for conversation in messages]
         for name, token_id, given in (
@@ -278,7 +292,7 @@ class EVLGenProcessor(ProcessorMixin):
                 found = encoded[index][0].count(self.image_token_id) // self.num_image_tokens
                 if found != given:
                     raise ValueError(f"`messages` entry {index} holds {found} images, but its `images` entry {given}.")
-        return [ids for ids, _ in encoded], [labels for _, labels in encoded]
+        return {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}
 
     def _check_images_per_text(self, prompts: list[str], images_per_text: list[int]) -> None:
         counts = [prompt.count(self.image_token) for prompt in prompts]
@@ -307,8 +321,10 @@ class EVLGenProcessor(ProcessorMixin):
             ("videos", self.video_token, videos, num_videos),
         ):
             if placeholders != given:
+                # Ends as transformers' own error does, which its common tests look for.
                 raise ValueError(
-                    f"`text` holds {placeholders} {token} placeholders, but `{name}` holds {given} {name}."
+                    f"`text` holds {placeholders} {token} placeholders, but `{name}` holds {given} {name}. The number "
+                    f"of {token} tokens in the prompts should be the same as the number of {name}."
                 )
         return prompts
 
@@ -329,50 +345,46 @@ class EVLGenProcessor(ProcessorMixin):
         padded[mask] = pixels  # pixels: (frames of all videos, channels, height, width)
         return {"pixel_values_videos": padded} if mask.all() else {"pixel_values_videos": padded, "frame_mask": mask}
 
-    def tokenize_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a prompt with `num_image_tokens` ids for each placeholder.
-
-        Placeholders at the start of the prompt come before the BOS token.
-        """
-        placeholders = {self.image_token: self.image_token_id, self.video_token: self.video_token_id}
-        text, ids = prompt, []
-        while token := next((token for token in placeholders if text.startswith(token)), None):
-            text = text.removeprefix(token)
-            ids += [placeholders[token]] * self.num_image_tokens
-        for token in placeholders:  # within the text; those at its start have ids already
-            text = text.replace(token, token * self.num_image_tokens)
-        bos = self.tokenizer.bos_token
-        if bos is not None and text.startswith(bos):  # a chat template has added it
-            add_special_tokens = False
-        return ids + self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-
-    def _tokenize_suffix(self, prompt: str, prompt_ids: list[int], suffix: str, add_special_tokens: bool) -> list[int]:
-        """Ids of a suffix as it follows the prompt in running text."""
-        question = prompt.replace(self.image_token, "").replace(self.video_token, "")
-        is_running_text = self.chat_template is None and question != ""
-        separator = " " if is_running_text and not prompt[-1].isspace() else ""
-        ids = self.tokenize_prompt(prompt + separator + suffix, add_special_tokens)
-        if ids[: len(prompt_ids)] == prompt_ids:
-            return ids[len(prompt_ids) :]
-        # The last letters of the prompt and the first of the suffix share a token. Generation sees the prompt alone.
-        return self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
-
-    def _clean_suffixes(self, suffixes: list[str]) -> list[str]:
-        cleaned = [clean_caption(suffix) if self.clean_captions else suffix for suffix in suffixes]
-        for index, (before, after) in enumerate(zip(suffixes, cleaned, strict=True)):
-            if not after.strip():
-                raise ValueError(f"`suffix` must not be empty, but entry {index} is {before!r}.")
-        return cleaned
-
-    def _is_bos_a_label(self, prompt_ids: list[int]) -> bool:
-        if not self.bos_label or prompt_ids[-1] != self.tokenizer.bos_token_id:
-            return False
-        # The original masks images and prompts. If there is a prompt, it masks BOS as a part of it.
-        return all(token in (self.image_token_id, self.video_token_id) for token in prompt_ids[:-1])
-
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "pixel_values_videos", "frame_mask", "labels"]
+        return ["input_ids", "attention_mask", "pixel_values", "pixel_values_videos"]
+
+    @property
+    def video_processor(self) -> SimpleNamespace:
+        """Describes videos to vLLM. Their frames are prepared by the image processor, so nothing is saved."""
+        return SimpleNamespace(
+            model_input_names=["pixel_values_videos", "frame_mask"],
+            size=getattr(self.image_processor, "size", None),
+            do_sample_frames=False,  # needs no metadata of the video
+            temporal_patch_size=1,
+            valid_kwargs=EVLGenVideosKwargs,
+        )
+
+    def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **kwargs: Any) -> str:
+        """The text that takes an image's placeholder."""
+        return self.image_token * self.num_image_tokens
+
+    def replace_video_token(self, video_inputs: Any = None, video_idx: int = 0, **kwargs: Any) -> str:
+        """The text that takes a video's placeholder."""
+        return self.video_token * self.num_image_tokens
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[Any] | None = None, video_sizes: list[Any] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Counts placeholders for vLLM.
+
+        Args:
+            image_sizes (`list[tuple[int, int]]`, *optional*): Height and width of each image. They change no count.
+            video_sizes (`list[tuple[int, int, int]]`, *optional*): Frames, height and width of each video, likewise.
+            kwargs: The engine's `mm_processor_kwargs`, likewise.
+        """
+        counts: dict[str, list[int]] = {}
+        if image_sizes is not None:
+            counts["num_image_tokens"] = [self.num_image_tokens] * len(image_sizes)
+            counts["num_image_patches"] = [1] * len(image_sizes)  # rows of `pixel_values`
+        if video_sizes is not None:
+            counts["num_video_tokens"] = [self.num_image_tokens] * len(video_sizes)
+        return MultiModalData(**counts)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
@@ -380,5 +392,4 @@ class EVLGenProcessor(ProcessorMixin):
         """Saves the image processor, the tokenizer, processor_config.json and the code that it names."""
         os.makedirs(save_directory, exist_ok=True)
         save_hub_code(save_directory)
-        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

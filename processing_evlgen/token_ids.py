@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+_FILLS = {"labels": -100, "offset_mapping": (0, 0)}  # for padding, by column
+
 
 def check_plain_text(tokenizer: PreTrainedTokenizerBase, end_id: int, texts: dict[str, tuple[str, list[int]]]) -> None:
     """Checks that texts to train on hold neither special tokens nor the end of a text.
@@ -29,38 +31,59 @@ def check_plain_text(tokenizer: PreTrainedTokenizerBase, end_id: int, texts: dic
             raise ValueError(f"{name} must not hold {token!r}, a special token or the end of a text, but is {text!r}.")
 
 
-def pad(
-    tokenizer: PreTrainedTokenizerBase,
-    sequences: list[list[int]],
-    labels: list[list[int]] | None,
-    arguments: dict[str, Any],
-) -> dict[str, list[list[int]]]:
-    """Pads ids on the left; or ids and labels on the right.
+def unexpanded_span(span: tuple[int, int], expansions: list[dict[str, Any]]) -> tuple[int, int]:
+    """Maps a token's span in an expanded text to its span in the text before.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Has the padding token and the largest length.
-        sequences (`list[list[int]]`): Ids of each text.
-        labels (`list[list[int]]`, *optional*): Labels of each text, as many as ids. They are padded with -100.
-        arguments (`dict`): The tokenizer's `padding`, `max_length`, `pad_to_multiple_of` and `padding_side`.
+        span (`tuple[int, int]`): Start and end of a token.
+        expansions (`list[dict]`): The text's replacements, as transformers' `get_text_with_replacements` returns them.
+    """
+    gained = 0
+    for expansion in expansions:
+        start, end = expansion["new_span"]
+        if start <= span[0] < end:
+            return expansion["span"]
+        if span[0] >= end:
+            gained = end - expansion["span"][1]
+    return span[0] - gained, span[1] - gained
+
+
+def pad(
+    tokenizer: PreTrainedTokenizerBase,
+    columns: dict[str, list[Any]],
+    placeholder_ids: tuple[int, int],
+    arguments: dict[str, Any],
+) -> dict[str, list[Any]]:
+    """Truncates if requested, and pads: ids on the left; ids and labels on the right.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Has the padding token, the largest length and the side to truncate.
+        columns (`dict[str, list]`):
+            `input_ids` of each text, and optionally `labels` and `offset_mapping`, as many as ids. They are padded
+            with -100 and `(0, 0)`. Other columns are returned unchanged.
+        placeholder_ids (`tuple[int, int]`): Ids that truncation must keep.
+        arguments (`dict`):
+            The tokenizer's `padding`, `max_length`, `truncation`, `pad_to_multiple_of` and `padding_side`.
 
     Returns:
-        `input_ids`, `attention_mask` and, if given, `labels`.
+        The columns with `attention_mask`.
 
     Raises:
-        ValueError: If there is no text, a text is too long, or it is to be truncated.
+        ValueError: If there is no text. If a text is too long, or its placeholders or labels would be truncated.
     """
-    if not sequences:
+    if not columns["input_ids"]:
         raise ValueError("`text` or `messages` is an empty list.")
-    if arguments.get("truncation") not in (None, False, "do_not_truncate"):
-        raise ValueError("`truncation` is not supported: a shortened prompt would lose its images or its question.")
     max_length = arguments.get("max_length")
     limit = min(max_length or tokenizer.model_max_length, tokenizer.model_max_length)
-    for index, sequence in enumerate(sequences):
-        if len(sequence) > limit:
-            raise ValueError(f"`text` entry {index} has {len(sequence)} tokens, but at most {limit} are allowed.")
-    side = arguments.get("padding_side") or ("left" if labels is None else "right")
+    if arguments.get("truncation") in (None, False, "do_not_truncate"):
+        for index, ids in enumerate(columns["input_ids"]):
+            if len(ids) > limit:
+                raise ValueError(f"`text` entry {index} has {len(ids)} tokens, but at most {limit} are allowed.")
+    else:
+        columns = _truncate(columns, limit, tokenizer.truncation_side, placeholder_ids)
+    side = arguments.get("padding_side") or ("right" if "labels" in columns else "left")
     padded = tokenizer.pad(
-        {"input_ids": sequences},
+        {"input_ids": columns["input_ids"]},
         padding=arguments.get("padding", True),
         max_length=max_length and limit,
         pad_to_multiple_of=arguments.get("pad_to_multiple_of"),
@@ -68,8 +91,31 @@ def pad(
         return_attention_mask=True,
         verbose=False,
     )
-    if labels is not None:  # `pad` leaves labels as they are
-        fills = [[-100] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], labels, strict=True)]
-        pairs = zip(fills, labels, strict=True)
-        padded["labels"] = [fill + row if side == "left" else row + fill for fill, row in pairs]
-    return dict(padded)
+    result = {**columns, **padded}
+    for name in _FILLS.keys() & columns.keys():  # `tokenizer.pad` leaves them as they are
+        rows = zip(columns[name], padded["input_ids"], strict=True)
+        fills = [(row, [_FILLS[name]] * (len(ids) - len(row))) for row, ids in rows]
+        result[name] = [fill + row if side == "left" else row + fill for row, fill in fills]
+    return result
+
+
+def _truncate(
+    columns: dict[str, list[Any]], limit: int, side: str, placeholder_ids: tuple[int, int]
+) -> dict[str, list[Any]]:
+    """Cuts the ends of texts, or their starts, with their labels and offsets."""
+    kept = slice(-limit, None) if side == "left" else slice(limit)
+    for index, ids in enumerate(columns["input_ids"]):
+        if len(ids) <= limit:
+            continue
+        if any(ids.count(token_id) != ids[kept].count(token_id) for token_id in placeholder_ids):
+            raise ValueError(
+                f"`text` entry {index} has {len(ids)} tokens. `truncation` to {limit} would cut placeholders of "
+                "images or videos off; increase `max_length`."
+            )
+        if "labels" in columns and set(columns["labels"][index][kept]) <= {-100}:
+            raise ValueError(
+                f"`text` entry {index} has {len(ids)} tokens. `truncation` to {limit} would cut all labels off; "
+                "increase `max_length`."
+            )
+    cut = {"input_ids", *_FILLS} & columns.keys()
+    return {name: [row[kept] for row in rows] if name in cut else rows for name, rows in columns.items()}

@@ -13,9 +13,8 @@ from PIL import Image, ImageFile
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from processing_evlgen import EVLGenImageToTextPipeline, EVLGenProcessor
+from processing_evlgen import EVLGenImageToTextPipeline, EVLGenProcessor, clean_caption
 from processing_evlgen.images import load_rgb_image
-from processing_evlgen.processing_evlgen import clean_caption
 
 from .helpers import noise_images, tiny_image_processor, tiny_model, tiny_processor, tiny_tokenizer
 
@@ -200,6 +199,122 @@ def test_padding_arguments_work_as_in_a_tokenizer():
     )
 
 
+def test_truncation_cuts_text_and_changes_nothing_where_the_text_fits():
+    processor = make_processor()
+    inputs = {"images": noise_images(2), "text": ["<image>a", "<image>a blue triangle to the left"]}
+    whole = processor(**inputs)
+    fits = processor(**inputs, truncation=True, max_length=100)
+    assert fits.keys() == whole.keys() and all(torch.equal(fits[name], whole[name]) for name in whole)
+    cut = processor(**inputs, truncation=True, max_length=5)
+    assert cut["input_ids"].tolist()[1] == whole["input_ids"][1, :5].tolist()
+    labelled = processor(images=noise_images(1), suffix="a blue triangle", truncation=True, max_length=5)
+    assert labelled["input_ids"].shape == labelled["labels"].shape == (1, 5)
+    assert labelled["labels"][0, 3:].tolist() == labelled["input_ids"][0, 3:].tolist()
+
+
+def test_truncation_cuts_on_the_tokenizers_side():
+    processor = make_processor()
+    whole = processor(text="a blue triangle")["input_ids"][0].tolist()
+    processor.tokenizer.truncation_side = "left"
+    assert processor(text="a blue triangle", truncation=True, max_length=3)["input_ids"].tolist() == [whole[-3:]]
+    with pytest.raises(ValueError, match="`truncation` to 3 would cut placeholders"):
+        processor(images=noise_images(1), text="a blue triangle", truncation=True, max_length=3)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_offsets_point_into_the_text_that_was_given(padding_side):
+    processor = make_processor(bos=True)
+    texts = ["<image>left <video>right", "a <image>b<image> blue triangle"]
+    inputs = {"images": noise_images(3), "videos": noise_images(2), "text": texts, "padding_side": padding_side}
+    batch = processor(**inputs, return_offsets_mapping=True)
+    for text, ids, spans in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
+        for token_id, (start, end) in zip(ids.tolist(), spans.tolist(), strict=True):
+            token = processor.tokenizer.decode([token_id])
+            assert text[start:end] == ("" if token in ("<pad>", "<s>") else token)
+
+
+def test_text_replacement_offsets_name_the_placeholders_and_their_texts():
+    processor = make_processor(bos=True)
+    text = "<image>left <video>right"
+    batch = processor(
+        images=noise_images(1),
+        videos=noise_images(2),
+        text=text,
+        return_text_replacement_offsets=True,
+        return_offsets_mapping=True,
+    )
+    image, video = batch["text_replacement_offsets"][0]
+    assert (image["type"], image["span"], image["replacement"]) == ("image", (0, 7), "<image>" * 3)
+    assert (video["type"], video["span"], video["new_span"]) == ("video", (12, 19), (26, 47))
+    expanded = text.replace("<image>", "<image>" * 3).replace("<video>", "<video>" * 3)
+    spans = zip(batch["input_ids"][0].tolist(), batch["offset_mapping"][0].tolist(), strict=True)
+    tokens = [(processor.tokenizer.decode([token_id]), expanded[start:end]) for token_id, (start, end) in spans]
+    assert [pair for pair in tokens if pair[0] != pair[1]] == [("<s>", "")]
+
+
+GENERATION_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_the_assistant_mask_covers_the_assistants_turns(padding_side):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = GENERATION_TEMPLATE
+    processor = EVLGenProcessor(tiny_image_processor(), tokenizer, 3, end_of_text="<|im_end|>")
+    first, second, third = noise_images(3)
+    asked = [{"type": "image", "image": first}, {"type": "text", "text": "a?"}, {"type": "image", "image": second}]
+    long = conversation(asked, "a cat", [{"type": "image", "image": third}], "red")
+    short = conversation([{"type": "text", "text": "what?"}], "a blue circle")
+    batch = processor.apply_chat_template(
+        [long, short],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding_side": padding_side},
+    )
+    rows = zip(batch["input_ids"], batch["assistant_masks"], strict=True)
+    texts = [processor.tokenizer.decode(ids[mask.bool()]) for ids, mask in rows]
+    assert texts == ["a cat<|im_end|>red<|im_end|>", "a blue circle<|im_end|>"]
+    assert "offset_mapping" not in batch and "text_replacement_offsets" not in batch
+
+
+def test_placeholders_are_counted_without_images_as_with_them():
+    processor = make_processor()
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(40, 40), (9, 300)], video_sizes=[(2, 40, 40)])
+    assert (counts["num_image_tokens"], counts["num_image_patches"]) == ([3, 3], [1, 1])
+    assert counts["num_video_tokens"] == [3]
+    assert processor._get_num_multimodal_tokens(image_sizes=[(40, 40)])["num_video_tokens"] is None
+    assert processor._get_num_multimodal_tokens(image_sizes=[], do_resize=True)["num_image_tokens"] == []
+    batch = processor(
+        images=noise_images(1),
+        videos=[noise_images(2)],
+        text=["<image>a", "<video>"],
+        return_mm_token_type_ids=True,
+    )
+    assert batch["mm_token_type_ids"].tolist() == [[1, 1, 1, 0], [0, 2, 2, 2]]
+
+
+def test_the_processor_describes_its_videos():
+    processor = make_processor()
+    videos = processor.video_processor
+    batch = processor(videos=[noise_images(3), noise_images(2)])
+    assert set(videos.model_input_names) == batch.keys() - {"input_ids", "attention_mask"}
+    assert videos.size["height"] == batch["pixel_values_videos"].shape[-1]
+    assert not videos.do_sample_frames and videos.temporal_patch_size == 1
+    assert set(videos.valid_kwargs.__annotations__) > {"num_frames", "frame_sampling", "max_pixels"}
+
+
+def test_all_frames_are_kept_on_request():
+    processor = make_processor(num_frames=2)
+    assert processor(videos=noise_images(5))["pixel_values_videos"].shape[1] == 2
+    assert processor(videos=noise_images(5), do_sample_frames=False)["pixel_values_videos"].shape[1] == 5
+    assert processor(videos=noise_images(5), videos_kwargs={"num_frames": 3})["pixel_values_videos"].shape[1] == 3
+
+
 def test_images_in_rows_must_fit_their_texts():
     image, other, third = noise_images(3)
     texts = ["<image>", "<image><image>"]
@@ -286,7 +401,21 @@ def test_paths_base64_rows_and_arrays_are_read(tmp_path):
             ValueError,
             "`suffix` entry 0 must not hold '<image>'",
         ),
-        ({"images": 1, "truncation": True}, ValueError, "`truncation` is not supported"),
+        (
+            {"images": 1, "text": "<image>a", "truncation": True, "max_length": 2},
+            ValueError,
+            "`text` entry 0 has 4 tokens. `truncation` to 2 would cut placeholders of images",
+        ),
+        (
+            {"images": 1, "suffix": "a", "truncation": True, "max_length": 3},
+            ValueError,
+            "`text` entry 0 has 5 tokens. `truncation` to 3 would cut all labels off",
+        ),
+        (
+            {"images": 1, "suffix": "a", "return_offsets_mapping": True},
+            ValueError,
+            "`return_offsets_mapping` is for a `text` alone",
+        ),
         ({"images": 1, "padding": "short"}, ValueError, "short is not a valid PaddingStrategy, please select one of"),
         ({"text": []}, ValueError, "`text` or `messages` is an empty list"),
         ({"messages": []}, ValueError, "`text` or `messages` is an empty list"),
@@ -431,3 +560,8 @@ def test_saves_and_loads(tmp_path):
     before, after = processor(**inputs), again(**inputs)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (
+        again.to_dict()
+        == processor.to_dict()
+        == make_processor(bos=True, bos_label=True, end_of_text="\n", clean_captions=True).to_dict()
+    )

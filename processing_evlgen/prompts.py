@@ -1,0 +1,126 @@
+"""Encodes prompts and their captions or answers as token ids, with labels or offsets."""
+
+import re
+from typing import Any
+
+from transformers import ProcessorMixin
+
+from .inputs import list_strings
+from .token_ids import check_plain_text, unexpanded_span
+
+
+def clean_caption(caption: str, max_words: int = 50) -> str:
+    """Cleans a caption as the original does: lower case, ``.!"()*#:;~`` to spaces, single spaces, `max_words` words.
+
+    Source: `pre_caption` of the original's `BlipCaptionProcessor` (lavis/processors/blip_processors.py).
+    """
+    caption = re.sub(r'[.!"()*#:;~]', " ", caption.lower())
+    return " ".join(caption.split()[:max_words])
+
+
+class PromptEncoder(ProcessorMixin):
+    """The part of [`EVLGenProcessor`] that encodes prompts which have their placeholders."""
+
+    def tokenize_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a prompt with `num_image_tokens` ids for each placeholder.
+
+        Placeholders at the start of the prompt come before the BOS token.
+        """
+        text, ids = self._expand(prompt)
+        return ids + self._tokenize(text, add_special_tokens)["input_ids"]
+
+    def _token_spans(self, prompt: str, add_special_tokens: bool) -> list[tuple[int, int]]:
+        """Start and end of each token of `tokenize_prompt` in the expanded prompt."""
+        text, ids = self._expand(prompt)
+        spans, start = [], 0
+        for token_id in ids:
+            end = start + len(self.image_token if token_id == self.image_token_id else self.video_token)
+            spans.append((start, end))
+            start = end
+        encoded = self._tokenize(text, add_special_tokens, return_offsets_mapping=True)
+        return spans + [(start + first, start + last) for first, last in encoded["offset_mapping"]]
+
+    def _expand(self, prompt: str) -> tuple[str, list[int]]:
+        """The prompt with repeated placeholders. Those at its start are taken off and returned as ids."""
+        placeholders = {self.image_token: self.image_token_id, self.video_token: self.video_token_id}
+        text, ids = prompt, []
+        while token := next((token for token in placeholders if text.startswith(token)), None):
+            text = text.removeprefix(token)
+            ids += [placeholders[token]] * self.num_image_tokens
+        for token in placeholders:
+            text = text.replace(token, token * self.num_image_tokens)
+        return text, ids
+
+    def _tokenize(self, text: str, add_special_tokens: bool, **kwargs: Any) -> dict[str, Any]:
+        bos = self.tokenizer.bos_token
+        if bos is not None and text.startswith(bos):  # a chat template has added it
+            add_special_tokens = False
+        return self.tokenizer(text, add_special_tokens=add_special_tokens, **kwargs)
+
+    def _tokenize_suffix(self, prompt: str, prompt_ids: list[int], suffix: str, add_special_tokens: bool) -> list[int]:
+        """Ids of a suffix as it follows the prompt in running text."""
+        question = prompt.replace(self.image_token, "").replace(self.video_token, "")
+        is_running_text = self.chat_template is None and question != ""
+        separator = " " if is_running_text and not prompt[-1].isspace() else ""
+        ids = self.tokenize_prompt(prompt + separator + suffix, add_special_tokens)
+        if ids[: len(prompt_ids)] == prompt_ids:
+            return ids[len(prompt_ids) :]
+        # The last letters of the prompt and the first of the suffix share a token. Generation sees the prompt alone.
+        return self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
+
+    def _clean_suffixes(self, suffixes: list[str]) -> list[str]:
+        cleaned = [clean_caption(suffix) if self.clean_captions else suffix for suffix in suffixes]
+        for index, (before, after) in enumerate(zip(suffixes, cleaned, strict=True)):
+            if not after.strip():
+                raise ValueError(f"`suffix` must not be empty, but entry {index} is {before!r}.")
+        return cleaned
+
+    def _is_bos_a_label(self, prompt_ids: list[int]) -> bool:
+        if not self.bos_label or prompt_ids[-1] != self.tokenizer.bos_token_id:
+            return False
+        # The original masks images and prompts. If there is a prompt, it masks BOS as a part of it.
+        return all(token in (self.image_token_id, self.video_token_id) for token in prompt_ids[:-1])
+
+    def _encode_prompts(
+        self, prompts: list[str], num_images: int, num_videos: int, arguments: dict[str, Any]
+    ) -> dict[str, list[Any]]:
+        """Ids of prompts, and the requested offsets."""
+        add_special_tokens = arguments.get("add_special_tokens", True)
+        with_spans, with_replacements = (
+            arguments.get(name) for name in ("return_offsets_mapping", "return_text_replacement_offsets")
+        )
+        columns: dict[str, list[Any]] = {}
+        columns["input_ids"] = [self.tokenize_prompt(prompt, add_special_tokens) for prompt in prompts]
+        if not with_spans and not with_replacements:
+            return columns
+        images, videos = [self.replace_image_token()] * num_images, [self.replace_video_token()] * num_videos
+        _, replacements = self.get_text_with_replacements(list(prompts), images, videos)
+        if with_spans:
+            columns["offset_mapping"] = [self._token_spans(prompt, add_special_tokens) for prompt in prompts]
+        if with_replacements:
+            columns["text_replacement_offsets"] = replacements
+        elif with_spans:
+            pairs = zip(columns["offset_mapping"], replacements, strict=True)
+            columns["offset_mapping"] = [[unexpanded_span(span, row) for span in spans] for spans, row in pairs]
+        return columns
+
+    def _encode_suffixes(
+        self, prompts: list[str], suffix: str | list[str], add_special_tokens: bool
+    ) -> dict[str, list[list[int]]]:
+        """Ids of prompts with their suffixes, and labels."""
+        prompt_ids = [self.tokenize_prompt(prompt, add_special_tokens) for prompt in prompts]
+        suffixes = self._clean_suffixes(list_strings("suffix", suffix))
+        if len(suffixes) != len(prompts):
+            raise ValueError(f"`suffix` has {len(suffixes)} entries, but there are {len(prompts)} prompts.")
+        suffix_ids = [
+            self._tokenize_suffix(prompt, ids, suffix, add_special_tokens)
+            for prompt, ids, suffix in zip(prompts, prompt_ids, suffixes, strict=True)
+        ]
+        named = {f"`suffix` entry {index}": pair for index, pair in enumerate(zip(suffixes, suffix_ids, strict=True))}
+        check_plain_text(self.tokenizer, self.end_of_text_id, named)
+        sequences, labels = [], []
+        for ids, caption_ids in zip(prompt_ids, suffix_ids, strict=True):
+            sequences.append([*ids, *caption_ids, self.end_of_text_id])
+            unlabelled = len(ids) - int(self._is_bos_a_label(ids))  # images and prompt carry no loss
+            labels.append([-100] * unlabelled + sequences[-1][unlabelled:])
+        return {"input_ids": sequences, "labels": labels}
