@@ -25,6 +25,7 @@ from .input_checks import check_length, check_vision_features
 from .labels import mask_labels, select_positions, shift_labels
 from .named_towers import allow_missing_towers
 from .temporal import TemporalContextualizer, TemporalTower, encode_images, encode_videos
+from .text_only import zero_of_trained_parts
 from .tower_checkpoints import TowerCheckpointMixin
 from .vision_tower import build_vision_tower
 from .vllm_backend import adapt_to_vllm, check_checkpoint, is_built_by_vllm
@@ -130,6 +131,14 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
         self.freeze_towers()
         self.register_load_state_dict_post_hook(allow_missing_towers)
         self.tower_hashes = {}
+
+    @classmethod
+    def _from_config(cls, config: EVLGenConfig, **kwargs: Any) -> "EVLGenModel":
+        model = super()._from_config(config, **kwargs)
+        for name in cls._keep_in_fp32_modules_strict:  # transformers does so in `from_pretrained` alone
+            if getattr(model, name, None) is not None:
+                getattr(model, name).float()
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -375,6 +384,8 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
             inputs_embeds = self._embed(input_ids, encoded)
         elif any(outputs is not None for outputs in encoded.values()):
             raise ValueError("Images need `input_ids`, which hold their placeholders, instead of `inputs_embeds`.")
+        if self.training and torch.is_grad_enabled() and all(outputs is None for outputs in encoded.values()):
+            inputs_embeds = inputs_embeds + zero_of_trained_parts(self).to(inputs_embeds)
         check_length(inputs_embeds.shape[1], kwargs.get(_CACHE), self.config)
         if position_ids is not None and "position_ids" in self._text_arguments:
             kwargs["position_ids"] = position_ids

@@ -98,9 +98,7 @@ def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None
     Raises:
         ValueError: If the tower needs other inputs than pixels, or returns neither tokens nor a feature map.
     """
-    if image_size is None:
-        image_size = getattr(config, "image_size", None) or _timm_image_size(config) or 224
-    image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    image_size = find_image_size(config, image_size)
     with torch.device("meta"), torch.no_grad():
         tower = build_vision_tower(config).eval()
         pixel_values = torch.empty(1, getattr(config, "num_channels", 3), *image_size)
@@ -109,6 +107,13 @@ def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None
         except TypeError as error:
             raise ValueError(f"`vision_model`: {type(tower).__name__} needs more than pixels: {error}") from error
     return TowerShape(num_tokens, hidden_size, _has_class_token(tower, num_tokens, image_size))
+
+
+def find_image_size(config: PreTrainedConfig, image_size: int | None = None) -> tuple[int, int]:
+    """Returns height and width in pixels: `image_size`, or that of a tower's configuration, or 224."""
+    if image_size is None:
+        image_size = getattr(config, "image_size", None) or _timm_image_size(config) or 224
+    return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
 
 
 def _has_class_token(tower: PreTrainedModel, num_tokens: int, image_size: tuple[int, int]) -> bool:

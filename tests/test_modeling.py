@@ -452,3 +452,22 @@ def test_compiles_without_a_graph_break():
     torch.compiler.reset()
     compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch).loss, expected)
+
+
+def test_trained_parts_stay_in_float32_whatever_the_dtype_of_a_fresh_model():
+    config = tiny_model().config
+    model = AutoModel.from_config(config, dtype=torch.bfloat16)
+    dtypes = {name.split(".")[0]: p.dtype for name, p in model.named_parameters()}
+    assert dtypes.pop("vision_tower") == dtypes.pop("language_model") == torch.bfloat16
+    assert set(dtypes.values()) == {torch.float32}
+
+
+def test_a_text_only_batch_gives_the_connector_a_zero_gradient():
+    model = tiny_model().train()
+    processor = tiny_processor(model)
+    batch = processor(text="what is it?")
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    trained = [p for name, p in model.named_parameters() if p.requires_grad]
+    reached = [p for p in trained if p.grad is not None]
+    assert len(reached) >= len(trained) - 1  # the token types' table has rows that are never used
+    assert all(not p.grad.any() for p in reached)

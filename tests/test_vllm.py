@@ -1,0 +1,255 @@
+"""vLLM serves checkpoints without a plugin, and its replies are the ids of `generate`.
+
+Tests of a server need EVLGEN_VLLM_PYTHON, the name of a Python that has vLLM.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Config
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from configuration_evlgen import EVLGenConfig
+from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel
+from processing_evlgen import EVLGenProcessor
+
+from .helpers import IMAGE_SIZE, ROOT, TEXT_SIZES, noise_images, tiny_image_processor, tiny_tokenizer, tiny_towers
+
+# vLLM's attention on a CPU needs heads of 32 channels or more.
+SIZES = {**TEXT_SIZES, "hidden_size": 64, "max_position_embeddings": 256}
+TEXT_CONFIGS = {
+    "llama": LlamaConfig(**SIZES, intermediate_size=64, num_key_value_heads=1),
+    "qwen2": Qwen2Config(**SIZES, intermediate_size=64, num_key_value_heads=1, tie_word_embeddings=True),
+    "opt": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=64),
+}
+TOKENS = 8
+
+
+def save_checkpoint(folder, vision, text):
+    tower, _ = tiny_towers(vision)
+    language_model = AutoModelForCausalLM.from_config(TEXT_CONFIGS[text]).eval()
+    with torch.no_grad():
+        for parameter in language_model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.3)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "merge_r": 3,
+    }
+    tokenizer = tiny_tokenizer(bos=text == "opt", chat=text != "opt")
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        tower, language_model, connector_config=sizes, image_size=IMAGE_SIZE, image_token_id=len(tokenizer)
+    )
+    with torch.no_grad():
+        model.language_projection.weight.normal_(std=0.3)
+    processor = EVLGenProcessor(tiny_image_processor(), tokenizer, num_image_tokens=model.config.num_image_tokens)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+class Server:
+    """vLLM's server of a checkpoint, in a process of its own."""
+
+    def __init__(self, model, processor, folder, *arguments):
+        self.model, self.processor, self.log = model, processor, folder / "vllm.log"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [os.environ["EVLGEN_VLLM_PYTHON"], "-m", "vllm.entrypoints.openai.api_server", "--model", "model"]
+        command += ["--trust-remote-code", "--dtype", "float32", "--max-model-len", "160", "--enforce-eager"]
+        command += ["--max-num-seqs", "4", "--max-num-batched-tokens", "256", "--port", str(self.port), *arguments]
+        environment = {"PATH": os.environ["PATH"], "HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1"}
+        environment |= {"HOME": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        environment |= {"OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+    def __enter__(self):
+        deadline = time.monotonic() + 400
+        while time.monotonic() < deadline and self.process.poll() is None:
+            with contextlib.suppress(OSError), urllib.request.urlopen(self.url("health"), timeout=5):
+                return self
+            time.sleep(1)
+        self.__exit__()
+        raise AssertionError(f"The server did not start:\n{self.log.read_text()[-6000:]}")
+
+    def __exit__(self, *_):
+        self.process.terminate()
+        self.process.wait(60)
+
+    def url(self, path):
+        return f"http://127.0.0.1:{self.port}/{path}"
+
+    def post(self, body, path="v1/chat/completions"):
+        """The status and the reply, as text."""
+        data = json.dumps({"model": "model", "temperature": 0, "max_tokens": TOKENS, **body}).encode()
+        request = urllib.request.Request(self.url(path), data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def chat(self, *turns, **settings):
+        """The token ids of the reply. Turns are lists of images and texts, of the user and the assistant in turn."""
+        messages = [
+            {"role": ("user", "assistant")[index % 2], "content": [content(part) for part in turn]}
+            for index, turn in enumerate(turns)
+        ]
+        status, reply = self.post({"messages": messages, "return_token_ids": True, **settings})
+        assert status == 200, reply
+        return json.loads(reply)["choices"][0]["token_ids"]
+
+    def expected(self, *turns):
+        """The token ids of `generate` for the same turns."""
+        images = [part for turn in turns for part in turn if not isinstance(part, str)]
+        messages = [
+            {
+                "role": ("user", "assistant")[index % 2],
+                "content": [
+                    {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in turn
+                ],
+            }
+            for index, turn in enumerate(turns)
+        ]
+        template = None
+        if self.processor.chat_template is None:
+            template = (ROOT / "examples" / "plain_chat_template.jinja").read_text()
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, chat_template=template)
+        inputs = self.processor(images=images or None, text=text)
+        ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
+        return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def content(part):
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    file = io.BytesIO()
+    part.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+
+needs_vllm = pytest.mark.skipif("EVLGEN_VLLM_PYTHON" not in os.environ, reason="EVLGEN_VLLM_PYTHON names no Python")
+
+
+@pytest.fixture(scope="module", params=[("siglip", "llama"), ("eva", "qwen2"), ("timm_cnn", "opt")], ids=str)
+def server(request, tmp_path_factory):
+    vision, text = request.param
+    folder = tmp_path_factory.mktemp("vllm")
+    model, processor = save_checkpoint(folder / "model", vision, text)
+    template = ["--chat-template", str(ROOT / "examples" / "plain_chat_template.jinja")] if text == "opt" else []
+    with Server(model, processor, folder, *template) as running:
+        yield running
+
+
+@needs_vllm
+def test_replies_are_those_of_generate(server):
+    first, second = noise_images(2)
+    wide = first.resize((90, 20))
+    grey, transparent, palette = first.convert("L"), second.convert("RGBA"), second.convert("P")
+    conversations = [
+        ([first, "what is it?"],),
+        ([second, "what is it?"],),
+        ([first, second, "what are they?"],),
+        ([wide, "a"],),
+        ([grey, "a"],),
+        ([transparent, "a"],),
+        ([palette, "a"],),
+        (["what is it?"],),
+    ]
+    if server.processor.chat_template is not None:
+        conversations.append(([first, "what is it?"], ["a cat"], ["and this?", second]))
+    expected = [server.expected(*turns) for turns in conversations]
+    assert len({tuple(ids) for ids in expected}) >= 5  # replies depend on the images
+    assert [server.chat(*turns) for turns in conversations] == expected
+    with ThreadPoolExecutor(len(conversations)) as pool:  # in batches
+        assert list(pool.map(lambda turns: server.chat(*turns), conversations)) == expected
+
+
+@needs_vllm
+def test_a_reply_is_streamed(server):
+    messages = [{"role": "user", "content": [content(noise_images(1)[0]), content("what is it?")]}]
+    _, whole = server.post({"messages": messages})
+    status, stream = server.post({"messages": messages, "stream": True})
+    events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    pieces = [event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"]]
+    assert status == 200 and len(events) > 2
+    assert "".join(pieces) == json.loads(whole)["choices"][0]["message"]["content"]
+
+
+@needs_vllm
+def test_no_request_ends_the_engine(server):
+    image = noise_images(1)[0]
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+    video_id = server.model.config.video_token_id
+    for body in (
+        {"messages": [{"role": "user", "content": "<video> and <image>"}], **penalties},
+        {"messages": [{"role": "user", "content": [content(image), content("<video> <image>")]}], **penalties},
+        {"messages": [{"role": "user", "content": "a"}], "logit_bias": {str(video_id): 100}},
+        {"messages": [{"role": "user", "content": "a"}], "allowed_token_ids": [video_id]},
+    ):
+        status, reply = server.post(body)
+        assert status in (200, 400), reply
+    for prompt in ("<video>" * 20, [video_id, video_id - 1, 5], [10**6]):
+        status, reply = server.post({"prompt": prompt, **penalties}, "v1/completions")
+        assert status in (200, 400), reply
+    assert server.chat([image, "what is it?"]) == server.expected([image, "what is it?"])
+
+
+@needs_vllm
+def test_videos_are_served(server):
+    frames = noise_images(4)
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=100)
+    data = base64.b64encode(file.getvalue()).decode()
+    video = {"type": "video_url", "video_url": {"url": f"data:video/gif;base64,{data}"}}
+    status, reply = server.post({"messages": [{"role": "user", "content": [video, content("what is it?")]}]})
+    assert status == 200, reply
+
+
+def test_vllm_gets_a_model_without_a_head():
+    config = tiny_config()
+    AttentionInterface.register("vllm", sdpa_attention_forward)  # as vLLM registers its own
+    config.text_config._attn_implementation = "vllm"
+    model = EVLGenForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    assert type(model) is EVLGenModel
+    assert not [name for name, _ in model.named_parameters() if "lm_head" in name]
+    embeddings = model.get_input_embeddings()
+    beyond = torch.tensor([config.image_token_id, config.video_token_id])
+    assert embeddings(beyond).shape == (2, 64)
+    trained = (model.connector, model.vision_projection, model.language_projection)
+    assert not [m for part in trained for m in part.modules() if isinstance(m, torch.nn.Linear)]
+
+
+def test_vllm_refuses_a_checkpoint_without_its_towers():
+    config = tiny_config()
+    config.text_config._attn_implementation = "vllm"
+    config.towers = "reference"
+    with pytest.raises(ValueError, match=r"only names its towers\. This makes a complete checkpoint of it: python -c"):
+        EVLGenForConditionalGeneration._from_config(config)
+
+
+def tiny_config():
+    tower, _ = tiny_towers("siglip")
+    connector = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return EVLGenConfig(
+        vision_config=tower.config.to_dict(),
+        text_config=TEXT_CONFIGS["llama"].to_dict(),
+        connector_config={**connector, "merge_r": 2},
+    )
