@@ -17,7 +17,7 @@ import copy
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from serve_prompt_embeds_client import Server, check_prompts, complete, connect
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.hf_argparser import HfArg
 from transformers.utils import find_adapter_config_file, logging
 
 from common.command_line import parse_arguments
@@ -38,19 +39,15 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class ServeArguments:
-    model: str = field(default="outputs/demo", metadata={"help": "Captioner: a folder or a name on the Hub."})
-    server: str = field(default="http://127.0.0.1:8000/v1", metadata={"help": "Address of the vLLM server."})
-    served_model: str | None = field(
-        default=None, metadata={"help": "The server's name for the language model, if it serves several."}
-    )
-    images: list[str] = field(default_factory=list, metadata={"help": "Images: paths or URLs."})
-    videos: list[str] = field(default_factory=list, metadata={"help": "Videos instead of images: paths or URLs."})
-    prompts: list[str] = field(
-        default_factory=lambda: [""], metadata={"help": "One prompt for all images or videos, or one for each."}
-    )
-    max_new_tokens: int = field(default=30, metadata={"help": "Largest length of a caption in tokens."})
-    batch_size: int = field(default=16, metadata={"help": "Images or videos in one request."})
-    timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for a reply of the server."})
+    model: str = HfArg(default="outputs/demo", help="Captioner: a folder or a name on the Hub.")
+    server: str = HfArg(default="http://127.0.0.1:8000/v1", help="Address of the vLLM server.")
+    served_model: str | None = HfArg(default=None, help="The server's name for the language model, if it has several.")
+    images: list[str] = HfArg(default_factory=list, help="Images: paths or URLs.")
+    videos: list[str] = HfArg(default_factory=list, help="Videos instead of images: paths or URLs.")
+    prompts: list[str] = HfArg(default_factory=lambda: [""], help="One prompt for all images or videos, or one each.")
+    max_new_tokens: int = HfArg(default=30, help="Largest length of a caption in tokens.")
+    batch_size: int = HfArg(default=16, help="Images or videos in one request.")
+    timeout: float = HfArg(default=120.0, help="Seconds to wait for a reply of the server.")
 
 
 class PromptEmbedder(EVLGenForConditionalGeneration):
@@ -58,15 +55,10 @@ class PromptEmbedder(EVLGenForConditionalGeneration):
 
     _keys_to_ignore_on_load_unexpected = [r"^language_model\."]
 
-    def __init__(
-        self,
-        config: EVLGenConfig,
-        vision_tower: PreTrainedModel | None = None,
-        language_model: PreTrainedModel | None = None,
-    ):
+    def __init__(self, config: EVLGenConfig, *towers: PreTrainedModel | None, **named_towers: PreTrainedModel | None):
         config = copy.deepcopy(config)
         config.text_config.num_hidden_layers = 0
-        super().__init__(config, vision_tower, language_model)
+        super().__init__(config, *towers, **named_towers)
 
     @staticmethod
     def load_language_model(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
@@ -77,34 +69,19 @@ class PromptEmbedder(EVLGenForConditionalGeneration):
 
     @torch.no_grad()
     def embed_prompts(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        frame_mask: torch.Tensor | None = None,
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, **vision: torch.Tensor
     ) -> list[torch.Tensor]:
         """Embeds prompts with their images or videos, as the complete model does before its language model.
 
-        Args:
-            input_ids, attention_mask, pixel_values, pixel_values_videos, frame_mask:
-                From the processor, as in [`EVLGenForConditionalGeneration.forward`].
-
-        Returns:
-            `list[torch.Tensor]`, one of shape `(tokens, hidden)` for each prompt, without padding.
+        All inputs are the processor's; `vision` are pixels and the mask of frames. Returns a tensor of shape
+        `(tokens, hidden)` for each prompt, without padding.
         """
-        images = self._encode_images(pixel_values, None, None)
-        videos = self._encode_videos(pixel_values_videos, frame_mask, None)
-        embeds = self._embed(input_ids, images, videos)  # (batch, sequence, hidden)
+        embeds = self._embed(input_ids, self._encode(**vision))  # (batch, sequence, hidden)
         return [row[mask] for row, mask in zip(embeds, attention_mask.bool(), strict=True)]
 
 
 def load_prompt_embedder(name_or_path: str) -> tuple[PromptEmbedder, EVLGenProcessor]:
-    """Loads the parts of a checkpoint that embed prompts, and its processor.
-
-    Raises:
-        ValueError: If there is no such model, or it is an adapter.
-    """
+    """Loads the parts of a checkpoint that embed prompts, and its processor. An adapter raises a ValueError."""
     if find_adapter_config_file(name_or_path) is not None:
         raise ValueError(
             f"`model`={name_or_path!r} is an adapter, which may change the language model. Merge it first: "
@@ -128,29 +105,14 @@ def caption(
     max_new_tokens: int = 30,
     batch_size: int = 16,
 ) -> Iterator[list[str]]:
-    """Captions images or videos, or answers prompts about them, batch by batch.
+    """Captions images or videos, or answers prompts about them, and yields the texts of each batch.
 
-    Args:
-        model, processor: From [`load_prompt_embedder`].
-        server: From [`connect`].
-        sources: Images or videos, as the processor takes them.
-        prompts: One prompt for all sources, or one for each.
-        modality: `"images"` or `"videos"`.
-        max_new_tokens: Largest length of a caption in tokens.
-        batch_size: Number of sources in one request.
-
-    Yields:
-        The texts of a batch.
-
-    Raises:
-        ValueError: If prompts and sources differ in number, a source cannot be read, or a prompt does not fit the
-            server.
-        ConnectionError, RuntimeError: As in [`complete`].
+    There is one prompt for all `sources` or one for each. `modality` is `"images"` or `"videos"`. A ValueError names a
+    source that cannot be read, or a prompt that does not fit the server. Other errors are those of [`complete`].
     """
     if len(prompts) not in (1, len(sources)):
-        raise ValueError(
-            f"`prompts` holds {len(prompts)} prompts for {len(sources)} {modality}. Give one, or one for each."
-        )
+        counts = f"{len(prompts)} prompts for {len(sources)} {modality}"
+        raise ValueError(f"`prompts` holds {counts}. Give one, or one for each.")
     prompts = prompts * len(sources) if len(prompts) == 1 else prompts
     text_config = model.config.text_config.get_text_config()
     ends = model.generation_config.eos_token_id

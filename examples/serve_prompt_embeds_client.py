@@ -20,24 +20,15 @@ START_COMMAND = "vllm serve MODEL --enable-prompt-embeds"
 def check_prompts(prompts: list[torch.Tensor], hidden_size: int, max_new_tokens: int, max_model_len: int) -> None:
     """Refuses prompts that a server would refuse, or whose captions it would cut.
 
-    Args:
-        prompts: Each of shape `(tokens, hidden_size)`.
-        hidden_size: The language model's.
-        max_new_tokens: Largest length of a caption in tokens.
-        max_model_len: The server's largest length of prompt and caption together, in tokens.
-
-    Raises:
-        TypeError: If the dtype of a prompt is not in `DTYPES`.
-        ValueError: If a prompt has another shape, is too long, or is not finite.
+    Each must be finite, of a dtype in `DTYPES`, and of shape `(tokens, hidden_size)`. `max_model_len` is the server's
+    largest length of prompt and caption together, in tokens.
     """
     for index, prompt in enumerate(prompts):
         if prompt.dtype not in DTYPES:
             raise TypeError(f"`prompts` must be of one of {DTYPES}, but entry {index} is {prompt.dtype}.")
         if prompt.ndim != 2 or prompt.shape[1] != hidden_size or not len(prompt):
-            raise ValueError(
-                f"`prompts` must have shape (tokens, {hidden_size}), the language model's, but entry {index} has "
-                f"{tuple(prompt.shape)}."
-            )
+            wanted = f"(tokens, {hidden_size}), the language model's"
+            raise ValueError(f"`prompts` must have shape {wanted}, but entry {index} has {tuple(prompt.shape)}.")
         if len(prompt) + max_new_tokens > max_model_len:
             raise ValueError(
                 f"`prompts` entry {index} has {len(prompt)} tokens and `max_new_tokens` is {max_new_tokens}, but the "
@@ -56,39 +47,21 @@ def encode_prompt(prompt: torch.Tensor) -> str:
 
 @dataclass(frozen=True)
 class Server:
-    """A vLLM server that answers.
+    """A vLLM server that answers."""
 
-    Attributes:
-        url: Its address, up to `/v1`.
-        model: Its name for the language model.
-        root: The folder or the name on the Hub that it loaded the language model from.
-        max_model_len: Its largest length of prompt and caption together, in tokens.
-        timeout: Seconds to wait for a reply.
-    """
-
-    url: str
-    model: str
-    root: str
-    max_model_len: int
-    timeout: float
+    url: str  # up to `/v1`
+    model: str  # its name for the language model
+    root: str  # the folder or the name on the Hub that it loaded the language model from
+    max_model_len: int  # largest length of prompt and caption together, in tokens
+    timeout: float  # seconds to wait for a reply
 
 
 def connect(url: str, served_model: str | None = None, timeout: float = 120.0) -> Server:
-    """Asks a vLLM server for its models.
+    """Finds `served_model` on a vLLM server, or its only model. Raises as [`request`] does.
 
-    Args:
-        url: Its address, up to `/v1`.
-        served_model: Its name for the language model; None if it serves only one.
-        timeout: Seconds to wait for a reply.
-
-    Raises:
-        ConnectionError: If nothing answers there in time.
-        RuntimeError: If the server refuses the request, or its reply is too large.
-        ValueError: If it does not serve that model, or is not a vLLM server.
+    A ValueError states that the server does not serve that model, or is not a vLLM server.
     """
-    reply = request(url, "/models", timeout)
-    entries = reply.get("data") if isinstance(reply, dict) else None
-    entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    entries = request(url, "/models", "data", timeout)
     models = {entry["id"]: entry for entry in entries if isinstance(entry.get("id"), str)}
     if not models:
         raise ValueError(f"`server`: {url} serves no model; is it a vLLM server's address up to /v1?")
@@ -110,23 +83,11 @@ def complete(
     stop_token_ids: list[int],
     banned_token_ids: tuple[int, ...] = (),
 ) -> list[list[int]]:
-    """Continues prompts greedily with the server's language model.
+    """Continues prompts greedily with the server's language model. Raises as [`request`] does.
 
-    Args:
-        server: From [`connect`].
-        prompts: Each of shape `(tokens, hidden)`; see [`check_prompts`].
-        max_new_tokens: Largest length of a continuation in tokens.
-        vocab_size: The language model's.
-        stop_token_ids: Tokens that end a continuation. The language model's own end token counts only if listed.
-        banned_token_ids: Tokens that are never generated.
-
-    Returns:
-        Token ids, one list for each prompt. The server's text would lack bytes that are no complete characters.
-
-    Raises:
-        ConnectionError: If the server does not answer in time.
-        RuntimeError: If it refuses, for example because it was started without `--enable-prompt-embeds`, or if its
-            reply is not one list of token ids for each prompt.
+    Each prompt has the shape `(tokens, hidden)`. The language model's own end token counts only if it is in
+    `stop_token_ids`. Returns one list of token ids for each prompt; a RuntimeError names a server that gives others.
+    The server's text is not used, since it would lack bytes that are no complete characters.
     """
     body = {
         "model": server.model,
@@ -143,9 +104,7 @@ def complete(
         "return_token_ids": True,
         "logit_bias": {str(token_id): -100.0 for token_id in banned_token_ids},
     }
-    reply = request(server.url, "/completions", server.timeout, body)
-    choices = reply.get("choices") if isinstance(reply, dict) else None
-    choices = choices if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices) else []
+    choices = request(server.url, "/completions", "choices", server.timeout, body)
     by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
     if len(choices) != len(prompts) or by_index.keys() != set(range(len(prompts))):
         raise RuntimeError(f"`server`: {server.url} does not give one answer to each of {len(prompts)} prompts.")
@@ -161,45 +120,28 @@ def complete(
     return token_ids
 
 
-def request(url: str, path: str, timeout: float, body: dict[str, Any] | None = None) -> Any:
-    """Sends a request to a vLLM server.
+def request(url: str, path: str, key: str, timeout: float, body: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Sends JSON with POST, or GET without a `body`. Returns the objects in the list that the reply has under `key`.
 
-    Args:
-        url: The server's address, up to `/v1`.
-        path: The path below it.
-        timeout: Seconds for the whole exchange, including retries. The client's own timeout is for each piece of a
-            reply, so that a server that sends a byte now and then would keep it waiting for ever.
-        body: The JSON to send with POST; None sends GET.
-
-    Returns:
-        The reply's JSON.
-
-    Raises:
-        ConnectionError: If the server does not answer in time.
-        RuntimeError: If it refuses the request, or its reply is no JSON or larger than 16 MB.
+    A reply without such a list gives an empty one. A ConnectionError states that the server does not answer within
+    `timeout` seconds. A RuntimeError states that it refuses, or that its reply is no JSON or larger than `REPLY_MB`.
     """
 
     async def exchange() -> httpx.Response:
-        async with (
-            asyncio.timeout(timeout),
-            openai.DefaultAsyncHttpxClient(event_hooks={"response": [limit_reply]}) as http_client,
-        ):
-            client = openai.AsyncOpenAI(
-                base_url=url,
-                api_key=os.environ.get("VLLM_API_KEY", "EMPTY"),
-                default_headers={"Accept-Encoding": "identity"},
-                http_client=http_client,
-            )
+        http_client = openai.DefaultAsyncHttpxClient(event_hooks={"response": [limit_reply]})
+        # The client's own timeout is for each piece of a reply. A byte now and then would keep it waiting for ever.
+        async with asyncio.timeout(timeout), http_client:
+            settings = {"base_url": url, "default_headers": {"Accept-Encoding": "identity"}}
+            api_key = os.environ.get("VLLM_API_KEY", "EMPTY")
+            client = openai.AsyncOpenAI(**settings, api_key=api_key, http_client=http_client)
             if body is None:
                 return await client.get(path, cast_to=httpx.Response)
             return await client.post(path, cast_to=httpx.Response, body=body)
 
     try:
-        return asyncio.run(exchange()).json()
+        reply = asyncio.run(exchange()).json()
     except TimeoutError as error:
         raise ConnectionError(f"`server`: {url} has not replied in {timeout:g} s (`timeout`).") from error
-    except ReplyTooLargeError as error:
-        raise RuntimeError(f"`server`: {url} sends a reply of over {REPLY_MB} MB.") from error
     except openai.APIConnectionError as error:
         raise ConnectionError(
             f"`server`: {url} does not answer ({error.__cause__ or error}). Start a server with: {START_COMMAND}"
@@ -207,37 +149,34 @@ def request(url: str, path: str, timeout: float, body: dict[str, Any] | None = N
     except openai.AuthenticationError as error:
         raise RuntimeError(f"`server`: {url} needs its API key in the environment variable VLLM_API_KEY.") from error
     except openai.APIStatusError as error:
+        problem = f"refused the request: {error.message[:500]!r}"
         if "enable-prompt-embeds" in error.message:
-            message = f"`server`: {url} takes no prompt embeddings. Start it with: {START_COMMAND}"
-        else:
-            message = f"`server`: {url} refused the request: {error.message[:500]!r}"
-        raise RuntimeError(message) from error
+            problem = f"takes no prompt embeddings. Start it with: {START_COMMAND}"
+        raise RuntimeError(f"`server`: {url} {problem}") from error
     except (ValueError, RecursionError) as error:
         raise RuntimeError(f"`server`: {url} replies to {path} with something else than JSON.") from error
-
-
-class ReplyTooLargeError(Exception):
-    """A reply has more than `REPLY_MB`."""
+    entries = reply.get(key) if isinstance(reply, dict) else None
+    return entries if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries) else []
 
 
 async def limit_reply(response: httpx.Response) -> None:
     """Limits the size of a reply that is about to be read."""
     response.headers.pop("Content-Encoding", None)  # no compression was accepted; it would evade the limit
-    response.stream = LimitedStream(response.stream)
+    response.stream = LimitedStream(response)
 
 
 class LimitedStream(httpx.AsyncByteStream):
-    """Passes a reply on until it has more than `REPLY_MB`."""
+    """Passes a reply on, and raises a RuntimeError when it has more than `REPLY_MB`."""
 
-    def __init__(self, stream: httpx.AsyncByteStream):
-        self.stream = stream
+    def __init__(self, response: httpx.Response):
+        self.stream, self.url = response.stream, response.url
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         size = 0
         async for chunk in self.stream:
             size += len(chunk)
             if size > REPLY_MB * 2**20:
-                raise ReplyTooLargeError
+                raise RuntimeError(f"`server`: {self.url} sends a reply of over {REPLY_MB} MB.")
             yield chunk
 
     async def aclose(self) -> None:

@@ -113,7 +113,7 @@ def test_prompts_are_sent_as_vllm_documents_them(captioner, tmp_path):
     ):
         inputs = processor(images=path, text=question)
         outputs = model.get_image_features(inputs["pixel_values"], return_dict=True)
-        (expected,) = model._embed(inputs["input_ids"], outputs, None)
+        (expected,) = model._embed(inputs["input_ids"], {"image": outputs, "video": None})
         torch.testing.assert_close(sent, expected)
         assert 4 * sent.numel() <= len(payload) * 3 / 4 < 4 * sent.numel() + 2048  # bytes in base64
     assert (request["model"], request["max_tokens"], request["temperature"]) == ("text-model", 8, 0)
@@ -164,7 +164,7 @@ def test_the_language_models_layers_are_not_loaded(towers, text, tmp_path):
     assert embedder.num_parameters() < model.num_parameters() - 10_000
     inputs = processor(images=noise_images(2), text=QUESTIONS[:2])
     outputs = model.get_image_features(inputs["pixel_values"], return_dict=True)
-    whole = model._embed(inputs["input_ids"], outputs, None)
+    whole = model._embed(inputs["input_ids"], {"image": outputs, "video": None})
     for row, (mask, prompt) in enumerate(
         zip(inputs["attention_mask"].bool(), embedder.embed_prompts(**inputs), strict=True)
     ):
