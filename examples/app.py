@@ -45,11 +45,7 @@ SESSIONS = 64  # visitors whose frames are kept in memory, for the slider
 
 
 def draw_layer(merging: Merging | None, layer: int) -> list[tuple[Image.Image, str]]:
-    """Returns each frame with a title and, once the model has run, the frame with a layer's tokens drawn over it.
-
-    Raises:
-        ValueError: If the connector has no such layer.
-    """
+    """Returns each frame with a title and, once the model has run, the frame with a layer's tokens drawn over it."""
     if merging is None:
         return []
     if merging.groups and layer not in range(len(merging.groups)):  # through the API it may be 1.5
@@ -59,8 +55,8 @@ def draw_layer(merging: Merging | None, layer: int) -> list[tuple[Image.Image, s
         name = "image" if len(merging.frames) == 1 else f"frame {number}"
         drawn.append((frame, name))
         if merging.groups:
-            caption = f"{name}, layer {layer}: {merging.counts[int(layer)]} tokens"
-            drawn.append((draw_groups(frame, merging.groups[int(layer)]), caption))
+            title = f"{name}, layer {layer}: {merging.counts[int(layer)]} tokens"
+            drawn.append((draw_groups(frame, merging.groups[int(layer)]), title))
     return drawn
 
 
@@ -101,11 +97,7 @@ def uploads_only(file: gr.File) -> gr.File:
 
 
 def read_upload(path: str | None, num_frames: int, max_mb: float) -> tuple[str, list[Image.Image]]:
-    """Reads an uploaded file as [`read_file`] does, and deletes a file that is refused.
-
-    Raises:
-        ValueError: If there is no file, or it is refused.
-    """
+    """Reads an uploaded file as [`read_file`] does, and deletes a file that is refused."""
     if path is None:
         raise ValueError("There is no image or video yet.")
     try:
@@ -123,39 +115,27 @@ def make_preview(frame: Image.Image) -> Image.Image:
 
 
 def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, max_mb: float) -> gr.Blocks:
-    """Builds the page.
-
-    Args:
-        model, processor: The captioner.
-        max_mb: The largest file that is read, in MB of 2^20 bytes.
-
-    Raises:
-        ValueError: If the connector is not a TomeFormer, or the tower's patches do not form a square.
-    """
+    """Builds the page for files of up to `max_mb`. A ValueError names a connector or tower that it cannot show."""
     patch_grid(model)
     with recorded_merging(model):  # raises for other connectors
         num_layers = model.config.connector_config.num_hidden_layers
 
+    @shown_errors()
     def preview(path: str | None) -> tuple[Merging | None, list, str, str]:
-        with shown_errors():
-            merging = None
-            if path is not None:
-                _, frames = read_upload(path, processor.num_frames, max_mb)
-                merging = Merging([make_preview(frame) for frame in frames])
-            return merging, draw_layer(merging, 0), "", ""
+        if path is None:
+            return None, [], "", ""
+        _, frames = read_upload(path, processor.num_frames, max_mb)
+        merging = Merging([make_preview(frame) for frame in frames])
+        return merging, draw_layer(merging, 0), "", ""
 
     def answer(path: str | None, prompt: str | None, layer: int, *options: Any) -> Iterator[tuple[Any, ...]]:
-        with shown_errors():
+        with shown_errors():  # as a decorator it would end before the first step
             settings = generation_settings(*options)
             modality, frames = read_upload(path, processor.num_frames, max_mb)
             drawn = None
             for text, merging, milliseconds in describe(model, processor, modality, frames, prompt or "", settings):
                 drawn = draw_layer(merging, layer) if drawn is None else gr.skip()
                 yield text, figures(merging, milliseconds), merging, drawn
-
-    def show_layer(merging: Merging | None, layer: int) -> list[tuple[Image.Image, str]]:
-        with shown_errors():
-            return draw_layer(merging, layer)
 
     with gr.Blocks(title="EVLGen", delete_cache=(3600, 3600)) as page:
         merging = gr.State()
@@ -165,17 +145,14 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
             with gr.Column(scale=2):
                 text, table, layer, gallery = output_column(num_layers)
         file.change(preview, file, [merging, gallery, text, table])
-        layer.release(show_layer, [merging, layer], gallery)
-        running = gr.on(
-            [start.click, prompt.submit], answer, [file, prompt, layer, *options], [text, table, merging, gallery]
-        )
+        layer.release(shown_errors()(draw_layer), [merging, layer], gallery)
+        inputs, outputs = [file, prompt, layer, *options], [text, table, merging, gallery]
+        running = gr.on([start.click, prompt.submit], answer, inputs, outputs)
         stop.click(None, cancels=running)
     return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
 
 
-def input_column(
-    max_mb: float, max_new_tokens: int | None
-) -> tuple[gr.File, gr.Textbox, gr.Button, gr.Button, list[gr.Slider]]:
+def input_column(max_mb: float, max_new_tokens: int | None) -> tuple[Any, ...]:
     """Creates the inputs: file, prompt, the two buttons, and sliders in the order of [`generation_settings`]."""
     file = uploads_only(gr.File(label=f"Image or video, at most {max_mb:g} MB", elem_id="file", height=120))
     prompt = gr.Textbox(label="Prompt", placeholder="none", elem_id="prompt", max_length=PROMPT_CHARACTERS)
@@ -195,34 +172,18 @@ def output_column(num_layers: int) -> tuple[gr.Textbox, gr.Markdown, gr.Slider, 
     """Creates the outputs: text, figures, the slider of layers, and the gallery of frames."""
     text = gr.Textbox(label="Text", elem_id="text", interactive=False)
     table = gr.Markdown(elem_id="figures")
-    layer = gr.Slider(
-        0,
-        num_layers,
-        num_layers,
-        step=1,
-        label="Layer of the connector",
-        info="0 is before the first layer.",
-        elem_id="layer",
-    )
-    gallery = gr.Gallery(
-        label="Patches of one token share a number",
-        columns=2,
-        fit_columns=False,
-        height="auto",
-        format="png",
-        buttons=["download", "fullscreen"],
-        elem_id="gallery",
-    )
+    texts = {"label": "Layer of the connector", "info": "0 is before the first layer."}
+    layer = gr.Slider(0, num_layers, num_layers, step=1, **texts, elem_id="layer")
+    layout = {"columns": 2, "fit_columns": False, "height": "auto", "buttons": ["download", "fullscreen"]}
+    gallery = gr.Gallery(label="Patches of one token share a number", **layout, format="png", elem_id="gallery")
     return text, table, layer, gallery
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model",
-        default=os.environ.get("EVLGEN_MODEL", "outputs/demo"),
-        help="Captioner: a folder or a name on the Hub. Default: $EVLGEN_MODEL or outputs/demo.",
-    )
+    default_model = os.environ.get("EVLGEN_MODEL", "outputs/demo")
+    model_help = "Captioner: a folder or a name on the Hub. Default: $EVLGEN_MODEL or outputs/demo."
+    parser.add_argument("--model", default=default_model, help=model_help)
     parser.add_argument("--max_mb", type=float, default=50.0, help="Largest file that is read, in MB of 2^20 bytes.")
     parser.add_argument("--host", help="Address to listen on. Default: $GRADIO_SERVER_NAME or 127.0.0.1.")
     parser.add_argument("--port", type=int, help="Port. Default: the first free one from 7860.")

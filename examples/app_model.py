@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import TextIteratorStreamer
 
 from common.evaluation.merging_overlay import patch_groups, recorded_merging, resize_to_side, token_counts
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -27,26 +27,13 @@ _MERGING_LOCK = Lock()
 class Merging:
     """The frames of an image or a video and their merging, as the page shows them.
 
-    Attributes:
-        frames: The image, or the sampled frames of a video, as they are drawn.
-        groups: Before the connector and after each of its layers, the token that each patch belongs to, of shape
-            `(side, side)`. Empty before the model has run.
-        counts: Number of tokens before the connector and after each of its layers.
+    `groups` and `counts` have an entry before the connector and one after each of its layers: the token that each
+    patch belongs to, of shape `(side, side)`, and the number of tokens. They are empty before the model has run.
     """
 
     frames: list[Image.Image]
     groups: list[np.ndarray] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-
-
-class StopOnEvent(StoppingCriteria):
-    """Ends generation when `event` is set."""
-
-    def __init__(self, event: Event):
-        self.event = event
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
 @contextmanager
@@ -68,14 +55,7 @@ def stream_text(
 ) -> Iterator[str]:
     """Generates text and yields it as it grows; with several beams it yields only the whole text.
 
-    Args:
-        model, processor: The captioner.
-        inputs: Arguments of `generate` for one prompt, including `input_ids`.
-        settings: From [`generation_settings`].
-        milliseconds: Receives the time of the `"language model"` at the end.
-
-    Raises:
-        Exception: Whatever `generate` raises.
+    `inputs` and `settings` are arguments of `generate`. `milliseconds` receives the time of the `"language model"`.
     """
 
     def generate(**arguments: Any) -> torch.Tensor:
@@ -88,7 +68,7 @@ def stream_text(
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop, text = Event(), ""
     with ThreadPoolExecutor(max_workers=1) as executor:
-        generation = executor.submit(generate, streamer=streamer, stopping_criteria=[StopOnEvent(stop)])
+        generation = executor.submit(generate, streamer=streamer, stopping_criteria=[lambda *_, **__: stop.is_set()])
         # If `generate` fails, it does not end the stream, and the loop below would wait for ever.
         generation.add_done_callback(lambda _: streamer.on_finalized_text("", stream_end=True))
         try:
@@ -101,33 +81,23 @@ def stream_text(
 
 
 def generation_settings(num_beams: int, temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:
-    """Checks the visitor's options and returns them as arguments of `generate`.
+    """Returns the visitor's options as arguments of `generate`. A temperature of 0 takes the likeliest token.
 
-    Args:
-        num_beams: Number of beams, 1 or more.
-        temperature: Temperature of sampling, above 0; 0 takes the likeliest token.
-        top_p: Probability of the likeliest tokens that are sampled from, above 0, at most 1.
-        max_new_tokens: Largest number of generated tokens, 1 or more.
-
-    Raises:
-        ValueError: If an option is out of range.
-        TypeError: If an option is not a number.
+    A ValueError names an option that is out of range, and a TypeError one that is not a number.
     """
     options = {"num_beams": num_beams, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
     for name, value in options.items():  # through the API they may be anything that JSON holds
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"`{name}` must be a number, but is {value!r}.")
-    for name, fits, wanted in (
-        ("num_beams", num_beams >= 1 and num_beams % 1 == 0, "a whole number of 1 or more"),
-        ("temperature", 0 <= temperature < math.inf, "0 or more"),
-        ("top_p", 0 < top_p <= 1, "above 0 and at most 1"),
-        ("max_new_tokens", max_new_tokens >= 1 and max_new_tokens % 1 == 0, "a whole number of 1 or more"),
-    ):
-        if not fits:
-            raise ValueError(f"`{name}` must be {wanted}, but is {options[name]}.")
-    sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-    lengths = {"num_beams": int(num_beams), "max_new_tokens": int(max_new_tokens)}
-    return {**lengths, "do_sample": temperature > 0, **sampling}
+    for name in ("num_beams", "max_new_tokens"):
+        if options[name] < 1 or options[name] % 1:
+            raise ValueError(f"`{name}` must be a whole number of 1 or more, but is {options[name]}.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"`temperature` must be 0 or more, but is {temperature}.")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"`top_p` must be above 0 and at most 1, but is {top_p}.")
+    settings = {"num_beams": int(num_beams), "max_new_tokens": int(max_new_tokens), "do_sample": temperature > 0}
+    return settings | ({"temperature": temperature, "top_p": top_p} if temperature > 0 else {})
 
 
 @torch.no_grad()
@@ -139,20 +109,10 @@ def describe(
     prompt: str,
     settings: dict[str, Any],
 ) -> Iterator[tuple[str, Merging, dict[str, float]]]:
-    """Runs the captioner part by part.
+    """Runs the captioner part by part on the frames from [`read_file`], with [`generation_settings`].
 
-    Args:
-        model, processor: The captioner.
-        modality, frames: From [`read_file`].
-        prompt: The prompt; may be empty.
-        settings: From [`generation_settings`].
-
-    Yields:
-        The text so far, the merging, and the milliseconds of `"tower"`, `"connector"` and, at the end,
-        `"language model"`. The first text is empty.
-
-    Raises:
-        ValueError: If the prompt is too long, or its placeholders and the images differ in number.
+    Yields the text so far, at first empty, the merging, and the milliseconds of `"tower"`, `"connector"` and, at the
+    end, `"language model"`. A ValueError names a prompt that is too long or does not fit the frames.
     """
     if len(prompt) > PROMPT_CHARACTERS:
         raise ValueError(f"The prompt has {len(prompt)} characters, but at most {PROMPT_CHARACTERS} are read.")
@@ -164,8 +124,7 @@ def describe(
             vision_features = model.get_vision_features(pixel_values)
         with timed(milliseconds, "connector", model.device), recorded_merging(model) as layers:
             soft_prompt = model.project_vision_features(vision_features)
-    unmerged = torch.arange(model.config.num_vision_tokens)[None]  # (1, num_vision_tokens)
-    layers = [unmerged, *layers]
+    layers = [torch.arange(model.config.num_vision_tokens)[None], *layers]  # (1, num_vision_tokens) each
     merging = Merging([resize_to_side(frame) for frame in frames], patch_groups(model, layers), token_counts(layers))
     yield "", merging, milliseconds
     inputs = {**inputs, "mm_encoder_outputs": {modality.removesuffix("s"): soft_prompt}}

@@ -37,25 +37,16 @@ class TooMuchError(ValueError):
 
 
 def read_file(path: str | Path, num_frames: int, max_mb: float) -> tuple[str, list[Image.Image]]:
-    """Reads a file that a visitor uploaded.
+    """Reads an uploaded file: returns `"images"` and the image, or `"videos"` and `num_frames` frames of a video.
 
-    Args:
-        path: The file.
-        num_frames: Frames to take of a video.
-        max_mb: The largest file that is read, in MB of 2^20 bytes.
-
-    Returns:
-        `"images"` and the image; or `"videos"` and the chosen frames of a video, at most 4 million pixels each.
-
-    Raises:
-        ValueError: If the file is missing, damaged, of another kind, or over a limit. Pixels and frames are checked
-            before any are decoded. The message names the file without the server's folder.
+    A ValueError names a file that is missing, damaged, of another kind, or over a limit, without the server's folder.
+    Pixels and frames are checked before any are decoded.
     """
     path = Path(path)
     name, suffix = repr(path.name), path.suffix.lower()
     if suffix not in (*IMAGES, *VIDEOS):
-        kinds = f"an image ({', '.join(IMAGES)}) nor a video ({', '.join(VIDEOS)})"
-        raise ValueError(f"The file {name} is neither {kinds}.")
+        images, videos = ", ".join(IMAGES), ", ".join(VIDEOS)
+        raise ValueError(f"The file {name} is neither an image ({images}) nor a video ({videos}).")
     if not path.is_file():
         raise ValueError(f"The file {name} is no longer on the server. Upload it again.")
     megabytes = path.stat().st_size / MB
@@ -65,6 +56,8 @@ def read_file(path: str | Path, num_frames: int, max_mb: float) -> tuple[str, li
         if suffix in VIDEOS:
             return "videos", _read_video(path, num_frames)
         return _read_image(path, num_frames)
+    except Image.DecompressionBombError as error:  # PIL's own limit is 179 million pixels
+        raise ValueError(f"The file {name} has over {IMAGE_MEGAPIXELS} million pixels, more than are read.") from error
     except TooMuchError as error:
         raise ValueError(f"The file {name} {error}.") from error
     except Exception as error:  # PIL and FFmpeg raise many kinds, with the server's own path in the message
@@ -91,19 +84,16 @@ def _read_video(path: Path, num_frames: int) -> list[Image.Image]:
 def _read_image(path: Path, num_frames: int) -> tuple[str, list[Image.Image]]:
     """`"images"` and the image, or `"videos"` and chosen frames of an animation."""
     deadline = time.monotonic() + IMAGE_SECONDS
-    try:
-        with _TimedFile(path, deadline) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-            pixels = image.width * image.height
-            count = _count_frames(path, image) if path.suffix.lower() in ANIMATED else 1
-            if count == 1:
-                _check_sizes(count, pixels, IMAGE_MEGAPIXELS, IMAGE_MEGAPIXELS)
-                image.load()  # here, since `load_rgb_image` would call a file that is too slow a damaged one
-                return "images", [load_rgb_image(image)]
-            _check_sizes(count, pixels, FRAME_MEGAPIXELS, ANIMATION_MEGAPIXELS)
-            frames = ImageSequence.Iterator(image)
-            return "videos", _choose_frames(frames, count, num_frames, ANIMATION_MEGAPIXELS, deadline)
-    except Image.DecompressionBombError as error:  # PIL's own limit is 179 million pixels
-        raise TooMuchError(f"has over {IMAGE_MEGAPIXELS} million pixels, more than are read") from error
+    with _TimedFile(path, deadline) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+        pixels = image.width * image.height
+        count = _count_frames(path, image) if path.suffix.lower() in ANIMATED else 1
+        if count == 1:
+            _check_sizes(count, pixels, IMAGE_MEGAPIXELS, IMAGE_MEGAPIXELS)
+            image.load()  # here, since `load_rgb_image` would call a file that is too slow a damaged one
+            return "images", [load_rgb_image(image)]
+        _check_sizes(count, pixels, FRAME_MEGAPIXELS, ANIMATION_MEGAPIXELS)
+        frames = ImageSequence.Iterator(image)
+        return "videos", _choose_frames(frames, count, num_frames, ANIMATION_MEGAPIXELS, deadline)
 
 
 class _TimedFile(io.BufferedReader):
@@ -152,13 +142,9 @@ def _choose_frames(
         if pixels > 1e6 * megapixels:
             raise TooMuchError(f"has over {megapixels} million pixels in all frames, more than are read")
         if index in indices:
-            frame = Image.fromarray(frame.to_ndarray(format="rgb24")) if isinstance(frame, av.VideoFrame) else frame
-            chosen.append(_shrink(load_rgb_image(frame)))
+            image = load_rgb_image(frame.to_image() if isinstance(frame, av.VideoFrame) else frame)
+            factor = math.ceil(math.sqrt(image.width * image.height / (1e6 * KEPT_MEGAPIXELS)))
+            chosen.append(image.reduce(factor))
     if not chosen:
         raise ValueError("There are no frames.")
     return chosen
-
-
-def _shrink(image: Image.Image) -> Image.Image:
-    factor = math.ceil(math.sqrt(image.width * image.height / (1e6 * KEPT_MEGAPIXELS)))
-    return image.reduce(factor) if factor > 1 else image
