@@ -10,22 +10,19 @@ processes only count. Settings take turns, and medians are printed. Other work o
 """
 
 import os
-import random
-import statistics
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from unittest import mock
 
 from configuration_evlgen import EVLGenConfig
 
 from .markdown import markdown_table
-from .timing import argument_parser, measure
-from .training_step import SIZES, build, parts_of_a_step
+from .timing import argument_parser, take_turns
+from .training_step import SIZES, Step, build, parts_of_a_step
 
 SETTINGS = {
     "default": {},
@@ -34,6 +31,7 @@ SETTINGS = {
     "OMP_DYNAMIC=true": {"OMP_DYNAMIC": "true"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
+_steps: list[Step] = []  # of a process that `remote_step` has started
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,53 +46,34 @@ def compare(config: EVLGenConfig, settings: list[str], others: list[int], rounds
     """Prints the median seconds of a step beside each number of other processes, also relative to the first row."""
     with ExitStack() as stack:
         steps = {setting: stack.enter_context(remote_step(config, SETTINGS[setting])) for setting in settings}
-        seconds = measure_beside(steps, others, rounds)
+        columns = []  # seconds by setting, for each number of other processes
+        for count in others:
+            with busy_processes(count):
+                columns.append(take_turns(steps, rounds))
     print(f"{os.cpu_count()} cores; seconds of a step (relative to the first row)\n")
-    rows = []
-    for setting in settings:
-        cells = [(seconds[setting, count], seconds[settings[0], count]) for count in others]
-        rows.append([setting, *(f"{value:.2f} ({value / first:.2f})" for value, first in cells)])
+    rows = [
+        [setting, *(f"{seconds[setting]:.2f} ({seconds[setting] / seconds[settings[0]]:.2f})" for seconds in columns)]
+        for setting in settings
+    ]
     print(markdown_table(["setting", *(f"{count} other processes" for count in others)], rows))
 
 
 @contextmanager
-def remote_step(config: EVLGenConfig, environment: dict[str, str]) -> Iterator[Connection]:
-    """Starts a process that times a training step for each message, after a first step to warm up."""
-    ours, theirs = get_context("spawn").Pipe()
-    with mock.patch.dict(os.environ):
-        for name in list(os.environ):
-            if name.startswith(("OMP_", "GOMP_")):
-                del os.environ[name]
-        os.environ.update(environment)
-        process = get_context("spawn").Process(target=_serve, args=(config, theirs), daemon=True)
-        process.start()
-    theirs.close()  # so that `recv` raises EOFError if the process dies
-    ours.recv()
-    yield ours
-    ours.send("end")
-    process.join()
+def remote_step(config: EVLGenConfig, environment: dict[str, str]) -> Iterator[Callable[[], None]]:
+    """Starts a process with a setting of OpenMP. Gives a function that runs a training step there."""
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with mock.patch.dict(os.environ, others | environment, clear=True):
+            pool.submit(_build, config).result()  # the first call starts the process
+        yield lambda: pool.submit(_run).result()
 
 
-def _serve(config: EVLGenConfig, connection: Connection) -> None:
-    step = parts_of_a_step(build(config))["step"]
-    step()
-    connection.send("ready")
-    while connection.recv() == "step":
-        connection.send(measure(step))
+def _build(config: EVLGenConfig) -> None:
+    _steps.append(parts_of_a_step(build(config))["step"])
 
 
-def measure_beside(steps: dict[str, Connection], others: list[int], rounds: int) -> dict[tuple[str, int], float]:
-    """Returns the median seconds of each setting beside each number of other processes."""
-    times: dict[tuple[str, int], list[float]] = defaultdict(list)
-    order, shuffle = list(steps), random.Random(0).shuffle
-    for _ in range(rounds):
-        for count in others:
-            shuffle(order)
-            with busy_processes(count):
-                for setting in order:
-                    steps[setting].send("step")
-                    times[setting, count].append(steps[setting].recv())
-    return {key: statistics.median(values) for key, values in times.items()}
+def _run() -> None:
+    _steps[0]()
 
 
 @contextmanager

@@ -11,9 +11,8 @@ packed captions or batches of similar lengths could save.
 """
 
 import tempfile
-from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from itertools import chain, repeat
 
 import pretrain
 import torch
@@ -44,52 +43,33 @@ def save_tower(config: ViTConfig, folder: str) -> None:
 
 
 def prepare(argv: list[str]) -> tuple[EVLGenForConditionalGeneration, dict[str, DataLoader]]:
-    """Returns a model, and batches from images and from their cached features.
-
-    Args:
-        argv: Arguments of `examples/pretrain.py` that change the demo's recipe.
-    """
-    model_args, processor_args, data_args, _, training_args = parse_arguments(
-        *pretrain.ARGUMENTS, argv=argv, recipe=pretrain.DEMO_RECIPE
-    )
+    """Returns a model, and batches from images and from their cached features. `argv` changes the demo's recipe."""
+    arguments = parse_arguments(*pretrain.ARGUMENTS, argv=argv, recipe=pretrain.DEMO_RECIPE)
+    model_args, processor_args, data_args, _, training_args = arguments
     model_args.connector_config["merge_r"] = MERGE_R
     images, eval_dataset = load_datasets(data_args, training_args.seed)
     model, processor = build_model(model_args, processor_args)
     cached, _ = cache_features(model, processor, images, eval_dataset, data_args, training_args.seed)
     collator = CaptionCollator(processor, data_args, training=True, seed=training_args.seed)
-    batches = partial(
-        DataLoader, batch_size=training_args.per_device_train_batch_size, collate_fn=collator, drop_last=True
-    )
+    size = training_args.per_device_train_batch_size
+    batches = partial(DataLoader, batch_size=size, collate_fn=collator, drop_last=True)
     return model.train(), {"images": batches(images), "cached features": batches(cached)}
-
-
-def endless(batches: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
-    while True:
-        yield from batches
-
-
-@torch.no_grad()
-def first_loss(model: EVLGenForConditionalGeneration, batches: DataLoader) -> float:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return float(model(**next(iter(batches))).loss)
-
-
-def share_of_padding(batches: DataLoader) -> float:
-    masks = [batch["attention_mask"] for batch in batches]  # (batch, tokens)
-    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def compare(model: EVLGenForConditionalGeneration, loaders: dict[str, DataLoader], rounds: int) -> None:
     """Prints times relative to a step from images, losses before the first step, and the share of padding."""
-    losses = {name: first_loss(model, batches) for name, batches in loaders.items()}
-    steps = {name: training_step(model, endless(batches)) for name, batches in loaders.items()}
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = {name: model(**next(iter(batches))).loss for name, batches in loaders.items()}
+    # Batches without end, made anew in each epoch.
+    steps = {name: training_step(model, chain.from_iterable(repeat(batches))) for name, batches in loaders.items()}
     seconds = take_turns(steps, rounds)
-    rows: list[list[Any]] = []
+    rows = []
     for name, value in seconds.items():
         ratio = value / seconds["images"]
         rows.append([name, f"{ratio:.2f}", f"{1 / ratio:.2f} x", f"{losses[name]:.4f}"])
     print(markdown_table(["a step from", "time", "images/s", "loss"], rows))
-    print(f"\n{share_of_padding(loaders['cached features']):.1%} of the tokens are padding.")
+    not_padding = torch.cat([batch["attention_mask"].flatten() for batch in loaders["cached features"]])
+    print(f"\n{1 - not_padding.double().mean():.1%} of the tokens are padding.")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -39,26 +39,23 @@ def candidates(tower: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, 
 
 
 @torch.no_grad()
-def compare(image_size: int, images: int, rounds: int) -> None:
-    torch.manual_seed(0)
-    tower = build_vision_tower(LITE0).eval().requires_grad_(False)
-    runs = candidates(tower, torch.randn(images, 3, image_size, image_size))
-    expected = runs["NCHW"]()
-    seconds = take_turns(runs, rounds)
-    rows = []
-    for name, run in runs.items():
-        difference = (run() - expected).abs().max() / expected.abs().max()
-        rows.append([name, f"{seconds[name]:.3f} s", f"{seconds['NCHW'] / seconds[name]:.2f}", f"{difference:.1e}"])
-    print(f"{torch.get_num_threads()} threads, {images} images\n")
-    print(markdown_table(["EfficientNet-Lite0", "time", "speed", "difference"], rows))
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argument_parser(__doc__, rounds=9)
     parser.add_argument("--image_size", type=int, default=224, help="Height and width of the images in pixels.")
     parser.add_argument("--images", type=int, default=16, help="Images at a time.")
     arguments = parser.parse_args(argv)
-    compare(arguments.image_size, arguments.images, arguments.rounds)
+
+    torch.manual_seed(0)
+    tower = build_vision_tower(LITE0).eval().requires_grad_(False)
+    runs = candidates(tower, torch.randn(arguments.images, 3, arguments.image_size, arguments.image_size))
+    expected = runs["NCHW"]()
+    seconds = take_turns(runs, arguments.rounds)
+    rows = []
+    for name, run in runs.items():
+        difference = (run() - expected).abs().max() / expected.abs().max()
+        rows.append([name, f"{seconds[name]:.3f} s", f"{seconds['NCHW'] / seconds[name]:.2f}", f"{difference:.1e}"])
+    print(f"{torch.get_num_threads()} threads, {arguments.images} images\n")
+    print(markdown_table(["EfficientNet-Lite0", "time", "speed", "difference"], rows))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ tokens for an image of 224 pixels, or 577 for one of 336. The candidates take tu
 printed. The limit is the time of the connector's matrix products at the rate of one large product on this machine.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -56,39 +54,28 @@ class QFormer(nn.Module):
 
 def build_candidates(num_tokens: int, size: dict[str, int], r: int, front_loaded: list[int]) -> dict[str, nn.Module]:
     """Returns the candidates by name. Times are relative to those of the first."""
-
-    def tomeformer(merge_r: int | list[int]) -> nn.Module:
-        config = TomeFormerConfig(**size, merge_r=merge_r, max_position_embeddings=num_tokens)
-        return Encoder(TomeFormerModel(config))
-
-    bert = BertConfig(**size, max_position_embeddings=num_tokens, vocab_size=2)
+    fields = {**size, "max_position_embeddings": num_tokens}
     return {
-        f"TomeFormer, r = {r}": tomeformer(r),
-        "TomeFormer, front-loaded": tomeformer(front_loaded),
-        "plain BERT encoder": Encoder(BertModel(bert, add_pooling_layer=False)),
+        f"TomeFormer, r = {r}": Encoder(TomeFormerModel(TomeFormerConfig(**fields, merge_r=r))),
+        "TomeFormer, front-loaded": Encoder(TomeFormerModel(TomeFormerConfig(**fields, merge_r=front_loaded))),
+        "plain BERT encoder": Encoder(BertModel(BertConfig(**fields, vocab_size=2), add_pooling_layer=False)),
         f"Q-Former, {QUERIES} queries": QFormer(size),
     }
 
 
-def merging_inputs(config: TomeFormerConfig, batch: int, num_tokens: int, device: torch.device) -> list[tuple]:
+def merging_inputs(config: TomeFormerConfig, batch: int, num_tokens: int) -> list[tuple]:
     """Random metric, tokens and r of each layer, of the sizes that one forward has."""
     inputs = []
     for r in config.merge_schedule(num_tokens):
-        metric = torch.randn(batch, num_tokens, config.hidden_size // config.num_attention_heads, device=device)
-        inputs.append((metric, torch.randn(batch, num_tokens, config.hidden_size, device=device), r))
+        metric = torch.randn(batch, num_tokens, config.hidden_size // config.num_attention_heads)
+        inputs.append((metric, torch.randn(batch, num_tokens, config.hidden_size), r))
         num_tokens -= r
     return inputs
 
 
-@torch.no_grad()
 def merge(inputs: list[tuple]) -> None:
     for metric, tokens, r in inputs:
         bipartite_soft_matching(metric, r, class_token=True).merge(tokens)
-
-
-@torch.no_grad()
-def forward(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    return model(tokens)
 
 
 def forward_and_backward(model: nn.Module, tokens: torch.Tensor) -> None:
@@ -96,21 +83,22 @@ def forward_and_backward(model: nn.Module, tokens: torch.Tensor) -> None:
     model(tokens).sum().backward()
 
 
-def compare(candidates: dict[str, nn.Module], num_tokens: int, batch: int, rounds: int, device: torch.device) -> None:
-    """Prints the times of all candidates on random tokens, relative to the first candidate's."""
-    torch.manual_seed(0)
-    tokens = torch.randn(batch, num_tokens, VISION_DIM, device=device)
-    models = {name: model.to(device).eval() for name, model in candidates.items()}
+def compare(models: dict[str, nn.Module], num_tokens: int, batch: int, rounds: int, device: torch.device) -> None:
+    """Prints the times of all models on random tokens, relative to those of the first."""
     first = next(iter(models))
-    forwards: dict[str, Callable[[], Any]] = {name: partial(forward, model, tokens) for name, model in models.items()}
-    flops = count_flops(forwards[first])
-    tokens_out = {name: run().shape[1] for name, run in forwards.items()}
-    inputs = merging_inputs(models[first].encoder.config, batch, num_tokens, device)
-    square = torch.randn(SQUARE, SQUARE, device=device)
-    forwards |= {"merging": partial(merge, inputs), "product": partial(torch.mm, square, square)}
-    seconds = take_turns(forwards, rounds, device)
+    torch.manual_seed(0)
+    with torch.device(device):
+        tokens = torch.randn(batch, num_tokens, VISION_DIM)
+        inputs = merging_inputs(models[first].encoder.config, batch, num_tokens)
+        square = torch.randn(SQUARE, SQUARE)
+    forwards = {name: partial(model.to(device).eval(), tokens) for name, model in models.items()}
+    others = {"merging": partial(merge, inputs), "product": partial(torch.mm, square, square)}
+    with torch.no_grad():
+        flops = count_flops(forwards[first])
+        tokens_out = {name: run().shape[1] for name, run in forwards.items()}
+        seconds = take_turns(forwards | others, rounds)
     trainings = {name: partial(forward_and_backward, model, tokens) for name, model in models.items()}
-    training_seconds = take_turns(trainings, rounds, device)
+    training_seconds = take_turns(trainings, rounds)
 
     rows = []
     for name in models:

@@ -7,9 +7,8 @@ size. Needs `.[export]`.
 """
 
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import onnxruntime
 import torch
@@ -46,11 +45,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for batch in arguments.batches:
         pixel_values = example_pixels(prompt, image_size, batch)  # (batch, channels, height, width)
-        pixels = {PIXELS: pixel_values.numpy()}
-        runs: dict[str, Callable[[], Any]] = {
-            "PyTorch": lambda pixel_values=pixel_values: prompt(pixel_values),
-            "torch.export": lambda pixel_values=pixel_values: graph(pixel_values),
-            "onnxruntime": lambda pixels=pixels: session.run(None, pixels),
+        runs = {
+            "PyTorch": partial(prompt, pixel_values),
+            "torch.export": partial(graph, pixel_values),
+            "onnxruntime": partial(session.run, None, {PIXELS: pixel_values.numpy()}),
         }
         with torch.no_grad():
             seconds = take_turns(runs, arguments.rounds)

@@ -36,21 +36,19 @@ PEAK = 312e12  # dense bfloat16 operations per second of an A100, as its maker s
 UTILIZATION = 0.4
 MICRO_BATCHES = (50, 200)  # on each of 8 GPUs, with 4 steps of accumulation as in the recipe, or with none
 
-_aten = torch.ops.aten
+_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Fused attention has another name on a CPU than on a GPU. PyTorch counts it only under the name for GPUs.
 _CPU_ATTENTION = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
-        *shapes[:4]
-    ),
+    _attention: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    _attention_backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
 }
 
 
 class AliveBytes(TorchDispatchMode):
-    """Counts the bytes of living tensors that were made inside the context. `peak` is the highest count.
+    """Counts the bytes of living tensors that were made inside the context, but for views of `known` tensors.
 
-    Args:
-        known: Tensors that existed before. They and their views are not counted.
+    `peak` is the highest count.
     """
 
     def __init__(self, known: Iterable[torch.Tensor]):
@@ -111,10 +109,7 @@ def caption_loss(
 ) -> torch.Tensor:
     """The loss that `forward` computes, without its checks, as these need content.
 
-    Args:
-        model: From [`build`].
-        soft_prompt: `(size, image tokens, dim)`.
-        caption: Token ids, `(size, caption tokens)`.
+    Shapes are `(size, image tokens, dim)` and `(size, caption tokens)`.
     """
     words = model.get_input_embeddings()(caption)  # (size, caption tokens, dim)
     inputs = torch.cat([soft_prompt.to(words.dtype), words], dim=1)
@@ -123,23 +118,16 @@ def caption_loss(
 
 
 def count_flops(model: EVLGenForConditionalGeneration, caption_tokens: int, size: int = 2) -> dict[str, float]:
-    """Floating-point operations for one pair by part of a step. A multiplication and an addition count as two.
-
-    Args:
-        model: From [`build`].
-        caption_tokens: Number of tokens of a caption.
-        size: Number of pairs in the step that is counted.
-    """
+    """Floating-point operations for one pair by part of a step. A multiplication and an addition count as two."""
 
     def count(run: Callable[[], Any]) -> tuple[Any, float]:
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
             result = run()
         return result, counter.get_total_flops() / size
 
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
     with next(model.parameters()).fake_mode:
         caption = torch.zeros(size, caption_tokens, dtype=torch.long)
-        with autocast:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
             features, tower = count(lambda: model.get_vision_features(images(model, size)))
             prompt, connector = count(lambda: model.project_vision_features(features).pooler_output)
             inputs = prompt.detach().requires_grad_()

@@ -4,18 +4,15 @@ import argparse
 import random
 import resource
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
-import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-
-CPU = torch.device("cpu")
 
 
 def argument_parser(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -25,18 +22,14 @@ def argument_parser(description: str, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def measure(run: Callable[[], Any], device: torch.device = CPU) -> float:
+def measure(run: Callable[[], Any]) -> float:
     """Seconds of one run."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = timer()  # waits for a GPU, if there is one
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return timer() - start
 
 
-def take_turns(runs: dict[Any, Callable[[], Any]], rounds: int, device: torch.device = CPU) -> dict[Any, float]:
+def take_turns(runs: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
     """Median seconds of each candidate over `rounds` rounds, after one round to warm up.
 
     Candidates take turns, so that other processes slow all of them alike. Each round has its own random order: after a
@@ -47,7 +40,7 @@ def take_turns(runs: dict[Any, Callable[[], Any]], rounds: int, device: torch.de
     for turn in tqdm(range(rounds + 1), leave=False):
         shuffle(order)
         for name in order:
-            seconds = measure(runs[name], device)
+            seconds = measure(runs[name])
             if turn:
                 times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}

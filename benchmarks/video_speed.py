@@ -7,7 +7,7 @@ float32. Frames are encoded alone and averaged, or see each other in the tempora
 new process, so that its peak memory is its own.
 """
 
-import statistics
+from statistics import median
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
@@ -31,16 +31,15 @@ def vit_s_config(temporal: bool) -> EVLGenConfig:
     )
 
 
+@torch.no_grad()
 def measure_frames(config: EVLGenConfig, frames: int, rounds: int) -> tuple[float, float]:
     """Returns the seconds of the median round, and the peak memory in MB beyond that of the model with one frame."""
     torch.manual_seed(0)
     model = EVLGenForConditionalGeneration(config).eval()
-    size = config.vision_config.image_size
-    videos = torch.randn(1, frames, 3, size, size)
-    with torch.no_grad():
-        model.get_video_features(videos[:, :1])
-        before = peak_megabytes()
-        seconds = statistics.median(measure(lambda: model.get_video_features(videos)) for _ in range(rounds))
+    videos = torch.randn(1, frames, 3, 224, 224)
+    model.get_video_features(videos[:, :1])
+    before = peak_megabytes()
+    seconds = median(measure(lambda: model.get_video_features(videos)) for _ in range(rounds))
     return seconds, peak_megabytes() - before
 
 
@@ -55,14 +54,8 @@ def main(argv: list[str] | None = None) -> None:
             seconds, megabytes = in_new_process(measure_frames, vit_s_config(temporal), frames, arguments.rounds)
             row += [f"{1e3 * seconds / frames:.1f} ms", f"{megabytes:.0f} MB"]
         rows.append(row)
-    header = [
-        "frames",
-        "mean of frames: time per frame",
-        "memory",
-        "temporal contextualizer: time per frame",
-        "memory",
-    ]
-    print(markdown_table(header, rows))
+    columns = [f"{kind}: time per frame" for kind in ("mean of frames", "temporal contextualizer")]
+    print(markdown_table(["frames", columns[0], "memory", columns[1], "memory"], rows))
 
 
 if __name__ == "__main__":

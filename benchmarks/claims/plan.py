@@ -131,17 +131,12 @@ FRESH_SEEDS = (102, 103)
 
 def plan() -> list[Run]:
     """Returns all runs whose settings are known by now, the most important first."""
+    first, others = SEEDS[:1], SEEDS[1:]
     runs = [run for method in SWEPT for run in sweep(method)] + two_stage_sweep()
-    for seed in SEEDS:
-        for dataset in DATASETS:
-            for method in (*SWEPT, "qformer-two-stage"):
-                runs += _main_run(method, dataset, seed)
-    runs += [run for dataset in DATASETS for run in _tenth_of_data(dataset, SEEDS[0])]
-    runs += [run for dataset in DATASETS for run in _main_run("random-pruning", dataset, SEEDS[0])]
-    runs += sweep("evlgen-paper-blocks")
-    runs += [run for dataset in DATASETS for run in _main_run("evlgen-paper-blocks", dataset, SEEDS[0])]
-    runs += [run for seed in SEEDS[1:] for dataset in DATASETS for run in _tenth_of_data(dataset, seed)]
-    runs += _main_run("mlp-all-tokens", DATASETS[0], SEEDS[0])
+    runs += _main_runs((*SWEPT, "qformer-two-stage"), SEEDS)
+    runs += _tenth_of_data(first) + _main_runs(("random-pruning",), first)
+    runs += sweep("evlgen-paper-blocks") + _main_runs(("evlgen-paper-blocks",), first)
+    runs += _tenth_of_data(others) + _main_runs(("mlp-all-tokens",), first, DATASETS[:1])
     return runs + ablations()
 
 
@@ -209,17 +204,20 @@ def _changed(run: Run, name: str, changes: dict[str, Any]) -> Run:
     return replace(run, method=name, **{**changes, "fields": {**run.fields, **changes.get("fields", {})}})
 
 
-def _main_run(method: str, dataset: str, seed: int) -> list[Run]:
-    """One run, or none while the sweep of the method is unfinished."""
-    chosen = best(method)
-    if chosen is None:
-        return []
-    return [replace(chosen, group="main", dataset=dataset, seed=seed, steps=STEPS, eval_steps=EVAL_STEPS)]
+def _main_runs(methods: tuple[str, ...], seeds: tuple[int, ...], datasets: tuple[str, ...] = DATASETS) -> list[Run]:
+    """Main runs of the methods whose sweep is finished."""
+    return [
+        replace(chosen, group="main", dataset=dataset, seed=seed, steps=STEPS, eval_steps=EVAL_STEPS)
+        for seed in seeds
+        for dataset in datasets
+        for chosen in map(best, methods)
+        if chosen
+    ]
 
 
-def _tenth_of_data(dataset: str, seed: int) -> list[Run]:
-    runs = _main_run("evlgen", dataset, seed)
-    return [replace(run, method="evlgen-tenth-of-data", train_samples=TENTH[dataset]) for run in runs]
+def _tenth_of_data(seeds: tuple[int, ...]) -> list[Run]:
+    runs = _main_runs(("evlgen",), seeds)
+    return [replace(run, method="evlgen-tenth-of-data", train_samples=TENTH[run.dataset]) for run in runs]
 
 
 def _ranked(runs: list[Run]) -> list[Run]:

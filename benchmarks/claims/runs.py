@@ -31,46 +31,29 @@ _RECIPE_FIELDS = (
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of one training run. All other settings are those of the demo's recipe.
+    """The settings of one training run. All other settings are those of the demo's recipe."""
 
-    Args:
-        method: Name of the connector with its options.
-        dataset: `"openmoji-scenes"` or `"easy-vqa"`.
-        connector: Value of `--connector`.
-        fields: All fields of the connector's configuration.
-        learning_rate, steps, seed: Settings of the training with the caption loss.
-        eval_steps: Steps after which held-out figures are measured. The last step must be among them.
-        group: `"sweep"`, `"main"` or `"ablation"`.
-        train_samples: Number of training images. The default is all.
-        stage_one_steps: Steps of BLIP-2's first stage before the training. The default is no first stage.
-        stage_one_learning_rate, stage_one_batch_size, stage_one_warmup_steps: Settings of the first stage. Its batches
-            are larger, as the contrastive loss needs many negatives and no language model takes part.
-        warmup_steps: Replaces the recipe's value.
-        connector_model: Python package with a BERT in its folder `model`. The connector starts from its weights.
-        whitening: Whether the vision projection starts from the statistics of the tower's features.
-        random_pruning: Whether the TomeFormer drops random tokens where it would merge tokens.
-        prompt_scale: Factor for the initial language projection, and so for the soft prompt.
-    """
-
-    method: str
+    method: str  # the connector with its options
     dataset: str
-    connector: str
-    fields: dict[str, Any]
+    connector: str  # value of `--connector`
+    fields: dict[str, Any]  # all fields of the connector's configuration
     learning_rate: float
     steps: int
     seed: int
-    eval_steps: tuple[int, ...]
-    group: str = "main"
-    train_samples: int | None = None
+    eval_steps: tuple[int, ...]  # after these, held-out figures are measured; the last step is among them
+    group: str = "main"  # or "sweep" or "ablation"
+    train_samples: int | None = None  # None: all
+    # BLIP-2's first stage before the training, if it has steps. Its batches are larger, as the contrastive loss needs
+    # many negatives and no language model takes part.
     stage_one_steps: int = 0
     stage_one_learning_rate: float = 1e-3
     stage_one_batch_size: int = 64
     stage_one_warmup_steps: int = 50
-    warmup_steps: int | None = None
-    connector_model: str | None = None
-    whitening: bool = True
-    random_pruning: bool = False
-    prompt_scale: float = 1.0
+    warmup_steps: int | None = None  # None: the recipe's value
+    connector_model: str | None = None  # the BERT that the connector starts from
+    whitening: bool = True  # the vision projection starts from the statistics of the tower's features
+    random_pruning: bool = False  # the TomeFormer drops random tokens where it would merge tokens
+    prompt_scale: float = 1.0  # of the initial language projection, and so of the soft prompt
 
     @property
     def name(self) -> str:
@@ -80,13 +63,13 @@ class Run:
 
 def shared_recipe() -> dict[str, Any]:
     """The settings of the demo's recipe that all runs share."""
-    recipe = _read_yaml(pretrain.DEMO_RECIPE)
-    return {name: recipe.get(name) for name in _RECIPE_FIELDS}
+    return _read_recipe(pretrain.DEMO_RECIPE)
 
 
 @cache
-def _read_yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text())
+def _read_recipe(path: Path) -> dict[str, Any]:
+    recipe = yaml.safe_load(path.read_text())
+    return {name: recipe.get(name) for name in _RECIPE_FIELDS}
 
 
 def load(run: Run) -> dict[str, Any] | None:

@@ -23,33 +23,30 @@ AXES = {
     "steps": f"steps of {BATCH_SIZE} images",
     "flops": "floating-point operations",
 }
-LOGARITHMIC = ("loss",)
 _DIGITS = {"loss": 3, "gap": 2, "cider": 0, "exact": 2}
 
 Result = dict[str, Any]
+Curve = dict[str, np.ndarray]
+
+
+def group_seeds(results: list[Result]) -> list[list[Result]]:
+    """Groups results that differ only in their seed."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result["run"]["method"], _rates(result)), []).append(result)
+    return list(groups.values())
+
+
+def _rates(result: Result) -> str:
+    """The learning rate, after that of the first stage if there is one."""
+    run = result["run"]
+    first = f"{run['stage_one_learning_rate']:g} then " if run["stage_one_steps"] else ""
+    return f"{first}{run['learning_rate']:g}"
 
 
 def group_by_method(results: list[Result]) -> dict[str, list[Result]]:
-    """Groups results that differ only in their seed.
-
-    A group's name is its method. Learning rates are added where a method has several.
-    """
-    rates = {(result["run"]["method"], *_rates(result)) for result in results}
-    methods = [method for method, *_ in rates]
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        name = result["run"]["method"]
-        if methods.count(name) > 1:
-            name += f", {' then '.join(_rates(result))}"
-        groups.setdefault(name, []).append(result)
-    return groups
-
-
-def _rates(result: Result) -> list[str]:
-    """The learning rate as text, after that of the first stage if there is one."""
-    run = result["run"]
-    first = [f"{run['stage_one_learning_rate']:g}"] if run["stage_one_steps"] else []
-    return [*first, f"{run['learning_rate']:g}"]
+    """The same by the name of the method, for results with one learning rate for each method."""
+    return {seeds[0]["run"]["method"]: seeds for seeds in group_seeds(results)}
 
 
 def axis_value(result: Result, step: int, axis: str, step_seconds: dict[str, float] | None) -> float | None:
@@ -67,27 +64,20 @@ def axis_value(result: Result, step: int, axis: str, step_seconds: dict[str, flo
 
 
 def draw_curves(results: list[Result], step_seconds: dict[str, float] | None, path: Path) -> None:
-    """Draws each figure against each axis: the mean over seeds, and a band from the lowest to the highest seed.
-
-    Args:
-        results: Finished runs on one data set.
-        step_seconds: Seconds of a step of each method, and of `"stage-one"`.
-        path: The PNG file to write.
-    """
-    groups = group_by_method(results)
+    """Draws each figure against each axis: the mean over seeds, and a band from the lowest to the highest seed."""
     axes = [axis for axis in AXES if axis != "seconds" or step_seconds is not None]
     size = (4.6 * len(axes), 3.4 * len(FIGURES))
     figure, panels = plt.subplots(len(FIGURES), len(axes), figsize=size, layout="constrained", squeeze=False)
     for row, (name, label) in zip(panels, FIGURES.items(), strict=True):
         for panel, axis in zip(row, axes, strict=True):
-            for color, (method, seeds) in enumerate(groups.items()):
+            for color, (method, seeds) in enumerate(group_by_method(results).items()):
                 steps = [point["step"] for point in seeds[0]["curve"] if name in point]
                 x = [axis_value(seeds[0], step, axis, step_seconds) for step in steps]
                 values = np.array([[point[name] for point in seed["curve"] if name in point] for seed in seeds])
                 style = {"color": f"C{color}", "marker": "o", "markersize": 3}
                 panel.plot(x, values.mean(axis=0), label=f"{method} ({len(seeds)})", **style)
                 panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=f"C{color}", alpha=0.2)
-            panel.set(xlabel=AXES[axis], ylabel=label, yscale="log" if name in LOGARITHMIC else "linear")
+            panel.set(xlabel=AXES[axis], ylabel=label, yscale="log" if name == "loss" else "linear")
             panel.grid(alpha=0.3, which="both")
     lines, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside upper center", ncols=4, fontsize=9, title="method (seeds)")
@@ -98,20 +88,14 @@ def draw_curves(results: list[Result], step_seconds: dict[str, float] | None, pa
 def table(results: list[Result], step_seconds: dict[str, float] | None) -> str:
     """Markdown table of the last point of each curve: the mean over seeds, with the lowest and highest in brackets."""
     rows = []
-    for seeds in group_by_method(results).values():
+    for seeds in group_seeds(results):
         run, last = seeds[0]["run"], seeds[0]["curve"][-1]["step"]
+        steps = f"{run['stage_one_steps']} + {last}" if run["stage_one_steps"] else last
         seconds = axis_value(seeds[0], last, "seconds", step_seconds)
-        rows.append(
-            [
-                run["method"],
-                len(seeds),
-                " then ".join(_rates(seeds[0])),
-                f"{run['stage_one_steps']} + {last}" if run["stage_one_steps"] else last,
-                "?" if seconds is None else f"{seconds:.0f}",
-                f"{axis_value(seeds[0], last, 'flops', None) / 1e15:.3f}",
-                *(_spread([seed["curve"][-1][name] for seed in seeds], digits) for name, digits in _DIGITS.items()),
-            ]
-        )
+        flops = axis_value(seeds[0], last, "flops", None)
+        cost = ["?" if seconds is None else f"{seconds:.0f}", f"{flops / 1e15:.3f}"]
+        figures = [_spread([seed["curve"][-1][name] for seed in seeds], digits) for name, digits in _DIGITS.items()]
+        rows.append([run["method"], len(seeds), _rates(seeds[0]), steps, *cost, *figures])
     header = ["method", "seeds", "learning rate", "steps", "seconds", "PFLOP"]
     return markdown_table([*header, "held-out loss", "gap", "CIDEr-D", "exact"], rows)
 
@@ -140,11 +124,6 @@ def comparison(results: list[Result], step_seconds: dict[str, float], method: st
     Methods are compared at the checkpoints of both while both train, and after the end of each training. Between
     checkpoints, the gap and the logarithm of the loss are interpolated linearly. A checkpoint is won if the worst seed
     of `method` is better there than the best seed of the other method.
-
-    Args:
-        results: Finished runs on one data set.
-        step_seconds: Seconds of a step of each method, and of `"stage-one"`.
-        method: The method that is compared with the others.
     """
     groups = group_by_method(results)
     curves = [_curve(result, step_seconds) for result in groups.pop(method, [])]
@@ -157,9 +136,6 @@ def comparison(results: list[Result], step_seconds: dict[str, float], method: st
         rows.append([other, *_checkpoints_won(curves, other_curves), *ends, _reached(curves, other_curves)])
     header = [f"{method} against", "checkpoints won: held-out loss", "gap", "held-out loss at the end", "the other's"]
     return markdown_table([*header, "the other's lowest loss is reached after"], rows)
-
-
-Curve = dict[str, np.ndarray]
 
 
 def _curve(result: Result, step_seconds: dict[str, float]) -> Curve:

@@ -171,30 +171,21 @@ def train_captioner(run: Run, prepared: Prepared) -> dict[str, Any]:
     """Trains with the caption loss: EVLGen's only stage, and BLIP-2's second."""
     collator = CaptionCollator(prepared.processor, prepared.data_args, training=True, seed=run.seed)
     curve = HeldOutCurve(run, prepared)
-    flops, losses = fit(prepared.model, prepared.train_dataset, collator, prepared.training_args, curve)
+    others = {"processing_class": prepared.processor, "callbacks": [curve]}
+    flops, losses = fit(prepared.model.train(), prepared.train_dataset, collator, prepared.training_args, **others)
     return {"flops_per_step": flops, "curve": curve.curve, "training_loss": losses}
 
 
 def fit(
-    model: torch.nn.Module,
-    dataset: FeatureDataset,
-    collator: Callable,
-    args: EVLGenTrainingArguments,
-    *callbacks: TrainerCallback,
+    model: torch.nn.Module, dataset: FeatureDataset, collator: Callable, args: EVLGenTrainingArguments, **others: Any
 ) -> tuple[int, list[list[float]]]:
-    """Trains a model. Returns the floating-point operations of a step, and the loss of each step that was logged."""
+    """Trains a model. Returns the floating-point operations of a step, and the logged losses with their steps."""
     batch = collator(list(islice(dataset, args.per_device_train_batch_size)))
-    with torch.random.fork_rng():  # the training draws the same random numbers as without this step
-        flops = count_flops(lambda: model.train()(**limit_logits(batch))["loss"].backward())
+    with torch.random.fork_rng():  # the training draws the same numbers as without this step
+        flops = count_flops(lambda: model(**limit_logits(batch))["loss"].backward())
     model.zero_grad()
-    trainer = EVLGenTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        data_collator=collator,
-        eval_collator=collator,
-        callbacks=[*callbacks],
-    )
+    collators = {"data_collator": collator, "eval_collator": collator}
+    trainer = EVLGenTrainer(model=model, args=args, train_dataset=dataset, **collators, **others)
     trainer.train()
     losses = [[entry["step"], round(entry["loss"], 5)] for entry in trainer.state.log_history if "loss" in entry]
     return flops, losses
@@ -241,7 +232,7 @@ def train_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
         warmup_steps=run.stage_one_warmup_steps,
         per_device_train_batch_size=run.stage_one_batch_size,
     )
-    flops, losses = fit(stage, prepared.train_dataset, collator, args)
+    flops, losses = fit(stage.train(), prepared.train_dataset, collator, args)
     torch.manual_seed(0)  # the matching loss draws wrong pairs
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         held_out = stage.eval()(**collator(list(prepared.eval_dataset)))

@@ -26,12 +26,7 @@ PROJECTION_DIM = 256
 
 
 class CaptionVocabulary:
-    """The tokens of the training captions, renumbered from 4 so that the embedding of words stays small.
-
-    Args:
-        tokenizer: Splits captions into tokens.
-        captions: The training captions.
-    """
+    """The tokens of the training captions, renumbered from 4 so that the embedding of words stays small."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, captions: list[str]):
         self.tokenizer = tokenizer
@@ -48,27 +43,18 @@ class CaptionVocabulary:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
-class StageOneCollator:
-    """Makes batches of cached vision features and captions for [`StageOne`]."""
-
-    def __init__(self, vocabulary: CaptionVocabulary, data_args: DataArguments):
-        self.vocabulary = vocabulary
-        self.data_args = data_args
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return {
-            "vision_features": torch.from_numpy(np.stack([row["vision_features"][0] for row in rows])).float(),
-            "text_ids": self.vocabulary.encode([true_captions(row, self.data_args)[0] for row in rows]),
-        }
+def collate(
+    rows: list[dict[str, Any]], vocabulary: CaptionVocabulary, data_args: DataArguments
+) -> dict[str, torch.Tensor]:
+    """Makes a batch for [`StageOne`] of cached vision features and captions."""
+    return {
+        "vision_features": torch.from_numpy(np.stack([row["vision_features"][0] for row in rows])).float(),
+        "text_ids": vocabulary.encode([true_captions(row, data_args)[0] for row in rows]),
+    }
 
 
 class StageOne(nn.Module):
-    """The first stage of a model. It shares the model's Q-Former, and adds a text side that the model does not keep.
-
-    Args:
-        model ([`EVLGenForConditionalGeneration`]): A model with a [`QFormerConnector`].
-        vocabulary_size (`int`): Number of tokens of the text side.
-    """
+    """The first stage of a model. It shares the model's Q-Former, and adds a text side that is not kept."""
 
     def __init__(self, model: EVLGenForConditionalGeneration, vocabulary_size: int):
         super().__init__()
@@ -94,13 +80,9 @@ class StageOne(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, vision_features: torch.Tensor, text_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            vision_features (`torch.Tensor` of shape `(batch, num_vision_tokens, vision_hidden_size)`): Images.
-            text_ids (`torch.LongTensor` of shape `(batch, tokens)`): Their captions from [`CaptionVocabulary`].
+        """Returns the sum of the losses, each loss, and the share of images whose most similar caption is right.
 
-        Returns:
-            The sum of the three losses, each loss, and the share of images whose most similar caption is right.
+        Shapes are `(batch, num_vision_tokens, vision_hidden_size)` and `(batch, tokens)`.
         """
         tokens = self.vision_projection(self.ln_vision(vision_features))
         tokens = self.connector.embed_tokens(tokens)  # (batch, num_vision_tokens, dim)
@@ -120,10 +102,7 @@ class StageOne(nn.Module):
     def _contrast(
         self, tokens: torch.Tensor, text_ids: torch.Tensor, same: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the similarity of each image to each caption, `(batch, batch)`, and the ITC loss.
-
-        The similarity is that of the most similar query.
-        """
+        """Returns the similarity of each image's best query to each caption, `(batch, batch)`, and the ITC loss."""
         queries = self.connector.query_tokens.expand(len(tokens), -1, -1)
         queries = self.qformer(query_embeds=queries, encoder_hidden_states=tokens).last_hidden_state
         words = self.qformer(
