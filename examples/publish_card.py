@@ -25,8 +25,9 @@ def read_results(paths: list[str]) -> list[dict[str, Any]]:
             if not {"weights", "dtype"} <= kept["settings"].keys():  # they identify the model
                 raise ValueError("its settings lack weights and dtype")
             decoding = ", ".join(f"{name} {value}" for name, value in entry["settings"].items() if name in DECODING)
-            results.append(kept | {"notes": entry.get("notes", []), "decoding": decoding})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            metrics = _eval_results(entry)
+            results.append(kept | {"notes": entry.get("notes", []), "decoding": decoding, "eval_results": metrics})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"`results`: {path} is not the results.json of an evaluation: {error!r}") from error
     return results
 
@@ -50,7 +51,7 @@ def model_card(
     data = ModelCardData(
         base_model=[adapter_of] if adapter_of else bases or None,
         datasets=datasets or None,
-        eval_results=[result for entry in results for result in _eval_results(entry)] or None,
+        eval_results=[result for entry in results for result in entry["eval_results"]] or None,
         language="en",
         library_name="peft" if adapter_of else "transformers",
         license=license,

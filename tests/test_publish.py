@@ -267,10 +267,11 @@ def test_an_adapter_is_published_as_one_or_merged(hub, tmp_path, capsys):
 
 def test_mistakes_are_named_before_anything_is_uploaded(hub, tmp_path):
     save_model(tmp_path / "model")
-    (tmp_path / "bad.json").write_text('{"task": 1}')
     given = ["--model", str(tmp_path / "model"), "--repo_id", "you/captioner"]
-    with pytest.raises(ValueError, match=r"`results`: .*bad.json is not the results.json of an evaluation"):
-        publish.main([*given, "--results", str(tmp_path / "bad.json")])
+    for bad in ({"task": 1}, {**RESULTS, "metrics": [{"type": "cider"}]}, {**RESULTS, "dataset": "coco"}):
+        (tmp_path / "bad.json").write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=r"`results`: .*bad.json is not the results.json of an evaluation"):
+            publish.main([*given, "--results", str(tmp_path / "bad.json")])
     (tmp_path / "other.json").write_text(json.dumps(RESULTS))
     with pytest.raises(ValueError, match=r"other.json was measured on outputs/mine, whose weights differ from the"):
         publish.main([*given, "--results", str(tmp_path / "other.json")])
