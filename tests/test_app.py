@@ -163,7 +163,10 @@ def test_errors_are_shown_as_text_and_the_next_visitor_is_served(captioner):
     settings = app.generation_settings(1, 0, 1, 8)
     with pytest.raises(gr.Error) as shown, app.shown_errors():
         list(app.describe(model, processor, "images", noise_images(1), "<image><image>", settings))
-    assert shown.value.message == "`text` holds 2 &lt;image&gt; placeholders, but `images` holds 1 images."
+    assert shown.value.message == (
+        "`text` holds 2 &lt;image&gt; placeholders, but `images` holds 1 images. "
+        "The number of &lt;image&gt; tokens in the prompts should be the same as the number of images."
+    )
     with pytest.raises(ValueError, match="the language model has places for 128"):  # in the middle of a text
         last_text(model, processor, 1, 0, 1, 300)
     assert last_text(model, processor, 1, 0, 1, 8)
