@@ -1,7 +1,7 @@
 """Settings of all tests, and the report on attacks: `python -m pytest -m attack`.
 
-An attack gives bad input, damages a file, kills a process or disturbs a thread. It expects a named error or an unharmed
-result. Attacks are found by the error that a test expects, or by the test's name.
+An attack gives bad input, damages a file, kills a process or disturbs a thread, and expects a named error or an
+unharmed result. Attacks are found by the error that a test expects, or by the test's name.
 """
 
 import inspect
