@@ -157,9 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--merge_r", type=int, default=19, help="Tokens merged in each layer.")
     parser.add_argument("--connector_num_attention_heads", type=int, default=12, help="The connector's heads.")
     dtypes = ["auto", "float32", "float16", "bfloat16"]
-    parser.add_argument(
-        "--dtype", default="auto", choices=dtypes, help="The towers' dtype; default: the text model's."
-    )
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help="Towers' dtype; default: the text model's.")
     parser.add_argument("--output_dir", type=Path, required=True, help="New or empty folder to write to.")
     arguments = parser.parse_args(argv)
 
@@ -193,9 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     # The paper's decoding settings for captions.
     decoding = {"num_beams": 5, "min_new_tokens": 8, "max_new_tokens": 30, "repetition_penalty": 1.5 if llama else 1.0}
-    model.generation_config.update(
-        eos_token_id=processor.end_of_text_id, pad_token_id=tokenizer.pad_token_id, **decoding
-    )
+    decoding |= {"eos_token_id": processor.end_of_text_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config.update(**decoding)
     model.save_pretrained(arguments.output_dir)
     processor.save_pretrained(arguments.output_dir)
     print(model.describe_parameters())

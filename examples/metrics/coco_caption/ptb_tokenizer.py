@@ -118,10 +118,8 @@ TITLE = "|".join(
     [
         f"{ACRONYM}|[A-Za-z]",
         _any("Mr Mrs Ms Drs? Profs? Sens? Reps? Attys? Lt Col Gen Messrs Govs? Adm Rev Maj Sgt Cpl Pvt Mt Capt"),
-        _any(
-            "Ste? Ave Pres Lieut Hon Brig Co?mdr Pfc Spc Supts? Det Ft Adj Adv Asst Assoc Insp Ens Mlle Mme Msgr Sfc"
-        ),
-        _any(r"vs Alex Wm Jos Cie a\.k\.a cf TREAS Ph Invt Elec Natl") + "|M(?i:iss)|[mM][ft][gG]",
+        _any("Ste? Ave Pres Lieut Hon Brig Co?mdr Pfc Spc Supts? Det Ft Adj Adv Asst Assoc Insp Ens Mlle Mme"),
+        _any(r"Msgr Sfc vs Alex Wm Jos Cie a\.k\.a cf TREAS Ph Invt Elec Natl") + "|M(?i:iss)|[mM][ft][gG]",
     ]
 )
 # After these, "b." ends a sentence. Only the first letter's case counts.

@@ -37,7 +37,6 @@ _STEMS = {
 _CONTRACTED = [stem + ending for ending, stems in _STEMS.items() for stem in stems.split()]
 _CONTRACTED += ["ma'am", "o'clock", "'ow's'at", "'twas", "y'all"]
 
-
 # "dont" -> "don't"; "couldnt've" and "couldn'tve" -> "couldn't've", but "couldntve" stays. As in the official tool,
 # "somebody'd" loses its apostrophe. Entries with a capital "I" are never found, since answers are in lower case.
 CONTRACTIONS = {
