@@ -23,7 +23,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,7 @@ from PIL import Image
 from pyarrow import parquet as pq
 from tqdm import tqdm
 from transformers import BatchFeature
+from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
 from common.evaluation.answer_folder import (
@@ -61,16 +62,14 @@ CAPTION = pa.schema({"file": pa.string(), "text": pa.string(), "error": pa.strin
 
 @dataclass
 class FolderArguments(AnswerArguments):
-    inputs: list[str] = field(default_factory=list, metadata={"help": "Folders, .tar and .parquet shards, files."})
-    output_dir: str = field(default="outputs/captions", metadata={"help": "Folder of the captions."})
-    media: Literal["image", "video"] = field(default="image", metadata={"help": "Type of the items."})
-    column: str | None = field(
-        default=None, metadata={"help": "Column of a .parquet; default: image, or video with `--media video`."}
-    )
-    num_frames: int = field(default=4, metadata={"help": "Frames taken from each video, at equal distances."})
-    prompt: str = field(default="", metadata={"help": "Prompt that stands with each item."})
-    max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Largest image or frame that is read, in pixels."})
-    format: Literal["jsonl", "parquet"] = field(default="jsonl", metadata={"help": "File type of the captions."})
+    inputs: list[str] = HfArg(default_factory=list, help="Folders, .tar and .parquet shards, files.")
+    output_dir: str = HfArg(default="outputs/captions", help="Folder of the captions.")
+    media: Literal["image", "video"] = HfArg(default="image", help="Type of the items.")
+    column: str | None = HfArg(default=None, help="Column of a .parquet; default: image or video, as `--media`.")
+    num_frames: int = HfArg(default=4, help="Frames taken from each video, at equal distances.")
+    prompt: str = HfArg(default="", help="Prompt that stands with each item.")
+    max_pixels: int = HfArg(default=MAX_PIXELS, help="Largest image or frame that is read, in pixels.")
+    format: Literal["jsonl", "parquet"] = HfArg(default="jsonl", help="File type of the captions.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,16 +83,17 @@ class ItemCollator:
     def __init__(self, processor: EVLGenProcessor, folder_args: FolderArguments):
         self.processor = processor
         self.folder_args = folder_args
+        white = Image.new("RGB", (32, 32), "white")
+        self.stand_in = white if folder_args.media == "image" else [white]
 
     def __call__(self, items: list[dict[str, Any]]) -> BatchFeature:
         args, errors, sources = self.folder_args, [], []
-        white = Image.new("RGB", (32, 32), "white")
         for item in items:
             try:
                 sources.append(read_item(item, args.media, args.column, args.num_frames, args.max_pixels))
                 errors.append(None)
             except ValueError as error:
-                sources.append(white if args.media == "image" else [white])
+                sources.append(self.stand_in)
                 errors.append(str(error).encode(errors="backslashreplace").decode())  # names need not be UTF-8
         batch = self.prompts(sources)
         batch["errors"] = errors
@@ -142,45 +142,33 @@ def caption_items(
 
 
 def is_new_run(folder: Path) -> bool:
-    """Whether the items of a folder are still to be listed.
+    """Whether the items of a folder are still to be listed. Answers without their settings or list are refused.
 
     A list without settings is of a run that ended before its first caption, possibly of other inputs.
-
-    Raises:
-        ValueError: If the folder holds answers without their settings or list.
     """
     missing = [name for name in (SETTINGS, ITEMS) if not (folder / name).exists()]
     if missing and has_answers(folder):
-        raise ValueError(
-            f"`output_dir`: {folder} has answers, but no {' and no '.join(missing)}. Remove {folder}, or name another "
-            "folder."
-        )
+        names = " and no ".join(missing)
+        raise ValueError(f"`output_dir`: {folder} has answers, but no {names}. Remove it, or name another folder.")
     if not missing:
         print(f"Going on with the items in {folder / ITEMS}; files that came later are not on it.")
     return bool(missing)
 
 
 def load_items(path: Path, folder_args: FolderArguments, is_new: bool) -> Dataset:
-    """The list of items on disk; a new run lists them first.
-
-    Raises:
-        ValueError: If there are no items, an input cannot be used, or the list is broken.
-    """
+    """The list of items on disk; a new run lists them first."""
     if is_new:
         left_out: Counter = Counter()
         found = list_items(folder_args.inputs, folder_args.media, folder_args.column, left_out)
-        items = iter(tqdm(found, desc="Items", unit="item"))
         with replacing(path) as partial_path, pa.ipc.new_stream(partial_path, ITEM) as writer:
-            while batch := list(islice(items, ROWS)):
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=ITEM))
+            write_batches(writer, tqdm(found, desc="Items", unit="item"), ITEM)
         if counts := ", ".join(f"{count} {suffix}" for suffix, count in left_out.most_common()):
             print(f"Left out: {counts}.")
     try:
         items = Dataset.from_file(str(path))
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(
-            f"`output_dir`: {path} is broken: {error}. Remove {path.parent}, or name another folder."
-        ) from error
+        remedy = f"Remove {path.parent}, or name another folder."
+        raise ValueError(f"`output_dir`: {path} is broken: {error}. {remedy}") from error
     if not len(items):
         path.unlink()
         raise ValueError(f"`inputs`: there is no {folder_args.media} in {folder_args.inputs}.")
@@ -188,11 +176,7 @@ def load_items(path: Path, folder_args: FolderArguments, is_new: bool) -> Datase
 
 
 def drop_changed(items: Dataset, folder: Path) -> None:
-    """Removes the answers to files that were replaced since they were listed, so that they are captioned again.
-
-    Raises:
-        ValueError: If a shard was replaced.
-    """
+    """Removes the answers to files that were replaced since they were listed, so that they are captioned again."""
     changed = find_changed(items)
     if not changed:
         return
@@ -209,12 +193,8 @@ def shortened(names: list[str], count: int) -> str:
 
 
 def check_length(collate: ItemCollator, text_config: Any, max_new_tokens: int) -> None:
-    """
-    Raises:
-        ValueError: If the prompt and the longest caption do not fit the language model.
-    """
-    white = Image.new("RGB", (32, 32), "white")
-    tokens = collate.prompts([white if collate.folder_args.media == "image" else [white]])["input_ids"].shape[1]
+    """Raises a ValueError if the prompt and the longest caption do not fit the language model."""
+    tokens = collate.prompts([collate.stand_in])["input_ids"].shape[1]
     limit = getattr(text_config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens + max_new_tokens > limit:
         raise ValueError(
@@ -224,16 +204,7 @@ def check_length(collate: ItemCollator, text_config: Any, max_new_tokens: int) -
 
 
 def write_captions(items: Dataset, folder: Path, file_type: str) -> dict[str, int]:
-    """Writes the answers with the names of their items, and prints their numbers.
-
-    Args:
-        items: The list.
-        folder: Holds `answers.jsonl` with an answer to each item.
-        file_type: `"jsonl"` or `"parquet"`.
-
-    Returns:
-        The numbers of `"captioned"` and `"broken"` items.
-    """
+    """Writes the answers with the names of their items, and returns the numbers of captioned and broken items."""
     path, counts, broken_names = folder / f"captions.{file_type}", Counter(captioned=0, broken=0), []
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -243,11 +214,16 @@ def write_captions(items: Dataset, folder: Path, file_type: str) -> dict[str, in
             counts["broken" if is_broken else "captioned"] += 1
             if is_broken and len(broken_names) < MAX_NAMES:
                 broken_names.append(item["file"])
-            yield {"file": item["file"], "text": answer["text"], **({"error": answer["error"]} if is_broken else {})}
+            yield {"file": item["file"], **{name: answer[name] for name in ("text", "error") if name in answer}}
 
+    written = tqdm(rows(), "Writing", len(items))
     with replacing(path) as partial_path:
-        write = write_jsonl if file_type == "jsonl" else write_parquet
-        write(partial_path, tqdm(rows(), "Writing", len(items)))
+        if file_type == "jsonl":
+            with partial_path.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
+        else:
+            with pq.ParquetWriter(partial_path, CAPTION) as writer:
+                write_batches(writer, written, CAPTION)
     print(f"{path} holds {counts['captioned']} captions.")
     if broken_names:
         names = shortened(broken_names, counts["broken"])
@@ -255,16 +231,10 @@ def write_captions(items: Dataset, folder: Path, file_type: str) -> dict[str, in
     return dict(counts)
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_batches(writer: Any, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
     remaining = iter(rows)
-    with pq.ParquetWriter(path, CAPTION) as writer:
-        while batch := list(islice(remaining, ROWS)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=CAPTION))
+    while batch := list(islice(remaining, ROWS)):
+        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
 
 
 if __name__ == "__main__":

@@ -43,21 +43,11 @@ BATCH = 10_000  # items that are looked at together
 
 
 def list_items(inputs: list[str], media: Media, column: str, left_out: Counter) -> Iterator[dict[str, Any]]:
-    """Finds the images or videos in folders and shards.
+    """Yields rows of [`ITEM`] for the images or videos in folders and shards; `left_out` counts other files by suffix.
 
-    Args:
-        inputs: Folders, of which all files below are taken in the order of their names; shards; single files.
-        media: What to look for, by the suffix of the name. In a `.tar`, every member with such a name is an item. In a
-            `.parquet`, every row is an item.
-        column: The column of a `.parquet`. It holds images or videos of `datasets`, bytes, paths or URLs.
-        left_out: Counts the other files in folders, by their suffix.
-
-    Yields:
-        Rows of [`ITEM`]. A shard of which a part cannot be read gives one with an `error`, and so does a file that is
-        no regular file, such as a named pipe.
-
-    Raises:
-        ValueError: If an input does not exist or has another type, or a `.parquet` lacks the column.
+    Files below a folder, and members of a `.tar`, are items by the suffix of their name. In a `.parquet` every row is
+    an item; `column` holds images or videos of `datasets`, bytes, paths or URLs. A shard of which a part cannot be
+    read gives an item with an `error`, and so does a file that is no regular file, such as a named pipe.
     """
     suffixes = SUFFIXES[media] + SHARDS
     for source in inputs:
@@ -101,8 +91,7 @@ def _items_of(path: str, media: Media, column: str) -> Iterator[dict[str, Any]]:
     common = dict.fromkeys(ITEM.names) | {"path": os.fsencode(os.path.abspath(path))}
     common["file_size"], common["file_time"] = _file_state(common["path"])
     for item in items:
-        item["file"] = os.fsencode(item["file"]).decode(errors="backslashreplace")
-        yield {**common, **item}
+        yield {**common, **item, "file": os.fsencode(item["file"]).decode(errors="backslashreplace")}
 
 
 def _file_state(path: bytes) -> tuple[int | None, int | None]:
@@ -146,24 +135,16 @@ def _parquet_items(path: str, column: str) -> Iterator[dict[str, Any]]:
     dtype = schema.field(column).type
     if dtype not in (pa.binary(), pa.large_binary(), pa.string(), pa.large_string()) and not pa.types.is_struct(dtype):
         raise ValueError(f"`column` {column!r} of {path} must hold bytes, paths or `datasets`' images, not {dtype}.")
-    index = 0
-    for group, size in enumerate(sizes):
-        for row in range(size):
-            yield {"file": f"{path}/{index}", "row_group": group, "row": row}
-            index += 1
+    positions = ((group, row) for group, size in enumerate(sizes) for row in range(size))
+    for index, (group, row) in enumerate(positions):
+        yield {"file": f"{path}/{index}", "row_group": group, "row": row}
 
 
 def find_changed(items: Dataset) -> dict[int, tuple[int, int]]:
-    """Finds single files that were replaced since they were listed. A file that is gone counts as unchanged.
+    """Finds single files that were replaced since they were listed: their size and time, by the index of the item.
 
-    Args:
-        items: The list.
-
-    Returns:
-        Size and time of each replaced file, by the index of its item.
-
-    Raises:
-        ValueError: If a shard was replaced, since the positions of its items may be others now.
+    A file that is gone counts as unchanged. A shard that was replaced is refused, since the positions of its items may
+    be others now.
     """
     changed, changed_shards, index = {}, set(), 0
     state_of = lru_cache(maxsize=1)(_file_state)  # the items of a shard are neighbours
@@ -178,10 +159,8 @@ def find_changed(items: Dataset) -> dict[int, tuple[int, int]]:
                     changed[index] = state
             index += 1
     if changed_shards:
-        raise ValueError(
-            f"`inputs`: {', '.join(sorted(changed_shards))} changed since the items were listed. Name another "
-            "`output_dir`."
-        )
+        names = ", ".join(sorted(changed_shards))
+        raise ValueError(f"`inputs`: {names} changed since the items were listed. Name another `output_dir`.")
     return changed
 
 
@@ -200,18 +179,7 @@ def update_items(path: Path, partial_path: Path, changed: dict[int, tuple[int, i
 def read_item(
     item: dict[str, Any], media: Media, column: str, num_frames: int, max_pixels: int
 ) -> Image.Image | list[Image.Image]:
-    """Opens an item's image, or frames of its video, in RGB.
-
-    Args:
-        item: A row of [`ITEM`].
-        media, column: As in [`list_items`].
-        num_frames: Number of frames to take from a video.
-        max_pixels: Largest image or frame that is decoded.
-
-    Raises:
-        ValueError: If it cannot be read or is too large; the message names it.
-        ImportError: If a video needs PyAV, which is not installed.
-    """
+    """Opens an item's image, or frames of its video, in RGB. An unreadable or too large one raises a ValueError."""
     if item["error"] is not None:
         raise ValueError(item["error"])
     try:

@@ -29,13 +29,14 @@ A run that was interrupted goes on when it is started again. Two runs cannot use
 # First: it sets how PyTorch's threads wait, before PyTorch is loaded.
 import common.processes  # isort: skip  # noqa: F401
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import evaluate
 from accelerate import PartialState
 from datasets import Dataset
+from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
 from common.data.data_arguments import DataArguments
@@ -44,62 +45,37 @@ from common.evaluation.answer_folder import run_folder
 from common.evaluation.answers import answer_rows, start_processes
 from common.evaluation.benchmark_files import CAPTION_BENCHMARKS, caption_rows
 from common.evaluation.evaluation_arguments import EvaluationArguments, GenerationArguments
-from common.evaluation.results import (
-    METRICS_FOLDER,
-    check_source,
-    first_rows,
-    output_folder,
-    source_settings,
-    subset_note,
-    write_json,
-    write_results,
-)
+from common.evaluation.results import METRICS_FOLDER, check_source, output_folder, write_json, write_results
 
 # Smallest and largest number of new tokens in the original's evaluation: `min_len` and `max_len` of
 # lavis/projects/EVLGen/eval/caption_coco_opt2.7b_eval.yaml and EVLGen_video/eval/caption_msrvtt_opt2.7b_eval.yaml.
-LENGTHS = {
-    "coco-karpathy": (8, 30),
-    "nocaps": (8, 30),
-    "flickr30k": (8, 30),
-    "msr-vtt": (5, 20),
-    "msvd": (5, 20),
-}
+LENGTHS = dict.fromkeys(("coco-karpathy", "nocaps", "flickr30k"), (8, 30))
+LENGTHS |= dict.fromkeys(("msr-vtt", "msvd"), (5, 20))
 
-METRIC_NAMES = {
-    "cider": "CIDEr",
-    **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)},
-    "rouge_l": "ROUGE-L",
-    "meteor": "METEOR",
-    "spice": "SPICE",
-}
+METRIC_NAMES = {"cider": "CIDEr", **{f"bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}}
+METRIC_NAMES |= {"rouge_l": "ROUGE-L", "meteor": "METEOR", "spice": "SPICE"}
 
 
 @dataclass
 class CaptionArguments:
-    split_file: str | None = field(
-        default=None, metadata={"help": "msvd: file with the videos to take, one in each line."}
-    )
-    video_column: str | None = field(default=None, metadata={"help": "The dataset's column of videos, if any."})
-    caption_column: str = field(
-        default="caption", metadata={"help": "The dataset's column of captions, one or several in a row."}
-    )
-    num_frames: int = field(default=4, metadata={"help": "Frames taken from each video, at equal distances."})
-    prompt: str = field(default="", metadata={"help": "Prompt that stands with each image."})
-    metrics: list[str] = field(
+    split_file: str | None = HfArg(default=None, help="msvd: file with the videos to take, one in each line.")
+    video_column: str | None = HfArg(default=None, help="The dataset's column of videos, if any.")
+    caption_column: str = HfArg(default="caption", help="The dataset's column of captions, one or several in a row.")
+    num_frames: int = HfArg(default=4, help="Frames taken from each video, at equal distances.")
+    prompt: str = HfArg(default="", help="Prompt that stands with each image.")
+    metrics: list[str] = HfArg(
         default_factory=lambda: ["cider", "bleu", "rouge_l"],
-        metadata={"help": "Some of cider, bleu, rouge_l, meteor and spice; the last two need Java."},
+        help="Some of cider, bleu, rouge_l, meteor and spice; the last two need Java.",
     )
 
 
 @dataclass
 class CaptionDecoding(GenerationArguments):
-    num_beams: int = field(default=5, metadata={"help": "Beams; 1 is greedy."})
-    min_new_tokens: int | None = field(
-        default=None, metadata={"help": "Smallest length of a caption; default: the paper's for a benchmark, else 1."}
+    num_beams: int = HfArg(default=5, help="Beams; 1 is greedy.")
+    min_new_tokens: int | None = HfArg(
+        default=None, help="Fewest tokens; default: the paper's for benchmarks, else 1."
     )
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Largest length of a caption; default: the paper's for a benchmark, else 30."}
-    )
+    max_new_tokens: int | None = HfArg(default=None, help="Most tokens; default: the paper's for benchmarks, else 30.")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -137,26 +113,25 @@ def evaluate_rows(
 ) -> dict[str, Any]:
     """Captions the rows, scores the captions and writes the results; the last two on the main process alone."""
     with state.main_process_first():  # the others find the data set in the cache
-        all_rows, data_args = load_rows(name, evaluation_args, caption_args)
-        rows = first_rows(all_rows, evaluation_args.max_samples)
+        rows, data_args = load_rows(name, evaluation_args, caption_args)
+        total = len(rows)
+        rows = rows.select(range(min(total, evaluation_args.max_samples or total)))
     has_references = any(rows["captions"])
     metric = load_metric(caption_args.metrics) if has_references and state.is_main_process else None
-    source = source_settings(name, evaluation_args)
-    texts = answer_rows(rows, data_args, generation_args, evaluation_args, source, folder, state)
+    texts = answer_rows(name, rows, data_args, generation_args, evaluation_args, folder, state)
     if texts is None:
         return {}
 
     predictions = [{"image_id": row, "caption": text} for row, text in zip(rows["id"], texts, strict=True)]
     write_json(folder / "predictions.json", predictions)
-    metrics, notes = [], subset_note(len(rows), len(all_rows))
+    metrics, notes = [], []
     if has_references:
         domains = rows["domain"][:] if "domain" in rows.column_names else []
-        metrics, cider_notes = score(metric, texts, rows["captions"][:], domains, caption_args.metrics)
-        notes += cider_notes
+        metrics, notes = score(metric, texts, rows["captions"][:], domains, caption_args.metrics)
     else:
         print(f"{name} has no captions here: {folder}/predictions.json is for its test server.")
     task = ("video-to-text", "Video Captioning") if data_args.video_column else ("image-to-text", "Image Captioning")
-    return write_results(folder, task, name, metrics, evaluation_args, len(texts), notes)
+    return write_results(folder, task, name, metrics, evaluation_args, len(texts), total, notes)
 
 
 def load_rows(
@@ -165,18 +140,12 @@ def load_rows(
     """Loads the rows, with the columns `id` and `captions`, and names their other columns."""
     common = {"num_frames": caption_args.num_frames, "prompt": caption_args.prompt}
     if evaluation_args.benchmark:
-        rows = caption_rows(
-            name,
-            evaluation_args.annotations,
-            evaluation_args.media_dir,
-            evaluation_args.test_split,
-            caption_args.split_file,
-        )
+        files = evaluation_args.annotations, evaluation_args.media_dir
+        rows = caption_rows(name, *files, evaluation_args.test_split, caption_args.split_file)
         return Dataset.from_list(rows), DataArguments(video_column="video" if "video" in rows[0] else None, **common)
     column = caption_args.caption_column
-    data_args = evaluation_args.data_arguments(
-        name, video_column=caption_args.video_column, caption_column=column, **common
-    )
+    columns = {"video_column": caption_args.video_column, "caption_column": column}
+    data_args = evaluation_args.data_arguments(name, **columns, **common)
     rows = load_held_out(data_args)
     references = [caption_list(value) for value in rows[column]]
     rows = rows.remove_columns(column).add_column("captions", references)
@@ -209,18 +178,14 @@ def score(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Computes the metrics, times 100, of all rows and of each domain, if there are domains.
 
-    Returns:
-        The figures, and notes why they cannot be compared with others. CIDEr's `args` hold the number of images that
-        its n-gram weights come from.
+    Returns the figures, and notes why they cannot be compared with others. CIDEr's `args` hold the number of images
+    that its n-gram weights come from.
     """
     entries, notes = [], []
     for domain in (None, *sorted(set(domains))):
         indices = [index for index in range(len(texts)) if domain is None or domains[index] == domain]
-        values = metric.compute(
-            predictions=[texts[index] for index in indices],
-            references=[references[index] for index in indices],
-            metrics=names,
-        )
+        predictions, truths = ([column[index] for index in indices] for column in (texts, references))
+        values = metric.compute(predictions=predictions, references=truths, metrics=names)
         for key, name in METRIC_NAMES.items():
             if key in values:
                 entry = {"type": key, "name": f"{name} ({domain})" if domain else name, "value": values[key]}

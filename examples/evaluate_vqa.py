@@ -30,13 +30,14 @@ A run that was interrupted goes on when it is started again. Two runs cannot use
 # First: it sets how PyTorch's threads wait, before PyTorch is loaded.
 import common.processes  # isort: skip  # noqa: F401
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import evaluate
 from accelerate import PartialState
 from datasets import Dataset
+from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
 from common.data.data_arguments import DataArguments
@@ -46,16 +47,7 @@ from common.evaluation.answer_folder import run_folder
 from common.evaluation.answers import answer_rows, start_processes
 from common.evaluation.benchmark_files import QUESTION_BENCHMARKS, clean_question, question_rows
 from common.evaluation.evaluation_arguments import EvaluationArguments, GenerationArguments
-from common.evaluation.results import (
-    METRICS_FOLDER,
-    check_source,
-    first_rows,
-    output_folder,
-    source_settings,
-    subset_note,
-    write_json,
-    write_results,
-)
+from common.evaluation.results import METRICS_FOLDER, check_source, output_folder, write_json, write_results
 from metrics.vqa_accuracy.lemmatization import lemmatize
 
 TYPE_COLUMNS = ("answer_type", "question_type")
@@ -64,35 +56,22 @@ DEMO_QUESTIONS = 200  # of easy-VQA, without arguments; all of them take hours o
 
 @dataclass
 class QuestionArguments:
-    questions: str | None = field(default=None, metadata={"help": "The benchmark's question file, as published."})
-    prompt: str = field(
-        default="Question: {} Short answer:", metadata={"help": "The prompt; the question replaces {}."}
+    questions: str | None = HfArg(default=None, help="The benchmark's question file, as published.")
+    prompt: str = HfArg(default="Question: {} Short answer:", help="The prompt; the question replaces {}.")
+    prompt_column: str = HfArg(default="question", help="The dataset's column of questions.")
+    caption_column: str = HfArg(default="answer", help="The dataset's column of answers, one or several in a row.")
+    rule: Literal["vqav2", "ok-vqa", "gqa"] | None = HfArg(
+        default=None, help="Rule of a dataset's scores; default: gqa if each question has one answer, else vqav2."
     )
-    prompt_column: str = field(default="question", metadata={"help": "The dataset's column of questions."})
-    caption_column: str = field(
-        default="answer", metadata={"help": "The dataset's column of answers, one or several in a row."}
-    )
-    rule: Literal["vqav2", "ok-vqa", "gqa"] | None = field(
-        default=None,
-        metadata={
-            "help": "The benchmark whose rule scores a dataset's answers; default: gqa if each question has one "
-            "answer, vqav2 if it has answers of several people."
-        },
-    )
-    clean_questions: bool | None = field(
-        default=None,
-        metadata={"help": "Clean questions as in the paper; default: true for benchmarks, false for a dataset."},
-    )
+    clean_questions: bool | None = HfArg(default=None, help="Clean them as in the paper; default: only a benchmark's.")
 
 
 @dataclass
 class AnswerDecoding(GenerationArguments):
-    num_beams: int = field(default=5, metadata={"help": "Beams; 1 is greedy."})
-    min_new_tokens: int | None = field(default=1, metadata={"help": "Smallest length of an answer."})
-    max_new_tokens: int = field(default=10, metadata={"help": "Largest length of an answer."})
-    length_penalty: float = field(
-        default=0.0, metadata={"help": "A beam's score is divided by its length to this power; BLIP-2 takes -1."}
-    )
+    num_beams: int = HfArg(default=5, help="Beams; 1 is greedy.")
+    min_new_tokens: int | None = HfArg(default=1, help="Smallest length of an answer.")
+    max_new_tokens: int = HfArg(default=10, help="Largest length of an answer.")
+    length_penalty: float = HfArg(default=0.0, help="Exponent of the length that divides a beam's score; BLIP-2: -1.")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -121,10 +100,10 @@ def evaluate_rows(
         rows, data_args, total = load_rows(name, evaluation_args, question_args)
     references = rows["answers"][:]
     has_references = any(references)
-    rule = evaluation_args.benchmark or question_args.rule or default_rule(references)
+    default_rule = "gqa" if all(len(answers) == 1 for answers in references) else "vqav2"
+    rule = evaluation_args.benchmark or question_args.rule or default_rule
     metric = load_metric(rule, references if has_references else []) if state.is_main_process else None
-    source = source_settings(name, evaluation_args)
-    texts = answer_rows(rows, data_args, generation_args, evaluation_args, source, folder, state)
+    texts = answer_rows(name, rows, data_args, generation_args, evaluation_args, folder, state)
     if texts is None:
         return {}
 
@@ -136,8 +115,7 @@ def evaluate_rows(
     else:
         print(f"{name} has no answers here: {folder}/predictions.json is for its test server.")
     task = ("visual-question-answering", "Visual Question Answering")
-    notes = subset_note(len(rows), total)
-    return write_results(folder, task, name, metrics, evaluation_args, len(texts), notes, **details)
+    return write_results(folder, task, name, metrics, evaluation_args, len(texts), total, [], **details)
 
 
 def load_rows(
@@ -146,9 +124,8 @@ def load_rows(
     """Loads the rows, with the columns `id` and `answers`, names their other columns, and counts the whole split."""
     data_args = DataArguments(prompt=question_args.prompt, prompt_column="question")
     if evaluation_args.benchmark:
-        rows = Dataset.from_list(
-            question_rows(name, question_args.questions, evaluation_args.annotations, evaluation_args.media_dir)
-        )
+        files = question_args.questions, evaluation_args.annotations, evaluation_args.media_dir
+        rows = Dataset.from_list(question_rows(name, *files))
     elif name == "easy-vqa":
         rows = Dataset.from_list(easy_vqa_questions(evaluation_args.test_split))
     else:
@@ -157,7 +134,7 @@ def load_rows(
     if not evaluation_args.benchmark and not evaluation_args.dataset:
         # Spread over the split, so that all types of questions are among them.
         rows = rows.select(range(0, total, total // DEMO_QUESTIONS)).take(DEMO_QUESTIONS)
-    rows = first_rows(rows, evaluation_args.max_samples)
+    rows = rows.select(range(min(len(rows), evaluation_args.max_samples or total)))
     clean = question_args.clean_questions
     if bool(evaluation_args.benchmark) if clean is None else clean:
         column = data_args.prompt_column
@@ -171,9 +148,8 @@ def load_dataset_rows(
 ) -> tuple[Dataset, DataArguments]:
     """Loads the rows of a folder, of files or of a data set on the Hub."""
     column = question_args.caption_column
-    data_args = evaluation_args.data_arguments(
-        name, caption_column=column, prompt=question_args.prompt, prompt_column=question_args.prompt_column
-    )
+    prompt = {"prompt": question_args.prompt, "prompt_column": question_args.prompt_column}
+    data_args = evaluation_args.data_arguments(name, caption_column=column, **prompt)
     rows = load_held_out(data_args)
     for question in rows[question_args.prompt_column]:
         if not isinstance(question, str):
@@ -200,11 +176,6 @@ def predictions(benchmark: str | None, ids: list[int | str], texts: list[str]) -
     return [{"question_id": row, "answer": text} for row, text in zip(ids, texts, strict=True)]
 
 
-def default_rule(references: list[list[str]]) -> str:
-    """GQA's rule if each question has one answer, VQAv2's if it has answers of several people."""
-    return "gqa" if all(len(answers) == 1 for answers in references) else "vqav2"
-
-
 def load_metric(rule: str, references: list[list[str]]) -> evaluate.EvaluationModule:
     """Loads the accuracy metric and tries it on empty answers, so that it does not fail after hours of answering."""
     if rule == "ok-vqa":
@@ -218,11 +189,7 @@ def load_metric(rule: str, references: list[list[str]]) -> evaluate.EvaluationMo
 def score(
     metric: evaluate.EvaluationModule, rule: str, texts: list[str], rows: Dataset
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Computes the accuracy in percent of all questions, of each answer type and of each question type.
-
-    Returns:
-        The figures of all questions and answer types, and a further entry of the results with question types.
-    """
+    """Computes accuracies in percent: of all questions and each answer type; of each question type, as `details`."""
     types = {f"{column}s": rows[column][:] for column in TYPE_COLUMNS if column in rows.column_names}
     result = metric.compute(predictions=texts, references=rows["answers"][:], benchmark=rule, **types)
     key, name = ("accuracy", "Accuracy") if rule == "gqa" else ("vqa_accuracy", "VQA accuracy")

@@ -6,7 +6,7 @@ a run, each process writes its answers into a part of the file, `answers.part-0.
 
 import json
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,13 @@ ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
 
 @contextmanager
 def run_folder(folder: Path, state: PartialState) -> Iterator[None]:
-    """Makes the folder and keeps other runs out of it. The processes of one run share it.
-
-    Raises:
-        ValueError: If another run uses the folder, or it cannot be written.
-    """
-    if not state.is_main_process:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"`output_dir`: {folder} cannot be made: {error}") from error
-    with only_run_in(folder):
+    """Makes the folder and keeps other runs out of it. The processes of one run share it."""
+    if state.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"`output_dir`: {folder} cannot be made: {error}") from error
+    with only_run_in(folder) if state.is_main_process else nullcontext():
         yield
 
 
@@ -42,11 +36,7 @@ def has_answers(folder: Path) -> bool:
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Writes the settings of a new run, or compares them with those that the run in the folder began with.
-
-    Raises:
-        ValueError: If the settings differ; the message names them. If they are missing or broken.
-    """
+    """Writes the settings of a new run, or raises a ValueError unless the run in the folder began with the same."""
     path, remedy = folder / SETTINGS, f"Remove {folder}, or name another folder."
     if not path.exists():
         if has_answers(folder):
@@ -72,13 +62,10 @@ def read_answers(path: Path) -> dict[int | str, str]:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Reads a file of answers, without a last line that a kill cut off.
+    """Reads a file of answers, without a last line that a kill cut off. Another broken line raises a ValueError.
 
     Yields:
         The position of a line in bytes, and its answer `{"id", "text"}`, with an `"error"` for an unreadable row.
-
-    Raises:
-        ValueError: If another line is broken.
     """
     offset = 0
     with path.open("rb") as file:
@@ -95,13 +82,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def find_answers(files: list[Path], ids: Sequence[int | str]) -> np.ndarray:
-    """Finds the first answer to each row.
+    """Finds the first answer to each row. A line that is broken or answers no row raises a ValueError.
 
     Returns:
         int64, `(rows, 2)`: the number of the file and the position in bytes; -1 where there is no answer.
-
-    Raises:
-        ValueError: If a line is broken or answers no row.
     """
     # A range of millions of items needs no dictionary.
     index_of = ids.index if isinstance(ids, range) else {row: index for index, row in enumerate(ids)}.__getitem__
@@ -118,15 +102,10 @@ def find_answers(files: list[Path], ids: Sequence[int | str]) -> np.ndarray:
 
 
 def join_answers(folder: Path, ids: Sequence[int | str], dropped: Collection[int] = ()) -> None:
-    """Moves the parts of the processes into `answers.jsonl`, in the order of the rows.
+    """Moves the parts of the processes into `answers.jsonl`, in the order of the rows, without those `dropped`.
 
     A batch that was cut off is answered as a whole again. Then the answers in `answers.jsonl` stay. Answers are copied
     from disk to disk, since there may be more than memory holds.
-
-    Args:
-        folder: The folder of the run.
-        ids: Ids of the rows, in their order.
-        dropped: Indices of rows whose answers are removed.
     """
     path, parts = folder / ANSWERS, sorted(folder.glob("answers.part-*.jsonl"))
     path.touch()

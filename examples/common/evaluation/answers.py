@@ -8,8 +8,8 @@ import json
 import os
 import sys
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.rows import open_media
 from common.evaluation.answer_folder import ANSWERS, check_settings, find_answers, join_answers, read_answers
-from common.evaluation.captions import generate_batches
+from common.evaluation.captions import generate_texts
 from common.evaluation.evaluation_arguments import AnswerArguments, EvaluationArguments, GenerationArguments
 from common.models import load_captioner
 from common.processes import use_all_cores
@@ -35,6 +35,8 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
 
+# Arguments that give the origin of the rows. Answers do not depend on the annotations.
+SOURCE = ("benchmark", "dataset_config", "data_files", "test_split", "media_dir", "max_samples")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -57,41 +59,35 @@ def start_processes() -> PartialState:
 
 
 def answer_rows(
+    name: str,
     rows: Dataset,
     data_args: DataArguments,
     generation_args: GenerationArguments,
     evaluation_args: EvaluationArguments,
-    source: dict[str, Any],
     folder: Path,
     state: PartialState,
 ) -> list[str] | None:
     """Loads the model and answers each row that has no answer in `folder` yet.
 
-    Args:
-        rows: They have a column `id`, and the columns that `data_args` names.
-        data_args: Columns of images, videos and questions; the prompt.
-        generation_args: The decoding.
-        evaluation_args: The model, its precision and the batch size.
-        source: The origin of the rows, in the user's terms. It is kept with the answers.
-        folder: Holds the answers.
-        state: From [`start_processes`].
+    The rows have a column `id`, and the columns that `data_args` names. `name` is that of their benchmark or data set.
+    Answers from other data, settings, rows, images or another model are refused with a ValueError.
 
     Returns:
         On the main process, all answers in the order of the rows; None on others.
-
-    Raises:
-        ValueError: If the model cannot be loaded, ids are not unique, or an image is missing or unreadable. If the
-            answers in `folder` come from other settings, rows or images, or from another model.
     """
     if not len(rows):
         raise ValueError("There is nothing to evaluate: the split has no rows.")
-    ids = unique_ids(rows)
+    ids = list(rows["id"])
+    if len(set(ids)) < len(ids):
+        repeated = Counter(ids).most_common(1)[0][0]
+        raise ValueError(f"The rows must have different ids, but {repeated!r} is there twice.")
     # Before the model is loaded, which may take minutes.
     checksums = row_checksums(rows, ids, data_args) if state.is_main_process else {}
     model, processor = load_answering_model(evaluation_args)
     if state.is_main_process:
         settings = {
-            **source,
+            "dataset": None if evaluation_args.benchmark else name,
+            **{argument: getattr(evaluation_args, argument) for argument in SOURCE},
             **checksums,
             "prompt": data_args.prompt,
             "num_frames": data_args.num_frames if data_args.video_column else None,
@@ -103,26 +99,10 @@ def answer_rows(
     return list(read_answers(folder / ANSWERS).values()) if state.is_main_process else None
 
 
-def unique_ids(rows: Dataset) -> list[int | str]:
-    """The column `id`.
-
-    Raises:
-        ValueError: If two rows have the same id.
-    """
-    ids = list(rows["id"])
-    if len(set(ids)) < len(ids):
-        repeated = Counter(ids).most_common(1)[0][0]
-        raise ValueError(f"The rows must have different ids, but {repeated!r} is there twice.")
-    return ids
-
-
 def row_checksums(rows: Dataset, ids: list[int | str], data_args: DataArguments) -> dict[str, str]:
-    """Checksums of the rows: of their ids and questions, and of their images or videos.
+    """Checksums of the rows' ids and questions, and of their images or videos, none of which may be missing.
 
     An image in a file counts by the file's name, size and time of change; an image in the data set, by its bytes.
-
-    Raises:
-        ValueError: If a row has no image, or its file is missing.
     """
     questions = rows[data_args.prompt_column][:] if data_args.prompt_column else None
     digest = hashlib.sha256()
@@ -151,11 +131,7 @@ def _identify_medium(medium: Any) -> Any:
 
 
 def load_answering_model(answer_args: AnswerArguments) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
-    """Loads a model in the precision in which it answers, and its processor.
-
-    Raises:
-        ValueError: If there is no such model or precision.
-    """
+    """Loads a model in the precision in which it answers, and its processor."""
     if answer_args.dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {answer_args.dtype!r}.")
     load = partial(EVLGenForConditionalGeneration.from_pretrained, dtype=DTYPES[answer_args.dtype])
@@ -199,16 +175,8 @@ def answer_pending(
 ) -> None:
     """Answers each row that has no answer in `folder` yet. Afterwards `answers.jsonl` has an answer to every row.
 
-    Args:
-        rows: The rows that `collate` takes.
-        ids: Ids of the rows, in their order.
-        collate:
-            Makes the prompts of a batch of rows. It may add a list `errors` to the inputs: None, or the problem of a
-            row, which is then kept instead of a text.
-        model, processor, generation_args: As in [`answer_rows`].
-        answer_args: The precision, the batch size and the number of workers.
-        folder: Holds the answers.
-        state: From [`start_processes`]. The processes separate at the end.
+    `collate` makes the prompts of a batch of rows. It may add a list `errors` to them: None, or the problem of a row
+    that is kept instead of a text. The processes separate at the end.
     """
     path = folder / ANSWERS
     if state.is_main_process:
@@ -223,16 +191,10 @@ def answer_pending(
     start, end = (len(batches) * (state.process_index + step) // state.num_processes for step in (0, 1))
     share = batches[start:end]  # neighbours, which often lie in the same file
     loader = DataLoader(rows, batch_sampler=share, collate_fn=collate, num_workers=answer_args.num_workers)
-    generate = partial(
-        generate_batches,
-        model.to(state.device),
-        processor=processor,
-        generation_args=generation_args,
-        dtype=DTYPES[answer_args.dtype],
-    )
-    batch_ids = ([ids[index] for index in batch] for batch in share)
+    options = {"processor": processor, "generation_args": generation_args, "dtype": DTYPES[answer_args.dtype]}
+    generate = partial(generate_texts, model.to(state.device), **options)
     part = folder / f"answers.part-{state.process_index}.jsonl"
-    write_part(part, batch_ids, generate_answers(loader, generate), sum(map(len, share)), state.is_main_process)
+    write_part(part, ids, share, loader, generate, state.is_main_process)
 
     state.wait_for_everyone()
     state.destroy_process_group()  # the main process scores alone, and the others end
@@ -240,42 +202,26 @@ def answer_pending(
         join_answers(folder, ids)
 
 
-def generate_answers(
-    loader: DataLoader, generate: Callable[..., Iterator[list[str]]]
-) -> Iterator[list[dict[str, Any]]]:
-    """The answers to each batch: `{"text": str}`, or `{"text": None, "error": str}` for an unreadable row."""
-    errors: deque[list[str | None] | None] = deque()  # of batches that are not answered yet
-
-    def inputs() -> Iterator[BatchFeature]:
-        for batch in loader:
-            errors.append(batch.pop("errors", None))
-            yield batch
-
-    for texts in generate(inputs()):
-        problems = errors.popleft() or [None] * len(texts)
-        yield [
-            {"text": text} if problem is None else {"text": None, "error": problem}
-            for text, problem in zip(texts, problems, strict=True)
-        ]
-
-
 def write_part(
     path: Path,
-    batch_ids: Iterator[list[int | str]],
-    batch_answers: Iterator[list[dict[str, Any]]],
-    total: int,
+    ids: Sequence[int | str],
+    share: list[range],
+    loader: DataLoader,
+    generate: Callable[[BatchFeature], list[str]],
     progress: bool,
 ) -> None:
     """Writes the answers to each batch as soon as they are generated, so that a kill loses one batch at most."""
-    bar = tqdm(total=total, desc="Answers", unit="row", disable=not progress)
+    bar = tqdm(total=sum(map(len, share)), desc="Answers", unit="row", disable=not progress)
     with bar, path.open("a", encoding="utf-8") as file:
-        for ids, answers in zip(batch_ids, batch_answers, strict=True):
-            entries = [{"id": row, **answer} for row, answer in zip(ids, answers, strict=True)]
-            file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        for indices, batch in zip(share, loader, strict=True):
+            problems = batch.pop("errors", [None] * len(indices))
+            for index, text, problem in zip(indices, generate(batch), problems, strict=True):
+                answer = {"text": text} if problem is None else {"text": None, "error": problem}
+                file.write(json.dumps({"id": ids[index], **answer}, ensure_ascii=False) + "\n")
+                if problem is not None:
+                    bar.write(f"Left out: {problem}", file=sys.stderr)
             file.flush()
-            bar.update(len(ids))
-            for problem in (entry["error"] for entry in entries if "error" in entry):
-                bar.write(f"Left out: {problem}", file=sys.stderr)
+            bar.update(len(indices))
 
 
 def pending_batches(answered: Sequence[bool], batch_size: int) -> list[range]:

@@ -37,9 +37,8 @@ def caption_rows(
 ) -> list[dict[str, Any]]:
     """Reads a caption benchmark; see the functions for each format.
 
-    Raises:
-        ValueError: If a file or folder is not given, is missing or has another format. If only some of the images or
-            videos have captions.
+    Raises a ValueError if a file or folder is not given, is missing or has another format, or if only some of the
+    images or videos have captions.
     """
     _check_folder(media_dir)
     if benchmark == "msr-vtt":
@@ -50,35 +49,29 @@ def caption_rows(
         rows = coco_rows(annotations, media_dir)
     else:
         rows = karpathy_rows(annotations, media_dir, split)
+    if not rows:
+        raise ValueError(f"`annotations`: {annotations} holds no rows.")
     without_captions = [row["id"] for row in rows if not row["captions"]]
     if without_captions and len(without_captions) < len(rows):
         raise ValueError(f"`annotations`: {annotations} holds no caption of {without_captions[0]!r}, but of others.")
-    return _not_empty("annotations", annotations, rows)
+    return rows
 
 
 def question_rows(
     benchmark: str, questions: str | None, annotations: str | None, media_dir: str | None
 ) -> list[dict[str, Any]]:
-    """Reads a question benchmark; see the functions for each format.
-
-    Raises:
-        ValueError: If a file or folder is not given, is missing or has another format.
-    """
+    """Reads a question benchmark, with the same errors."""
     _check_folder(media_dir)
     rows = gqa_rows(questions, media_dir) if benchmark == "gqa" else vqa_rows(questions, annotations, media_dir)
-    return _not_empty("questions", questions, rows)
+    if not rows:
+        raise ValueError(f"`questions`: {questions} holds no rows.")
+    return rows
 
 
 def karpathy_rows(annotations: str, media_dir: str, split: str) -> list[dict[str, Any]]:
     """Reads COCO (`dataset_coco.json`) or Flickr30k (`dataset_flickr30k.json`) with Karpathy's splits.
 
-    Args:
-        annotations: The file.
-        media_dir: The folder of images; COCO's may lie in `val2014` and `train2014` below it.
-        split: "train", "restval", "val" or "test".
-
-    Raises:
-        ValueError: If a file is missing or has another format, or there is no such split.
+    COCO's images may lie in `val2014` and `train2014` below `media_dir`. Splits are train, restval, val and test.
     """
     with _published("annotations", annotations, "file of Karpathy's splits") as data:
         images = data["images"]
@@ -95,15 +88,10 @@ def karpathy_rows(annotations: str, media_dir: str, split: str) -> list[dict[str
 
 
 def coco_rows(annotations: str, media_dir: str) -> list[dict[str, Any]]:
-    """Reads all images of a file in COCO's own format. NoCaps has this format, too.
+    """Reads all images of a file in COCO's own format, such as `nocaps_val_4500_captions.json`.
 
-    Args:
-        annotations: E.g. `nocaps_val_4500_captions.json`. In `coco_karpathy_test_gt.json` images have ids, but no file
-            names; then names are those of COCO's validation images.
-        media_dir: The folder of images; COCO's may lie in `val2014` below it.
-
-    Raises:
-        ValueError: If a file is missing or has another format.
+    In `coco_karpathy_test_gt.json` images have ids, but no file names; then names are those of COCO's validation
+    images. They may lie in `val2014` below `media_dir`.
     """
     with _published("annotations", annotations, "file of captions in COCO's format") as data:
         captions = defaultdict(list)
@@ -118,38 +106,21 @@ def coco_rows(annotations: str, media_dir: str) -> list[dict[str, Any]]:
 
 
 def msr_vtt_rows(annotations: str, media_dir: str, split: str) -> list[dict[str, Any]]:
-    """Reads MSR-VTT.
-
-    Args:
-        annotations: `train_val_videodatainfo.json` or `test_videodatainfo.json`.
-        media_dir: The folder of videos, `video0.mp4` and so on.
-        split: "train", "validate" or "test".
-
-    Raises:
-        ValueError: If a file is missing or has another format, or there is no such split.
-    """
-    videos = _videos(media_dir)
+    """Reads MSR-VTT: `train_val_videodatainfo.json` with the splits train and validate, `test_videodatainfo.json`."""
     with _published("annotations", annotations, "videodatainfo file of MSR-VTT") as data:
         captions = defaultdict(list)
         for sentence in data["sentences"]:
             captions[sentence["video_id"]].append(sentence["caption"])
         _check_split(split, {video["split"] for video in data["videos"]}, annotations)
         names = [video["video_id"] for video in data["videos"] if video["split"] == split]
-        return [{"id": name, "video": _video(videos, name, media_dir), "captions": captions[name]} for name in names]
+        return _video_rows(media_dir, names, captions)
 
 
 def msvd_rows(annotations: str, media_dir: str, split_file: str | None) -> list[dict[str, Any]]:
-    """Reads MSVD, whose own files have no splits.
+    """Reads `AllVideoDescriptions.txt` of MSVD, or English captions of `MSR Video Description Corpus.csv`.
 
-    Args:
-        annotations: `AllVideoDescriptions.txt`, or `MSR Video Description Corpus.csv` for its English captions.
-        media_dir: The folder of videos, `-4wsuPCjDBc_5_15.avi` and so on.
-        split_file: A file with the name of a video as the first word of each line. None for all videos with a caption.
-
-    Raises:
-        ValueError: If a file is missing or has another format, or a video has no caption.
+    They have no splits. The first words of the lines of `split_file` are the videos to take; None takes all.
     """
-    videos = _videos(media_dir)
     captions = defaultdict(list)
     for name, caption in _msvd_captions(annotations):
         captions[name].append(caption)
@@ -159,7 +130,7 @@ def msvd_rows(annotations: str, media_dir: str, split_file: str | None) -> list[
     for name in names:
         if name not in captions:
             raise ValueError(f"`split_file`: {split_file} names {name!r}, but {annotations} has no caption of it.")
-    return [{"id": name, "video": _video(videos, name, media_dir), "captions": captions[name]} for name in names]
+    return _video_rows(media_dir, names, captions)
 
 
 def _msvd_captions(path: str) -> list[tuple[str, str]]:
@@ -175,23 +146,12 @@ def _msvd_captions(path: str) -> list[tuple[str, str]]:
             raise ValueError(f"`annotations`: {path} is no corpus of MSVD: it lacks {error}.") from error
     pairs = [line.strip().partition(" ") for line in text.split("\n") if line.strip() and not line.startswith("#")]
     if not pairs or not all(re.search(r"_\d+_\d+$", name) and caption for name, _, caption in pairs):
-        raise ValueError(
-            f"`annotations`: {path} is no list of MSVD's videos and captions, 'VIDEO_START_END a caption'."
-        )
+        raise ValueError(f"`annotations`: {path} is no list of MSVD's videos and captions, 'ID_START_END caption'.")
     return [(name, caption) for name, _, caption in pairs]
 
 
 def vqa_rows(questions: str, annotations: str | None, media_dir: str) -> list[dict[str, Any]]:
-    """Reads VQAv2 or OK-VQA.
-
-    Args:
-        questions: E.g. `v2_OpenEnded_mscoco_val2014_questions.json`.
-        annotations: E.g. `v2_mscoco_val2014_annotations.json`; None for a test split.
-        media_dir: The folder of COCO's images; they may lie in `val2014` or the like below it.
-
-    Raises:
-        ValueError: If a file is missing or has another format, or a question has no annotation.
-    """
+    """Reads VQAv2 or OK-VQA. A test split has no annotations. Images may lie in `val2014` or the like."""
     annotated = {}
     if annotations:
         with _published("annotations", annotations, "file of VQAv2's annotations") as data:
@@ -206,28 +166,17 @@ def vqa_rows(questions: str, annotations: str | None, media_dir: str) -> list[di
         subset = data["data_subtype"].replace("-dev", "")  # test-dev is a part of test
         rows = []
         for question in data["questions"]:
-            if annotations and question["question_id"] not in annotated:
-                raise ValueError(
-                    f"`annotations`: {annotations} has no answers to the question {question['question_id']} of "
-                    f"{questions}."
-                )
-            name = f"COCO_{subset}_{question['image_id']:012d}.jpg"
-            row = {"id": question["question_id"], "image": _image(media_dir, name, subset)}
-            row["question"] = question["question"]
-            rows.append(row | annotated.get(question["question_id"], {"answers": []}))
+            number, name = question["question_id"], f"COCO_{subset}_{question['image_id']:012d}.jpg"
+            if annotations and number not in annotated:
+                problem = f"has no answers to the question {number} of {questions}"
+                raise ValueError(f"`annotations`: {annotations} {problem}.")
+            row = {"id": number, "image": _image(media_dir, name, subset), "question": question["question"]}
+            rows.append(row | annotated.get(number, {"answers": []}))
         return rows
 
 
 def gqa_rows(questions: str, media_dir: str) -> list[dict[str, Any]]:
-    """Reads GQA. The answer types are those of the official tool, open and binary.
-
-    Args:
-        questions: E.g. `testdev_balanced_questions.json`.
-        media_dir: The folder of images, `n161313.jpg` and so on.
-
-    Raises:
-        ValueError: If a file is missing or has another format.
-    """
+    """Reads GQA, e.g. `testdev_balanced_questions.json`. Answer types are the official tool's, open and binary."""
     with _published("questions", questions, "file of GQA's questions") as data:
         rows = []
         for name, question in data.items():
@@ -261,12 +210,6 @@ def _check_folder(media_dir: str | None) -> None:
 def _is_in_coco_format(annotations: str | None) -> bool:
     with _published("annotations", annotations, "file of captions") as data:
         return "annotations" in data
-
-
-def _not_empty(argument: str, path: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if not rows:
-        raise ValueError(f"`{argument}`: {path} holds no rows.")
-    return rows
 
 
 def _read_text(argument: str, path: str | None) -> str:
@@ -307,12 +250,10 @@ def _image(media_dir: str, name: str, subfolder: str | None = None) -> str:
     return str(found)
 
 
-def _videos(media_dir: str) -> dict[str, str]:
-    """Paths of the videos in a folder, by their names without suffix."""
-    return {path.stem: str(path) for path in Path(media_dir).iterdir() if path.suffix.lower() in VIDEO_SUFFIXES}
-
-
-def _video(videos: dict[str, str], name: str, media_dir: str) -> str:
-    if name not in videos:
-        raise ValueError(f"`media_dir`: {media_dir} holds no video {name} ({', '.join(VIDEO_SUFFIXES)}).")
-    return videos[name]
+def _video_rows(media_dir: str, names: list[str], captions: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Rows of the videos with these names, without suffix, in `media_dir`."""
+    videos = {path.stem: str(path) for path in Path(media_dir).iterdir() if path.suffix.lower() in VIDEO_SUFFIXES}
+    for name in names:
+        if name not in videos:
+            raise ValueError(f"`media_dir`: {media_dir} holds no video {name} ({', '.join(VIDEO_SUFFIXES)}).")
+    return [{"id": name, "video": videos[name], "captions": captions[name]} for name in names]

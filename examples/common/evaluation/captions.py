@@ -1,12 +1,12 @@
 """Held-out figures of a captioner: its loss with the right and with wrong images, and the captions it generates."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import BatchFeature
 
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
@@ -24,11 +24,7 @@ def caption_loss(
     batch_size: int,
     dtype: torch.dtype,
 ) -> float:
-    """Mean cross-entropy of the captions, in nats per token over all tokens of the data set.
-
-    Args:
-        dtype: Precision of the arithmetic, for autocast.
-    """
+    """Mean cross-entropy of the captions, in nats per token over all tokens; `dtype` is for autocast."""
     model.eval()
     loss, tokens = 0.0, 0
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
@@ -67,14 +63,9 @@ class WrongImages(Dataset):
 
 
 def majority_accuracy(train: Any, test: Any, data_args: DataArguments) -> float:
-    """Accuracy of a baseline without images: the most frequent answer in training to the same question.
+    """Accuracy, 0 to 1, of a baseline without images: the most frequent answer in training to the same question.
 
-    Args:
-        train, test: Rows with questions and answers.
-        data_args: Names their columns.
-
-    Returns:
-        `float` from 0 to 1. A question that is not in training gets the most frequent answer to all questions.
+    A question that is not in training gets the most frequent answer to all questions.
     """
     counts: defaultdict[str | None, Counter] = defaultdict(Counter)
     for row in _select_texts(train, data_args):
@@ -94,41 +85,23 @@ def _select_texts(dataset: Any, data_args: DataArguments) -> Any:
 
 
 @torch.no_grad()
-def generate_batches(
+def generate_texts(
     model: EVLGenForConditionalGeneration,
-    loader: DataLoader,
+    batch: BatchFeature,
     processor: EVLGenProcessor,
     generation_args: GenerationArguments,
     dtype: torch.dtype,
-) -> Iterator[list[str]]:
-    """Generates a text for each prompt, batch by batch.
-
-    Args:
-        model: The captioner.
-        loader: Gives batches of prompts from the processor, without labels.
-        processor: Decodes the tokens.
-        generation_args: The decoding.
-        dtype: Precision of the arithmetic, for autocast.
-
-    Yields:
-        The texts of a batch, stripped.
-    """
+) -> list[str]:
+    """Generates a text for each prompt of a batch, and strips it; `dtype` is for autocast."""
     model.eval()
-    # `generate` warns of a length penalty without beams.
-    beam_arguments = {"length_penalty": generation_args.length_penalty} if generation_args.num_beams > 1 else {}
-    for batch in loader:
-        batch = batch.to(model.device)
-        with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            sequences = model.generate(
-                **batch,
-                do_sample=False,
-                num_beams=generation_args.num_beams,
-                min_new_tokens=generation_args.min_new_tokens,
-                max_new_tokens=generation_args.max_new_tokens,
-                **beam_arguments,
-            )
-        new_tokens = sequences[:, batch["input_ids"].shape[1] :]  # (batch, new tokens)
-        yield [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    batch = batch.to(model.device)
+    options = {name: getattr(generation_args, name) for name in ("num_beams", "min_new_tokens", "max_new_tokens")}
+    if generation_args.num_beams > 1:  # `generate` warns of a length penalty without beams
+        options["length_penalty"] = generation_args.length_penalty
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        sequences = model.generate(**batch, do_sample=False, **options)
+    new_tokens = sequences[:, batch["input_ids"].shape[1] :]  # (batch, new tokens)
+    return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
 def generate_captions(
@@ -140,9 +113,11 @@ def generate_captions(
     dtype: torch.dtype,
 ) -> list[str]:
     """Generates a caption for each image, in the data set's order."""
+    captions = []
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator.prompts)
-    batches = generate_batches(model, loader, collator.processor, generation_args, dtype)
-    return [caption for batch in tqdm(batches, "Captions", len(loader), leave=False) for caption in batch]
+    for batch in tqdm(loader, "Captions", leave=False):
+        captions += generate_texts(model, batch, collator.processor, generation_args, dtype)
+    return captions
 
 
 def evaluate_captions(
@@ -156,9 +131,8 @@ def evaluate_captions(
 ) -> tuple[dict[str, float], list[str]]:
     """Measures losses with right and wrong images, their gap, and the share of exactly right captions.
 
-    Returns:
-        The figures, and the generated captions in the data set's order. Where all images have the same caption, no
-        image is wrong, and the figures of wrong images are left out.
+    Returns the figures and the generated captions. Where all images have the same caption, no image is wrong, and the
+    figures of wrong images are left out.
     """
     collator = CaptionCollator(processor, data_args, training=False)
     loss = caption_loss(model, dataset, collator, batch_size, dtype)
