@@ -19,12 +19,13 @@ image may exceed onnxruntime's limit: it sums in another order, and so may merge
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
 from common.models import load_captioner
@@ -41,13 +42,11 @@ TOLERANCES = {"pt2": (1e-5, 0), "onnx": (1e-3, 1)}
 
 @dataclass
 class ExportArguments:
-    model: str = field(default="outputs/demo", metadata={"help": "Captioner: a folder or a name on the Hub."})
-    output_dir: str = field(default="outputs/export", metadata={"help": "Folder for the exported files."})
-    formats: list[str] = field(default_factory=lambda: ["pt2"], metadata={"help": "pt2, onnx or both."})
-    dtype: str = field(
-        default="float32", metadata={"help": "dtype of the vision tower: float32, or bfloat16 for pt2."}
-    )
-    check: bool = field(default=False, metadata={"help": "Compare the exported files with the model."})
+    model: str = HfArg(default="outputs/demo", help="Captioner: a folder or a name on the Hub.")
+    output_dir: str = HfArg(default="outputs/export", help="Folder for the exported files.")
+    formats: list[str] = HfArg(default_factory=lambda: ["pt2"], help="pt2, onnx or both.")
+    dtype: str = HfArg(default="float32", help="dtype of the vision tower: float32, or bfloat16 for pt2.")
+    check: bool = HfArg(default=False, help="Compare the exported files with the model.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,28 +75,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_arguments(arguments: ExportArguments) -> None:
-    """Checks formats and dtype.
-
-    Raises:
-        ValueError: If there is no such format or dtype, or onnxruntime does not support the dtype.
-    """
+    """Raises a ValueError if there is no such format or dtype, or onnxruntime does not support the dtype."""
     unknown = sorted(set(arguments.formats) - set(TOLERANCES))
     if unknown or not arguments.formats:
         raise ValueError(f"`formats` must be some of {', '.join(TOLERANCES)}, but is {arguments.formats}.")
     dtypes = ["float32"] if "onnx" in arguments.formats else ["float32", "bfloat16"]
     if arguments.dtype not in dtypes:
-        raise ValueError(
-            f"`dtype` must be {' or '.join(dtypes)} with `formats` {' '.join(arguments.formats)}, but is "
-            f"{arguments.dtype!r}."
-        )
+        dtypes, formats = " or ".join(dtypes), " ".join(arguments.formats)
+        raise ValueError(f"`dtype` must be {dtypes} with `formats` {formats}, but is {arguments.dtype!r}.")
 
 
 class SoftPrompt(nn.Module):
-    """Computes soft prompts from pixels with all parts of a model but its language model.
-
-    Args:
-        model ([`EVLGenForConditionalGeneration`]): The model. Its language model is removed from it.
-    """
+    """Computes soft prompts from pixels with all parts of a model but its language model, which is removed from it."""
 
     def __init__(self, model: EVLGenForConditionalGeneration):
         super().__init__()
@@ -105,14 +94,7 @@ class SoftPrompt(nn.Module):
         self.model = model.eval().requires_grad_(False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): From the image processor.
-
-        Returns:
-            `torch.Tensor` of shape `(images, num_image_tokens, text_hidden_size)`, the `pooler_output` of
-            [`get_image_features`].
-        """
+        """Returns the `pooler_output` of [`get_image_features`], `(images, num_image_tokens, text_hidden_size)`."""
         tower = self.model.vision_tower
         # (images, num_vision_tokens, vision_hidden_size)
         tokens = encode_images(tower, self.model.temporal, pixel_values.to(tower.dtype))
@@ -126,12 +108,7 @@ def example_pixels(prompt: SoftPrompt, image_size: tuple[int, int], images: int,
 
 
 def export_graph(prompt: SoftPrompt, image_size: tuple[int, int]) -> torch.export.ExportedProgram:
-    """Exports the graph for any number of images.
-
-    Args:
-        prompt: The module to export.
-        image_size: Height and width of the images in pixels.
-    """
+    """Exports the graph for any number of images of one height and width in pixels."""
     shapes = ({0: torch.export.Dim("images", min=1)},)
     # Without gradients a temporal contextualizer splits its batch, and the graph would fix the number of parts.
     with torch.enable_grad():
@@ -139,38 +116,27 @@ def export_graph(prompt: SoftPrompt, image_size: tuple[int, int]) -> torch.expor
 
 
 def convert_to_onnx(program: torch.export.ExportedProgram) -> Any:
-    """Converts the graph to a `torch.onnx.ONNXProgram`.
-
-    Raises:
-        ImportError: If the extra `export` is not installed.
-    """
+    """Converts the graph to a `torch.onnx.ONNXProgram`."""
     try:
         return torch.onnx.export(program, input_names=[PIXELS], output_names=[SOFT_PROMPT], verbose=False)
     except ImportError as error:
         raise ImportError('ONNX needs further packages. Install them with: pip install -e ".[export]"') from error
 
 
-def relative_difference(prompt: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Divides the largest difference in each image's soft prompt by its largest value, `(images,)`."""
-    return (prompt - other).abs().amax(dim=(1, 2)) / prompt.abs().amax(dim=(1, 2))
-
-
 @torch.no_grad()
 def compare(prompt: SoftPrompt, image_size: tuple[int, int], name: str, path: Path) -> None:
-    """Compares an exported file with the model.
-
-    Raises:
-        RuntimeError: If their soft prompts differ.
-    """
+    """Compares an exported file with the model. Soft prompts that differ raise a RuntimeError."""
     run = load_exported(name, path)
     differences = []
     for seed, images in enumerate(BATCH_SIZES):
         pixel_values = example_pixels(prompt, image_size, images, seed)
-        differences.append(relative_difference(prompt(pixel_values), run(pixel_values)))
+        expected = prompt(pixel_values)  # (images, num_image_tokens, text_hidden_size)
+        largest = expected.abs().amax(dim=(1, 2))  # (images,)
+        differences.append((expected - run(pixel_values)).abs().amax(dim=(1, 2)) / largest)
     differences = torch.cat(differences)
     tolerance, outliers = TOLERANCES[name]
-    result = f"relative differences of {len(differences)} soft prompts: median {differences.median():.1e}"
-    result += f", largest {differences.max():.1e}"
+    figures = f"median {differences.median():.1e}, largest {differences.max():.1e}"
+    result = f"relative differences of {len(differences)} soft prompts: {figures}"
     # A NaN is not within the tolerance.
     if not (differences <= tolerance).sum() >= len(differences) - outliers:
         raise RuntimeError(f"{path} differs from the model: {result}, but {tolerance} is allowed.")
