@@ -156,16 +156,6 @@ def peak_activations(model: EVLGenForConditionalGeneration, caption_tokens: int,
     return alive.peak
 
 
-def all_activations(model: EVLGenForConditionalGeneration) -> list[int]:
-    """[`peak_activations`] of each micro-batch, then of each with activations recomputed in the backward pass."""
-    plain = [peak_activations(model, CAPTION_TOKENS, size) for size in MICRO_BATCHES]
-    # Fake tensors have no random state that could be preserved.
-    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    recomputed = [peak_activations(model, CAPTION_TOKENS, size) for size in MICRO_BATCHES]
-    model.activation_checkpointing_disable()
-    return [*plain, *recomputed]
-
-
 def nbytes(parameters: Iterable[torch.Tensor]) -> int:
     return sum(parameter.nbytes for parameter in parameters)
 
@@ -225,7 +215,11 @@ def hours_table(flops_per_pair: float) -> str:
 
 
 def memory_table(model: EVLGenForConditionalGeneration) -> str:
-    peaks = all_activations(model)
+    peaks = [peak_activations(model, CAPTION_TOKENS, size) for size in MICRO_BATCHES]
+    # Fake tensors have no random state that could be preserved.
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    peaks += [peak_activations(model, CAPTION_TOKENS, size) for size in MICRO_BATCHES]
+    model.activation_checkpointing_disable()
     rows = []
     for name, parts in plan_memory(model, GPUS).items():
         totals = [f"{(sum(parts) + peak) / 1e9:.0f}" for peak in peaks]

@@ -84,11 +84,10 @@ DEMO_VISION = {"vision_config": LITE0, "num_vision_tokens": 196, "vision_hidden_
 CLIP_L = CLIPVisionConfig(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
 )
+CLIP_VISION = {"vision_config": CLIP_L}
 SIZES = {
     "demo": candidates(DEMO_VISION, hidden_size=384, layers=3, front_loaded=[98, 49, 24], r=57, queries=25),
-    "clip-l": candidates(
-        {"vision_config": CLIP_L}, hidden_size=768, layers=6, front_loaded=[128, 64, 32, 4], r=38, queries=29
-    ),
+    "clip-l": candidates(CLIP_VISION, hidden_size=768, layers=6, front_loaded=[128, 64, 32, 4], r=38, queries=29),
 }
 
 
@@ -131,30 +130,16 @@ def training_step(model: torch.nn.Module, batches: Iterator[dict[str, Any]]) -> 
 
 
 def parts_of_a_step(model: EVLGenForConditionalGeneration) -> dict[str, Step]:
-    """Returns a whole training step, and those of its parts that can run alone."""
+    """Returns a whole training step, and the connector's part of it alone."""
     batch = random_batch(model)
-    hidden = torch.randn(BATCH * CAPTION, model.config.text_config.hidden_size, requires_grad=True)
-    targets = batch["labels"][batch["labels"] != -100]  # (batch * caption,)
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
 
     def connector() -> None:
-        with autocast:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
             prompt = model.project_vision_features(batch["vision_features"]).pooler_output
         prompt.float().sum().backward()
         model.zero_grad()
 
-    def head() -> None:
-        with autocast:
-            logits = model.language_model.lm_head(hidden)
-        torch.nn.functional.cross_entropy(logits.float(), targets).backward()
-
-    return {"step": training_step(model, repeat(batch)), "connector": connector, "head": head}
-
-
-def tower_step(model: EVLGenForConditionalGeneration) -> Step:
-    """Returns the frozen vision tower's part of a step. Cached features save it."""
-    encode = torch.autocast("cpu", dtype=torch.bfloat16)(model.get_vision_features)
-    return partial(encode, torch.randn(BATCH, 3, 224, 224))
+    return {"step": training_step(model, repeat(batch)), "connector": connector}
 
 
 def generation(model: EVLGenForConditionalGeneration) -> Step:
@@ -193,8 +178,9 @@ def compare_connectors(size: str, configs: dict[str, EVLGenConfig], rounds: int)
     models = {name: build(config) for name, config in configs.items()}
     share_towers(list(models.values()))
     first = next(iter(models))
+    encode = torch.autocast("cpu", dtype=torch.bfloat16)(models[first].get_vision_features)
     square = torch.randn(SQUARE, SQUARE, dtype=torch.bfloat16)
-    runs: dict[Any, Step] = {"tower": tower_step(models[first]), "product": partial(torch.mm, square, square)}
+    runs = {"tower": partial(encode, torch.randn(BATCH, 3, 224, 224)), "product": partial(torch.mm, square, square)}
     flops = {}
     for name, model in models.items():
         parts = parts_of_a_step(model)
@@ -203,17 +189,16 @@ def compare_connectors(size: str, configs: dict[str, EVLGenConfig], rounds: int)
         runs[name, "generation"] = generation(model)
     seconds = take_turns(runs, rounds)
     rate = 2 * SQUARE**3 / seconds["product"]
-    header = ["connector", "tokens", "step", "images/s", "with the tower", "connector", "LLM, optimizer", "head"]
     rows = []
     for name, model in models.items():
-        step, connector, head = (seconds[name, part] for part in ("step", "connector", "head"))
+        step = seconds[name, "step"]
         row = [name, model.config.num_image_tokens, f"{step / seconds[first, 'step']:.2f}", f"{BATCH / step:.1f}"]
-        row += [f"{BATCH / (step + seconds['tower']):.1f}"]
-        row += [f"{part / step:.0%}" for part in (connector, step - connector - head, head)]
+        row += [f"{BATCH / (step + seconds['tower']):.1f}", f"{seconds[name, 'connector'] / step:.0%}"]
         row += [f"{flops[name] / step / rate:.0%}", f"{peaks[name]:.0f} MB"]
         rows.append([*row, f"{seconds[name, 'generation'] / seconds[first, 'generation']:.2f}"])
     print(f"\n{size}: {torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s on one large product\n")
-    print(markdown_table([*header, "GEMM rate", "peak", "beam 5"], rows))
+    header = ["connector", "tokens", "step", "images/s", "with the tower", "connector", "GEMM rate", "peak", "beam 5"]
+    print(markdown_table(header, rows))
 
 
 def compare_steps(constant: EVLGenConfig, front_loaded: EVLGenConfig, rounds: int) -> None:

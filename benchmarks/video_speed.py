@@ -22,19 +22,16 @@ VIT_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, 
 TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def vit_s_config(temporal: bool) -> EVLGenConfig:
-    return EVLGenConfig(
+@torch.no_grad()
+def measure_frames(temporal: bool, frames: int, rounds: int) -> tuple[float, float]:
+    """Returns the seconds of the median round, and the peak memory in MB beyond that of the model with one frame."""
+    torch.manual_seed(0)
+    config = EVLGenConfig(
         vision_config=CLIPVisionConfig(**VIT_S, image_size=224, patch_size=16),
         connector_config={**VIT_S, "merge_r": 14},
         text_config=LlamaConfig(**TEXT),
         temporal_contextualizer=temporal,
     )
-
-
-@torch.no_grad()
-def measure_frames(config: EVLGenConfig, frames: int, rounds: int) -> tuple[float, float]:
-    """Returns the seconds of the median round, and the peak memory in MB beyond that of the model with one frame."""
-    torch.manual_seed(0)
     model = EVLGenForConditionalGeneration(config).eval()
     videos = torch.randn(1, frames, 3, 224, 224)
     model.get_video_features(videos[:, :1])
@@ -51,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     for frames in arguments.frames:
         row = [frames]
         for temporal in (False, True):
-            seconds, megabytes = in_new_process(measure_frames, vit_s_config(temporal), frames, arguments.rounds)
+            seconds, megabytes = in_new_process(measure_frames, temporal, frames, arguments.rounds)
             row += [f"{1e3 * seconds / frames:.1f} ms", f"{megabytes:.0f} MB"]
         rows.append(row)
     columns = [f"{kind}: time per frame" for kind in ("mean of frames", "temporal contextualizer")]

@@ -418,7 +418,7 @@ def test_a_run_from_bert_starts_with_the_weights_of_its_package(tiny_recipe, tmp
 def tiny_run(method, dataset, connector, **changes):
     fields = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     kind = {"tomeformer": {"merge_r": 3}, "qformer": {"num_query_tokens": 5}}[connector]
-    settings = {"learning_rate": 1e-2, "steps": 4, "seed": 0, "eval_steps": (2, 4), **changes}
+    settings = {"learning_rate": 1e-2, "steps": 4, "seed": 0, "eval_steps": [2, 4], **changes}
     return Run(method, dataset, connector, {**fields, **kind}, **settings)
 
 

@@ -71,8 +71,7 @@ def train_unless_busy(run: Run) -> bool:
 
 def report() -> None:
     """Prints the tables of all finished runs and draws the main ones."""
-    stages = [result for result in map(load, two_stage_sweep()) if result]
-    if stages:
+    if stages := [result for result in map(load, two_stage_sweep()) if result]:
         print(f"\nBLIP-2's first stage, {DATASETS[0]}\n\n{stage_one_table(stages)}")
     for dataset in DATASETS:
         step_seconds = load_step_seconds(dataset)

@@ -10,6 +10,7 @@ have one seed. The costly MLP on all tokens is trained on the scenes alone. Abla
 """
 
 import math
+from collections import defaultdict
 from dataclasses import replace
 from statistics import mean
 from typing import Any
@@ -19,7 +20,7 @@ from .runs import Run, load
 
 DATASETS = ("openmoji-scenes", "easy-vqa")
 STEPS = 200
-EVAL_STEPS = (25, 50, 100, 150, 200)
+EVAL_STEPS = [25, 50, 100, 150, 200]
 SEEDS = (0, 1, 2)
 SWEEP_SEEDS = (100, 101)
 SWEEP_STEPS = 100
@@ -197,7 +198,7 @@ def best(method: str) -> Run | None:
 
 def short_run(method: str, learning_rate: float) -> Run:
     settings = {"learning_rate": learning_rate, "steps": SWEEP_STEPS, "seed": SWEEP_SEEDS[0]}
-    return Run(method, DATASETS[0], **METHODS[method], **settings, eval_steps=(SWEEP_STEPS,), group="sweep")
+    return Run(method, DATASETS[0], **METHODS[method], **settings, eval_steps=[SWEEP_STEPS], group="sweep")
 
 
 def _changed(run: Run, name: str, changes: dict[str, Any]) -> Run:
@@ -225,20 +226,16 @@ def _ranked(runs: list[Run]) -> list[Run]:
 
     The order is by the mean over seeds of the training loss in the last 20 steps.
     """
-    losses: dict[tuple, list[float]] = {}
-    first_runs: dict[tuple, Run] = {}
+    if not all(map(load, runs)):
+        return []
+    groups: dict[tuple, list[Run]] = defaultdict(list)  # runs that differ only in their seed
     for run in runs:
-        result = load(run)
-        if result is None:
-            return []
-        key = (run.method, run.learning_rate, run.stage_one_learning_rate)
-        first_runs.setdefault(key, run)
-        losses.setdefault(key, []).append(_last_loss(result))
-    return [first_runs[key] for key in sorted(losses, key=lambda key: mean(losses[key]))]
+        groups[run.method, run.learning_rate, run.stage_one_learning_rate].append(run)
+    return [group[0] for group in sorted(groups.values(), key=lambda group: mean(map(_last_loss, group)))]
 
 
-def _last_loss(result: dict[str, Any]) -> float:
+def _last_loss(run: Run) -> float:
     """Mean training loss of the last 20 steps. A run that has diverged ranks last."""
-    losses = result["training_loss"]
+    losses = load(run)["training_loss"]
     last = mean(loss for step, loss in losses if step > losses[-1][0] - 20)
     return last if math.isfinite(last) else math.inf

@@ -40,7 +40,7 @@ class Run:
     learning_rate: float
     steps: int
     seed: int
-    eval_steps: tuple[int, ...]  # after these, held-out figures are measured; the last step is among them
+    eval_steps: list[int]  # after these, held-out figures are measured; the last step is among them
     group: str = "main"  # or "sweep" or "ablation"
     train_samples: int | None = None  # None: all
     # BLIP-2's first stage before the training, if it has steps. Its batches are larger, as the contrastive loss needs
@@ -79,7 +79,7 @@ def load(run: Run) -> dict[str, Any] | None:
         ValueError: If the file holds this run with other settings or another recipe.
     """
     result = _read_results().get(run.name)
-    if result is not None and (_settings_of(result), result["recipe"]) != (run, shared_recipe()):
+    if result is not None and (Run(**result["run"]), result["recipe"]) != (run, shared_recipe()):
         raise ValueError(f"{RESULTS} has other settings for {run}. Remove its line to train it again.")
     return result
 
@@ -112,8 +112,4 @@ def _parse(path: Path, size: int, modified: int) -> dict[str, dict[str, Any]]:
     """Finished runs by name, and timings by `timing.` and data set. `size` and `modified` are keys of the cache."""
     *lines, _ = path.read_text().split("\n")  # what follows the last line break is empty, or a line that was cut off
     entries = map(json.loads, lines)
-    return {f"timing.{e['timing']}" if "timing" in e else _settings_of(e).name: e for e in entries}
-
-
-def _settings_of(result: dict[str, Any]) -> Run:
-    return Run(**{**result["run"], "eval_steps": tuple(result["run"]["eval_steps"])})
+    return {f"timing.{e['timing']}" if "timing" in e else Run(**e["run"]).name: e for e in entries}

@@ -1,5 +1,6 @@
 """Tables and curves of finished runs. A result is a line of `results.jsonl`; `step_seconds` are its timings."""
 
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,24 +30,14 @@ Result = dict[str, Any]
 Curve = dict[str, np.ndarray]
 
 
-def group_seeds(results: list[Result]) -> list[list[Result]]:
-    """Groups results that differ only in their seed."""
-    groups: dict[tuple[str, str], list[Result]] = {}
+def group_seeds(results: list[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Groups results that differ only in their seed, by method and learning rate (of both stages if there are two)."""
+    groups = defaultdict(list)
     for result in results:
-        groups.setdefault((result["run"]["method"], _rates(result)), []).append(result)
-    return list(groups.values())
-
-
-def _rates(result: Result) -> str:
-    """The learning rate, after that of the first stage if there is one."""
-    run = result["run"]
-    first = f"{run['stage_one_learning_rate']:g} then " if run["stage_one_steps"] else ""
-    return f"{first}{run['learning_rate']:g}"
-
-
-def group_by_method(results: list[Result]) -> dict[str, list[Result]]:
-    """The same by the name of the method, for results with one learning rate for each method."""
-    return {seeds[0]["run"]["method"]: seeds for seeds in group_seeds(results)}
+        run = result["run"]
+        first = f"{run['stage_one_learning_rate']:g} then " if run["stage_one_steps"] else ""
+        groups[run["method"], f"{first}{run['learning_rate']:g}"].append(result)
+    return groups
 
 
 def axis_value(result: Result, step: int, axis: str, step_seconds: dict[str, float] | None) -> float | None:
@@ -70,7 +61,7 @@ def draw_curves(results: list[Result], step_seconds: dict[str, float] | None, pa
     figure, panels = plt.subplots(len(FIGURES), len(axes), figsize=size, layout="constrained", squeeze=False)
     for row, (name, label) in zip(panels, FIGURES.items(), strict=True):
         for panel, axis in zip(row, axes, strict=True):
-            for color, (method, seeds) in enumerate(group_by_method(results).items()):
+            for color, ((method, _), seeds) in enumerate(group_seeds(results).items()):
                 steps = [point["step"] for point in seeds[0]["curve"] if name in point]
                 x = [axis_value(seeds[0], step, axis, step_seconds) for step in steps]
                 values = np.array([[point[name] for point in seed["curve"] if name in point] for seed in seeds])
@@ -88,14 +79,14 @@ def draw_curves(results: list[Result], step_seconds: dict[str, float] | None, pa
 def table(results: list[Result], step_seconds: dict[str, float] | None) -> str:
     """Markdown table of the last point of each curve: the mean over seeds, with the lowest and highest in brackets."""
     rows = []
-    for seeds in group_seeds(results):
+    for (method, rates), seeds in group_seeds(results).items():
         run, last = seeds[0]["run"], seeds[0]["curve"][-1]["step"]
         steps = f"{run['stage_one_steps']} + {last}" if run["stage_one_steps"] else last
         seconds = axis_value(seeds[0], last, "seconds", step_seconds)
         flops = axis_value(seeds[0], last, "flops", None)
         cost = ["?" if seconds is None else f"{seconds:.0f}", f"{flops / 1e15:.3f}"]
         figures = [_spread([seed["curve"][-1][name] for seed in seeds], digits) for name, digits in _DIGITS.items()]
-        rows.append([run["method"], len(seeds), _rates(seeds[0]), steps, *cost, *figures])
+        rows.append([method, len(seeds), rates, steps, *cost, *figures])
     header = ["method", "seeds", "learning rate", "steps", "seconds", "PFLOP"]
     return markdown_table([*header, "held-out loss", "gap", "CIDEr-D", "exact"], rows)
 
@@ -105,7 +96,7 @@ def curve_table(results: list[Result]) -> str:
     steps = [point["step"] for point in results[0]["curve"]]
     halfway = next(index for index, point in enumerate(results[0]["curve"]) if "exact" in point)
     rows = []
-    for method, seeds in group_by_method(results).items():
+    for (method, _), seeds in group_seeds(results).items():
         losses = [_spread([seed["curve"][index]["loss"] for seed in seeds], 3) for index in range(len(steps))]
         exact = [f"{mean(seed['curve'][index]['exact'] for seed in seeds):.1%}" for index in (halfway, -1)]
         rows.append([method, *losses, *exact])
@@ -125,11 +116,10 @@ def comparison(results: list[Result], step_seconds: dict[str, float], method: st
     checkpoints, the gap and the logarithm of the loss are interpolated linearly. A checkpoint is won if the worst seed
     of `method` is better there than the best seed of the other method.
     """
-    groups = group_by_method(results)
-    curves = [_curve(result, step_seconds) for result in groups.pop(method, [])]
+    curves = [_curve(result, step_seconds) for result in results if result["run"]["method"] == method]
     rows = []
-    for other, other_results in groups.items() if curves else ():
-        if axis_value(other_results[0], 1, "seconds", step_seconds) is None:
+    for (other, _), other_results in group_seeds(results).items() if curves else ():
+        if other == method or axis_value(other_results[0], 1, "seconds", step_seconds) is None:
             continue
         other_curves = [_curve(result, step_seconds) for result in other_results]
         ends = [_spread([np.exp(curve["log loss"][-1]) for curve in seeds], 4) for seeds in (curves, other_curves)]

@@ -128,23 +128,20 @@ class HeldOutCurve(TrainerCallback):
         self.wrong_images = WrongImages(self.dataset, prepared.data_args)
         self.references = [true_captions(row, prepared.data_args) for row in self.dataset]
         self.reward = CiderDReward(count_ngrams(self.dataset, prepared.data_args), len(self.dataset))
-        training_args = prepared.training_args
-        self.evaluation = (training_args.per_device_eval_batch_size, training_args.autocast_dtype)
+        self.evaluation = (prepared.training_args.per_device_eval_batch_size, prepared.training_args.autocast_dtype)
         self.curve: list[dict[str, float]] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: torch.nn.Module, **kwargs: Any) -> None:
         step, steps = state.global_step, self.run.eval_steps
         if step not in steps:
             return
-        figures = self.measure_losses(model)
+        loss = caption_loss(model, self.dataset, self.collator, *self.evaluation)
+        gap = caption_loss(model, self.wrong_images, self.collator, *self.evaluation) - loss
+        figures = {"loss": loss, "gap": gap}
         if step in (steps[len(steps) // 2], steps[-1]):  # generation takes as long as many steps
             figures |= self.measure_captions(model)
         self.curve.append({"step": step, **{name: round(float(value), 5) for name, value in figures.items()}})
         print(self.run.name, self.curve[-1], flush=True)
-
-    def measure_losses(self, model: EVLGenForConditionalGeneration) -> dict[str, float]:
-        loss = caption_loss(model, self.dataset, self.collator, *self.evaluation)
-        return {"loss": loss, "gap": caption_loss(model, self.wrong_images, self.collator, *self.evaluation) - loss}
 
     def measure_captions(self, model: EVLGenForConditionalGeneration) -> dict[str, float]:
         captions = generate_captions(model, self.dataset, self.collator, self.generation_args, *self.evaluation)
