@@ -79,7 +79,7 @@ FOREIGN = {
     "mkdir": "makes a Space's folder; test_app.py does it",
     "cp": "likewise",
 }
-FOREIGN_OPTIONS = {"--enable-prompt-embeds"}
+FOREIGN_OPTIONS = {"--enable-prompt-embeds", "--trust-remote-code", "--chat-template"}
 PLACEHOLDER_FILES = {"my_mixture.yaml"}
 
 COMMANDS = [command for page in [*PAGES, *METRIC_CARDS] for command in commands_of_page(page)]

@@ -1,5 +1,7 @@
 """TRL's trainers train a checkpoint with their defaults, and with the loss of our own collator."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -93,3 +95,36 @@ def test_labels_of_a_batch_never_hold_placeholders(tmp_path):
     batch["labels"] = batch["input_ids"].clone()
     is_placeholder = batch["input_ids"] == processor.image_token_id
     assert torch.equal(batch["labels"] == -100, is_placeholder)
+
+
+def settings_of(folder):
+    settings = {"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True}
+    return settings | {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "bf16": False}
+
+
+def prompts():
+    return {"prompt": [conversation(answer)[:1] for answer in ANSWERS], "images": [[i] for i in noise_images(2)]}
+
+
+def test_dpo_trains_a_checkpoint(tmp_path):
+    model, processor = checkpoint(tmp_path / "model")
+    answers = [conversation(answer)[1:] for answer in ANSWERS]
+    dataset = Dataset.from_dict({**prompts(), "chosen": answers, "rejected": answers[::-1]})
+    args = trl.DPOConfig(**settings_of(tmp_path / "out"), learning_rate=1e-3)
+    trainer = trl.DPOTrainer(model, args=args, train_dataset=dataset, processing_class=processor)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-3) and losses[1] < losses[0]
+
+
+def test_grpo_trains_a_checkpoint(tmp_path):
+    model, processor = checkpoint(tmp_path / "model")
+    before = model.language_projection.weight.clone()
+    args = trl.GRPOConfig(**settings_of(tmp_path / "out"), num_generations=2, max_completion_length=8)
+
+    def reward(completions, **kwargs):
+        return [float(len(str(completion))) for completion in completions]
+
+    dataset = Dataset.from_dict(prompts())
+    trl.GRPOTrainer(model, reward, args=args, train_dataset=dataset, processing_class=processor).train()
+    assert not torch.equal(model.language_projection.weight, before)

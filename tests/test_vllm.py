@@ -148,7 +148,7 @@ def content(part):
 needs_vllm = pytest.mark.skipif("EVLGEN_VLLM_PYTHON" not in os.environ, reason="EVLGEN_VLLM_PYTHON names no Python")
 
 
-@pytest.fixture(scope="module", params=[("siglip", "llama"), ("eva", "qwen2"), ("timm_cnn", "opt")], ids=str)
+@pytest.fixture(scope="module", params=[("siglip", "llama"), ("eva", "qwen2"), ("convnext", "opt")], ids=str)
 def server(request, tmp_path_factory):
     vision, text = request.param
     folder = tmp_path_factory.mktemp("vllm")
