@@ -5,41 +5,35 @@ from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 @dataclass
 class ModelArguments:
-    vision_model: str | None = field(default=None, metadata={"help": "Vision tower: a folder or a name on the Hub."})
-    text_model: str | None = field(default=None, metadata={"help": "Language model: a folder or a name on the Hub."})
-    connector: Literal["tomeformer", "qformer", "mlp"] = field(
-        default="tomeformer", metadata={"help": "Connector; qformer and mlp are there for comparison."}
+    vision_model: str | None = HfArg(default=None, help="Vision tower: a folder or a name on the Hub.")
+    text_model: str | None = HfArg(default=None, help="Language model: a folder or a name on the Hub.")
+    connector: Literal["tomeformer", "qformer", "mlp"] = HfArg(
+        default="tomeformer", help="Connector; qformer and mlp are there for comparison."
     )
-    connector_model: str | None = field(
+    connector_model: str | None = HfArg(
+        default=None, help="BERT checkpoint to start a TomeFormer or a Q-Former from, e.g. bert-base-uncased."
+    )
+    connector_config: dict[str, Any] | str | None = HfArg(
         default=None,
-        metadata={"help": "BERT checkpoint to start a TomeFormer or a Q-Former from, e.g. bert-base-uncased."},
+        help="Fields of the connector's configuration, in place of all of a recipe's; JSON on the command line.",
     )
-    connector_config: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Fields of the connector's configuration, in place of all of a recipe's; JSON on the command line."
-        },
-    )
-    whitening_images: int = field(
+    whitening_images: int = HfArg(
         default=0,
-        metadata={
-            "help": "Training images to measure the statistics of the tower's features on. The vision projection "
-            "starts from them. Default: 0, a random start as in the paper."
-        },
+        help="Training images to measure the statistics of the tower's features on. The vision projection "
+        "starts from them. Default: 0, a random start as in the paper.",
     )
-    vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the vision tower."})
-    text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the language model."})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the frozen towers. Default: the language model's."})
-    towers: Literal["include", "reference"] | None = field(
+    vision_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the vision tower.")
+    text_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the language model.")
+    dtype: str = HfArg(default="auto", help="dtype of the frozen towers. Default: the language model's.")
+    towers: Literal["include", "reference"] | None = HfArg(
         default=None,
-        metadata={
-            "help": "Whether checkpoints include the frozen towers or name them. Default: name those from the Hub."
-        },
+        help="Whether checkpoints include the frozen towers or name them. Default: name those from the Hub.",
     )
 
     def __post_init__(self):
@@ -50,13 +44,11 @@ class ModelArguments:
 
 @dataclass
 class ProcessorArguments:
-    end_of_text: str | None = field(
-        default=None, metadata={"help": "Token that ends a caption. Default: the EOS token."}
-    )
-    bos_label: bool = field(default=False, metadata={"help": "Train the BOS token after the image, as with OPT."})
-    clean_captions: bool = field(default=False, metadata={"help": "Clean captions as the paper does."})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "Jinja chat template; empty for none. Default: the language model's."}
+    end_of_text: str | None = HfArg(default=None, help="Token that ends a caption. Default: the EOS token.")
+    bos_label: bool = HfArg(default=False, help="Train the BOS token after the image, as with OPT.")
+    clean_captions: bool = HfArg(default=False, help="Clean captions as the paper does.")
+    chat_template: str | None = HfArg(
+        default=None, help="Jinja chat template; empty for none. Default: the language model's."
     )
 
 
