@@ -14,6 +14,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_evlgen.EVLGenConfig",
     "AutoModel": "modeling_evlgen.EVLGenForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_evlgen.EVLGenForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_evlgen.EVLGenForConditionalGeneration",
     "AutoProcessor": "processing_evlgen.EVLGenProcessor",
 }
 CUSTOM_PIPELINES = {

@@ -4,7 +4,7 @@ Importing this package registers its classes with transformers' Auto classes. Ch
 instead of the copy that they hold.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig, TomeFormerConfig
 
@@ -22,7 +22,7 @@ for config_class, model_class in (
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
 AutoConfig.register(EVLGenConfig.model_type, EVLGenConfig, exist_ok=True)
-for auto_class in (AutoModel, AutoModelForImageTextToText):
+for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(EVLGenConfig, EVLGenForConditionalGeneration, exist_ok=True)
 
 __all__ = [

@@ -1,5 +1,6 @@
 """Generation from images and videos, which are encoded once."""
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -71,7 +72,12 @@ class EVLGenGenerationMixin(GenerationMixin):
         rows = output.pooler_output.split(counts.tolist())
         return type(output)(pooler_output=torch.cat([row for row in rows for _ in range(expand_size)]))
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads the names of its arguments
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict:
+        if not is_first_iteration and kwargs.get("next_sequence_length") != 1:
+            # The draft of assisted decoding starts with the prompt, but transformers does not mark this as the first.
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            is_first_iteration = cache is None or cache.get_seq_length() == 0
         if not _ENCODES_FIRST and not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("mm_encoder_outputs", None)  # they are in the cache
         return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)

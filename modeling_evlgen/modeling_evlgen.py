@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -224,11 +225,13 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Images from the processor.
+            kwargs: `output_hidden_states` and `output_attentions`, of the vision tower.
 
         Returns:
             [`EVLGenImageOutput`]; its `pooler_output` is the soft prompt.
         """
-        return self.project_vision_features(self.get_vision_features(pixel_values))
+        output = self.project_vision_features(self.get_vision_features(pixel_values))
+        return self._add_tower_outputs(output, pixel_values, 1, None, kwargs)
 
     @can_return_tuple
     def get_video_features(
@@ -250,7 +253,28 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
                 "`pixel_values_videos` must have shape (videos, frames, channels, height, width), but has "
                 f"{tuple(pixel_values_videos.shape)}."
             )
-        return self.project_vision_features(self.get_vision_features(pixel_values_videos, frame_mask))
+        output = self.project_vision_features(self.get_vision_features(pixel_values_videos, frame_mask))
+        frames = pixel_values_videos.flatten(0, 1)  # (videos * frames, channels, height, width)
+        return self._add_tower_outputs(output, frames, pixel_values_videos.shape[1], frame_mask, kwargs)
+
+    def _add_tower_outputs(
+        self,
+        output: EVLGenImageOutput,
+        pixel_values: torch.Tensor,
+        num_frames: int,
+        frame_mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> EVLGenImageOutput:
+        """Adds the vision tower's hidden states and attentions, if they are requested. They cost another pass."""
+        names = ("output_hidden_states", "output_attentions")
+        requested = {name: kwargs.get(name, getattr(self.config.vision_config, name, None)) for name in names}
+        if any(requested.values()):
+            context = nullcontext() if self.temporal is None else self.temporal.frames(num_frames, frame_mask)
+            with torch.no_grad(), context:
+                tower_output = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **requested)
+            output.hidden_states = tower_output.get("hidden_states")
+            output.attentions = tower_output.get("attentions")
+        return output
 
     def project_vision_features(self, vision_features: torch.Tensor) -> EVLGenImageOutput:
         """Turns the vision tower's tokens into soft prompts: the part of the model that is trained.
@@ -327,7 +351,8 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
                 Features of the images from [`get_vision_features`], instead of `pixel_values`.
             inputs_embeds (`torch.Tensor` of shape `(batch, sequence, text_dim)`, *optional*):
-                Embedded text, instead of `input_ids`. It cannot be combined with images or videos.
+                Embedded text, instead of `input_ids`. Beside images or videos it holds the embeddings of their
+                placeholders, whose ids must lie inside the embedding.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Positions of the tokens.
             mm_encoder_outputs (`dict[str, EVLGenImageOutput]`, *optional*):
                 Outputs of [`get_image_features`] under `"image"`, instead of `pixel_values`, and of
@@ -383,7 +408,7 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, encoded)
         elif any(outputs is not None for outputs in encoded.values()):
-            raise ValueError("Images need `input_ids`, which hold their placeholders, instead of `inputs_embeds`.")
+            inputs_embeds = self._fill_embedded(inputs_embeds, encoded)
         if self.training and torch.is_grad_enabled() and all(outputs is None for outputs in encoded.values()):
             inputs_embeds = inputs_embeds + zero_of_trained_parts(self).to(inputs_embeds)
         check_length(inputs_embeds.shape[1], kwargs.get(_CACHE), self.config)
@@ -401,6 +426,29 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(images | videos, 0))
         inputs_embeds = self._fill("image", images, encoded["image"], inputs_embeds)
         return self._fill("video", videos, encoded["video"], inputs_embeds)
+
+    def _fill_embedded(
+        self, inputs_embeds: torch.Tensor, encoded: dict[str, EVLGenImageOutput | None]
+    ) -> torch.Tensor:
+        """Fills the soft prompts in where embedded text holds the embedding of a placeholder.
+
+        Raises:
+            ValueError: If the placeholders have no embedding, or differ from the soft prompts in number.
+        """
+        embedding = self.get_input_embeddings()
+        for modality, outputs in encoded.items():
+            if outputs is None:
+                continue
+            placeholder_id = getattr(self.config, f"{modality}_token_id")
+            if placeholder_id >= embedding.weight.shape[0]:
+                raise ValueError(
+                    f"{modality.capitalize()}s need `input_ids`, which hold their placeholders, instead of "
+                    f"`inputs_embeds`: `{modality}_token_id` ({placeholder_id}) has no embedding."
+                )
+            placeholder = embedding(torch.tensor(placeholder_id, device=embedding.weight.device))  # (text_dim,)
+            is_placeholder = (inputs_embeds == placeholder.to(inputs_embeds)).all(dim=-1)  # (batch, sequence)
+            inputs_embeds = self._fill(modality, is_placeholder, outputs, inputs_embeds)
+        return inputs_embeds
 
     def _fill(
         self,

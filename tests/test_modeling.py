@@ -471,3 +471,40 @@ def test_a_text_only_batch_gives_the_connector_a_zero_gradient():
     reached = [p for p in trained if p.grad is not None]
     assert len(reached) >= len(trained) - 1  # the token types' table has rows that are never used
     assert all(not p.grad.any() for p in reached)
+
+
+def test_a_draft_model_that_sees_the_image_changes_no_caption():
+    model, draft = tiny_model(), tiny_model()
+    processor = tiny_processor(model)
+    tiny_processor(draft)
+    with torch.no_grad():
+        for parameter in draft.language_model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    inputs = processor(images=noise_images(1), text="what is it?")
+    settings = {"do_sample": False, "max_new_tokens": 12}
+    ids = model.generate(**inputs, **settings)
+    assert torch.equal(model.generate(**inputs, **settings, assistant_model=draft), ids)
+
+
+def test_embedded_placeholders_are_filled_in():
+    model = tiny_model()
+    processor = tiny_processor(model)
+    inputs = processor(images=noise_images(2), text=["what is it?", "a"])
+    model.config.image_token_id = 299
+    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == processor.image_token_id, 299)
+    rest = {"attention_mask": inputs["attention_mask"], "pixel_values": inputs["pixel_values"]}
+    expected = model(input_ids=ids, **rest).logits
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds, **rest).logits, expected)
+    new = model.generate(inputs_embeds=embeds, **rest, do_sample=False, max_new_tokens=4)
+    assert torch.equal(new, model.generate(ids, **rest, do_sample=False, max_new_tokens=4)[:, -4:])
+
+
+def test_the_towers_hidden_states_are_given_on_request():
+    model = tiny_model()
+    pixels = torch.rand(2, 3, 32, 32)
+    assert model.get_image_features(pixels).hidden_states is None
+    states = model.get_image_features(pixels, output_hidden_states=True).hidden_states
+    assert len(states) == 3 and states[-1].shape == (2, 17, 16)
+    video = model.get_video_features(pixels[None], output_hidden_states=True)
+    torch.testing.assert_close(video.hidden_states, states)
