@@ -75,11 +75,14 @@ FOREIGN = {
     "ruff": ".ci/run does it",
     "pre-commit": "writes into .git",
     "vllm serve": "needs a vLLM server; test_serve_prompt_embeds.py starts one",
+    "python -m lm_eval": "needs a harness; test_harnesses.py runs it",
+    "python -m lmms_eval": "likewise",
     "hf": "needs an account on the Hub",
     "mkdir": "makes a Space's folder; test_app.py does it",
     "cp": "likewise",
 }
 FOREIGN_OPTIONS = {"--enable-prompt-embeds", "--trust-remote-code", "--chat-template"}
+FOREIGN_OPTIONS |= {"--apply_chat_template", "--device", "--model_args"}  # of the harnesses
 PLACEHOLDER_FILES = {"my_mixture.yaml"}
 
 COMMANDS = [command for page in [*PAGES, *METRIC_CARDS] for command in commands_of_page(page)]
