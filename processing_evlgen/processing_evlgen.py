@@ -197,9 +197,9 @@ class EVLGenProcessor(PromptEncoder):
             raise ValueError("`messages` is given instead of `text` and `suffix`, not together with them.")
         if images is not None and vision_features is not None:
             raise ValueError("Only one of `images` and `vision_features` can be given.")
-        arguments = self._merge_kwargs(
-            EVLGenProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
+        # A tokenizer's own `padding_side` is that of its pretraining. Here it follows from the labels.
+        defaults = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
+        arguments = self._merge_kwargs(EVLGenProcessorKwargs, tokenizer_init_kwargs=defaults, **kwargs)
         images_arguments, text_arguments = arguments["images_kwargs"], arguments["text_kwargs"]
         for name in ("return_text_replacement_offsets", "return_mm_token_type_ids"):
             text_arguments.setdefault(name, arguments.get(name))  # transformers < 5.20 has them here alone

@@ -199,6 +199,15 @@ def test_padding_arguments_work_as_in_a_tokenizer():
     )
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_padding_side_follows_from_the_labels_and_not_from_the_tokenizers_file(side):
+    tokenizer = tiny_tokenizer()
+    tokenizer.init_kwargs["padding_side"] = side  # as Llama's tokenizer_config.json has it
+    processor = EVLGenProcessor(tiny_image_processor(), tokenizer, 3)
+    assert processor(images=noise_images(2), suffix=["a", "a blue triangle"])["attention_mask"][0, 0] == 1
+    assert processor(images=noise_images(2), text=["a", "a blue triangle"])["attention_mask"][0, -1] == 1
+
+
 def test_truncation_cuts_text_and_changes_nothing_where_the_text_fits():
     processor = make_processor()
     inputs = {"images": noise_images(2), "text": ["<image>a", "<image>a blue triangle to the left"]}
