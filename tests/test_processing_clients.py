@@ -1,0 +1,134 @@
+"""The processor as clients of others call it, such as vLLM and TRL: truncation, offsets, assistant masks, counts."""
+
+import pytest
+import torch
+
+from processing_evlgen import EVLGenProcessor
+
+from .helpers import noise_images, tiny_image_processor, tiny_tokenizer
+from .test_processing import conversation, make_processor
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_padding_side_follows_from_the_labels_and_not_from_the_tokenizers_file(side):
+    tokenizer = tiny_tokenizer()
+    tokenizer.init_kwargs["padding_side"] = side  # as Llama's tokenizer_config.json has it
+    processor = EVLGenProcessor(tiny_image_processor(), tokenizer, 3)
+    assert processor(images=noise_images(2), suffix=["a", "a blue triangle"])["attention_mask"][0, 0] == 1
+    assert processor(images=noise_images(2), text=["a", "a blue triangle"])["attention_mask"][0, -1] == 1
+
+
+def test_truncation_cuts_text_and_changes_nothing_where_the_text_fits():
+    processor = make_processor()
+    inputs = {"images": noise_images(2), "text": ["<image>a", "<image>a blue triangle to the left"]}
+    whole = processor(**inputs)
+    fits = processor(**inputs, truncation=True, max_length=100)
+    assert fits.keys() == whole.keys() and all(torch.equal(fits[name], whole[name]) for name in whole)
+    cut = processor(**inputs, truncation=True, max_length=5)
+    assert cut["input_ids"].tolist()[1] == whole["input_ids"][1, :5].tolist()
+    labelled = processor(images=noise_images(1), suffix="a blue triangle", truncation=True, max_length=5)
+    assert labelled["input_ids"].shape == labelled["labels"].shape == (1, 5)
+    assert labelled["labels"][0, 3:].tolist() == labelled["input_ids"][0, 3:].tolist()
+
+
+def test_truncation_cuts_on_the_tokenizers_side():
+    processor = make_processor()
+    whole = processor(text="a blue triangle")["input_ids"][0].tolist()
+    processor.tokenizer.truncation_side = "left"
+    assert processor(text="a blue triangle", truncation=True, max_length=3)["input_ids"].tolist() == [whole[-3:]]
+    with pytest.raises(ValueError, match="`truncation` to 3 would cut placeholders"):
+        processor(images=noise_images(1), text="a blue triangle", truncation=True, max_length=3)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_offsets_point_into_the_text_that_was_given(padding_side):
+    processor = make_processor(bos=True)
+    texts = ["<image>left <video>right", "a <image>b<image> blue triangle"]
+    inputs = {"images": noise_images(3), "videos": noise_images(2), "text": texts, "padding_side": padding_side}
+    batch = processor(**inputs, return_offsets_mapping=True)
+    for text, ids, spans in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
+        for token_id, (start, end) in zip(ids.tolist(), spans.tolist(), strict=True):
+            token = processor.tokenizer.decode([token_id])
+            assert text[start:end] == ("" if token in ("<pad>", "<s>") else token)
+
+
+def test_text_replacement_offsets_name_the_placeholders_and_their_texts():
+    processor = make_processor(bos=True)
+    text = "<image>left <video>right"
+    batch = processor(
+        images=noise_images(1),
+        videos=noise_images(2),
+        text=text,
+        return_text_replacement_offsets=True,
+        return_offsets_mapping=True,
+    )
+    image, video = batch["text_replacement_offsets"][0]
+    assert (image["type"], image["span"], image["replacement"]) == ("image", (0, 7), "<image>" * 3)
+    assert (video["type"], video["span"], video["new_span"]) == ("video", (12, 19), (26, 47))
+    expanded = text.replace("<image>", "<image>" * 3).replace("<video>", "<video>" * 3)
+    spans = zip(batch["input_ids"][0].tolist(), batch["offset_mapping"][0].tolist(), strict=True)
+    tokens = [(processor.tokenizer.decode([token_id]), expanded[start:end]) for token_id, (start, end) in spans]
+    assert [pair for pair in tokens if pair[0] != pair[1]] == [("<s>", "")]
+
+
+GENERATION_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_the_assistant_mask_covers_the_assistants_turns(padding_side):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = GENERATION_TEMPLATE
+    processor = EVLGenProcessor(tiny_image_processor(), tokenizer, 3, end_of_text="<|im_end|>")
+    first, second, third = noise_images(3)
+    asked = [{"type": "image", "image": first}, {"type": "text", "text": "a?"}, {"type": "image", "image": second}]
+    long = conversation(asked, "a cat", [{"type": "image", "image": third}], "red")
+    short = conversation([{"type": "text", "text": "what?"}], "a blue circle")
+    batch = processor.apply_chat_template(
+        [long, short],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding_side": padding_side},
+    )
+    rows = zip(batch["input_ids"], batch["assistant_masks"], strict=True)
+    texts = [processor.tokenizer.decode(ids[mask.bool()]) for ids, mask in rows]
+    assert texts == ["a cat<|im_end|>red<|im_end|>", "a blue circle<|im_end|>"]
+    assert "offset_mapping" not in batch and "text_replacement_offsets" not in batch
+
+
+def test_placeholders_are_counted_without_images_as_with_them():
+    processor = make_processor()
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(40, 40), (9, 300)], video_sizes=[(2, 40, 40)])
+    assert (counts["num_image_tokens"], counts["num_image_patches"]) == ([3, 3], [1, 1])
+    assert counts["num_video_tokens"] == [3]
+    assert processor._get_num_multimodal_tokens(image_sizes=[(40, 40)])["num_video_tokens"] is None
+    assert processor._get_num_multimodal_tokens(image_sizes=[], do_resize=True)["num_image_tokens"] == []
+    batch = processor(
+        images=noise_images(1),
+        videos=[noise_images(2)],
+        text=["<image>a", "<video>"],
+        return_mm_token_type_ids=True,
+    )
+    assert batch["mm_token_type_ids"].tolist() == [[1, 1, 1, 0], [0, 2, 2, 2]]
+
+
+def test_the_processor_describes_its_videos():
+    processor = make_processor()
+    videos = processor.video_processor
+    batch = processor(videos=[noise_images(3), noise_images(2)])
+    assert set(videos.model_input_names) == batch.keys() - {"input_ids", "attention_mask"}
+    assert videos.size["height"] == batch["pixel_values_videos"].shape[-1]
+    assert not videos.do_sample_frames and videos.temporal_patch_size == 1
+    assert set(videos.valid_kwargs.__annotations__) > {"num_frames", "frame_sampling", "max_pixels"}
+
+
+def test_all_frames_are_kept_on_request():
+    processor = make_processor(num_frames=2)
+    assert processor(videos=noise_images(5))["pixel_values_videos"].shape[1] == 2
+    assert processor(videos=noise_images(5), do_sample_frames=False)["pixel_values_videos"].shape[1] == 5
+    assert processor(videos=noise_images(5), videos_kwargs={"num_frames": 3})["pixel_values_videos"].shape[1] == 3
