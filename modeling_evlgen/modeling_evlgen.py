@@ -526,12 +526,13 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
                 indices, or a mask of shape `(batch, sequence)`. With 0 it is all positions. The loss is that of these
                 positions; [`target_positions`] finds those with a target.
             kwargs:
-                Arguments of the language model (`cache`, `use_cache` …), and `num_items_in_batch` of the loss.
+                Arguments of the language model (`cache`, `use_cache` …), and of the loss: `num_items_in_batch`, and
+                `shift_labels`, the targets of all positions, instead of `labels`.
 
         Raises:
             ValueError: As [`EVLGenModel.forward`] does.
         """
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        num_items_in_batch, targets = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
         encoded = self._encode(pixel_values, pixel_values_videos, frame_mask, vision_features, mm_encoder_outputs)
         inputs = self._prepare_inputs(input_ids, inputs_embeds, encoded, position_ids, kwargs)
         keeps_all = "logits_to_keep" not in self._text_arguments
@@ -539,9 +540,10 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
             inputs["logits_to_keep"] = logits_to_keep
         outputs = self.language_model(attention_mask=attention_mask, return_dict=True, **inputs)
         loss = None
-        if labels is not None:
+        if labels is not None and targets is None:
             placeholder_ids = (self.config.image_token_id, self.config.video_token_id)
             targets = shift_labels(mask_labels(labels, placeholder_ids, attention_mask))  # (batch, sequence)
+        if targets is not None:
             loss = self.loss_function(
                 outputs.logits,
                 labels=None,

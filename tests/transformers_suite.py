@@ -1,11 +1,13 @@
 """Runs transformers' own common tests, of the installed version, on this repository's classes.
 
-    python -m pytest -n 0 tests/transformers_suite.py
+    python -m pytest -o addopts= tests/transformers_suite.py
 
 The tests come from transformers' source distribution on PyPI, which is fetched once. `pytest` does not collect this
-file by itself: it needs PyPI and the package `parameterized`.
+file by itself: it needs PyPI and the package `parameterized`. The distribution lacks the tests of generation and of
+export.
 """
 
+import importlib
 import subprocess
 import sys
 import tarfile
@@ -14,12 +16,15 @@ import types
 import unittest
 from pathlib import Path
 
+import torch
 import transformers
 from huggingface_hub import constants
 
+from configuration_evlgen import EVLGenConfig
+from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import noise_images, tiny_image_processor, tiny_tokenizer
+from .helpers import IMAGE_SIZE, TEXT_SIZES, VISION_CONFIGS, noise_images, tiny_image_processor, tiny_tokenizer
 
 _NO_VIDEO = "gives a text with <video> but no video: videos have no processor of their own that is saved"
 # Names of tests that cannot apply, with the reasons.
@@ -28,6 +33,20 @@ NOT_FOR_THE_PROCESSOR = {
     "test_processor_with_multiple_inputs": _NO_VIDEO,
     "test_replacement_offsets": _NO_VIDEO,
     "test_tokenizer_decode_defaults": "builds a processor without `num_image_tokens`, which only the model knows",
+}
+
+_FROZEN = "looks for gradients in the towers, which are frozen"
+_OPTIONAL = "`temporal` is None in an image model, and all parts become float32 in `_from_config`"
+_TOO_LONG = "gives a text longer than the language model's positions, which is refused"
+NOT_FOR_THE_MODEL = {
+    "test_model_rope_scaling_from_config_0_linear": _TOO_LONG,
+    "test_model_rope_scaling_from_config_1_dynamic": _TOO_LONG,
+    "test_model_rope_scaling_from_config_2_yarn": _TOO_LONG,
+    "test_training_gradient_checkpointing": _FROZEN,
+    "test_training_gradient_checkpointing_use_reentrant_false": _FROZEN,
+    "test_training_gradient_checkpointing_use_reentrant_true": _FROZEN,
+    "test_keep_in_fp32_modules_exist": _OPTIONAL,
+    "test_keep_in_fp32_modules_strict_also_hardcode_fp32": _OPTIONAL,
 }
 
 
@@ -76,6 +95,70 @@ def processor_suite(tests: Path) -> type[unittest.TestCase]:
     return ProcessorTest
 
 
+class ModelTester:
+    """Builds what the common tests of models need: a tiny configuration, and a batch of images and text."""
+
+    batch_size, seq_length, hidden_size, num_hidden_layers, num_attention_heads = 7, 24, 32, 2, 2
+    is_training = True
+
+    def get_config(self):
+        connector = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        # The tests draw ids at random. In a large vocabulary they hardly meet a placeholder.
+        sizes = {**TEXT_SIZES, "vocab_size": 10_000}
+        return EVLGenConfig(
+            vision_config=VISION_CONFIGS["clip"].to_dict(),
+            connector_config={**connector, **dropout, "merge_r": 3},
+            text_config=transformers.LlamaConfig(**sizes, intermediate_size=64, num_key_value_heads=1).to_dict(),
+            image_token_id=3,  # within the vocabulary, as in other models
+            video_token_id=4,
+        )
+
+    def prepare_config_and_inputs_for_common(self):
+        config = self.get_config()
+        input_ids = torch.randint(5, 300, (self.batch_size, self.seq_length))
+        input_ids[:, : config.num_image_tokens] = config.image_token_id
+        pixel_values = torch.rand(self.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
+        return config, {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values": pixel_values,
+        }
+
+
+def model_suite(tests: Path) -> type[unittest.TestCase]:
+    """The common tests of models."""
+    package = types.ModuleType("transformers_tests")
+    package.__path__ = [str(tests)]
+    sys.modules[package.__name__] = package
+    for name, mixin in (
+        ("exporters.test_export", "ExportTesterMixin"),
+        ("generation.test_utils", "GenerationTesterMixin"),
+    ):
+        for part in (name.split(".")[0], name):
+            sys.modules[f"transformers_tests.{part}"] = types.ModuleType(part)
+        setattr(sys.modules[f"transformers_tests.{name}"], mixin, type(mixin, (), {}))
+    common = importlib.import_module("transformers_tests.test_modeling_common")
+    # The tests look up what a class can do.
+    common.MODEL_MAPPING_NAMES["evlgen"] = EVLGenModel.__name__
+    common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["evlgen"] = EVLGenForConditionalGeneration.__name__
+
+    class ModelTest(common.ModelTesterMixin, unittest.TestCase):
+        all_model_classes = (EVLGenModel, EVLGenForConditionalGeneration)
+        all_generative_model_classes = ()
+        additional_model_inputs = ("pixel_values",)
+        _is_composite = True
+
+        def setUp(self):
+            self.model_tester = ModelTester()
+
+        def _video_features_prepare_config_and_inputs(self):
+            config, inputs = super()._video_features_prepare_config_and_inputs()
+            return config, {**inputs, "pixel_values_videos": inputs["pixel_values_videos"].unsqueeze(1)}  # one frame
+
+    return ModelTest
+
+
 def without(suite: type[unittest.TestCase], not_applicable: dict[str, str]) -> type[unittest.TestCase]:
     """The suite, in which tests that cannot apply are skipped with their reasons."""
     for name, reason in not_applicable.items():
@@ -85,3 +168,4 @@ def without(suite: type[unittest.TestCase], not_applicable: dict[str, str]) -> t
 
 TESTS = fetch_tests()
 ProcessorTest = without(processor_suite(TESTS), NOT_FOR_THE_PROCESSOR)
+ModelTest = without(model_suite(TESTS), NOT_FOR_THE_MODEL)
