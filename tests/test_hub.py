@@ -23,7 +23,7 @@ from .hub_server import HubServer
 USE_CHECKPOINT = """
 import json
 from PIL import Image
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoProcessor, pipeline
 
 name, image, again = {name!r}, Image.open({image!r}), {again!r}
 def caption(folder, auto_class):
@@ -34,13 +34,16 @@ def caption(folder, auto_class):
     return processor.batch_decode(new, skip_special_tokens=True)[0].strip(), model, processor
 
 answer, model, processor = caption(name, AutoModel)
-words = [answer, caption(name, AutoModelForImageTextToText)[0]]
+words = [answer, caption(name, AutoModelForImageTextToText)[0], caption(name, AutoModelForMultimodalLM)[0]]
 settings = dict(model=name, trust_remote_code=True)
 captioner = pipeline("image-to-text", **settings)
 words.append(captioner(image, prompt="what is it?", max_new_tokens=8, do_sample=False)[0]["generated_text"])
 chat = pipeline("image-text-to-text", **settings)
 generated = chat(images=image, text="<image>what is it?", max_new_tokens=8, generate_kwargs=dict(do_sample=False),
                  return_full_text=False)
+words.append(generated[0]["generated_text"].strip())
+generated = pipeline("any-to-any", **settings)(images=image, text="<image>what is it?", max_new_tokens=8,
+                                               generate_kwargs=dict(do_sample=False), return_full_text=False)
 words.append(generated[0]["generated_text"].strip())
 model.save_pretrained(again)
 processor.save_pretrained(again)
@@ -74,7 +77,7 @@ def last_line(output):
 def test_a_folder_works_without_this_repository(vision, tmp_path):
     *_, answer = checkpoint(tmp_path / "model", vision=vision)
     code = USE_CHECKPOINT.format(name="model", image=save_image(tmp_path), again="again")
-    assert last_line(run_clean(code, tmp_path)) == [answer] * 5
+    assert last_line(run_clean(code, tmp_path)) == [answer] * 7
     files = {path.name for path in (tmp_path / "again").iterdir()}
     assert {"model.safetensors", "modeling_evlgen.py", "token_merging.py", "pipeline_evlgen.py"} <= files
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
@@ -103,7 +106,7 @@ def test_a_repository_works_by_its_name(tmp_path):
         user = tmp_path / "user"
         user.mkdir()
         output = run_clean(code, user, hub.client_env(tmp_path / "user_home"))
-    assert last_line(output) == [answer] * 5
+    assert last_line(output) == [answer] * 7
 
 
 PIPELINE = """
