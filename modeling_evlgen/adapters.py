@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
 from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, cached_file
 
@@ -18,15 +17,9 @@ BASE_MODEL = "base_model.json"  # beside an adapter: fields of the model that it
 
 
 def find_adapter(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str | os.PathLike, str | None]:
-    """Finds out whether `from_pretrained` is to load an adapter.
+    """Returns the name of the model to load, and that of the adapter to put on it, or None.
 
-    Args:
-        name_or_path (`str` or `os.PathLike`): A folder or a repository's name.
-        kwargs: The other arguments of `from_pretrained`. For an adapter, `adapter_kwargs` are extended, and `revision`
-            and `subfolder`, which are the adapter's, are removed.
-
-    Returns:
-        The name of the model to load, and that of the adapter to put on it, or None.
+    In the `kwargs` of `from_pretrained`, `revision` and `subfolder` of an adapter move into `adapter_kwargs`.
 
     Raises:
         ValueError: If there is an adapter, but not its model.
@@ -64,27 +57,17 @@ def _find_base(base: str, adapter: str | os.PathLike) -> str:
 
 
 def save_base(config: EVLGenConfig, folder: str | os.PathLike) -> None:
-    """Writes a description of the model that an adapter was trained on into the adapter's folder.
-
-    Args:
-        config ([`EVLGenConfig`]): The model's configuration.
-        folder (`str` or `os.PathLike`): The adapter's folder.
-    """
+    """Writes a description of the model that an adapter was trained on into the adapter's folder."""
     Path(folder, BASE_MODEL).write_text(json.dumps(_describe(config), indent=2) + "\n", encoding="utf-8")
 
 
-def check_base(config: EVLGenConfig, adapter: str | os.PathLike, adapter_kwargs: dict[str, Any]) -> None:
+def check_base(config: EVLGenConfig, adapter: str | os.PathLike, kwargs: dict[str, Any]) -> None:
     """
-    Args:
-        config ([`EVLGenConfig`]): The configuration of the model that an adapter is to be put on.
-        adapter (`str` or `os.PathLike`): The adapter: a folder or a repository's name.
-        adapter_kwargs: `revision`, `token` … of the adapter's repository.
-
     Raises:
-        ValueError: If the model differs from the one that the adapter was trained on. The connector's weights may
-            differ, since the adapter has its own.
+        ValueError: If a model's configuration is not that of the model that an adapter was trained on. The connector's
+            weights may differ, since the adapter has its own.
     """
-    hub = {name: adapter_kwargs[name] for name in HUB_ARGUMENTS if name in adapter_kwargs}
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     path = cached_file(adapter, BASE_MODEL, _raise_exceptions_for_missing_entries=False, **hub)
     if path is None:  # saved by another script than ours
         return
@@ -106,9 +89,8 @@ def check_base(config: EVLGenConfig, adapter: str | os.PathLike, adapter_kwargs:
 def _describe(config: EVLGenConfig) -> dict[str, Any]:
     """The fields by which models are compared, as JSON holds them."""
     connector = config.connector_config
-    fields = type(connector).__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
     description = {f"{argument}_fingerprint": getattr(config, f"{argument}_fingerprint") for argument in TOWERS}
     description["temporal_contextualizer"] = config.temporal_contextualizer
     description["connector"] = connector.model_type
-    description |= {f"connector_config.{name}": getattr(connector, name) for name in sorted(fields)}
+    description |= {f"connector_config.{name}": getattr(connector, name) for name in sorted(connector.field_names())}
     return json.loads(json.dumps(description))

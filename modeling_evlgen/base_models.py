@@ -31,22 +31,15 @@ class BaseModel(NamedTuple):
 def load_tower(
     argument: str, load: Callable, model: str | os.PathLike | PreTrainedModel, kwargs: dict[str, Any]
 ) -> BaseModel:
-    """Loads a tower, unless it is loaded already.
-
-    Args:
-        argument: `"vision_model"` or `"text_model"`, for messages.
-        load: Called as `load(model, **kwargs)`.
-        model (`str`, `os.PathLike` or `PreTrainedModel`): A folder, a repository's name, or a loaded model.
-        kwargs: Arguments of `load`.
+    """Loads a tower with `load(model, **kwargs)`, unless `model` is loaded already.
 
     Raises:
-        ValueError: If the tower cannot be loaded, or cannot become part of a checkpoint.
+        ValueError: If the tower cannot be loaded, or cannot become part of a checkpoint; the message names `argument`.
     """
     hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
-    is_loaded = isinstance(model, PreTrainedModel)
-    tower = model if is_loaded else load_base_model(argument, load, model, kwargs)
+    tower = model if isinstance(model, PreTrainedModel) else load_base_model(argument, load, model, kwargs)
     check_tower(argument, tower)
-    if is_loaded:
+    if tower is model:
         # The user may have changed it since it was loaded, so its name does not bring it back.
         return BaseModel(tower, Identity(find_name(tower.name_or_path)[0]), False, hub)
     # `from_pretrained` also takes fields of the configuration, as in `text_rms_norm_eps=1e-5`.
@@ -89,16 +82,7 @@ def check_tower(argument: str, tower: PreTrainedModel) -> None:
 def load_connector(
     name_or_path: str | os.PathLike | None, connector_config: ConnectorConfig | dict | None, class_token: bool
 ) -> tuple[ConnectorConfig | dict, PreTrainedModel | None]:
-    """Settles the connector's configuration, and loads its weights if it starts from a BERT checkpoint.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`, *optional*): The BERT checkpoint, a folder or a repository's name.
-        connector_config ([`ConnectorConfig`] or `dict`, *optional*):
-            The configuration; or the fields in which it differs from the checkpoint's, or from the defaults.
-        class_token: Whether the vision tower's tokens start with a class token.
-
-    Returns:
-        The configuration, and the connector, or None if it starts afresh.
+    """Returns the connector's configuration; and the connector, if it starts from a BERT checkpoint.
 
     Raises:
         ValueError: If there is no such checkpoint, a field is unknown or out of range, or the connector cannot start
@@ -115,8 +99,8 @@ def load_connector(
     fields = connector_config if isinstance(connector_config, dict) else connector_config.to_dict()
     config_class = connector_config_class(fields)
     config_dict = load_base_model("connector_model", config_class.get_config_dict, name_or_path, {})[0]
-    known = config_class.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
-    config = config_class(**{name: value for name, value in {**config_dict, **fields}.items() if name in known})
+    known = {**config_dict, **fields}
+    config = config_class(**{name: known[name] for name in config_class.field_names() if name in known})
     connector = load_base_model("connector_model", load_bert_as_connector, name_or_path, {"config": config})
     return connector.config, connector
 
@@ -129,12 +113,7 @@ def configure(
     image_size: int | None,
     fields: dict[str, Any],
 ) -> tuple[EVLGenConfig, PreTrainedModel | None]:
-    """The configuration of a model, and the connector that it starts from, if any.
-
-    Args:
-        vision, text: The towers.
-        connector_model, connector_config, image_size: As in `from_vision_text_pretrained`.
-        fields: Fields of [`EVLGenConfig`] that the user sets.
+    """Returns the configuration of a model with some `fields` set, and the connector that it starts from, if any.
 
     Raises:
         ValueError: If the parts do not fit each other.
@@ -166,7 +145,7 @@ def configure(
 
 
 def placeholder_ids(text: BaseModel) -> tuple[int, int]:
-    """The ids that the processor gives to `<image>` and `<video>`: those that the tokenizer has, or the next ones."""
+    """The ids of `<image>` and `<video>` in the processor: those that the tokenizer has, or the next ones."""
     known, free = {}, text.tower.config.get_text_config().vocab_size
     if text.tower.name_or_path:
         try:
@@ -186,12 +165,9 @@ def identity_fields(argument: str, identity: Identity) -> dict[str, str | None]:
 
 
 def copy_config(tower: PreTrainedModel) -> PreTrainedConfig:
-    """A copy of a tower's configuration, which an EVLGenConfig may change, as it does the attention implementation.
-
-    Quantisation is left out: whoever loads the checkpoint chooses it anew.
-    """
+    """A copy of a tower's configuration, which an [`EVLGenConfig`] may change."""
     config = copy.deepcopy(tower.config)
-    if hasattr(config, "quantization_config"):
+    if hasattr(config, "quantization_config"):  # whoever loads the checkpoint chooses it anew
         del config.quantization_config
     return config
 
@@ -203,7 +179,7 @@ def build(
     text: BaseModel,
     connector: PreTrainedModel | None,
 ) -> PreTrainedModel:
-    """The model of a configuration with the towers' weights, and the connector's if it does not start afresh."""
+    """Builds the model of a configuration with the weights of the towers, and perhaps of a connector."""
     model = model_class(config, vision_tower=vision.tower, language_model=text.tower)
     if connector is not None:
         model.connector.load_state_dict(connector.state_dict())
@@ -219,9 +195,6 @@ def build(
 
 
 def pop_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Removes the arguments with a prefix from `kwargs`, and returns them without it.
-
-    Fields of the configuration stay, such as `vision_hidden_size`.
-    """
+    """Takes arguments with a prefix out of `kwargs`, except fields of the configuration (`vision_hidden_size` …)."""
     names = [name for name in kwargs if name.startswith(prefix) and name not in EVLGenConfig.__dataclass_fields__]
     return {name.removeprefix(prefix): kwargs.pop(name) for name in names}

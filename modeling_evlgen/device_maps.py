@@ -44,11 +44,7 @@ def memory_left(max_memory: dict[Any, int | str], tower: PreTrainedModel, traine
 
 
 def place_trained_parts(model: PreTrainedModel) -> None:
-    """Moves what is trained to the vision tower's device, and sets `model.hf_device_map` if a tower has one.
-
-    Args:
-        model: `EVLGenForConditionalGeneration`, whose towers have been placed.
-    """
+    """Moves what is trained to the vision tower's device, and sets `model.hf_device_map` if a tower has one."""
     device_map: dict[str, Any] = {}
     for name, part in model.named_children():
         if name not in TOWERS.values():

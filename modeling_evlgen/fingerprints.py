@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +22,11 @@ from transformers.utils import (
     WEIGHTS_NAME,
     cached_file,
     extract_commit_hash,
+    flatten_dict,
 )
 
-# The towers, and their configurations, by the arguments that name their base models.
+# The towers by the arguments that name their base models.
 TOWERS = {"vision_model": "vision_tower", "text_model": "language_model"}
-CONFIG_FIELDS = {"vision_model": "vision_config", "text_model": "text_config"}
 
 # Fields of a tower's configuration that do not change what it computes. Names with a leading underscore do not either.
 INERT_FIELDS = {"architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"}
@@ -58,10 +58,7 @@ def is_on_hub(name: str | None) -> bool:
 
 
 def find_name(name_or_path: str | os.PathLike | None) -> tuple[str | None, str | None]:
-    """The name of a base model: a folder's absolute path, or a repository, and its commit if that is known.
-
-    A snapshot's folder in the Hub's cache counts as its repository and commit.
-    """
+    """The absolute path of a base model's folder; or its repository and, for a snapshot in the cache, its commit."""
     if not name_or_path:
         return None, None
     if not os.path.isdir(name_or_path):
@@ -72,15 +69,7 @@ def find_name(name_or_path: str | os.PathLike | None) -> tuple[str | None, str |
 
 
 def identify(name_or_path: str | os.PathLike, **hub_arguments: Any) -> Identity:
-    """The identity of a base model that has just been loaded.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): The folder or the repository's name that it was loaded from.
-        hub_arguments: `revision`, `cache_dir` … of `from_pretrained`.
-
-    Returns:
-        [`Identity`], with the commit that was loaded from a repository, whichever branch or tag was named.
-    """
+    """The identity of a base model that has just been loaded, with its commit where a branch or tag was named."""
     name, commit = find_name(name_or_path)
     fingerprint = fingerprint_files(name_or_path, **hub_arguments)
     if not os.path.isdir(name_or_path):
@@ -90,16 +79,14 @@ def identify(name_or_path: str | os.PathLike, **hub_arguments: Any) -> Identity:
 
 
 def fingerprint_files(name_or_path: str | os.PathLike, **hub_arguments: Any) -> str | None:
-    """SHA-256 over the SHA-256 sums of a base model's weight files.
-
-    The Hub's cache names large files by their sum, so they are not read. A folder's files are.
+    """SHA-256 over the SHA-256 sums of a base model's weight files, in 64 hexadecimal digits.
 
     Args:
         name_or_path (`str` or `os.PathLike`): A folder, or the name of a repository whose weights are in the cache.
         hub_arguments: `revision`, `cache_dir` … of `from_pretrained`.
 
     Returns:
-        `str` of 64 hexadecimal digits; None if no weight files are found.
+        `str`, or None if no weight files are found.
     """
     arguments = {**hub_arguments, **_LOCAL}
     cache = Path(hub_arguments.get("cache_dir") or constants.HF_HUB_CACHE).resolve()
@@ -117,8 +104,8 @@ def fingerprint_files(name_or_path: str | os.PathLike, **hub_arguments: Any) -> 
 
 
 def _hash_file(path: str, cache: Path) -> str:
-    """SHA-256 of a file, which is the file's own name for `<cache>/models--<repository>/blobs/<sum>`."""
     blob = Path(path).resolve()
+    # The Hub's cache names large files by their sum, `models--<repository>/blobs/<sum>`, so they need not be read.
     # Anybody can link to a file with such a name from outside the cache.
     if blob.parts[:-3] == cache.parts and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
         return blob.name
@@ -136,7 +123,7 @@ def hash_weights(state_dict: Mapping[str, torch.Tensor]) -> str | None:
         state_dict: Tensors of any dtype and shape, by their names.
 
     Returns:
-        `str` of 64 hexadecimal digits; None where a tensor is on the meta device, and so has no values.
+        `str` of 64 hexadecimal digits; None if a tensor is on the meta device.
     """
     if any(tensor.is_meta for tensor in state_dict.values()):
         return None
@@ -151,24 +138,12 @@ def hash_weights(state_dict: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def compare_configs(found: PreTrainedConfig, wanted: PreTrainedConfig) -> list[str]:
-    """Lists the fields in which two configurations of a tower differ, except those that do not change its outputs.
-
-    Returns:
-        `list[str]`: a message for each field. A nested field is named by its path, `rope_parameters.rope_theta`.
-    """
-    found, wanted = (dict(_flatten(json.loads(c.to_json_string(use_diff=False)))) for c in (found, wanted))
+    """A message for each field in which two configurations of a tower differ and that may change its outputs."""
+    # A nested field is named by its path, as in `rope_parameters.rope_theta`.
+    found, wanted = (flatten_dict(json.loads(c.to_json_string(use_diff=False))) for c in (found, wanted))
     names = sorted(name for name in found | wanted if found.get(name) != wanted.get(name))
-    return [f"`{name}` is {found.get(name)!r}, not {wanted.get(name)!r}" for name in names]
-
-
-def _flatten(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in fields.items():
-        if name in INERT_FIELDS or name.startswith("_"):
-            continue
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    inert = {name for name in names for part in name.split(".") if part in INERT_FIELDS or part.startswith("_")}
+    return [f"`{name}` is {found.get(name)!r}, not {wanted.get(name)!r}" for name in names if name not in inert]
 
 
 def remember_tower(model: PreTrainedModel, tower: str) -> None:

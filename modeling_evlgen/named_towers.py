@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,10 +13,10 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from configuration_evlgen import EVLGenConfig
 
-from .adapters import HUB_ARGUMENTS, check_base
+from .adapters import HUB_ARGUMENTS
 from .base_models import copy_config, identity_fields, load_base_model
 from .device_maps import memory_left, place_trained_parts, select_part
-from .fingerprints import CONFIG_FIELDS, TOWERS, compare_configs, hash_weights, identify, is_on_hub, remember_tower
+from .fingerprints import TOWERS, compare_configs, hash_weights, identify, is_on_hub, remember_tower
 from .vision_tower import load_vision_tower
 
 logger = logging.get_logger(__name__)
@@ -24,8 +24,8 @@ logger = logging.get_logger(__name__)
 # Arguments of `from_pretrained` for the towers. Any others are mistakes.
 _LOADING_ARGUMENTS = {"dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_buffers"}
 _LOADING_ARGUMENTS |= {"attn_implementation", "quantization_config", "low_cpu_mem_usage"}
-# Arguments that transformers' Auto classes and pipelines add, without a meaning here.
-_IGNORED_ARGUMENTS = {"_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision"}
+# Arguments that transformers' Auto classes and pipelines add, without a meaning here. `config` has been read by then.
+_IGNORED_ARGUMENTS = {"_commit_hash", "_from_auto", "_from_pipeline", "code_revision", "config"}
 _IGNORED_ARGUMENTS |= {"trust_remote_code", "use_safetensors", "weights_only"}
 
 
@@ -35,9 +35,9 @@ def choose_towers(
     """Decides whether a checkpoint holds the towers: `"include"` or `"reference"`; see `save_pretrained`.
 
     Args:
-        model: `EVLGenForConditionalGeneration`.
-        requested: `save_pretrained`'s argument `towers`.
-        weights: The model's weights, where it holds only a share of them itself, as under FSDP.
+        model ([`EVLGenForConditionalGeneration`]): The model.
+        requested (`str`, *optional*): `save_pretrained`'s argument `towers`.
+        weights (*optional*): The model's weights, if it holds only a share of them itself, as under FSDP.
 
     Raises:
         ValueError: If `requested` is neither of the two, or cannot be done.
@@ -81,7 +81,7 @@ def leave_out_towers(model: PreTrainedModel, leave_out: bool) -> None:
 
 
 def allow_missing_towers(model: PreTrainedModel, keys: _IncompatibleKeys) -> None:
-    """Hook of `load_state_dict`: weights without any of the towers' are complete, as those of such checkpoints."""
+    """Hook of `load_state_dict`: weights without any tower are complete."""
     missing = {name for name in keys.missing_keys if _is_towers(name)}
     # Parameters alone: a BatchNorm that was saved by an old PyTorch may lack a buffer.
     if missing >= {name for name, _ in model.named_parameters() if _is_towers(name)}:
@@ -92,67 +92,47 @@ def _is_towers(name: str) -> bool:
     return name.split(".")[0] in TOWERS.values()
 
 
-class Reference(NamedTuple):
-    """A checkpoint that names its towers, and an adapter for it, if any."""
+def read_config(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> EVLGenConfig:
+    """Reads the configuration of a checkpoint, or takes that in the `kwargs` of `from_pretrained`.
 
-    name_or_path: str | os.PathLike
-    config: EVLGenConfig
-    hub_arguments: dict[str, Any]
-    adapter: str | None
-    adapter_kwargs: dict[str, Any]
-
-
-def find_reference(name_or_path: str | os.PathLike, adapter: str | None, kwargs: dict[str, Any]) -> Reference | None:
-    """Finds out whether a checkpoint names its towers instead of holding them.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): The checkpoint.
-        adapter (`str`, *optional*): The adapter to be put on it.
-        kwargs: The other arguments of `from_pretrained`. Those that the reference takes over are removed.
+    If the checkpoint names its towers, fields of the configuration move there from `kwargs`.
 
     Raises:
-        ValueError: If the checkpoint has no configuration, or the adapter is for another model.
+        ValueError: If the checkpoint has no configuration.
     """
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    adapter_kwargs = dict(kwargs.get("adapter_kwargs") or {})
     config, changes = kwargs.get("config"), {}
-    if not isinstance(config, PreTrainedConfig):  # of this or another copy of the code
-        config_dict, _ = EVLGenConfig.get_config_dict(name_or_path if config is None else config, **hub)
-        if config_dict.get("towers") == "reference":
-            fields = EVLGenConfig.__dataclass_fields__.keys() - {"dtype"}  # which is the towers' here
-            changes = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
-        for argument in TOWERS:  # another repository does not have the commit
-            if f"{argument}_name_or_path" in changes:
-                changes.setdefault(f"{argument}_revision", None)
-        config = EVLGenConfig.from_dict(config_dict, **changes)
-    if adapter is not None:
-        check_base(config, adapter, {**hub, **adapter_kwargs})
-    if config.towers != "reference":
-        return None
-    for name in ("config", *hub, *_IGNORED_ARGUMENTS):
-        kwargs.pop(name, None)
-    adapter_kwargs.pop("_adapter_model_path", None)
-    return Reference(name_or_path, config, hub, adapter, adapter_kwargs)
+    if isinstance(config, PreTrainedConfig):  # of this or another copy of the code
+        return config
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    config_dict, _ = EVLGenConfig.get_config_dict(name_or_path if config is None else config, **hub)
+    if config_dict.get("towers") == "reference":
+        fields = EVLGenConfig.__dataclass_fields__.keys() - {"dtype"}  # which is the towers' here
+        changes = {name: kwargs.pop(name) for name in fields & kwargs.keys()}
+    for argument in TOWERS:  # another repository does not have the commit
+        if f"{argument}_name_or_path" in changes:
+            changes.setdefault(f"{argument}_revision", None)
+    return EVLGenConfig.from_dict(config_dict, **changes)
 
 
-def load_reference(
-    model_class: type[PreTrainedModel], reference: Reference, kwargs: dict[str, Any]
+def load_with_named_towers(
+    model_class: type[PreTrainedModel],
+    name_or_path: str | os.PathLike,
+    config: EVLGenConfig,
+    adapter: str | None,
+    kwargs: dict[str, Any],
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
-    """Builds a model from a checkpoint and the base models that it names.
+    """Builds a model from a checkpoint, the base models that it names, and perhaps an adapter.
 
-    Args:
-        model_class: `EVLGenForConditionalGeneration`, of this or of another copy of the code.
-        reference: The checkpoint.
-        kwargs: The other arguments of `from_pretrained`.
-
-    Returns:
-        The model, in evaluation mode; with `output_loading_info`, also the keys that were missing or unexpected.
+    `kwargs` are the other arguments of `from_pretrained`.
 
     Raises:
         ValueError: If a base model cannot be loaded, or is not the one that the model was trained on.
         TypeError: If there are arguments without a meaning for such a checkpoint.
     """
-    name_or_path, config, hub, adapter, adapter_kwargs = reference
+    kwargs = {name: value for name, value in kwargs.items() if name not in _IGNORED_ARGUMENTS}
+    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+    adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+    adapter_kwargs.pop("_adapter_model_path", None)
     wants_info = kwargs.pop("output_loading_info", False)
     unknown = sorted(kwargs.keys() - _LOADING_ARGUMENTS)
     if unknown:
@@ -196,22 +176,12 @@ def _load_weights(name_or_path: str | os.PathLike, hub: dict[str, Any]) -> dict[
 def _load_towers(
     model_class: type[PreTrainedModel], config: EVLGenConfig, kwargs: dict[str, Any], trained_bytes: int
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Loads the vision tower, and the language model into the memory that is left.
-
-    Args:
-        model_class, config: As in [`load_reference`].
-        kwargs: Arguments of `from_pretrained`, with which both towers are loaded.
-        trained_bytes: What the weights that are trained will take.
-    """
-    kwargs = dict(kwargs)
+    """Loads the vision tower, and the language model into the memory that it and the trained weights leave."""
     dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
     kwargs["dtype"] = config.dtype if dtype in (None, "auto") else dtype
-    quantization_config = kwargs.pop("quantization_config", None)
-    vision_tower = _load_tower("vision_model", load_vision_tower, config, kwargs)
+    vision_tower = _load_tower("vision_model", load_vision_tower, config, {**kwargs, "quantization_config": None})
     if kwargs.get("max_memory") is not None:
         kwargs["max_memory"] = memory_left(kwargs["max_memory"], vision_tower, trained_bytes)
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
     return vision_tower, _load_tower("text_model", model_class.load_language_model, config, kwargs)
 
 
@@ -228,7 +198,7 @@ def _load_tower(argument: str, load: Callable, config: EVLGenConfig, kwargs: dic
     tower = load_base_model(f"{argument}_name_or_path", load, name, kwargs)
     found = identify(name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
     if getattr(config, f"{argument}_fingerprint") is None:  # any tower will do
-        setattr(config, CONFIG_FIELDS[argument], copy_config(tower))
+        setattr(config, argument.replace("model", "config"), copy_config(tower))
     else:
         _check_tower(argument, tower, found.fingerprint, config)
     for field, value in identity_fields(argument, found).items():  # with the commit, where a branch was named
@@ -244,7 +214,7 @@ def _check_tower(argument: str, tower: PreTrainedModel, fingerprint: str | None,
     name, revision, wanted = (
         getattr(config, f"{argument}_{field}") for field in ("name_or_path", "revision", "fingerprint")
     )
-    changes = compare_configs(tower.config, getattr(config, CONFIG_FIELDS[argument]))
+    changes = compare_configs(tower.config, getattr(config, argument.replace("model", "config")))
     if fingerprint != wanted:
         changes.insert(0, f"the fingerprint of its weights is {fingerprint}, not {wanted}")
     if changes:

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -13,10 +14,10 @@ from transformers.utils import ADAPTER_CONFIG_NAME, logging
 from configuration_evlgen import EVLGenConfig
 from configuration_evlgen.configuration_connectors import ConnectorConfig
 
-from .adapters import find_adapter
+from .adapters import check_base, find_adapter
 from .base_models import build, configure, load_tower, pop_prefixed
 from .fingerprints import TOWERS
-from .named_towers import choose_towers, find_reference, leave_out_towers, load_reference
+from .named_towers import choose_towers, leave_out_towers, load_with_named_towers, read_config
 from .quantization import hand_over_quantizer, quantize_only_language_model
 from .vision_tower import load_vision_tower
 
@@ -117,13 +118,15 @@ class TowerCheckpointMixin:
                 adapter is for another model. If there is no configuration.
             OSError: If there is no such checkpoint, or its files are damaged.
         """
-        reference, name_or_path = None, pretrained_model_name_or_path
+        config, name_or_path = None, pretrained_model_name_or_path
         if name_or_path is not None:
             name_or_path, adapter = find_adapter(name_or_path, kwargs)
-            reference = find_reference(name_or_path, adapter, kwargs)
+            config = read_config(name_or_path, kwargs)
+            if adapter is not None:
+                check_base(config, adapter, {**kwargs, **(kwargs.get("adapter_kwargs") or {})})
         try:
-            if reference is not None:
-                return load_reference(cls, reference, kwargs)
+            if config is not None and config.towers == "reference":
+                return load_with_named_towers(cls, name_or_path, config, adapter, kwargs)
             loaded = super().from_pretrained(name_or_path, *args, **quantize_only_language_model(kwargs))
         except SafetensorError as error:
             raise OSError(f"The weights in {str(name_or_path)!r} cannot be read: {error}") from error
@@ -185,10 +188,8 @@ def check_disk_space(save_directory: str | os.PathLike, needed: int) -> None:
     Raises:
         OSError: If fewer than `needed` bytes are free where `save_directory` is, or will be.
     """
-    folder = os.path.abspath(save_directory)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    free = shutil.disk_usage(folder).free
+    folder = Path(save_directory).absolute()
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
     if needed > free:
         message = f"The checkpoint needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
         raise OSError(errno.ENOSPC, message, str(save_directory))
