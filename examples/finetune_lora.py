@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,43 +30,26 @@ class LoraArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the adapters."})
 
 
-def target_modules(model: EVLGenForConditionalGeneration, lora: str) -> str:
-    """Returns a regular expression for the names of all linear layers inside the numbered blocks of the towers.
+def target_modules(model: EVLGenForConditionalGeneration, lora: str) -> list[str]:
+    """Names all linear layers inside the numbered blocks of the towers. Adapters go there.
 
-    Adapters go there. Heads, poolers and embeddings lie outside the blocks. A mixture's experts get no adapter where
-    transformers keeps them as one tensor.
+    Heads, poolers and embeddings lie outside the blocks. A mixture's experts get no adapter where transformers keeps
+    them as one tensor.
 
     Raises:
         ValueError: If a tower has no such layers.
     """
-    expressions = []
-    for name in TOWERS[lora]:
-        tower = getattr(model, name)
-        layers = _linear_layers_of_blocks(tower)
+    names = []
+    for tower in TOWERS[lora]:
+        modules = getattr(model, tower).named_modules(prefix=tower)
+        layers = [name for name, module in modules if isinstance(module, LINEAR) and re.search(r"\.\d+\.", name)]
         if not layers:
             raise ValueError(
-                f"`lora` is {lora!r}, but the {name.replace('_', ' ')} ({tower.config.model_type!r}) has no linear "
-                "layers inside numbered blocks. An adapter needs such layers."
+                f"`lora` is {lora!r}, but the {tower.replace('_', ' ')} ({getattr(model, tower).config.model_type!r}) "
+                "has no linear layers inside numbered blocks. An adapter needs such layers."
             )
-        expressions += [rf"{name}\.{layer}" for layer in layers]
-    return "|".join(expressions)
-
-
-def _linear_layers_of_blocks(tower: nn.Module) -> list[str]:
-    """Returns regular expressions for the names of all linear layers below a number, e.g. `layers\\.\\d+\\.fc1`."""
-    groups: dict[str, dict[str, bool]] = defaultdict(dict)  # expression -> name -> is it linear?
-    for name, module in tower.named_modules():
-        *above, _ = parts = name.split(".")
-        if any(part.isdigit() for part in above):
-            expression = r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in parts)
-            groups[expression][name] = isinstance(module, LINEAR)
-    expressions = []
-    for expression, linear in groups.items():
-        if all(linear.values()):
-            expressions.append(expression)
-        else:  # the blocks differ: another one has another module under that name
-            expressions += [re.escape(name) for name, is_linear in linear.items() if is_linear]
-    return expressions
+        names += layers
+    return names
 
 
 def add_lora(model: EVLGenForConditionalGeneration, arguments: LoraArguments) -> PeftModel:
