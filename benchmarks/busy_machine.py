@@ -20,8 +20,7 @@ from unittest import mock
 
 from configuration_evlgen import EVLGenConfig
 
-from .markdown import markdown_table
-from .timing import argument_parser, take_turns
+from .timing import argument_parser, markdown_table, take_turns
 from .training_step import SIZES, Step, build, parts_of_a_step
 
 SETTINGS = {
@@ -31,31 +30,29 @@ SETTINGS = {
     "OMP_DYNAMIC=true": {"OMP_DYNAMIC": "true"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
+OTHERS = (0, 1, 2, 4)  # numbers of other processes
 _steps: list[Step] = []  # of a process that `remote_step` has started
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argument_parser(__doc__, rounds=5)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), help="Settings to compare.")
-    parser.add_argument("--others", type=int, nargs="+", default=[0, 1, 2, 4], help="Numbers of other processes.")
-    args = parser.parse_args(arguments)
-    compare(SIZES["demo"]["EVLGen, front-loaded"], args.settings, args.others, args.rounds)
+    compare(SIZES["demo"]["EVLGen, front-loaded"], argument_parser(__doc__, rounds=5).parse_args(arguments).rounds)
 
 
-def compare(config: EVLGenConfig, settings: list[str], others: list[int], rounds: int) -> None:
+def compare(config: EVLGenConfig, rounds: int) -> None:
     """Prints the median seconds of a step beside each number of other processes, also relative to the first row."""
     with ExitStack() as stack:
-        steps = {setting: stack.enter_context(remote_step(config, SETTINGS[setting])) for setting in settings}
+        steps = {setting: stack.enter_context(remote_step(config, SETTINGS[setting])) for setting in SETTINGS}
         columns = []  # seconds by setting, for each number of other processes
-        for count in others:
+        for count in OTHERS:
             with busy_processes(count):
                 columns.append(take_turns(steps, rounds))
+    first = next(iter(SETTINGS))
     print(f"{os.cpu_count()} cores; seconds of a step (relative to the first row)\n")
     rows = [
-        [setting, *(f"{seconds[setting]:.2f} ({seconds[setting] / seconds[settings[0]]:.2f})" for seconds in columns)]
-        for setting in settings
+        [setting, *(f"{seconds[setting]:.2f} ({seconds[setting] / seconds[first]:.2f})" for seconds in columns)]
+        for setting in SETTINGS
     ]
-    print(markdown_table(["setting", *(f"{count} other processes" for count in others)], rows))
+    print(markdown_table(["setting", *(f"{count} other processes" for count in OTHERS)], rows))
 
 
 @contextmanager

@@ -5,9 +5,7 @@
 Data, connector, language model and recipe are the demo's, with batches of 16. A step from images decodes and resizes
 them and runs the tower. A step from cached features reads these from disk. Both take turns, and medians are printed.
 
-Two more figures are printed. The losses of the same images differ slightly: cached features are computed in float32
-and kept in float16, but a step under bfloat16 autocast computes them in bfloat16. The share of padding bounds what
-packed captions or batches of similar lengths could save.
+The share of padding is printed as well. It bounds what packed captions or batches of similar lengths could save.
 """
 
 import tempfile
@@ -26,8 +24,7 @@ from common.data.loading import load_datasets
 from common.models import build_model
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .markdown import markdown_table
-from .timing import argument_parser, take_turns
+from .timing import argument_parser, markdown_table, take_turns
 from .training_step import training_step
 
 VIT_S = ViTConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6)
@@ -57,17 +54,13 @@ def prepare(argv: list[str]) -> tuple[EVLGenForConditionalGeneration, dict[str, 
 
 
 def compare(model: EVLGenForConditionalGeneration, loaders: dict[str, DataLoader], rounds: int) -> None:
-    """Prints times relative to a step from images, losses before the first step, and the share of padding."""
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = {name: model(**next(iter(batches))).loss for name, batches in loaders.items()}
+    """Prints times relative to a step from images, and the share of padding."""
     # Batches without end, made anew in each epoch.
     steps = {name: training_step(model, chain.from_iterable(repeat(batches))) for name, batches in loaders.items()}
     seconds = take_turns(steps, rounds)
-    rows = []
-    for name, value in seconds.items():
-        ratio = value / seconds["images"]
-        rows.append([name, f"{ratio:.2f}", f"{1 / ratio:.2f} x", f"{losses[name]:.4f}"])
-    print(markdown_table(["a step from", "time", "images/s", "loss"], rows))
+    ratios = {name: value / seconds["images"] for name, value in seconds.items()}
+    rows = [[name, f"{ratio:.2f}", f"{1 / ratio:.2f} x"] for name, ratio in ratios.items()]
+    print(markdown_table(["a step from", "time", "images/s"], rows))
     not_padding = torch.cat([batch["attention_mask"].flatten() for batch in loaders["cached features"]])
     print(f"\n{1 - not_padding.double().mean():.1%} of the tokens are padding.")
 

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from modeling_evlgen.vision_tower import build_vision_tower, extract_vision_tokens
 
-from .markdown import markdown_table
-from .timing import argument_parser, take_turns
+from .timing import argument_parser, markdown_table, take_turns
 from .training_step import LITE0
 
 

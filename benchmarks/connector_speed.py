@@ -17,8 +17,7 @@ from configuration_evlgen import TomeFormerConfig
 from modeling_evlgen import TomeFormerModel
 from modeling_evlgen.token_merging import bipartite_soft_matching
 
-from .markdown import markdown_table
-from .timing import argument_parser, count_flops, take_turns
+from .timing import argument_parser, count_flops, markdown_table, take_turns
 
 VISION_DIM = 1408
 BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}

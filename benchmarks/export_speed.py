@@ -17,8 +17,7 @@ from export import PIXELS, SoftPrompt, convert_to_onnx, example_pixels, export_g
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .markdown import markdown_table
-from .timing import argument_parser, take_turns
+from .timing import argument_parser, markdown_table, take_turns
 
 
 def start_onnxruntime(program: torch.export.ExportedProgram) -> onnxruntime.InferenceSession:

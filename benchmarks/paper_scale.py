@@ -2,9 +2,9 @@
 
     python -m benchmarks.paper_scale
 
-prints the tables of docs/paper_scale.md.
+prints the tables of docs/paper_scale.md, and that of the recipe for one GPU, examples/configs/one-gpu.yaml.
 
-The model is that of `EVLGenConfig()`, on fake tensors: they have a shape and a dtype, but no content. A training step
+The paper's model is that of `EVLGenConfig()`, on fake tensors: they have a shape and a dtype, but no content. A training step
 runs all operations of its forward and backward pass in seconds and needs no memory. Its floating-point operations and
 living bytes are counted.
 """
@@ -12,9 +12,11 @@ living bytes are counted.
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .markdown import markdown_table
+from .timing import markdown_table
 
 # Jian et al., ACL 2024, section 4: image-text pairs, pairs per step, GPUs (A100-80G), and hours by number of steps.
 PAIRS, BATCH, GPUS = 104_000_000, 1600, 8
@@ -35,6 +37,15 @@ CAPTION_TOKENS = 32
 PEAK = 312e12  # dense bfloat16 operations per second of an A100, as its maker states
 UTILIZATION = 0.4
 MICRO_BATCHES = (50, 200)  # on each of 8 GPUs, with 4 steps of accumulation as in the recipe, or with none
+
+ONE_GPU_RECIPE = Path(__file__).parents[1] / "examples" / "configs" / "one-gpu.yaml"
+ONE_GPU_PEAK = 165e12  # the same of an RTX 4090
+ONE_GPU_PRICE = 0.4  # US dollars per hour of a rented one
+# The sizes of google/siglip2-so400m-patch14-224 and HuggingFaceTB/SmolLM2-360M-Instruct, as published.
+SIGLIP2_SO400M = {"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304}
+SIGLIP2_SO400M |= {"num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 224, "patch_size": 14}
+SMOLLM2_360M = {"model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32}
+SMOLLM2_360M |= {"num_attention_heads": 15, "num_key_value_heads": 5, "vocab_size": 49152, "tie_word_embeddings": True}
 
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -181,9 +192,9 @@ def plan_memory(model: EVLGenForConditionalGeneration, gpus: int) -> dict[str, t
     }
 
 
-def gpu_hours(flops: float) -> float:
+def gpu_hours(flops: float, peak: float = PEAK) -> float:
     """Hours of one GPU at the assumed utilization."""
-    return flops / (PEAK * UTILIZATION) / 3600
+    return flops / (peak * UTILIZATION) / 3600
 
 
 def parameters_table(model: EVLGenForConditionalGeneration) -> str:
@@ -244,11 +255,35 @@ def features_table(model: EVLGenForConditionalGeneration, tower_flops: float) ->
     return markdown_table(["cached features", ""], rows)
 
 
+def one_gpu_table() -> str:
+    recipe = yaml.safe_load(ONE_GPU_RECIPE.read_text(encoding="utf-8"))
+    towers = {"vision_config": SIGLIP2_SO400M, "text_config": SMOLLM2_360M}
+    model = build(EVLGenConfig(**towers, connector_config=recipe["connector_config"]))
+    micro_batch = recipe["per_device_train_batch_size"]
+    pairs = micro_batch * recipe["gradient_accumulation_steps"] * recipe["max_steps"]
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    flops = count_flops(model, CAPTION_TOKENS)
+    per_pair, tower = sum(flops.values()), flops["vision tower, forward"]
+    hours = gpu_hours(per_pair * pairs, ONE_GPU_PEAK)
+    # Weights, gradients and AdamW's two moments. One process has no second copy of the gradients, as DDP has.
+    memory = nbytes(model.parameters()) + 3 * 4 * trained + peak_activations(model, CAPTION_TOKENS, micro_batch)
+    rows = [
+        ["parameters; trained of them", f"{model.num_parameters() / 1e6:.0f} M; {trained / 1e6:.1f} M"],
+        ["GFLOP for each pair; of them the vision tower", f"{per_pair / 1e9:.0f}; {tower / 1e9:.0f}"],
+        ["pairs", f"{pairs / 1e6:.2f} M"],
+        ["hours", f"{hours:.1f}"],
+        ["cost", f"{hours * ONE_GPU_PRICE:.1f} US dollars"],
+        ["GPU memory", f"{memory / 1e9:.0f} GB"],
+        ["images to decode", f"{pairs / hours / 3600:.0f} per second"],
+    ]
+    return markdown_table(["one GPU", ""], rows)
+
+
 def main() -> None:
     model = build(EVLGenConfig())
     flops = count_flops(model, CAPTION_TOKENS)
     print(parameters_table(model), arithmetic_table(flops), hours_table(sum(flops.values())), sep="\n\n")
-    print(f"\n{memory_table(model)}\n\n{features_table(model, flops['vision tower, forward'])}")
+    print(f"\n{memory_table(model)}\n\n{features_table(model, flops['vision tower, forward'])}\n\n{one_gpu_table()}")
 
 
 if __name__ == "__main__":

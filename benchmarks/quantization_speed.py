@@ -15,8 +15,7 @@ from finetune_lora import quantization_config
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .markdown import markdown_table
-from .timing import argument_parser, take_turns
+from .timing import argument_parser, markdown_table, take_turns
 from .training_step import SIZES, build, generation, parts_of_a_step
 
 CANDIDATES: dict[str, dict[str, Any]] = {

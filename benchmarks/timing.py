@@ -1,10 +1,10 @@
-"""Measures candidates: seconds, operations and peak memory."""
+"""Measures candidates (seconds, operations and peak memory) and prints tables for README and docs."""
 
 import argparse
 import random
 import resource
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -63,3 +63,9 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def peak_megabytes() -> float:
     """The most memory that this process has held so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def markdown_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows)]
+    lines.insert(1, f"{'|---' * len(header)}|")
+    return "\n".join(lines)

@@ -21,8 +21,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, TimmWrapperConfig
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 
-from .markdown import markdown_table
-from .timing import argument_parser, count_flops, in_new_process, peak_megabytes, take_turns
+from .timing import argument_parser, count_flops, in_new_process, markdown_table, peak_megabytes, take_turns
 
 BATCH, PROMPT, CAPTION = 16, 10, 10
 BEAMS, GENERATION_BATCH = 5, 8

@@ -15,8 +15,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .markdown import markdown_table
-from .timing import argument_parser, in_new_process, measure, peak_megabytes
+from .timing import argument_parser, in_new_process, markdown_table, measure, peak_megabytes
 
 VIT_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
 TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

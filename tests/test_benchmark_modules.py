@@ -20,7 +20,7 @@ from benchmarks import (
     training_step,
     video_speed,
 )
-from benchmarks.markdown import markdown_table
+from benchmarks.timing import markdown_table
 
 from .helpers import save_image_folder, save_towers, tiny_model, tiny_processor
 
@@ -184,7 +184,6 @@ def test_steps_from_cached_features_are_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cached_features, "MERGE_R", 3)
     cached_features.main(["--rounds", "1"])
     out = capsys.readouterr().out
-    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) x \| ([\d.]+) \|$", out, re.MULTILINE)
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) x \|$", out, re.MULTILINE)
     assert [name for name, *_ in rows] == ["images", "cached features"] and rows[0][1] == "1.00"
-    assert float(rows[0][3]) == pytest.approx(float(rows[1][3]), rel=0.01)  # bfloat16 features against float16 ones
     assert re.search(r"^\d+\.\d% of the tokens are padding\.$", out, re.MULTILINE)

@@ -45,11 +45,13 @@ def test_users_choose_how_threads_wait():
     assert spin_count("pretrain", OMP_WAIT_POLICY="ACTIVE") == "None"
 
 
-def test_steps_beside_busy_processes_are_measured(capsys):
+def test_steps_beside_busy_processes_are_measured(monkeypatch, capsys):
     config = EVLGenConfig(
         vision_config=VISION_CONFIGS["clip"],
         text_config=TEXT_CONFIGS["llama"],
         connector_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "merge_r": 3},
     )
-    busy_machine.compare(config, ["OMP_NUM_THREADS=1"], others=[0, 1], rounds=1)
+    monkeypatch.setattr(busy_machine, "SETTINGS", {"OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"}})
+    monkeypatch.setattr(busy_machine, "OTHERS", (0, 1))
+    busy_machine.compare(config, rounds=1)
     assert re.search(r"\| OMP_NUM_THREADS=1 \| [\d.]+ \(1\.00\) \| [\d.]+ \(1\.00\) \|", capsys.readouterr().out)

@@ -13,7 +13,6 @@ processes slow all methods alike. The vision tower's time is not included, as it
 """
 
 import argparse
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,6 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="Regular expression. Trains only the runs whose name matches.")
     parser.add_argument("--list", action="store_true", help="Show all runs and which of them are done.")
     parser.add_argument("--time", action="store_true", help="Time a step of each method, side by side.")
     parser.add_argument("--draw", action="store_true", help="Draw and print the finished runs.")
@@ -45,13 +43,13 @@ def main(argv: list[str] | None = None) -> None:
             chosen = [replace(best(name) or short_run(name, 1e-3), dataset=dataset) for name in METHODS]
             append({"timing": dataset, **time_steps(chosen)})
     elif not arguments.draw:
-        train_all(arguments.only)
+        train_all()
     report()
 
 
-def train_all(only: str) -> None:
-    """Trains the runs whose name matches `only`. The plan grows as runs finish, here or in another process."""
-    while pending := [run for run in plan() if re.search(only, run.name) and load(run) is None]:
+def train_all() -> None:
+    """Trains all runs. The plan grows as they finish, here or in another process."""
+    while pending := [run for run in plan() if load(run) is None]:
         if not any(train_unless_busy(run) for run in pending):
             time.sleep(30)
 

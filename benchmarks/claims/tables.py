@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from ..markdown import markdown_table
+from ..timing import markdown_table
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
