@@ -243,7 +243,7 @@ def test_vision_tower_gives_the_features_of_the_trained_classifier(tower, scenes
 
 def test_vision_weights_are_those_trained_on_imagenet():
     # Drawn full-size on white, the umbrella is one that a classifier of photographs knows as well (class 879).
-    drawing = demo_scenes._rasterise("umbrella")
+    drawing = demo_scenes.rasterise("umbrella")
     canvas = Image.new("RGB", (224, 224), "white")
     canvas.paste(drawing, tuple((224 - side) // 2 for side in drawing.size), mask=drawing)
     pixel_values = torch.tensor(list(canvas.tobytes())).view(1, 224, 224, 3).permute(0, 3, 1, 2) / 127.5 - 1

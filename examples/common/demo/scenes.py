@@ -102,7 +102,7 @@ def draw_scene(first: str, second: str, axis: int, rng: np.random.Generator) -> 
     # Pale, because the drawings have black outlines and many are dark.
     scene = Image.new("RGB", (SCENE_SIZE, SCENE_SIZE), tuple(rng.integers(215, 256, size=3).tolist()))
     for half, concept in enumerate((first, second)):
-        drawing = _rasterise(concept)
+        drawing = rasterise(concept)
         scale = rng.uniform(*DRAWING_SIZES) / max(drawing.size)
         drawing = drawing.resize([max(1, round(side * scale)) for side in drawing.size], Image.Resampling.BICUBIC)
         if rng.random() < 0.5:
@@ -117,7 +117,7 @@ def draw_scene(first: str, second: str, axis: int, rng: np.random.Generator) -> 
 
 
 @cache
-def _rasterise(concept: str) -> Image.Image:
+def rasterise(concept: str) -> Image.Image:
     """Renders a concept's drawing as RGBA, cropped to its visible part, about twice as large as in a scene."""
     require_libraries("emoji", "resvg_py")
     import emoji

@@ -1,0 +1,180 @@
+"""crowded-scenes: 1 to 8 small OpenMoji drawings in a large image, with captions in reading order and questions.
+
+The drawings stand in rows. The caption of two rows is "an owl and a crab above a bus". Drawings have very different
+sizes, so a view of 224 x 224 pixels shows some of them only as a few pixels. The test split shows only combinations
+that contain a pair of things that training never shows together.
+
+The drawings and their licence are those of `scenes.py`.
+"""
+
+import io
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
+from PIL import Image as PILImage
+from tqdm import tqdm
+
+from common.demo.cache import prepare_once
+from common.demo.captioned_images import with_article
+from common.demo.scenes import CONCEPTS as DEMO_CONCEPTS
+from common.demo.scenes import HELD_OUT_STEPS, rasterise
+
+CONCEPTS = (
+    *DEMO_CONCEPTS,
+    *("penguin", "octopus", "turtle", "butterfly", "elephant", "zebra", "camel", "whale", "lobster", "duck", "swan"),
+    *("parrot", "peacock", "hedgehog", "strawberry", "watermelon", "carrot", "mushroom", "bicycle", "helicopter"),
+    *("umbrella", "violin", "trumpet", "cactus", "crown", "candle"),
+)
+NUMBERS = ("zero", "one", "two", "three", "four")
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
+
+DRAWING_SIZES = (12, 90)  # smallest and largest longer side of a drawing, in pixels
+MAX_DRAWINGS = 8
+SPLITS = {"train": 2400, "test": 200}  # scenes
+
+RECIPE = 1  # of the cached folder; raise it with every change to images or texts
+
+
+def load_crowded_scenes(size: int = 448, textured: bool = True) -> DatasetDict:
+    """Loads splits "train" and "test". Each scene has a row for its caption and rows for questions about it.
+
+    The columns are `image` (RGB, size x size), `question` (str, empty for a caption), `answer` (str), `kind`
+    ("caption", "left of", "how many" or "corner") and `scene` (int, its number in the split).
+
+    Args:
+        size (`int`): Height and width of the images in pixels.
+        textured (`bool`): Whether the background has a texture. Otherwise it is plain.
+    """
+    name = f"data/crowded-scenes-{size}-{'textured' if textured else 'plain'}-v{RECIPE}"
+    return load_from_disk(prepare_once(name, partial(_write, size, textured)))
+
+
+def load_crowded_captions(size: int = 448, textured: bool = True) -> DatasetDict:
+    """Loads the captions of [`load_crowded_scenes`] alone, in the columns `image`, `caption` and `scene`."""
+    splits = load_crowded_scenes(size, textured)
+    for split, rows in splits.items():
+        captions = [index for index, kind in enumerate(rows["kind"]) if kind == "caption"]
+        splits[split] = rows.select(captions).rename_column("answer", "caption").remove_columns(["question", "kind"])
+    return splits
+
+
+def _write(size: int, textured: bool, folder: Path) -> None:
+    text = Value("string")
+    features = {"image": Image(), "question": text, "answer": text, "kind": text, "scene": Value("int32")}
+    saved = {}
+    for split, count in SPLITS.items():
+        scenes = tqdm(draw_crowds(split, count, size, textured), f"Drawing {split} scenes", count, unit="image")
+        rows = [
+            {"image": image, "question": question, "answer": answer, "kind": kind, "scene": scene}
+            for scene, (image, rows) in enumerate(scenes)
+            for kind, question, answer in [("caption", "", caption(rows)), *questions(rows, scene)]
+        ]
+        saved[split] = Dataset.from_list(rows, features=Features(features), split=split)
+    DatasetDict(saved).save_to_disk(folder)
+
+
+def draw_crowds(split: str, count: int, size: int, textured: bool) -> Iterator[tuple[bytes, list[list[str]]]]:
+    """Draws the first `count` scenes of a split as PNG bytes, each with the concepts of its rows of drawings.
+
+    They are the same in every run. Scenes of all sizes and backgrounds show the same concepts.
+    """
+    seed = ("train", "test").index(split)
+    layouts, pixels = np.random.default_rng((seed, 0)), np.random.default_rng((seed, size, textured))
+    for _ in range(count):
+        rows = draw_layout(layouts, held_out=split == "test")
+        image = io.BytesIO()
+        draw_crowd(rows, size, textured, pixels).save(image, format="PNG")
+        yield image.getvalue(), rows
+
+
+def draw_layout(rng: np.random.Generator, held_out: bool) -> list[list[str]]:
+    """Draws the concepts of each row: 1 to 8 in all, in rows of 1 to 4. One in four scenes shows a concept twice."""
+    number = int(rng.integers(1, MAX_DRAWINGS, endpoint=True))
+    twins = number > 2 and rng.random() < 0.25
+    while True:
+        concepts = rng.choice(len(CONCEPTS), number, replace=False)
+        if twins:
+            concepts[-1] = concepts[0]
+            concepts = rng.permutation(concepts)
+        distances = np.unique(np.subtract.outer(concepts, concepts) % len(CONCEPTS))
+        if number == 1 or held_out == bool(np.isin(distances, HELD_OUT_STEPS).any()):
+            break
+    lengths = []
+    while sum(lengths) < number:
+        lengths.append(min(int(rng.integers(1, 4, endpoint=True)), number - sum(lengths)))
+    ends = np.cumsum(lengths).tolist()
+    return [[CONCEPTS[i] for i in concepts[end - length : end]] for length, end in zip(lengths, ends, strict=True)]
+
+
+def draw_crowd(rows: list[list[str]], size: int, textured: bool, rng: np.random.Generator) -> PILImage.Image:
+    """Draws rows of concepts. Sizes, places and directions of the drawings are random; no two of them touch."""
+    scene = PILImage.fromarray(draw_background(size, textured, rng))
+    height = min(size // len(rows), 2 * DRAWING_SIZES[1])
+    top = rng.integers(0, size - height * len(rows), endpoint=True)
+    for row, concepts in enumerate(rows):
+        width = size // len(concepts)
+        for column, concept in enumerate(concepts):
+            drawing = rasterise(concept)
+            # Small and large drawings are equally frequent on a logarithmic scale.
+            longest = min(np.exp(rng.uniform(*np.log(DRAWING_SIZES))), 0.9 * min(width, height))
+            scale = longest / max(drawing.size)
+            sides = [max(1, round(side * scale)) for side in drawing.size]
+            drawing = drawing.resize(sides, PILImage.Resampling.LANCZOS)
+            if rng.random() < 0.5:
+                drawing = drawing.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+            left = column * width + rng.integers(0, width - sides[0], endpoint=True)
+            upper = top + row * height + rng.integers(0, height - sides[1], endpoint=True)
+            scene.paste(drawing, (int(left), int(upper)), mask=drawing)
+    return scene
+
+
+def draw_background(size: int, textured: bool, rng: np.random.Generator) -> np.ndarray:
+    """Draws a pale colour, or a texture of coloured spots of many sizes, as uint8 of shape (size, size, 3)."""
+    colour = rng.integers(190, 256, size=3)
+    if not textured:
+        return np.broadcast_to(colour, (size, size, 3)).astype(np.uint8)
+    background = np.broadcast_to(colour.astype(np.float32), (size, size, 3)).copy()
+    for spots in (4, 12, 36, 108):  # along each side
+        noise = PILImage.fromarray(rng.integers(0, 256, (spots, spots, 3), dtype=np.uint8))
+        background += np.asarray(noise.resize((size, size), PILImage.Resampling.BICUBIC), np.float32) / 6 - 21
+    return background.clip(0, 255).astype(np.uint8)
+
+
+def caption(rows: list[list[str]]) -> str:
+    """The caption in reading order: "an owl, a crab and a frog above a bus"."""
+    return " above ".join(_enumerate([with_article(concept) for concept in row]) for row in rows)
+
+
+def questions(rows: list[list[str]], scene: int) -> list[tuple[str, str, str]]:
+    """Draws a question of each kind as (kind, question, answer). A scene without neighbours has none of "left of"."""
+    rng = np.random.default_rng((scene, len(rows)))
+    drawings = [concept for row in rows for concept in row]
+    once = [concept for concept in drawings if drawings.count(concept) == 1]
+    pairs = [pair for row in rows for pair in pairwise(row) if pair[1] in once]
+    asked = []
+    if pairs:
+        left, right = pairs[rng.integers(len(pairs))]
+        asked.append(("left of", f"What is left of the {right}?", with_article(left)))
+    # Every second time of a thing that the scene shows; of one that it shows twice, if there is one.
+    concept = CONCEPTS[rng.integers(len(CONCEPTS))]
+    if rng.random() < 0.5:
+        concept = max(rng.permutation(drawings).tolist(), key=drawings.count)
+    asked.append(("how many", f"How many {_plural(concept)} are there?", NUMBERS[drawings.count(concept)]))
+    corners = dict(zip(CORNERS, (rows[0][0], rows[0][-1], rows[-1][0], rows[-1][-1]), strict=True))
+    corner = CORNERS[rng.integers(len(CORNERS))]
+    asked.append(("corner", f"What is at the {corner}?", with_article(corners[corner])))
+    return asked
+
+
+def _enumerate(nouns: list[str]) -> str:
+    return " and ".join([", ".join(nouns[:-1]), nouns[-1]]) if len(nouns) > 1 else nouns[0]
+
+
+def _plural(noun: str) -> str:
+    if noun.endswith("y"):
+        return f"{noun[:-1]}ies"
+    return f"{noun}{'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'}"

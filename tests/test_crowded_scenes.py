@@ -1,0 +1,93 @@
+"""The crowded scenes: what their captions and questions state is what the images show."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.demo.crowded_scenes import (
+    CONCEPTS,
+    caption,
+    draw_background,
+    draw_crowds,
+    draw_layout,
+    questions,
+)
+from common.demo.scenes import HELD_OUT_STEPS
+
+from .helpers import demo_packages_or_skip
+
+
+def layouts(held_out, count=300):
+    rng = np.random.default_rng(0)
+    return [draw_layout(rng, held_out) for _ in range(count)]
+
+
+def held_out_pairs(rows):
+    drawings = [CONCEPTS.index(concept) for row in rows for concept in row]
+    return [(a, b) for a in drawings for b in drawings if (a - b) % len(CONCEPTS) in HELD_OUT_STEPS]
+
+
+def test_scenes_hold_one_to_eight_drawings_of_more_than_forty_things():
+    scenes = layouts(held_out=False, count=1000)
+    assert {sum(map(len, rows)) for rows in scenes} == set(range(1, 9))
+    assert max(len(row) for rows in scenes for row in rows) == 4
+    assert {concept for rows in scenes for row in rows for concept in row} == set(CONCEPTS)
+    assert len(CONCEPTS) > 40 and len(set(CONCEPTS)) == len(CONCEPTS)
+
+
+def test_training_never_shows_the_pairs_that_each_test_scene_of_several_drawings_has():
+    assert not any(held_out_pairs(rows) for rows in layouts(held_out=False))
+    assert all(held_out_pairs(rows) for rows in layouts(held_out=True) if sum(map(len, rows)) > 1)
+
+
+def test_a_caption_lists_the_drawings_row_by_row():
+    assert caption([["owl", "crab", "frog"], ["bus"], ["owl", "key"]]) == (
+        "an owl, a crab and a frog above a bus above an owl and a key"
+    )
+
+
+def test_questions_have_the_answers_of_the_scene():
+    kinds = set()
+    for scene, rows in enumerate(layouts(held_out=False)):
+        drawings = [concept for row in rows for concept in row]
+        for kind, question, answer in questions(rows, scene):
+            kinds.add(kind)
+            if kind == "left of":
+                right = question.removeprefix("What is left of the ").removesuffix("?")
+                (row,) = [row for row in rows if right in row]
+                assert answer.split(" ", 1)[1] == row[row.index(right) - 1] and drawings.count(right) == 1
+            elif kind == "how many":
+                noun = question.removeprefix("How many ").removesuffix(" are there?")
+                singular = {"butterflies": "butterfly", "strawberries": "strawberry", "octopuses": "octopus"}
+                singular |= {"buses": "bus", "cactuses": "cactus"}
+                number = ("zero", "one", "two").index(answer)
+                assert drawings.count(singular.get(noun, noun.removesuffix("s"))) == number
+            else:
+                row = rows[0] if "top" in question else rows[-1]
+                assert answer.split(" ", 1)[1] == (row[0] if "left" in question else row[-1])
+    assert kinds == {"left of", "how many", "corner"}
+
+
+@pytest.fixture
+def packages():
+    demo_packages_or_skip()
+
+
+@pytest.mark.parametrize("size, textured", [(448, True), (672, False)])
+def test_images_have_the_size_and_are_the_same_in_every_run(packages, size, textured):
+    first, second = (list(draw_crowds("test", 2, size, textured)) for _ in range(2))
+    assert first == second
+    assert all(Image.open(io.BytesIO(png)).size == (size, size) for png, _ in first)
+
+
+def test_scenes_of_all_sizes_and_backgrounds_show_the_same_things(packages):
+    small, large = (list(draw_crowds("test", 3, *scene)) for scene in ((448, True), (672, False)))
+    assert [rows for _, rows in small] == [rows for _, rows in large]
+
+
+def test_only_a_texture_varies():
+    rng = np.random.default_rng(0)
+    assert draw_background(64, False, rng).std(axis=(0, 1)).max() == 0
+    assert draw_background(64, True, rng).std(axis=(0, 1)).min() > 5
