@@ -4,9 +4,9 @@
 
 prints the tables of docs/paper_scale.md, and that of the recipe for one GPU, examples/configs/one-gpu.yaml.
 
-The paper's model is that of `EVLGenConfig()`, on fake tensors: they have a shape and a dtype, but no content. A training step
-runs all operations of its forward and backward pass in seconds and needs no memory. Its floating-point operations and
-living bytes are counted.
+The paper's model is that of `EVLGenConfig()`, on fake tensors: they have a shape and a dtype, but no content. A
+training step runs all operations of its forward and backward pass in seconds and needs no memory. Its floating-point
+operations and living bytes are counted.
 """
 
 import weakref

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from huggingface_hub import constants
@@ -24,6 +25,8 @@ from transformers import (
     OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    SiglipConfig,
+    SiglipImageProcessor,
     SiglipVisionConfig,
     TimmWrapperConfig,
     ViTConfig,
@@ -161,6 +164,40 @@ def save_towers(folder: Path, vision: str = "clip", text: str = "llama", **token
     language_model.save_pretrained(folder / "text")
     tiny_tokenizer(**tokenizer).save_pretrained(folder / "text")
     return {"vision_model": str(folder / "vision"), "text_model": str(folder / "text")}
+
+
+def save_one_gpu_sources(folder: Path) -> None:
+    """Saves all that examples/configs/one-gpu.yaml names on the Hub, tiny but of the same classes and columns.
+
+    Libraries look for a folder of that name in the working directory before they ask the Hub.
+    """
+    vision = {**_VIT, "image_size": 224, "patch_size": 14}  # as many tokens as the recipe's tower has
+    siglip = SiglipConfig(vision_config=vision, text_config={**_VIT, "vocab_size": 10})
+    vision_folder = folder / "google" / "siglip2-so400m-patch14-224"
+    AutoModel.from_config(siglip).save_pretrained(vision_folder)
+    SiglipImageProcessor(size={"height": 224, "width": 224}).save_pretrained(vision_folder)
+    text_folder = folder / "HuggingFaceTB" / "SmolLM2-360M-Instruct"
+    tiny_towers(text="llama")[1].save_pretrained(text_folder)
+    tiny_tokenizer(chat=True).save_pretrained(text_folder)
+    for split, count in (("train", 16), ("validation", 8), ("test", 8)):
+        rows = [
+            {
+                "image": image,
+                "filename": f"{index}.jpg",
+                "cocoid": index,
+                "caption": f"An image of {COLORS[index % 4]}.",
+            }
+            for index, image in enumerate(noise_images(count))
+        ]
+        features = datasets.Features(
+            image=datasets.Image(),
+            filename=datasets.Value("string"),
+            cocoid=datasets.Value("int64"),
+            caption=datasets.Value("string"),
+        )
+        path = folder / "jxie" / "coco_captions" / "data" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(rows, features=features).to_parquet(path)
 
 
 def demo_packages_or_skip(hf_home: Path | None = None) -> None:

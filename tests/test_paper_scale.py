@@ -4,9 +4,11 @@ import re
 
 import pytest
 import torch
+import yaml
 
 from benchmarks import paper_scale
 from configuration_evlgen import EVLGenConfig
+from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import ROOT
 
@@ -40,6 +42,25 @@ def test_the_text_of_the_page_has_the_settings_of_the_benchmark():
     peak = f"The peak is {paper_scale.PEAK / 1e12:.0f} TFLOP/s, of which {paper_scale.UTILIZATION:.0%} are reached"
     assert peak in text and f"at {paper_scale.UTILIZATION:.0%} of its peak" in text
     assert f"{config.num_vision_tokens} x {config.vision_hidden_size} numbers in float16" in text
+    peak = (
+        f"a peak of {paper_scale.ONE_GPU_PEAK / 1e12:.0f} TFLOP/s, of which {paper_scale.UTILIZATION:.0%} are reached"
+    )
+    assert f"{peak}, for {paper_scale.ONE_GPU_PRICE:.2f} US dollars per hour" in text
+
+
+def test_the_recipe_for_one_gpu_goes_through_its_data_as_often_as_it_states():
+    text = paper_scale.ONE_GPU_RECIPE.read_text(encoding="utf-8")
+    recipe = yaml.safe_load(text)
+    pairs = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"]
+    assert f"{pairs} pairs in each step" in text and f"{recipe['max_steps']:,} steps go 5 times" in text
+    assert round(pairs * recipe["max_steps"] / 566_747) == 5
+    towers = {"vision_config": paper_scale.SIGLIP2_SO400M, "text_config": paper_scale.SMOLLM2_360M}
+    config = EVLGenConfig(**towers, connector_config=recipe["connector_config"])
+    assert f"{config.num_vision_tokens} tokens become {config.num_image_tokens}" in text
+    with torch.device("meta"):
+        model = EVLGenForConditionalGeneration(config)
+    assert model.language_model.num_parameters() == 361_821_120  # as published
+    assert model.vision_tower.num_parameters() == pytest.approx(428e6, rel=1e-3)
 
 
 def test_operations_are_those_of_the_matrix_products(model):

@@ -27,6 +27,7 @@ from transformers import (
     ConvNextImageProcessor,
     DeiTImageProcessor,
     SiglipImageProcessor,
+    SiglipVisionModel,
 )
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, OPENAI_CLIP_MEAN
 
@@ -36,7 +37,15 @@ from common.models import load_image_processor
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import ROOT, TWO_PROCESSES, demo_packages_or_skip, run_clean, save_image_folder, save_towers
+from .helpers import (
+    ROOT,
+    TWO_PROCESSES,
+    demo_packages_or_skip,
+    run_clean,
+    save_image_folder,
+    save_one_gpu_sources,
+    save_towers,
+)
 from .hub_server import HubServer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -420,6 +429,22 @@ def test_the_papers_recipes_run(recipe, text, work, tmp_path):
     assert processor.end_of_text_id == end
     stops = model.generation_config.eos_token_id  # the Trainer adds the tokenizer's own to it
     assert end in (stops if isinstance(stops, list) else [stops])
+
+
+def test_the_recipe_for_one_gpu_runs(tmp_path, monkeypatch):
+    """The recipe as it is, but shorter. The names in it are folders with tiny models and rows of the same columns."""
+    save_one_gpu_sources(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    recipe = ROOT / "examples" / "configs" / "one-gpu.yaml"
+    short = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    short |= {"dataloader_num_workers": 0, "warmup_steps": 0, "whitening_images": 4}
+    options = [text for name, value in short.items() for text in (f"--{name}", str(value))]
+    metrics = pretrain.main(["--config", str(recipe), *options])
+    assert metrics["test_loss"] > 0
+    model = EVLGenForConditionalGeneration.from_pretrained("outputs/one-gpu")
+    assert type(model.vision_tower) is SiglipVisionModel and model.language_model.dtype == torch.bfloat16
+    assert (model.config.num_vision_tokens, model.config.num_image_tokens) == (256, 33)
+    assert model.connector.dtype == torch.float32 and model.generation_config.max_new_tokens == 30
 
 
 def test_a_run_resumes_from_checkpoints_without_towers(work, tmp_path, caplog):
