@@ -14,8 +14,6 @@ extras = {
     "quantization": ["bitsandbytes>=0.50", "torchao>=0.18"],
     # examples/app.py: the page, and the videos that it takes.
     "app": ["av>=18.1", "gradio>=6.31"],
-    # examples/serve_prompt_embeds.py: the client of a vLLM server.
-    "serve": ["openai>=3.57"],
     # examples/export.py: ONNX.
     "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
     # examples/: reports, and logs for TensorBoard.

@@ -10,7 +10,7 @@ the connector and the table of input embeddings, but not the language model's la
 The server must serve the language model that the checkpoint was trained on: `text_model_name_or_path` in its
 config.json, or a folder that `model.language_model.save_pretrained` wrote. Captions equal those of greedy `generate`
 if the server computes in the same `--dtype`. For a server with `--api-key`, put the key into the environment variable
-`VLLM_API_KEY`. Needs `.[serve]`.
+`VLLM_API_KEY`.
 """
 
 import copy

@@ -2,31 +2,27 @@
 
 import asyncio
 import base64
+import json
 import os
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-import httpx2 as httpx  # the client's own HTTP library
-import openai
+import httpx2 as httpx  # huggingface_hub's HTTP library
 import torch
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that a server can cast to its own
 REPLY_MB = 16  # of 2^20 bytes; the token ids of a batch take some KB
 START_COMMAND = "vllm serve MODEL --enable-prompt-embeds"
 
 
 def check_prompts(prompts: list[torch.Tensor], hidden_size: int, max_new_tokens: int, max_model_len: int) -> None:
-    """Refuses prompts that a server would refuse, or whose captions it would cut.
+    """Refuses prompts, each of shape `(tokens, hidden)`, that a server would refuse, or whose captions it would cut.
 
-    Each must be finite, of a dtype in `DTYPES`, and of shape `(tokens, hidden_size)`. `max_model_len` is the server's
-    largest length of prompt and caption together, in tokens.
+    Each must be finite and of the language model's width. `max_model_len` is the server's largest length of prompt and
+    caption together, in tokens.
     """
     for index, prompt in enumerate(prompts):
-        if prompt.dtype not in DTYPES:
-            raise TypeError(f"`prompts` must be of one of {DTYPES}, but entry {index} is {prompt.dtype}.")
-        if prompt.ndim != 2 or prompt.shape[1] != hidden_size or not len(prompt):
+        if prompt.shape[1] != hidden_size:  # of a language model that widens its embeddings itself
             wanted = f"(tokens, {hidden_size}), the language model's"
             raise ValueError(f"`prompts` must have shape {wanted}, but entry {index} has {tuple(prompt.shape)}.")
         if len(prompt) + max_new_tokens > max_model_len:
@@ -126,58 +122,43 @@ def request(url: str, path: str, key: str, timeout: float, body: dict[str, Any] 
     A reply without such a list gives an empty one. A ConnectionError states that the server does not answer within
     `timeout` seconds. A RuntimeError states that it refuses, or that its reply is no JSON or larger than `REPLY_MB`.
     """
-
-    async def exchange() -> httpx.Response:
-        http_client = openai.DefaultAsyncHttpxClient(event_hooks={"response": [limit_reply]})
-        # The client's own timeout is for each piece of a reply. A byte now and then would keep it waiting for ever.
-        async with asyncio.timeout(timeout), http_client:
-            settings = {"base_url": url, "default_headers": {"Accept-Encoding": "identity"}}
-            api_key = os.environ.get("VLLM_API_KEY", "EMPTY")
-            client = openai.AsyncOpenAI(**settings, api_key=api_key, http_client=http_client)
-            if body is None:
-                return await client.get(path, cast_to=httpx.Response)
-            return await client.post(path, cast_to=httpx.Response, body=body)
-
     try:
-        reply = asyncio.run(exchange()).json()
+        status, content = asyncio.run(asyncio.wait_for(exchange(url, path, body), timeout))
+        if status >= 400:
+            raise RuntimeError(f"`server`: {url} {refusal(status, content.decode(errors='replace'))}")
+        reply = json.loads(content)
     except TimeoutError as error:
         raise ConnectionError(f"`server`: {url} has not replied in {timeout:g} s (`timeout`).") from error
-    except openai.APIConnectionError as error:
+    except httpx.TransportError as error:
         raise ConnectionError(
-            f"`server`: {url} does not answer ({error.__cause__ or error}). Start a server with: {START_COMMAND}"
+            f"`server`: {url} does not answer ({error}). Start a server with: {START_COMMAND}"
         ) from error
-    except openai.AuthenticationError as error:
-        raise RuntimeError(f"`server`: {url} needs its API key in the environment variable VLLM_API_KEY.") from error
-    except openai.APIStatusError as error:
-        problem = f"refused the request: {error.message[:500]!r}"
-        if "enable-prompt-embeds" in error.message:
-            problem = f"takes no prompt embeddings. Start it with: {START_COMMAND}"
-        raise RuntimeError(f"`server`: {url} {problem}") from error
     except (ValueError, RecursionError) as error:
         raise RuntimeError(f"`server`: {url} replies to {path} with something else than JSON.") from error
     entries = reply.get(key) if isinstance(reply, dict) else None
     return entries if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries) else []
 
 
-async def limit_reply(response: httpx.Response) -> None:
-    """Limits the size of a reply that is about to be read."""
-    response.headers.pop("Content-Encoding", None)  # no compression was accepted; it would evade the limit
-    response.stream = LimitedStream(response)
+async def exchange(url: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
+    """Sends a request and reads the reply piece by piece, within `REPLY_MB`. Returns status and content."""
+    headers = {"Authorization": f"Bearer {os.environ.get('VLLM_API_KEY', 'EMPTY')}", "Accept-Encoding": "identity"}
+    content = bytearray()
+    # httpx's own timeout is for each piece of a reply. A byte now and then would keep it waiting for ever.
+    async with (
+        httpx.AsyncClient(headers=headers, timeout=None) as client,
+        client.stream("POST" if body else "GET", url.rstrip("/") + path, json=body) as response,
+    ):
+        async for chunk in response.aiter_raw():  # never decompressed: that would evade the limit
+            content += chunk
+            if len(content) > REPLY_MB * 2**20:
+                raise RuntimeError(f"`server`: {url} sends a reply of over {REPLY_MB} MB.")
+    return response.status_code, bytes(content)
 
 
-class LimitedStream(httpx.AsyncByteStream):
-    """Passes a reply on, and raises a RuntimeError when it has more than `REPLY_MB`."""
-
-    def __init__(self, response: httpx.Response):
-        self.stream, self.url = response.stream, response.url
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        size = 0
-        async for chunk in self.stream:
-            size += len(chunk)
-            if size > REPLY_MB * 2**20:
-                raise RuntimeError(f"`server`: {self.url} sends a reply of over {REPLY_MB} MB.")
-            yield chunk
-
-    async def aclose(self) -> None:
-        await self.stream.aclose()
+def refusal(status: int, message: str) -> str:
+    """States why a server refuses a request."""
+    if status == 401:
+        return "needs its API key in the environment variable VLLM_API_KEY."
+    if "enable-prompt-embeds" in message:
+        return f"takes no prompt embeddings. Start it with: {START_COMMAND}"
+    return f"refused the request: {status} {message[:500]!r}"

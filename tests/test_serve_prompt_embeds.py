@@ -175,9 +175,6 @@ def test_the_language_models_layers_are_not_loaded(towers, text, tmp_path):
     ("prompt", "error", "message"),
     [
         (torch.zeros(3, 16), ValueError, r"must have shape \(tokens, 32\).*entry 1 has \(3, 16\)"),
-        (torch.zeros(2, 3, 32), ValueError, r"entry 1 has \(2, 3, 32\)"),
-        (torch.zeros(0, 32), ValueError, r"entry 1 has \(0, 32\)"),
-        (torch.zeros(3, 32, dtype=torch.int64), TypeError, "entry 1 is torch.int64"),
         (torch.full((3, 32), torch.inf), ValueError, "must be finite, but entry 1 is not"),
         (
             torch.zeros(93, 32),
@@ -341,11 +338,11 @@ def reply_with(body, *headers, status="200 OK"):
             ValueError,
             "does not give the `max_model_len`",
         ),
-        (reply_with(b"<html>", status="400 Bad"), RuntimeError, "refused the request: 'Error code: 400'"),
+        (reply_with(b"<html>", status="400 Bad"), RuntimeError, "refused the request: 400 '<html>'"),
         (
             reply_with(b'{"message": "' + b"x" * 999 + b'"}', status="400 Bad"),
             RuntimeError,
-            "request: 'Error.*x{400,500}'$",
+            r"request: 400 '\{\"message.*x{400,500}'$",
         ),
         (lambda connection: connection.sendall(b"SSH-2.0\r\n"), ConnectionError, "does not answer"),
     ],
