@@ -17,12 +17,13 @@ a whole model. `--text_quantization int8` or `int4` keeps the frozen language mo
 # First: it sets how PyTorch's threads wait, before PyTorch is loaded.
 from common.processes import use_all_cores  # isort: skip
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from finetune_lora import LoraArguments, add_lora, quantization_config
 from transformers import set_seed
+from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
 from common.data.collator import CaptionCollator
@@ -32,7 +33,7 @@ from common.data.loading import load_datasets
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
 from common.training.report import report
-from common.training.resume import check_output_dir, find_checkpoint
+from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -43,9 +44,9 @@ DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-vqa.yaml"
 
 @dataclass
 class FinetuneArguments:
-    model: str = field(default="outputs/demo", metadata={"help": "Model to train: a folder or a name on the Hub."})
-    text_quantization: Literal["int8", "int4"] | None = field(
-        default=None, metadata={"help": "Keep the language model's weights in 8 or 4 bits."}
+    model: str = HfArg(default="outputs/demo", help="Model to train: a folder or a name on the Hub.")
+    text_quantization: Literal["int8", "int4"] | None = HfArg(
+        default=None, help="Keep the language model's weights in 8 or 4 bits."
     )
 
 
@@ -60,11 +61,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise ValueError("`cache_features` is for a frozen vision tower, but `lora` adapts it.")
     use_all_cores(training_args.device)
     set_seed(training_args.seed)
-    check_output_dir(training_args)
     checkpoint = find_checkpoint(training_args)
 
     with training_args.main_process_first(desc="preparing model and data"):
-        train_dataset, eval_dataset = load_datasets(data_args, training_args.seed)
+        splits = load_datasets(data_args, training_args.seed)
         model = load_trainable(
             "model",
             EVLGenForConditionalGeneration.from_pretrained,
@@ -73,10 +73,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )
         processor = EVLGenProcessor.from_pretrained(model_args.model)
         model.to(training_args.device)
-        if data_args.cache_features:
-            train_dataset, eval_dataset = cache_features(
-                model, processor, train_dataset, eval_dataset, data_args, training_args.seed
-            )
+        train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
         if lora_args.lora != "none":
             model = add_lora(model, lora_args)
 

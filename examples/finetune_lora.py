@@ -2,13 +2,14 @@
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
+from transformers.hf_argparser import HfArg
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
@@ -22,12 +23,10 @@ LINEAR = (nn.Linear, Conv1D)  # the layers of quantised models are subclasses; G
 
 @dataclass
 class LoraArguments:
-    lora: Literal["none", "text", "vision", "both"] = field(
-        default="text", metadata={"help": "Which frozen towers get an adapter, beside the connector."}
-    )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int = field(default=32, metadata={"help": "The adapters are scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of the adapters."})
+    lora: Literal["none", "text", "vision", "both"] = HfArg(default="text", help="Frozen towers that get an adapter.")
+    lora_r: int = HfArg(default=16, help="Rank of the adapters.")
+    lora_alpha: int = HfArg(default=32, help="The adapters are scaled by lora_alpha / lora_r.")
+    lora_dropout: float = HfArg(default=0.05, help="Dropout on the input of the adapters.")
 
 
 def target_modules(model: EVLGenForConditionalGeneration, lora: str) -> list[str]:

@@ -13,10 +13,11 @@ The folder holds videos and a `metadata.jsonl` with their `file_name` and `capti
 # First: it sets how PyTorch's threads wait, before PyTorch is loaded.
 from common.processes import use_all_cores  # isort: skip
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import set_seed
+from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
 from common.data.collator import CaptionCollator
@@ -26,7 +27,7 @@ from common.demo.emoji_videos import EMOJI_VIDEOS, load_emoji_videos
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
 from common.training.report import report
-from common.training.resume import check_output_dir, find_checkpoint
+from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -37,12 +38,9 @@ DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-video.yaml"
 
 @dataclass
 class VideoArguments:
-    image_model: str = field(
-        default="outputs/demo", metadata={"help": "Image captioner to start from: a folder or a name on the Hub."}
-    )
-    temporal_contextualizer: bool = field(
-        default=True,
-        metadata={"help": "Let frames attend to each other inside a transformer tower. False: a video is their mean."},
+    image_model: str = HfArg(default="outputs/demo", help="Image captioner: a folder or a name on the Hub.")
+    temporal_contextualizer: bool = HfArg(
+        default=True, help="Let frames attend to each other inside a transformer tower. False: a video is their mean."
     )
 
 
@@ -55,7 +53,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise ValueError("`video_column` is needed: the column of videos.")
     use_all_cores(training_args.device)
     set_seed(training_args.seed)
-    check_output_dir(training_args)
     checkpoint = find_checkpoint(training_args)
 
     with training_args.main_process_first(desc="preparing model and data"):

@@ -32,7 +32,7 @@ from common.data.loading import load_datasets
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import build_model
 from common.training.report import report
-from common.training.resume import check_output_dir, find_checkpoint
+from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments, ModelArguments, ProcessorArguments
 from common.training.whiten import whiten_vision_projection
@@ -47,18 +47,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     use_all_cores(training_args.device)
     set_seed(training_args.seed)
-    check_output_dir(training_args)
     checkpoint = find_checkpoint(training_args)
 
     with training_args.main_process_first(desc="preparing models and data"):
-        train_dataset, eval_dataset = load_datasets(data_args, training_args.seed)
+        splits = load_datasets(data_args, training_args.seed)
         model, processor = build_model(model_args, processor_args)
         model.generation_config.max_new_tokens = generation_args.max_new_tokens
         model.to(training_args.device)
-        if data_args.cache_features:
-            train_dataset, eval_dataset = cache_features(
-                model, processor, train_dataset, eval_dataset, data_args, training_args.seed
-            )
+        train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
         data_collator = CaptionCollator(processor, data_args, training=True, seed=training_args.seed)
         eval_collator = CaptionCollator(processor, data_args, training=False)
         if model_args.whitening_images:

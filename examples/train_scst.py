@@ -10,13 +10,14 @@ temporal contextualizer are trained. Reward, baseline and length of the samples 
 from common.processes import use_all_cores  # isort: skip
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 from train_scst_reward import CiderDReward, load_reward
 from train_scst_trainer import SCSTCollator, SCSTTrainer
 from transformers import set_seed
+from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
 from common.data.collator import CaptionCollator
@@ -28,7 +29,7 @@ from common.evaluation.captions import generate_captions
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
 from common.training.report import report
-from common.training.resume import check_output_dir, find_checkpoint
+from common.training.resume import find_checkpoint
 from common.training.training_arguments import EVLGenTrainingArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -38,11 +39,9 @@ DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-scst.yaml"
 
 @dataclass
 class SCSTArguments:
-    model: str = field(default="outputs/demo", metadata={"help": "Captioner to train: a folder or a name on the Hub."})
-    num_samples: int = field(default=5, metadata={"help": "Captions sampled for each image, at least 2."})
-    greedy_baseline: bool = field(
-        default=False, metadata={"help": "Compare samples with the greedy caption. Default: with each other."}
-    )
+    model: str = HfArg(default="outputs/demo", help="Captioner to train: a folder or a name on the Hub.")
+    num_samples: int = HfArg(default=5, help="Captions sampled for each image, at least 2.")
+    greedy_baseline: bool = HfArg(default=False, help="Compare samples with the greedy caption, not with each other.")
 
     def __post_init__(self):
         if self.num_samples < 2:
@@ -58,19 +57,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise ValueError("`streaming` cannot be set: CIDEr needs the document frequencies of all training captions.")
     use_all_cores(training_args.device)
     set_seed(training_args.seed)
-    check_output_dir(training_args)
     checkpoint = find_checkpoint(training_args)
 
     with training_args.main_process_first(desc="preparing model and data"):
-        train_dataset, eval_dataset = load_datasets(data_args, training_args.seed)
-        reward = load_reward(train_dataset, data_args)
+        splits = load_datasets(data_args, training_args.seed)
+        reward = load_reward(splits[0], data_args)
         model = load_trainable("model", EVLGenForConditionalGeneration.from_pretrained, scst_args.model)
         model.to(training_args.device)
         processor = EVLGenProcessor.from_pretrained(scst_args.model)
-        if data_args.cache_features:
-            train_dataset, eval_dataset = cache_features(
-                model, processor, train_dataset, eval_dataset, data_args, training_args.seed
-            )
+        train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
 
     trainer = SCSTTrainer(
         model=model,

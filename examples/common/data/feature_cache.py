@@ -57,15 +57,18 @@ class FeatureDataset(torch.utils.data.Dataset):
 def cache_features(
     model: EVLGenForConditionalGeneration,
     processor: EVLGenProcessor,
-    train: Dataset,
+    train: Any,
     test: Dataset | None,
     data_args: DataArguments,
     seed: int,
-) -> tuple[FeatureDataset, FeatureDataset | None]:
+) -> tuple[Any, Any]:
     """Runs the vision tower over both splits; over `cached_views` crops and flips of each training image.
 
-    The views are those that the first epochs would draw without a cache.
+    The views are those that the first epochs would draw without a cache. Without `cache_features` the splits are
+    returned as they are.
     """
+    if not data_args.cache_features:
+        return train, test
     views = CaptionCollator(processor, data_args, training=True, seed=seed)
     train = cache_split(model, train, views, data_args.cached_views or 1)
     if test is None:

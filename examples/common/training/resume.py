@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 from common.data.data_arguments import DataArguments
@@ -36,56 +35,39 @@ IGNORED_ARGUMENTS = {
 }
 
 
-def check_output_dir(training_args: EVLGenTrainingArguments) -> None:
-    """Creates the output folder now, not after hours of training.
-
-    Raises:
-        ValueError: If it cannot be written to.
-    """
-    try:
-        Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=training_args.output_dir):
-            pass
-    except OSError as error:
-        raise ValueError(f"`output_dir`: {training_args.output_dir} cannot be written to: {error}") from error
-
-
 def find_checkpoint(training_args: EVLGenTrainingArguments) -> str | None:
     """The checkpoint that `resume_from_checkpoint` requests, named or the newest whole one; None to start anew.
 
     Raises:
-        ValueError: If the named checkpoint is damaged, or all are.
+        ValueError: If the named checkpoint is damaged, or all are, or `output_dir` cannot be written to.
     """
-    requested = training_args.resume_from_checkpoint
+    output_dir, requested = training_args.output_dir, training_args.resume_from_checkpoint
+    try:  # now, not after hours of training
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"`output_dir`: {output_dir} cannot be written to: {error}") from error
     if requested is None or requested.lower() == "false":
         return None
-    if requested.lower() != "true":
-        if problems := list(find_problems(Path(requested), training_args.world_size)):
-            raise ValueError(f"`resume_from_checkpoint`: {requested} is not whole: {'; '.join(problems)}.")
-        return requested
+    folders = [requested]
+    if newest := requested.lower() == "true":
+        # The Trainer writes its state last. A folder such as checkpoint-6-backup is not of this run.
+        states = [Path(folder, TRAINER_STATE_NAME) for folder in reversed(sort_checkpoints(output_dir))]
+        folders = [str(state.parent) for state in states if state.exists() and state.parent.name[-1].isdigit()]
     damaged = []
-    for folder in list_checkpoints(Path(training_args.output_dir)):
-        problems = list(find_problems(folder, training_args.world_size))
+    for folder in folders:
+        problems = list(find_problems(Path(folder), training_args.world_size))
         if not problems:
-            return str(folder)
+            return folder
         damaged.append(f"{folder} is not whole: {'; '.join(problems)}")
-        logger.warning(f"{damaged[-1]}. An older checkpoint is tried.")
+        if newest:
+            logger.warning(f"{damaged[-1]}. An older checkpoint is tried.")
     if damaged:
-        raise ValueError(
-            f"`resume_from_checkpoint`: {'. '.join(damaged)}. Remove these folders to start from the first step."
-        )
-    logger.warning(f"There is no complete checkpoint in {training_args.output_dir}. Training starts at step 1.")
+        remedy = " Remove these folders to start from the first step." if newest else ""
+        raise ValueError(f"`resume_from_checkpoint`: {'. '.join(damaged)}.{remedy}")
+    logger.warning(f"There is no complete checkpoint in {output_dir}. Training starts at step 1.")
     return None
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints whose saving was completed, the newest first."""
-    folders = {}
-    for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
-        if match and (folder / TRAINER_STATE_NAME).exists():  # the file that is written last
-            folders[int(match[1])] = folder
-    return [folders[step] for step in sorted(folders, reverse=True)]
 
 
 def find_problems(checkpoint: Path, world_size: int) -> Iterator[str]:
