@@ -32,6 +32,7 @@ from common.command_line import parse_arguments
 from common.models import load_captioner
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.soft_prompts import embed_ids
 from processing_evlgen import EVLGenProcessor
 
 logger = logging.get_logger(__name__)
@@ -76,7 +77,8 @@ class PromptEmbedder(EVLGenForConditionalGeneration):
         All inputs are the processor's; `vision` are pixels and the mask of frames. Returns a tensor of shape
         `(tokens, hidden)` for each prompt, without padding.
         """
-        embeds = self._embed(input_ids, self._encode(**vision))  # (batch, sequence, hidden)
+        encoded = self._encode(**vision)
+        embeds = embed_ids(self.get_input_embeddings(), input_ids, encoded, self.config)  # (batch, sequence, hidden)
         return [row[mask] for row, mask in zip(embeds, attention_mask.bool(), strict=True)]
 
 

@@ -1,84 +1,35 @@
 """EVLGen: a frozen vision tower, a TomeFormer and a frozen language model, trained by the caption loss alone."""
 
 import inspect
-from collections.abc import Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple
 
 from configuration_evlgen import EVLGenConfig
 
 from .activation_checkpointing import checkpoint_frozen_layers
 from .connectors import build_connector
 from .generation import EVLGenGenerationMixin
-from .input_checks import check_length, check_vision_features
+from .input_checks import check_length, check_pixels, check_vision_features
 from .labels import mask_labels, select_positions, shift_labels
+from .model_outputs import EVLGenCausalLMOutputWithPast, EVLGenImageOutput, EVLGenModelOutputWithPast
 from .named_towers import allow_missing_towers
-from .temporal import TemporalContextualizer, TemporalTower, encode_images, encode_videos
-from .text_only import zero_of_trained_parts
+from .soft_prompts import Encoded, embed_ids, fill_embedded
+from .temporal import TemporalContextualizer, TemporalTower, encode_images, encode_videos, frames_of_videos
 from .tower_checkpoints import TowerCheckpointMixin
+from .trained_parts import TrainedPartsMixin, is_frozen, zero_of_trained_parts
 from .vision_tower import build_vision_tower
 from .vllm_backend import adapt_to_vllm, check_checkpoint, is_built_by_vllm
-from .whitening import whiten_inputs
 
 # The keys and values of earlier tokens are an argument with another name in releases of transformers before 5.20.
-_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+_CACHE = "cache" if "cache" in EVLGenCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-@dataclass
-class EVLGenImageOutput(BaseModelOutputWithPooling):
-    """
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch, num_vision_tokens, vision_hidden_size)`):
-            The frozen vision tower's tokens.
-        pooler_output (`torch.Tensor` of shape `(batch, num_image_tokens, text_hidden_size)`):
-            The soft prompt: merged tokens in the language model's embedding space.
-        output_index (`torch.LongTensor` of shape `(batch, num_vision_tokens)`):
-            For each vision token, the index of the soft prompt's token that it was merged into; None from a connector
-            that does not merge.
-    """
-
-    output_index: torch.Tensor | None = None
-
-
-@dataclass
-class EVLGenModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch, sequence, dim)`): The input of the language model's head.
-        image_outputs, video_outputs ([`EVLGenImageOutput`], *optional*): The encoded images and videos, if any.
-    """
-
-    image_outputs: EVLGenImageOutput | None = None
-    video_outputs: EVLGenImageOutput | None = None
-
-
-@dataclass
-class EVLGenCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """
-    Args:
-        loss (`torch.Tensor`, *optional*): The mean cross-entropy of the targets, if there are labels.
-        logits (`torch.Tensor` of shape `(batch, sequence, vocab)`):
-            Scores of the next token; for a `logits_to_keep` of shape `(batch, sequence)`, of shape `(kept, vocab)`.
-        image_outputs, video_outputs ([`EVLGenImageOutput`], *optional*): The encoded images and videos, if any.
-    """
-
-    image_outputs: EVLGenImageOutput | None = None
-    video_outputs: EVLGenImageOutput | None = None
-
-
-class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
+class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
     """Vision tower → LayerNorm, Linear → TomeFormer → Linear → language model, up to its last hidden state.
 
     The language model is whole, so checkpoints are those of [`EVLGenForConditionalGeneration`]. Only its head does not
@@ -147,40 +98,9 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
         if isinstance(module, TemporalContextualizer):
             init.zeros_(module.alpha)
 
-    def freeze_towers(self) -> None:
-        """Freezes the vision tower and the language model: no gradient, evaluation mode."""
-        for tower in (self.vision_tower, self.language_model):
-            tower.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        for tower in (self.vision_tower, self.language_model):
-            if _is_frozen(tower):
-                tower.eval()
-        return self
-
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
         checkpoint_frozen_layers(self.language_model)
-
-    def describe_parameters(self) -> str:
-        """One line for each part: how many parameters it has, and how many of them are trained."""
-        lines = []
-        for name, part in self.named_children():
-            # PEFT keeps the original of each module that it trains in full.
-            parameters = [p for key, p in part.named_parameters() if "original_module" not in key.split(".")]
-            count = sum(p.numel() for p in parameters)
-            trained = sum(p.numel() for p in parameters if p.requires_grad)
-            state = {0: "frozen", count: "trained"}.get(trained, f"{_short(trained)} of them trained")
-            lines.append(f"{name}: {_short(count)} parameters, {state}")
-        return "\n".join(lines)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
@@ -201,19 +121,9 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
             `torch.Tensor` of shape `(images or videos, num_vision_tokens, vision_hidden_size)`. A video is the mean of
             its frames. With a temporal contextualizer, an image is a video of one frame.
         """
-        if pixel_values.ndim not in (4, 5):
-            raise ValueError(
-                "`pixel_values` must have shape (images, channels, height, width) or (videos, frames, channels, "
-                f"height, width), but has {tuple(pixel_values.shape)}."
-            )
-        if frame_mask is not None and pixel_values.ndim == 4:
-            raise ValueError("`frame_mask` is for videos, but `pixel_values` holds images.")
-        if frame_mask is not None and frame_mask.shape != pixel_values.shape[:2]:
-            raise ValueError(
-                f"`frame_mask` must have shape {tuple(pixel_values.shape[:2])}, but has {tuple(frame_mask.shape)}."
-            )
+        check_pixels(pixel_values, frame_mask)
         pixel_values = pixel_values.to(self.vision_tower.dtype)
-        trained = not _is_frozen(self.vision_tower) or not (self.temporal is None or _is_frozen(self.temporal))
+        trained = not is_frozen(self.vision_tower) or not (self.temporal is None or is_frozen(self.temporal))
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             if pixel_values.ndim == 4:
                 return encode_images(self.vision_tower, self.temporal, pixel_values)
@@ -230,8 +140,7 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
         Returns:
             [`EVLGenImageOutput`]; its `pooler_output` is the soft prompt.
         """
-        output = self.project_vision_features(self.get_vision_features(pixel_values))
-        return self._add_tower_outputs(output, pixel_values, 1, None, kwargs)
+        return self._encode_pixels(pixel_values, None, kwargs)
 
     @can_return_tuple
     def get_video_features(
@@ -253,25 +162,19 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
                 "`pixel_values_videos` must have shape (videos, frames, channels, height, width), but has "
                 f"{tuple(pixel_values_videos.shape)}."
             )
-        output = self.project_vision_features(self.get_vision_features(pixel_values_videos, frame_mask))
-        frames = pixel_values_videos.flatten(0, 1)  # (videos * frames, channels, height, width)
-        return self._add_tower_outputs(output, frames, pixel_values_videos.shape[1], frame_mask, kwargs)
+        return self._encode_pixels(pixel_values_videos, frame_mask, kwargs)
 
-    def _add_tower_outputs(
-        self,
-        output: EVLGenImageOutput,
-        pixel_values: torch.Tensor,
-        num_frames: int,
-        frame_mask: torch.Tensor | None,
-        kwargs: dict[str, Any],
+    def _encode_pixels(
+        self, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None, kwargs: dict[str, Any]
     ) -> EVLGenImageOutput:
-        """Adds the vision tower's hidden states and attentions, if they are requested. They cost another pass."""
+        output = self.project_vision_features(self.get_vision_features(pixel_values, frame_mask))
         names = ("output_hidden_states", "output_attentions")
         requested = {name: kwargs.get(name, getattr(self.config.vision_config, name, None)) for name in names}
-        if any(requested.values()):
-            context = nullcontext() if self.temporal is None else self.temporal.frames(num_frames, frame_mask)
-            with torch.no_grad(), context:
-                tower_output = self.vision_tower(pixel_values.to(self.vision_tower.dtype), **requested)
+        if any(requested.values()):  # rare, and so worth another pass
+            frames = pixel_values.unsqueeze(1) if pixel_values.ndim == 4 else pixel_values  # (videos, frames, …)
+            pixel_values = frames.flatten(0, 1).to(self.vision_tower.dtype)
+            with torch.no_grad(), frames_of_videos(frames.shape[1], frame_mask):
+                tower_output = self.vision_tower(pixel_values, **requested)
             output.hidden_states = tower_output.get("hidden_states")
             output.attentions = tower_output.get("attentions")
         return output
@@ -300,27 +203,6 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
         """Checks vision features, and runs `ln_vision` over them in its own dtype."""
         check_vision_features(vision_features, self.config)
         return self.ln_vision(vision_features.to(device=device, dtype=self.ln_vision.weight.dtype))
-
-    @torch.no_grad()
-    def whiten_vision_projection(self, vision_features: torch.Tensor | Iterable[torch.Tensor]) -> None:
-        """Starts a fresh vision projection from the statistics of the vision tower's tokens; see [`whiten_inputs`].
-
-        A trained projection would be spoilt.
-
-        Args:
-            vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`):
-                Features from [`get_vision_features`], of some hundreds of images like those to come; or an iterable of
-                such tensors.
-
-        Raises:
-            ValueError: If `vision_features` has another shape, is not finite or does not vary.
-        """
-        batches = [vision_features] if torch.is_tensor(vision_features) else vision_features
-        device = self.vision_projection.weight.device
-        try:
-            whiten_inputs(self.vision_projection, (self._normalize(batch, device).flatten(0, 1) for batch in batches))
-        except ValueError as error:
-            raise ValueError(f"`vision_features` cannot be whitened: {error}") from error
 
     @can_return_tuple
     def forward(
@@ -379,7 +261,7 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
         frame_mask: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, EVLGenImageOutput] | None = None,
-    ) -> dict[str, EVLGenImageOutput | None]:
+    ) -> Encoded:
         """The soft prompts of the images and of the videos, if there are any, each from the one argument given."""
         image, video = (mm_encoder_outputs or {}).get("image"), (mm_encoder_outputs or {}).get("video")
         if sum(images is not None for images in (pixel_values, vision_features, image)) > 1:
@@ -398,7 +280,7 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
         self,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.Tensor | None,
-        encoded: dict[str, EVLGenImageOutput | None],
+        encoded: Encoded,
         position_ids: torch.LongTensor | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
@@ -406,9 +288,9 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, encoded)
-        elif any(outputs is not None for outputs in encoded.values()):
-            inputs_embeds = self._fill_embedded(inputs_embeds, encoded)
+            inputs_embeds = embed_ids(self.get_input_embeddings(), input_ids, encoded, self.config)
+        else:
+            inputs_embeds = fill_embedded(self.get_input_embeddings(), inputs_embeds, encoded, self.config)
         if self.training and torch.is_grad_enabled() and all(outputs is None for outputs in encoded.values()):
             inputs_embeds = inputs_embeds + zero_of_trained_parts(self).to(inputs_embeds)
         check_length(inputs_embeds.shape[1], kwargs.get(_CACHE), self.config)
@@ -417,65 +299,6 @@ class EVLGenModel(TowerCheckpointMixin, PreTrainedModel):
         if self.training:
             kwargs.setdefault("use_cache", False)  # the frozen language model is in evaluation mode, and would cache
         return {"inputs_embeds": inputs_embeds, **kwargs}
-
-    def _embed(self, input_ids: torch.LongTensor, encoded: dict[str, EVLGenImageOutput | None]) -> torch.Tensor:
-        """Embeds the text and fills the soft prompts into their placeholders, `(batch, sequence, text_dim)`."""
-        images = input_ids == self.config.image_token_id  # (batch, sequence)
-        videos = input_ids == self.config.video_token_id
-        # Placeholders may lie beyond the embedding, so another id is looked up in their place.
-        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(images | videos, 0))
-        inputs_embeds = self._fill("image", images, encoded["image"], inputs_embeds)
-        return self._fill("video", videos, encoded["video"], inputs_embeds)
-
-    def _fill_embedded(
-        self, inputs_embeds: torch.Tensor, encoded: dict[str, EVLGenImageOutput | None]
-    ) -> torch.Tensor:
-        """Fills the soft prompts in where embedded text holds the embedding of a placeholder.
-
-        Raises:
-            ValueError: If the placeholders have no embedding, or differ from the soft prompts in number.
-        """
-        embedding = self.get_input_embeddings()
-        for modality, outputs in encoded.items():
-            if outputs is None:
-                continue
-            placeholder_id = getattr(self.config, f"{modality}_token_id")
-            if placeholder_id >= embedding.weight.shape[0]:
-                raise ValueError(
-                    f"{modality.capitalize()}s need `input_ids`, which hold their placeholders, instead of "
-                    f"`inputs_embeds`: `{modality}_token_id` ({placeholder_id}) has no embedding."
-                )
-            placeholder = embedding(torch.tensor(placeholder_id, device=embedding.weight.device))  # (text_dim,)
-            is_placeholder = (inputs_embeds == placeholder.to(inputs_embeds)).all(dim=-1)  # (batch, sequence)
-            inputs_embeds = self._fill(modality, is_placeholder, outputs, inputs_embeds)
-        return inputs_embeds
-
-    def _fill(
-        self,
-        modality: str,
-        placeholders: torch.Tensor,
-        outputs: EVLGenImageOutput | None,
-        inputs_embeds: torch.Tensor,
-    ) -> torch.Tensor:
-        """Fills the soft prompts of one modality, `"image"` or `"video"`, into embedded text.
-
-        Raises:
-            ValueError: If the placeholders and the soft prompts differ in number.
-        """
-        num_placeholders = placeholders.sum()
-        num_features = 0 if outputs is None else outputs.pooler_output.shape[:2].numel()
-        torch_compilable_check(
-            num_placeholders == num_features,
-            lambda: (
-                f"`input_ids` holds {int(num_placeholders)} {modality} placeholders, but the {modality}s give "
-                f"{num_features} tokens, {self.config.num_image_tokens} each."
-            ),
-        )
-        if outputs is None:
-            return inputs_embeds
-        soft_prompts = outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-        mask = placeholders.unsqueeze(2).to(inputs_embeds.device)  # (batch, sequence, 1)
-        return inputs_embeds.masked_scatter(mask, soft_prompts)
 
 
 class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
@@ -560,11 +383,3 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
             video_outputs=encoded["video"],
             **{_CACHE: outputs.get(_CACHE)},
         )
-
-
-def _short(count: int) -> str:
-    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.2f} K"
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in module.parameters())

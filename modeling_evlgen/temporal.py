@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ _FEED_FORWARD = (
 
 
 class _Call(threading.local):
-    """The videos whose frames run through a tower in this thread. [`TemporalTower.frames`] sets them.
+    """The videos whose frames run through a tower in this thread. [`frames_of_videos`] sets them.
 
     They cannot be arguments of the blocks. The tower's own code calls these, and few towers pass further arguments
     on to them. A `ContextVar` would do as well, but `torch.compile` cannot trace it.
@@ -45,6 +45,23 @@ class _Call(threading.local):
 
 
 _call = _Call()
+
+
+@contextmanager
+def frames_of_videos(num_frames: int, frame_mask: torch.Tensor | None = None) -> Iterator[None]:
+    """While this is open, the frames of a video attend to each other in blocks with a [`TemporalContextualizer`].
+
+    It holds for this thread. The tower's batch is then `videos * num_frames` images.
+
+    Args:
+        num_frames (`int`): Frames of each video.
+        frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
+    """
+    before, _call.frames = _call.frames, (num_frames, frame_mask)
+    try:
+        yield
+    finally:
+        _call.frames = before
 
 
 class TemporalContextualizer(nn.Module):
@@ -98,16 +115,10 @@ class TemporalContextualizer(nn.Module):
         block.forward = self.run_block
 
     def run_block(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Runs the block with the contextualizer between its two branches. Outside of `frames`, runs the plain block.
+        """Runs the block with the contextualizer between its two branches, on `(videos * frames, tokens, dim)`.
 
+        Outside of [`frames_of_videos`] it runs the plain block. `args` and `kwargs` are for the block's attention.
         Without a gradient, only the tokens themselves take more memory for more frames.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(videos * frames, tokens, dim)`): The block's input.
-            args, kwargs: Further arguments of the block, for its attention.
-
-        Returns:
-            `torch.Tensor` of the same shape.
         """
         (block,) = self._block
         if _call.frames is None:
@@ -156,39 +167,15 @@ class TemporalTower(nn.ModuleList):
         for contextualizer, block in zip(self, blocks, strict=True):
             contextualizer.join(block)
 
-    @contextmanager
-    def frames(self, num_frames: int, frame_mask: torch.Tensor | None = None) -> Iterator[None]:
-        """While this is open, the frames of a video attend to each other in this thread.
-
-        The tower's batch is then `videos * num_frames` images.
-
-        Args:
-            num_frames (`int`): Frames of each video.
-            frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
-        """
-        before, _call.frames = _call.frames, (num_frames, frame_mask)
-        try:
-            yield
-        finally:
-            _call.frames = before
-
 
 def encode_images(
     vision_tower: PreTrainedModel, temporal: TemporalTower | None, pixel_values: torch.Tensor
 ) -> torch.Tensor:
-    """Runs a vision tower over images. With a contextualizer, an image is a video of one frame.
+    """Runs a vision tower over images `(images, channels, height, width)`, and returns `(images, tokens, dim)`.
 
-    Args:
-        vision_tower (`PreTrainedModel`): The tower.
-        temporal ([`TemporalTower`], *optional*): The contextualizers of its blocks.
-        pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): The images.
-
-    Returns:
-        `torch.Tensor` of shape `(images, tokens, dim)`.
+    With a contextualizer, an image is a video of one frame.
     """
-    if temporal is None:
-        return extract_vision_tokens(vision_tower, pixel_values)
-    with temporal.frames(1):
+    with nullcontext() if temporal is None else frames_of_videos(1):
         return extract_vision_tokens(vision_tower, pixel_values)
 
 
@@ -202,8 +189,7 @@ def encode_videos(
 
     Args:
         vision_tower (`PreTrainedModel`): The tower.
-        temporal ([`TemporalTower`], *optional*):
-            The contextualizers of its blocks. Without them, frames do not attend to each other.
+        temporal ([`TemporalTower`], *optional*): Its contextualizers, without which no frame attends to another.
         pixel_values (`torch.Tensor` of shape `(videos, frames, channels, height, width)`): The videos.
         frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
 
@@ -216,7 +202,7 @@ def encode_videos(
     else:
         weight = frame_mask / frame_mask.sum(dim=1, keepdim=True)  # (videos, frames)
     if temporal is not None:
-        with temporal.frames(num_frames, frame_mask):
+        with frames_of_videos(num_frames, frame_mask):
             return _weighted_mean(vision_tower, pixel_values, weight)
     # Frames that do not attend to each other can be encoded one after the other, which saves memory.
     at_once = num_frames if torch.is_grad_enabled() else max(1, FRAMES_AT_ONCE // videos)

@@ -1,0 +1,48 @@
+"""What the model returns."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+
+
+@dataclass
+class EVLGenImageOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, num_vision_tokens, vision_hidden_size)`):
+            The frozen vision tower's tokens.
+        pooler_output (`torch.Tensor` of shape `(batch, num_image_tokens, text_hidden_size)`):
+            The soft prompt: merged tokens in the language model's embedding space.
+        output_index (`torch.LongTensor` of shape `(batch, num_vision_tokens)`):
+            For each vision token, the index of the soft prompt's token that it was merged into; None from a connector
+            that does not merge.
+    """
+
+    output_index: torch.Tensor | None = None
+
+
+@dataclass
+class EVLGenModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, sequence, dim)`): The input of the language model's head.
+        image_outputs, video_outputs ([`EVLGenImageOutput`], *optional*): The encoded images and videos, if any.
+    """
+
+    image_outputs: EVLGenImageOutput | None = None
+    video_outputs: EVLGenImageOutput | None = None
+
+
+@dataclass
+class EVLGenCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    Args:
+        loss (`torch.Tensor`, *optional*): The mean cross-entropy of the targets, if there are labels.
+        logits (`torch.Tensor` of shape `(batch, sequence, vocab)`):
+            Scores of the next token; for a `logits_to_keep` of shape `(batch, sequence)`, of shape `(kept, vocab)`.
+        image_outputs, video_outputs ([`EVLGenImageOutput`], *optional*): The encoded images and videos, if any.
+    """
+
+    image_outputs: EVLGenImageOutput | None = None
+    video_outputs: EVLGenImageOutput | None = None

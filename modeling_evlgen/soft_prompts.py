@@ -1,0 +1,69 @@
+"""Puts soft prompts in the place of the `<image>` and `<video>` placeholders of a text."""
+
+import torch
+from torch import nn
+from transformers.utils import torch_compilable_check
+
+from configuration_evlgen import EVLGenConfig
+
+from .model_outputs import EVLGenImageOutput
+
+# The encoded images and the encoded videos, under "image" and "video".
+Encoded = dict[str, EVLGenImageOutput | None]
+
+
+def embed_ids(
+    embedding: nn.Module, input_ids: torch.LongTensor, encoded: Encoded, config: EVLGenConfig
+) -> torch.Tensor:
+    """Embeds token ids and fills the soft prompts in, `(batch, sequence, text_dim)`.
+
+    Raises:
+        ValueError: If the placeholders and the soft prompts differ in number.
+    """
+    masks = {name: input_ids == getattr(config, f"{name}_token_id") for name in encoded}  # (batch, sequence) each
+    # Placeholders may lie beyond the embedding, so another id is looked up in their place.
+    inputs_embeds = embedding(input_ids.masked_fill(masks["image"] | masks["video"], 0))
+    for name, outputs in encoded.items():
+        inputs_embeds = _fill(name, masks[name], outputs, inputs_embeds, config.num_image_tokens)
+    return inputs_embeds
+
+
+def fill_embedded(
+    embedding: nn.Module, inputs_embeds: torch.Tensor, encoded: Encoded, config: EVLGenConfig
+) -> torch.Tensor:
+    """Fills the soft prompts in where embedded text holds the embedding of a placeholder.
+
+    Raises:
+        ValueError: If the placeholders have no embedding, or differ from the soft prompts in number.
+    """
+    for name, outputs in encoded.items():
+        if outputs is None:
+            continue
+        placeholder_id = getattr(config, f"{name}_token_id")
+        if placeholder_id >= embedding.weight.shape[0]:
+            raise ValueError(
+                f"{name.capitalize()}s need `input_ids`, which hold their placeholders, instead of `inputs_embeds`: "
+                f"`{name}_token_id` ({placeholder_id}) has no embedding."
+            )
+        placeholder = embedding(torch.tensor(placeholder_id, device=embedding.weight.device))  # (text_dim,)
+        mask = (inputs_embeds == placeholder.to(inputs_embeds)).all(dim=-1)  # (batch, sequence)
+        inputs_embeds = _fill(name, mask, outputs, inputs_embeds, config.num_image_tokens)
+    return inputs_embeds
+
+
+def _fill(
+    name: str, mask: torch.Tensor, outputs: EVLGenImageOutput | None, inputs_embeds: torch.Tensor, tokens_each: int
+) -> torch.Tensor:
+    num_placeholders = mask.sum()
+    num_features = 0 if outputs is None else outputs.pooler_output.shape[:2].numel()
+    torch_compilable_check(
+        num_placeholders == num_features,
+        lambda: (
+            f"`input_ids` holds {int(num_placeholders)} {name} placeholders, but the {name}s give "
+            f"{num_features} tokens, {tokens_each} each."
+        ),
+    )
+    if outputs is None:
+        return inputs_embeds
+    soft_prompts = outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+    return inputs_embeds.masked_scatter(mask.unsqueeze(2).to(inputs_embeds.device), soft_prompts)
