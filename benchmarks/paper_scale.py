@@ -266,14 +266,19 @@ def one_gpu_table() -> str:
     per_pair, tower = sum(flops.values()), flops["vision tower, forward"]
     hours = gpu_hours(per_pair * pairs, ONE_GPU_PEAK)
     # Weights, gradients and AdamW's two moments. One process has no second copy of the gradients, as DDP has.
-    memory = nbytes(model.parameters()) + 3 * 4 * trained + peak_activations(model, CAPTION_TOKENS, micro_batch)
+    static = nbytes(model.parameters()) + 3 * 4 * trained
+    sizes = (micro_batch, micro_batch // 4)
+    totals = [(static + peak_activations(model, CAPTION_TOKENS, size)) / 1e9 for size in sizes]
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    totals += [(static + peak_activations(model, CAPTION_TOKENS, micro_batch)) / 1e9]
     rows = [
         ["parameters; trained of them", f"{model.num_parameters() / 1e6:.0f} M; {trained / 1e6:.1f} M"],
         ["GFLOP for each pair; of them the vision tower", f"{per_pair / 1e9:.0f}; {tower / 1e9:.0f}"],
         ["pairs", f"{pairs / 1e6:.2f} M"],
         ["hours", f"{hours:.1f}"],
         ["cost", f"{hours * ONE_GPU_PRICE:.1f} US dollars"],
-        ["GPU memory", f"{memory / 1e9:.0f} GB"],
+        [f"GB of memory, batch {sizes[0]}; batch {sizes[1]}", "; ".join(f"{total:.1f}" for total in totals[:2])],
+        [f"GB of memory, batch {sizes[0]}, recomputing", f"{totals[2]:.1f}"],
         ["images to decode", f"{pairs / hours / 3600:.0f} per second"],
     ]
     return markdown_table(["one GPU", ""], rows)

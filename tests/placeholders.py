@@ -24,6 +24,7 @@ from .helpers import (
     ROOT,
     noise_images,
     save_image_folder,
+    save_one_gpu_sources,
     save_towers,
     tiny_image_processor,
     tiny_tokenizer,
@@ -34,7 +35,7 @@ LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
 CONNECTOR = {**LAYERS, "merge_r": 3}
 TEMPORAL = {"temporal_hidden_size": 8, "temporal_num_attention_heads": 2}
 IMAGE_MODELS = ("outputs/demo", "outputs/mine", "outputs/mine/checkpoint-200", "outputs/opt-2.7b", "path/to/model")
-IMAGE_MODELS += ("path/to/image/model", "weak")
+IMAGE_MODELS += ("path/to/image/model", "weak", "outputs/one-gpu")
 VIDEO_MODELS = ("outputs/demo-video", "outputs/video-opt-2.7b", "path/to/video/model")
 
 
@@ -44,6 +45,7 @@ def make_work(folder: Path) -> Path:
         (folder / name).symlink_to(ROOT / name)
     save_models(folder)
     save_base_models_of_the_hub(folder)
+    save_one_gpu_sources(folder)
     save_data(folder)
     save_original(folder)
     return folder

@@ -83,6 +83,7 @@ FOREIGN = {
 }
 FOREIGN_OPTIONS = {"--enable-prompt-embeds", "--trust-remote-code", "--chat-template"}
 FOREIGN_OPTIONS |= {"--apply_chat_template", "--device", "--model_args"}  # of the harnesses
+ONE_GPU_RECIPE = "examples/configs/one-gpu.yaml"
 PLACEHOLDER_FILES = {"my_mixture.yaml"}
 
 COMMANDS = [command for page in [*PAGES, *METRIC_CARDS] for command in commands_of_page(page)]
@@ -173,6 +174,9 @@ def run(command: Command, work: Path, monkeypatch) -> None:
     folder = FOLDERS.get(command.name, "")
     arguments = [word.replace("path/to/folder", folder) for word in command.arguments]
     arguments += [word.replace("{number}", number) for word in RUN[command.name]]
+    if ONE_GPU_RECIPE in command.arguments:  # its tower gives as many tokens as the real one
+        recipe = yaml.safe_load(Path(ONE_GPU_RECIPE).read_text(encoding="utf-8"))
+        arguments += ["--connector_config", json.dumps(recipe["connector_config"])]
     main = main_of(command.kind, command.name)
     if command.name == "app":
         monkeypatch.setattr("gradio.Blocks.launch", lambda page, **settings: None)
