@@ -44,18 +44,17 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
         raise ValueError("`images`: None is no image.")
     if isinstance(source, np.ndarray | torch.Tensor):
         return _check_array(source)
-    if isinstance(source, Image.Image):
-        image, name = source, getattr(source, "filename", "") or "the image"
-    elif isinstance(source, str | Path | dict):
-        image, name = _open(source, timeout), _describe(source)
-    else:
+    if not isinstance(source, Image.Image | str | Path | dict):
         raise TypeError(f"`images` must hold images, paths, URLs or arrays, but holds a {type(source).__name__}.")
     try:
+        image = source if isinstance(source, Image.Image) else _open(source, timeout)
         if isinstance(image, ImageFile.ImageFile):  # an image in memory has cost its memory already
             check_size(image.width, image.height, max_pixels)
         return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # PIL raises errors of many types for broken data
-        raise ValueError(f"`images`: {name} cannot be read: {error}") from error
+        # PIL's message has an address in memory in place of a path.
+        reason = "it is no image that PIL knows" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"`images`: {_describe(source)} cannot be read: {reason}") from error
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -83,23 +82,25 @@ def _check_array(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
 
 def _open(source: str | Path | dict, timeout: float) -> Image.Image:
     """Opens an image without decoding it."""
-    try:
-        if isinstance(source, dict):
-            if source.get("bytes") is not None:
-                return Image.open(BytesIO(source["bytes"]))
-            source = source["path"]
-        if str(source).startswith(("http://", "https://")):
-            # huggingface_hub brings httpx, so the code of a checkpoint needs no further package.
-            response = httpx.get(str(source), timeout=timeout, follow_redirects=True).raise_for_status()
-            return Image.open(BytesIO(response.content))
-        if str(source).startswith("data:image/"):
-            return Image.open(BytesIO(base64.b64decode(source.split(",", 1)[1])))
-        check_regular_file(source)
-        return Image.open(source)
-    except UnidentifiedImageError as error:  # PIL's message has an address in memory in place of a path
-        raise ValueError(f"`images`: {_describe(source)} cannot be read: it is no image that PIL knows") from error
-    except Exception as error:
-        raise ValueError(f"`images`: {_describe(source)} cannot be read: {error}") from error
+    if isinstance(source, dict):
+        if source.get("bytes") is not None:
+            return Image.open(BytesIO(source["bytes"]))
+        source = source["path"]
+    if is_url(source):
+        return Image.open(download(source, timeout))
+    if str(source).startswith("data:image/"):
+        return Image.open(BytesIO(base64.b64decode(source.split(",", 1)[1])))
+    check_regular_file(source)
+    return Image.open(source)
+
+
+def is_url(source: str | Path) -> bool:
+    return str(source).startswith(("http://", "https://"))
+
+
+def download(url: str, timeout: float = 30.0) -> BytesIO:
+    """Reads a URL. huggingface_hub brings httpx, so the code of a checkpoint needs no further package."""
+    return BytesIO(httpx.get(url, timeout=timeout, follow_redirects=True).raise_for_status().content)
 
 
 def check_regular_file(path: str | Path) -> None:
@@ -111,7 +112,9 @@ def check_regular_file(path: str | Path) -> None:
         raise ValueError("it is no regular file")
 
 
-def _describe(source: str | Path | dict) -> str:
+def _describe(source: Image.Image | str | Path | dict) -> str:
+    if isinstance(source, Image.Image):
+        return getattr(source, "filename", "") or "the image"
     name = source.get("path") if isinstance(source, dict) else str(source)
     return repr(name if name is None or len(name) <= 200 else name[:200] + "…")
 

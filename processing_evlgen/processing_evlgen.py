@@ -9,13 +9,7 @@ import torch
 from tokenizers import AddedToken
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import (
-    ImagesKwargs,
-    MultiModalData,
-    ProcessingKwargs,
-    Unpack,
-    VideosKwargs,
-)
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack, VideosKwargs
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
@@ -146,8 +140,8 @@ class EVLGenProcessor(PromptEncoder):
                 The prompts. One prompt without placeholders serves all images or videos. Without `text`, prompts are
                 empty.
             suffix (`str` or `list[str]`, *optional*):
-                The captions or answers to train on, one for each prompt; adds `labels`. They must not hold special
-                tokens or `end_of_text`, which the processor adds. See [`check_plain_text`].
+                The captions or answers to train on, one for each prompt; adds `labels`. The processor adds
+                `end_of_text`; a suffix must hold neither it nor a special token.
             videos (video, path, URL or a list of these, *optional*):
                 The videos, in the order of their placeholders. A list of frames (images or arrays) is one video.
                 [`load_rgb_frames`] lists the accepted types.
@@ -197,31 +191,25 @@ class EVLGenProcessor(PromptEncoder):
             raise ValueError("`messages` is given instead of `text` and `suffix`, not together with them.")
         if images is not None and vision_features is not None:
             raise ValueError("Only one of `images` and `vision_features` can be given.")
-        # A tokenizer's own `padding_side` is that of its pretraining. Here it follows from the labels.
-        defaults = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
-        arguments = self._merge_kwargs(EVLGenProcessorKwargs, tokenizer_init_kwargs=defaults, **kwargs)
+        arguments = self._merge_arguments(kwargs, has_labels=suffix is not None or messages is not None)
         images_arguments, text_arguments = arguments["images_kwargs"], arguments["text_kwargs"]
-        for name in ("return_text_replacement_offsets", "return_mm_token_type_ids"):
-            text_arguments.setdefault(name, arguments.get(name))  # transformers < 5.20 has them here alone
-        if suffix is not None or messages is not None:
-            self._refuse_offsets(text_arguments)
         max_pixels = images_arguments.pop("max_pixels", None) or MAX_PIXELS
         images_per_text = count_images_per_text(images)
         images = [] if images is None else flatten_images(images)
         images = [load_rgb_image(image, max_pixels=max_pixels) for image in images]
-        num_images = len(images) if vision_features is None else len(vision_features)
         videos = self._load_videos(videos, arguments["videos_kwargs"])
+        num_images = len(images) if vision_features is None else len(vision_features)
+        counts = num_images, len(videos), images_per_text
         if messages is None:
-            columns = self._encode(text, suffix, images_per_text, num_images, len(videos), text_arguments)
+            columns = self._encode_text(text, suffix, *counts, text_arguments)
         else:
-            columns = self._encode_conversations(messages, images_per_text, num_images, len(videos))
+            columns = self._encode_conversations(messages, *counts)
         placeholder_ids = (self.image_token_id, self.video_token_id)
         data: dict[str, Any] = pad(self.tokenizer, columns, placeholder_ids, text_arguments)
         if text_arguments["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if images:
-            pixels = self.image_processor(images, **{**images_arguments, "return_tensors": "pt"})
-            data["pixel_values"] = pixels["pixel_values"]
+            data["pixel_values"] = self._prepare_pixels(images, images_arguments)
         if videos:
             data.update(self._stack_videos(videos, images_arguments))
         if vision_features is not None:
@@ -233,11 +221,17 @@ class EVLGenProcessor(PromptEncoder):
             skip_tensor_conversion=self.skip_tensor_conversion,
         )
 
-    @staticmethod
-    def _refuse_offsets(arguments: dict[str, Any]) -> None:
+    def _merge_arguments(self, given: dict[str, Any], has_labels: bool) -> dict[str, dict[str, Any]]:
+        """The call's arguments and the tokenizer's defaults, sorted by modality."""
+        # A tokenizer's own `padding_side` is that of its pretraining. Here it follows from the labels.
+        defaults = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
+        arguments = self._merge_kwargs(EVLGenProcessorKwargs, tokenizer_init_kwargs=defaults, **given)
+        for name in ("return_text_replacement_offsets", "return_mm_token_type_ids"):
+            arguments["text_kwargs"].setdefault(name, arguments.get(name))  # transformers < 5.20 has them here alone
         for name in ("return_offsets_mapping", "return_text_replacement_offsets"):
-            if arguments.get(name):
+            if has_labels and arguments["text_kwargs"].get(name):
                 raise ValueError(f"`{name}` is for a `text` alone, without `suffix` or `messages`.")
+        return arguments
 
     def _load_videos(self, videos: Any, arguments: dict[str, Any]) -> list[list[Any]]:
         """The chosen frames of each video."""
@@ -249,24 +243,24 @@ class EVLGenProcessor(PromptEncoder):
         max_pixels = arguments.get("max_pixels") or MAX_PIXELS
         return [load_rgb_frames(video, num_frames, sampling, max_pixels) for video in flatten_videos(videos)]
 
-    def _encode(
+    def _encode_text(
         self,
         text: str | list[str] | None,
         suffix: str | list[str] | None,
-        images_per_text: list[int] | None,
         num_images: int,
         num_videos: int,
+        images_per_text: list[int] | None,
         arguments: dict[str, Any],
     ) -> dict[str, list[Any]]:
         """Ids of prompts and their suffixes, with labels or offsets."""
         if text is None and not num_images and not num_videos:
             raise ValueError("Without a `text`, at least one image or video is needed, but there is none.")
         prompts = list_strings("text", "" if text is None else text)
-        if len(prompts) == 1 and not any(token in prompts[0] for token in (self.image_token, self.video_token)):
-            prompts = prompts * max(num_images, num_videos, 1)
-        if images_per_text is not None:
-            self._check_images_per_text(prompts, images_per_text)
-        prompts = self._insert_placeholders(prompts, num_images, num_videos)
+        tokens = (self.image_token, self.video_token)
+        if not any(token in prompt for prompt in prompts for token in tokens):
+            prompts = self._insert_placeholders(prompts, num_images, num_videos)
+        placeholders = [tuple(map(prompt.count, tokens)) for prompt in prompts]
+        self._check_placeholders("text", placeholders, num_images, num_videos, images_per_text)
         if suffix is None:
             return self._encode_prompts(prompts, num_images, num_videos, arguments)
         return self._encode_suffixes(prompts, suffix, arguments.get("add_special_tokens", True))
@@ -274,72 +268,72 @@ class EVLGenProcessor(PromptEncoder):
     def _encode_conversations(
         self,
         messages: list[list[dict[str, Any]]],
-        images_per_text: list[int] | None,
         num_images: int,
         num_videos: int,
+        images_per_text: list[int] | None,
     ) -> dict[str, list[list[int]]]:
-        """Ids and labels of conversations, checked against the numbers of images and videos."""
+        """Ids and labels of conversations."""
         encoded = [encode_conversation(self, conversation) for conversation in messages]
-        for name, token_id, given in (
-            ("images", self.image_token_id, num_images),
-            ("videos", self.video_token_id, num_videos),
-        ):
-            found = sum(ids.count(token_id) for ids, _ in encoded) // self.num_image_tokens
-            if found != given:
-                raise ValueError(f"`messages` holds {found} {name}, but `{name}` holds {given}.")
-        if images_per_text is not None and len(images_per_text) == len(messages):
-            for index, given in enumerate(images_per_text):
-                found = encoded[index][0].count(self.image_token_id) // self.num_image_tokens
-                if found != given:
-                    raise ValueError(f"`messages` entry {index} holds {found} images, but its `images` entry {given}.")
+        token_ids = (self.image_token_id, self.video_token_id)
+        placeholders = [tuple(ids.count(token) // self.num_image_tokens for token in token_ids) for ids, _ in encoded]
+        self._check_placeholders("messages", placeholders, num_images, num_videos, images_per_text)
         return {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}
 
-    def _check_images_per_text(self, prompts: list[str], images_per_text: list[int]) -> None:
-        counts = [prompt.count(self.image_token) for prompt in prompts]
-        if not any(counts) or len(counts) != len(images_per_text):
-            return
-        for index, (placeholders, images) in enumerate(zip(counts, images_per_text, strict=True)):
-            if placeholders != images:
-                raise ValueError(
-                    f"`text` entry {index} holds {placeholders} {self.image_token} placeholders, but `images` entry "
-                    f"{index} holds {images} images."
-                )
-
     def _insert_placeholders(self, prompts: list[str], num_images: int, num_videos: int) -> list[str]:
-        """Puts placeholders into prompts that have none, and checks that there is one for each image and video."""
-        images = sum(prompt.count(self.image_token) for prompt in prompts)
-        videos = sum(prompt.count(self.video_token) for prompt in prompts)
-        if images == videos == 0 and (num_images or num_videos):
-            if num_images and num_videos:
-                raise ValueError("Images and videos together need a `text` whose placeholders show their order.")
-            name, count = ("images", num_images) if num_images else ("videos", num_videos)
-            if count != len(prompts):
-                raise ValueError(f"`{name}` holds {count} {name}, but `text` holds {len(prompts)} prompts.")
-            return [self._insert_placeholder(prompt, name.removesuffix("s")) for prompt in prompts]
-        for name, token, placeholders, given in (
-            ("images", self.image_token, images, num_images),
-            ("videos", self.video_token, videos, num_videos),
+        """Puts a placeholder before each prompt; with a chat template, both become a turn of the user."""
+        if num_images and num_videos:
+            raise ValueError("Images and videos together need a `text` whose placeholders show their order.")
+        modality, token, count = "image", self.image_token, num_images
+        if num_videos:
+            modality, token, count = "video", self.video_token, num_videos
+        if not count:
+            return prompts
+        if len(prompts) == 1:
+            prompts = prompts * count
+        if count != len(prompts):
+            raise ValueError(f"`{modality}s` holds {count} {modality}s, but `text` holds {len(prompts)} prompts.")
+        if self.chat_template is None:
+            return [token + prompt for prompt in prompts]
+        parts = [[{"type": modality}, *([{"type": "text", "text": prompt}] if prompt else [])] for prompt in prompts]
+        turns = [[{"role": "user", "content": content}] for content in parts]
+        return [self.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+
+    def _check_placeholders(
+        self,
+        argument: str,
+        placeholders: list[tuple[int, ...]],
+        num_images: int,
+        num_videos: int,
+        images_per_text: list[int] | None,
+    ) -> None:
+        """Checks that there is a placeholder for each image and video; `placeholders` has both counts of each text."""
+        if images_per_text is not None and len(images_per_text) == len(placeholders):
+            for index, ((found, _), given) in enumerate(zip(placeholders, images_per_text, strict=True)):
+                if found != given:
+                    raise ValueError(
+                        f"`{argument}` entry {index} holds {found} {self.image_token} placeholders, but `images` "
+                        f"entry {index} holds {given} images."
+                    )
+        for column, name, token, given in (
+            (0, "images", self.image_token, num_images),
+            (1, "videos", self.video_token, num_videos),
         ):
-            if placeholders != given:
+            found = sum(row[column] for row in placeholders)
+            if found != given:
                 # Ends as transformers' own error does, which its common tests look for.
                 raise ValueError(
-                    f"`text` holds {placeholders} {token} placeholders, but `{name}` holds {given} {name}. The number "
+                    f"`{argument}` holds {found} {token} placeholders, but `{name}` holds {given} {name}. The number "
                     f"of {token} tokens in the prompts should be the same as the number of {name}."
                 )
-        return prompts
 
-    def _insert_placeholder(self, prompt: str, modality: str) -> str:
-        """The prompt after one placeholder; with a chat template, as a turn of the user."""
-        if self.chat_template is None:
-            return {"image": self.image_token, "video": self.video_token}[modality] + prompt
-        parts = [{"type": modality}, *([{"type": "text", "text": prompt}] if prompt else [])]
-        return self.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    def _prepare_pixels(self, images: list[Any], arguments: dict[str, Any]) -> torch.Tensor:
+        return self.image_processor(images, **{**arguments, "return_tensors": "pt"})["pixel_values"]
 
     def _stack_videos(self, videos: list[list[Any]], images_arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Prepares all frames as images. Short videos are padded with zeros; then `frame_mask` marks real frames."""
         lengths = [len(video) for video in videos]
         frames = [frame for video in videos for frame in video]
-        pixels = self.image_processor(frames, **{**images_arguments, "return_tensors": "pt"})["pixel_values"]
+        pixels = self._prepare_pixels(frames, images_arguments)
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (videos, frames)
         padded = pixels.new_zeros(*mask.shape, *pixels.shape[1:])  # (videos, frames, channels, height, width)
         padded[mask] = pixels  # pixels: (frames of all videos, channels, height, width)

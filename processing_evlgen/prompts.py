@@ -68,13 +68,6 @@ class PromptEncoder(ProcessorMixin):
         # The last letters of the prompt and the first of the suffix share a token. Generation sees the prompt alone.
         return self.tokenizer(suffix, add_special_tokens=False)["input_ids"]
 
-    def _clean_suffixes(self, suffixes: list[str]) -> list[str]:
-        cleaned = [clean_caption(suffix) if self.clean_captions else suffix for suffix in suffixes]
-        for index, (before, after) in enumerate(zip(suffixes, cleaned, strict=True)):
-            if not after.strip():
-                raise ValueError(f"`suffix` must not be empty, but entry {index} is {before!r}.")
-        return cleaned
-
     def _is_bos_a_label(self, prompt_ids: list[int]) -> bool:
         if not self.bos_label or prompt_ids[-1] != self.tokenizer.bos_token_id:
             return False
@@ -86,41 +79,40 @@ class PromptEncoder(ProcessorMixin):
     ) -> dict[str, list[Any]]:
         """Ids of prompts, and the requested offsets."""
         add_special_tokens = arguments.get("add_special_tokens", True)
-        with_spans, with_replacements = (
-            arguments.get(name) for name in ("return_offsets_mapping", "return_text_replacement_offsets")
-        )
         columns: dict[str, list[Any]] = {}
         columns["input_ids"] = [self.tokenize_prompt(prompt, add_special_tokens) for prompt in prompts]
-        if not with_spans and not with_replacements:
-            return columns
+        with_replacements = arguments.get("return_text_replacement_offsets")
         images, videos = [self.replace_image_token()] * num_images, [self.replace_video_token()] * num_videos
         _, replacements = self.get_text_with_replacements(list(prompts), images, videos)
-        if with_spans:
-            columns["offset_mapping"] = [self._token_spans(prompt, add_special_tokens) for prompt in prompts]
+        if arguments.get("return_offsets_mapping"):
+            spans = [self._token_spans(prompt, add_special_tokens) for prompt in prompts]
+            if not with_replacements:
+                pairs = zip(spans, replacements, strict=True)
+                spans = [[unexpanded_span(span, row) for span in row_spans] for row_spans, row in pairs]
+            columns["offset_mapping"] = spans
         if with_replacements:
             columns["text_replacement_offsets"] = replacements
-        elif with_spans:
-            pairs = zip(columns["offset_mapping"], replacements, strict=True)
-            columns["offset_mapping"] = [[unexpanded_span(span, row) for span in spans] for spans, row in pairs]
         return columns
 
     def _encode_suffixes(
         self, prompts: list[str], suffix: str | list[str], add_special_tokens: bool
     ) -> dict[str, list[list[int]]]:
         """Ids of prompts with their suffixes, and labels."""
-        prompt_ids = [self.tokenize_prompt(prompt, add_special_tokens) for prompt in prompts]
-        suffixes = self._clean_suffixes(list_strings("suffix", suffix))
+        suffixes = list_strings("suffix", suffix)
         if len(suffixes) != len(prompts):
             raise ValueError(f"`suffix` has {len(suffixes)} entries, but there are {len(prompts)} prompts.")
-        suffix_ids = [
-            self._tokenize_suffix(prompt, ids, suffix, add_special_tokens)
-            for prompt, ids, suffix in zip(prompts, prompt_ids, suffixes, strict=True)
-        ]
-        named = {f"`suffix` entry {index}": pair for index, pair in enumerate(zip(suffixes, suffix_ids, strict=True))}
-        check_plain_text(self.tokenizer, self.end_of_text_id, named)
-        sequences, labels = [], []
-        for ids, caption_ids in zip(prompt_ids, suffix_ids, strict=True):
-            sequences.append([*ids, *caption_ids, self.end_of_text_id])
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+        texts = {}
+        for index, (prompt, given) in enumerate(zip(prompts, suffixes, strict=True)):
+            text = clean_caption(given) if self.clean_captions else given
+            if not text.strip():
+                raise ValueError(f"`suffix` must not be empty, but entry {index} is {given!r}.")
+            ids = self.tokenize_prompt(prompt, add_special_tokens)
+            suffix_ids = self._tokenize_suffix(prompt, ids, text, add_special_tokens)
+            texts[f"`suffix` entry {index}"] = text, suffix_ids
+            sequence = [*ids, *suffix_ids, self.end_of_text_id]
             unlabelled = len(ids) - int(self._is_bos_a_label(ids))  # images and prompt carry no loss
-            labels.append([-100] * unlabelled + sequences[-1][unlabelled:])
-        return {"input_ids": sequences, "labels": labels}
+            columns["input_ids"].append(sequence)
+            columns["labels"].append([-100] * unlabelled + sequence[unlabelled:])
+        check_plain_text(self.tokenizer, self.end_of_text_id, texts)
+        return columns

@@ -3,17 +3,15 @@
 import importlib
 import random
 import tempfile
-from io import BytesIO
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import httpx
 from PIL import Image
 from transformers.utils import is_av_available
 from transformers.video_utils import load_video
 
-from .images import MAX_PIXELS, check_regular_file, check_size, load_rgb_image
+from .images import MAX_PIXELS, check_regular_file, check_size, download, is_url, load_rgb_image
 
 FRAME_SAMPLINGS = ("uniform", "headtail")
 _ANIMATED_IMAGES = (".webp", ".gif", ".png", ".apng")  # FFmpeg does not read animated WebP
@@ -109,14 +107,13 @@ def _load_row(row: dict[str, Any], num_frames: int, sampling: str, max_pixels: i
 
 
 def _read_file(name: str, num_frames: int, sampling: str, max_pixels: int) -> list[Image.Image]:
-    is_url = name.startswith(("http://", "https://"))
-    if not is_url:
+    if not is_url(name):
         check_regular_file(name)
     if Path(name.partition("?")[0]).suffix.lower() in _ANIMATED_IMAGES:
         return _read_animated_image(name, num_frames, sampling, max_pixels)
     if not is_av_available():
         raise ImportError('Reading videos needs PyAV. Install it with: pip install "av>=18.1"')
-    if not is_url and not Path(name).exists():
+    if not is_url(name) and not Path(name).exists():
         raise FileNotFoundError("there is no such file")
 
     def choose(metadata: Any, **kwargs: Any) -> list[int]:
@@ -136,11 +133,8 @@ def _count_frames(name: str) -> int:
 
 
 def _read_animated_image(name: str, num_frames: int, sampling: str, max_pixels: int) -> list[Image.Image]:
-    source: Any = name
-    if name.startswith(("http://", "https://")):
-        source = BytesIO(httpx.get(name, timeout=30.0, follow_redirects=True).raise_for_status().content)
     frames = []
-    with Image.open(source) as image:
+    with Image.open(download(name) if is_url(name) else name) as image:
         check_size(image.width, image.height, max_pixels)
         for index in sample_frames(getattr(image, "n_frames", 1), num_frames, sampling):
             image.seek(index)

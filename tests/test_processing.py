@@ -105,7 +105,7 @@ def test_a_conversation_is_trained_on_the_assistants_turns():
             [{"role": "robot", "content": "hello"}],
             "a `role` of system, user, assistant and a `content`, but entry 0 is",
         ),
-        (conversation("what?", "a", "and?", "b"), "holds 0 images, but `images` holds 1"),
+        (conversation("what?", "a", "and?", "b"), "`messages` holds 0 <image> placeholders, but `images` holds 1"),
         (conversation([{"type": "image_url", "image_url": "a.png"}], "a"), r"entry 0 must hold parts .* 'image_url'"),
         (conversation([{"type": "text"}], "a"), "entry 0 must hold parts such as"),
         (conversation(None, "a"), "entry 0 must have a text or a list as `content`, but has None"),
@@ -134,7 +134,7 @@ def test_images_belong_to_their_own_conversation():
     first, second = noise_images(2)
     batch = processor(images=[[first, second], []], messages=[two, none])
     assert len(batch["pixel_values"]) == 2
-    with pytest.raises(ValueError, match="`messages` entry 0 holds 2 images, but its `images` entry 1"):
+    with pytest.raises(ValueError, match="`messages` entry 0 holds 2 <image> placeholders, but `images` entry 0 holds 1"):
         processor(images=[[first], [second]], messages=[two, none])
 
 
