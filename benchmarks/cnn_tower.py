@@ -19,6 +19,8 @@ from modeling_evlgen.vision_tower import build_vision_tower, extract_vision_toke
 from .timing import argument_parser, markdown_table, take_turns
 from .training_step import LITE0
 
+SHAPE = (16, 3, 224, 224)  # images, channels, height and width
+
 
 def candidates(tower: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
     """Returns what is measured. Each gives the tower's tokens, `(images, tokens, dim)`."""
@@ -39,21 +41,17 @@ def candidates(tower: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    parser = argument_parser(__doc__, rounds=9)
-    parser.add_argument("--image_size", type=int, default=224, help="Height and width of the images in pixels.")
-    parser.add_argument("--images", type=int, default=16, help="Images at a time.")
-    arguments = parser.parse_args(argv)
-
+    rounds = argument_parser(__doc__, rounds=9).parse_args(argv).rounds
     torch.manual_seed(0)
     tower = build_vision_tower(LITE0).eval().requires_grad_(False)
-    runs = candidates(tower, torch.randn(arguments.images, 3, arguments.image_size, arguments.image_size))
+    runs = candidates(tower, torch.randn(SHAPE))
     expected = runs["NCHW"]()
-    seconds = take_turns(runs, arguments.rounds)
+    seconds = take_turns(runs, rounds)
     rows = []
     for name, run in runs.items():
         difference = (run() - expected).abs().max() / expected.abs().max()
         rows.append([name, f"{seconds[name]:.3f} s", f"{seconds['NCHW'] / seconds[name]:.2f}", f"{difference:.1e}"])
-    print(f"{torch.get_num_threads()} threads, {arguments.images} images\n")
+    print(f"{torch.get_num_threads()} threads, {SHAPE[0]} images\n")
     print(markdown_table(["EfficientNet-Lite0", "time", "speed", "difference"], rows))
 
 

@@ -33,7 +33,6 @@ def start_onnxruntime(program: torch.export.ExportedProgram) -> onnxruntime.Infe
 def main(argv: list[str] | None = None) -> None:
     parser = argument_parser(__doc__, rounds=9)
     parser.add_argument("--model", default="outputs/demo", help="Captioner: a folder or a name on the Hub.")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="Numbers of images in a batch.")
     arguments = parser.parse_args(argv)
     prompt = SoftPrompt(EVLGenForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.float32))
     size = EVLGenProcessor.from_pretrained(arguments.model).image_processor.size
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     graph, session = program.module(), start_onnxruntime(program)
 
     rows = []
-    for batch in arguments.batches:
+    for batch in (1, 8):
         pixel_values = example_pixels(prompt, image_size, batch)  # (batch, channels, height, width)
         runs = {
             "PyTorch": partial(prompt, pixel_values),

@@ -20,6 +20,8 @@ from .timing import argument_parser, in_new_process, markdown_table, measure, pe
 VIT_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
 TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
+FRAMES = (1, 4, 16, 64, 256)  # lengths of the videos
+
 
 @torch.no_grad()
 def measure_frames(temporal: bool, frames: int, rounds: int) -> tuple[float, float]:
@@ -40,14 +42,12 @@ def measure_frames(temporal: bool, frames: int, rounds: int) -> tuple[float, flo
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argument_parser(__doc__, rounds=3)
-    parser.add_argument("--frames", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="Lengths of the videos.")
-    arguments = parser.parse_args(argv)
+    rounds = argument_parser(__doc__, rounds=3).parse_args(argv).rounds
     rows = []
-    for frames in arguments.frames:
+    for frames in FRAMES:
         row = [frames]
         for temporal in (False, True):
-            seconds, megabytes = in_new_process(measure_frames, temporal, frames, arguments.rounds)
+            seconds, megabytes = in_new_process(measure_frames, temporal, frames, rounds)
             row += [f"{1e3 * seconds / frames:.1f} ms", f"{megabytes:.0f} MB"]
         rows.append(row)
     columns = [f"{kind}: time per frame" for kind in ("mean of frames", "temporal contextualizer")]

@@ -10,7 +10,6 @@ of any BLIP-2 checkpoint, and the language model. If the checkpoint holds the to
 import argparse
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -49,15 +48,12 @@ def load_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"`checkpoint`: {path} is not a file of torch.save that holds tensors: {reason}") from error
     tensors = checkpoint.get("model", checkpoint) if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(tensors, dict) or not tensors:
-        raise ValueError(f"`checkpoint`: {path} must hold a dictionary of tensors, but holds {_describe(tensors)}.")
+        found = "nothing" if tensors in ({}, None) else f"a {type(tensors).__name__}"
+        raise ValueError(f"`checkpoint`: {path} must hold a dictionary of tensors, but holds {found}.")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"`checkpoint`: {path} must hold tensors, but {name!r} is {_describe(tensor)}.")
+            raise ValueError(f"`checkpoint`: {path} must hold tensors, but {name!r} is a {type(tensor).__name__}.")
     return tensors
-
-
-def _describe(value: Any) -> str:
-    return "nothing" if value in ({}, None) else f"a {type(value).__name__}"
 
 
 def convert_state_dict(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

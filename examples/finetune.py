@@ -36,7 +36,6 @@ from common.training.report import report
 from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments
-from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-vqa.yaml"
@@ -65,12 +64,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     with training_args.main_process_first(desc="preparing model and data"):
         splits = load_datasets(data_args, training_args.seed)
-        model = load_trainable(
-            "model",
-            EVLGenForConditionalGeneration.from_pretrained,
-            model_args.model,
-            quantization_config=quantization_config(model_args.text_quantization),
-        )
+        quantization = quantization_config(model_args.text_quantization)
+        model = load_trainable(model_args.model, quantization_config=quantization)
         processor = EVLGenProcessor.from_pretrained(model_args.model)
         model.to(training_args.device)
         train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)

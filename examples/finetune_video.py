@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         load = EVLGenForConditionalGeneration.from_pretrained
         if model_args.temporal_contextualizer:
             load = EVLGenForConditionalGeneration.from_image_model
-        model = load_trainable("image_model", load, model_args.image_model)
+        model = load_trainable(model_args.image_model, "image_model", load)
         processor = EVLGenProcessor.from_pretrained(model_args.image_model)
         processor.num_frames = data_args.num_frames
 

@@ -31,7 +31,6 @@ from common.models import load_trainable
 from common.training.report import report
 from common.training.resume import find_checkpoint
 from common.training.training_arguments import EVLGenTrainingArguments
-from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-scst.yaml"
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with training_args.main_process_first(desc="preparing model and data"):
         splits = load_datasets(data_args, training_args.seed)
         reward = load_reward(splits[0], data_args)
-        model = load_trainable("model", EVLGenForConditionalGeneration.from_pretrained, scst_args.model)
+        model = load_trainable(scst_args.model)
         model.to(training_args.device)
         processor = EVLGenProcessor.from_pretrained(scst_args.model)
         train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)

@@ -13,6 +13,7 @@ from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenImageOutput, target_positions
 
 Encoded = dict[str, EVLGenImageOutput]  # soft prompts, by "image" or "video"
+VISION_INPUTS = ("pixel_values", "pixel_values_videos", "frame_mask", "vision_features")
 
 
 class SCSTCollator(CaptionCollator):
@@ -83,7 +84,9 @@ class SCSTTrainer(EVLGenTrainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         references = inputs.pop("references")
         evlgen = self.accelerator.unwrap_model(model)
-        encoded = self._encode(evlgen, inputs)
+        # Soft prompts with gradient, computed once for all samples of an image.
+        encoded = evlgen._encode(**{name: inputs.pop(name) for name in VISION_INPUTS if name in inputs})
+        encoded = {name: output for name, output in encoded.items() if output is not None}
         sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": self.num_samples}
         sampled = self._generate(evlgen, inputs, encoded, **sampling)
         rewards = self._rewards(sampled, references, self.num_samples)  # (images, samples)
@@ -98,15 +101,6 @@ class SCSTTrainer(EVLGenTrainer):
         for name, values in (("reward", rewards), ("baseline", rewards - advantage), ("length", lengths)):
             self._sums[name] += float(values.mean())
         return -(advantage.flatten() * self._score(model, inputs, encoded, sampled)).mean()
-
-    def _encode(self, evlgen: torch.nn.Module, inputs: dict[str, Any]) -> Encoded:
-        """Soft prompts with gradient, computed once for all samples of an image."""
-        if "pixel_values_videos" in inputs:
-            videos, mask = inputs.pop("pixel_values_videos"), inputs.pop("frame_mask", None)
-            return {"video": evlgen.get_video_features(videos, mask, return_dict=True)}
-        if "vision_features" in inputs:
-            return {"image": evlgen.project_vision_features(inputs.pop("vision_features"))}
-        return {"image": evlgen.get_image_features(inputs.pop("pixel_values"), return_dict=True)}
 
     @torch.no_grad()
     def _generate(

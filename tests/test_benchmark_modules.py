@@ -143,14 +143,16 @@ def test_quantised_weights_count_as_they_are_packed(tiny_candidates):
 
 def test_videos_of_several_lengths_are_measured(in_this_process, monkeypatch, capsys):
     monkeypatch.setattr(video_speed, "VIT_S", TINY)
-    video_speed.main(["--frames", "1", "3", "--rounds", "1"])
+    monkeypatch.setattr(video_speed, "FRAMES", (1, 3))
+    video_speed.main(["--rounds", "1"])
     rows = table(capsys)
     assert [row[0] for row in rows] == ["1", "3"] and all(is_number(cell) for row in rows for cell in row)
 
 
-def test_memory_formats_of_a_cnn_tower_are_compared(capsys):
+def test_memory_formats_of_a_cnn_tower_are_compared(monkeypatch, capsys):
+    monkeypatch.setattr(cnn_tower, "SHAPE", (2, 3, 64, 64))
     with torch.compiler.set_stance("force_eager"):  # compilation takes a minute
-        cnn_tower.main(["--image_size", "64", "--images", "2", "--rounds", "1"])
+        cnn_tower.main(["--rounds", "1"])
     rows = table(capsys)
     assert len(rows) == 4 and rows[0][2:] == ["1.00", "0.0e+00"]
     assert all(is_number(cell) for row in rows for cell in row[1:3]) and all(float(row[3]) < 1e-5 for row in rows)
@@ -161,9 +163,9 @@ def test_an_exported_model_is_compared(tmp_path, capsys):
     model = tiny_model()
     model.save_pretrained(tmp_path)
     tiny_processor(model).save_pretrained(tmp_path)
-    export_speed.main(["--model", str(tmp_path), "--batches", "1", "2", "--rounds", "1"])
+    export_speed.main(["--model", str(tmp_path), "--rounds", "1"])
     rows = table(capsys)
-    assert [row[0] for row in rows] == ["1", "2"]
+    assert [row[0] for row in rows] == ["1", "8"]
     assert all(re.fullmatch(r"[\d.]+ s, [\d.]+", cell) for row in rows for cell in row[1:])
     assert all(row[1].endswith(", 1.00") for row in rows)
 

@@ -422,7 +422,7 @@ def tiny_run(method, dataset, connector, **changes):
     return Run(method, dataset, connector, {**fields, **kind}, **settings)
 
 
-def test_a_run_trains_both_stages_and_keeps_what_it_measured(tiny_recipe, monkeypatch):
+def test_a_run_trains_both_stages_and_keeps_what_it_measured(tiny_recipe):
     one = training_run.train(tiny_run("qformer", tiny_recipe, "qformer"))
     assert [point["step"] for point in one["curve"]] == [2, 4]
     assert one["curve"][-1].keys() == {"step", "loss", "gap", "cider", "exact"}
@@ -434,9 +434,6 @@ def test_a_run_trains_both_stages_and_keeps_what_it_measured(tiny_recipe, monkey
     first = two["stage_one_training_loss"]
     assert len(first) == 120 and first[-1][1] < 0.6 * first[0][1]
     assert two["stage_one_held_out"]["recall@1"] >= 0.5  # of 8 images in 4 colours; chance is 0.25
-    monkeypatch.setattr(training_run, "train_stage_one", None)  # it is not trained again
-    again = training_run.train(tiny_run("qformer", tiny_recipe, "qformer", **stages))
-    assert again["training_loss"] == two["training_loss"] and again["curve"] == two["curve"]
 
 
 def test_every_part_of_a_recipe_is_timed(tiny_recipe):

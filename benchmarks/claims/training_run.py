@@ -1,6 +1,5 @@
 """Trains one run with the steps of `examples/pretrain.py`, and measures a curve of held-out figures."""
 
-import hashlib
 import json
 import tempfile
 import time
@@ -8,16 +7,11 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice, repeat
-from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 import pretrain
 import torch
-from filelock import FileLock
-from huggingface_hub import constants
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from train_scst_reward import CiderDReward, count_ngrams
 from transformers import TrainerCallback, set_seed
 
@@ -127,7 +121,7 @@ class HeldOutCurve(TrainerCallback):
         self.collator = CaptionCollator(prepared.processor, prepared.data_args, training=False)
         self.wrong_images = WrongImages(self.dataset, prepared.data_args)
         self.references = [true_captions(row, prepared.data_args) for row in self.dataset]
-        self.reward = CiderDReward(count_ngrams(self.dataset, prepared.data_args), len(self.dataset))
+        self.reward = CiderDReward(count_ngrams(self.dataset.texts, prepared.data_args), len(self.dataset))
         self.evaluation = (prepared.training_args.per_device_eval_batch_size, prepared.training_args.autocast_dtype)
         self.curve: list[dict[str, float]] = []
 
@@ -158,19 +152,15 @@ def train(run: Run) -> dict[str, Any]:
         result = {"run": asdict(run), "recipe": shared_recipe()}
         result["trained_parameters"] = prepared.model.num_parameters(only_trainable=True)
         if run.stage_one_steps:
-            result |= load_stage_one(run, prepared)
-        result |= train_captioner(run, prepared)
+            result |= train_stage_one(run, prepared)
+        # The caption loss trains EVLGen's only stage, and BLIP-2's second.
+        collator = CaptionCollator(prepared.processor, prepared.data_args, training=True, seed=run.seed)
+        curve = HeldOutCurve(run, prepared)
+        others = {"processing_class": prepared.processor, "callbacks": [curve]}
+        flops, losses = fit(prepared.model.train(), prepared.train_dataset, collator, prepared.training_args, **others)
+        result |= {"flops_per_step": flops, "curve": curve.curve, "training_loss": losses}
     minutes = round((time.time() - started) / 60, 1)
     return {**result, "minutes": minutes, "threads": torch.get_num_threads(), "torch": torch.__version__}
-
-
-def train_captioner(run: Run, prepared: Prepared) -> dict[str, Any]:
-    """Trains with the caption loss: EVLGen's only stage, and BLIP-2's second."""
-    collator = CaptionCollator(prepared.processor, prepared.data_args, training=True, seed=run.seed)
-    curve = HeldOutCurve(run, prepared)
-    others = {"processing_class": prepared.processor, "callbacks": [curve]}
-    flops, losses = fit(prepared.model.train(), prepared.train_dataset, collator, prepared.training_args, **others)
-    return {"flops_per_step": flops, "curve": curve.curve, "training_loss": losses}
 
 
 def fit(
@@ -194,29 +184,6 @@ def build_stage_one(prepared: Prepared) -> tuple[StageOne, Callable]:
     vocabulary = CaptionVocabulary(prepared.processor.tokenizer, captions)
     collator = partial(collate, vocabulary=vocabulary, data_args=prepared.data_args)
     return StageOne(prepared.model, len(vocabulary)), collator
-
-
-def load_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:
-    """Loads the weights after BLIP-2's first stage into the model. Returns the figures of [`train_stage_one`].
-
-    The weights are trained now, or read from disk if a run with another second stage has trained them.
-    """
-    settings = (run.dataset, run.fields, run.whitening, run.train_samples, run.seed)
-    settings += (run.stage_one_steps, run.stage_one_learning_rate, run.stage_one_batch_size)
-    settings += (run.stage_one_warmup_steps, shared_recipe())
-    key = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
-    path = Path(constants.HF_HOME) / "evlgen_claims" / f"{key}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    model = prepared.model
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            figures = train_stage_one(run, prepared)
-            trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-            save_file(trained, path.with_suffix(".partial"), metadata={"figures": json.dumps(figures)})
-            path.with_suffix(".partial").replace(path)
-    model.load_state_dict(load_file(path), strict=False)
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["figures"])
 
 
 def train_stage_one(run: Run, prepared: Prepared) -> dict[str, Any]:

@@ -25,10 +25,7 @@ def build_model(
     """
     vision_model = arguments.vision_model or str(prepare_vision_tower())
     text_model = arguments.text_model or str(prepare_language_model())
-    vision = {"revision": arguments.vision_revision} if arguments.vision_revision is not None else {}
-    text = {"revision": arguments.text_revision} if arguments.text_revision is not None else {}
-
-    image_processor = load_image_processor(vision_model, **vision)
+    image_processor = load_image_processor(vision_model, revision=arguments.vision_revision)
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
         vision_model,
         text_model,
@@ -36,11 +33,11 @@ def build_model(
         connector_config=connector_fields(arguments.connector, arguments.connector_config or {}),
         image_size=image_processor.size["height"],
         dtype=arguments.dtype,
-        **{f"vision_{name}": value for name, value in vision.items()},
-        **{f"text_{name}": value for name, value in text.items()},
+        vision_revision=arguments.vision_revision,
+        text_revision=arguments.text_revision,
     )
     model.config.towers = arguments.towers
-    tokenizer = AutoTokenizer.from_pretrained(text_model, **text)
+    tokenizer = AutoTokenizer.from_pretrained(text_model, revision=arguments.text_revision)
     # Some tokenizers allow longer texts than their language model has positions for.
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit or tokenizer.model_max_length)
@@ -82,18 +79,20 @@ def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: A
         raise ValueError(f"`{argument}`={name_or_path!r} cannot be loaded{hint}: {error}") from error
 
 
-def load_trainable(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
+def load_trainable(
+    name_or_path: str,
+    argument: str = "model",
+    load: Callable = EVLGenForConditionalGeneration.from_pretrained,
+    **kwargs: Any,
+) -> EVLGenForConditionalGeneration:
     """Loads a trained model to train it further. An adapter would neither be trained nor saved, so it is refused."""
-
-    def load_unless_adapter(name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
-        if find_adapter_config_file(name_or_path) is not None:
-            raise ValueError(
-                f"`{argument}`={name_or_path!r} is an adapter. Merge it into its model first: "
-                f"python examples/publish.py --model {name_or_path} --merge true --folder MERGED"
-            )
-        return load(name_or_path, **kwargs)
-
-    return load_captioner(argument, load_unless_adapter, name_or_path, **kwargs)
+    model = load_captioner(argument, load, name_or_path, **kwargs)
+    if find_adapter_config_file(name_or_path) is not None:
+        raise ValueError(
+            f"`{argument}`={name_or_path!r} is an adapter. Merge it into its model first: "
+            f"python examples/publish.py --model {name_or_path} --merge true --folder MERGED"
+        )
+    return model
 
 
 def load_image_processor(vision_model: str, **kwargs: Any) -> CLIPImageProcessor:
