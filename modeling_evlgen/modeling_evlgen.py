@@ -287,12 +287,15 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         """The language model's arguments."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        has_media = any(outputs is not None for outputs in encoded.values())
+        # Before the embedding: under FSDP all processes gather the weights of all parts in the same order.
+        zero = zero_of_trained_parts(self) if self.training and torch.is_grad_enabled() and not has_media else None
         if inputs_embeds is None:
             inputs_embeds = embed_ids(self.get_input_embeddings(), input_ids, encoded, self.config)
         else:
             inputs_embeds = fill_embedded(self.get_input_embeddings(), inputs_embeds, encoded, self.config)
-        if self.training and torch.is_grad_enabled() and all(outputs is None for outputs in encoded.values()):
-            inputs_embeds = inputs_embeds + zero_of_trained_parts(self).to(inputs_embeds)
+        if zero is not None:
+            inputs_embeds = inputs_embeds + zero.to(inputs_embeds)
         check_length(inputs_embeds.shape[1], kwargs.get(_CACHE), self.config)
         if position_ids is not None and "position_ids" in self._text_arguments:
             kwargs["position_ids"] = position_ids

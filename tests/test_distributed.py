@@ -25,7 +25,15 @@ from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.temporal import TemporalTower
 
-from .helpers import ROOT, VISION_CONFIGS, save_image_folder, save_towers, tiny_model
+from .helpers import (
+    ROOT,
+    VISION_CONFIGS,
+    noise_images,
+    save_image_folder,
+    save_towers,
+    tiny_model,
+    tiny_processor,
+)
 
 CONFIGS = ROOT / "examples" / "accelerate_configs"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "merge_r": 3}
@@ -195,6 +203,35 @@ def test_fsdp_saves_whole_models_and_trains_in_float32_under_bf16(work, tmp_path
     assert {saved[name].dtype for name in saved.keys() - towers.keys()} == {torch.float32}
     optimizer = torch.load(tmp_path / "two" / "checkpoint-1" / "optimizer.bin")
     assert {state["exp_avg"].dtype for state in optimizer["state"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("config", ["multi_gpu.yaml", "fsdp2.yaml"])
+def test_a_batch_of_text_alone_does_not_hold_up_one_of_images(config, tmp_path):
+    """Processes wait for each other. In two steps their mean gradients are those of one process with both batches."""
+    model = tiny_model(**NO_DROPOUT).train()
+    processor = tiny_processor(model)
+    batches = [
+        processor(text="what is it?"),
+        processor(images=noise_images(2), text="what is it?", suffix=["a", "a dog"]),
+    ]
+    batches[0]["labels"] = batches[0]["input_ids"]
+    model.save_pretrained(tmp_path / "model")
+    torch.save([dict(batch) for batch in batches], tmp_path / "batches.pt")
+    wrapper = [str(ROOT / "tests" / "shared_on_cpu.py")] if config == "fsdp2.yaml" else []
+    given = ["model", "batches.pt", "gradients.safetensors"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+    command += ["--num_processes", "2", "--main_process_port", "0", *wrapper, str(ROOT / "tests" / "mixed_batches.py")]
+    output = subprocess.run(
+        command + given, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True
+    ).stdout
+    assert {"multi_gpu.yaml": "DistributedDataParallel", "fsdp2.yaml": "FSDPEVLGen"}[config] in output
+
+    sum(model(**batch).loss for batch in batches).backward()
+    gradients = load_file(tmp_path / "gradients.safetensors")
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() >= expected.keys() and any(grad.any() for grad in expected.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected.get(name, torch.zeros_like(gradient)), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
