@@ -109,24 +109,17 @@ def _shape(converted: dict[str, torch.Tensor], name: str, ndim: int) -> torch.Si
 
 def load_converted(model: EVLGenForConditionalGeneration, converted: dict[str, torch.Tensor]) -> None:
     """Loads converted tensors, possibly with towers. Tensors that do not fit the model raise a ValueError."""
-    expected = model.state_dict()
     towers = [tower for tower in ("vision_tower.", "language_model.") if any(n.startswith(tower) for n in converted)]
-    required = {name for name in expected if name.startswith((*TRAINED, *towers))}
+    try:
+        missing, unknown = model.load_state_dict(converted, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"Misshapen tensors: {error}") from error
     # The original's tower ends before BLIP-2's last norm, and a tied head is not always stored.
-    optional = {name for name in required if "post_layernorm" in name or name.endswith("lm_head.weight")}
-    problems = {
-        "Missing": required - optional - converted.keys(),
-        "Unknown": converted.keys() - expected.keys(),
-        "Misshapen": {
-            f"{name} {tuple(tensor.shape)} for {tuple(expected[name].shape)}"
-            for name, tensor in converted.items()
-            if name in expected and tensor.shape != expected[name].shape
-        },
-    }
-    messages = [f"{problem} tensors: {', '.join(sorted(names))}." for problem, names in problems.items() if names]
-    if messages:
-        raise ValueError(" ".join(messages))
-    model.load_state_dict(converted, strict=False)
+    optional = ("post_layernorm.weight", "post_layernorm.bias", "lm_head.weight")
+    missing = [name for name in missing if name.startswith((*TRAINED, *towers)) and not name.endswith(optional)]
+    for problem, names in (("Missing", missing), ("Unknown", unknown)):
+        if names:
+            raise ValueError(f"{problem} tensors: {', '.join(names)}.")
 
 
 def load_language_model(

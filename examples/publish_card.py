@@ -25,8 +25,11 @@ def read_results(paths: list[str]) -> list[dict[str, Any]]:
             if not {"weights", "dtype"} <= kept["settings"].keys():  # they identify the model
                 raise ValueError("its settings lack weights and dtype")
             decoding = ", ".join(f"{name} {value}" for name, value in entry["settings"].items() if name in DECODING)
-            metrics = _eval_results(entry)
-            results.append(kept | {"notes": entry.get("notes", []), "decoding": decoding, "eval_results": metrics})
+            # `task`, `dataset` and `metrics` hold arguments of `EvalResult`.
+            shared = {f"{part}_{name}": value for part in ("task", "dataset") for name, value in entry[part].items()}
+            metrics = [{f"metric_{name}": value for name, value in metric.items()} for metric in entry["metrics"]]
+            shown = [EvalResult(**shared, **metric) for metric in metrics]
+            results.append(kept | {"notes": entry.get("notes", []), "decoding": decoding, "eval_results": shown})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"`results`: {path} is not the results.json of an evaluation: {error!r}") from error
     return results
@@ -73,15 +76,6 @@ def model_card(
         is_on_hub=is_on_hub,
         Path=Path,
     )
-
-
-def _eval_results(entry: dict[str, Any]) -> list[EvalResult]:
-    """Converts the metrics of one evaluation. Its `task`, `dataset` and `metrics` are arguments of `EvalResult`."""
-    shared = {f"{part}_{name}": value for part in ("task", "dataset") for name, value in entry[part].items()}
-    return [
-        EvalResult(**shared, **{f"metric_{name}": value for name, value in metric.items()})
-        for metric in entry["metrics"]
-    ]
 
 
 def sign(card: str) -> str:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -40,29 +41,26 @@ def tolerant_reading() -> Iterator[None]:
     `datasets` decodes all members of a sample, also those of unused columns. One broken member would end the stream.
     Its warning about the lost content of a shuffle buffer is void here: the buffer is empty whenever a state is taken.
     """
+
+    def is_needed(record: python_logging.LogRecord) -> bool:
+        return "shuffle buffer" not in str(record.msg)
+
     decoders = WebDataset.DECODERS
     dataset_logger = python_logging.getLogger("datasets.iterable_dataset")
-    WebDataset.DECODERS = {suffix: _or_none(decode) for suffix, decode in decoders.items()}
-    dataset_logger.addFilter(_is_no_buffer_warning)
+    WebDataset.DECODERS = {suffix: partial(_decode_or_none, decode) for suffix, decode in decoders.items()}
+    dataset_logger.addFilter(is_needed)
     try:
         yield
     finally:
         WebDataset.DECODERS = decoders
-        dataset_logger.removeFilter(_is_no_buffer_warning)
+        dataset_logger.removeFilter(is_needed)
 
 
-def _or_none(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    def decode_or_give_none(data: bytes) -> Any:
-        try:
-            return decode(data)
-        except Exception:  # text, JSON, NumPy and other decoders raise errors of many types
-            return None
-
-    return decode_or_give_none
-
-
-def _is_no_buffer_warning(record: python_logging.LogRecord) -> bool:
-    return "shuffle buffer" not in str(record.msg)
+def _decode_or_none(decode: Callable[[bytes], Any], data: bytes) -> Any:
+    try:
+        return decode(data)
+    except Exception:  # text, JSON, NumPy and other decoders raise errors of many types
+        return None
 
 
 @dataclass
