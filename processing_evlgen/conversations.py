@@ -15,13 +15,7 @@ _JOIN_PARTS = """\
 {%- set text.value = message.content -%}
 {%- else -%}
 {%- for part in message.content -%}
-{%- if part.type == 'image' -%}
-{%- set text.value = text.value + 'IMAGE_TOKEN' -%}
-{%- elif part.type == 'video' -%}
-{%- set text.value = text.value + 'VIDEO_TOKEN' -%}
-{%- else -%}
-{%- set text.value = text.value + part.text -%}
-{%- endif -%}
+{%- set text.value = text.value + {'image': 'IMAGE_TOKEN', 'video': 'VIDEO_TOKEN'}.get(part.type, part.text) -%}
 {%- endfor -%}
 {%- endif -%}
 {%- set ns.messages = ns.messages + [dict(message, content=text.value)] -%}

@@ -177,10 +177,9 @@ class EVLGenProcessor(PromptEncoder):
             - `offset_mapping`: int64, `(batch, sequence, 2)`, if requested: start and end of each token in its text.
 
         Raises:
-            ValueError: If images, placeholders and texts differ in number. If a text is longer than `max_length` or
-                than the language model allows, without `truncation`; or `truncation` would cut placeholders or all
-                labels off. If offsets are requested for a `suffix` or `messages`. If an image cannot be read or is
-                too large, or an array holds NaN or infinite values. If a suffix is empty or holds a special token.
+            ValueError: If images, placeholders and texts differ in number. If a text is too long, or `truncation`
+                would cut placeholders or all labels off. If offsets are requested for a `suffix` or `messages`. If
+                an image cannot be read. If a suffix is empty or holds a special token.
             TypeError: If a text is not a string, or an image of no accepted type.
         """
         if images is None and videos is None and text is None and vision_features is None and messages is None:
@@ -365,13 +364,7 @@ class EVLGenProcessor(PromptEncoder):
     def _get_num_multimodal_tokens(
         self, image_sizes: list[Any] | None = None, video_sizes: list[Any] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Counts placeholders for vLLM.
-
-        Args:
-            image_sizes (`list[tuple[int, int]]`, *optional*): Height and width of each image. They change no count.
-            video_sizes (`list[tuple[int, int, int]]`, *optional*): Frames, height and width of each video, likewise.
-            kwargs: The engine's `mm_processor_kwargs`, likewise.
-        """
+        """Counts placeholders for vLLM: as many for images and videos of any size."""
         counts: dict[str, list[int]] = {}
         if image_sizes is not None:
             counts["num_image_tokens"] = [self.num_image_tokens] * len(image_sizes)
