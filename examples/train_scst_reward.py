@@ -1,17 +1,13 @@
 """CIDEr-D as a reward, with the document frequencies of the training captions."""
 
-import json
 import math
 from collections import Counter
-from pathlib import Path
 
 from datasets import Dataset
-from huggingface_hub import constants
 from tqdm import tqdm
 
 from common.data.data_arguments import DataArguments
 from common.data.rows import true_captions
-from common.files import write_whole
 
 try:
     from pycocoevalcap.cider.cider_scorer import CiderScorer, precook
@@ -51,23 +47,14 @@ class CiderDReward(CiderScorer):
 
 
 def load_reward(dataset: Dataset, data_args: DataArguments) -> CiderDReward:
-    """Counts the n-grams of the training captions, or reads the counts from `$HF_HOME/evlgen_cider`.
+    """Makes the reward with the document frequencies of the training captions.
 
     Raises:
         ValueError: If there are fewer than two rows: all frequencies would be equal.
     """
     if len(dataset) < 2:
         raise ValueError(f"CIDEr needs the captions of at least 2 images, but the training split has {len(dataset)}.")
-    folder = Path(constants.HF_HOME) / "evlgen_cider"
-    path = folder / f"{dataset._fingerprint}-{data_args.caption_column}-ptb.json"
-    try:
-        counts = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # not counted yet, or the file is damaged
-        counted = count_ngrams(dataset.select_columns([data_args.caption_column]), data_args)
-        counts = {" ".join(ngram): count for ngram, count in counted.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(counts))
-    return CiderDReward(Counter({tuple(ngram.split()): count for ngram, count in counts.items()}), len(dataset))
+    return CiderDReward(count_ngrams(dataset.select_columns([data_args.caption_column]), data_args), len(dataset))
 
 
 def count_ngrams(rows: Dataset, data_args: DataArguments) -> Counter:
