@@ -14,11 +14,7 @@ def checkpoint_frozen_layers(tower: nn.Module) -> None:
 
     A frozen tower has activations to keep if a gradient passes through to its inputs. transformers checkpoints a layer
     only if its `training` is True, which may switch on its dropout as well. Here a layer stays in evaluation mode, in
-    both forward passes.
-
-    Args:
-        tower (`nn.Module`): The tower. A layer is checkpointed while `activation_checkpointing_enable` has switched it
-            on and it is in evaluation mode.
+    both forward passes. `activation_checkpointing_enable` switches it on.
     """
     for layer in tower.modules():
         if isinstance(layer, GradientCheckpointingLayer) and getattr(layer.forward, "func", None) is not _run:

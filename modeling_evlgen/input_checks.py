@@ -42,13 +42,8 @@ def check_vision_features(vision_features: torch.Tensor, config: EVLGenConfig) -
 
 def check_length(length: int, cache: Any, config: EVLGenConfig) -> None:
     """
-    Args:
-        length: Tokens that are new.
-        cache (`Cache`, *optional*): Keys and values of the tokens before them.
-        config: The model's configuration.
-
     Raises:
-        ValueError: If there are more tokens than the language model has positions.
+        ValueError: If new tokens, after those in the cache, are more than the language model has positions.
     """
     limit = getattr(config.text_config.get_text_config(), "max_position_embeddings", None)
     if limit is None:  # a model without positions, whose cache may not know its length
@@ -60,15 +55,10 @@ def check_length(length: int, cache: Any, config: EVLGenConfig) -> None:
 
 def check_finite(tensors: dict[str, torch.Tensor | None]) -> None:
     """
-    Args:
-        tensors: Tensors of any shape, or None, by their names in the message.
-
     Raises:
-        ValueError: If a value is NaN or infinite; the message counts the entries of the first dimension from 0.
+        ValueError: If a value is NaN or infinite; the message names the tensor, and its entries counted from 0.
     """
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        entries = (~tensor.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        entries = [] if tensor is None else (~tensor.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
         if entries:
             raise ValueError(f"{name} must be finite, but has NaN or infinity in entries {entries}.")

@@ -12,17 +12,10 @@ def mask_labels(
 ) -> torch.LongTensor:
     """Returns labels that are -100 on placeholders, on padding, and on the first token after padding.
 
-    So a copy of `input_ids` can serve as labels. No token is predicted from padding.
-
-    Args:
-        labels (`torch.LongTensor` of shape `(batch, sequence)`): Token ids, or -100.
-        placeholder_ids (`Sequence[int]`): Ids of `<image>` and `<video>`.
-        attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*):
-            1 for tokens, 0 for padding. Masks of other shapes mark no padding.
+    So a copy of `input_ids` can serve as labels. No token is predicted from padding. Both tensors are `(batch,
+    sequence)`. A mask of another shape marks no padding.
     """
-    ignored = torch.zeros_like(labels, dtype=torch.bool)  # (batch, sequence)
-    for placeholder_id in placeholder_ids:
-        ignored = ignored | (labels == placeholder_id)
+    ignored = torch.isin(labels, labels.new_tensor(placeholder_ids))  # (batch, sequence)
     if torch.is_tensor(attention_mask) and attention_mask.shape == labels.shape:
         is_padding = attention_mask.to(labels.device) == 0
         ignored = ignored | is_padding | nn.functional.pad(is_padding[:, :-1], (1, 0))
@@ -44,25 +37,17 @@ def target_positions(labels: torch.LongTensor) -> torch.BoolTensor:
 
 
 def limit_logits(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a model's inputs with a `logits_to_keep` for the positions with a target, if there are labels.
-
-    A `logits_to_keep` that is there already stays.
-    """
+    """Adds a `logits_to_keep` for the positions with a target to a model's inputs that have labels but none yet."""
     if "labels" not in inputs or "logits_to_keep" in inputs:
         return inputs
     return {**inputs, "logits_to_keep": target_positions(inputs["labels"])}
 
 
 def select_positions(targets: torch.LongTensor, logits_to_keep: int | torch.Tensor) -> torch.LongTensor:
-    """Returns the targets of the positions that have logits.
+    """Returns the targets of the positions that have logits: of `(batch, sequence)` those in `(batch, positions)`.
 
-    Args:
-        targets (`torch.LongTensor` of shape `(batch, sequence)`): From [`shift_labels`].
-        logits_to_keep (`int` or `torch.Tensor`):
-            The last positions, all for 0; or indices of shape `(positions,)`; or a mask of shape `(batch, sequence)`.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch, positions)`; for a mask of shape `(positions,)`.
+    `logits_to_keep` is the number of last positions, 0 for all; or indices, `(positions,)`; or a mask, `(batch,
+    sequence)`, for which the result is `(positions,)`.
     """
     if isinstance(logits_to_keep, int):
         return targets[:, -logits_to_keep:]  # -0 is the first

@@ -90,14 +90,9 @@ class TemporalContextualizer(nn.Module):
         self._block: tuple[nn.Module, ...] = ()  # in a tuple, so that it does not become a submodule
 
     def forward(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Computes what is added to the tokens.
+        """Returns what is added to the tokens `(videos, frames, tokens, dim)` of all frames, of their shape and dtype.
 
-        Args:
-            hidden_states (`torch.Tensor` of shape `(videos, frames, tokens, dim)`): The tokens of all frames.
-            frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
-
-        Returns:
-            `torch.Tensor` of the same shape and dtype as `hidden_states`.
+        `frame_mask`, `(videos, frames)`, is False for frames that are padding.
         """
         inputs = hidden_states.to(self.query.weight.dtype).transpose(1, 2)  # (videos, tokens, frames, dim)
         heads = (*inputs.shape[:3], self.num_heads, -1)
@@ -148,12 +143,8 @@ class TemporalContextualizer(nn.Module):
 class TemporalTower(nn.ModuleList):
     """One [`TemporalContextualizer`] for each block of a vision tower.
 
-    Args:
-        vision_tower (`PreTrainedModel`): A transformer of pre-norm blocks.
-        dim, hidden_size, num_heads: As in [`TemporalContextualizer`].
-
     Raises:
-        ValueError: If the tower has no such blocks.
+        ValueError: If the tower has no pre-norm transformer blocks.
     """
 
     def __init__(self, vision_tower: PreTrainedModel, dim: int, hidden_size: int, num_heads: int):
@@ -188,8 +179,7 @@ def encode_videos(
     """Runs a vision tower over the frames of videos and averages the tokens over the frames.
 
     Args:
-        vision_tower (`PreTrainedModel`): The tower.
-        temporal ([`TemporalTower`], *optional*): Its contextualizers, without which no frame attends to another.
+        vision_tower, temporal: The tower, and its contextualizers, if any.
         pixel_values (`torch.Tensor` of shape `(videos, frames, channels, height, width)`): The videos.
         frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
 
@@ -241,10 +231,7 @@ def _branch(
 def _add_in_parts(
     function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, size: int, dim: int = 0, inplace: bool = False
 ) -> torch.Tensor:
-    """Returns `x + function(x)`.
-
-    Without a gradient it is computed for `size` entries of `dim` at a time, and overwrites `x` if `inplace`.
-    """
+    """Returns `x + function(x)`; without a gradient for `size` entries of `dim` at a time, over `x` if `inplace`."""
     if torch.is_grad_enabled() or x.shape[dim] <= size:
         return x + function(x)
     total = x if inplace else torch.empty_like(x)

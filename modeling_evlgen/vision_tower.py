@@ -9,7 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 
 class TowerShape(NamedTuple):
-    """The output of a vision tower for one image: N tokens of width Dv, with or without a class token in front."""
+    """The output of a vision tower for one image."""
 
     num_tokens: int
     hidden_size: int
@@ -24,24 +24,17 @@ def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def load_vision_tower(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-    """Loads a vision tower. From a CLIP, SigLIP or BLIP-2 checkpoint it loads only the vision tower.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): A folder or the name of a repository on the Hub.
-        kwargs: Further arguments of `from_pretrained`, e.g. `revision`, `dtype` or `trust_remote_code`.
+    """Loads a vision tower as `from_pretrained` does. From CLIP, SigLIP or BLIP-2 it loads the vision tower alone.
 
     Raises:
         OSError: If there is no such checkpoint.
     """
-    hub_kwargs = {
-        name: kwargs[name] for name in ("revision", "token", "cache_dir", "trust_remote_code") if name in kwargs
-    }
-    config = AutoConfig.from_pretrained(name_or_path, **hub_kwargs)
+    hub_names = ("revision", "token", "cache_dir", "trust_remote_code")
+    config = AutoConfig.from_pretrained(name_or_path, **{name: kwargs[name] for name in hub_names if name in kwargs})
     config = getattr(config, "vision_config", config)
     if config.model_type == "blip_2_vision_model":
-        return Blip2VisionModel.from_pretrained(
-            name_or_path, config=config, key_mapping={r"^vision_model\.": ""}, **kwargs
-        )
+        kwargs["key_mapping"] = {r"^vision_model\.": ""}
+        return Blip2VisionModel.from_pretrained(name_or_path, config=config, **kwargs)
     return AutoModel.from_pretrained(name_or_path, config=config, **kwargs)
 
 
@@ -70,10 +63,10 @@ def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) ->
     features = output.feature_maps if "feature_maps" in output else output.last_hidden_state
     if isinstance(features, list | tuple):
         features = features[-1]  # the last of timm's feature maps
-    if features.ndim == 4 and _gives_channels_last(tower):  # (batch, height, width, dim)
-        features = features.flatten(1, 2)
-    elif features.ndim == 4:  # (batch, dim, height, width)
-        features = features.flatten(2).transpose(1, 2)
+    if features.ndim == 4:
+        # timm's Swin gives (batch, height, width, dim), all others (batch, dim, height, width).
+        channels_last = getattr(getattr(tower, "timm_model", None), "output_fmt", "NCHW") == "NHWC"
+        features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
     if features.ndim != 3:
         raise ValueError(
             "`vision_model` must return tokens (batch, tokens, dim) or a feature map (batch, dim, height, width), "
@@ -82,18 +75,10 @@ def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) ->
     return features
 
 
-def _gives_channels_last(tower: PreTrainedModel) -> bool:
-    """Whether feature maps have shape (batch, height, width, dim), like those of timm's Swin."""
-    return getattr(getattr(tower, "timm_model", None), "output_fmt", "NCHW") == "NHWC"
-
-
 def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None) -> TowerShape:
     """Measures the output of a tower by a dry run on the meta device, without weights or arithmetic.
 
-    Args:
-        config (`PreTrainedConfig`): The tower's configuration.
-        image_size (`int`, *optional*):
-            Height and width of the images in pixels. By default those of the configuration, or 224.
+    `image_size` is the height and width of the images in pixels; see [`find_image_size`].
 
     Raises:
         ValueError: If the tower needs other inputs than pixels, or returns neither tokens nor a feature map.
@@ -127,8 +112,5 @@ def _has_class_token(tower: PreTrainedModel, num_tokens: int, image_size: tuple[
 
 
 def _timm_image_size(config: PreTrainedConfig) -> int | tuple[int, int] | None:
-    image_size = (getattr(config, "model_args", None) or {}).get("img_size")
-    if image_size is not None:
-        return image_size
-    input_size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")  # channels, height, width
-    return tuple(input_size[1:]) if input_size else None
+    input_size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", ())  # channels, height, width
+    return (getattr(config, "model_args", None) or {}).get("img_size") or tuple(input_size[1:]) or None

@@ -32,6 +32,7 @@ from serve_prompt_embeds_client import Server, check_prompts, complete, connect,
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.soft_prompts import embed_ids
 from processing_evlgen import EVLGenProcessor
 
 from .evaluation import animate
@@ -113,7 +114,9 @@ def test_prompts_are_sent_as_vllm_documents_them(captioner, tmp_path):
     ):
         inputs = processor(images=path, text=question)
         outputs = model.get_image_features(inputs["pixel_values"], return_dict=True)
-        (expected,) = model._embed(inputs["input_ids"], {"image": outputs, "video": None})
+        (expected,) = embed_ids(
+            model.get_input_embeddings(), inputs["input_ids"], {"image": outputs, "video": None}, model.config
+        )
         torch.testing.assert_close(sent, expected)
         assert 4 * sent.numel() <= len(payload) * 3 / 4 < 4 * sent.numel() + 2048  # bytes in base64
     assert (request["model"], request["max_tokens"], request["temperature"]) == ("text-model", 8, 0)
@@ -164,7 +167,9 @@ def test_the_language_models_layers_are_not_loaded(towers, text, tmp_path):
     assert embedder.num_parameters() < model.num_parameters() - 10_000
     inputs = processor(images=noise_images(2), text=QUESTIONS[:2])
     outputs = model.get_image_features(inputs["pixel_values"], return_dict=True)
-    whole = model._embed(inputs["input_ids"], {"image": outputs, "video": None})
+    whole = embed_ids(
+        model.get_input_embeddings(), inputs["input_ids"], {"image": outputs, "video": None}, model.config
+    )
     for row, (mask, prompt) in enumerate(
         zip(inputs["attention_mask"].bool(), embedder.embed_prompts(**inputs), strict=True)
     ):
