@@ -1,7 +1,10 @@
 """Layers that several connectors share: learned positions, and linear maps at the end of residual branches."""
 
+import math
+
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
 
@@ -63,8 +66,23 @@ class PositionEmbeddings(nn.Embedding):
             weight[self.num_prefix_tokens : self.num_prefix_tokens + len(grid)] = grid
         return weight * self.initializer_range
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens + self.weight[: tokens.shape[1]]  # (batch, tokens, dim)
+    def forward(self, tokens: torch.Tensor, tiles: tuple[int, int] = (1, 1)) -> torch.Tensor:
+        """Adds the positions to tokens.
+
+        A position is a place in the whole image. So the positions of more tiles lie between those of one.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Prefix tokens, then patches row by row.
+            tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
+                Rows and columns of tiles that the patches cover. Each tile has a square grid of patches.
+        """
+        if tiles == (1, 1):
+            return tokens + self.weight[: tokens.shape[1]]  # (batch, tokens, dim)
+        prefix = self.num_prefix_tokens
+        side = math.isqrt((tokens.shape[1] - prefix) // math.prod(tiles))
+        grid = self.weight[prefix : prefix + side**2].T.unflatten(1, (side, side))  # (dim, side, side)
+        grid = F.interpolate(grid.unsqueeze(0), size=[count * side for count in tiles], mode="bilinear")
+        return tokens + torch.cat([self.weight[:prefix], grid[0].flatten(1).T])
 
 
 def build_output_positions(num_positions: int, dim: int, initializer_range: float | None) -> nn.Module:

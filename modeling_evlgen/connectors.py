@@ -1,9 +1,10 @@
 """The peers of the TomeFormer, to compare it with: BLIP-2's Q-Former and an MLP.
 
-A connector takes `inputs_embeds`, (batch, tokens, dim), and returns an output with `last_hidden_state`, (batch, output
-tokens, dim).
+A connector takes `inputs_embeds`, (batch, tokens, dim), the grid of tiles that they come from, and a number of output
+tokens. It returns an output with `last_hidden_state`, (batch, output tokens, dim).
 """
 
+import math
 import os
 
 import torch
@@ -115,26 +116,34 @@ class QFormerConnector(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("A Q-Former reads `inputs_embeds`; it has no input embeddings.")
 
-    def embed_tokens(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def embed_tokens(self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1)) -> torch.Tensor:
         """Adds positions to the visual tokens and normalises them, `(batch, tokens, hidden_size)`.
 
         BLIP-2's `ln_vision` does not do for this, as EVLGen has a projection after it.
         """
         if self.position_embeddings is not None:
-            inputs_embeds = self.position_embeddings(inputs_embeds)
+            inputs_embeds = self.position_embeddings(inputs_embeds, tiles)
         return self.LayerNorm(inputs_embeds)
 
-    def forward(self, inputs_embeds: torch.Tensor) -> BaseModelOutput:
+    def forward(
+        self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1), num_output_tokens: int | None = None
+    ) -> BaseModelOutput:
         """Lets the queries attend to visual tokens.
 
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Visual tokens.
+            tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): Rows and columns of tiles of each image.
+            num_output_tokens (`int`, *optional*):
+                Number of queries, the first ones, by default all (Matryoshka Query Transformer, Hu et al., 2024).
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` of shape `(batch, num_query_tokens, hidden_size)`.
         """
-        tokens = self.embed_tokens(inputs_embeds)
-        queries = self.query_tokens.expand(tokens.shape[0], -1, -1)  # (batch, queries, dim)
+        self.config.check_inputs(inputs_embeds.shape, tiles)
+        if num_output_tokens is not None:
+            self.config.check_budget(num_output_tokens, inputs_embeds.shape[1])
+        tokens = self.embed_tokens(inputs_embeds, tiles)
+        queries = self.query_tokens[:, :num_output_tokens].expand(tokens.shape[0], -1, -1)  # (batch, queries, dim)
         output = self.qformer(query_embeds=queries, encoder_hidden_states=tokens)
         return BaseModelOutput(last_hidden_state=output.last_hidden_state)
 
@@ -171,26 +180,34 @@ class MLPConnector(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("An MLP reads `inputs_embeds`; it has no input embeddings.")
 
-    def forward(self, inputs_embeds: torch.Tensor) -> BaseModelOutput:
+    def forward(
+        self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1), num_output_tokens: int | None = None
+    ) -> BaseModelOutput:
         """Runs the MLP.
 
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Visual tokens.
+            tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): Rows and columns of tiles of each image.
+            num_output_tokens (`int`, *optional*): Number of tokens to average to, by default the configuration's.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` of shape `(batch, output_tokens, hidden_size)`.
         """
-        tokens = self.LayerNorm(self._pool(inputs_embeds))
+        self.config.check_inputs(inputs_embeds.shape, tiles)
+        if num_output_tokens is not None:
+            self.config.check_budget(num_output_tokens, inputs_embeds.shape[1])
+        tokens = self.LayerNorm(self._pool(inputs_embeds, tiles, num_output_tokens))
         output = self.dense_2(self.activation(self.dense_1(tokens)))  # (batch, output_tokens, dim)
         output = tokens + output if self.config.residual else output
         return BaseModelOutput(last_hidden_state=self.output_position_embeddings(output))
 
-    def _pool(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _pool(self, tokens: torch.Tensor, tiles: tuple[int, int], num_output_tokens: int | None) -> torch.Tensor:
         if self.config.pool_size is None:
             return tokens
-        first_patch = int(self.config.class_token)
-        prefix, patches = tokens[:, :first_patch], tokens[:, first_patch:]
-        side = round(patches.shape[1] ** 0.5)
-        grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (batch, dim, side, side)
-        pooled = F.adaptive_avg_pool2d(grid, self.config.pool_size).flatten(2).transpose(1, 2)  # (batch, tokens, dim)
-        return torch.cat([prefix, pooled], dim=1)
+        prefix = int(self.config.class_token)
+        patches = tokens[:, prefix:]
+        side = math.isqrt(patches.shape[1] // math.prod(tiles))
+        pooled = self.config.pool_size if num_output_tokens is None else math.isqrt(num_output_tokens - prefix)
+        grid = patches.transpose(1, 2).unflatten(2, [count * side for count in tiles])  # (batch, dim, height, width)
+        means = F.adaptive_avg_pool2d(grid, pooled).flatten(2).transpose(1, 2)  # (batch, output patches, dim)
+        return torch.cat([tokens[:, :prefix], means], dim=1)

@@ -20,6 +20,13 @@ _ENCODES_FIRST = hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_fo
 class EVLGenGenerationMixin(GenerationMixin):
     """The part of [`EVLGenForConditionalGeneration`] that `generate` calls."""
 
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        num_beams = generation_config.num_beams
+        if num_beams is not None and (not isinstance(num_beams, int) or num_beams < 1):
+            raise ValueError(f"`num_beams` must be a whole number, 1 or more, but is {num_beams!r}.")
+        return generation_config, model_kwargs
+
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Turns images and videos into soft prompts once, before the first step."""
         names = ("pixel_values", "vision_features", "pixel_values_videos", "frame_mask")

@@ -50,6 +50,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
     _keep_in_fp32_modules_strict = ["ln_vision", "vision_projection", "connector", "language_projection", "temporal"]
     _supports_sdpa = True
     _supports_flash_attn = True
+    _can_compile_fullgraph = True  # with a language model that can
 
     def __init__(
         self,

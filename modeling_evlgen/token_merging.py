@@ -58,6 +58,10 @@ class TokenMerging:
         mean = summed / self.sum_sizes(size).flatten().unsqueeze(1)
         return mean.view(batch, self.num_output_tokens, channels).to(x.dtype)
 
+    def then(self, merging: "TokenMerging") -> "TokenMerging":
+        """Returns the partition that merges by this one first, and then by `merging`."""
+        return TokenMerging(merging.output_index.gather(1, self.output_index), merging.num_output_tokens)
+
     def sum_sizes(self, size: torch.Tensor) -> torch.Tensor:
         """Adds up the sizes of each group.
 
@@ -127,7 +131,7 @@ def bipartite_soft_matching(
     batch, tokens, _ = metric.shape
     r = min(r, (tokens - int(class_token)) // 2)
     if r <= 0:
-        return TokenMerging(torch.arange(tokens, device=metric.device).expand(batch, -1), tokens)
+        return keep_all(metric)
 
     with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
         similarity = _cosine_similarity(metric, class_token)  # (batch, sources, destinations)
@@ -168,3 +172,73 @@ def _cosine_similarity(metric: torch.Tensor, class_token: bool) -> torch.Tensor:
     if class_token:
         similarity[:, 0] = -torch.inf  # so its link is the last to be merged
     return similarity
+
+
+def keep_all(x: torch.Tensor) -> TokenMerging:
+    """Returns the partition of `x`, `(batch, tokens, channels)`, in which each token is a group of its own."""
+    batch, tokens, _ = x.shape
+    return TokenMerging(torch.arange(tokens, device=x.device).expand(batch, -1), tokens)
+
+
+@torch.no_grad()
+def keep_distinctive(x: torch.Tensor, num_kept: int, class_token: bool = False) -> TokenMerging:
+    """Keeps the most distinctive tokens. All others become one token, their mean.
+
+    A token is as distinctive as its distance from the image's median token. The median is that of each channel.
+
+    Args:
+        x (`torch.Tensor` of shape `(batch, tokens, channels)`): Tokens of any floating dtype, with positions left out.
+        num_kept (`int`): Number of tokens to keep, from 0 to one less than there are, without the class token.
+        class_token (`bool`, *optional*, defaults to `False`): Whether token 0 is a class token, which stays first.
+
+    Returns:
+        [`TokenMerging`] to `class_token + 1 + num_kept` tokens: the class token, the mean, the kept tokens in order.
+
+    Raises:
+        ValueError: If `num_kept` is out of range.
+    """
+    batch, tokens, _ = x.shape
+    first = int(class_token)
+    if not 0 <= num_kept < tokens - first:
+        raise ValueError(f"`num_kept` must be from 0 to {tokens - first - 1}, but is {num_kept}.")
+    patches = x[:, first:].float()
+    distance = (patches - patches.median(dim=1, keepdim=True).values).square().sum(dim=-1)  # (batch, patches)
+    kept = distance.topk(num_kept, dim=1).indices.sort(dim=1).values + first  # (batch, num_kept)
+    output_index = kept.new_full((batch, tokens), first)
+    output_index[:, :first] = 0
+    output_index.scatter_(1, kept, torch.arange(first + 1, first + 1 + num_kept, device=x.device).expand(batch, -1))
+    return TokenMerging(output_index, first + 1 + num_kept)
+
+
+def match_in_rounds(
+    metric: torch.Tensor,
+    num_output_tokens: int,
+    size: torch.Tensor | None = None,
+    rounds: int = 1,
+    class_token: bool = False,
+    keep_order: bool = False,
+) -> TokenMerging:
+    """Matches tokens in rounds of [`bipartite_soft_matching`] until `num_output_tokens` are left.
+
+    A round matches half of the tokens with the other half. If many tokens are merged at once, a token whose best
+    partner is in its own half is merged with another one. With several rounds it can wait.
+
+    Args:
+        metric (`torch.Tensor` of shape `(batch, tokens, channels)`): Vectors whose similarity counts.
+        num_output_tokens (`int`): Number of tokens to merge to, at least 1, or 2 with a class token.
+        size (`torch.Tensor` of shape `(batch, tokens)`, *optional*): Weights of the tokens in the means of each round.
+        rounds (`int`, *optional*, defaults to 1):
+            Rounds of about equally many merges. Further ones follow if a round may not merge as many.
+        class_token, keep_order (`bool`, *optional*, defaults to `False`): As in [`bipartite_soft_matching`].
+
+    Returns:
+        [`TokenMerging`]. It carries no gradient to `metric`.
+    """
+    merging, metric = keep_all(metric), metric.detach()
+    at_once = -(-(metric.shape[1] - num_output_tokens) // rounds)
+    while merging.num_output_tokens > num_output_tokens:
+        r = min(at_once, merging.num_output_tokens - num_output_tokens)
+        matched = bipartite_soft_matching(metric, r, class_token, keep_order)
+        metric, size = matched.merge(metric, size), None if size is None else matched.sum_sizes(size)
+        merging = merging.then(matched)
+    return merging

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
@@ -15,7 +14,9 @@ from transformers.models.bert.modeling_bert import eager_attention_forward
 from configuration_evlgen.configuration_connectors import TomeFormerConfig
 
 from .connector_layers import BranchLinear, PositionEmbeddings, build_output_positions, init_connector_layer
-from .token_merging import bipartite_soft_matching
+from .token_merging import keep_all, keep_distinctive, match_in_rounds
+
+ROUNDS = 6  # of merging in each layer of a connector that chooses
 
 
 @dataclass
@@ -52,11 +53,11 @@ class TomeFormerEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1)) -> torch.Tensor:
         # Calling the module looks the row up. An offloaded module has its weights only during a call.
         first_type = torch.zeros(1, dtype=torch.long, device=inputs_embeds.device)
         embeddings = inputs_embeds + self.token_type_embeddings(first_type)  # (batch, tokens, dim)
-        embeddings = self.position_embeddings(embeddings)
+        embeddings = self.position_embeddings(embeddings, tiles)
         return self.dropout(self.LayerNorm(embeddings))
 
 
@@ -74,9 +75,7 @@ class TomeFormerSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(
-        self, hidden_states: torch.Tensor, size: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.query(hidden_states).view(heads).transpose(1, 2)  # (batch, heads, tokens, head_dim)
         key = self.key(hidden_states).view(heads).transpose(1, 2)
@@ -85,14 +84,12 @@ class TomeFormerSelfAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        # A token of size k gets as much attention as k equal tokens.
-        bias = None if size is None else size.log().to(query.dtype)[:, None, None]  # (batch, 1, 1, tokens)
         context, _ = attention(
             self,
             query,
             key,
             value,
-            attention_mask=bias,
+            attention_mask=None,
             dropout=self.dropout.p if self.training else 0.0,
             scaling=self.scaling,
         )
@@ -103,7 +100,7 @@ class TomeFormerSelfAttention(nn.Module):
 
 
 class TomeFormerBranchOutput(nn.Module):
-    """The end of a residual branch: projection, dropout, learned gains, sum and LayerNorm.
+    """The end of a residual branch: projection, dropout, sum and LayerNorm.
 
     With `pre_norm`, the layer applies this LayerNorm to the input of the branch. It keeps BERT's name here, so that
     both types of block load BERT's weights.
@@ -116,14 +113,9 @@ class TomeFormerBranchOutput(nn.Module):
         self.dense = BranchLinear(in_features, config.hidden_size, config.initializer_range if std is None else std)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.layer_scale = None
-        if config.layer_scale_init_value is not None:
-            self.layer_scale = nn.Parameter(torch.full((config.hidden_size,), float(config.layer_scale_init_value)))
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         hidden_states = self.dropout(self.dense(hidden_states))  # (batch, tokens, dim)
-        if self.layer_scale is not None:
-            hidden_states = hidden_states * self.layer_scale
         hidden_states = residual + hidden_states
         return hidden_states if self.pre_norm else self.LayerNorm(hidden_states)
 
@@ -134,11 +126,9 @@ class TomeFormerAttention(nn.Module):
         self.self = TomeFormerSelfAttention(config)
         self.output = TomeFormerBranchOutput(config, config.hidden_size)
 
-    def forward(
-        self, hidden_states: torch.Tensor, size: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         normed = self.output.LayerNorm(hidden_states) if self.output.pre_norm else hidden_states
-        context, metric = self.self(normed, size)
+        context, metric = self.self(normed)
         return self.output(context, hidden_states), metric
 
 
@@ -153,34 +143,38 @@ class TomeFormerIntermediate(nn.Module):
 
 
 class TomeFormerLayer(GradientCheckpointingLayer):
-    """One BERT layer with a merge between its two residual branches."""
+    """One BERT layer with a merge between its two residual branches; before both, if the connector chooses."""
 
     def __init__(self, config: TomeFormerConfig):
         super().__init__()
         self.class_token = config.class_token
-        self.keep_order = config.keep_order
         self.attention = TomeFormerAttention(config)
         self.intermediate = TomeFormerIntermediate(config)
         self.output = TomeFormerBranchOutput(config, config.intermediate_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, r: int, size: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, num_tokens: int, size: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Runs the layer and merges `r` tokens after its attention.
+        """Runs the layer and merges tokens until `num_tokens` are left.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, tokens, dim)`): The tokens.
-            r (`int`): Number of tokens to merge.
-            size (`torch.Tensor` of shape `(batch, tokens)`, *optional*): The number of inputs merged into each token.
+            num_tokens (`int`): Number of tokens after the layer.
+            size (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
+                The number of inputs merged into each token, if the connector chooses.
 
         Returns:
-            The tokens, `(batch, tokens - r, dim)`. The output index of each input token, `(batch, tokens)`. The sizes
-            of the tokens, `(batch, tokens - r)`, if sizes were given.
+            The tokens, `(batch, num_tokens, dim)`. The output index of each input token, `(batch, tokens)`. The sizes
+            of the tokens, `(batch, num_tokens)`, if sizes were given.
         """
-        hidden_states, metric = self.attention(hidden_states, size)
-        merging = bipartite_soft_matching(metric, r, self.class_token, self.keep_order)
-        hidden_states = merging.merge(hidden_states, size)  # (batch, tokens - r, dim)
-        size = None if size is None else merging.sum_sizes(size)  # (batch, tokens - r)
+        if size is None:
+            hidden_states, metric = self.attention(hidden_states)
+            merging = match_in_rounds(metric, num_tokens, class_token=self.class_token)
+            hidden_states = merging.merge(hidden_states)  # (batch, num_tokens, dim)
+        else:
+            merging = match_in_rounds(hidden_states, num_tokens, size, ROUNDS, self.class_token, keep_order=True)
+            hidden_states, size = merging.merge(hidden_states, size), merging.sum_sizes(size)
+            hidden_states, _ = self.attention(hidden_states)  # (batch, num_tokens, dim)
         normed = self.output.LayerNorm(hidden_states) if self.output.pre_norm else hidden_states
         return self.output(self.intermediate(normed), hidden_states), merging.output_index, size
 
@@ -231,17 +225,23 @@ class TomeFormerModel(PreTrainedModel):
         if init_connector_layer(module):
             return
         super()._init_weights(module)
-        if isinstance(module, TomeFormerBranchOutput) and module.layer_scale is not None:
-            init.constant_(module.layer_scale, float(self.config.layer_scale_init_value))
 
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("A TomeFormer reads `inputs_embeds`; it has no input embeddings.")
 
-    def forward(self, inputs_embeds: torch.Tensor, output_hidden_states: bool = False) -> TomeFormerOutput:
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        tiles: tuple[int, int] = (1, 1),
+        num_output_tokens: int | None = None,
+        output_hidden_states: bool = False,
+    ) -> TomeFormerOutput:
         """
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`):
                 Tokens to merge, the class token first if there is one.
+            tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): Rows and columns of tiles of each image.
+            num_output_tokens (`int`, *optional*): Number of tokens to merge to. By default the configuration's.
             output_hidden_states (`bool`, *optional*, defaults to `False`):
                 Whether to return all hidden states.
 
@@ -249,27 +249,22 @@ class TomeFormerModel(PreTrainedModel):
             [`TomeFormerOutput`]
 
         Raises:
-            ValueError: If `inputs_embeds` has a wrong shape or more tokens than `max_position_embeddings`.
+            ValueError: If `inputs_embeds` has a wrong shape or more tokens in a tile than `max_position_embeddings`,
+                or `num_output_tokens` is out of range.
         """
-        config = self.config
-        if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != config.hidden_size:
-            raise ValueError(
-                f"`inputs_embeds` must have shape (batch, tokens, {config.hidden_size}), "
-                f"but has {tuple(inputs_embeds.shape)}."
-            )
+        self.config.check_inputs(inputs_embeds.shape, tiles)
         batch, tokens, _ = inputs_embeds.shape
-        if tokens > config.max_position_embeddings:
-            raise ValueError(
-                f"`inputs_embeds` has {tokens} tokens, more than `max_position_embeddings` "
-                f"({config.max_position_embeddings})."
-            )
-
-        hidden_states = self.embeddings(inputs_embeds)
-        all_hidden_states = (hidden_states,)
-        output_index = torch.arange(tokens, device=inputs_embeds.device).expand(batch, -1)
-        size = hidden_states.new_ones(batch, tokens, dtype=torch.float32) if config.size_weighting else None
-        for layer, r in zip(self.encoder.layer, config.merge_schedule(tokens), strict=True):
-            hidden_states, layer_index, size = layer(hidden_states, r, size)
+        counts = self.config.token_counts(tokens, num_output_tokens)
+        hidden_states = self.embeddings(inputs_embeds, tiles)
+        merging, size = keep_all(hidden_states), None
+        if self.config.distinctive_factor is not None:
+            first = int(self.config.class_token)
+            merging = keep_distinctive(inputs_embeds, counts[0] - first - 1, self.config.class_token)
+            hidden_states = merging.merge(hidden_states)
+            size = merging.sum_sizes(inputs_embeds.new_ones(batch, tokens, dtype=torch.float32))
+        all_hidden_states, output_index = (hidden_states,), merging.output_index
+        for layer, num_tokens in zip(self.encoder.layer, counts[1:], strict=True):
+            hidden_states, layer_index, size = layer(hidden_states, num_tokens, size)
             output_index = layer_index.gather(1, output_index)  # composes the layers' indices
             all_hidden_states += (hidden_states,)
         return TomeFormerOutput(

@@ -55,7 +55,8 @@ class TrainedPartsMixin:
             ValueError: If `vision_features` has another shape, is not finite or does not vary.
         """
         batches = [vision_features] if torch.is_tensor(vision_features) else vision_features
-        device = self.vision_projection.weight.device
+        weight = self.vision_projection.weight
+        device = None if weight.is_meta else weight.device  # an offloaded part moves its inputs itself
         try:
             whiten_inputs(self.vision_projection, (self._normalize(batch, device).flatten(0, 1) for batch in batches))
         except ValueError as error:

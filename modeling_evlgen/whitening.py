@@ -8,33 +8,26 @@ from torch import nn
 
 @torch.no_grad()
 def whiten_inputs(linear: nn.Linear, batches: Iterable[torch.Tensor]) -> None:
-    """Changes a fresh linear map so that it whitens its inputs first.
+    """Changes a fresh linear map with a bias so that it whitens its inputs, batches of `(tokens, dim)`, first.
 
     Its outputs then have mean 0, and all directions of the inputs count about the same in them. With weight W, the
     matrix M of [`whitening_matrix`] and the inputs' mean m, the weight becomes W M and the bias -W M m. Source of
     data-dependent starts: Krähenbühl et al., "Data-dependent initializations of convolutional neural networks", 2016.
 
-    Args:
-        linear (`nn.Linear`): The map, with a bias.
-        batches (`Iterable[torch.Tensor]`): Inputs, each of shape `(tokens, dim)`.
-
     Raises:
-        ValueError: If there are fewer than two inputs, or they are not finite or do not vary.
+        ValueError: If the inputs have no covariance, as in [`moments`].
     """
     mean, covariance = moments(batches)
+    if linear.weight.is_meta:  # accelerate offloaded it, and would bring the old weights back: it stays loaded
+        linear._hf_hook.pre_forward(linear)
+        linear._hf_hook.offload = False
     weight = linear.weight.cpu().double() @ whitening_matrix(covariance)  # (out_dim, dim)
     linear.weight.copy_(weight)
     linear.bias.copy_(-weight @ mean)
 
 
 def moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and covariance of tokens that come in batches.
-
-    Args:
-        batches (`Iterable[torch.Tensor]`): Each of shape `(tokens, dim)`, of any floating dtype, on any device.
-
-    Returns:
-        The mean, of shape `(dim,)`, and the covariance, `(dim, dim)`, both in float64 on the CPU.
+    """Mean `(dim,)` and covariance `(dim, dim)` of batches of `(tokens, dim)`, in float64 on the CPU.
 
     Raises:
         ValueError: If there are fewer than two tokens, or they are not finite or do not vary.
@@ -67,15 +60,7 @@ def whitening_matrix(covariance: torch.Tensor, shrinkage: float = 0.1) -> torch.
     Args:
         covariance (`torch.Tensor` of shape `(dim, dim)`): The tokens' covariance, in float64.
         shrinkage (`float`, *optional*, defaults to 0.1): Above 0 and at most 1, which scales all directions alike.
-
-    Returns:
-        The matrix, symmetric, of shape `(dim, dim)` and `covariance`'s dtype.
-
-    Raises:
-        ValueError: If `shrinkage` is out of range.
     """
-    if not 0 < shrinkage <= 1:
-        raise ValueError(f"`shrinkage` must be above 0 and at most 1, but is {shrinkage}.")
     values, vectors = torch.linalg.eigh(covariance)  # (dim,), (dim, dim)
     # Rounding makes some of the smallest eigenvalues negative.
     values = (1 - shrinkage) * values.clamp(min=0) + shrinkage * covariance.diagonal().mean()

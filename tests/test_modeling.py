@@ -444,14 +444,21 @@ def test_towers_of_two_dtypes_are_refused():
         EVLGenForConditionalGeneration.from_vision_text_pretrained(tower, language_model.to(torch.bfloat16))
 
 
-def test_compiles_without_a_graph_break():
-    model = tiny_model().train()
+def test_compiles_without_a_graph_break_and_states_it_to_transformers():
+    model = tiny_model().eval()
     batch = dict(training_batch(tiny_processor(model)))
-    torch.manual_seed(0)
-    expected = model.eval()(**batch).loss
+    expected = model(**batch).loss
     torch.compiler.reset()
-    compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch).loss, expected)
+    assert model._can_compile_fullgraph
+
+
+@pytest.mark.parametrize("num_beams", [2.5, 0])
+def test_a_number_of_beams_that_is_not_whole_is_refused_by_name(num_beams):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=f"`num_beams` must be a whole number, 1 or more, but is {num_beams}"):
+        model.generate(**tiny_processor(model)(images=noise_images(2)), max_new_tokens=2, num_beams=num_beams)
 
 
 def test_trained_parts_stay_in_float32_whatever_the_dtype_of_a_fresh_model():

@@ -16,6 +16,7 @@ from common.data.loading import load_datasets
 from common.models import build_model
 from common.training.training_arguments import ModelArguments
 from common.training.whiten import whiten_vision_projection
+from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.whitening import moments, whitening_matrix
 
 from .helpers import save_image_folder, save_towers, tiny_model
@@ -71,12 +72,6 @@ def test_tokens_without_a_covariance_are_refused(batches, message):
         moments(batches)
 
 
-@pytest.mark.parametrize("shrinkage", [0.0, 1.5, float("nan")])
-def test_a_shrinkage_out_of_range_is_refused(shrinkage):
-    with pytest.raises(ValueError, match=f"`shrinkage` must be above 0 and at most 1, but is {shrinkage}"):
-        whitening_matrix(torch.eye(3), shrinkage)
-
-
 def test_the_projection_whitens_its_inputs_first():
     model = tiny_model()
     features = correlated_tokens(17 * 20, 16).view(20, 17, 16)
@@ -93,6 +88,21 @@ def test_the_projection_whitens_its_inputs_first():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         other.whiten_vision_projection(batch for batch in features.split(6))
     assert_close(other.vision_projection.weight, model.vision_projection.weight)
+
+
+@pytest.mark.parametrize("offloaded", [{"ln_vision"}, {"vision_projection"}, {"ln_vision", "vision_projection"}])
+def test_a_projection_on_the_disk_is_whitened_and_saved(offloaded, tmp_path):
+    model, features = tiny_model(), correlated_tokens(17 * 20, 16).view(20, 17, 16)
+    model.save_pretrained(tmp_path / "model", towers="include")
+    device_map = {name: "disk" if name in offloaded else "cpu" for name, _ in model.named_children()}
+    loaded = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model", device_map=device_map)
+    for each in (model, loaded):
+        each.whiten_vision_projection(features)
+    prompt = model.project_vision_features(features).pooler_output
+    assert_close(loaded.project_vision_features(features).pooler_output, prompt)
+    loaded.save_pretrained(tmp_path / "white", towers="include")
+    again = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "white")
+    assert_close(again.project_vision_features(features).pooler_output, prompt)
 
 
 @pytest.mark.parametrize(
