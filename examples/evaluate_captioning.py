@@ -30,22 +30,19 @@ A run that was interrupted goes on when it is started again. Two runs cannot use
 import common.processes  # isort: skip  # noqa: F401
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import evaluate
-from accelerate import PartialState
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
 from common.data.data_arguments import DataArguments
-from common.data.loading import load_held_out
 from common.evaluation.answer_folder import run_folder
-from common.evaluation.answers import answer_rows, start_processes
+from common.evaluation.answers import answer_rows, load_dataset_rows, start_processes
 from common.evaluation.benchmark_files import CAPTION_BENCHMARKS, caption_rows
 from common.evaluation.evaluation_arguments import EvaluationArguments, GenerationArguments
-from common.evaluation.results import METRICS_FOLDER, check_source, output_folder, write_json, write_results
+from common.evaluation.results import METRICS_FOLDER, check_source, output_folder, write_results
 
 # Smallest and largest number of new tokens in the original's evaluation: `min_len` and `max_len` of
 # lavis/projects/EVLGen/eval/caption_coco_opt2.7b_eval.yaml and EVLGen_video/eval/caption_msrvtt_opt2.7b_eval.yaml.
@@ -90,7 +87,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     state = start_processes()
     folder = output_folder(evaluation_args, name)
     with run_folder(folder, state):
-        return evaluate_rows(name, evaluation_args, caption_args, generation_args, folder, state)
+        with state.main_process_first():  # the others find the data set in the cache
+            rows, data_args = load_rows(name, evaluation_args, caption_args)
+        total = len(rows)
+        rows = rows.select(range(min(total, evaluation_args.max_samples or total)))
+        references = rows["captions"][:] if any(rows["captions"]) else None
+        metric = load_metric(caption_args.metrics) if references and state.is_main_process else None
+        texts = answer_rows(name, rows, data_args, generation_args, evaluation_args, folder, state)
+        if texts is None:  # the main process alone scores the captions and writes the results
+            return {}
+        metrics, notes = [], []
+        if references:
+            domains = rows["domain"][:] if "domain" in rows.column_names else []
+            metrics, notes = score(metric, texts, references, domains, caption_args.metrics)
+        predictions = [{"image_id": row, "caption": text} for row, text in zip(rows["id"], texts, strict=True)]
+        hub_task = "video-to-text" if data_args.video_column else "image-to-text"
+        task = (hub_task, "Video Captioning" if data_args.video_column else "Image Captioning")
+        return write_results(folder, task, name, predictions, metrics, evaluation_args, total, notes)
 
 
 def set_lengths(generation_args: CaptionDecoding, benchmark: str | None) -> None:
@@ -103,61 +116,17 @@ def set_lengths(generation_args: CaptionDecoding, benchmark: str | None) -> None
     generation_args.__post_init__()  # one of them may contradict the other's default
 
 
-def evaluate_rows(
-    name: str,
-    evaluation_args: EvaluationArguments,
-    caption_args: CaptionArguments,
-    generation_args: CaptionDecoding,
-    folder: Path,
-    state: PartialState,
-) -> dict[str, Any]:
-    """Captions the rows, scores the captions and writes the results; the last two on the main process alone."""
-    with state.main_process_first():  # the others find the data set in the cache
-        rows, data_args = load_rows(name, evaluation_args, caption_args)
-        total = len(rows)
-        rows = rows.select(range(min(total, evaluation_args.max_samples or total)))
-    has_references = any(rows["captions"])
-    metric = load_metric(caption_args.metrics) if has_references and state.is_main_process else None
-    texts = answer_rows(name, rows, data_args, generation_args, evaluation_args, folder, state)
-    if texts is None:
-        return {}
-
-    predictions = [{"image_id": row, "caption": text} for row, text in zip(rows["id"], texts, strict=True)]
-    write_json(folder / "predictions.json", predictions)
-    metrics, notes = [], []
-    if has_references:
-        domains = rows["domain"][:] if "domain" in rows.column_names else []
-        metrics, notes = score(metric, texts, rows["captions"][:], domains, caption_args.metrics)
-    else:
-        print(f"{name} has no captions here: {folder}/predictions.json is for its test server.")
-    task = ("video-to-text", "Video Captioning") if data_args.video_column else ("image-to-text", "Image Captioning")
-    return write_results(folder, task, name, metrics, evaluation_args, len(texts), total, notes)
-
-
 def load_rows(
     name: str, evaluation_args: EvaluationArguments, caption_args: CaptionArguments
 ) -> tuple[Dataset, DataArguments]:
     """Loads the rows, with the columns `id` and `captions`, and names their other columns."""
-    common = {"num_frames": caption_args.num_frames, "prompt": caption_args.prompt}
-    if evaluation_args.benchmark:
-        files = evaluation_args.annotations, evaluation_args.media_dir
-        rows = caption_rows(name, *files, evaluation_args.test_split, caption_args.split_file)
-        return Dataset.from_list(rows), DataArguments(video_column="video" if "video" in rows[0] else None, **common)
-    column = caption_args.caption_column
-    columns = {"video_column": caption_args.video_column, "caption_column": column}
-    data_args = evaluation_args.data_arguments(name, **columns, **common)
-    rows = load_held_out(data_args)
-    references = [caption_list(value) for value in rows[column]]
-    rows = rows.remove_columns(column).add_column("captions", references)
-    return rows.add_column("id", list(range(len(rows)))), data_args
-
-
-def caption_list(value: Any) -> list[str]:
-    """A data set's caption or captions as a list."""
-    captions = [value] if isinstance(value, str) else value or []
-    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        raise ValueError(f"`caption_column` must hold a caption or several, but a row holds {value!r}.")
-    return captions
+    columns = {key: getattr(caption_args, key) for key in ("num_frames", "prompt", "video_column")}
+    if not evaluation_args.benchmark:
+        return load_dataset_rows(name, evaluation_args, "captions", caption_args.caption_column, **columns)
+    files = evaluation_args.annotations, evaluation_args.media_dir
+    rows = caption_rows(name, *files, evaluation_args.test_split, caption_args.split_file)
+    columns["video_column"] = "video" if "video" in rows[0] else None
+    return Dataset.from_list(rows), DataArguments(**columns)
 
 
 def load_metric(names: list[str]) -> evaluate.EvaluationModule:

@@ -31,23 +31,20 @@ A run that was interrupted goes on when it is started again. Two runs cannot use
 import common.processes  # isort: skip  # noqa: F401
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import evaluate
-from accelerate import PartialState
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
 from common.data.data_arguments import DataArguments
-from common.data.loading import load_held_out
 from common.demo.easy_vqa import easy_vqa_questions
 from common.evaluation.answer_folder import run_folder
-from common.evaluation.answers import answer_rows, start_processes
+from common.evaluation.answers import answer_rows, load_dataset_rows, start_processes
 from common.evaluation.benchmark_files import QUESTION_BENCHMARKS, clean_question, question_rows
 from common.evaluation.evaluation_arguments import EvaluationArguments, GenerationArguments
-from common.evaluation.results import METRICS_FOLDER, check_source, output_folder, write_json, write_results
+from common.evaluation.results import METRICS_FOLDER, check_source, output_folder, write_results
 from metrics.vqa_accuracy.lemmatization import lemmatize
 
 TYPE_COLUMNS = ("answer_type", "question_type")
@@ -84,38 +81,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     state = start_processes()
     folder = output_folder(evaluation_args, name)
     with run_folder(folder, state):
-        return evaluate_rows(name, evaluation_args, question_args, generation_args, folder, state)
-
-
-def evaluate_rows(
-    name: str,
-    evaluation_args: EvaluationArguments,
-    question_args: QuestionArguments,
-    generation_args: AnswerDecoding,
-    folder: Path,
-    state: PartialState,
-) -> dict[str, Any]:
-    """Answers the questions, scores the answers and writes the results; the last two on the main process alone."""
-    with state.main_process_first():
-        rows, data_args, total = load_rows(name, evaluation_args, question_args)
-    references = rows["answers"][:]
-    has_references = any(references)
-    default_rule = "gqa" if all(len(answers) == 1 for answers in references) else "vqav2"
-    rule = evaluation_args.benchmark or question_args.rule or default_rule
-    metric = load_metric(rule, references if has_references else []) if state.is_main_process else None
-    texts = answer_rows(name, rows, data_args, generation_args, evaluation_args, folder, state)
-    if texts is None:
-        return {}
-
-    write_json(folder / "predictions.json", predictions(evaluation_args.benchmark, rows["id"][:], texts))
-    metrics, details = [], {}
-    if has_references:
-        metrics, details = score(metric, rule, texts, rows)
-        details["rule"] = rule
-    else:
-        print(f"{name} has no answers here: {folder}/predictions.json is for its test server.")
-    task = ("visual-question-answering", "Visual Question Answering")
-    return write_results(folder, task, name, metrics, evaluation_args, len(texts), total, [], **details)
+        with state.main_process_first():
+            rows, data_args, total = load_rows(name, evaluation_args, question_args)
+        references = rows["answers"][:]
+        default_rule = "gqa" if all(len(answers) == 1 for answers in references) else "vqav2"
+        rule = evaluation_args.benchmark or question_args.rule or default_rule
+        references = references if any(references) else None
+        metric = load_metric(rule, references) if state.is_main_process else None
+        texts = answer_rows(name, rows, data_args, generation_args, evaluation_args, folder, state)
+        if texts is None:  # the main process alone scores the answers and writes the results
+            return {}
+        metrics, details = [], {}
+        if references:
+            metrics, details = score(metric, rule, texts, rows)
+            details["rule"] = rule
+        submitted = predictions(evaluation_args.benchmark, rows["id"][:], texts)
+        task = ("visual-question-answering", "Visual Question Answering")
+        return write_results(folder, task, name, submitted, metrics, evaluation_args, total, [], **details)
 
 
 def load_rows(
@@ -129,7 +111,12 @@ def load_rows(
     elif name == "easy-vqa":
         rows = Dataset.from_list(easy_vqa_questions(evaluation_args.test_split))
     else:
-        rows, data_args = load_dataset_rows(name, evaluation_args, question_args)
+        prompt = {"prompt": question_args.prompt, "prompt_column": question_args.prompt_column}
+        rows, data_args = load_dataset_rows(name, evaluation_args, "answers", question_args.caption_column, **prompt)
+    column = data_args.prompt_column
+    for question in rows[column]:
+        if not isinstance(question, str):
+            raise ValueError(f"`prompt_column` must hold a question, but a row holds {question!r}.")
     total = len(rows)
     if not evaluation_args.benchmark and not evaluation_args.dataset:
         # Spread over the split, so that all types of questions are among them.
@@ -137,35 +124,9 @@ def load_rows(
     rows = rows.select(range(min(len(rows), evaluation_args.max_samples or total)))
     clean = question_args.clean_questions
     if bool(evaluation_args.benchmark) if clean is None else clean:
-        column = data_args.prompt_column
         cleaned = [clean_question(question) for question in rows[column]]
         rows = rows.remove_columns(column).add_column(column, cleaned)
     return rows, data_args, total
-
-
-def load_dataset_rows(
-    name: str, evaluation_args: EvaluationArguments, question_args: QuestionArguments
-) -> tuple[Dataset, DataArguments]:
-    """Loads the rows of a folder, of files or of a data set on the Hub."""
-    column = question_args.caption_column
-    prompt = {"prompt": question_args.prompt, "prompt_column": question_args.prompt_column}
-    data_args = evaluation_args.data_arguments(name, caption_column=column, **prompt)
-    rows = load_held_out(data_args)
-    for question in rows[question_args.prompt_column]:
-        if not isinstance(question, str):
-            raise ValueError(f"`prompt_column` must hold a question, but a row holds {question!r}.")
-    answers = [answer_list(value) for value in rows[column]]
-    rows = rows.remove_columns(column).add_column("answers", answers)
-    return rows.add_column("id", list(range(len(rows)))), data_args
-
-
-def answer_list(value: Any) -> list[str]:
-    """The answers in a data set's cell: it holds a text, several texts, or VQAv2's dicts with an `answer`."""
-    answers = [value] if isinstance(value, str) else value or []
-    answers = [answer["answer"] if isinstance(answer, dict) else answer for answer in answers]
-    if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"`caption_column` must hold one answer or several, but a row holds {value!r}.")
-    return answers
 
 
 def predictions(benchmark: str | None, ids: list[int | str], texts: list[str]) -> list[dict[str, Any]]:
@@ -176,7 +137,7 @@ def predictions(benchmark: str | None, ids: list[int | str], texts: list[str]) -
     return [{"question_id": row, "answer": text} for row, text in zip(ids, texts, strict=True)]
 
 
-def load_metric(rule: str, references: list[list[str]]) -> evaluate.EvaluationModule:
+def load_metric(rule: str, references: list[list[str]] | None) -> evaluate.EvaluationModule:
     """Loads the accuracy metric and tries it on empty answers, so that it does not fail after hours of answering."""
     if rule == "ok-vqa":
         lemmatize([""])

@@ -199,7 +199,7 @@ def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
             {"benchmark": "nocaps", "test_split": "val"},
             "`test_split` is not read for nocaps, but only media_dir",
         ),
-        ({"caption_column": "text"}, "`caption_column` belongs to `dataset`, and cannot be set for a benchmark"),
+        ({"caption_column": "text"}, "`caption_column` belongs to a data set: name it with --dataset"),
         ({"max_samples": 0}, "`max_samples` must be an integer of 1 or more, but is 0"),
         ({"batch_size": 0}, "`batch_size` must be an integer of 1 or more, but is 0"),
         ({"annotations": None}, "`annotations` is needed: a file of the benchmark"),
@@ -208,7 +208,7 @@ def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
         ({"annotations": "/nowhere.json"}, r"`annotations`: /nowhere\.json cannot be read: .*No such file"),
         (
             {"annotations": PUBLISHED / "test_list.txt"},
-            r"`annotations`: .*test_list\.txt is no file of captions, as it",
+            r"`annotations`: .*test_list\.txt is no file of Karpathy's splits, as it",
         ),
         (
             {"annotations": PUBLISHED / "v2_OpenEnded_mscoco_val2014_questions.json"},
@@ -252,8 +252,8 @@ def test_captioning_refuses_arguments_that_cannot_work(changes, message, work, t
             {"benchmark": "gqa", "annotations": None},
             r"`questions`: .*questions\.json is no file of GQA's questions",
         ),
-        ({"prompt_column": "q"}, "`prompt_column` belongs to `dataset`, and cannot be set for a benchmark"),
-        ({"rule": "ok-vqa"}, "`rule` belongs to `dataset`, and cannot be set for a benchmark"),
+        ({"prompt_column": "q"}, "`prompt_column` belongs to a data set: name it with --dataset"),
+        ({"rule": "ok-vqa"}, "`rule` belongs to a data set: name it with --dataset"),
         ({"benchmark": None, "annotations": None, "media_dir": None}, "`questions` belongs to a benchmark: name it"),
         ({"prompt": "What is it?"}, r"`prompt` must hold \{\} in place of the question, but is 'What is it\?'"),
         ({"benchmark": "vizwiz"}, "`benchmark` must be one of vqav2, gqa, ok-vqa, but is 'vizwiz'"),

@@ -343,7 +343,7 @@ def test_another_model_of_the_same_name_is_noticed(work, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"answer": None}, "`caption_column` must hold one answer or several, but a row holds None"),
+        ({"answer": None}, "`caption_column` must hold a text or several, but a row holds None"),
         ({"question": None}, "`prompt_column` must hold a question, but a row holds None"),
         ({"answer": ["red", "blue"]}, "`references` entry 0 must hold the answers of at least 2 people"),
         ({"image": "b.png"}, r"row 1: `image` is missing: .*No such file.*'b\.png'"),

@@ -25,6 +25,7 @@ from transformers import BatchFeature
 
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
+from common.data.loading import load_held_out
 from common.data.rows import open_media
 from common.evaluation.answer_folder import ANSWERS, check_settings, find_answers, join_answers, read_answers
 from common.evaluation.captions import generate_texts
@@ -56,6 +57,31 @@ def start_processes() -> PartialState:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
     use_all_cores(state.device)
     return state
+
+
+def load_dataset_rows(
+    name: str, evaluation_args: EvaluationArguments, references: str, caption_column: str, **columns: Any
+) -> tuple[Dataset, DataArguments]:
+    """Loads a split of a data set with the columns `id` and `references`, which holds the true texts as lists.
+
+    A cell of `caption_column` holds a text, several texts, or VQAv2's dicts with an `answer`; else it raises a
+    ValueError. `columns` are further arguments of the data.
+    """
+    given = {key: getattr(evaluation_args, key) for key in ("data_files", "dataset_config", "test_split")}
+    columns |= {"caption_column": caption_column, "image_column": evaluation_args.image_column}
+    data_args = DataArguments(dataset=name, **given, **columns)
+    rows = load_held_out(data_args)
+    true_texts = [_list_texts(value) for value in rows[caption_column]]
+    rows = rows.remove_columns(caption_column).add_column(references, true_texts)
+    return rows.add_column("id", list(range(len(rows)))), data_args
+
+
+def _list_texts(value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value or []
+    texts = [text["answer"] if isinstance(text, dict) else text for text in texts]
+    if not all(isinstance(text, str) for text in texts) or not any(text.strip() for text in texts):
+        raise ValueError(f"`caption_column` must hold a text or several, but a row holds {value!r}.")
+    return texts
 
 
 def answer_rows(

@@ -45,7 +45,7 @@ def caption_rows(
         rows = msr_vtt_rows(annotations, media_dir, split)
     elif benchmark == "msvd":
         rows = msvd_rows(annotations, media_dir, split_file)
-    elif benchmark == "nocaps" or _is_in_coco_format(annotations):
+    elif benchmark == "nocaps":
         rows = coco_rows(annotations, media_dir)
     else:
         rows = karpathy_rows(annotations, media_dir, split)
@@ -71,9 +71,12 @@ def question_rows(
 def karpathy_rows(annotations: str, media_dir: str, split: str) -> list[dict[str, Any]]:
     """Reads COCO (`dataset_coco.json`) or Flickr30k (`dataset_flickr30k.json`) with Karpathy's splits.
 
-    COCO's images may lie in `val2014` and `train2014` below `media_dir`. Splits are train, restval, val and test.
+    COCO's images may lie in `val2014` and `train2014` below `media_dir`. Splits are train, restval, val and test. A
+    split may also be a file in COCO's format.
     """
     with _published("annotations", annotations, "file of Karpathy's splits") as data:
+        if "annotations" in data:
+            return coco_rows(annotations, media_dir)
         images = data["images"]
         _check_split(split, {image["split"] for image in images}, annotations)
         return [
@@ -205,11 +208,6 @@ def _check_folder(media_dir: str | None) -> None:
         raise ValueError("`media_dir` is needed: the folder of the benchmark's images or videos.")
     if not Path(media_dir).is_dir():
         raise ValueError(f"`media_dir`: {media_dir} is no folder.")
-
-
-def _is_in_coco_format(annotations: str | None) -> bool:
-    with _published("annotations", annotations, "file of captions") as data:
-        return "annotations" in data
 
 
 def _read_text(argument: str, path: str | None) -> str:

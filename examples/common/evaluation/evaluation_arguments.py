@@ -5,8 +5,6 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-from common.data.data_arguments import DataArguments
-
 
 def check_count(name: str, value: Any, least: int) -> None:
     """Raises a ValueError if an argument is no integer of `least` or more. A YAML file may hold anything."""
@@ -64,8 +62,3 @@ class EvaluationArguments(AnswerArguments):
         super().__post_init__()
         if self.max_samples is not None:
             check_count("max_samples", self.max_samples, 1)
-
-    def data_arguments(self, dataset: str, **columns: Any) -> DataArguments:
-        """Arguments with which the functions of training read the split of a data set."""
-        names = ("data_files", "dataset_config", "test_split", "image_column")
-        return DataArguments(dataset=dataset, **{name: getattr(self, name) for name in names}, **columns)

@@ -39,28 +39,23 @@ def check_source(
 
     Raises a ValueError if the benchmark is unknown, both are given, or an argument is given that would not be read.
     """
+    benchmark, dataset = evaluation_args.benchmark, evaluation_args.dataset
+    if benchmark and dataset:
+        raise ValueError("`benchmark` and `dataset` cannot both be given.")
+    if benchmark and benchmark not in benchmarks:
+        raise ValueError(f"`benchmark` must be one of {', '.join(benchmarks)}, but is {benchmark!r}.")
+    read = ("media_dir", *benchmarks[benchmark]) if benchmark else ()
     # The parser does not record which arguments were given.
     defaults = vars(type(evaluation_args)()) | vars(type(script_args)())
-    arguments = vars(evaluation_args) | vars(script_args)
-    given = [name for name, value in arguments.items() if value != defaults[name]]
-    benchmark, dataset = evaluation_args.benchmark, evaluation_args.dataset
-    if benchmark is None:
-        for name in given:
-            if name in BENCHMARK_FILES:
-                raise ValueError(f"`{name}` belongs to a benchmark: name it with --benchmark.")
-            if name in DATASET_ARGUMENTS and not dataset:
-                raise ValueError(f"`{name}` belongs to a data set: name it with --dataset.")
-    elif dataset:
-        raise ValueError("`benchmark` and `dataset` cannot both be given.")
-    elif benchmark not in benchmarks:
-        raise ValueError(f"`benchmark` must be one of {', '.join(benchmarks)}, but is {benchmark!r}.")
-    else:
-        read = ("media_dir", *benchmarks[benchmark])
-        for name in given:
-            if name in (*BENCHMARK_FILES, "test_split") and name not in read:
-                raise ValueError(f"`{name}` is not read for {benchmark}, but only {', '.join(read)}.")
-            if name in DATASET_ARGUMENTS:
-                raise ValueError(f"`{name}` belongs to `dataset`, and cannot be set for a benchmark.")
+    for name, value in (vars(evaluation_args) | vars(script_args)).items():
+        if value == defaults[name] or name in read:
+            continue
+        if name in DATASET_ARGUMENTS and not dataset:
+            raise ValueError(f"`{name}` belongs to a data set: name it with --dataset.")
+        if name in BENCHMARK_FILES and not benchmark:
+            raise ValueError(f"`{name}` belongs to a benchmark: name it with --benchmark.")
+        if name in (*BENCHMARK_FILES, "test_split") and benchmark:
+            raise ValueError(f"`{name}` is not read for {benchmark}, but only {', '.join(read)}.")
     return benchmark or dataset or default
 
 
@@ -75,24 +70,23 @@ def write_results(
     folder: Path,
     task: tuple[str, str],
     name: str,
+    predictions: list[dict[str, Any]],
     metrics: list[dict[str, Any]],
     evaluation_args: EvaluationArguments,
-    num_rows: int,
     total: int,
     notes: list[str],
     **details: Any,
 ) -> dict[str, Any]:
-    """Writes `results.json`, prints the figures, and returns the file's content.
+    """Writes `predictions.json` and `results.json`, prints the figures, and returns the content of `results.json`.
 
     `task` has the Hub's name of the task and a readable name. A metric is `{"type": its key, "name": a readable name,
-    "value": number}`. A metric of a part of the rows also has `"args"`. `num_rows` of the split's `total` rows have
-    been answered. `details` are further entries of the file.
+    "value": number}`. A metric of a part of the rows also has `"args"`. The split has `total` rows. `details` are
+    further entries of the file.
     """
-    if num_rows < total:
-        notes = [
-            f"Only {num_rows} of {total} rows were answered: the scores cannot be compared with those of all.",
-            *notes,
-        ]
+    write_json(folder / "predictions.json", predictions)
+    if len(predictions) < total:
+        answered = f"Only {len(predictions)} of {total} rows were answered"
+        notes = [f"{answered}: the scores cannot be compared with those of all.", *notes]
     dataset = {"type": name, "name": DATASET_NAMES.get(name, Path(name).name)}
     if evaluation_args.benchmark is None or "test_split" in CAPTION_BENCHMARKS.get(name, ()):
         dataset["split"] = evaluation_args.test_split
@@ -106,12 +100,14 @@ def write_results(
         "metrics": metrics,
         **details,
         "model": evaluation_args.model,
-        "num_rows": num_rows,
+        "num_rows": len(predictions),
         "notes": notes,
         "settings": json.loads((folder / "settings.json").read_text(encoding="utf-8")),
         "versions": {library: version(library) for library in LIBRARIES if find_spec(library)},
     }
     write_json(folder / "results.json", results)
+    if not metrics:
+        print(f"{name} has no true texts here: {folder}/predictions.json is for its test server.")
     for metric in metrics:
         print(f"{metric['name']}: {metric['value']:.4f}")
     for note in notes:
