@@ -11,11 +11,7 @@ class EVLGenBatch(BatchFeature):
     """A `BatchFeature` in which `labels` are -100 on placeholders, whoever sets them.
 
     Training loops of others set `batch["labels"]` to a copy of `input_ids`, and some compute the loss outside of the
-    model. TRL does both.
-
-    Args:
-        data, args, kwargs: As in `BatchFeature`.
-        placeholder_ids (`Sequence[int]`, *optional*): Ids of `<image>` and `<video>`.
+    model. TRL does both. `placeholder_ids` are the ids of `<image>` and `<video>`.
     """
 
     def __init__(

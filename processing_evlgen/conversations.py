@@ -90,15 +90,12 @@ def check_conversation(
     """Checks one conversation to train on.
 
     Args:
-        messages (`list[dict]`): As for [`encode_conversation`].
-        num_images, num_videos (`int`, *optional*): Required numbers of placeholders.
-        image_token, video_token (`str`, *optional*): The placeholders within a text.
+        messages: As for [`encode_conversation`]. A malformed conversation raises a ValueError.
+        num_images, num_videos: Required numbers of placeholders; another number raises a ValueError.
+        image_token, video_token: The placeholders within a text.
 
     Returns:
         `list[dict]`: The turns. Contents of the assistant's turns are strings.
-
-    Raises:
-        ValueError: If the conversation is malformed, or has another number of placeholders.
     """
     if not isinstance(messages, list):
         raise ValueError(f"`messages` must be a list of turns, but is {messages!r}.")

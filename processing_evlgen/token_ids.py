@@ -14,13 +14,8 @@ def check_plain_text(tokenizer: PreTrainedTokenizerBase, end_id: int, texts: dic
     refused rather than encoded letter by letter: it shows that markup is left in the data.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Knows the special tokens.
-        end_id (`int`): The id that ends a text.
-        texts (`dict[str, tuple[str, list[int]]]`):
-            Each text and its ids without the end, by the name that the error gives it.
-
-    Raises:
-        ValueError: If a text holds such a token; the message names both.
+        tokenizer, end_id: The tokenizer, and the id that ends a text.
+        texts: Each text and its ids without the end, by the name that a ValueError gives it.
     """
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     # Letters that a tokenizer does not know become its unknown token, which ends nothing.
@@ -34,9 +29,7 @@ def check_plain_text(tokenizer: PreTrainedTokenizerBase, end_id: int, texts: dic
 def unexpanded_span(span: tuple[int, int], expansions: list[dict[str, Any]]) -> tuple[int, int]:
     """Maps a token's span in an expanded text to its span in the text before.
 
-    Args:
-        span (`tuple[int, int]`): Start and end of a token.
-        expansions (`list[dict]`): The text's replacements, as transformers' `get_text_with_replacements` returns them.
+    `expansions` are the text's replacements, as transformers' `get_text_with_replacements` returns them.
     """
     gained = 0
     for expansion in expansions:
@@ -57,13 +50,12 @@ def pad(
     """Truncates if requested, and pads: ids on the left; ids and labels on the right.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Has the padding token, the largest length and the side to truncate.
-        columns (`dict[str, list]`):
+        tokenizer: Has the padding token, the largest length and the side to truncate.
+        columns:
             `input_ids` of each text, and optionally `labels` and `offset_mapping`, as many as ids. They are padded
             with -100 and `(0, 0)`. Other columns are returned unchanged.
-        placeholder_ids (`tuple[int, int]`): Ids that truncation must keep.
-        arguments (`dict`):
-            The tokenizer's `padding`, `max_length`, `truncation`, `pad_to_multiple_of` and `padding_side`.
+        placeholder_ids: Ids that truncation must keep.
+        arguments: The tokenizer's `padding`, `max_length`, `truncation`, `pad_to_multiple_of` and `padding_side`.
 
     Returns:
         The columns with `attention_mask`.

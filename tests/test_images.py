@@ -1,0 +1,125 @@
+"""Images of every source and mode are read as upright RGB; what cannot be read is named."""
+
+import base64
+import io
+import os
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from processing_evlgen.images import load_rgb_image
+
+from .helpers import noise_images
+from .test_processing import make_processor
+
+
+def encode(image, file_format):
+    buffer = io.BytesIO()
+    image.save(buffer, format=file_format)
+    return {"bytes": buffer.getvalue(), "path": "x"}
+
+
+def test_images_of_every_mode_become_rgb():
+    red = Image.new("RGB", (4, 2), (200, 30, 30))
+    assert np.allclose(load_rgb_image(red.convert("CMYK")), red, atol=3)
+    assert np.allclose(load_rgb_image(red.quantize()), red, atol=3)
+    grey = Image.new("L", (4, 2), 77)
+    assert np.array(load_rgb_image(grey)).tolist() == [[[77, 77, 77]] * 4] * 2
+    deep = Image.fromarray(np.full((2, 4), 77 * 256, dtype=np.uint16))
+    assert np.array(load_rgb_image(encode(deep, "PNG"))).tolist() == [[[77, 77, 77]] * 4] * 2
+    clear = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    assert np.array(load_rgb_image(clear)).tolist() == [[[255, 255, 255]] * 4] * 2  # as on paper
+    assert load_rgb_image(Image.new("1", (4, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_an_image_that_the_camera_rotated_stands_upright():
+    image = Image.new("RGB", (4, 2), "white")
+    image.putpixel((0, 0), (0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be rotated by 90° clockwise
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", exif=exif)
+    upright = load_rgb_image({"bytes": buffer.getvalue(), "path": None})
+    assert upright.size == (2, 4) and upright.getpixel((1, 0)) == (0, 0, 0)
+
+
+def test_paths_base64_rows_and_arrays_are_read(tmp_path):
+    image = noise_images(1)[0]
+    path = tmp_path / "image.png"
+    image.save(path)
+    text = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    row = datasets.Dataset.from_dict({"image": [str(path)]}).cast_column("image", datasets.Image(decode=False))[0]
+    processor = make_processor()
+    expected = processor(images=image)["pixel_values"]
+    for source in (path, str(path), text, row["image"], np.array(image)):
+        torch.testing.assert_close(processor(images=source)["pixel_values"], expected)
+
+
+def test_images_and_videos_of_another_type_or_shape_are_refused():
+    with pytest.raises(TypeError, match="`images` must hold images, paths, URLs or arrays, but holds a int"):
+        make_processor()(images=[7])
+    with pytest.raises(ValueError, match=r"`images`: an array must have 3 dimensions, but has the shape \(8, 8\)"):
+        make_processor()(images=np.zeros((8, 8)))
+    with pytest.raises(TypeError, match="`images`: an array must hold numbers, but has the dtype object"):
+        make_processor()(images=np.full((8, 8, 3), None))
+    with pytest.raises(TypeError, match="`videos` must hold files, URLs, arrays or lists of frames, but holds int"):
+        make_processor()(videos=7)
+    with pytest.raises(ValueError, match=r"`num_frames` must be an integer, but is 2\.5"):
+        make_processor()(videos=noise_images(4), num_frames=2.5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_arrays_with_nan_or_infinite_values_are_refused(bad):
+    array = np.zeros((8, 8, 3), dtype=np.float32)
+    array[3, 4, 1] = bad
+    for images in (array, torch.from_numpy(array).permute(2, 0, 1), [[np.zeros_like(array)], [array]]):
+        with pytest.raises(ValueError, match=r"`images`: an array of shape \(.*\) holds NaN or infinite values"):
+            make_processor()(images=images)
+    with pytest.raises(ValueError, match=r"`videos`: an array of shape .* holds NaN or infinite values"):
+        make_processor()(videos=np.stack([array, array]))
+
+
+def test_an_image_with_too_many_pixels_is_refused_undecoded(tmp_path, monkeypatch):
+    """A small file can hold more pixels than memory does."""
+    path = str(tmp_path / "large.png")
+    Image.new("1", (12_000, 12_000)).save(path)
+    assert os.path.getsize(path) < 30_000
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    message = "large.png' cannot be read: it has 12000 x 12000 pixels, more than `max_pixels`=64000000 allows"
+    for source in (path, {"bytes": (tmp_path / "large.png").read_bytes(), "path": "large.png"}, Image.open(path)):
+        with pytest.raises(ValueError, match=message if source is path else message.split("cannot")[1]):
+            make_processor()(images=source)
+
+
+def test_the_limit_of_pixels_can_be_changed(tmp_path):
+    path = str(tmp_path / "image.png")
+    noise_images(1, size=40)[0].save(path)
+    assert make_processor()(images=path, max_pixels=1600)["pixel_values"].shape[0] == 1
+    with pytest.raises(ValueError, match="it has 40 x 40 pixels, more than `max_pixels`=1599 allows"):
+        make_processor()(images=path, max_pixels=1599)
+    decoded = load_rgb_image(path)
+    assert load_rgb_image(decoded, max_pixels=1) is not None  # its memory is taken already
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(ValueError, match=r"`images`: .*pipe.png' cannot be read: it is no regular file"):
+        make_processor()(images=str(tmp_path / "pipe.png"))
+    for name in ("pipe.png", "pipe.mp4"):
+        with pytest.raises(ValueError, match=f"`videos`: .*{name}' cannot be read: it is no regular file"):
+            make_processor()(videos=str(tmp_path / name))
+
+
+def test_unreadable_images_are_named(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    buffer = io.BytesIO()
+    noise_images(1)[0].save(buffer, format="PNG")
+    (tmp_path / "cut.png").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
+    for name in ("broken.png", "cut.png", "missing.png", "bomb.png"):
+        with pytest.raises(ValueError, match=f"`images`: .*{name}.* cannot be read"):
+            make_processor()(images=str(tmp_path / name))
