@@ -128,11 +128,8 @@ def caption_items(
     if state.is_main_process:
         settings = {
             "inputs": [os.path.abspath(source) for source in folder_args.inputs],
-            "media": folder_args.media,
-            "column": folder_args.column,
-            "prompt": folder_args.prompt,
+            **{name: getattr(folder_args, name) for name in ("media", "column", "prompt", "max_pixels")},
             "num_frames": folder_args.num_frames if folder_args.media == "video" else None,
-            "max_pixels": folder_args.max_pixels,
             **answering_settings(model, processor, generation_args, folder_args),
         }
         check_settings(folder, settings)  # before answers are dropped

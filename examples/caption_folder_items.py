@@ -51,19 +51,17 @@ def list_items(inputs: list[str], media: Media, column: str, left_out: Counter) 
     """
     suffixes = SUFFIXES[media] + SHARDS
     for source in inputs:
-        if os.path.isdir(source):
-            for path in _walk(source, left_out):
-                suffix = Path(path).suffix.lower()
-                if suffix in suffixes:
-                    yield from _items_of(path, media, column)
-                else:
-                    left_out[suffix or "(no suffix)"] += 1
-        elif not os.path.exists(source):
+        if not os.path.exists(source):
             raise ValueError(f"`inputs`: there is no {source}.")
-        elif Path(source).suffix.lower() in suffixes:
-            yield from _items_of(source, media, column)
-        else:
-            raise ValueError(f"`inputs` must be folders or files of {', '.join(suffixes)}, but {source} is neither.")
+        is_folder = os.path.isdir(source)
+        for path in _walk(source, left_out) if is_folder else [source]:
+            suffix = Path(path).suffix.lower()
+            if suffix in suffixes:
+                yield from _items_of(path, media, column)
+            elif is_folder:
+                left_out[suffix or "(no suffix)"] += 1
+            else:
+                raise ValueError(f"`inputs` must be folders or files of {', '.join(suffixes)}, but {path} is neither.")
 
 
 def _walk(folder: str, left_out: Counter) -> Iterator[str]:
