@@ -44,32 +44,27 @@ class Row:
     counts: list[int]  # tokens after the layer
 
 
-def image_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, sources: list[str]) -> list[Row]:
-    """Computes a row for each image. Sources are paths or URLs."""
-    images = [load_rgb_image(source) for source in sources]
-    layers = merged_tokens(model, processor(images=images)["pixel_values"].to(model.device))
-    return [
-        Row(resize_to_side(image), "image", patch_groups(model, layers, row), token_counts(layers, row))
-        for row, image in enumerate(images)
-    ]
+def image_row(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, source: str) -> Row:
+    """Computes the row of an image. The source is a path or a URL."""
+    image = load_rgb_image(source)
+    layers = merged_tokens(model, processor(images=image)["pixel_values"].to(model.device))
+    return Row(resize_to_side(image), "image", patch_groups(model, layers), token_counts(layers))
 
 
 def video_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, source: str) -> list[Row]:
     """Computes a row for each sampled frame of a video. The source is a path or a URL."""
     frames = load_rgb_frames(source, processor.num_frames)
     layers = merged_tokens(model, processor(videos=frames)["pixel_values_videos"].to(model.device))
-    groups, counts = patch_groups(model, layers), token_counts(layers)
-    return [
-        Row(resize_to_side(frame), f"frame {number} of {len(frames)}", groups, counts)
-        for number, frame in enumerate(frames, start=1)
-    ]
+    merging = patch_groups(model, layers), token_counts(layers)
+    names = (f"frame {number} of {len(frames)}" for number in range(1, len(frames) + 1))
+    return [Row(resize_to_side(frame), name, *merging) for frame, name in zip(frames, names, strict=True)]
 
 
 def draw_merging(
     model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, images: list[str], videos: list[str], path: Path
 ) -> None:
     """Draws one row for each image and for each frame of a video, one column for each layer, to a PNG file."""
-    rows = image_rows(model, processor, images) if images else []
+    rows = [image_row(model, processor, image) for image in images]
     for video in videos:
         rows += video_rows(model, processor, video)
     size = ((1 + len(rows[0].groups)) * (SIDE + GAP) - GAP, len(rows) * (TITLE + SIDE + GAP) - GAP)

@@ -21,8 +21,7 @@ def test_groups_are_the_models(vision):
     expected = model.get_image_features(batch["pixel_values"]).output_index
     assert len(layers) == 2 and torch.equal(layers[-1], expected)
     counts = [int(index.max()) + 1 for index in layers]
-    schedule = model.config.connector_config.merge_schedule(model.config.num_vision_tokens)
-    assert counts == [model.config.num_vision_tokens - sum(schedule[: i + 1]) for i in range(2)]
+    assert counts == model.config.connector_config.token_counts(model.config.num_vision_tokens)[1:]
 
 
 def patch(drawn, row, column, side=4):
@@ -109,9 +108,9 @@ def test_draws_a_row_for_each_image_and_each_frame(captioner):
     processor = tiny_processor(model)
     for row, image in zip(rows, noise_images(2) + noise_images(4), strict=True):
         assert len(row) == 3 and np.array_equal(row[0], merging_overlay.resize_to_side(image))
-    layers = merging_overlay.merged_tokens(model, processor(images=noise_images(2))["pixel_values"])
+    layers = merging_overlay.merged_tokens(model, processor(images=noise_images(2)[1])["pixel_values"])
     expected = merging_overlay.draw_groups(
-        merging_overlay.resize_to_side(noise_images(2)[1]), merging_overlay.patch_groups(model, layers, 1)[-1]
+        merging_overlay.resize_to_side(noise_images(2)[1]), merging_overlay.patch_groups(model, layers)[-1]
     )
     assert np.array_equal(rows[1][2], expected)
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.tomeformer import TomeFormerLayer
+from modeling_evlgen import EVLGenForConditionalGeneration, TomeFormerModel
 
 SIDE = 448  # width and height in pixels of a drawn image
 TINT = 0.6  # opacity of a token's colour over the image, 0 to 1
@@ -21,25 +20,21 @@ def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[tor
     """Records the merging of the connector's next forward pass. A connector that does not merge raises a ValueError.
 
     Yields:
-        An empty list. The forward pass appends an int64 tensor for each layer, `(images, num_vision_tokens)`: for each
-        vision token the index of the token after that layer that it has become part of. The last tensor holds
-        positions in the soft prompt.
+        An empty list. The forward pass adds the `layer_index` of [`TomeFormerOutput`]: for each layer a tensor of
+        shape `(images, num_vision_tokens)`.
     """
     # PEFT's wrapper holds two connectors, the base model's and the trained one. Only one of them runs.
-    tomeformer_layers = [module for module in model.connector.modules() if isinstance(module, TomeFormerLayer)]
-    if not tomeformer_layers:
+    connectors = [module for module in model.connector.modules() if isinstance(module, TomeFormerModel)]
+    if not connectors:
         connector = getattr(model.connector, "original_module", model.connector)  # within PEFT's wrapper
         raise ValueError(f"The model's connector must be a TomeFormer, but is a {type(connector).__name__}.")
-    composed: list[torch.Tensor] = []  # (images, num_vision_tokens) each
-
-    def compose(layer: torch.nn.Module, arguments: tuple, output: tuple[torch.Tensor, ...]) -> None:
-        layer_index = output[1]  # (images, tokens before this layer)
-        # Follows each vision token through the layers so far.
-        composed.append(layer_index if not composed else layer_index.gather(1, composed[-1]))
-
-    hooks = [layer.register_forward_hook(compose) for layer in tomeformer_layers]
+    layers: list[torch.Tensor] = []
+    hooks = [
+        connector.register_forward_hook(lambda module, arguments, output: layers.extend(output.layer_index))
+        for connector in connectors
+    ]
     try:
-        yield composed
+        yield layers
     finally:
         for hook in hooks:
             hook.remove()
@@ -70,15 +65,15 @@ def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
     return prefix, side
 
 
-def patch_groups(model: EVLGenForConditionalGeneration, layers: list[torch.Tensor], row: int = 0) -> list[np.ndarray]:
-    """For each layer the token that each patch of an image or video is part of: int64, `(side, side)`."""
+def patch_groups(model: EVLGenForConditionalGeneration, layers: list[torch.Tensor]) -> list[np.ndarray]:
+    """For each layer the token that each patch of one image or video is part of: int64, `(side, side)`."""
     prefix, side = patch_grid(model)
-    return [index[row, prefix:].reshape(side, side).cpu().numpy() for index in layers]
+    return [index[0, prefix:].reshape(side, side).cpu().numpy() for index in layers]
 
 
-def token_counts(layers: list[torch.Tensor], row: int = 0) -> list[int]:
+def token_counts(layers: list[torch.Tensor]) -> list[int]:
     """Counts the tokens of one image or video after each layer, including class and register tokens."""
-    return [int(index[row].max()) + 1 for index in layers]
+    return [int(index[0].max()) + 1 for index in layers]
 
 
 def resize_to_side(image: Image.Image) -> Image.Image:

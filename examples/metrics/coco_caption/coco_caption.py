@@ -141,16 +141,13 @@ def check(predictions: list[str], references: list[list[str]], names: set[str]) 
 
 def idf_source(images: int) -> dict[str, int | str]:
     """The number of images that CIDEr's weights of n-grams come from, with a note if it is small."""
+    note = (
+        f"CIDEr's n-gram weights come from the references of only {images} images; the score can be compared only "
+        "with scores of the same images."
+    )
     if images == 1:
         note = "There is 1 image, so CIDEr is 0 for any caption: no n-gram is rarer than another."
-    elif images < FEW_IMAGES:
-        note = (
-            f"CIDEr's n-gram weights come from the references of only {images} images; the score can be compared only "
-            "with scores of the same images."
-        )
-    else:
-        return {"cider_idf_images": images}
-    return {"cider_idf_images": images, "cider_note": note}
+    return {"cider_idf_images": images} | ({"cider_note": note} if images < FEW_IMAGES else {})
 
 
 def tokenize(predictions: list[str], references: list[list[str]]) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
