@@ -10,7 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .checked_config import CheckedConfig
 from .configuration_connectors import TomeFormerConfig, connector_config_class
-from .hub_code import AUTO_MAP, CUSTOM_PIPELINES, save_hub_code
+from .hub_code import AUTO_MAP, CUSTOM_PIPELINES, Pipelines, save_hub_code
 
 # The paper's towers. The default configuration of transformers for the first is EVA ViT-g.
 _EVA_VIT_G = {"model_type": "blip_2_vision_model"}
@@ -107,6 +107,7 @@ class EVLGenConfig(CheckedConfig):
             self.connector_config = connector_config_class(connector or {})(**(connector or {}))
         self._build_tower_configs()
         super().__post_init__(**kwargs)
+        self.custom_pipelines = Pipelines("video-to-text" if self.temporal_contextualizer else "image-to-text")
         connector_config_class({"model_type": self.connector_config.model_type})  # raises where it is no connector
 
         for name in ("num_vision_tokens", "vision_hidden_size"):

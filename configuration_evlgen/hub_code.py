@@ -5,10 +5,12 @@ the code lives in three packages. In the copy, `from configuration_evlgen import
 `from .configuration_evlgen import X`. Code that was itself loaded from a checkpoint is copied as it is.
 """
 
+import copy
 import inspect
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 AUTO_MAP = {
     "AutoConfig": "configuration_evlgen.EVLGenConfig",
@@ -30,6 +32,22 @@ CUSTOM_PIPELINES = {
 _CROSS_IMPORT = re.compile(
     r"^(\s*)from ((?:configuration|modeling|processing)_evlgen)(?:\.(\w+))? import", re.MULTILINE
 )
+
+
+class Pipelines(dict):
+    """The pipeline that `pipeline(model=…)` takes where no task is given. The others are found by their names.
+
+    transformers infers a task only where a configuration lists a single pipeline.
+    """
+
+    def __init__(self, task: str):
+        super().__init__({task: self.__missing__(task)})
+
+    def __contains__(self, task: object) -> bool:
+        return task in CUSTOM_PIPELINES
+
+    def __missing__(self, task: str) -> dict[str, Any]:
+        return copy.deepcopy(CUSTOM_PIPELINES[task])  # `pipeline` changes what it reads
 
 
 def save_hub_code(save_directory: str | os.PathLike) -> list[Path]:

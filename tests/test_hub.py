@@ -38,6 +38,7 @@ words = [answer, caption(name, AutoModelForImageTextToText)[0], caption(name, Au
 settings = dict(model=name, trust_remote_code=True)
 captioner = pipeline("image-to-text", **settings)
 words.append(captioner(image, prompt="what is it?", max_new_tokens=8, do_sample=False)[0]["generated_text"])
+words.append(pipeline(**settings)(image, prompt="what is it?", max_new_tokens=8, do_sample=False)[0]["generated_text"])
 chat = pipeline("image-text-to-text", **settings)
 generated = chat(images=image, text="<image>what is it?", max_new_tokens=8, generate_kwargs=dict(do_sample=False),
                  return_full_text=False)
@@ -77,7 +78,7 @@ def last_line(output):
 def test_a_folder_works_without_this_repository(vision, tmp_path):
     *_, answer = checkpoint(tmp_path / "model", vision=vision)
     code = USE_CHECKPOINT.format(name="model", image=save_image(tmp_path), again="again")
-    assert last_line(run_clean(code, tmp_path)) == [answer] * 7
+    assert last_line(run_clean(code, tmp_path)) == [answer] * 8
     files = {path.name for path in (tmp_path / "again").iterdir()}
     assert {"model.safetensors", "modeling_evlgen.py", "token_merging.py", "pipeline_evlgen.py"} <= files
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
@@ -106,7 +107,7 @@ def test_a_repository_works_by_its_name(tmp_path):
         user = tmp_path / "user"
         user.mkdir()
         output = run_clean(code, user, hub.client_env(tmp_path / "user_home"))
-    assert last_line(output) == [answer] * 7
+    assert last_line(output) == [answer] * 8
 
 
 PIPELINE = """

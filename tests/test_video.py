@@ -519,6 +519,7 @@ captioner = pipeline("video-to-text", model="model", trust_remote_code=True)
 settings = dict(prompt="what is it?", do_sample=False, max_new_tokens=8)
 one = captioner("video.mp4", **settings)
 assert captioner(["video.mp4", "video.mp4"], batch_size=2, **settings) == [one, one]
+assert pipeline(model="model", trust_remote_code=True)("video.mp4", **settings) == one
 AutoModel.from_pretrained("model", trust_remote_code=True).save_pretrained("again")
 print(one[0]["generated_text"])
 """
