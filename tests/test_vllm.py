@@ -127,11 +127,18 @@ class Server:
             }
             for index, turn in enumerate(turns)
         ]
+        return self.generate(images=images or None, text=self.prompt(messages))
+
+    def prompt(self, messages):
+        """The text of a conversation, as the server writes it."""
         template = None
         if self.processor.chat_template is None:
             template = (ROOT / "examples" / "plain_chat_template.jinja").read_text()
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, chat_template=template)
-        inputs = self.processor(images=images or None, text=text)
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, chat_template=template)
+
+    def generate(self, **inputs):
+        """The token ids that `generate` adds."""
+        inputs = self.processor(**inputs)
         ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
@@ -213,14 +220,22 @@ def test_no_request_ends_the_engine(server):
 
 
 @needs_vllm
-def test_videos_are_served(server):
-    frames = noise_images(4)
-    file = io.BytesIO()
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=100)
-    data = base64.b64encode(file.getvalue()).decode()
-    video = {"type": "video_url", "video_url": {"url": f"data:video/gif;base64,{data}"}}
-    status, reply = server.post({"messages": [{"role": "user", "content": [video, content("what is it?")]}]})
-    assert status == 200, reply
+def test_the_reply_to_a_video_is_that_of_generate(server, tmp_path):
+    frames = noise_images(6)
+    dark = [frame.point(lambda value: value // 4) for frame in frames[:2]]
+    replies = set()
+    for name, shown in (("forth.gif", frames), ("back.gif", frames[::-1][:4]), ("dark.gif", dark)):
+        shown[0].save(tmp_path / name, save_all=True, append_images=shown[1:], duration=100)
+        data = base64.b64encode((tmp_path / name).read_bytes()).decode()
+        video = {"type": "video_url", "video_url": {"url": f"data:video/gif;base64,{data}"}}
+        messages = [{"role": "user", "content": [video, content("what is it?")]}]
+        status, reply = server.post({"messages": messages, "return_token_ids": True})
+        assert status == 200, reply
+        text = server.prompt([{"role": "user", "content": [{"type": "video"}, content("what is it?")]}])
+        expected = server.generate(videos=str(tmp_path / name), text=text)
+        assert json.loads(reply)["choices"][0]["token_ids"] == expected
+        replies.add(tuple(expected))
+    assert len(replies) > 1  # they depend on the video
 
 
 def test_vllm_gets_a_model_without_a_head():
