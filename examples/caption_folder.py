@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-from accelerate import PartialState
 from caption_folder_items import ITEM, find_changed, list_items, read_item, update_items
 from datasets import Dataset
 from PIL import Image
@@ -100,9 +99,8 @@ class ItemCollator:
         return batch
 
     def prompts(self, sources: list[Any]) -> BatchFeature:
-        frames = {"num_frames": self.folder_args.num_frames} if self.folder_args.media == "video" else {}
-        prompts = [self.folder_args.prompt] * len(sources)
-        return self.processor(**{f"{self.folder_args.media}s": sources}, text=prompts, **frames)
+        args, prompts = self.folder_args, [self.folder_args.prompt] * len(sources)
+        return self.processor(**{f"{args.media}s": sources}, text=prompts, num_frames=args.num_frames)
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
@@ -111,31 +109,25 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         raise ValueError("`inputs` is needed: folders, shards or files.")
     folder_args.column = folder_args.column or folder_args.media
     state = start_processes()
-    with run_folder(Path(folder_args.output_dir), state):
-        return caption_items(folder_args, generation_args, state)
-
-
-def caption_items(
-    folder_args: FolderArguments, generation_args: GenerationArguments, state: PartialState
-) -> dict[str, int]:
-    """Lists the items, captions those without a caption and, on the main process, writes all captions."""
     folder = Path(folder_args.output_dir)
-    with state.main_process_first():  # the others read the list that it has written
-        items = load_items(folder / ITEMS, folder_args, is_new=state.is_main_process and is_new_run(folder))
-    model, processor = load_answering_model(folder_args)
-    collate = ItemCollator(processor, folder_args)
-    check_length(collate, model.config.text_config, generation_args.max_new_tokens)
-    if state.is_main_process:
-        settings = {
-            "inputs": [os.path.abspath(source) for source in folder_args.inputs],
-            **{name: getattr(folder_args, name) for name in ("media", "column", "prompt", "max_pixels")},
-            "num_frames": folder_args.num_frames if folder_args.media == "video" else None,
-            **answering_settings(model, processor, generation_args, folder_args),
-        }
-        check_settings(folder, settings)  # before answers are dropped
-        drop_changed(items, folder)
-    answer_pending(items, range(len(items)), collate, model, processor, generation_args, folder_args, folder, state)
-    return write_captions(items, folder, folder_args.format) if state.is_main_process else {}
+    with run_folder(folder, state):
+        with state.main_process_first():  # the others read the list that it has written
+            items = load_items(folder / ITEMS, folder_args, is_new=state.is_main_process and is_new_run(folder))
+        model, processor = load_answering_model(folder_args)
+        collate = ItemCollator(processor, folder_args)
+        check_length(collate, model.config.text_config, generation_args.max_new_tokens)
+        if state.is_main_process:
+            settings = {
+                "inputs": [os.path.abspath(source) for source in folder_args.inputs],
+                **{name: getattr(folder_args, name) for name in ("media", "column", "prompt", "max_pixels")},
+                "num_frames": folder_args.num_frames if folder_args.media == "video" else None,
+                **answering_settings(model, processor, generation_args, folder_args),
+            }
+            check_settings(folder, settings)  # before answers are dropped
+            drop_changed(items, folder)
+        ids = range(len(items))
+        answer_pending(items, ids, collate, model, processor, generation_args, folder_args, folder, state)
+        return write_captions(items, folder, folder_args.format) if state.is_main_process else {}
 
 
 def is_new_run(folder: Path) -> bool:
@@ -207,11 +199,11 @@ def write_captions(items: Dataset, folder: Path, file_type: str) -> dict[str, in
     def rows() -> Iterator[dict[str, Any]]:
         answers = read_lines(folder / ANSWERS)
         for item, (_, answer) in zip(items.select_columns("file"), answers, strict=True):
-            is_broken = "error" in answer
-            counts["broken" if is_broken else "captioned"] += 1
-            if is_broken and len(broken_names) < MAX_NAMES:
+            counts["broken" if "error" in answer else "captioned"] += 1
+            if "error" in answer and len(broken_names) < MAX_NAMES:
                 broken_names.append(item["file"])
-            yield {"file": item["file"], **{name: answer[name] for name in ("text", "error") if name in answer}}
+            del answer["id"]
+            yield {"file": item["file"], **answer}
 
     written = tqdm(rows(), "Writing", len(items))
     with replacing(path) as partial_path:
