@@ -6,12 +6,18 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, CohereConfig, Gemma2Config, GraniteConfig
 
-from .helpers import noise_images, tiny_model, tiny_processor
+from .helpers import TEXT_CONFIGS, TEXT_SIZES, noise_images, tiny_model, tiny_processor
 
 trl = pytest.importorskip("trl", reason="needs the trl extra")
 
+_SIZES = {**TEXT_SIZES, "intermediate_size": 64, "num_key_value_heads": 1}
+SCALED_LOGITS = {
+    "granite": GraniteConfig(**_SIZES, logits_scaling=4.0),
+    "cohere": CohereConfig(**_SIZES, logit_scale=0.25),
+    "gemma2": Gemma2Config(**_SIZES, head_dim=16, final_logit_softcapping=2.0),
+}
 ANSWERS = ["a red circle", "a blue triangle to the left of a green square"]
 # Marks what the assistant generates, for `assistant_only_loss`.
 TRAINING_TEMPLATE = (
@@ -87,6 +93,23 @@ def test_the_loss_of_sft_is_that_of_our_collator(text, kind, tmp_path):
     trainer.train()
     (loss,) = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     assert loss == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("text", SCALED_LOGITS)
+def test_the_loss_of_sft_follows_a_language_model_that_scales_or_caps_its_logits(text, tmp_path, monkeypatch):
+    """TRL multiplies hidden states by the head itself. Scale and cap come from the language model's configuration."""
+    monkeypatch.setitem(TEXT_CONFIGS, text, SCALED_LOGITS[text])
+    model, processor = checkpoint(tmp_path / "model", text)
+    trainer = sft_trainer(model, processor, rows("prompts"), tmp_path / "out", max_steps=1, bf16=False)
+    expected = our_loss(model, processor)
+    trainer.train()
+    (loss,) = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert loss == pytest.approx(expected, abs=1e-3)
+    batch = processor(images=noise_images(2), messages=[conversation(answer) for answer in ANSWERS])
+    hidden = model.base_model(**{k: v for k, v in batch.items() if k != "labels"}).last_hidden_state
+    logits, targets = model.get_output_embeddings()(hidden[:, :-1]), batch["labels"][:, 1:]
+    unscaled = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert abs(unscaled - expected) > 0.1  # of the head's plain product
 
 
 def test_labels_of_a_batch_never_hold_placeholders(tmp_path):
