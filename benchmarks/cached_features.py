@@ -22,7 +22,6 @@ from common.data.collator import CaptionCollator
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.models import build_model
-from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .timing import argument_parser, markdown_table, take_turns
 from .training_step import training_step
@@ -39,32 +38,6 @@ def save_tower(config: ViTConfig, folder: str) -> None:
     CLIPImageProcessor(size=size, do_center_crop=False, **statistics).save_pretrained(folder)
 
 
-def prepare(argv: list[str]) -> tuple[EVLGenForConditionalGeneration, dict[str, DataLoader]]:
-    """Returns a model, and batches from images and from their cached features. `argv` changes the demo's recipe."""
-    arguments = parse_arguments(*pretrain.ARGUMENTS, argv=argv, recipe=pretrain.DEMO_RECIPE)
-    model_args, processor_args, data_args, _, training_args = arguments
-    model_args.connector_config["merge_r"] = MERGE_R
-    images, eval_dataset = load_datasets(data_args, training_args.seed)
-    model, processor = build_model(model_args, processor_args)
-    cached, _ = cache_features(model, processor, images, eval_dataset, data_args, training_args.seed)
-    collator = CaptionCollator(processor, data_args, training=True, seed=training_args.seed)
-    size = training_args.per_device_train_batch_size
-    batches = partial(DataLoader, batch_size=size, collate_fn=collator, drop_last=True)
-    return model.train(), {"images": batches(images), "cached features": batches(cached)}
-
-
-def compare(model: EVLGenForConditionalGeneration, loaders: dict[str, DataLoader], rounds: int) -> None:
-    """Prints times relative to a step from images, and the share of padding."""
-    # Batches without end, made anew in each epoch.
-    steps = {name: training_step(model, chain.from_iterable(repeat(batches))) for name, batches in loaders.items()}
-    seconds = take_turns(steps, rounds)
-    ratios = {name: value / seconds["images"] for name, value in seconds.items()}
-    rows = [[name, f"{ratio:.2f}", f"{1 / ratio:.2f} x"] for name, ratio in ratios.items()]
-    print(markdown_table(["a step from", "time", "images/s"], rows))
-    not_padding = torch.cat([batch["attention_mask"].flatten() for batch in loaders["cached features"]])
-    print(f"\n{1 - not_padding.double().mean():.1%} of the tokens are padding.")
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argument_parser(__doc__, rounds=9)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the towers.")
@@ -72,9 +45,27 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_tower(VIT_S, folder)
         changes = ["--vision_model", folder, "--output_dir", folder, "--dtype", arguments.dtype]
-        model, loaders = prepare([*changes, "--max_train_samples", "160", "--max_test_samples", "16"])
-        print(f"{torch.get_num_threads()} threads, {arguments.dtype} towers\n")
-        compare(model, loaders, arguments.rounds)
+        changes += ["--max_train_samples", "160", "--max_test_samples", "16"]
+        recipe = parse_arguments(*pretrain.ARGUMENTS, argv=changes, recipe=pretrain.DEMO_RECIPE)
+        model_args, processor_args, data_args, _, training_args = recipe
+        model_args.connector_config["merge_r"] = MERGE_R
+        images, eval_dataset = load_datasets(data_args, training_args.seed)
+        model, processor = build_model(model_args, processor_args)
+        cached, _ = cache_features(model, processor, images, eval_dataset, data_args, training_args.seed)
+    collator = CaptionCollator(processor, data_args, training=True, seed=training_args.seed)
+    size = training_args.per_device_train_batch_size
+    batches = partial(DataLoader, batch_size=size, collate_fn=collator, drop_last=True)
+    loaders = {"images": batches(images), "cached features": batches(cached)}
+    # Batches without end, made anew in each epoch.
+    endless = {name: chain.from_iterable(repeat(loader)) for name, loader in loaders.items()}
+    model.train()
+    seconds = take_turns({name: training_step(model, rows) for name, rows in endless.items()}, arguments.rounds)
+    ratios = {name: value / seconds["images"] for name, value in seconds.items()}
+    rows = [[name, f"{ratio:.2f}", f"{1 / ratio:.2f} x"] for name, ratio in ratios.items()]
+    print(f"{torch.get_num_threads()} threads, {arguments.dtype} towers\n")
+    print(markdown_table(["a step from", "time", "images/s"], rows))
+    not_padding = torch.cat([batch["attention_mask"].flatten() for batch in loaders["cached features"]])
+    print(f"\n{1 - not_padding.double().mean():.1%} of the tokens are padding.")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ weights (`freezing`). It compiles once for each batch size and needs a C++ compi
 """
 
 import copy
-from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedModel
 
 from modeling_evlgen.vision_tower import build_vision_tower, extract_vision_tokens
 
@@ -22,29 +20,25 @@ from .training_step import LITE0
 SHAPE = (16, 3, 224, 224)  # images, channels, height and width
 
 
-def candidates(tower: PreTrainedModel, pixel_values: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    """Returns what is measured. Each gives the tower's tokens, `(images, tokens, dim)`."""
-    channels_last = copy.deepcopy(tower).to(memory_format=torch.channels_last)
-    compiled = torch.compile(extract_vision_tokens, options={"freezing": True})
-
-    def without_conversion() -> torch.Tensor:
-        (feature_map,) = tower(pixel_values=pixel_values).last_hidden_state  # (images, dim, height, width)
-        return feature_map.flatten(2).transpose(1, 2)
-
-    return {
-        "NCHW": without_conversion,
-        "pixels channels-last": lambda: extract_vision_tokens(tower, pixel_values),
-        "pixels and weights channels-last": lambda: extract_vision_tokens(channels_last, pixel_values),
-        "pixels channels-last, compiled": lambda: compiled(tower, pixel_values),
-    }
-
-
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     rounds = argument_parser(__doc__, rounds=9).parse_args(argv).rounds
     torch.manual_seed(0)
     tower = build_vision_tower(LITE0).eval().requires_grad_(False)
-    runs = candidates(tower, torch.randn(SHAPE))
+    pixel_values = torch.randn(SHAPE)
+    channels_last = copy.deepcopy(tower).to(memory_format=torch.channels_last)
+    compiled = torch.compile(extract_vision_tokens, options={"freezing": True})
+
+    def without_conversion() -> torch.Tensor:
+        (feature_map,) = tower(pixel_values=pixel_values).last_hidden_state  # (images, dim, height, width)
+        return feature_map.flatten(2).transpose(1, 2)  # (images, tokens, dim)
+
+    runs = {
+        "NCHW": without_conversion,
+        "pixels channels-last": lambda: extract_vision_tokens(tower, pixel_values),
+        "pixels and weights channels-last": lambda: extract_vision_tokens(channels_last, pixel_values),
+        "pixels channels-last, compiled": lambda: compiled(tower, pixel_values),
+    }
     expected = runs["NCHW"]()
     seconds = take_turns(runs, rounds)
     rows = []

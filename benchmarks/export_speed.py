@@ -10,24 +10,13 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import onnxruntime
 import torch
-from export import PIXELS, SoftPrompt, convert_to_onnx, example_pixels, export_graph
+from export import SoftPrompt, convert_to_onnx, example_pixels, export_graph, load_exported
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 from .timing import argument_parser, markdown_table, take_turns
-
-
-def start_onnxruntime(program: torch.export.ExportedProgram) -> onnxruntime.InferenceSession:
-    """Loads a graph into onnxruntime, with as many threads as PyTorch has."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "soft_prompt.onnx"
-        convert_to_onnx(program).save(path)
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,7 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     size = EVLGenProcessor.from_pretrained(arguments.model).image_processor.size
     image_size = size["height"], size["width"]
     program = export_graph(prompt, image_size)
-    graph, session = program.module(), start_onnxruntime(program)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "soft_prompt.onnx")
+        convert_to_onnx(program).save(path)
+        graph, onnx_graph = program.module(), load_exported("onnx", path)
 
     rows = []
     for batch in (1, 8):
@@ -46,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = {
             "PyTorch": partial(prompt, pixel_values),
             "torch.export": partial(graph, pixel_values),
-            "onnxruntime": partial(session.run, None, {PIXELS: pixel_values.numpy()}),
+            "onnxruntime": partial(onnx_graph, pixel_values),
         }
         with torch.no_grad():
             seconds = take_turns(runs, arguments.rounds)

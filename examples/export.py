@@ -144,12 +144,14 @@ def compare(prompt: SoftPrompt, image_size: tuple[int, int], name: str, path: Pa
 
 
 def load_exported(name: str, path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Loads a file of format `name` as a function from pixels to soft prompts."""
+    """Loads a file of format `name` as a function from pixels to soft prompts, with as many threads as PyTorch has."""
     if name == "pt2":
         return torch.export.load(path).module()
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda pixel_values: torch.from_numpy(session.run(None, {PIXELS: pixel_values.numpy()})[0])
 
 

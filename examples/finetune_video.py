@@ -72,7 +72,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=CaptionCollator(processor, data_args, training=True, seed=training_args.seed),
-        eval_collator=CaptionCollator(processor, data_args, training=False),
         processing_class=processor,
         script_args=(model_args, data_args),
     )

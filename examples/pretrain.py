@@ -55,18 +55,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model.generation_config.max_new_tokens = generation_args.max_new_tokens
         model.to(training_args.device)
         train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
-        data_collator = CaptionCollator(processor, data_args, training=True, seed=training_args.seed)
-        eval_collator = CaptionCollator(processor, data_args, training=False)
-        if model_args.whitening_images:
-            whiten_vision_projection(model, eval_collator, train_dataset, model_args.whitening_images)
+        whiten_vision_projection(model, processor, train_dataset, data_args, model_args.whitening_images)
 
     trainer = EVLGenTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=data_collator,
-        eval_collator=eval_collator,
+        data_collator=CaptionCollator(processor, data_args, training=True, seed=training_args.seed),
         processing_class=processor,
         script_args=(model_args, processor_args, data_args),
     )

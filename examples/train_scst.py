@@ -20,7 +20,6 @@ from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
-from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
@@ -72,7 +71,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=SCSTCollator(processor, data_args, training=True, seed=training_args.seed),
-        eval_collator=CaptionCollator(processor, data_args, training=False),
         processing_class=processor,
         script_args=(scst_args, data_args),
         reward=reward,

@@ -257,7 +257,7 @@ def test_a_temporal_contextualizer_is_not_partitioned(monkeypatch):
         trainer.model, trainer.is_fsdp_enabled = model, True
 
     monkeypatch.setattr(Trainer, "__init__", under_fsdp)
-    others = {"args": SimpleNamespace(), "data_collator": None, "eval_collator": None, "train_dataset": None}
+    others = {"args": SimpleNamespace(), "data_collator": None, "train_dataset": None}
     EVLGenTrainer(model=tiny_model(), **others)
     video_model = tiny_model()
     video_model.temporal = TemporalTower(video_model.vision_tower, 16, 8, 2)

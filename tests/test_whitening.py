@@ -10,7 +10,6 @@ from torch.testing import assert_close
 from transformers import set_seed
 
 from common.command_line import parse_arguments
-from common.data.collator import CaptionCollator
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.models import build_model
@@ -135,11 +134,8 @@ def prepare(tmp_path, monkeypatch):
         set_seed(training_args.seed)
         train, test = load_datasets(data_args, training_args.seed)
         model, processor = build_model(model_args, processor_args)
-        if data_args.cache_features:
-            train, _ = cache_features(model, processor, train, test, data_args, training_args.seed)
-        collator = CaptionCollator(processor, data_args, training=False)
-        if model_args.whitening_images:
-            whiten_vision_projection(model, collator, train, model_args.whitening_images)
+        train, _ = cache_features(model, processor, train, test, data_args, training_args.seed)
+        whiten_vision_projection(model, processor, train, data_args, model_args.whitening_images)
         return model, train
 
     return run

@@ -102,9 +102,7 @@ def prepare(run: Run, output_dir: str) -> Prepared:
     splits = load_datasets(data_args, training_args.seed)
     model, processor = build_model(model_args, processor_args)
     train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
-    if model_args.whitening_images:
-        eval_collator = CaptionCollator(processor, data_args, training=False)
-        whiten_vision_projection(model, eval_collator, train_dataset, model_args.whitening_images)
+    whiten_vision_projection(model, processor, train_dataset, data_args, model_args.whitening_images)
     if run.random_pruning:
         for layer in model.connector.encoder.layer:
             layer.__class__ = RandomPruningLayer
@@ -171,8 +169,7 @@ def fit(
     with torch.random.fork_rng():  # the training draws the same numbers as without this step
         flops = count_flops(lambda: model(**limit_logits(batch))["loss"].backward())
     model.zero_grad()
-    collators = {"data_collator": collator, "eval_collator": collator}
-    trainer = EVLGenTrainer(model=model, args=args, train_dataset=dataset, **collators, **others)
+    trainer = EVLGenTrainer(model=model, args=args, train_dataset=dataset, data_collator=collator, **others)
     trainer.train()
     losses = [[entry["step"], round(entry["loss"], 5)] for entry in trainer.state.log_history if "loss" in entry]
     return flops, losses

@@ -57,7 +57,13 @@ class CaptionCollator:
         try:
             return self.encode(examples)
         except ValueError:  # of a text that is too long, say; the message knows only its place in the batch
-            fitting = [example for example in examples if self._fits(example)]
+            fitting = []
+            for example in examples:
+                try:
+                    self.encode([example])
+                    fitting.append(example)
+                except ValueError as error:
+                    self._skip(example[0], error)
             if len(fitting) in (0, len(examples)):
                 raise
         return self.encode(fitting)
@@ -120,15 +126,6 @@ class CaptionCollator:
         # Seeded by the captions, not by the image, which rows with cached features lack.
         with self.seeded(row, captions):
             return random.choice(captions) if self.training else captions[0]
-
-    def _fits(self, example: tuple[dict[str, Any], Any]) -> bool:
-        """Whether an example can be encoded by itself; otherwise its row is a bad one."""
-        try:
-            self.encode([example])
-        except ValueError as error:
-            self._skip(example[0], error)
-            return False
-        return True
 
     def _skip(self, row: dict[str, Any], error: ValueError) -> None:
         self.bad_rows.append({"epoch": row.get(EPOCH, self.epoch), **skip_or_raise(row, self.data_args, error)})

@@ -43,7 +43,13 @@ def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | Captio
         test = select_split(splits, "test_split", data_args, data_args.max_test_samples)
         if isinstance(test, IterableDataset):  # it is read many times, in several orders
             test = Dataset.from_list(list(test), features=test.features)
-    good = [index for index, row in enumerate(test) if is_good(row, data_args)]
+    good = []
+    for index, row in enumerate(test):
+        try:
+            read_row(row, data_args)
+            good.append(index)
+        except ValueError as error:
+            skip_or_raise(row, data_args, error)
     return train, test if len(good) == len(test) else test.select(good)
 
 
@@ -171,17 +177,3 @@ def as_source(rows: Dataset | IterableDataset, part: DataArguments, weight: floa
         return Source(name, rows, weight)
     # The first rows of a data set are not the first rows of each shard.
     return Source(f"{name}, {part.max_train_samples} rows", rows, weight, splittable=False)
-
-
-def is_good(row: dict[str, Any], data_args: DataArguments) -> bool:
-    """Whether a held-out row can be used; logs a bad one.
-
-    Raises:
-        ValueError: If it is bad and bad rows are not to be skipped.
-    """
-    try:
-        read_row(row, data_args)
-    except ValueError as error:
-        skip_or_raise(row, data_args, error)
-        return False
-    return True

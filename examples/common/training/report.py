@@ -28,37 +28,21 @@ def report(trainer: EVLGenTrainer, data_args: DataArguments, generation_args: Ge
     draw_loss_curve(trainer.state.log_history, output_dir / "loss.png")
     metrics = {}
     if trainer.eval_dataset is not None:
-        metrics, captions = evaluate_held_out(trainer, data_args, generation_args)
+        model, args = trainer.model, trainer.args
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            # The weights are divided among processes, and the others have ended. The saved model is whole.
+            unset_hf_deepspeed_config()
+            model = EVLGenForConditionalGeneration.from_pretrained(output_dir).to(args.device)
+        rows = trainer.processing_class, trainer.eval_dataset, data_args, generation_args
+        metrics, captions = evaluate_captions(model, *rows, args.per_device_eval_batch_size, args.autocast_dtype)
+        if data_args.prompt_column and isinstance(trainer.train_dataset, Sized):
+            majority = majority_accuracy(trainer.train_dataset, trainer.eval_dataset, data_args)
+            metrics["test_majority_per_question"] = majority
         images = getattr(trainer.eval_dataset, "images", trainer.eval_dataset)  # cached features keep their images
         draw_contact_sheet(images, captions, data_args, output_dir / "captions.png")
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(summary(output_dir, metrics, data_args))
     return metrics
-
-
-def evaluate_held_out(
-    trainer: EVLGenTrainer, data_args: DataArguments, generation_args: GenerationArguments
-) -> tuple[dict[str, float], list[str]]:
-    """Figures and captions of the held-out rows."""
-    model, args = trainer.model, trainer.args
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        # The weights are divided among processes, and the others have ended. The saved model is whole.
-        unset_hf_deepspeed_config()
-        model = EVLGenForConditionalGeneration.from_pretrained(args.output_dir).to(args.device)
-    metrics, captions = evaluate_captions(
-        model,
-        trainer.processing_class,
-        trainer.eval_dataset,
-        data_args,
-        generation_args,
-        args.per_device_eval_batch_size,
-        args.autocast_dtype,
-    )
-    if data_args.prompt_column and isinstance(trainer.train_dataset, Sized):
-        metrics["test_majority_per_question"] = majority_accuracy(
-            trainer.train_dataset, trainer.eval_dataset, data_args
-        )
-    return metrics, captions
 
 
 def summary(output_dir: Path, metrics: dict[str, float], data_args: DataArguments) -> str:

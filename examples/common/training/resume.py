@@ -104,18 +104,13 @@ def run_settings(training_args: EVLGenTrainingArguments, script_args: tuple[Any,
     rows = train.images if isinstance(train, FeatureDataset) else train
     if isinstance(rows, Dataset):
         data_args = next(arguments for arguments in script_args if isinstance(arguments, DataArguments))
-        settings |= {"number of rows": len(rows), "texts of the rows": checksum_of_texts(rows, data_args)}
+        _, *text_arguments = data_args.used_columns  # a data set may move, but its texts may not change
+        texts = rows.select_columns([getattr(data_args, argument) for argument in text_arguments])
+        digest = hashlib.sha256()
+        for batch in texts.iter(batch_size=1000):
+            digest.update(json.dumps(batch, default=str).encode())
+        settings |= {"number of rows": len(rows), "texts of the rows": digest.hexdigest()}
     return json.loads(json.dumps(settings, default=str))
-
-
-def checksum_of_texts(rows: Dataset, data_args: DataArguments) -> str:
-    """SHA-256 over captions, prompts or conversations, so that a data set may move but not change."""
-    _, *text_arguments = data_args.used_columns
-    digest = hashlib.sha256()
-    texts = rows.select_columns([getattr(data_args, argument) for argument in text_arguments])
-    for batch in texts.iter(batch_size=1000):
-        digest.update(json.dumps(batch, default=str).encode())
-    return digest.hexdigest()
 
 
 def check_settings_of_run(checkpoint: str, settings: dict[str, Any]) -> None:

@@ -30,10 +30,9 @@ logger = logging.get_logger(__name__)
 
 
 class EVLGenTrainer(Trainer):
-    """Takes the arguments of [`Trainer`], and
+    """Takes the arguments of [`Trainer`]. Held-out batches are made as those of `data_collator`, without augmentation.
 
     Args:
-        eval_collator ([`CaptionCollator`]): Makes the held-out batches, without augmentation.
         script_args (`tuple`): Dataclasses of the script's other arguments. A resumed run must share them.
 
     Raises:
@@ -45,7 +44,6 @@ class EVLGenTrainer(Trainer):
         *,
         args: TrainingArguments,
         data_collator: Any,
-        eval_collator: Any,
         train_dataset: Any,
         eval_dataset: Any = None,
         script_args: tuple[Any, ...] = (),
@@ -60,7 +58,10 @@ class EVLGenTrainer(Trainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
-        self.eval_collator = eval_collator
+        self.eval_collator = data_collator
+        if isinstance(data_collator, CaptionCollator):
+            self.eval_collator = CaptionCollator(data_collator.processor, data_collator.data_args, training=False)
+            self.add_callback(SetEpoch(data_collator))
         self.script_args = script_args
         if isinstance(self.model, EVLGenForConditionalGeneration):
             choose_towers(self.model, None)  # raises now, not after hours, if the model cannot be saved
@@ -72,8 +73,6 @@ class EVLGenTrainer(Trainer):
             )
         # Of a stream, after the last batch: whose turn it is, and the state of each reader of this process.
         self.positions: dict[str, Any] = {"next_reader": 0, "states": {}}
-        if isinstance(data_collator, CaptionCollator):
-            self.add_callback(SetEpoch(data_collator))
         if isinstance(train_dataset, CaptionStream):
             self.add_callback(CountStreamEpoch())
 

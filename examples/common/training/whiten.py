@@ -8,17 +8,25 @@ import torch
 from tqdm import tqdm
 
 from common.data.collator import CaptionCollator
+from common.data.data_arguments import DataArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
 
 
 def whiten_vision_projection(
-    model: EVLGenForConditionalGeneration, collator: CaptionCollator, rows: Any, num_images: int
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    rows: Any,
+    data_args: DataArguments,
+    num_images: int,
 ) -> None:
-    """Whitens the vision projection of a fresh model.
+    """Whitens the vision projection of a fresh model; with 0 images it stays as it is.
 
-    Measures rows at equal distances of a data set, and the first rows of a stream. `collator` opens images without
-    augmentation.
+    Measures rows at equal distances of a data set, and the first rows of a stream, without augmentation.
     """
+    if not num_images:
+        return
+    collator = CaptionCollator(processor, data_args, training=False)
     if hasattr(rows, "__len__"):
         indices = range(0, len(rows), max(1, len(rows) // num_images))
         sample = (rows[index] for index in indices[:num_images])
