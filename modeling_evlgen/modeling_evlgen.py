@@ -137,9 +137,6 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Images from the processor.
             kwargs: `output_hidden_states` and `output_attentions`, of the vision tower.
-
-        Returns:
-            [`EVLGenImageOutput`]; its `pooler_output` is the soft prompt.
         """
         return self._encode_pixels(pixel_values, None, kwargs)
 
@@ -154,9 +151,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
                 Videos from the processor.
             frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
                 False for the frames that pad a short video.
-
-        Returns:
-            [`EVLGenImageOutput`]; its `pooler_output` is the soft prompt.
+            kwargs: As in [`get_image_features`].
         """
         if pixel_values_videos.ndim != 5:
             raise ValueError(
@@ -378,12 +373,7 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
                 vocab_size=outputs.logits.shape[-1],
                 num_items_in_batch=num_items_in_batch,
             )
+        fields = {name: outputs.get(name) for name in ("logits", _CACHE, "hidden_states", "attentions")}
         return EVLGenCausalLMOutputWithPast(
-            loss=loss,
-            logits=outputs.logits,
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-            image_outputs=encoded["image"],
-            video_outputs=encoded["video"],
-            **{_CACHE: outputs.get(_CACHE)},
+            loss=loss, image_outputs=encoded["image"], video_outputs=encoded["video"], **fields
         )

@@ -41,30 +41,24 @@ class TowerCheckpointMixin:
         dtype: torch.dtype | str = "auto",
         **kwargs: Any,
     ) -> Self:
-        """Builds a model from any vision tower and any causal language model, with a connector to be trained.
+        """Builds a model from any vision tower and any causal language model, in evaluation mode.
 
         Args:
-            vision_model (`str`, `os.PathLike` or `PreTrainedModel`):
-                The vision tower: a folder, a repository's name, or a loaded model.
-            text_model (`str`, `os.PathLike` or `PreTrainedModel`): The language model, likewise.
+            vision_model, text_model (`str`, `os.PathLike` or `PreTrainedModel`):
+                The towers: a folder, a repository's name, or a loaded model each.
             connector_model (`str` or `os.PathLike`, *optional*):
-                A BERT checkpoint to start a TomeFormer or a Q-Former from, e.g. `bert-base-uncased`. By default it
-                starts afresh.
+                A BERT checkpoint to start a TomeFormer or a Q-Former from, e.g. `bert-base-uncased`.
             connector_config ([`TomeFormerConfig`] or `dict`, *optional*):
-                The connector's configuration, or, with `connector_model`, the fields in which it differs from that
-                model's. `class_token` follows the vision tower by default. A `dict` may name another connector by
-                its `model_type`.
+                The connector's configuration, or the fields in which it differs from `connector_model`'s or from the
+                defaults. `class_token` follows the vision tower. A `dict` may hold another connector's `model_type`.
             image_size (`int`, *optional*):
                 Height and width of the images in pixels. The default is the vision tower's, or else 224.
             dtype (`torch.dtype` or `str`, *optional*, defaults to `"auto"`):
-                Of the frozen towers; by default the language model's own. What is trained is float32.
+                Of the frozen towers; by default the language model's. What is trained is float32.
             kwargs:
                 Arguments with the prefix `vision_` or `text_` go to that tower's `from_pretrained` (`vision_revision`,
                 `text_attn_implementation` …). The rest goes to [`EVLGenConfig`], e.g. `image_token_id`, which is by
                 default the id that the language model's tokenizer has for `<image>` or gives to a new token.
-
-        Returns:
-            [`EVLGenForConditionalGeneration`], in evaluation mode.
 
         Raises:
             ValueError: If a base model cannot be loaded or the parts do not fit each other.
@@ -81,16 +75,11 @@ class TowerCheckpointMixin:
 
     @classmethod
     def from_image_model(cls, image_model: str | os.PathLike, **kwargs: Any) -> Self:
-        """Turns an image checkpoint into a video model, whose temporal contextualizer starts as the identity.
+        """Turns an image checkpoint, a folder or a repository's name, into a video model in evaluation mode.
 
-        Args:
-            image_model (`str` or `os.PathLike`): A folder or a repository's name.
-            kwargs: `temporal_hidden_size` and `temporal_num_attention_heads` go to [`EVLGenConfig`]; the rest to
-                [`from_pretrained`].
-
-        Returns:
-            [`EVLGenForConditionalGeneration`], in evaluation mode. For a video of equal frames, its outputs are those
-            of the image model for one frame.
+        The temporal contextualizer starts as the identity: outputs for a video of equal frames are those for an image.
+        `temporal_hidden_size` and `temporal_num_attention_heads` go to [`EVLGenConfig`], other arguments to
+        [`from_pretrained`].
         """
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("temporal_")}
         image_model = cls.from_pretrained(image_model, **kwargs)
@@ -146,13 +135,11 @@ class TowerCheckpointMixin:
         """Saves weights, configuration and code as [`~PreTrainedModel.save_pretrained`] does.
 
         Args:
-            save_directory (`str` or `os.PathLike`): The folder.
             towers (`str`, *optional*):
                 `"include"` saves the frozen towers as well. `"reference"` saves what is trained, and the names,
                 revisions and fingerprints of the base models that the towers are loaded from again. The default is
                 `config.towers`; or else `"reference"` if both towers are repositories on the Hub and unchanged, and
                 `"include"` otherwise.
-            args, kwargs: As in `PreTrainedModel.save_pretrained`.
 
         Raises:
             ValueError: If `towers` is `"reference"`, but a tower has no name, or has changed since it was loaded. If
