@@ -210,13 +210,11 @@ def test_a_batch_of_text_alone_does_not_hold_up_one_of_images(config, tmp_path):
     """Processes wait for each other. In two steps their mean gradients are those of one process with both batches."""
     model = tiny_model(**NO_DROPOUT).train()
     processor = tiny_processor(model)
-    batches = [
-        processor(text="what is it?"),
-        processor(images=noise_images(2), text="what is it?", suffix=["a", "a dog"]),
-    ]
-    batches[0]["labels"] = batches[0]["input_ids"]
+    first, second = noise_images(2)
+    mixed = processor(images=[[first], [], [second]], text=["<image>what is it?", "a red circle", "<image>a"])
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in (processor(text="what is it?"), mixed)]
     model.save_pretrained(tmp_path / "model")
-    torch.save([dict(batch) for batch in batches], tmp_path / "batches.pt")
+    torch.save(batches, tmp_path / "batches.pt")
     wrapper = [str(ROOT / "tests" / "shared_on_cpu.py")] if config == "fsdp2.yaml" else []
     given = ["model", "batches.pt", "gradients.safetensors"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
