@@ -155,9 +155,14 @@ def content(part):
 needs_vllm = pytest.mark.skipif("EVLGEN_VLLM_PYTHON" not in os.environ, reason="EVLGEN_VLLM_PYTHON names no Python")
 
 
-@pytest.fixture(scope="module", params=[("siglip", "llama"), ("eva", "qwen2"), ("convnext", "opt")], ids=str)
+PAIRS = [("siglip", "llama"), ("eva", "qwen2"), ("convnext", "opt"), ("timm_vit", "llama")]
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids=str)
 def server(request, tmp_path_factory):
     vision, text = request.param
+    if "timm" in vision and subprocess.run([os.environ["EVLGEN_VLLM_PYTHON"], "-c", "import timm"]).returncode:
+        pytest.skip("needs timm beside vLLM")
     folder = tmp_path_factory.mktemp("vllm")
     model, processor = save_checkpoint(folder / "model", vision, text)
     template = ["--chat-template", str(ROOT / "examples" / "plain_chat_template.jinja")] if text == "opt" else []
