@@ -8,6 +8,7 @@ printed. The limit is the time of the connector's matrix products at the rate of
 """
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -65,10 +66,9 @@ def build_candidates(num_tokens: int, size: dict[str, int], r: int, front_loaded
 def merging_inputs(config: TomeFormerConfig, batch: int, num_tokens: int) -> list[tuple]:
     """Random metric, tokens and r of each layer, of the sizes that one forward has."""
     inputs = []
-    for r in config.merge_schedule(num_tokens):
-        metric = torch.randn(batch, num_tokens, config.hidden_size // config.num_attention_heads)
-        inputs.append((metric, torch.randn(batch, num_tokens, config.hidden_size), r))
-        num_tokens -= r
+    for before, after in pairwise(config.token_counts(num_tokens)):
+        metric = torch.randn(batch, before, config.hidden_size // config.num_attention_heads)
+        inputs.append((metric, torch.randn(batch, before, config.hidden_size), before - after))
     return inputs
 
 

@@ -9,7 +9,7 @@ from .checked_config import CheckedConfig
 
 # The smallest and the largest value of each numeric field. No connector has all of these fields.
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-_COUNTS += ("type_vocab_size", "num_query_tokens", "cross_attention_frequency", "pool_size")
+_COUNTS += ("type_vocab_size", "num_query_tokens", "cross_attention_frequency", "pool_size", "num_merged_tokens")
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 _DEVIATIONS = ("initializer_range", "position_initializer_range", "output_position_initializer_range")
 _DEVIATIONS += ("branch_initializer_range", "query_initializer_range", "layer_norm_eps")
@@ -17,7 +17,7 @@ _RANGES = {
     **dict.fromkeys(_COUNTS, (1, math.inf)),
     **dict.fromkeys(_PROBABILITIES, (0, 1)),
     **dict.fromkeys(_DEVIATIONS, (0, math.inf)),
-    "layer_scale_init_value": (-math.inf, math.inf),
+    "distinctive_factor": (1, math.inf),
 }
 
 
@@ -62,6 +62,36 @@ class ConnectorConfig(CheckedConfig):
         """Returns how many tokens the connector makes of `num_tokens` input tokens."""
         raise NotImplementedError
 
+    def check_budget(self, num_output_tokens: int, num_tokens: int) -> None:
+        """
+        Raises:
+            ValueError: If the connector cannot make `num_output_tokens` tokens of `num_tokens` input tokens.
+        """
+        raise NotImplementedError
+
+    def check_inputs(self, shape: tuple[int, ...], tiles: tuple[int, int]) -> None:
+        """
+        Raises:
+            ValueError: If input tokens of this shape do not have the connector's width, are more in a tile than
+                `max_position_embeddings`, or are no square grid in each of several tiles.
+        """
+        if len(shape) != 3 or shape[2] != self.hidden_size:
+            raise ValueError(
+                f"`inputs_embeds` must have shape (batch, tokens, {self.hidden_size}), but has {tuple(shape)}."
+            )
+        prefix, num_tiles = int(self.class_token), math.prod(tiles)
+        tokens = (shape[1] - prefix) / num_tiles + prefix  # of one tile
+        if self.max_position_embeddings is not None and tokens > self.max_position_embeddings:
+            raise ValueError(
+                f"`inputs_embeds` has {tokens:g} tokens{' in each tile' * (num_tiles > 1)}, more than "
+                f"`max_position_embeddings` ({self.max_position_embeddings})."
+            )
+        if num_tiles > 1 and math.isqrt(int(tokens) - prefix) ** 2 != tokens - prefix:
+            raise ValueError(
+                f"`tiles` must have a square grid of patches each, but {shape[1]} tokens in {tiles[0]} x {tiles[1]} "
+                "tiles have none."
+            )
+
     def _check_grid(self) -> None:
         grid, positions = self.position_grid_size, self.max_position_embeddings
         if grid < 2 or grid**2 + int(self.class_token) > (positions or 0):
@@ -103,7 +133,7 @@ class TomeFormerConfig(ConnectorConfig):
         branch_initializer_range (`float`, *optional*):
             Standard deviation of fresh linear maps at the end of residual branches. By default `initializer_range`.
             With `pre_norm=True` and 0.0, the TomeFormer starts as pure token merging after the LayerNorm of its
-            embeddings. Its branches learn at full speed at once, unlike with gains of 0.
+            embeddings. Its branches learn at full speed at once.
         merge_r (`int`, `list[int]`, `dict[str, float]` or `tuple[int, float]`, defaults to 19):
             Number of tokens to merge (ToMe's schedules). An integer holds for every layer. A list has one number for
             each layer and is padded with zeros. With `{"r": r, "inflection": i}` or the pair `(r, i)`, numbers change
@@ -112,20 +142,16 @@ class TomeFormerConfig(ConnectorConfig):
             Vectors whose similarity decides what is merged. `"keys"` are those of the layer's attention, averaged over
             its heads (ToMe, section 3, and the paper). `"hidden_states"` are the whole input of the attention. Fresh
             keys are narrow random projections, so they blur similarity.
-        keep_order (`bool`, defaults to `False`):
-            Whether tokens keep their order in the image, so that the language model reads them row by row. In the
-            paper's connector, tokens that were not merged come first.
-        size_weighting (`bool`, defaults to `False`):
-            Whether the number of tokens that were merged into a token counts. It is the weight in later means, and its
-            logarithm is added to the scores of the attention (ToMe's proportional attention). The paper's connector
-            does not use it.
+        num_merged_tokens (`int`, *optional*):
+            Number of tokens to merge to, instead of `merge_r`. Every layer keeps about the same share of its tokens.
+        distinctive_factor (`float`, *optional*):
+            If given, the connector chooses first, and attention never sees all tokens. Of n output tokens, the first
+            is the mean of all tokens but the `distinctive_factor * (n - 1)` most distinctive ones. These are merged to
+            the others, before the attention of each layer. All tokens keep their order.
         class_token (`bool`, defaults to `True`): Whether token 0 is a class token. It is never merged.
         pre_norm (`bool`, defaults to `False`):
             `False` is BERT's block, which normalises after each residual sum. `True` normalises the input of each
             residual branch instead. Then the residual path only merges tokens.
-        layer_scale_init_value (`float`, *optional*):
-            If given, each residual branch is scaled by learned gains per channel that start at this value (LayerScale,
-            Touvron et al., ICCV 2021). With `pre_norm=True` and 0.0, the TomeFormer also starts as pure token merging.
 
     Raises:
         TypeError: If a field has a wrong type; the message names it.
@@ -150,10 +176,9 @@ class TomeFormerConfig(ConnectorConfig):
     branch_initializer_range: float | int | None = None
     merge_r: int | list[int] | tuple[int, float | int] | dict[str, float | int] = 19
     merge_metric: str = "keys"
-    keep_order: bool = False
-    size_weighting: bool = False
+    num_merged_tokens: int | None = None
+    distinctive_factor: float | int | None = None
     pre_norm: bool = False
-    layer_scale_init_value: float | int | None = None
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
@@ -167,26 +192,50 @@ class TomeFormerConfig(ConnectorConfig):
         if len(requested) > self.num_hidden_layers:
             raise ValueError(f"`merge_r` has {len(requested)} entries for {self.num_hidden_layers} layers.")
 
-    def merge_schedule(self, num_tokens: int) -> list[int]:
-        """Returns how many tokens each layer merges of `num_tokens` input tokens. No layer merges more than half.
+    def token_counts(self, num_tokens: int, num_output_tokens: int | None = None) -> list[int]:
+        """Returns how many of `num_tokens` input tokens enter the first layer, and how many each layer leaves.
+
+        With `merge_r` no layer merges more than half of its tokens.
+
+        Args:
+            num_tokens (`int`): Number of input tokens.
+            num_output_tokens (`int`, *optional*): Tokens after the last layer, by default those of the configuration.
 
         Returns:
-            `list[int]` with `num_hidden_layers` entries.
-        """
-        requested = self.merge_r
-        if isinstance(requested, int):
-            requested = [requested] * self.num_hidden_layers
-        requested = requested + [0] * (self.num_hidden_layers - len(requested))
+            `list[int]` with `num_hidden_layers + 1` entries.
 
-        schedule, remaining = [], num_tokens
-        for r in requested:
-            schedule.append(min(r, (remaining - int(self.class_token)) // 2))
-            remaining -= schedule[-1]
-        return schedule
+        Raises:
+            ValueError: If `num_output_tokens` is out of range.
+        """
+        target = num_output_tokens or self.num_merged_tokens
+        if target is None:
+            return self._counts_by_merge_r(num_tokens)
+        prefix = int(self.class_token)
+        self.check_budget(target, num_tokens)
+        kept = num_tokens
+        if self.distinctive_factor is not None:
+            kept = min(num_tokens, prefix + 1 + round(self.distinctive_factor * (target - prefix - 1)))
+        layers = range(1, self.num_hidden_layers + 1)
+        return [kept, *(round(kept * (target / kept) ** (layer / self.num_hidden_layers)) for layer in layers)]
+
+    def check_budget(self, num_output_tokens: int, num_tokens: int) -> None:
+        lowest = int(self.class_token) + 1
+        if not lowest <= num_output_tokens <= num_tokens:
+            raise ValueError(
+                f"`num_output_tokens` must be from {lowest} to {num_tokens}, the number of tokens before merging, but "
+                f"is {num_output_tokens}."
+            )
+
+    def _counts_by_merge_r(self, num_tokens: int) -> list[int]:
+        requested = self.merge_r if isinstance(self.merge_r, list) else [self.merge_r] * self.num_hidden_layers
+        counts = [num_tokens]
+        for r in requested + [0] * (self.num_hidden_layers - len(requested)):
+            counts.append(counts[-1] - min(r, (counts[-1] - int(self.class_token)) // 2))
+        return counts
 
     def num_output_tokens(self, num_tokens: int) -> int:
         """Returns how many of `num_tokens` input tokens are left after the last layer."""
-        return num_tokens - sum(self.merge_schedule(num_tokens))
+        return self.token_counts(num_tokens)[-1]
 
 
 class QFormerConnectorConfig(ConnectorConfig):
@@ -239,6 +288,13 @@ class QFormerConnectorConfig(ConnectorConfig):
     def num_output_tokens(self, num_tokens: int) -> int:
         """Returns the number of queries, whatever the number of visual tokens."""
         return self.num_query_tokens
+
+    def check_budget(self, num_output_tokens: int, num_tokens: int) -> None:
+        if not 1 <= num_output_tokens <= self.num_query_tokens:
+            raise ValueError(
+                f"`num_output_tokens` must be from 1 to `num_query_tokens` ({self.num_query_tokens}), but is "
+                f"{num_output_tokens}."
+            )
 
 
 class MLPConnectorConfig(ConnectorConfig):
@@ -295,14 +351,29 @@ class MLPConnectorConfig(ConnectorConfig):
         """
         if self.pool_size is None:
             return num_tokens
-        patches = num_tokens - int(self.class_token)
-        side = round(patches**0.5)
-        if side**2 != patches or side < self.pool_size:
+        num_output_tokens = self.pool_size**2 + int(self.class_token)
+        self.check_budget(num_output_tokens, num_tokens)
+        return num_output_tokens
+
+    def check_budget(self, num_output_tokens: int, num_tokens: int) -> None:
+        prefix = int(self.class_token)
+        if self.pool_size is None:
+            if num_output_tokens != num_tokens:
+                raise ValueError(
+                    f"`num_output_tokens` must be {num_tokens}, one for each token, as there is no `pool_size`, but "
+                    f"is {num_output_tokens}."
+                )
+            return
+        side, pooled = math.isqrt(num_tokens - prefix), math.isqrt(max(0, num_output_tokens - prefix))
+        if side**2 != num_tokens - prefix or side < pooled:
             raise ValueError(
-                f"`pool_size` {self.pool_size} needs a square grid of at least as many tokens a side, but there are "
-                f"{patches} patch tokens."
+                f"`pool_size` {pooled} needs a square grid of at least as many tokens a side, but there are "
+                f"{num_tokens - prefix} patch tokens."
             )
-        return self.pool_size**2 + int(self.class_token)
+        if pooled < 1 or pooled**2 != num_output_tokens - prefix:
+            raise ValueError(
+                f"`num_output_tokens` must be a square{' and a class token' * prefix}, but is {num_output_tokens}."
+            )
 
 
 CONNECTOR_CONFIGS = {

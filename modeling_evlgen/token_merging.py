@@ -181,33 +181,35 @@ def keep_all(x: torch.Tensor) -> TokenMerging:
 
 
 @torch.no_grad()
-def keep_distinctive(x: torch.Tensor, num_kept: int, class_token: bool = False) -> TokenMerging:
+def keep_distinctive(x: torch.Tensor, num_output_tokens: int, class_token: bool = False) -> TokenMerging:
     """Keeps the most distinctive tokens. All others become one token, their mean.
 
     A token is as distinctive as its distance from the image's median token. The median is that of each channel.
 
     Args:
-        x (`torch.Tensor` of shape `(batch, tokens, channels)`): Tokens of any floating dtype, with positions left out.
-        num_kept (`int`): Number of tokens to keep, from 0 to one less than there are, without the class token.
-        class_token (`bool`, *optional*, defaults to `False`): Whether token 0 is a class token, which stays first.
+        x (`torch.Tensor` of shape `(batch, tokens, channels)`): Tokens of any floating dtype, without positions.
+        num_output_tokens (`int`):
+            Number of tokens to keep, with the mean and the class token. At least 1, or 2 with a class token, and at
+            most `tokens`.
+        class_token (`bool`, *optional*, defaults to `False`): Whether token 0 is a class token. It stays first.
 
     Returns:
-        [`TokenMerging`] to `class_token + 1 + num_kept` tokens: the class token, the mean, the kept tokens in order.
+        [`TokenMerging`]. The mean comes before the kept tokens, which are in their order. It has no gradient to `x`.
 
     Raises:
-        ValueError: If `num_kept` is out of range.
+        ValueError: If `num_output_tokens` is out of range.
     """
     batch, tokens, _ = x.shape
-    first = int(class_token)
-    if not 0 <= num_kept < tokens - first:
-        raise ValueError(f"`num_kept` must be from 0 to {tokens - first - 1}, but is {num_kept}.")
-    patches = x[:, first:].float()
+    mean = int(class_token)  # its index
+    if not mean < num_output_tokens <= tokens:
+        raise ValueError(f"`num_output_tokens` must be from {mean + 1} to {tokens}, but is {num_output_tokens}.")
+    patches = x[:, mean:].float()
     distance = (patches - patches.median(dim=1, keepdim=True).values).square().sum(dim=-1)  # (batch, patches)
-    kept = distance.topk(num_kept, dim=1).indices.sort(dim=1).values + first  # (batch, num_kept)
-    output_index = kept.new_full((batch, tokens), first)
-    output_index[:, :first] = 0
-    output_index.scatter_(1, kept, torch.arange(first + 1, first + 1 + num_kept, device=x.device).expand(batch, -1))
-    return TokenMerging(output_index, first + 1 + num_kept)
+    kept = distance.topk(num_output_tokens - mean - 1, dim=1).indices.sort(dim=1).values + mean
+    output_index = kept.new_full((batch, tokens), mean)
+    output_index[:, :mean] = 0
+    new_index = torch.arange(mean + 1, num_output_tokens, device=x.device)
+    return TokenMerging(output_index.scatter_(1, kept, new_index.expand(batch, -1)), num_output_tokens)
 
 
 def match_in_rounds(

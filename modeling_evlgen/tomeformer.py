@@ -27,12 +27,15 @@ class TomeFormerOutput(ModelOutput):
             The tokens after the last layer, with their output positions if there are any.
         output_index (`torch.LongTensor` of shape `(batch, tokens)`):
             The index in `last_hidden_state` of the token that each input token became part of.
+        layer_index (`tuple[torch.LongTensor]`, each of shape `(batch, tokens)`):
+            The same for the tokens after the first choice, if there is one, and after each layer.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
-            The embedded tokens and each layer's output, `num_hidden_layers + 1` in all. Each has fewer tokens.
+            The embedded tokens, the chosen ones if there is a choice, and each layer's output. Each has fewer tokens.
     """
 
     last_hidden_state: torch.Tensor | None = None
     output_index: torch.Tensor | None = None
+    layer_index: tuple[torch.Tensor, ...] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
@@ -256,19 +259,20 @@ class TomeFormerModel(PreTrainedModel):
         batch, tokens, _ = inputs_embeds.shape
         counts = self.config.token_counts(tokens, num_output_tokens)
         hidden_states = self.embeddings(inputs_embeds, tiles)
-        merging, size = keep_all(hidden_states), None
+        all_hidden_states, all_index = (hidden_states,), ()
+        output_index, size = keep_all(hidden_states).output_index, None
         if self.config.distinctive_factor is not None:
-            first = int(self.config.class_token)
-            merging = keep_distinctive(inputs_embeds, counts[0] - first - 1, self.config.class_token)
-            hidden_states = merging.merge(hidden_states)
-            size = merging.sum_sizes(inputs_embeds.new_ones(batch, tokens, dtype=torch.float32))
-        all_hidden_states, output_index = (hidden_states,), merging.output_index
+            choice = keep_distinctive(inputs_embeds, counts[0], self.config.class_token)
+            hidden_states, output_index = choice.merge(hidden_states), choice.output_index
+            size = choice.sum_sizes(inputs_embeds.new_ones(batch, tokens, dtype=torch.float32))  # (batch, chosen)
+            all_hidden_states, all_index = (*all_hidden_states, hidden_states), (output_index,)
         for layer, num_tokens in zip(self.encoder.layer, counts[1:], strict=True):
             hidden_states, layer_index, size = layer(hidden_states, num_tokens, size)
             output_index = layer_index.gather(1, output_index)  # composes the layers' indices
-            all_hidden_states += (hidden_states,)
+            all_hidden_states, all_index = (*all_hidden_states, hidden_states), (*all_index, output_index)
         return TomeFormerOutput(
             last_hidden_state=self.output_position_embeddings(hidden_states),
             output_index=output_index,
+            layer_index=all_index,
             hidden_states=all_hidden_states if output_hidden_states else None,
         )

@@ -95,7 +95,7 @@ def test_the_vocabulary_holds_the_captions_tokens_alone():
 
 
 def test_random_pruning_drops_tokens_and_repeats_itself_only_in_evaluation():
-    model = tiny_model(layer_scale_init_value=1.0)
+    model = tiny_model()
     for layer in model.connector.encoder.layer:
         layer.__class__ = RandomPruningLayer
     tokens = torch.randn(2, 17, 16, generator=torch.Generator().manual_seed(0))

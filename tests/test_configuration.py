@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -15,7 +16,7 @@ def test_the_defaults_are_the_papers_model():
     config = EVLGenConfig()
     assert config.vision_config.model_type == "blip_2_vision_model"
     assert (config.num_vision_tokens, config.vision_hidden_size) == (257, 1408)
-    assert config.connector_config.merge_schedule(257) == [19] * 12
+    assert config.connector_config.token_counts(257) == list(range(257, 28, -19))
     assert config.num_image_tokens == 257 - 12 * 19 == 29
     assert (config.text_config.model_type, config.text_config.hidden_size) == ("opt", 2560)
     assert config.image_token_id == config.text_config.vocab_size
@@ -34,18 +35,19 @@ def test_the_defaults_are_the_papers_model():
 )
 def test_merge_schedules(merge_r, tokens, class_token, schedule):
     config = TomeFormerConfig(num_hidden_layers=4, merge_r=merge_r, class_token=class_token)
-    assert config.merge_schedule(tokens) == schedule
+    counts = config.token_counts(tokens)
+    assert [before - after for before, after in pairwise(counts)] == schedule and counts[0] == tokens
     assert config.num_output_tokens(tokens) == tokens - sum(schedule)
 
 
 def test_a_pair_works_for_one_layer():
-    assert TomeFormerConfig(num_hidden_layers=1, merge_r=(7, 0.5)).merge_schedule(33) == [7]
+    assert TomeFormerConfig(num_hidden_layers=1, merge_r=(7, 0.5)).token_counts(33) == [33, 26]
 
 
 def test_a_schedule_survives_json():
     config = TomeFormerConfig(num_hidden_layers=4, merge_r=(4, 0.5))
     again = TomeFormerConfig.from_dict(json.loads(config.to_json_string()))
-    assert again.merge_schedule(33) == config.merge_schedule(33) == [2, 3, 4, 6]
+    assert again.merge_r == config.merge_r == [2, 3, 4, 6]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_fields_out_of_range_are_refused(config_class, fields, message):
             "`attention_probs_dropout_prob` must be betw",
         ),
         (QFormerConnectorConfig, {"query_initializer_range": -1}, "`query_initializer_range` must be at least 0"),
-        (TomeFormerConfig, {"layer_scale_init_value": math.nan}, "`layer_scale_init_value` must be finite"),
+        (TomeFormerConfig, {"distinctive_factor": math.nan}, "`distinctive_factor` must be finite"),
         (TomeFormerConfig, {"type_vocab_size": 0}, "`type_vocab_size` must be at least 1"),
         (MLPConnectorConfig, {"branch_initializer_range": -0.1}, "`branch_initializer_range` must be at least 0"),
         (
@@ -167,7 +169,7 @@ def test_fields_that_only_some_connectors_have_are_checked(config_class, fields,
 
 
 def test_whole_numbers_are_numbers():
-    config = TomeFormerConfig(hidden_dropout_prob=0, branch_initializer_range=0, layer_scale_init_value=1)
+    config = TomeFormerConfig(hidden_dropout_prob=0, branch_initializer_range=0, distinctive_factor=1)
     assert config.hidden_dropout_prob == 0
 
 

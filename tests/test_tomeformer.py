@@ -49,7 +49,7 @@ def test_matches_the_original(case, attn_implementation):
 
 def test_output_index_is_composed_over_the_layers():
     """In blocks that only merge, each output token lies between the tokens that the index merges into it."""
-    config = tiny_config(pre_norm=True, layer_scale_init_value=0.0)
+    config = tiny_config(pre_norm=True, branch_initializer_range=0.0)
     model = TomeFormerModel(config).eval()
     x = tokens()
     output = model(x, output_hidden_states=True)
@@ -64,25 +64,12 @@ def test_output_index_is_composed_over_the_layers():
             assert ((merged >= low - 1e-5) & (merged <= high + 1e-5)).all()
 
 
-def test_gated_pre_norm_starts_as_pure_merging_and_learns():
-    config = tiny_config(pre_norm=True, layer_scale_init_value=0.0, merge_r=0)
-    model = TomeFormerModel(config).eval()
+def test_branches_that_end_in_zeros_start_as_pure_merging_and_learn():
+    model = TomeFormerModel(tiny_config(pre_norm=True, branch_initializer_range=0.0, merge_r=0)).eval()
     x = tokens()
     output = model(x)
     embedded = x + model.embeddings.position_embeddings.weight[:33] + model.embeddings.token_type_embeddings.weight[0]
     torch.testing.assert_close(output.last_hidden_state, torch.nn.functional.layer_norm(embedded, (32,), eps=1e-12))
-    output.last_hidden_state.square().sum().backward()
-    gains = [p for name, p in model.named_parameters() if name.endswith("layer_scale")]
-    assert len(gains) == 6
-    assert all(p.grad.abs().sum() > 0 for p in gains)
-
-
-def test_branches_that_end_in_zeros_start_as_pure_merging_and_learn():
-    model = TomeFormerModel(tiny_config(pre_norm=True, branch_initializer_range=0.0)).eval()
-    gated = TomeFormerModel(tiny_config(pre_norm=True, layer_scale_init_value=0.0)).eval()
-    gated.load_state_dict(model.state_dict(), strict=False)
-    output = model(tokens())
-    assert torch.equal(output.last_hidden_state, gated(tokens()).last_hidden_state)
     assert model.encoder.layer[0].attention.self.value.weight.std().item() == pytest.approx(0.02, rel=0.2)
     output.last_hidden_state.square().sum().backward()
     ends = [p for name, p in model.named_parameters() if name.endswith("output.dense.weight")]
@@ -178,17 +165,16 @@ def test_tokens_can_be_matched_by_their_hidden_states():
 
 
 def test_saves_and_loads(tmp_path):
-    model = TomeFormerModel(tiny_config(pre_norm=True, layer_scale_init_value=0.5, class_token=False)).eval()
+    model = TomeFormerModel(tiny_config(pre_norm=True, distinctive_factor=2, num_merged_tokens=7)).eval()
     model.save_pretrained(tmp_path)
     again = TomeFormerModel.from_pretrained(tmp_path)
     assert again.config.to_diff_dict() == model.config.to_diff_dict()
     assert torch.equal(again(tokens()).last_hidden_state, model(tokens()).last_hidden_state)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_compiles_without_a_graph_break_and_only_once(gated):
-    config = tiny_config(pre_norm=gated, layer_scale_init_value=0.0 if gated else None)
-    model = TomeFormerModel(config).eval()
+@pytest.mark.parametrize("options", [{}, {"pre_norm": True}, {"distinctive_factor": 2, "num_merged_tokens": 7}])
+def test_compiles_without_a_graph_break_and_only_once(options):
+    model = TomeFormerModel(tiny_config(**options)).eval()
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -198,11 +184,14 @@ def test_compiles_without_a_graph_break_and_only_once(gated):
             torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("options", [{}, {"distinctive_factor": 2, "num_merged_tokens": 7}])
+def test_gradient_checkpointing_gives_the_same_gradients(options):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = TomeFormerModel(tiny_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+        model = TomeFormerModel(
+            tiny_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options)
+        ).train()
         if checkpointing:
             model.activation_checkpointing_enable()
         model(tokens().requires_grad_()).last_hidden_state.square().mean().backward()
@@ -229,3 +218,71 @@ def test_bad_input_is_named():
         model(torch.zeros(1, 4, 16))
     with pytest.raises(ValueError, match="has 41 tokens, more than `max_position_embeddings` \\(40\\)"):
         model(torch.zeros(1, 41, 32))
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("factor", [None, 1, 2.5, 100])
+def test_any_number_of_output_tokens_can_be_requested(factor, class_token):
+    config = tiny_config(distinctive_factor=factor, class_token=class_token, merge_r=5)
+    model = TomeFormerModel(config).eval()
+    lowest = 2 if class_token else 1
+    for budget in (lowest, 3, 9, 32, 33):
+        output = model(tokens(), num_output_tokens=budget)
+        assert output.last_hidden_state.shape == (2, budget, 32)
+        assert all(set(row.tolist()) == set(range(budget)) for row in output.output_index)
+    for budget in (lowest - 1, 34, -3):
+        if budget:
+            with pytest.raises(ValueError, match=f"`num_output_tokens` must be from {lowest} to 33.*is {budget}"):
+                model(tokens(), num_output_tokens=budget)
+
+
+def test_a_configured_number_of_tokens_replaces_merge_r():
+    config = tiny_config(num_merged_tokens=6)
+    assert config.num_output_tokens(33) == 6 and config.num_output_tokens(9) == 6
+    assert TomeFormerModel(config).eval()(tokens()).last_hidden_state.shape[1] == 6
+    with pytest.raises(ValueError, match="from 2 to 5, the number of tokens before merging, but is 6"):
+        config.num_output_tokens(5)
+
+
+def test_the_first_of_chosen_tokens_is_the_mean_of_all_but_the_distinctive_ones():
+    """With pure merging, distinctive tokens that have no similar one come through as they are."""
+    fields = {"class_token": False, "pre_norm": True, "branch_initializer_range": 0.0, "num_merged_tokens": 4}
+    model = TomeFormerModel(tiny_config(**fields, distinctive_factor=1)).eval()
+    torch.nn.init.zeros_(model.embeddings.position_embeddings.weight)
+    x = 0.01 * tokens(batch=1)
+    distinctive = torch.tensor([5, 6, 20])
+    x[0, distinctive] += 10 * tokens(batch=1, count=3, seed=1)[0]
+    output = model(x, output_hidden_states=True)
+    assert [index for index, group in enumerate(output.output_index[0].tolist()) if group] == distinctive.tolist()
+    assert output.output_index[0, distinctive].tolist() == [1, 2, 3]
+    embedded = model.embeddings(x)[0]
+    others = [index for index in range(33) if index not in distinctive.tolist()]
+    torch.testing.assert_close(output.last_hidden_state[0, 0], embedded[others].mean(0))
+    torch.testing.assert_close(output.last_hidden_state[0, 1:], embedded[distinctive])
+
+
+def test_means_of_chosen_tokens_are_weighted_by_size():
+    fields = {"class_token": False, "pre_norm": True, "branch_initializer_range": 0.0, "num_merged_tokens": 5}
+    model = TomeFormerModel(tiny_config(**fields, distinctive_factor=4)).eval()
+    output = model(tokens(), output_hidden_states=True)
+    embedded = model.embeddings(tokens())
+    for row in range(2):
+        for index in range(5):
+            expected = embedded[row, output.output_index[row] == index].mean(0)
+            torch.testing.assert_close(output.last_hidden_state[row, index], expected)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_positions_are_places_in_the_whole_image_for_any_grid_of_tiles(class_token):
+    config = tiny_config(class_token=class_token, position_grid_size=5, position_initializer_range=1.0, merge_r=0)
+    positions = TomeFormerModel(config).embeddings.position_embeddings
+    first = int(class_token)
+    one = positions(torch.zeros(1, 25 + first, 32))[0]
+    many = positions(torch.zeros(1, 6 * 25 + first, 32), tiles=(2, 3))[0]
+    assert torch.equal(many[:first], one[:first])
+    one, many = one[first:].unflatten(0, (5, 5)), many[first:].unflatten(0, (10, 15))
+    torch.testing.assert_close(many[::9, ::14], one[::4, ::4], atol=1e-5, rtol=0)  # corners
+    # Row 4 of 10 lies three quarters of the way from row 1 to row 2 of 5. Every third column is one of the 5.
+    torch.testing.assert_close(many[4, 1::3], 0.25 * one[1] + 0.75 * one[2], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="`tiles` must have a square grid of patches each, but 33 tokens in 1 x 2"):
+        TomeFormerModel(config)(tokens(), tiles=(1, 2))

