@@ -284,5 +284,5 @@ def test_positions_are_places_in_the_whole_image_for_any_grid_of_tiles(class_tok
     torch.testing.assert_close(many[::9, ::14], one[::4, ::4], atol=1e-5, rtol=0)  # corners
     # Row 4 of 10 lies three quarters of the way from row 1 to row 2 of 5. Every third column is one of the 5.
     torch.testing.assert_close(many[4, 1::3], 0.25 * one[1] + 0.75 * one[2], atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="`tiles` must have a square grid of patches each, but 33 tokens in 1 x 2"):
-        TomeFormerModel(config)(tokens(), tiles=(1, 2))
+    with pytest.raises(ValueError, match="`tiles` must have a square grid of patches each, but 35 tokens in 1 x 2"):
+        TomeFormerModel(config)(tokens(count=35), tiles=(1, 2))
