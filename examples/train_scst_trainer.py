@@ -20,8 +20,7 @@ class SCSTCollator(CaptionCollator):
     """Prompts without captions; the true captions stand under `references`, a list for each row."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
-        examples = self.read_examples(rows)
-        batch = self.encode(examples, with_labels=False)
+        batch, examples = self.encode_good(self.read_examples(rows), with_labels=False)
         batch["references"] = [true_captions(row, self.data_args) for row, _ in examples]
         return batch
 
@@ -155,6 +154,9 @@ class SCSTTrainer(EVLGenTrainer):
             logits = logits[positions]
         rows = torch.arange(len(mask), device=mask.device).unsqueeze(1).expand_as(mask)[mask]
         return sequence_log_probabilities(logits, sampled[mask], rows, len(mask))
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"max_new_tokens": self.max_new_tokens}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._steps:

@@ -91,6 +91,18 @@ def test_a_batch_of_bad_rows_alone_is_replaced_by_good_rows():
         RecordingCollator(collator, none)([none[0]])
 
 
+def test_a_caption_that_cannot_be_encoded_is_a_bad_row_even_alone():
+    rows = rows_of()
+    collator = collator_of(DataArguments(skip_bad_rows=True))
+    rows[3]["caption"] = f"one{collator.processor.tokenizer.eos_token} two"
+    dataset = Dataset.from_list(rows)
+    batch = RecordingCollator(collator, dataset)([dataset[3]])
+    assert torch.equal(batch["pixel_values"], collator([dataset[0]])["pixel_values"])
+    assert batch["record"].count('"row"') == 1
+    with pytest.raises(ValueError, match=r"the row with the caption 'one.* two'.* goes on without it"):
+        collator_of(DataArguments())([dataset[3]])
+
+
 def test_an_image_with_more_pixels_than_allowed_is_a_bad_row():
     rows = rows_of(2)
     with pytest.raises(ValueError, match=r"has 40 x 40 pixels, more than `max_pixels`=1000 allows"):

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from pycocoevalcap.cider.cider import Cider
 from train_scst_reward import CiderDReward, load_reward
 from train_scst_trainer import SCSTTrainer, self_critical_advantage, sequence_log_probabilities
 
+from common.data.bad_rows import read_bad_rows
 from common.data.data_arguments import DataArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 
@@ -142,6 +145,46 @@ def test_training_raises_the_reward(greedy, tmp_path, monkeypatch):
     for part in ("vision_tower", "language_model"):
         old, new = getattr(before, part).state_dict(), getattr(after, part).state_dict()
         assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
+
+
+def test_a_resume_with_longer_samples_is_refused_and_bad_questions_are_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_scst, "load_reward", lambda *_: WantsOneWord())
+    model = tiny_model()
+    processor = tiny_processor(model)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    folder = Path(save_image_folder(tmp_path / "images"))
+    shutil.rmtree(folder / "test")
+    metadata = folder / "train" / "metadata.jsonl"
+    rows = [{**json.loads(line), "question": "what is it?"} for line in metadata.read_text().splitlines()]
+    rows[3]["question"] = "why? " * 1000
+    metadata.write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        "model": tmp_path / "model",
+        "dataset": folder,
+        "test_split": "",
+        "prompt_column": "question",
+        "skip_bad_rows": True,
+        "max_steps": 2,
+        "save_steps": 1,
+        "per_device_train_batch_size": len(rows) // 2,
+        "max_new_tokens": 6,
+        "bf16": False,
+        "cache_features": False,
+        "output_dir": tmp_path / "out",
+        "disable_tqdm": True,
+    }
+
+    def train(**changes):
+        given = options | changes
+        train_scst.main([text for name, value in given.items() for text in (f"--{name}", str(value))])
+
+    train()
+    assert [row["row"] for row in read_bad_rows(tmp_path / "out")] == [
+        f"the row with the caption {rows[3]['caption']!r}"
+    ]
+    with pytest.raises(ValueError, match="other settings: `max_new_tokens` was 6 and is 7"):
+        train(max_new_tokens=7, max_steps=3, resume_from_checkpoint=True)
 
 
 def test_trains_on_videos(tmp_path, monkeypatch):

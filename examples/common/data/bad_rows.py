@@ -5,6 +5,7 @@ that was trained on counts.
 """
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from common.files import write_whole
 
 RECORD = "record"  # in a batch: a JSON string, as accelerate would take a dict apart
 BAD_ROWS = "bad_rows.jsonl"
+STREAM_ROWS = 1000  # of a stream, which has no end, that are tried in place of bad ones
 
 
 class RecordingCollator:
@@ -39,8 +41,6 @@ class RecordingCollator:
         try:
             batch = self.collator(rows)
         except EmptyBatchError:
-            if isinstance(dataset, CaptionStream):
-                raise
             batch = self._first_good_batch(dataset, len(rows))
         position = dataset.position if isinstance(dataset, CaptionStream) else None
         batch[RECORD] = json.dumps({"bad_rows": self.collator.bad_rows, "position": position})
@@ -49,18 +49,23 @@ class RecordingCollator:
     def _first_good_batch(self, dataset: torch.utils.data.Dataset, size: int) -> BatchFeature:
         """Stands in for a batch of bad rows alone, since every process must take the step.
 
+        A resumed run needs the same batch, so it comes from the start of the data set, or of the reader's stream.
+
         Raises:
-            EmptyBatchError: If all rows of the data set are bad.
+            EmptyBatchError: If all rows of the data set are bad, or the first [`STREAM_ROWS`] of a stream.
         """
         skipped = list(self.collator.bad_rows)
-        for start in range(0, len(dataset), size):
+        is_stream = isinstance(dataset, CaptionStream)
+        rows = islice(dataset.from_start(), STREAM_ROWS) if is_stream else (dataset[i] for i in range(len(dataset)))
+        for candidates in iter(lambda: list(islice(rows, size)), []):
             try:
-                batch = self.collator([dataset[row] for row in range(start, min(start + size, len(dataset)))])
+                batch = self.collator(candidates)
             except EmptyBatchError:
                 continue
             self.collator.bad_rows = skipped
             return batch
-        raise EmptyBatchError(f"None of the {len(dataset)} rows of the training split can be used.")
+        found = f"first {STREAM_ROWS} rows of a stream" if is_stream else f"{len(dataset)} rows of the training split"
+        raise EmptyBatchError(f"None of the {found} can be used.")
 
 
 def add_bad_rows(folder: Path, bad_rows: list[dict[str, Any]], step: int) -> None:

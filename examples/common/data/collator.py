@@ -53,20 +53,7 @@ class CaptionCollator:
         Raises:
             ValueError: If a row is bad and bad rows are not to be skipped, or if all rows are bad.
         """
-        examples = self.read_examples(rows)
-        try:
-            return self.encode(examples)
-        except ValueError:  # of a text that is too long, say; the message knows only its place in the batch
-            fitting = []
-            for example in examples:
-                try:
-                    self.encode([example])
-                    fitting.append(example)
-                except ValueError as error:
-                    self._skip(example[0], error)
-            if len(fitting) in (0, len(examples)):
-                raise
-        return self.encode(fitting)
+        return self.encode_good(self.read_examples(rows))[0]
 
     def prompts(self, rows: list[dict[str, Any]]) -> BatchFeature:
         """Inputs for generation: the same without captions."""
@@ -79,7 +66,7 @@ class CaptionCollator:
         examples = [(row, self.read(row)) for row in rows]
         examples = [(row, media) for row, media in examples if media is not None]
         if not examples:
-            raise EmptyBatchError(f"None of the {len(rows)} rows of a batch can be used; in a larger batch some can.")
+            raise EmptyBatchError(f"None of the {len(rows)} rows of a batch can be used.")
         return examples
 
     def read(self, row: dict[str, Any]) -> Media | None:
@@ -92,6 +79,26 @@ class CaptionCollator:
                 return None
             # All frames of a video are augmented in one call, hence alike.
             return media if self.augment is None else self.augment(media)
+
+    def encode_good(
+        self, examples: list[tuple[dict[str, Any], Any]], with_labels: bool = True
+    ) -> tuple[BatchFeature, list[tuple[dict[str, Any], Any]]]:
+        """Model inputs of the examples that can be encoded, and these examples. See [`__call__`] for the errors."""
+        try:
+            return self.encode(examples, with_labels), examples
+        except ValueError:  # of a text that is too long, say; the message knows only its place in the batch
+            good = []
+            for example in examples:
+                try:
+                    self.encode([example], with_labels)
+                    good.append(example)
+                except ValueError as error:
+                    self._skip(example[0], error)
+            if len(good) == len(examples):
+                raise
+        if not good:
+            raise EmptyBatchError(f"None of the {len(examples)} rows of a batch can be used.")
+        return self.encode(good, with_labels), good
 
     def encode(self, examples: list[tuple[dict[str, Any], Any]], with_labels: bool = True) -> BatchFeature:
         """Model inputs of what [`read_examples`] returns."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
+from common.command_line import check_count
 from processing_evlgen.images import MAX_PIXELS
 
 
@@ -56,6 +57,11 @@ class DataArguments:
         default=False,
         help="Skip rows with an unreadable image or no caption, and list them; default: stop at the first one.",
     )
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "max_train_samples", "max_test_samples"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
 
     @property
     def used_columns(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ does not hold the content of a shuffle buffer (its docstring says so), and a sta
 shuffled stream.
 """
 
+import copy
 import logging as python_logging
 import math
 from collections.abc import Callable, Iterator
@@ -211,6 +212,12 @@ class CaptionStream(torch.utils.data.IterableDataset):
     def load_states(self, states: dict[int, dict[str, Any]], next_reader: int) -> None:
         """Goes on from the latest state of each reader of this process, by index. A missing reader starts anew."""
         self.states, self.next_reader = states, next_reader
+
+    def from_start(self) -> Iterator[dict[str, Any]]:
+        """The rows of this reader from its first one on. The stream itself stays where it is."""
+        stream = copy.copy(self)
+        stream.states = {}
+        return iter(stream)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()

@@ -5,11 +5,7 @@ from typing import Any
 
 from transformers.hf_argparser import HfArg
 
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raises a ValueError if an argument is no integer of `least` or more. A YAML file may hold anything."""
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be an integer of {least} or more, but is {value!r}.")
+from common.command_line import check_count
 
 
 @dataclass

@@ -8,6 +8,8 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from common.command_line import check_count
+
 
 @dataclass
 class ModelArguments:
@@ -70,6 +72,8 @@ class EVLGenTrainingArguments(TrainingArguments):
         # bf16 works on a CPU too, but the Trainer accepts it there only with `use_cpu`.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_count(name, getattr(self, name), 1)
         # Else `from_pretrained` would partition each tower at once under ZeRO-3, together with processes that wait for
         # their turn, and a partitioned tower cannot be hashed. DeepSpeed partitions the whole model before training.
         unset_hf_deepspeed_config()
