@@ -6,13 +6,19 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import finetune
 import pretrain
 import pytest
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from common.data.bad_rows import add_bad_rows, read_bad_rows
+from common.files import only_run_in
+from common.training.resume import find_problems
 
 from .helpers import ROOT, save_image_folder, save_towers, tiny_model
 
@@ -95,6 +101,27 @@ def test_another_language_model_does_not_get_the_old_weights(work, run, tmp_path
         resume(work, run, max_steps=6, text_model=other)
 
 
+@pytest.mark.parametrize("argument", ["vision_model", "text_model"])
+def test_a_tower_that_was_replaced_in_its_folder_is_noticed(argument, work, run, tmp_path):
+    folder = Path(json.loads((work / "recipe.yaml").read_text())[argument])
+    tower = shutil.copytree(folder, tmp_path / "tower")
+    pretrain.main(arguments(work, tmp_path / "out", max_steps=2, towers="reference", **{argument: tower}))
+    weights = load_file(tower / "model.safetensors")
+    weights = {name: weight + 1 for name, weight in weights.items()}
+    save_file(weights, tower / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"other settings: `{argument}_fingerprint` was '\w+' and is '\w+'"):
+        resume(work, tmp_path / "out", towers="reference", **{argument: tower})
+
+
+def test_a_tower_that_would_compute_something_else_is_noticed(work, run, tmp_path):
+    tower = shutil.copytree(Path(json.loads((work / "recipe.yaml").read_text())["text_model"]), tmp_path / "tower")
+    pretrain.main(arguments(work, tmp_path / "out", max_steps=2, text_model=tower))
+    config = json.loads((tower / "config.json").read_text())
+    (tower / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    with pytest.raises(ValueError, match=r"is of a run with other settings: `rms_norm_eps` is 0\.1, not 1e-06"):
+        resume(work, tmp_path / "out", text_model=tower)
+
+
 def test_edited_captions_are_noticed_and_a_moved_data_set_is_not(work, run, tmp_path):
     shutil.copytree(work / "images", tmp_path / "moved")
     resume(work, run, max_steps=5, dataset=tmp_path / "moved")
@@ -150,6 +177,7 @@ def remove(path):
         ("scheduler.pt", remove, r"scheduler\.pt is missing"),
         ("rng_state.pth", remove, r"rng_state\.pth is missing"),
         ("rng_state.pth", empty, r"rng_state\.pth is damaged"),
+        ("run.json", cut, r"run\.json cannot be read"),
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_an_older_one(name, damage, message, work, run, caplog):
@@ -163,6 +191,13 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(name, damage, message, w
         resume(work, run)
     with pytest.raises(ValueError, match=rf"checkpoint-2 is not whole: {message}"):
         resume(work, run, run / "checkpoint-2")
+
+
+def test_the_loss_scale_of_fp16_belongs_to_a_checkpoint(run):
+    training_args = SimpleNamespace(world_size=1, fp16=True)
+    assert list(find_problems(run / "checkpoint-4", training_args)) == ["scaler.pt is missing"]
+    (run / "checkpoint-4" / "scaler.pt").write_bytes(b"")
+    assert list(find_problems(run / "checkpoint-4", training_args)) == ["scaler.pt is damaged"]
 
 
 def test_a_checkpoint_whose_saving_was_killed_is_passed_over(work, run, caplog):
@@ -199,6 +234,14 @@ def test_two_runs_do_not_share_a_folder(work, tmp_path):
         process.wait()
     with FileLock(tmp_path / "_run.lock", blocking=False):  # ends with the process
         pass
+
+
+def test_a_refused_second_run_leaves_the_first_runs_list_of_skipped_rows(work, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.files.LOCK_SECONDS", 0.1)
+    add_bad_rows(tmp_path, [{"row": "a row", "error": "broken"}], step=1)
+    with only_run_in(tmp_path), pytest.raises(ValueError, match="another run writes to"):
+        pretrain.main(arguments(work, tmp_path))
+    assert [row["row"] for row in read_bad_rows(tmp_path)] == ["a row"]
 
 
 def test_a_model_is_not_trained_or_saved_beside_an_adapter(work, tmp_path):

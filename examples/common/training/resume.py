@@ -10,13 +10,15 @@ from typing import Any
 
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
-from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from common.data.data_arguments import DataArguments
 from common.data.feature_cache import FeatureDataset
 from common.training.training_arguments import EVLGenTrainingArguments
+from configuration_evlgen import EVLGenConfig
+from modeling_evlgen.fingerprints import TOWERS, compare_configs
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +59,7 @@ def find_checkpoint(training_args: EVLGenTrainingArguments) -> str | None:
         folders = [str(state.parent) for state in states if state.exists() and state.parent.name[-1].isdigit()]
     damaged = []
     for folder in folders:
-        problems = list(find_problems(Path(folder), training_args.world_size))
+        problems = list(find_problems(Path(folder), training_args))
         if not problems:
             return folder
         damaged.append(f"{folder} is not whole: {'; '.join(problems)}")
@@ -70,12 +72,16 @@ def find_checkpoint(training_args: EVLGenTrainingArguments) -> str | None:
     return None
 
 
-def find_problems(checkpoint: Path, world_size: int) -> Iterator[str]:
+def find_problems(checkpoint: Path, training_args: EVLGenTrainingArguments) -> Iterator[str]:
     """Missing and damaged files of a checkpoint: a full disk leaves empty or cut ones."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        yield f"{TRAINER_STATE_NAME} cannot be read ({error})"
+    keys = {TRAINER_STATE_NAME: "global_step"}
+    if (checkpoint / RUN_NAME).exists():  # another script's checkpoint has none
+        keys[RUN_NAME] = "settings"
+    for name, key in keys.items():
+        try:
+            json.loads((checkpoint / name).read_text(encoding="utf-8"))[key]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            yield f"{name} cannot be read ({error})"
     for path in sorted(checkpoint.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
@@ -86,9 +92,10 @@ def find_problems(checkpoint: Path, world_size: int) -> Iterator[str]:
         return
     if not any(checkpoint.glob("*.safetensors")) and not any(checkpoint.glob("pytorch_model_fsdp*")):
         yield "the weights are missing"
-    rng = ["rng_state.pth"] if world_size == 1 else [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    ranks = [f"_{rank}" for rank in range(training_args.world_size)] if training_args.world_size > 1 else [""]
+    others = [f"rng_state{rank}.pth" for rank in ranks] + ([SCALER_NAME] if training_args.fp16 else [])
     optimizer = next((name for name in (OPTIMIZER_NAME_BIN, "optimizer_0") if (checkpoint / name).exists()), "")
-    for name in (optimizer or OPTIMIZER_NAME, SCHEDULER_NAME, *rng):
+    for name in (optimizer or OPTIMIZER_NAME, SCHEDULER_NAME, *others):
         path = checkpoint / name
         if not path.exists():
             yield f"{name} is missing"
@@ -96,9 +103,13 @@ def find_problems(checkpoint: Path, world_size: int) -> Iterator[str]:
             yield f"{name} is damaged"
 
 
-def run_settings(training_args: EVLGenTrainingArguments, script_args: tuple[Any, ...], train: Any) -> dict[str, Any]:
+def run_settings(
+    training_args: EVLGenTrainingArguments, script_args: tuple[Any, ...], train: Any, config: EVLGenConfig
+) -> dict[str, Any]:
     """Settings that a resumed run must share with the run of its checkpoint, as JSON gives them back."""
     settings = {name: getattr(training_args, name) for name in COMPARED_TRAINING_ARGUMENTS}
+    for name in (f"{argument}_fingerprint" for argument in TOWERS):  # other weights may lie where a tower lay
+        settings[name] = getattr(config, name)
     for arguments in script_args:
         settings |= {name: value for name, value in vars(arguments).items() if name not in IGNORED_ARGUMENTS}
     rows = train.images if isinstance(train, FeatureDataset) else train
@@ -113,8 +124,8 @@ def run_settings(training_args: EVLGenTrainingArguments, script_args: tuple[Any,
     return json.loads(json.dumps(settings, default=str))
 
 
-def check_settings_of_run(checkpoint: str, settings: dict[str, Any]) -> None:
-    """Compares the settings of this run with those of a checkpoint's run.
+def check_settings_of_run(checkpoint: str, settings: dict[str, Any], config: EVLGenConfig) -> None:
+    """Compares the settings of this run and the configuration of its towers with those of a checkpoint's run.
 
     Raises:
         ValueError: If they differ; the message names each field, and the way to train on with other settings.
@@ -129,6 +140,10 @@ def check_settings_of_run(checkpoint: str, settings: dict[str, Any]) -> None:
         for name in sorted(before.keys() & settings.keys())
         if before[name] != settings[name]
     ]
+    if Path(checkpoint, CONFIG_NAME).exists():  # an adapter has none
+        saved = EVLGenConfig.from_pretrained(checkpoint)
+        changed += compare_configs(config.vision_config, saved.vision_config)
+        changed += compare_configs(config.text_config, saved.text_config)
     if changed:
         raise ValueError(
             f"`resume_from_checkpoint`: {checkpoint} is of a run with other settings: {'; '.join(changed)}. A resumed "

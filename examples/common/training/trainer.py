@@ -1,7 +1,7 @@
 """transformers' Trainer for captioners: exact resume, streams, skipped rows, the paper's weight decay."""
 
 import json
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +84,16 @@ class EVLGenTrainer(Trainer):
         """
         output_dir = Path(self.args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        state = self._prepare_run(output_dir, resume_from_checkpoint)
-        if self.args.process_index:  # the main process holds the folder for all
-            return self._run(resume_from_checkpoint, state, **kwargs)
-        with only_run_in(output_dir):
+        # The main process holds the folder for all.
+        with nullcontext() if self.args.process_index else only_run_in(output_dir):
+            state = self._prepare_run(output_dir, resume_from_checkpoint)
             return self._run(resume_from_checkpoint, state, **kwargs)
 
     def _prepare_run(self, output_dir: Path, checkpoint: str | None) -> TrainerState:
         """Checks the settings and returns the state of the checkpoint, or a fresh one."""
         state = TrainerState()
         if checkpoint is not None:
-            check_settings_of_run(checkpoint, self._settings())
+            check_settings_of_run(checkpoint, self._settings(), self.model.config)
             state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
         if not isinstance(self.model, PeftModel) and (output_dir / ADAPTER_CONFIG_NAME).exists():
             raise ValueError(f"`output_dir`: {output_dir} holds an adapter. Remove it or name another folder.")
@@ -194,7 +193,7 @@ class EVLGenTrainer(Trainer):
             write_whole(Path(output_dir) / RUN_NAME, json.dumps(run))
 
     def _settings(self) -> dict[str, Any]:
-        return run_settings(self.args, self.script_args, self.train_dataset)
+        return run_settings(self.args, self.script_args, self.train_dataset, self.model.config)
 
     def _stream_settings(self) -> dict[str, Any]:
         readers = {"num_processes": self.args.world_size, "num_workers": max(1, self.args.dataloader_num_workers)}
