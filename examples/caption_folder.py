@@ -12,8 +12,7 @@ named as they come and counted at the end, and the run goes on.
 
 A run that was interrupted goes on when it is started again. `items.arrow` lists the items at the first start; later
 files are not on it. A file that was replaced since then, by its size or time, is captioned again. A shard that was
-replaced is refused, and so are other settings and a second run in the same folder. Images that a `.parquet` names by
-their paths are not compared.
+replaced is refused, and so are other settings and a second run in the same folder.
 """
 
 # First: it sets how PyTorch's threads wait, before PyTorch is loaded.
@@ -37,7 +36,7 @@ from tqdm import tqdm
 from transformers import BatchFeature
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
+from common.command_line import check_count, parse_arguments
 from common.evaluation.answer_folder import (
     ANSWERS,
     SETTINGS,
@@ -48,7 +47,7 @@ from common.evaluation.answer_folder import (
     run_folder,
 )
 from common.evaluation.answers import answer_pending, answering_settings, load_answering_model, start_processes
-from common.evaluation.evaluation_arguments import AnswerArguments, GenerationArguments, check_count
+from common.evaluation.evaluation_arguments import AnswerArguments, GenerationArguments
 from common.files import replacing
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import MAX_PIXELS
@@ -155,6 +154,8 @@ def load_items(path: Path, folder_args: FolderArguments, is_new: bool) -> Datase
             print(f"Left out: {counts}.")
     try:
         items = Dataset.from_file(str(path))
+        if items.column_names != ITEM.names:
+            raise pa.ArrowInvalid(f"its columns are {items.column_names}")
     except (OSError, pa.ArrowException) as error:
         remedy = f"Remove {path.parent}, or name another folder."
         raise ValueError(f"`output_dir`: {path} is broken: {error}. {remedy}") from error

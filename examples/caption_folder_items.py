@@ -36,6 +36,9 @@ ITEM = pa.schema(
         "size": pa.int64(),
         "row_group": pa.int32(),  # in a .parquet: row group, and row in it
         "row": pa.int32(),
+        "named_path": pa.binary(),  # the file that a row of a .parquet names, if it does
+        "named_size": pa.int64(),
+        "named_time": pa.int64(),
         "error": pa.string(),  # the reason, if it is known already that the item cannot be read
     }
 )
@@ -89,6 +92,8 @@ def _items_of(path: str, media: Media, column: str) -> Iterator[dict[str, Any]]:
     common = dict.fromkeys(ITEM.names) | {"path": os.fsencode(os.path.abspath(path))}
     common["file_size"], common["file_time"] = _file_state(common["path"])
     for item in items:
+        if item.get("named_path"):
+            item["named_size"], item["named_time"] = _file_state(item["named_path"])
         yield {**common, **item, "file": os.fsencode(item["file"]).decode(errors="backslashreplace")}
 
 
@@ -96,7 +101,7 @@ def _file_state(path: bytes) -> tuple[int | None, int | None]:
     """Size and time of the last change, by which a replaced file is noticed; None for a file that is missing."""
     try:
         status = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # the name may be no possible one
         return None, None
     return status.st_size, status.st_mtime_ns
 
@@ -133,28 +138,51 @@ def _parquet_items(path: str, column: str) -> Iterator[dict[str, Any]]:
     dtype = schema.field(column).type
     if dtype not in (pa.binary(), pa.large_binary(), pa.string(), pa.large_string()) and not pa.types.is_struct(dtype):
         raise ValueError(f"`column` {column!r} of {path} must hold bytes, paths or `datasets`' images, not {dtype}.")
-    positions = ((group, row) for group, size in enumerate(sizes) for row in range(size))
-    for index, (group, row) in enumerate(positions):
-        yield {"file": f"{path}/{index}", "row_group": group, "row": row}
+    index = 0
+    for group, size in enumerate(sizes):
+        named_paths = _named_paths(path, group, column, dtype)
+        if len(named_paths) != size:  # it names none, or is damaged
+            named_paths = [None] * size
+        for row, named_path in enumerate(named_paths):
+            yield {"file": f"{path}/{index}", "row_group": group, "row": row, "named_path": named_path}
+            index += 1
 
 
-def find_changed(items: Dataset) -> dict[int, tuple[int, int]]:
-    """Finds single files that were replaced since they were listed: their size and time, by the index of the item.
+def _named_paths(path: str, row_group: int, column: str, dtype: pa.DataType) -> list[bytes | None]:
+    """The files that the rows of a row group name; empty for a column of bytes, or if it cannot be read."""
+    is_struct = pa.types.is_struct(dtype)
+    if dtype in (pa.binary(), pa.large_binary()) or (is_struct and dtype.get_field_index("path") < 0):
+        return []
+    try:
+        with pq.ParquetFile(path) as file:  # without the bytes beside the path
+            values = file.read_row_group(row_group, columns=[f"{column}.path" if is_struct else column]).column(0)
+    except (OSError, pa.ArrowException):
+        return []  # each row will have an error of its own
+    names = [value.get("path") if isinstance(value, dict) else value for value in values.to_pylist()]
+    no_files = ("http://", "https://", "data:")
+    return [os.fsencode(name) if name and not name.startswith(no_files) else None for name in names]
+
+
+def find_changed(items: Dataset) -> dict[int, dict[str, int]]:
+    """Finds files that were replaced since they were listed: their new size and time, by the index of the item.
 
     A file that is gone counts as unchanged. A shard that was replaced is refused, since the positions of its items may
     be others now.
     """
     changed, changed_shards, index = {}, set(), 0
     state_of = lru_cache(maxsize=1)(_file_state)  # the items of a shard are neighbours
-    columns = items.select_columns(["path", "file_size", "file_time"])
-    for batch in columns.iter(batch_size=BATCH):
-        for path, size, time in zip(batch["path"], batch["file_size"], batch["file_time"], strict=True):
-            state = state_of(path)
-            if state not in ((size, time), (None, None)):
+    columns = ["path", "file_size", "file_time", "named_path", "named_size", "named_time"]
+    for batch in items.select_columns(columns).iter(batch_size=BATCH):
+        for path, *state, named_path, named_size, named_time in zip(*(batch[name] for name in columns), strict=True):
+            now = state_of(path)
+            if now not in (tuple(state), (None, None)):
                 if Path(os.fsdecode(path)).suffix.lower() in SHARDS:
                     changed_shards.add(os.fsdecode(path))
                 else:
-                    changed[index] = state
+                    changed[index] = dict(zip(("file_size", "file_time"), now, strict=True))
+            now = _file_state(named_path) if named_path else (None, None)
+            if now not in ((named_size, named_time), (None, None)):
+                changed[index] = dict(zip(("named_size", "named_time"), now, strict=True))
             index += 1
     if changed_shards:
         names = ", ".join(sorted(changed_shards))
@@ -162,14 +190,14 @@ def find_changed(items: Dataset) -> dict[int, tuple[int, int]]:
     return changed
 
 
-def update_items(path: Path, partial_path: Path, changed: dict[int, tuple[int, int]]) -> None:
+def update_items(path: Path, partial_path: Path, changed: dict[int, dict[str, int]]) -> None:
     """Copies a list with the present size and time of replaced files."""
     index = 0
     with pa.ipc.open_stream(path) as reader, pa.ipc.new_stream(partial_path, ITEM) as writer:
         for batch in reader:
             rows = batch.to_pylist()
             for row in rows:
-                row["file_size"], row["file_time"] = changed.get(index, (row["file_size"], row["file_time"]))
+                row.update(changed.get(index, {}))
                 index += 1
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=ITEM))
 

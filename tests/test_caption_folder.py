@@ -355,6 +355,22 @@ def test_a_replaced_shard_is_refused(name, model, tmp_path):
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("as_struct", [False, True])
+def test_a_replaced_image_that_a_parquet_names_is_captioned_again(as_struct, model, tmp_path, capsys):
+    folder, fresh = save_images(tmp_path / "images", 4), noise_images(1, size=30)[0]
+    paths = [str(folder / f"{index:03}.png") for index in range(4)]
+    cells = [{"bytes": None, "path": path} for path in paths] if as_struct else paths
+    pq.write_table(pa.table({"image": [*cells, None]}), tmp_path / "a.parquet", row_group_size=3)
+    arguments = options(model, tmp_path / "out", tmp_path / "a.parquet")
+    assert caption_folder.main(arguments) == {"captioned": 4, "broken": 1}
+    fresh.save(paths[3])
+    caption_folder.main(arguments)
+    assert f"1 files changed and are captioned again: {tmp_path}/a.parquet/3\n" in capsys.readouterr().out
+    assert read(tmp_path / "out" / "captions.jsonl")[3]["text"] == caption(model, images=fresh)
+    caption_folder.main(arguments)
+    assert "changed" not in capsys.readouterr().out
+
+
 def test_answers_of_unknown_settings_or_items_are_refused(model, tmp_path):
     folder, output = save_images(tmp_path / "in", 8), tmp_path / "out"
     arguments = options(model, output, folder)
