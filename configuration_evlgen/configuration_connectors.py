@@ -62,10 +62,10 @@ class ConnectorConfig(CheckedConfig):
         """Returns how many tokens the connector makes of `num_tokens` input tokens."""
         raise NotImplementedError
 
-    def check_budget(self, num_output_tokens: int, num_tokens: int) -> None:
+    def check_budget(self, num_output_tokens: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
         """
         Raises:
-            ValueError: If the connector cannot make `num_output_tokens` tokens of `num_tokens` input tokens.
+            ValueError: If the connector cannot make `num_output_tokens` tokens of `num_tokens` tokens from `tiles`.
         """
         raise NotImplementedError
 
@@ -218,7 +218,7 @@ class TomeFormerConfig(ConnectorConfig):
         layers = range(1, self.num_hidden_layers + 1)
         return [kept, *(round(kept * (target / kept) ** (layer / self.num_hidden_layers)) for layer in layers)]
 
-    def check_budget(self, num_output_tokens: int, num_tokens: int) -> None:
+    def check_budget(self, num_output_tokens: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
         lowest = int(self.class_token) + 1
         if not lowest <= num_output_tokens <= num_tokens:
             raise ValueError(
@@ -289,7 +289,7 @@ class QFormerConnectorConfig(ConnectorConfig):
         """Returns the number of queries, whatever the number of visual tokens."""
         return self.num_query_tokens
 
-    def check_budget(self, num_output_tokens: int, num_tokens: int) -> None:
+    def check_budget(self, num_output_tokens: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
         if not 1 <= num_output_tokens <= self.num_query_tokens:
             raise ValueError(
                 f"`num_output_tokens` must be from 1 to `num_query_tokens` ({self.num_query_tokens}), but is "
@@ -355,7 +355,7 @@ class MLPConnectorConfig(ConnectorConfig):
         self.check_budget(num_output_tokens, num_tokens)
         return num_output_tokens
 
-    def check_budget(self, num_output_tokens: int, num_tokens: int) -> None:
+    def check_budget(self, num_output_tokens: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
         prefix = int(self.class_token)
         if self.pool_size is None:
             if num_output_tokens != num_tokens:
@@ -364,8 +364,9 @@ class MLPConnectorConfig(ConnectorConfig):
                     f"is {num_output_tokens}."
                 )
             return
-        side, pooled = math.isqrt(num_tokens - prefix), math.isqrt(max(0, num_output_tokens - prefix))
-        if side**2 != num_tokens - prefix or side < pooled:
+        num_tiles = math.prod(tiles)
+        side, pooled = math.isqrt((num_tokens - prefix) // num_tiles), math.isqrt(max(0, num_output_tokens - prefix))
+        if side**2 * num_tiles != num_tokens - prefix or side * min(tiles) < pooled:
             raise ValueError(
                 f"`pool_size` {pooled} needs a square grid of at least as many tokens a side, but there are "
                 f"{num_tokens - prefix} patch tokens."

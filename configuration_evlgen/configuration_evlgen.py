@@ -59,6 +59,9 @@ class EVLGenConfig(CheckedConfig):
             Number of tokens N of the vision tower for one image. Needed for towers with feature maps and for timm,
             whose `vision_config` does not determine it.
             [`EVLGenForConditionalGeneration.from_vision_text_pretrained`] measures it.
+        image_token_range (`list[int]`, *optional*):
+            The smallest and the largest number of tokens of an image or video, if the model was trained with several.
+            By default each has `num_image_tokens`.
         vision_hidden_size (`int`, *optional*): Width Dv of these tokens. Needed for the same towers.
         vision_model_name_or_path, vision_model_revision, text_model_name_or_path, text_model_revision (`str`,
         *optional*):
@@ -91,6 +94,7 @@ class EVLGenConfig(CheckedConfig):
     temporal_num_attention_heads: int = 8
     num_vision_tokens: int | None = None
     vision_hidden_size: int | None = None
+    image_token_range: list[int] | None = None
     vision_model_name_or_path: str | None = None
     vision_model_revision: str | None = None
     text_model_name_or_path: str | None = None
@@ -118,6 +122,7 @@ class EVLGenConfig(CheckedConfig):
         self._complete("vision_hidden_size", getattr(self.vision_config, "hidden_size", None))
         self._fit_connector(class_token_is_given)
         self._check_placeholders()
+        self._check_image_token_range()
         if self.towers not in (None, "include", "reference"):
             raise ValueError(f'`towers` must be "include" or "reference", but is {self.towers!r}.')
         unknown = set(self.adapted_towers or ()) - {"vision_model", "text_model"}
@@ -181,6 +186,19 @@ class EVLGenConfig(CheckedConfig):
                 "that start independent of each other."
             )
         connector.num_output_tokens(tokens)  # raises where tokens cannot be pooled
+
+    def _check_image_token_range(self) -> None:
+        if self.image_token_range is None:
+            return
+        if len(self.image_token_range) != 2 or not self.image_token_range[0] <= self.image_token_range[1]:
+            raise ValueError(
+                f"`image_token_range` must hold the smallest and the largest number, but is {self.image_token_range}."
+            )
+        for budget in self.image_token_range:
+            try:
+                self.connector_config.check_budget(budget, self.num_vision_tokens)
+            except ValueError as error:
+                raise ValueError(f"`image_token_range` is {self.image_token_range}: {error}") from error
 
     def _check_placeholders(self) -> None:
         if self.image_token_id is None:

@@ -77,7 +77,7 @@ class PromptEmbedder(EVLGenForConditionalGeneration):
         All inputs are the processor's; `vision` are pixels and the mask of frames. Returns a tensor of shape
         `(tokens, hidden)` for each prompt, without padding.
         """
-        encoded = self._encode(**vision)
+        encoded = self._encode(input_ids, **vision)
         embeds = embed_ids(self.get_input_embeddings(), input_ids, encoded, self.config)  # (batch, sequence, hidden)
         return [row[mask] for row, mask in zip(embeds, attention_mask.bool(), strict=True)]
 

@@ -13,7 +13,7 @@ from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenImageOutput, target_positions
 
 Encoded = dict[str, EVLGenImageOutput]  # soft prompts, by "image" or "video"
-VISION_INPUTS = ("pixel_values", "pixel_values_videos", "frame_mask", "vision_features")
+VISION_INPUTS = ("pixel_values", "pixel_values_videos", "frame_mask", "vision_features", "image_grid_thw")
 
 
 class SCSTCollator(CaptionCollator):
@@ -84,7 +84,8 @@ class SCSTTrainer(EVLGenTrainer):
         references = inputs.pop("references")
         evlgen = self.accelerator.unwrap_model(model)
         # Soft prompts with gradient, computed once for all samples of an image.
-        encoded = evlgen._encode(**{name: inputs.pop(name) for name in VISION_INPUTS if name in inputs})
+        vision = {name: inputs.pop(name) for name in VISION_INPUTS if name in inputs}
+        encoded = evlgen._encode(inputs["input_ids"], **vision)
         encoded = {name: output for name, output in encoded.items() if output is not None}
         sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": self.num_samples}
         sampled = self._generate(evlgen, inputs, encoded, **sampling)

@@ -141,7 +141,7 @@ class QFormerConnector(PreTrainedModel):
         """
         self.config.check_inputs(inputs_embeds.shape, tiles)
         if num_output_tokens is not None:
-            self.config.check_budget(num_output_tokens, inputs_embeds.shape[1])
+            self.config.check_budget(num_output_tokens, inputs_embeds.shape[1], tiles)
         tokens = self.embed_tokens(inputs_embeds, tiles)
         queries = self.query_tokens[:, :num_output_tokens].expand(tokens.shape[0], -1, -1)  # (batch, queries, dim)
         output = self.qformer(query_embeds=queries, encoder_hidden_states=tokens)
@@ -195,7 +195,7 @@ class MLPConnector(PreTrainedModel):
         """
         self.config.check_inputs(inputs_embeds.shape, tiles)
         if num_output_tokens is not None:
-            self.config.check_budget(num_output_tokens, inputs_embeds.shape[1])
+            self.config.check_budget(num_output_tokens, inputs_embeds.shape[1], tiles)
         tokens = self.LayerNorm(self._pool(inputs_embeds, tiles, num_output_tokens))
         output = self.dense_2(self.activation(self.dense_1(tokens)))  # (batch, output_tokens, dim)
         output = tokens + output if self.config.residual else output

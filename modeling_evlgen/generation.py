@@ -16,6 +16,8 @@ from .input_checks import check_finite
 # Releases of transformers before 5.18 encode images in the first step, not before it.
 _ENCODES_FIRST = hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
 
+_LAYOUT = ("image_grid_thw", "image_budgets", "video_budgets")
+
 
 class EVLGenGenerationMixin(GenerationMixin):
     """The part of [`EVLGenForConditionalGeneration`] that `generate` calls."""
@@ -29,14 +31,15 @@ class EVLGenGenerationMixin(GenerationMixin):
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Turns images and videos into soft prompts once, before the first step."""
-        names = ("pixel_values", "vision_features", "pixel_values_videos", "frame_mask")
+        names = ("pixel_values", "vision_features", "pixel_values_videos", "frame_mask", *_LAYOUT)
         given = {name: model_kwargs.pop(name, None) for name in names}
-        outputs = self._encode(**given, mm_encoder_outputs=model_kwargs.get("mm_encoder_outputs"))
+        ids = model_kwargs.pop("_prompt_ids", None)
+        outputs = self._encode(ids, **given, mm_encoder_outputs=model_kwargs.get("mm_encoder_outputs"))
         outputs = {name: output for name, output in outputs.items() if output is not None}
         # Words from NaN look like any others. `forward` does not check this: it would make the CPU wait for the GPU in
         # every step of a training, where the loss shows it. Soft prompts alone would not do, since some towers clamp
         # infinity; inputs alone would not either, since weights may be NaN, or overflow in half precision.
-        check_finite({f"`{name}`": tensor for name, tensor in given.items() if name != "frame_mask"})
+        check_finite({f"`{name}`": tensor for name, tensor in given.items() if name not in ("frame_mask", *_LAYOUT)})
         check_finite({f"The {name} soft prompt": output.pooler_output for name, output in outputs.items()})
         return {**model_kwargs, "mm_encoder_outputs": outputs}
 
@@ -57,6 +60,8 @@ class EVLGenGenerationMixin(GenerationMixin):
 
     def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
         inputs, name, model_kwargs = super()._prepare_model_inputs(*args, **kwargs)
+        if name == "input_ids":
+            model_kwargs["_prompt_ids"] = inputs  # the budgets of images are the numbers of their placeholders
         if not _ENCODES_FIRST:
             model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
         return inputs, name, model_kwargs
@@ -75,8 +80,7 @@ class EVLGenGenerationMixin(GenerationMixin):
     def _expand_soft_prompts(self, modality: str, output: Any, input_ids: torch.LongTensor, expand_size: int) -> Any:
         """Repeats the soft prompts of each row, so that they follow the order of the repeated rows."""
         placeholders = input_ids == getattr(self.config, f"{modality}_token_id")  # (batch, sequence)
-        counts = placeholders.sum(dim=1) // self.config.num_image_tokens  # (batch,)
-        rows = output.pooler_output.split(counts.tolist())
+        rows = output.soft_tokens.split(placeholders.sum(dim=1).tolist())
         return type(output)(pooler_output=torch.cat([row for row in rows for _ in range(expand_size)]))
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads the names of its arguments

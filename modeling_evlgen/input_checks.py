@@ -53,12 +53,18 @@ def check_length(length: int, cache: Any, config: EVLGenConfig) -> None:
         raise ValueError(f"`input_ids` has {length} tokens, but the language model has places for {limit}.")
 
 
-def check_finite(tensors: dict[str, torch.Tensor | None]) -> None:
+def check_finite(tensors: dict[str, torch.Tensor | tuple[torch.Tensor, ...] | None]) -> None:
     """
     Raises:
         ValueError: If a value is NaN or infinite; the message names the tensor, and its entries counted from 0.
     """
     for name, tensor in tensors.items():
-        entries = [] if tensor is None else (~tensor.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        if isinstance(tensor, tuple):  # entries of different lengths
+            tensor = torch.stack([entry.sum() for entry in tensor])
+        entries = (
+            []
+            if tensor is None
+            else (~tensor.isfinite()).reshape(len(tensor), -1).any(dim=1).nonzero().flatten().tolist()
+        )
         if entries:
             raise ValueError(f"{name} must be finite, but has NaN or infinity in entries {entries}.")

@@ -10,16 +10,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 class EVLGenImageOutput(BaseModelOutputWithPooling):
     """
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch, num_vision_tokens, vision_hidden_size)`):
+        last_hidden_state (`torch.Tensor` of shape `(tiles, num_vision_tokens, vision_hidden_size)`):
             The frozen vision tower's tokens.
         pooler_output (`torch.Tensor` of shape `(batch, num_image_tokens, text_hidden_size)`):
-            The soft prompt: merged tokens in the language model's embedding space.
+            The soft prompt: merged tokens in the language model's embedding space. A tuple with a tensor for each
+            image, if images differ in their number of tokens.
         output_index (`torch.LongTensor` of shape `(batch, num_vision_tokens)`):
-            For each vision token, the index of the soft prompt's token that it was merged into; None from a connector
-            that does not merge.
+            For each vision token, the index of the soft prompt's token that it was merged into; or a tuple, if
+            images differ in their tiles or their number of tokens.            The patches of several tiles are in rows over the whole image. None from a connector that does not merge.
     """
 
-    output_index: torch.Tensor | None = None
+    output_index: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def soft_tokens(self) -> torch.Tensor:
+        """The tokens of all soft prompts in one tensor, `(tokens, text_hidden_size)`."""
+        prompts = self.pooler_output
+        return torch.cat(prompts) if isinstance(prompts, tuple | list) else prompts.reshape(-1, prompts.shape[-1])
 
 
 @dataclass

@@ -20,6 +20,7 @@ from .model_outputs import EVLGenCausalLMOutputWithPast, EVLGenImageOutput, EVLG
 from .named_towers import allow_missing_towers
 from .soft_prompts import Encoded, embed_ids, fill_embedded
 from .temporal import TemporalContextualizer, TemporalTower, encode_images, encode_videos, frames_of_videos
+from .tiles import connect, read_budgets, read_grids
 from .tower_checkpoints import TowerCheckpointMixin
 from .trained_parts import TrainedPartsMixin, is_frozen, zero_of_trained_parts
 from .vision_tower import build_vision_tower
@@ -131,18 +132,29 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
             return encode_videos(self.vision_tower, self.temporal, pixel_values, frame_mask)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> EVLGenImageOutput:
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.LongTensor | None = None,
+        image_budgets: torch.LongTensor | list[int] | None = None,
+        **kwargs: Any,
+    ) -> EVLGenImageOutput:
         """Turns images into soft prompts.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`): Images from the processor.
+            pixel_values (`torch.Tensor` of shape `(tiles, channels, height, width)`): Images from the processor.
+            image_grid_thw, image_budgets (*optional*): As in [`project_vision_features`].
             kwargs: `output_hidden_states` and `output_attentions`, of the vision tower.
         """
-        return self._encode_pixels(pixel_values, None, kwargs)
+        return self._encode_pixels(pixel_values, None, image_grid_thw, image_budgets, kwargs)
 
     @can_return_tuple
     def get_video_features(
-        self, pixel_values_videos: torch.Tensor, frame_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values_videos: torch.Tensor,
+        frame_mask: torch.Tensor | None = None,
+        video_budgets: torch.LongTensor | list[int] | None = None,
+        **kwargs: Any,
     ) -> EVLGenImageOutput:
         """Turns videos into soft prompts, each of as many tokens as an image's.
 
@@ -151,6 +163,8 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
                 Videos from the processor.
             frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
                 False for the frames that pad a short video.
+            video_budgets (`torch.LongTensor` of shape `(videos,)` or `list[int]`, *optional*):
+                The number of tokens of each video.
             kwargs: As in [`get_image_features`].
         """
         if pixel_values_videos.ndim != 5:
@@ -158,12 +172,17 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
                 "`pixel_values_videos` must have shape (videos, frames, channels, height, width), but has "
                 f"{tuple(pixel_values_videos.shape)}."
             )
-        return self._encode_pixels(pixel_values_videos, frame_mask, kwargs)
+        return self._encode_pixels(pixel_values_videos, frame_mask, None, video_budgets, kwargs)
 
     def _encode_pixels(
-        self, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None, kwargs: dict[str, Any]
+        self,
+        pixel_values: torch.Tensor,
+        frame_mask: torch.Tensor | None,
+        grid: torch.LongTensor | None,
+        budgets: torch.LongTensor | list[int] | None,
+        kwargs: dict[str, Any],
     ) -> EVLGenImageOutput:
-        output = self.project_vision_features(self.get_vision_features(pixel_values, frame_mask))
+        output = self.project_vision_features(self.get_vision_features(pixel_values, frame_mask), grid, budgets)
         names = ("output_hidden_states", "output_attentions")
         requested = {name: kwargs.get(name, getattr(self.config.vision_config, name, None)) for name in names}
         if any(requested.values()):  # rare, and so worth another pass
@@ -175,25 +194,41 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
             output.attentions = tower_output.get("attentions")
         return output
 
-    def project_vision_features(self, vision_features: torch.Tensor) -> EVLGenImageOutput:
+    def project_vision_features(
+        self,
+        vision_features: torch.Tensor,
+        image_grid_thw: torch.LongTensor | None = None,
+        image_budgets: torch.LongTensor | list[int] | None = None,
+    ) -> EVLGenImageOutput:
         """Turns the vision tower's tokens into soft prompts: the part of the model that is trained.
 
         Args:
-            vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`):
+            vision_features (`torch.Tensor` of shape `(tiles, num_vision_tokens, vision_hidden_size)`):
                 Features from [`get_vision_features`].
+            image_grid_thw (`torch.LongTensor` of shape `(images, 3)`, *optional*):
+                1, and the rows and columns of tiles of each image. By default each image is one tile.
+            image_budgets (`torch.LongTensor` of shape `(images,)` or `list[int]`, *optional*):
+                The number of tokens of each image, by default `config.num_image_tokens`.
 
         Raises:
-            ValueError: If `vision_features` has another shape.
+            ValueError: If `vision_features` has another shape, or grids or budgets do not fit.
         """
-        tokens = self._normalize(vision_features)  # (images, num_vision_tokens, vision_hidden_size)
-        tokens = self.vision_projection(tokens)  # (images, num_vision_tokens, connector_dim)
-        connected = self.connector(tokens)
-        soft_prompt = self.language_projection(connected.last_hidden_state)  # (images, num_image_tokens, text_dim)
-        return EVLGenImageOutput(
-            last_hidden_state=vision_features,
-            pooler_output=soft_prompt,
-            output_index=connected.get("output_index"),
-        )
+        grids = read_grids(image_grid_thw, len(vision_features))
+        budgets = read_budgets("image", image_budgets, len(grids), None, self.config)
+        tokens = self._normalize(vision_features)  # (tiles, num_vision_tokens, vision_hidden_size)
+        tokens = self.vision_projection(tokens)  # (tiles, num_vision_tokens, connector_dim)
+        class_token = self.config.connector_config.class_token
+        prompts, output_index = connect(tokens, grids, budgets, class_token, self._connect)
+        return EVLGenImageOutput(last_hidden_state=vision_features, pooler_output=prompts, output_index=output_index)
+
+    def _connect(
+        self, tokens: torch.Tensor, grid: tuple[int, int], budget: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Runs the connector over images of one grid, `(images, tokens, connector_dim)`."""
+        is_default = grid == (1, 1) and budget == self.config.num_image_tokens
+        connected = self.connector(tokens, grid, None if is_default else budget)
+        prompts = self.language_projection(connected.last_hidden_state)  # (images, budget, text_dim)
+        return prompts, connected.get("output_index")
 
     def _normalize(self, vision_features: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """Checks vision features, and runs `ln_vision` over them in its own dtype."""
@@ -212,15 +247,18 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, EVLGenImageOutput] | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        image_budgets: torch.LongTensor | list[int] | None = None,
+        video_budgets: torch.LongTensor | list[int] | None = None,
         **kwargs: Any,
     ) -> EVLGenModelOutputWithPast:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
-                Token ids, with `num_image_tokens` placeholders `image_token_id` for each image, and as many
-                `video_token_id` for each video.
+                Token ids, with a placeholder `image_token_id` for each token of an image's soft prompt, and a
+                `video_token_id` for each one of a video's.
             attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 1 for tokens, 0 for padding.
-            pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`, *optional*):
+            pixel_values (`torch.Tensor` of shape `(tiles, channels, height, width)`, *optional*):
                 The images, in the order of their placeholders in the batch.
             pixel_values_videos (`torch.Tensor` of shape `(videos, frames, channels, height, width)`, *optional*):
                 The videos, likewise.
@@ -235,13 +273,28 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
             mm_encoder_outputs (`dict[str, EVLGenImageOutput]`, *optional*):
                 Outputs of [`get_image_features`] under `"image"`, instead of `pixel_values`, and of
                 [`get_video_features`] under `"video"`, instead of `pixel_values_videos`.
+            image_grid_thw (`torch.LongTensor` of shape `(images, 3)`, *optional*):
+                1, and the rows and columns of tiles of each image. By default each image is one tile.
+            image_budgets, video_budgets (`torch.LongTensor` of shape `(images,)` and `(videos,)`, *optional*):
+                The number of tokens of each image and video. By default a model with a `config.image_token_range`
+                counts the placeholders; for others it is `config.num_image_tokens`.
             kwargs: Arguments of the language model (`cache`, `use_cache` …).
 
         Raises:
             ValueError: If inputs contradict each other, placeholders and images differ in number, or the text is
                 longer than the language model allows.
         """
-        encoded = self._encode(pixel_values, pixel_values_videos, frame_mask, vision_features, mm_encoder_outputs)
+        encoded = self._encode(
+            input_ids,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            frame_mask=frame_mask,
+            vision_features=vision_features,
+            mm_encoder_outputs=mm_encoder_outputs,
+            image_grid_thw=image_grid_thw,
+            image_budgets=image_budgets,
+            video_budgets=video_budgets,
+        )
         inputs = self._prepare_inputs(input_ids, inputs_embeds, encoded, position_ids, kwargs)
         outputs = self.get_decoder()(attention_mask=attention_mask, return_dict=True, **inputs)
         return EVLGenModelOutputWithPast(**outputs, image_outputs=encoded["image"], video_outputs=encoded["video"])
@@ -252,11 +305,15 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
 
     def _encode(
         self,
+        input_ids: torch.LongTensor | None,
         pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         frame_mask: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, EVLGenImageOutput] | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        image_budgets: torch.LongTensor | list[int] | None = None,
+        video_budgets: torch.LongTensor | list[int] | None = None,
     ) -> Encoded:
         """The soft prompts of the images and of the videos, if there are any, each from the one argument given."""
         image, video = (mm_encoder_outputs or {}).get("image"), (mm_encoder_outputs or {}).get("video")
@@ -264,12 +321,22 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
             raise ValueError("Only one of `pixel_values`, `vision_features` and `mm_encoder_outputs` can be given.")
         if pixel_values_videos is not None and video is not None:
             raise ValueError("Only one of `pixel_values_videos` and `mm_encoder_outputs` can be given.")
-        if pixel_values is not None:
-            image = self.get_image_features(pixel_values, return_dict=True)
-        elif vision_features is not None:
-            image = self.project_vision_features(vision_features)
+        images, config = pixel_values if vision_features is None else vision_features, self.config
+        if images is not None:
+            mask = None if input_ids is None else input_ids == config.image_token_id
+            num_images = len(images) if image_grid_thw is None else len(image_grid_thw)
+            tiles = {
+                "image_grid_thw": image_grid_thw,
+                "image_budgets": read_budgets("image", image_budgets, num_images, mask, config),
+            }
+            if vision_features is None:
+                image = self.get_image_features(pixel_values, **tiles, return_dict=True)
+            else:
+                image = self.project_vision_features(vision_features, **tiles)
         if pixel_values_videos is not None:
-            video = self.get_video_features(pixel_values_videos, frame_mask, return_dict=True)
+            mask = None if input_ids is None else input_ids == config.video_token_id
+            budgets = read_budgets("video", video_budgets, len(pixel_values_videos), mask, config)
+            video = self.get_video_features(pixel_values_videos, frame_mask, budgets, return_dict=True)
         return {"image": image, "video": video}
 
     def _prepare_inputs(
@@ -333,13 +400,17 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, EVLGenImageOutput] | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        image_budgets: torch.LongTensor | list[int] | None = None,
+        video_budgets: torch.LongTensor | list[int] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> EVLGenCausalLMOutputWithPast:
         """
         Args:
             input_ids, attention_mask, pixel_values, pixel_values_videos, frame_mask, vision_features, inputs_embeds,
-            position_ids, mm_encoder_outputs: As in [`EVLGenModel.forward`].
+            position_ids, mm_encoder_outputs, image_grid_thw, image_budgets, video_budgets:
+                As in [`EVLGenModel.forward`].
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 `input_ids` where the model learns to predict them, -100 elsewhere. They are shifted inside.
                 Placeholders and padding are never targets.
@@ -355,7 +426,17 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
             ValueError: As [`EVLGenModel.forward`] does.
         """
         num_items_in_batch, targets = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
-        encoded = self._encode(pixel_values, pixel_values_videos, frame_mask, vision_features, mm_encoder_outputs)
+        encoded = self._encode(
+            input_ids,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            frame_mask=frame_mask,
+            vision_features=vision_features,
+            mm_encoder_outputs=mm_encoder_outputs,
+            image_grid_thw=image_grid_thw,
+            image_budgets=image_budgets,
+            video_budgets=video_budgets,
+        )
         inputs = self._prepare_inputs(input_ids, inputs_embeds, encoded, position_ids, kwargs)
         keeps_all = "logits_to_keep" not in self._text_arguments
         if not keeps_all:

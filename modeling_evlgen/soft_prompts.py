@@ -55,7 +55,7 @@ def _fill(
     name: str, mask: torch.Tensor, outputs: EVLGenImageOutput | None, inputs_embeds: torch.Tensor, tokens_each: int
 ) -> torch.Tensor:
     num_placeholders = mask.sum()
-    num_features = 0 if outputs is None else outputs.pooler_output.shape[:2].numel()
+    num_features = 0 if outputs is None else len(outputs.soft_tokens)
     torch_compilable_check(
         num_placeholders == num_features,
         lambda: (
@@ -65,5 +65,5 @@ def _fill(
     )
     if outputs is None:
         return inputs_embeds
-    soft_prompts = outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+    soft_prompts = outputs.soft_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(mask.unsqueeze(2).to(inputs_embeds.device), soft_prompts)
