@@ -16,8 +16,9 @@ class EVLGenImageOutput(BaseModelOutputWithPooling):
             The soft prompt: merged tokens in the language model's embedding space. A tuple with a tensor for each
             image, if images differ in their number of tokens.
         output_index (`torch.LongTensor` of shape `(batch, num_vision_tokens)`):
-            For each vision token, the index of the soft prompt's token that it was merged into; or a tuple, if
-            images differ in their tiles or their number of tokens.            The patches of several tiles are in rows over the whole image. None from a connector that does not merge.
+            For each vision token, the index of the soft prompt's token that it was merged into. A tuple, if images
+            differ in their tiles or their number of tokens. The patches of several tiles are in rows over the whole
+            image. None from a connector that does not merge.
     """
 
     output_index: torch.Tensor | tuple[torch.Tensor, ...] | None = None

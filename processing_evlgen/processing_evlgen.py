@@ -16,19 +16,23 @@ from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
 
 from .batch import EVLGenBatch
 from .conversations import encode_conversation, join_parts
+from .cut_tiles import choose_tile_grid, cut_tiles, tile_size
 from .images import MAX_PIXELS, load_rgb_image
 from .inputs import count_images_per_text, flatten_images, flatten_videos, list_strings
 from .prompts import PromptEncoder
-from .token_ids import pad
+from .token_ids import expand_placeholders, pad
 from .videos import load_rgb_frames
 
 
 class EVLGenImagesKwargs(ImagesKwargs, total=False):
     max_pixels: int | None
+    max_tiles: Any  # the processor checks these, and names them
+    num_image_tokens: Any
 
 
 class EVLGenVideosKwargs(VideosKwargs, total=False):
     max_pixels: int | None
+    num_video_tokens: Any
     frame_sampling: str | None
     num_frames: Any  # `sample_frames` checks it, and names it as its other arguments
 
@@ -54,7 +58,9 @@ class EVLGenProcessor(PromptEncoder):
         tokenizer (`PreTrainedTokenizerBase`):
             The language model's tokenizer. Missing placeholders are added to it. Without a padding token it pads with
             its EOS token.
-        num_image_tokens (`int`): Placeholders of each image or video: the model's `config.num_image_tokens`.
+        num_image_tokens (`int`):
+            Placeholders of each image or video, if a call requests no other number: the model's
+            `config.num_image_tokens`.
         chat_template (`str`, *optional*):
             Template for messages with images. By default the tokenizer's, if it has one.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder of an image.
@@ -67,6 +73,8 @@ class EVLGenProcessor(PromptEncoder):
             Whether to clean each `suffix` with [`clean_caption`], as the paper does.
         bos_label (`bool`, *optional*, defaults to `False`):
             Whether the BOS token after the images of an empty prompt is a label, as in the paper's OPT recipe.
+        max_tiles (`int`, *optional*, defaults to 1):
+            Largest number of tiles that a large image is cut into. See [`cut_tiles`].
     """
 
     valid_processor_kwargs = EVLGenProcessorKwargs
@@ -83,6 +91,7 @@ class EVLGenProcessor(PromptEncoder):
         end_of_text: str | None = None,
         clean_captions: bool = False,
         bos_label: bool = False,
+        max_tiles: int = 1,
     ):
         if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
             raise ValueError(f"`num_image_tokens` must be an integer of 1 or more, but is {num_image_tokens!r}.")
@@ -105,6 +114,7 @@ class EVLGenProcessor(PromptEncoder):
         self.end_of_text = end_of_text
         self.clean_captions = clean_captions
         self.bos_label = bos_label
+        self.max_tiles = max_tiles
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -159,6 +169,10 @@ class EVLGenProcessor(PromptEncoder):
                   `do_sample_frames=False` it is all frames.
                 - `frame_sampling` (`str`): How to choose them: `"uniform"` (the default), or `"headtail"` for
                   training. See [`sample_frames`].
+                - `num_image_tokens`, `num_video_tokens` (`int` or `list[int]`): Tokens of the soft prompt of all
+                  images and videos, or of each one, by default the processor's `num_image_tokens`. Other numbers are
+                  for models with a `config.image_token_range`.
+                - `max_tiles` (`int`): Largest number of tiles of an image, by default the processor's `max_tiles`.
                 - `max_pixels` (`int`): Largest width times height of an image or frame that is decoded, by default
                   64,000,000. See [`load_rgb_image`].
                 - `return_offsets_mapping` (`bool`): Adds `offset_mapping`. All tokens of a placeholder have its span.
@@ -170,7 +184,9 @@ class EVLGenProcessor(PromptEncoder):
             `BatchFeature` with
             - `input_ids`, `attention_mask`: int64, `(batch, sequence)`, padded on the left; on the right with
               labels.
-            - `pixel_values`: float32, `(images, channels, height, width)`, if there are images.
+            - `pixel_values`: float32, `(tiles, channels, height, width)`, if there are images; and `image_grid_thw`:
+              int64, `(images, 3)`, 1 and the rows and columns of tiles, if an image has several.
+            - `image_budgets`, `video_budgets`: int64, `(images,)` and `(videos,)`, if their numbers of tokens differ.
             - `pixel_values_videos`: float32, `(videos, frames, channels, height, width)`, if there are videos; and
               `frame_mask`: bool, `(videos, frames)`, if they differ in their number of frames.
             - `labels`: int64, `(batch, sequence)`, with a `suffix` or `messages`: -100 on images, prompts and padding.
@@ -192,33 +208,38 @@ class EVLGenProcessor(PromptEncoder):
             raise ValueError("Only one of `images` and `vision_features` can be given.")
         arguments = self._merge_arguments(kwargs, has_labels=suffix is not None or messages is not None)
         images_arguments, text_arguments = arguments["images_kwargs"], arguments["text_kwargs"]
-        max_pixels = images_arguments.pop("max_pixels", None) or MAX_PIXELS
+        max_tiles = images_arguments.pop("max_tiles", None)
         images_per_text = count_images_per_text(images)
-        images = [] if images is None else flatten_images(images)
-        images = [load_rgb_image(image, max_pixels=max_pixels) for image in images]
+        images = self._load_images(images, images_arguments)
         videos = self._load_videos(videos, arguments["videos_kwargs"])
         num_images = len(images) if vision_features is None else len(vision_features)
-        counts = num_images, len(videos), images_per_text
+        budgets = self._budgets(num_images, len(videos), arguments)
         if messages is None:
-            columns = self._encode_text(text, suffix, *counts, text_arguments)
+            columns = self._encode_text(text, suffix, budgets, images_per_text, text_arguments)
         else:
-            columns = self._encode_conversations(messages, *counts)
+            columns = self._encode_conversations(messages, budgets, images_per_text)
         placeholder_ids = (self.image_token_id, self.video_token_id)
         data: dict[str, Any] = pad(self.tokenizer, columns, placeholder_ids, text_arguments)
         if text_arguments["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if images:
-            data["pixel_values"] = self._prepare_pixels(images, images_arguments)
+            data.update(self._cut_images(images, max_tiles, images_arguments))
         if videos:
             data.update(self._stack_videos(videos, images_arguments))
         if vision_features is not None:
             data["vision_features"] = vision_features
-        return EVLGenBatch(
+        counts = {"image_budgets": budgets[self.image_token_id], "video_budgets": budgets[self.video_token_id]}
+        data.update({name: row for name, row in counts.items() if len(set(row)) > 1})
+        batch = EVLGenBatch(
             data,
             placeholder_ids=placeholder_ids,
             tensor_type=text_arguments.get("return_tensors", "pt"),
             skip_tensor_conversion=self.skip_tensor_conversion,
         )
+        if text_arguments.get("return_text_replacement_offsets"):
+            # vLLM, which encodes images without their placeholders. A list has an entry for each image there.
+            batch.update({name: list(map(torch.tensor, row)) for name, row in counts.items() if row})
+        return batch
 
     def _merge_arguments(self, given: dict[str, Any], has_labels: bool) -> dict[str, dict[str, Any]]:
         """The call's arguments and the tokenizer's defaults, sorted by modality."""
@@ -231,6 +252,31 @@ class EVLGenProcessor(PromptEncoder):
             if has_labels and arguments["text_kwargs"].get(name):
                 raise ValueError(f"`{name}` is for a `text` alone, without `suffix` or `messages`.")
         return arguments
+
+    def _budgets(self, num_images: int, num_videos: int, arguments: dict[str, dict[str, Any]]) -> dict[int, list[int]]:
+        """By placeholder id, the number of tokens of each image or video."""
+        given = arguments["images_kwargs"].pop("num_image_tokens", None)
+        for_videos = arguments["videos_kwargs"].get("num_video_tokens")
+        if for_videos is None and isinstance(given, int):
+            for_videos = given
+        budgets = {}
+        for name, token_id, count, budget in (
+            ("num_image_tokens", self.image_token_id, num_images, given),
+            ("num_video_tokens", self.video_token_id, num_videos, for_videos),
+        ):
+            budget = self.num_image_tokens if budget is None else budget
+            row = list(budget) if isinstance(budget, list | tuple) else [budget] * count
+            if not all(isinstance(number, int) and number > 0 for number in row):
+                raise ValueError(f"`{name}` must hold integers of 1 or more, but is {budget!r}.")
+            if len(row) != count:
+                raise ValueError(f"`{name}` holds {len(row)} numbers, but there are {count} images or videos.")
+            budgets[token_id] = row
+        return budgets
+
+    def _load_images(self, images: Any, arguments: dict[str, Any]) -> list[Any]:
+        max_pixels = arguments.pop("max_pixels", None) or MAX_PIXELS
+        images = [] if images is None else flatten_images(images)
+        return [load_rgb_image(image, max_pixels=max_pixels) for image in images]
 
     def _load_videos(self, videos: Any, arguments: dict[str, Any]) -> list[list[Any]]:
         """The chosen frames of each video."""
@@ -246,12 +292,12 @@ class EVLGenProcessor(PromptEncoder):
         self,
         text: str | list[str] | None,
         suffix: str | list[str] | None,
-        num_images: int,
-        num_videos: int,
+        budgets: dict[int, list[int]],
         images_per_text: list[int] | None,
         arguments: dict[str, Any],
     ) -> dict[str, list[Any]]:
         """Ids of prompts and their suffixes, with labels or offsets."""
+        num_images, num_videos = map(len, budgets.values())
         if text is None and not num_images and not num_videos:
             raise ValueError("Without a `text`, at least one image or video is needed, but there is none.")
         prompts = list_strings("text", "" if text is None else text)
@@ -261,22 +307,22 @@ class EVLGenProcessor(PromptEncoder):
         placeholders = [tuple(map(prompt.count, tokens)) for prompt in prompts]
         self._check_placeholders("text", placeholders, num_images, num_videos, images_per_text)
         if suffix is None:
-            return self._encode_prompts(prompts, num_images, num_videos, arguments)
-        return self._encode_suffixes(prompts, suffix, arguments.get("add_special_tokens", True))
+            return self._encode_prompts(prompts, budgets, arguments)
+        columns = self._encode_suffixes(prompts, suffix, arguments.get("add_special_tokens", True))
+        return expand_placeholders(columns, budgets)
 
     def _encode_conversations(
         self,
         messages: list[list[dict[str, Any]]],
-        num_images: int,
-        num_videos: int,
+        budgets: dict[int, list[int]],
         images_per_text: list[int] | None,
     ) -> dict[str, list[list[int]]]:
         """Ids and labels of conversations."""
         encoded = [encode_conversation(self, conversation) for conversation in messages]
-        token_ids = (self.image_token_id, self.video_token_id)
-        placeholders = [tuple(ids.count(token) // self.num_image_tokens for token in token_ids) for ids, _ in encoded]
-        self._check_placeholders("messages", placeholders, num_images, num_videos, images_per_text)
-        return {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}
+        placeholders = [tuple(map(ids.count, budgets)) for ids, _ in encoded]
+        self._check_placeholders("messages", placeholders, *map(len, budgets.values()), images_per_text)
+        columns = {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}
+        return expand_placeholders(columns, budgets)
 
     def _insert_placeholders(self, prompts: list[str], num_images: int, num_videos: int) -> list[str]:
         """Puts a placeholder before each prompt; with a chat template, both become a turn of the user."""
@@ -325,6 +371,21 @@ class EVLGenProcessor(PromptEncoder):
                     f"of {token} tokens in the prompts should be the same as the number of {name}."
                 )
 
+    def _cut_images(
+        self, images: list[Any], max_tiles: int | None, arguments: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """Pixels of all tiles of the images, and the images' grids if one of them has several tiles."""
+        max_tiles = self.max_tiles if max_tiles is None else max_tiles
+        if not isinstance(max_tiles, int) or max_tiles < 1:
+            raise ValueError(f"`max_tiles` must be an integer of 1 or more, but is {max_tiles!r}.")
+        if max_tiles == 1:
+            return {"pixel_values": self._prepare_pixels(images, arguments)}
+        size = tile_size(self.image_processor)
+        cut = [cut_tiles(image, size, max_tiles) for image in images]
+        pixels = {"pixel_values": self._prepare_pixels([tile for tiles, _ in cut for tile in tiles], arguments)}
+        grids = torch.tensor([(1, *grid) for _, grid in cut])  # (images, 3)
+        return pixels if (grids == 1).all() else {**pixels, "image_grid_thw": grids}
+
     def _prepare_pixels(self, images: list[Any], arguments: dict[str, Any]) -> torch.Tensor:
         return self.image_processor(images, **{**arguments, "return_tensors": "pt"})["pixel_values"]
 
@@ -364,13 +425,17 @@ class EVLGenProcessor(PromptEncoder):
     def _get_num_multimodal_tokens(
         self, image_sizes: list[Any] | None = None, video_sizes: list[Any] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Counts placeholders for vLLM: as many for images and videos of any size."""
+        """Counts placeholders and rows of `pixel_values` for vLLM. `kwargs` are the engine's `mm_processor_kwargs`."""
         counts: dict[str, list[int]] = {}
+        each = kwargs.get("num_image_tokens") or self.num_image_tokens
         if image_sizes is not None:
-            counts["num_image_tokens"] = [self.num_image_tokens] * len(image_sizes)
-            counts["num_image_patches"] = [1] * len(image_sizes)  # rows of `pixel_values`
+            counts["num_image_tokens"] = [each] * len(image_sizes)
+            max_tiles = kwargs.get("max_tiles") or self.max_tiles
+            size = None if max_tiles == 1 else tile_size(self.image_processor)
+            grids = [choose_tile_grid(*image, size, max_tiles) if size else (1, 1) for image in image_sizes]
+            counts["num_image_patches"] = [rows * columns for rows, columns in grids]
         if video_sizes is not None:
-            counts["num_video_tokens"] = [self.num_image_tokens] * len(video_sizes)
+            counts["num_video_tokens"] = [kwargs.get("num_video_tokens") or each] * len(video_sizes)
         return MultiModalData(**counts)
 
     def save_pretrained(

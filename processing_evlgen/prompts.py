@@ -1,12 +1,13 @@
 """Encodes prompts and their captions or answers as token ids, with labels or offsets."""
 
 import re
+from collections.abc import Container
 from typing import Any
 
 from transformers import ProcessorMixin
 
 from .inputs import list_strings
-from .token_ids import check_plain_text, unexpanded_span
+from .token_ids import check_plain_text, expand_placeholders
 
 
 def clean_caption(caption: str, max_words: int = 50) -> str:
@@ -22,16 +23,16 @@ class PromptEncoder(ProcessorMixin):
     """The part of [`EVLGenProcessor`] that encodes prompts which have their placeholders."""
 
     def tokenize_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a prompt with `num_image_tokens` ids for each placeholder.
+        """Ids of a prompt, with one id for each placeholder.
 
         Placeholders at the start of the prompt come before the BOS token.
         """
-        text, ids = self._expand(prompt)
+        text, ids = self._take_placeholders(prompt)
         return ids + self._tokenize(text, add_special_tokens)["input_ids"]
 
     def _token_spans(self, prompt: str, add_special_tokens: bool) -> list[tuple[int, int]]:
-        """Start and end of each token of `tokenize_prompt` in the expanded prompt."""
-        text, ids = self._expand(prompt)
+        """Start and end of each token of `tokenize_prompt` in the prompt."""
+        text, ids = self._take_placeholders(prompt)
         spans, start = [], 0
         for token_id in ids:
             end = start + len(self.image_token if token_id == self.image_token_id else self.video_token)
@@ -40,16 +41,14 @@ class PromptEncoder(ProcessorMixin):
         encoded = self._tokenize(text, add_special_tokens, return_offsets_mapping=True)
         return spans + [(start + first, start + last) for first, last in encoded["offset_mapping"]]
 
-    def _expand(self, prompt: str) -> tuple[str, list[int]]:
-        """The prompt with repeated placeholders. Those at its start are taken off and returned as ids."""
+    def _take_placeholders(self, prompt: str) -> tuple[str, list[int]]:
+        """The prompt without the placeholders at its start, and their ids."""
         placeholders = {self.image_token: self.image_token_id, self.video_token: self.video_token_id}
-        text, ids = prompt, []
-        while token := next((token for token in placeholders if text.startswith(token)), None):
-            text = text.removeprefix(token)
-            ids += [placeholders[token]] * self.num_image_tokens
-        for token in placeholders:
-            text = text.replace(token, token * self.num_image_tokens)
-        return text, ids
+        ids = []
+        while token := next((token for token in placeholders if prompt.startswith(token)), None):
+            prompt = prompt.removeprefix(token)
+            ids.append(placeholders[token])
+        return prompt, ids
 
     def _tokenize(self, text: str, add_special_tokens: bool, **kwargs: Any) -> dict[str, Any]:
         bos = self.tokenizer.bos_token
@@ -75,23 +74,22 @@ class PromptEncoder(ProcessorMixin):
         return all(token in (self.image_token_id, self.video_token_id) for token in prompt_ids[:-1])
 
     def _encode_prompts(
-        self, prompts: list[str], num_images: int, num_videos: int, arguments: dict[str, Any]
+        self, prompts: list[str], budgets: dict[int, list[int]], arguments: dict[str, Any]
     ) -> dict[str, list[Any]]:
         """Ids of prompts, and the requested offsets."""
         add_special_tokens = arguments.get("add_special_tokens", True)
-        columns: dict[str, list[Any]] = {}
-        columns["input_ids"] = [self.tokenize_prompt(prompt, add_special_tokens) for prompt in prompts]
-        with_replacements = arguments.get("return_text_replacement_offsets")
-        images, videos = [self.replace_image_token()] * num_images, [self.replace_video_token()] * num_videos
-        _, replacements = self.get_text_with_replacements(list(prompts), images, videos)
+        ids = [self.tokenize_prompt(prompt, add_special_tokens) for prompt in prompts]
+        columns: dict[str, list[Any]] = {"input_ids": ids}
         if arguments.get("return_offsets_mapping"):
-            spans = [self._token_spans(prompt, add_special_tokens) for prompt in prompts]
-            if not with_replacements:
-                pairs = zip(spans, replacements, strict=True)
-                spans = [[unexpanded_span(span, row) for span in row_spans] for row_spans, row in pairs]
-            columns["offset_mapping"] = spans
-        if with_replacements:
-            columns["text_replacement_offsets"] = replacements
+            columns["offset_mapping"] = [self._token_spans(prompt, add_special_tokens) for prompt in prompts]
+        columns = expand_placeholders(columns, budgets)
+        if arguments.get("return_text_replacement_offsets"):
+            images = [self.image_token * budget for budget in budgets[self.image_token_id]]
+            videos = [self.video_token * budget for budget in budgets[self.video_token_id]]
+            _, columns["text_replacement_offsets"] = self.get_text_with_replacements(list(prompts), images, videos)
+            if "offset_mapping" in columns:
+                rows = zip(columns["offset_mapping"], columns["input_ids"], strict=True)
+                columns["offset_mapping"] = [_expanded(*row, budgets.keys()) for row in rows]
         return columns
 
     def _encode_suffixes(
@@ -116,3 +114,13 @@ class PromptEncoder(ProcessorMixin):
             columns["labels"].append([-100] * unlabelled + sequence[unlabelled:])
         check_plain_text(self.tokenizer, self.end_of_text_id, texts)
         return columns
+
+
+def _expanded(spans: list[tuple[int, int]], ids: list[int], placeholder_ids: Container[int]) -> list[tuple[int, int]]:
+    """Spans in the text with repeated placeholders. All copies of a placeholder come with its span."""
+    result, gained = [], 0
+    for index, (start, end) in enumerate(spans):
+        if ids[index] in placeholder_ids and index and spans[index - 1] == (start, end):  # a copy
+            gained += end - start
+        result.append((start + gained, end + gained))
+    return result

@@ -26,19 +26,21 @@ def check_plain_text(tokenizer: PreTrainedTokenizerBase, end_id: int, texts: dic
             raise ValueError(f"{name} must not hold {token!r}, a special token or the end of a text, but is {text!r}.")
 
 
-def unexpanded_span(span: tuple[int, int], expansions: list[dict[str, Any]]) -> tuple[int, int]:
-    """Maps a token's span in an expanded text to its span in the text before.
+def expand_placeholders(columns: dict[str, list[Any]], budgets: dict[int, list[int]]) -> dict[str, list[Any]]:
+    """Repeats the one placeholder of each image or video as often as it has tokens.
 
-    `expansions` are the text's replacements, as transformers' `get_text_with_replacements` returns them.
+    Args:
+        columns: `input_ids` of each text, and optionally `labels` and `offset_mapping`. Others are returned unchanged.
+        budgets: By placeholder id, the number of tokens of each image or video, in the order of the placeholders.
     """
-    gained = 0
-    for expansion in expansions:
-        start, end = expansion["new_span"]
-        if start <= span[0] < end:
-            return expansion["span"]
-        if span[0] >= end:
-            gained = end - expansion["span"][1]
-    return span[0] - gained, span[1] - gained
+    remaining = {token_id: iter(counts) for token_id, counts in budgets.items()}
+    repeats = [[next(remaining[i]) if i in remaining else 1 for i in ids] for ids in columns["input_ids"]]
+    for name in {"input_ids", *_FILLS} & columns.keys():
+        rows = zip(columns[name], repeats, strict=True)
+        columns[name] = [
+            [value for value, n in zip(row, counts, strict=True) for _ in range(n)] for row, counts in rows
+        ]
+    return columns
 
 
 def pad(

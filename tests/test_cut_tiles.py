@@ -1,0 +1,192 @@
+"""The processor cuts large images into tiles, and gives each image the requested number of tokens."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, SiglipImageProcessor
+
+from processing_evlgen import EVLGenProcessor
+from processing_evlgen.cut_tiles import choose_tile_grid, cut_tiles, tile_size
+
+from .helpers import IMAGE_SIZE, noise_images, tiny_model, tiny_processor
+from .test_processing import conversation, make_processor
+
+TILE = (IMAGE_SIZE, IMAGE_SIZE)
+
+
+def image(height, width):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "max_tiles", "grid"),
+    [
+        (32, 32, 9, (1, 1)),
+        (20, 10, 9, (1, 1)),  # a small image is not enlarged to more tiles
+        (64, 64, 9, (2, 2)),
+        (64, 64, 3, (1, 1)),  # other grids would keep no more pixels
+        (64, 32, 9, (2, 1)),
+        (32, 96, 4, (1, 3)),
+        (1000, 1000, 4, (2, 2)),
+        (1000, 1000, 1, (1, 1)),
+        (1, 10_000, 9, (1, 1)),
+        (100, 10_000, 9, (1, 9)),
+    ],
+)
+def test_a_grid_fits_the_shape_of_the_image(height, width, max_tiles, grid):
+    assert choose_tile_grid(height, width, TILE, max_tiles) == grid
+
+
+def test_tiles_are_the_parts_of_the_image_row_by_row():
+    whole = image(64, 96)
+    tiles, grid = cut_tiles(whole, TILE, max_tiles=6)
+    assert grid == (2, 3)
+    pixels = np.asarray(whole)
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, 3)
+        expected = pixels[row * 32 : row * 32 + 32, column * 32 : column * 32 + 32]
+        assert np.array_equal(np.asarray(tile), expected)
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "channels first"])
+def test_arrays_are_cut_as_images(kind):
+    pixels = np.asarray(image(64, 32))
+    given = {"array": pixels, "tensor": torch.tensor(pixels), "channels first": pixels.transpose(2, 0, 1)}[kind]
+    tiles, grid = cut_tiles(given, TILE, max_tiles=4)
+    assert grid == (2, 1) and np.array_equal(np.asarray(tiles[1]), pixels[32:])
+    with pytest.raises(ValueError, match="an array of several tiles must be uint8, but is float32"):
+        cut_tiles(pixels.astype(np.float32), TILE, max_tiles=4)
+
+
+def test_an_image_of_one_tile_is_prepared_as_without_tiles():
+    processor = make_processor()
+    images = [image(20, 30), image(32, 32)]
+    with_tiles, without = processor(images=images, max_tiles=4), processor(images=images)
+    assert with_tiles.keys() == without.keys()
+    assert torch.equal(with_tiles["pixel_values"], without["pixel_values"])
+
+
+def test_tiles_of_all_images_come_in_one_tensor_with_the_grids():
+    processor = make_processor()
+    batch = processor(images=[image(64, 32), image(16, 16), image(64, 64)], max_tiles=4)
+    assert batch["image_grid_thw"].tolist() == [[1, 2, 1], [1, 1, 1], [1, 2, 2]]
+    assert batch["pixel_values"].shape == (7, 3, 32, 32)
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 9  # as many as without tiles
+    assert batch["image_grid_thw"].dtype == torch.int64
+
+
+def test_tiles_and_budgets_go_through_the_model():
+    model = tiny_model()
+    model.config.image_token_range = [2, 17]
+    processor = tiny_processor(model)
+    images = [image(64, 32), image(16, 16)]
+    batch = processor(images=images, num_image_tokens=[5, 9], max_tiles=4)
+    assert batch["image_budgets"].tolist() == [5, 9]
+    together = model.generate(**batch, max_new_tokens=4, min_new_tokens=4)[:, -4:]
+    for row, (one, budget) in enumerate(zip(images, (5, 9), strict=True)):
+        alone = processor(images=one, num_image_tokens=budget, max_tiles=4)
+        assert "image_budgets" not in alone  # the model counts the placeholders
+        assert torch.equal(model.generate(**alone, max_new_tokens=4, min_new_tokens=4)[0, -4:], together[row])
+
+
+def test_max_tiles_is_saved_with_the_processor(tmp_path):
+    make_processor(max_tiles=4).save_pretrained(tmp_path)
+    processor = EVLGenProcessor.from_pretrained(tmp_path)
+    assert processor.max_tiles == 4
+    assert processor(images=image(64, 64))["pixel_values"].shape[0] == 4
+    assert processor(images=image(64, 64), max_tiles=1)["pixel_values"].shape[0] == 1
+
+
+def test_a_loaded_processor_may_be_given_another_number_of_tokens(tmp_path):
+    """As vLLM does with its `mm_processor_kwargs`."""
+    make_processor().save_pretrained(tmp_path)
+    processor = EVLGenProcessor.from_pretrained(tmp_path, num_image_tokens=5)
+    assert (processor(images=image(16, 16))["input_ids"] == processor.image_token_id).sum() == 5
+
+
+def test_each_image_has_as_many_placeholders_as_requested():
+    processor = make_processor(bos=True)
+    batch = processor(images=noise_images(3), text=["<image>a <image>", "<image>"], num_image_tokens=[1, 4, 2])
+    counts = (batch["input_ids"] == processor.image_token_id).sum(dim=1)
+    assert counts.tolist() == [5, 2] and batch["image_budgets"].tolist() == [1, 4, 2]
+    same = processor(images=noise_images(2), num_image_tokens=4)
+    assert (same["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [
+        4,
+        4,
+    ] and "image_budgets" not in same
+
+
+def test_labels_stay_on_the_caption_for_any_number_of_tokens():
+    processor = make_processor(bos=True)
+    for budget in (1, 7):
+        batch = processor(images=noise_images(1), suffix="a blue triangle", num_image_tokens=budget)
+        labelled = batch["labels"][0] != -100
+        assert labelled.tolist() == [False] * (budget + 1) + [True] * (labelled.numel() - budget - 1)
+
+
+def test_conversations_take_budgets():
+    processor = make_processor(chat=True, end_of_text="<|im_end|>")
+    turns = conversation([{"type": "image"}, {"type": "text", "text": "what is it?"}], "a cat")
+    short, long = (processor(images=noise_images(1), messages=[turns], num_image_tokens=n) for n in (2, 6))
+    assert long["input_ids"].shape[1] - short["input_ids"].shape[1] == 4
+    assert torch.equal(short["labels"][short["labels"] != -100], long["labels"][long["labels"] != -100])
+
+
+def test_offsets_and_replacements_follow_the_budgets():
+    processor = make_processor()
+    text = "a <image>b<image> blue"
+    inputs = {"images": noise_images(2), "text": text, "num_image_tokens": [2, 3], "return_offsets_mapping": True}
+    batch = processor(**inputs)
+    expanded = "a <image><image>b<image><image><image> blue"
+    with_replacements = processor(**inputs, return_text_replacement_offsets=True)
+    for ids, spans, string in (
+        (batch["input_ids"][0], batch["offset_mapping"][0], text),
+        (batch["input_ids"][0], with_replacements["offset_mapping"][0], expanded),
+    ):
+        words = [string[start:end] for start, end in spans.tolist()]
+        assert words == [processor.tokenizer.decode([i]) for i in ids.tolist()]
+    replacements = with_replacements["text_replacement_offsets"][0]
+    assert [row["replacement"] for row in replacements] == ["<image>" * 2, "<image>" * 3]
+    assert [int(budget) for budget in with_replacements["image_budgets"]] == [2, 3]
+
+
+def test_videos_take_budgets():
+    processor = make_processor()
+    batch = processor(videos=[noise_images(2), noise_images(2)], num_video_tokens=[2, 5])
+    assert (batch["input_ids"] == processor.video_token_id).sum(dim=1).tolist() == [2, 5]
+    assert batch["video_budgets"].tolist() == [2, 5]
+    both = processor(videos=[noise_images(2)], num_image_tokens=4, max_tiles=4)
+    assert (both["input_ids"] == processor.video_token_id).sum() == 4
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_image_tokens": 0}, "`num_image_tokens` must hold integers of 1 or more, but is 0"),
+        ({"num_image_tokens": [3, -1]}, r"`num_image_tokens` must hold integers of 1 or more, but is \[3, -1\]"),
+        ({"num_image_tokens": 2.5}, "`num_image_tokens` must hold integers of 1 or more, but is 2.5"),
+        ({"num_image_tokens": [3]}, "`num_image_tokens` holds 1 numbers, but there are 2"),
+        ({"max_tiles": 0}, "`max_tiles` must be an integer of 1 or more, but is 0"),
+        ({"max_tiles": "4"}, "`max_tiles` must be an integer of 1 or more, but is '4'"),
+    ],
+)
+def test_bad_budgets_and_tiles_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_processor()(images=noise_images(2), **arguments)
+
+
+def test_tiles_have_the_size_of_the_image_processors_output():
+    assert tile_size(CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 30, "width": 30})) == (30, 30)
+    assert tile_size(SiglipImageProcessor(size={"height": 64, "width": 48})) == (64, 48)
+    with pytest.raises(ValueError, match="`max_tiles` needs an image processor with a fixed height and width"):
+        tile_size(CLIPImageProcessor(size={"shortest_edge": 40}, do_center_crop=False))
+
+
+def test_counts_for_vllm_follow_tiles_and_budgets():
+    processor = make_processor()
+    sizes = [(64, 64), (16, 16)]
+    counts = processor._get_num_multimodal_tokens(image_sizes=sizes, max_tiles=4, num_image_tokens=5)
+    assert counts["num_image_patches"] == [4, 1] and counts["num_image_tokens"] == [5, 5]
