@@ -1,4 +1,4 @@
-"""Brings the processor's inputs into flat lists.
+"""Brings the processor's inputs into flat lists, and checks them.
 
 transformers' `make_flat_list_of_images` and `make_batched_videos` do not serve here. The first refuses paths and lists
 of different depth. The second drops `Path`s and rows of data sets, and refuses frames of different sizes.
@@ -6,6 +6,7 @@ of different depth. The second drops `Path`s and rows of data sets, and refuses 
 
 from typing import Any
 
+import torch
 from PIL import Image
 
 
@@ -43,3 +44,40 @@ def flatten_videos(videos: Any) -> list[Any]:
             return [videos]
         return [video for entry in videos for video in flatten_videos(entry)]
     return list(videos) if getattr(videos, "ndim", None) == 5 else [videos]  # (videos, frames, height, width, 3)
+
+
+def check_token_range(image_token_range: Any) -> list[int] | None:
+    """The smallest and the largest number of tokens of an image, as a list.
+
+    Raises:
+        ValueError: If it is not None and does not hold two integers of 1 or more, the smaller one first.
+    """
+    if image_token_range is None:
+        return None
+    pair = list(image_token_range) if isinstance(image_token_range, list | tuple) else []
+    if len(pair) != 2 or not all(isinstance(number, int) for number in pair) or not 1 <= pair[0] <= pair[1]:
+        raise ValueError(
+            "`image_token_range` must hold the smallest and the largest number of tokens, integers of 1 or more, but "
+            f"is {image_token_range!r}."
+        )
+    return pair
+
+
+def check_grids(image_grid_thw: torch.Tensor, vision_features: torch.Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: If grids, `(images, 3)`, do not describe the tiles of `vision_features`, `(tiles, tokens, dim)`.
+    """
+    if vision_features is None:
+        raise ValueError(
+            "`image_grid_thw` is given beside `vision_features` alone. The processor cuts `images` itself."
+        )
+    shape = tuple(image_grid_thw.shape)
+    if len(shape) != 2 or shape[1] != 3:
+        raise ValueError(f"`image_grid_thw` must have shape (images, 3), but has {shape}.")
+    tiles = int(image_grid_thw.prod(dim=1).sum())
+    if tiles != len(vision_features):
+        raise ValueError(
+            f"`image_grid_thw` is {image_grid_thw.tolist()}, {tiles} tiles together, but `vision_features` holds "
+            f"{len(vision_features)}."
+        )

@@ -18,7 +18,14 @@ from .batch import EVLGenBatch
 from .conversations import encode_conversation, join_parts
 from .cut_tiles import choose_tile_grid, cut_tiles, tile_size
 from .images import MAX_PIXELS, load_rgb_image
-from .inputs import count_images_per_text, flatten_images, flatten_videos, list_strings
+from .inputs import (
+    check_grids,
+    check_token_range,
+    count_images_per_text,
+    flatten_images,
+    flatten_videos,
+    list_strings,
+)
 from .prompts import PromptEncoder
 from .token_ids import expand_placeholders, pad
 from .videos import load_rgb_frames
@@ -75,6 +82,13 @@ class EVLGenProcessor(PromptEncoder):
             Whether the BOS token after the images of an empty prompt is a label, as in the paper's OPT recipe.
         max_tiles (`int`, *optional*, defaults to 1):
             Largest number of tiles that a large image is cut into. See [`cut_tiles`].
+        image_token_range (`list[int]`, *optional*):
+            The smallest and the largest number of tokens of an image or video, if the model was trained with several:
+            its `config.image_token_range`. Calls that request a number outside of it are refused.
+
+    Raises:
+        TypeError: If `tokenizer` is no tokenizer.
+        ValueError: If a number is out of range; the message names it.
     """
 
     valid_processor_kwargs = EVLGenProcessorKwargs
@@ -92,9 +106,12 @@ class EVLGenProcessor(PromptEncoder):
         clean_captions: bool = False,
         bos_label: bool = False,
         max_tiles: int = 1,
+        image_token_range: list[int] | None = None,
     ):
         if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
             raise ValueError(f"`num_image_tokens` must be an integer of 1 or more, but is {num_image_tokens!r}.")
+        self.image_token_range = check_token_range(image_token_range)
+        self._check_in_range("num_image_tokens", num_image_tokens, [num_image_tokens])
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"`tokenizer` must be a tokenizer, but is {type(tokenizer).__name__}.")
         if chat_template is None and tokenizer.chat_template is not None:
@@ -140,6 +157,7 @@ class EVLGenProcessor(PromptEncoder):
         videos: Any = None,
         messages: list[list[dict[str, Any]]] | None = None,
         vision_features: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         **kwargs: Unpack[EVLGenProcessorKwargs],
     ) -> BatchFeature:
         """
@@ -158,8 +176,11 @@ class EVLGenProcessor(PromptEncoder):
             messages (`list[list[dict]]`, *optional*):
                 Conversations to train on, instead of `text` and `suffix`; adds `labels` on the assistant's turns.
                 See [`encode_conversation`]. For generation, make a `text` of one with `apply_chat_template`.
-            vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
+            vision_features (`torch.Tensor` of shape `(tiles, num_vision_tokens, vision_hidden_size)`, *optional*):
                 The vision tower's output for the images, instead of `images`. Returned unchanged, for the model.
+            image_grid_thw (`torch.LongTensor` of shape `(images, 3)`, *optional*):
+                For `vision_features` of several tiles: 1, and the rows and columns of tiles of each image. Returned
+                unchanged. By default each image is one tile.
             kwargs:
                 Arguments of the image processor; the tokenizer's `return_tensors` (by default `"pt"`), `padding` (by
                 default `True`), `pad_to_multiple_of`, `padding_side`, `max_length`, `truncation` and
@@ -206,13 +227,17 @@ class EVLGenProcessor(PromptEncoder):
             raise ValueError("`messages` is given instead of `text` and `suffix`, not together with them.")
         if images is not None and vision_features is not None:
             raise ValueError("Only one of `images` and `vision_features` can be given.")
+        if image_grid_thw is not None:
+            check_grids(image_grid_thw, vision_features)
         arguments = self._merge_arguments(kwargs, has_labels=suffix is not None or messages is not None)
         images_arguments, text_arguments = arguments["images_kwargs"], arguments["text_kwargs"]
         max_tiles = images_arguments.pop("max_tiles", None)
         images_per_text = count_images_per_text(images)
         images = self._load_images(images, images_arguments)
         videos = self._load_videos(videos, arguments["videos_kwargs"])
-        num_images = len(images) if vision_features is None else len(vision_features)
+        num_images = len(images)
+        if vision_features is not None:
+            num_images = len(vision_features if image_grid_thw is None else image_grid_thw)
         budgets = self._budgets(num_images, len(videos), arguments)
         if messages is None:
             columns = self._encode_text(text, suffix, budgets, images_per_text, text_arguments)
@@ -228,6 +253,8 @@ class EVLGenProcessor(PromptEncoder):
             data.update(self._stack_videos(videos, images_arguments))
         if vision_features is not None:
             data["vision_features"] = vision_features
+            if image_grid_thw is not None:
+                data["image_grid_thw"] = image_grid_thw
         counts = {"image_budgets": budgets[self.image_token_id], "video_budgets": budgets[self.video_token_id]}
         data.update({name: row for name, row in counts.items() if len(set(row)) > 1})
         batch = EVLGenBatch(
@@ -270,8 +297,14 @@ class EVLGenProcessor(PromptEncoder):
                 raise ValueError(f"`{name}` must hold integers of 1 or more, but is {budget!r}.")
             if len(row) != count:
                 raise ValueError(f"`{name}` holds {len(row)} numbers, but there are {count} images or videos.")
+            self._check_in_range(name, budget, row)
             budgets[token_id] = row
         return budgets
+
+    def _check_in_range(self, name: str, given: int | list[int], row: list[int]) -> None:
+        low, high = self.image_token_range or (1, sys.maxsize)
+        if not all(low <= number <= high for number in row):
+            raise ValueError(f"`{name}` must be from {low} to {high}, the `image_token_range`, but is {given}.")
 
     def _load_images(self, images: Any, arguments: dict[str, Any]) -> list[Any]:
         max_pixels = arguments.pop("max_pixels", None) or MAX_PIXELS
