@@ -118,7 +118,8 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
     """Builds the page for files of up to `max_mb`. A ValueError names a connector or tower that it cannot show."""
     patch_grid(model)
     with recorded_merging(model):  # raises for other connectors
-        num_layers = model.config.connector_config.num_hidden_layers
+        connector = model.config.connector_config
+        num_layers = connector.num_hidden_layers + (connector.distinctive_factor is not None)
 
     @shown_errors()
     def preview(path: str | None) -> tuple[Merging | None, list, str, str]:
@@ -128,12 +129,15 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
         merging = Merging([make_preview(frame) for frame in frames])
         return merging, draw_layer(merging, 0), "", ""
 
-    def answer(path: str | None, prompt: str | None, layer: int, *options: Any) -> Iterator[tuple[Any, ...]]:
+    def answer(
+        path: str | None, prompt: str | None, layer: int, num_tokens: int, *options: Any
+    ) -> Iterator[tuple[Any, ...]]:
         with shown_errors():  # as a decorator it would end before the first step
             settings = generation_settings(*options)
             modality, frames = read_upload(path, processor.num_frames, max_mb)
             drawn = None
-            for text, merging, milliseconds in describe(model, processor, modality, frames, prompt or "", settings):
+            steps = describe(model, processor, modality, frames, prompt or "", settings, num_tokens)
+            for text, merging, milliseconds in steps:
                 drawn = draw_layer(merging, layer) if drawn is None else gr.skip()
                 yield text, figures(merging, milliseconds), merging, drawn
 
@@ -142,11 +146,15 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
         with gr.Row():
             with gr.Column():
                 file, prompt, start, stop, options = input_column(max_mb, model.generation_config.max_new_tokens)
+                low, high = model.config.image_token_range or [processor.num_image_tokens] * 2
+                texts = {"label": "Tokens of the soft prompt", "info": "Fewer are faster, more show more."}
+                shown = {"visible": low < high, "elem_id": "tokens"}
+                num_tokens = gr.Slider(low, max(high, low + 1), processor.num_image_tokens, step=1, **texts, **shown)
             with gr.Column(scale=2):
                 text, table, layer, gallery = output_column(num_layers)
         file.change(preview, file, [merging, gallery, text, table])
         layer.release(shown_errors()(draw_layer), [merging, layer], gallery)
-        inputs, outputs = [file, prompt, layer, *options], [text, table, merging, gallery]
+        inputs, outputs = [file, prompt, layer, num_tokens, *options], [text, table, merging, gallery]
         running = gr.on([start.click, prompt.submit], answer, inputs, outputs)
         stop.click(None, cancels=running)
     return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)

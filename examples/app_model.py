@@ -16,6 +16,7 @@ from transformers import TextIteratorStreamer
 
 from common.evaluation.merging_overlay import patch_groups, recorded_merging, resize_to_side, token_counts
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.tiles import read_budgets
 from processing_evlgen import EVLGenProcessor
 
 PROMPT_CHARACTERS = 10_000  # checked before the prompt is tokenised: 20 MB take 26 s
@@ -28,7 +29,7 @@ class Merging:
     """The frames of an image or a video and their merging, as the page shows them.
 
     `groups` and `counts` have an entry before the connector and one after each of its layers: the token that each
-    patch belongs to, of shape `(side, side)`, and the number of tokens. They are empty before the model has run.
+    patch belongs to, of shape `(rows, columns)`, and the number of tokens. They are empty before the model has run.
     """
 
     frames: list[Image.Image]
@@ -106,6 +107,7 @@ def describe(
     frames: list[Image.Image],
     prompt: str,
     settings: dict[str, Any],
+    num_image_tokens: int | None = None,
 ) -> Iterator[tuple[str, Merging, dict[str, float]]]:
     """Runs the captioner part by part on the frames from [`read_file`], with [`generation_settings`].
 
@@ -114,16 +116,23 @@ def describe(
     """
     if len(prompt) > PROMPT_CHARACTERS:
         raise ValueError(f"The prompt has {len(prompt)} characters, but at most {PROMPT_CHARACTERS} are read.")
-    inputs = processor(**{modality: frames}, text=prompt).to(model.device)
+    budgets = [processor.num_image_tokens if num_image_tokens is None else num_image_tokens]
+    if not isinstance(budgets[0], int):  # through the API it may be anything that JSON holds
+        raise TypeError(f"`num_image_tokens` must be a whole number, but is {num_image_tokens!r}.")
+    read_budgets("image", budgets, 1, None, model.config)  # raises out of range
+    inputs = processor(**{modality: frames}, text=prompt, num_image_tokens=budgets[0]).to(model.device)
+    grid = inputs.pop("image_grid_thw", None)
     pixel_values = inputs.pop("pixel_values" if modality == "images" else "pixel_values_videos")
     milliseconds: dict[str, float] = {}
     with _MERGING_LOCK:
         with timed(milliseconds, "tower"):
             vision_features = model.get_vision_features(pixel_values)
         with timed(milliseconds, "connector"), recorded_merging(model) as layers:
-            soft_prompt = model.project_vision_features(vision_features)
-    layers = [torch.arange(model.config.num_vision_tokens)[None], *layers]  # (1, num_vision_tokens) each
-    merging = Merging([resize_to_side(frame) for frame in frames], patch_groups(model, layers), token_counts(layers))
+            soft_prompt = model.project_vision_features(vision_features, grid, budgets)
+    tiles = (1, 1) if grid is None else tuple(grid[0, 1:].tolist())
+    layers = [torch.arange(layers[0].shape[1])[None], *layers]  # (1, tokens of all tiles) each
+    groups = patch_groups(model, layers, tiles)
+    merging = Merging([resize_to_side(frame) for frame in frames], groups, token_counts(layers))
     yield "", merging, milliseconds
     inputs = {**inputs, "mm_encoder_outputs": {modality.removesuffix("s"): soft_prompt}}
     text = ""

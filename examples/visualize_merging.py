@@ -40,15 +40,18 @@ class Row:
 
     image: Image.Image  # SIDE x SIDE pixels
     name: str
-    groups: list[np.ndarray]  # (side, side) each, the token that each patch is part of
+    groups: list[np.ndarray]  # (rows, columns) each, the token that each patch is part of
     counts: list[int]  # tokens after the layer
 
 
 def image_row(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, source: str) -> Row:
     """Computes the row of an image. The source is a path or a URL."""
     image = load_rgb_image(source)
-    layers = merged_tokens(model, processor(images=image)["pixel_values"].to(model.device))
-    return Row(resize_to_side(image), "image", patch_groups(model, layers), token_counts(layers))
+    batch = processor(images=image).to(model.device)
+    grid = batch.get("image_grid_thw")
+    layers = merged_tokens(model, batch["pixel_values"], grid)
+    tiles = (1, 1) if grid is None else tuple(grid[0, 1:].tolist())
+    return Row(resize_to_side(image), "image", patch_groups(model, layers, tiles), token_counts(layers))
 
 
 def video_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, source: str) -> list[Row]:
@@ -71,8 +74,8 @@ def draw_merging(
     drawing = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(drawing), ImageFont.load_default(size=0.65 * TITLE)
     for number, row in enumerate(rows):
-        side = len(row.groups[0])
-        panels = [(f"{row.name}, {side} x {side} patches", row.image)]
+        patches = " x ".join(map(str, row.groups[0].shape))
+        panels = [(f"{row.name}, {patches} patches", row.image)]
         for layer, (groups, count) in enumerate(zip(row.groups, row.counts, strict=True), start=1):
             panels.append((f"layer {layer}: {count} tokens", draw_groups(row.image, groups)))
         top = number * (TITLE + SIDE + GAP)

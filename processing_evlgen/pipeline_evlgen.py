@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, Pipeline
 
+_PROCESSOR_ARGUMENTS = {"max_tiles", "num_image_tokens", "num_video_tokens", "num_frames"}
+
 
 class EVLGenImageToTextPipeline(Pipeline):
     """Captions images, or answers a prompt about them.
@@ -36,7 +38,8 @@ class EVLGenImageToTextPipeline(Pipeline):
                 A PIL image, a path, a URL or a base64 string. Or a dict with one of these under `"image"` and
                 optionally a `"prompt"`. Or a list, a generator, or a data set or column of `datasets` with these.
             kwargs:
-                `prompt` (`str`, by default empty), `batch_size`, and any argument of `generate`.
+                `prompt` (`str`, by default empty), `batch_size`, the processor's `max_tiles`, `num_image_tokens`,
+                `num_video_tokens` and `num_frames`, and any argument of `generate`.
 
         Returns:
             For one image, `[{"generated_text": str}, …]` with `num_return_sequences` entries. For a list, a list of
@@ -52,15 +55,17 @@ class EVLGenImageToTextPipeline(Pipeline):
     def _sanitize_parameters(
         self, prompt: str | None = None, generate_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess_parameters = {} if prompt is None else {"prompt": prompt}
+        preprocess_parameters = {name: kwargs.pop(name) for name in _PROCESSOR_ARGUMENTS & kwargs.keys()}
+        if prompt is not None:
+            preprocess_parameters["prompt"] = prompt
         return preprocess_parameters, {**(generate_kwargs or {}), **kwargs}, {}
 
-    def preprocess(self, inputs: Any, prompt: str = "") -> dict[str, torch.Tensor]:
+    def preprocess(self, inputs: Any, prompt: str = "", **arguments: Any) -> dict[str, torch.Tensor]:
         if isinstance(inputs, dict) and self.modality in inputs:
             inputs, prompt = inputs[self.modality], inputs.get("prompt", prompt)
         if inputs is None:  # the processor would take the prompt alone
             raise ValueError(f"`{self.modality}s` must not hold None.")
-        return dict(self.processor(**{f"{self.modality}s": inputs}, text=prompt, return_tensors="pt"))
+        return dict(self.processor(**{f"{self.modality}s": inputs}, text=prompt, return_tensors="pt", **arguments))
 
     def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
         batch, prompt_length = model_inputs["input_ids"].shape

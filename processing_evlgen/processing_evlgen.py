@@ -206,7 +206,7 @@ class EVLGenProcessor(PromptEncoder):
             - `input_ids`, `attention_mask`: int64, `(batch, sequence)`, padded on the left; on the right with
               labels.
             - `pixel_values`: float32, `(tiles, channels, height, width)`, if there are images; and `image_grid_thw`:
-              int64, `(images, 3)`, 1 and the rows and columns of tiles, if an image has several.
+              int64, `(images, 3)`, 1 and the rows and columns of tiles, if `max_tiles` is above 1.
             - `image_budgets`, `video_budgets`: int64, `(images,)` and `(videos,)`, if their numbers of tokens differ.
             - `pixel_values_videos`: float32, `(videos, frames, channels, height, width)`, if there are videos; and
               `frame_mask`: bool, `(videos, frames)`, if they differ in their number of frames.
@@ -407,7 +407,7 @@ class EVLGenProcessor(PromptEncoder):
     def _cut_images(
         self, images: list[Any], max_tiles: int | None, arguments: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
-        """Pixels of all tiles of the images, and the images' grids if one of them has several tiles."""
+        """Pixels of all tiles of the images, and the images' grids if they may have several tiles."""
         max_tiles = self.max_tiles if max_tiles is None else max_tiles
         if not isinstance(max_tiles, int) or max_tiles < 1:
             raise ValueError(f"`max_tiles` must be an integer of 1 or more, but is {max_tiles!r}.")
@@ -415,9 +415,9 @@ class EVLGenProcessor(PromptEncoder):
             return {"pixel_values": self._prepare_pixels(images, arguments)}
         size = tile_size(self.image_processor)
         cut = [cut_tiles(image, size, max_tiles) for image in images]
-        pixels = {"pixel_values": self._prepare_pixels([tile for tiles, _ in cut for tile in tiles], arguments)}
-        grids = torch.tensor([(1, *grid) for _, grid in cut])  # (images, 3)
-        return pixels if (grids == 1).all() else {**pixels, "image_grid_thw": grids}
+        pixel_values = self._prepare_pixels([tile for tiles, _ in cut for tile in tiles], arguments)
+        # Even for images of one tile: a pipeline makes batches of images that were prepared alone.
+        return {"pixel_values": pixel_values, "image_grid_thw": torch.tensor([(1, *grid) for _, grid in cut])}
 
     def _prepare_pixels(self, images: list[Any], arguments: dict[str, Any]) -> torch.Tensor:
         return self.image_processor(images, **{**arguments, "return_tensors": "pt"})["pixel_values"]

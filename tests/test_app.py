@@ -84,6 +84,33 @@ def test_the_text_and_the_merging_are_the_models(captioner, kind, num_beams):
     assert list(milliseconds) == ["tower", "connector", "language model"] and min(milliseconds.values()) > 0
 
 
+def test_tiles_and_the_number_of_tokens_change_the_merging(captioner):
+    _, processor = captioner
+    model = tiny_model()
+    model.config.image_token_range = [2, 17]
+    settings = app.generation_settings(1, 0, 1, 6)
+    large = noise_images(1, size=64)
+    processor.max_tiles = 4
+    try:
+        *_, (text, merging, _) = app.describe(model, processor, "images", large, "", settings, 6)
+        batch = processor(images=large, num_image_tokens=6)
+        assert text == generated(model, processor, batch, do_sample=False, max_new_tokens=6)
+    finally:
+        processor.max_tiles = 1
+    assert merging.groups[-1].shape == (8, 8) and merging.counts[0] == 65 and merging.counts[-1] == 6
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [(10**9, "must be from 11 to 11"), (0, "must be from 11 to 11"), (2.5, "must be a whole number, but is 2.5")],
+)
+def test_a_number_of_tokens_that_the_model_does_not_serve_is_refused(tokens, message, captioner):
+    settings = app.generation_settings(1, 0, 1, 6)
+    with pytest.raises((ValueError, TypeError), match=f"`num_image_tokens` {message}"):
+        next(app.describe(*captioner, "images", noise_images(1), "", settings, tokens))
+
+
 def last_text(model, processor, *settings):
     *_, (text, _, _) = app.describe(
         model, processor, "images", noise_images(1), "", app.generation_settings(*settings)
@@ -442,7 +469,7 @@ def test_a_client_without_the_page_gets_named_errors(server, folder, tmp_path):
         ("a" * 10_001, [1, 0, 1, 8], "The prompt has 10001 characters, but at most 10000 are read."),
         (None, [1, 0, 1, 8], "soft-prompt tokens"),
     ):
-        assert message in call(address, 2, [image, prompt, 2, *options])
+        assert message in call(address, 2, [image, prompt, 2, 11, *options])
 
 
 def test_a_request_cannot_make_the_server_fetch_or_read(server):

@@ -121,6 +121,26 @@ def test_everything_below_a_folder_is_captioned(model, tmp_path, capsys):
     assert "Left out: 1 .txt." in printed.out and printed.err.count("Left out: ") == 2
 
 
+def test_tiles_and_tokens_can_be_chosen(model, tmp_path):
+    elastic = EVLGenForConditionalGeneration.from_pretrained(model)
+    elastic.config.image_token_range = [2, 17]
+    elastic.save_pretrained(tmp_path / "model")
+    processor = EVLGenProcessor.from_pretrained(model)
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "in").mkdir()
+    images = [*noise_images(2, size=64), *noise_images(1, size=20)]
+    for index, image in enumerate(images):
+        image.save(tmp_path / "in" / f"{index}.png")
+    changes = {"max_tiles": 4, "num_image_tokens": 6}
+    caption_folder.main(options(tmp_path / "model", tmp_path / "out", tmp_path / "in", **changes))
+    for row, image in zip(read(tmp_path / "out" / "captions.jsonl"), images, strict=True):
+        assert row["text"] == caption(tmp_path / "model", images=image, **changes)
+    with pytest.raises(ValueError, match="configuration"):
+        caption_folder.main(options(tmp_path / "model", tmp_path / "out", tmp_path / "in", max_tiles=4))
+    with pytest.raises(ValueError, match="`num_image_tokens` must be from 11 to 11"):
+        caption_folder.main(options(model, tmp_path / "other", tmp_path / "in", num_image_tokens=6))
+
+
 def test_a_prompt_is_answered_with_beams_into_parquet(model, tmp_path):
     save_mixed(tmp_path / "in")
     given = options(model, tmp_path / "out", tmp_path / "in", prompt="what is it?", num_beams=2, format="parquet")

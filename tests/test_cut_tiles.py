@@ -8,6 +8,7 @@ from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.cut_tiles import choose_tile_grid, cut_tiles, tile_size
+from processing_evlgen.pipeline_evlgen import EVLGenImageToTextPipeline
 
 from .helpers import IMAGE_SIZE, noise_images, tiny_model, tiny_processor
 from .test_processing import conversation, make_processor
@@ -64,6 +65,7 @@ def test_an_image_of_one_tile_is_prepared_as_without_tiles():
     processor = make_processor()
     images = [image(20, 30), image(32, 32)]
     with_tiles, without = processor(images=images, max_tiles=4), processor(images=images)
+    assert with_tiles.pop("image_grid_thw").tolist() == [[1, 1, 1]] * 2
     assert with_tiles.keys() == without.keys()
     assert torch.equal(with_tiles["pixel_values"], without["pixel_values"])
 
@@ -190,3 +192,17 @@ def test_counts_for_vllm_follow_tiles_and_budgets():
     sizes = [(64, 64), (16, 16)]
     counts = processor._get_num_multimodal_tokens(image_sizes=sizes, max_tiles=4, num_image_tokens=5)
     assert counts["num_image_patches"] == [4, 1] and counts["num_image_tokens"] == [5, 5]
+
+
+def test_a_pipeline_makes_batches_of_images_of_any_tiles(tmp_path):
+    model = tiny_model()
+    model.config.image_token_range = [2, 17]
+    processor = tiny_processor(model)
+    captioner = EVLGenImageToTextPipeline(model=model, processor=processor)
+    images, settings = [image(64, 32), image(16, 16), image(64, 64)], {"max_new_tokens": 4, "min_new_tokens": 4}
+    tiles = {"max_tiles": 4, "num_image_tokens": 6}
+    together = captioner(images, batch_size=3, **tiles, **settings)
+    assert together == [captioner(one, **tiles, **settings) for one in images]
+    batch = processor(images=images, **tiles)
+    expected = processor.batch_decode(model.generate(**batch, **settings)[:, -4:], skip_special_tokens=True)
+    assert [texts[0]["generated_text"] for texts in together] == [text.strip() for text in expected]

@@ -34,6 +34,7 @@ from common.models import load_captioner
 from common.processes import use_all_cores
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import hash_weights
+from modeling_evlgen.tiles import read_budgets
 from processing_evlgen import EVLGenProcessor
 
 # Arguments that give the origin of the rows. Answers do not depend on the annotations.
@@ -157,12 +158,17 @@ def _identify_medium(medium: Any) -> Any:
 
 
 def load_answering_model(answer_args: AnswerArguments) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
-    """Loads a model in the precision in which it answers, and its processor."""
+    """Loads a model in the precision in which it answers, and its processor with the requested tiles and tokens."""
     if answer_args.dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {answer_args.dtype!r}.")
     load = partial(EVLGenForConditionalGeneration.from_pretrained, dtype=DTYPES[answer_args.dtype])
     model = load_captioner("model", load, answer_args.model)
-    return model, EVLGenProcessor.from_pretrained(answer_args.model)
+    processor = EVLGenProcessor.from_pretrained(answer_args.model)
+    for name in ("max_tiles", "num_image_tokens"):
+        if getattr(answer_args, name) is not None:
+            setattr(processor, name, getattr(answer_args, name))
+    read_budgets("image", [processor.num_image_tokens], 1, None, model.config)  # raises out of range
+    return model, processor
 
 
 def answering_settings(

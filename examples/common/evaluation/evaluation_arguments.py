@@ -29,8 +29,15 @@ class AnswerArguments:
     batch_size: int = HfArg(default=16, help="Rows in a batch of each process.")
     num_workers: int = HfArg(default=0, help="Processes that read images ahead.")
     dtype: str = HfArg(default="float32", help="float32; or bfloat16: faster, but answers depend on their batch.")
+    max_tiles: int | None = HfArg(default=None, help="Largest number of tiles of an image. Default: the model's.")
+    num_image_tokens: int | None = HfArg(
+        default=None, help="Tokens of each image or video, if the model was trained with several numbers."
+    )
 
     def __post_init__(self) -> None:
+        for name in ("max_tiles", "num_image_tokens"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
         check_count("batch_size", self.batch_size, 1)
         check_count("num_workers", self.num_workers, 0)
 

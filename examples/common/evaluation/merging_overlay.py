@@ -41,13 +41,15 @@ def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[tor
 
 
 @torch.no_grad()
-def merged_tokens(model: EVLGenForConditionalGeneration, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-    """Runs tower and connector on the processor's images or videos, and returns the list of [`recorded_merging`].
+def merged_tokens(
+    model: EVLGenForConditionalGeneration, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """Runs tower and connector on the processor's image or video, and returns the list of [`recorded_merging`].
 
     A video's frames are averaged to one set of tokens before the connector, so they share one merging.
     """
     with recorded_merging(model) as layers:
-        model.project_vision_features(model.get_vision_features(pixel_values))
+        model.project_vision_features(model.get_vision_features(pixel_values), image_grid_thw)
     return layers
 
 
@@ -65,10 +67,12 @@ def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
     return prefix, side
 
 
-def patch_groups(model: EVLGenForConditionalGeneration, layers: list[torch.Tensor]) -> list[np.ndarray]:
-    """For each layer the token that each patch of one image or video is part of: int64, `(side, side)`."""
+def patch_groups(
+    model: EVLGenForConditionalGeneration, layers: list[torch.Tensor], tiles: tuple[int, int] = (1, 1)
+) -> list[np.ndarray]:
+    """For each layer the token that each patch of one image or video is part of: int64, `(rows, columns)`."""
     prefix, side = patch_grid(model)
-    return [index[0, prefix:].reshape(side, side).cpu().numpy() for index in layers]
+    return [index[0, prefix:].reshape(tiles[0] * side, tiles[1] * side).cpu().numpy() for index in layers]
 
 
 def token_counts(layers: list[torch.Tensor]) -> list[int]:
@@ -87,12 +91,12 @@ def draw_groups(image: Image.Image, groups: np.ndarray) -> Image.Image:
     All patches of a token have one colour and one number, the token's position. The colour is that of the token's
     first patch, so that it stays the same from layer to layer. Images are RGB, SIDE x SIDE pixels.
     """
-    side = len(groups)
     _, first_patches, tokens = np.unique(groups, return_index=True, return_inverse=True)
-    colors = np.array([_color(patch) for patch in first_patches])[tokens.reshape(side, side)]  # (side, side, 3)
-    rows = np.arange(SIDE) * side // SIDE  # (SIDE,), the row of patches that each row of pixels lies in
-    pixels = (1 - TINT) * np.asarray(image, dtype=np.float64) + TINT * colors[rows][:, rows]
-    labels = groups[rows][:, rows]  # (SIDE, SIDE)
+    colors = np.array([_color(patch) for patch in first_patches])[tokens.reshape(groups.shape)]  # (rows, columns, 3)
+    # The row and column of patches that each row and column of pixels lies in, (SIDE,) each.
+    rows, columns = (np.arange(SIDE) * count // SIDE for count in groups.shape)
+    pixels = (1 - TINT) * np.asarray(image, dtype=np.float64) + TINT * colors[rows][:, columns]
+    labels = groups[rows][:, columns]  # (SIDE, SIDE)
     # A dark outline where two neighbouring pixels belong to different tokens.
     pixels[1:][labels[1:] != labels[:-1]] *= 0.2
     pixels[:, 1:][labels[:, 1:] != labels[:, :-1]] *= 0.2
@@ -111,12 +115,13 @@ def _color(patch: int) -> tuple[float, float, float]:
 
 def _write_numbers(drawn: Image.Image, groups: np.ndarray) -> None:
     """Writes each token's number into the upper left patch of each of its regions, as large as the patch allows."""
-    patch = SIDE / len(groups)
+    height, width = (SIDE / count for count in groups.shape)  # of a patch
+    patch = min(height, width)
     digits = len(str(groups.max()))
     font = ImageFont.load_default(size=patch * min(0.75, 1.4 / digits))
     draw = ImageDraw.Draw(drawn)
     for (row, column), token in np.ndenumerate(groups):
         if (row and groups[row - 1, column] == token) or (column and groups[row, column - 1] == token):
             continue
-        center = (patch * (column + 0.5), patch * (row + 0.5))
+        center = (width * (column + 0.5), height * (row + 0.5))
         draw.text(center, str(token), "black", font, anchor="mm", stroke_width=patch / 20, stroke_fill="white")
