@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from common.data.bad_rows import add_bad_rows, read_bad_rows
 from common.files import only_run_in
-from common.training.resume import find_problems
+from common.training.resume import find_checkpoint, find_problems
+from common.training.training_arguments import EVLGenTrainingArguments
 
 from .helpers import ROOT, save_image_folder, save_towers, tiny_model
 
@@ -202,10 +203,16 @@ def test_the_loss_scale_of_fp16_belongs_to_a_checkpoint(run):
 
 def test_a_checkpoint_whose_saving_was_killed_is_passed_over(work, run, caplog):
     remove(run / "checkpoint-4" / "trainer_state.json")
-    shutil.copytree(run / "checkpoint-4", run / "checkpoint-6-backup")
     resume(work, run)
     assert_same_weights(work / "run", run)
     assert "is not whole" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["checkpoint-6-backup", "checkpoint-6-backup2", "checkpoint-6x", "old-checkpoint-6"])
+def test_a_copy_of_a_checkpoint_is_not_the_newest_one(name, run):
+    shutil.copytree(run / "checkpoint-2", run / name)
+    training_args = EVLGenTrainingArguments(output_dir=str(run), resume_from_checkpoint="true")
+    assert find_checkpoint(training_args) == str(run / "checkpoint-4")
 
 
 def test_a_checkpoint_without_settings_is_resumed_with_a_warning(work, run, caplog):
@@ -252,7 +259,8 @@ def test_a_model_is_not_trained_or_saved_beside_an_adapter(work, tmp_path):
         tiny_model().save_pretrained(tmp_path)
 
 
-def test_an_output_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(work, tmp_path):
+@pytest.mark.parametrize("folder", ["file/run", "/proc"])  # cannot be made; is there, and nobody can write to it
+def test_an_output_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(folder, work, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"`output_dir`: .*file/run cannot be written to"):
-        pretrain.main(arguments(work, tmp_path / "file" / "run", vision_model="/nowhere"))
+    with pytest.raises(ValueError, match=rf"`output_dir`: .*{folder} cannot be written to"):
+        pretrain.main(arguments(work, tmp_path / folder, vision_model="/nowhere"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ def find_checkpoint(training_args: EVLGenTrainingArguments) -> str | None:
     if newest := requested.lower() == "true":
         # The Trainer writes its state last. A folder such as checkpoint-6-backup is not of this run.
         states = [Path(folder, TRAINER_STATE_NAME) for folder in reversed(sort_checkpoints(output_dir))]
-        folders = [str(state.parent) for state in states if state.exists() and state.parent.name[-1].isdigit()]
+        folders = [str(s.parent) for s in states if s.exists() and re.fullmatch(r"checkpoint-\d+", s.parent.name)]
     damaged = []
     for folder in folders:
         problems = list(find_problems(Path(folder), training_args))
