@@ -32,11 +32,15 @@ def build_model(
         connector_model=arguments.connector_model,
         connector_config=connector_fields(arguments.connector, arguments.connector_config or {}),
         image_size=image_processor.size["height"],
+        image_token_range=text_format.image_token_range,
         dtype=arguments.dtype,
         vision_revision=arguments.vision_revision,
         text_revision=arguments.text_revision,
     )
     model.config.towers = arguments.towers
+    low, high = text_format.image_token_range or (1, 0)
+    for budget in range(low, high + 1):  # training draws any of them; the configuration has tried both ends
+        model.config.connector_config.check_budget(budget, model.config.num_vision_tokens)
     tokenizer = AutoTokenizer.from_pretrained(text_model, revision=arguments.text_revision)
     # Some tokenizers allow longer texts than their language model has positions for.
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
@@ -50,6 +54,8 @@ def build_model(
         end_of_text=text_format.end_of_text,
         clean_captions=text_format.clean_captions,
         bos_label=text_format.bos_label,
+        max_tiles=text_format.max_tiles,
+        image_token_range=text_format.image_token_range,
     )
     model.generation_config.eos_token_id = processor.end_of_text_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -1,5 +1,6 @@
 """Rows of a data set as a batch of model inputs."""
 
+import math
 import random
 import zlib
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ class CaptionCollator:
     """Turns rows with an image, a video or cached vision features into a batch of model inputs.
 
     For training, images are augmented, frames are drawn from both halves of a video, and one of several captions is
-    drawn. Else images stay as they are, frames have equal distances, and the first caption counts.
+    drawn. With a `processor.image_token_range`, each batch draws its number of image tokens. Else images stay as they
+    are, frames have equal distances, the first caption counts, and images have `processor.num_image_tokens` tokens.
     """
 
     def __init__(self, processor: EVLGenProcessor, data_args: DataArguments, training: bool, seed: int = 0):
@@ -77,20 +79,24 @@ class CaptionCollator:
             except ValueError as error:
                 self._skip(row, error)
                 return None
-            # All frames of a video are augmented in one call, hence alike.
-            return media if self.augment is None else self.augment(media)
+            if self.augment is None:
+                return media
+            if isinstance(media, list) and not self.data_args.video_column:  # images of a conversation
+                return [self.augment(image) for image in media]
+            return self.augment(media)  # all frames of a video in one call, hence alike
 
     def encode_good(
         self, examples: list[tuple[dict[str, Any], Any]], with_labels: bool = True
     ) -> tuple[BatchFeature, list[tuple[dict[str, Any], Any]]]:
         """Model inputs of the examples that can be encoded, and these examples. See [`__call__`] for the errors."""
+        budget = self.draw_budget([row for row, _ in examples])  # once: it decides whether a text is too long
         try:
-            return self.encode(examples, with_labels), examples
+            return self.encode(examples, with_labels, budget), examples
         except ValueError:  # of a text that is too long, say; the message knows only its place in the batch
             good = []
             for example in examples:
                 try:
-                    self.encode([example], with_labels)
+                    self.encode([example], with_labels, budget)
                     good.append(example)
                 except ValueError as error:
                     self._skip(example[0], error)
@@ -98,12 +104,30 @@ class CaptionCollator:
                 raise
         if not good:
             raise EmptyBatchError(f"None of the {len(examples)} rows of a batch can be used.")
-        return self.encode(good, with_labels), good
+        return self.encode(good, with_labels, budget), good
 
-    def encode(self, examples: list[tuple[dict[str, Any], Any]], with_labels: bool = True) -> BatchFeature:
-        """Model inputs of what [`read_examples`] returns."""
+    def draw_budget(self, rows: list[dict[str, Any]]) -> int | None:
+        """The number of tokens of each image or video of a training batch; None for the processor's own.
+
+        It is the largest, the smallest, or one drawn log-uniformly between them, each with a chance of 1/3. A resumed
+        run draws it again, and so does one with cached features, whose rows have the same texts.
+        """
+        if not self.training or self.processor.image_token_range is None:
+            return None
+        low, high = self.processor.image_token_range
+        texts = [[row[getattr(self.data_args, name)] for name in self.data_args.used_columns[1:]] for row in rows]
+        with self.seeded(rows[0], texts):
+            between = round(low * (high / low) ** random.random())
+            return random.choice([low, between, high])
+
+    def encode(
+        self, examples: list[tuple[dict[str, Any], Any]], with_labels: bool = True, budget: int | None = None
+    ) -> BatchFeature:
+        """Model inputs of what [`read_examples`] returns; `budget` is the number of tokens of each image or video."""
         rows, media = zip(*examples, strict=True)
         inputs = self._media_inputs(list(media))
+        if budget is not None:
+            inputs["num_image_tokens"] = budget
         if not with_labels:
             return self.processor(**inputs, text=self._prompts(rows))
         if self.data_args.messages_column:
@@ -165,10 +189,41 @@ def checksum(value: Any) -> int:
     return zlib.crc32(value if isinstance(value, bytes) else repr(value).encode())
 
 
+class RandomCrop(v2.Transform):
+    """Crops a random part of an image at the image's own resolution.
+
+    Args:
+        scale (`tuple[float, float]`): The smallest and the largest share of the image's area, from 0 to 1.
+    """
+
+    def __init__(self, scale: tuple[float, float]):
+        super().__init__()
+        self.scale = scale
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
+        height, width = v2.functional.get_size(flat_inputs[0])
+        share = random.uniform(*self.scale)
+        limit = math.log(min(4 / 3, 1 / share))  # else the crop would be higher or wider than the image
+        stretch = math.exp(random.uniform(-limit, limit))
+        rows = max(1, round(height * math.sqrt(share / stretch)))
+        columns = max(1, round(width * math.sqrt(share * stretch)))
+        top, left = random.randint(0, height - rows), random.randint(0, width - columns)
+        return {"top": top, "left": left, "height": rows, "width": columns}
+
+    def transform(self, inpt: Any, params: dict[str, int]) -> Any:
+        return self._call_kernel(v2.functional.crop, inpt, **params)
+
+
 def build_augmentation(processor: EVLGenProcessor, data_args: DataArguments) -> v2.Compose | None:
-    """The paper's training transform: a random resized crop and, if requested, a flip."""
+    """The paper's training transform: a random crop, resized to the tower's input, and, if requested, a flip.
+
+    Images that may be cut into tiles are cropped at their own resolution instead. The crop has about the shape of the
+    image (its sides' ratio changes by a factor from 3/4 to 4/3), and as many tiles as a photo of its size.
+    """
     transforms = []
-    if data_args.crop_scale is not None:
+    if data_args.crop_scale is not None and processor.max_tiles > 1 and not data_args.video_column:
+        transforms.append(RandomCrop(tuple(data_args.crop_scale)))
+    elif data_args.crop_scale is not None:
         size = processor.image_processor.size
         transforms.append(
             v2.RandomResizedCrop(

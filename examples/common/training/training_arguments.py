@@ -9,6 +9,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.command_line import check_count
+from processing_evlgen.inputs import check_token_range
 
 
 @dataclass
@@ -52,6 +53,16 @@ class ProcessorArguments:
     chat_template: str | None = HfArg(
         default=None, help="Jinja chat template; empty for none. Default: the language model's."
     )
+    max_tiles: int = HfArg(default=1, help="Cut large images into up to this many tiles of the tower's input size.")
+    image_token_range: list[int] | None = HfArg(
+        default=None,
+        help="Train for any number of tokens of an image, from the first number to the second: each batch draws one. "
+        "Default: the connector's number alone.",
+    )
+
+    def __post_init__(self):
+        check_count("max_tiles", self.max_tiles, 1)
+        check_token_range(self.image_token_range)
 
 
 @dataclass

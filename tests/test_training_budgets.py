@@ -1,0 +1,227 @@
+"""Training on tiles and on a range of image tokens: what each batch draws, and how crops keep their resolution."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from common.data.bad_rows import RecordingCollator
+from common.data.collator import CaptionCollator, RandomCrop
+from common.data.data_arguments import DataArguments
+from common.data.streams import EPOCH
+from common.models import build_model
+from common.training.training_arguments import ModelArguments, ProcessorArguments
+
+from .helpers import noise_images, save_towers
+from .test_processing import make_processor
+
+LOW, HIGH = 4, 16
+
+
+def processor_of(image_token_range=(LOW, HIGH), max_tiles=1, **kwargs):
+    return make_processor(
+        num_image_tokens=image_token_range[0], image_token_range=image_token_range, max_tiles=max_tiles, **kwargs
+    )
+
+
+def rows_of(count):
+    images = noise_images(4)
+    return [{"image": images[index % 4], "caption": f"caption {index}"} for index in range(count)]
+
+
+def budgets_of(collator, rows):
+    """The number of image tokens of each row of one batch."""
+    ids = collator(rows)["input_ids"]
+    return (ids == collator.processor.image_token_id).sum(dim=1).tolist()
+
+
+@pytest.mark.parametrize("bounds", [(LOW, HIGH), (5, 5)])
+def test_a_batch_draws_the_smallest_the_largest_or_a_number_between(bounds):
+    collator = CaptionCollator(processor_of(bounds), DataArguments(), training=True)
+    drawn = [collator.draw_budget([row]) for row in rows_of(900)]
+    counts = Counter(drawn)
+    low, high = bounds
+    assert set(counts) == set(range(low, high + 1))
+    if low < high:
+        assert 250 < counts[low] < 400 and 250 < counts[high] < 400
+        assert counts[5] > 2 * counts[15]  # log-uniform: log(5.5 / 4.5) is three times log(15.5 / 14.5)
+
+
+def test_all_images_of_a_batch_have_the_number_that_was_drawn():
+    collator = CaptionCollator(processor_of(), DataArguments(), training=True)
+    seen = set()
+    rows = rows_of(60)
+    for start in range(0, 60, 3):
+        budgets = budgets_of(collator, rows[start : start + 3])
+        assert len(set(budgets)) == 1
+        seen.update(budgets)
+    assert {LOW, HIGH} <= seen
+
+
+def test_draws_depend_on_seed_epoch_and_texts_alone():
+    rows = rows_of(60)
+
+    def draw(epoch=0, seed=0, rows=rows):
+        collator = CaptionCollator(processor_of(), DataArguments(), training=True, seed=seed)
+        collator.epoch = epoch
+        return [collator.draw_budget([row]) for row in rows]
+
+    assert draw() == draw()
+    assert draw() != draw(epoch=1) and draw() != draw(seed=1)
+    assert draw() == draw(rows=[{"caption": row["caption"], "vision_features": None} for row in rows])  # of a cache
+    assert draw(epoch=1) == draw(rows=[{**row, EPOCH: 1} for row in rows])  # of a stream
+
+
+def test_workers_draw_what_the_main_process_draws():
+    collator, rows = CaptionCollator(processor_of(), DataArguments(), training=True), rows_of(6)
+    loader = DataLoader(rows, 2, collate_fn=RecordingCollator(collator, rows), num_workers=1)
+    for index, batch in enumerate(loader):
+        assert torch.equal(batch["input_ids"], collator(rows[2 * index : 2 * index + 2])["input_ids"])
+
+
+def test_held_out_batches_have_the_processors_own_number():
+    processor = processor_of()
+    collator = CaptionCollator(processor, DataArguments(), training=False)
+    assert budgets_of(collator, rows_of(3)) == [processor.num_image_tokens] * 3
+    ids = collator.prompts(rows_of(3))["input_ids"]
+    assert (ids == processor.image_token_id).sum() == 3 * processor.num_image_tokens
+
+
+def test_a_text_that_is_too_long_is_skipped_whatever_the_batch_draws():
+    """The rows of a batch are tried one by one with the number that the batch drew."""
+    processor = processor_of()
+    data_args = DataArguments(skip_bad_rows=True)
+    rows = [{**row, "caption": "x" * 128} if index % 2 else row for index, row in enumerate(rows_of(40))]
+    for start in range(0, 40, 2):
+        collator = CaptionCollator(processor, data_args, training=True)
+        assert len(budgets_of(collator, rows[start : start + 2])) == 1 and len(collator.bad_rows) == 1
+
+
+def test_conversations_draw_too():
+    data_args = DataArguments(messages_column="messages")
+    collator = CaptionCollator(processor_of(chat=True), data_args, training=True)
+    collator.processor.end_of_text = "<|im_end|>"
+    seen = set()
+    for index in range(12):
+        question = [{"type": "image"}, {"type": "text", "text": f"question {index}"}]
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "answer"}]
+        seen.update(budgets_of(collator, [{"image": noise_images(1), "messages": turns}]))
+    assert {LOW, HIGH} <= seen
+
+
+def large_rows(height=64, width=96, count=4):
+    pixels = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return [{"image": Image.fromarray(image), "caption": f"caption {i}"} for i, image in enumerate(pixels)]
+
+
+def test_crops_of_large_images_keep_their_resolution_and_their_tiles():
+    data_args = DataArguments(crop_scale=[0.5, 1.0], horizontal_flip=True)
+    collator = CaptionCollator(processor_of(max_tiles=6), data_args, training=True)
+    batch = collator(large_rows())
+    assert (batch["image_grid_thw"].prod(dim=1) > 1).all()
+    crops = [collator.read(row) for row in large_rows()]
+    assert len({crop.size for crop in crops}) > 1
+    for crop, row in zip(crops, large_rows(), strict=True):
+        share = crop.width * crop.height / (96 * 64)
+        assert 0.45 < share < 1.02 and crop.width <= 96 and crop.height <= 64
+        whole = {tuple(pixel) for line in np.asarray(row["image"]) for pixel in line}
+        assert {tuple(pixel) for line in np.asarray(crop) for pixel in line} <= whole  # nothing was resized
+
+
+@pytest.mark.parametrize("size", [(10, 400), (400, 10), (1, 1), (3, 50)])
+def test_crops_fit_images_of_any_shape(size):
+    crop = pickle.loads(pickle.dumps(RandomCrop((0.05, 1.0))))  # as a worker gets it
+    image = Image.new("RGB", size)
+    for _ in range(50):
+        cropped = crop(image)
+        assert 1 <= cropped.width <= size[0] and 1 <= cropped.height <= size[1]
+    assert RandomCrop((1.0, 1.0))(image).size == size
+
+
+def test_crops_for_one_tile_are_the_papers():
+    collator = CaptionCollator(processor_of(max_tiles=1), DataArguments(crop_scale=[0.5, 1.0]), training=True)
+    assert collator.read(large_rows()[0]).size == (32, 32)
+
+
+def test_images_of_a_conversation_may_differ_in_size():
+    collator = CaptionCollator(
+        processor_of(chat=True), DataArguments(messages_column="messages", crop_scale=[0.5, 1.0]), training=True
+    )
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "image"}]},
+        {"role": "assistant", "content": "answer"},
+    ]
+    row = {"image": [noise_images(1, 40)[0], noise_images(1, 60)[0]], "messages": turns}
+    assert [image.size for image in collator.read(row)] == [(32, 32)] * 2
+
+
+CONNECTOR = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "merge_r": 3,
+}
+
+
+def build(tmp_path, connector="tomeformer", fields=CONNECTOR, vision="clip", **arguments):
+    towers = save_towers(tmp_path, vision)
+    model_args = ModelArguments(**towers, connector=connector, connector_config=fields)
+    return build_model(model_args, ProcessorArguments(**arguments))
+
+
+def test_a_new_model_and_its_processor_have_the_tiles_and_the_range(tmp_path):
+    model, processor = build(tmp_path, max_tiles=4, image_token_range=[4, 17])
+    assert model.config.image_token_range == processor.image_token_range == [4, 17]
+    assert processor.max_tiles == 4
+    model, processor = build(tmp_path)
+    assert model.config.image_token_range is processor.image_token_range is None and processor.max_tiles == 1
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([4, 18], r"`image_token_range` is \[4, 18\]: `num_output_tokens` must be from 2 to 17"),
+        ([1, 17], r"`image_token_range` is \[1, 17\]: `num_output_tokens` must be from 2 to 17"),
+        ([2, 5], "`num_image_tokens` must be from 2 to 5, the `image_token_range`, but is 11"),
+    ],
+)
+def test_a_range_that_the_connector_cannot_make_is_refused(given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, image_token_range=given)
+
+
+@pytest.mark.attack
+def test_means_of_a_grid_refuse_a_range_with_numbers_that_are_no_squares(tmp_path):
+    fields = {"hidden_size": 32, "intermediate_size": 64, "pool_size": 3}
+    with pytest.raises(ValueError, match="must be a square, but is 5"):
+        build(tmp_path, "mlp", fields, vision="siglip", image_token_range=[4, 9])
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_tiles": 0}, "`max_tiles` must be an integer of 1 or more, but is 0"),
+        ({"image_token_range": [4]}, r"`image_token_range` must hold the smallest .* but is \[4\]"),
+        ({"image_token_range": [9, 4]}, r"`image_token_range` must hold the smallest .* but is \[9, 4\]"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_before_anything_is_loaded(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ProcessorArguments(**arguments)
+
+
+def test_a_batch_of_bad_rows_alone_is_replaced_by_one_that_draws_the_same_again():
+    rows = [{**row, "caption": ""} if index == 3 else row for index, row in enumerate(rows_of(4))]
+    dataset = Dataset.from_list([{**row, "image": {"bytes": None, "path": None}} for row in rows])
+    dataset = [{**row, "image": image} for row, image in zip(dataset, noise_images(4), strict=True)]
+    collator = CaptionCollator(processor_of(), DataArguments(skip_bad_rows=True), training=True)
+    one, other = (RecordingCollator(collator, dataset)([dataset[3]]) for _ in range(2))
+    assert torch.equal(one["input_ids"], other["input_ids"]) and len(one["input_ids"]) == 1
