@@ -13,6 +13,9 @@
 over 2 GB lie in a second file. In the language model's input a soft prompt replaces the embeddings of placeholders.
 EVLGen's `generate` takes it as `mm_encoder_outputs={"image": EVLGenImageOutput(pooler_output=soft_prompt)}`.
 
+A graph takes whole images, each as one tile, and makes one number of tokens of them, by default the checkpoint's.
+`--num_image_tokens 16` exports another number, for a checkpoint with an `image_token_range`.
+
 `--check true` compares both files with the model on 8 images, in batches of 1, 3 and 4. Differences are relative to
 the soft prompt's largest value. For torch.export they must be at most 1e-5, and for onnxruntime at most 1e-3. One
 image may exceed onnxruntime's limit: it sums in another order, and so may merge another of two equally similar pairs.
@@ -31,6 +34,7 @@ from common.command_line import parse_arguments
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.temporal import encode_images
+from modeling_evlgen.tiles import read_budgets
 from processing_evlgen import EVLGenProcessor
 
 PIXELS, SOFT_PROMPT = "pixel_values", "soft_prompt"  # the ONNX graph's input and output
@@ -46,6 +50,9 @@ class ExportArguments:
     output_dir: str = HfArg(default="outputs/export", help="Folder for the exported files.")
     formats: list[str] = HfArg(default_factory=lambda: ["pt2"], help="pt2, onnx or both.")
     dtype: str = HfArg(default="float32", help="dtype of the vision tower: float32, or bfloat16 for pt2.")
+    num_image_tokens: int | None = HfArg(
+        default=None, help="Tokens of a soft prompt. By default the checkpoint's number."
+    )
     check: bool = HfArg(default=False, help="Compare the exported files with the model.")
 
 
@@ -54,12 +61,15 @@ def main(argv: list[str] | None = None) -> None:
     check_arguments(arguments)
     load = EVLGenForConditionalGeneration.from_pretrained
     model = load_captioner("model", load, arguments.model, dtype=getattr(torch, arguments.dtype))
-    image_processor = EVLGenProcessor.from_pretrained(arguments.model).image_processor
-    prompt = SoftPrompt(model)
+    processor = EVLGenProcessor.from_pretrained(arguments.model)
+    image_processor = processor.image_processor
+    prompt = SoftPrompt(model, arguments.num_image_tokens)
     image_size = image_processor.size["height"], image_processor.size["width"]
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
+    if processor.max_tiles > 1:
+        print(f"The processor cuts images into up to {processor.max_tiles} tiles. The graph takes each image as one.")
     program = export_graph(prompt, image_size)
     files = {name: folder / f"soft_prompt.{name}" for name in arguments.formats}
     if "pt2" in files:
@@ -86,19 +96,27 @@ def check_arguments(arguments: ExportArguments) -> None:
 
 
 class SoftPrompt(nn.Module):
-    """Computes soft prompts from pixels with all parts of a model but its language model, which is removed from it."""
+    """Computes soft prompts from pixels with all parts of a model but its language model, which is removed from it.
 
-    def __init__(self, model: EVLGenForConditionalGeneration):
+    Each has `num_image_tokens` tokens, by default `config.num_image_tokens`. A number that the model was not trained
+    for raises a ValueError.
+    """
+
+    def __init__(self, model: EVLGenForConditionalGeneration, num_image_tokens: int | None = None):
         super().__init__()
+        given = None if num_image_tokens is None else [num_image_tokens]
+        (self.num_image_tokens,) = read_budgets("image", given, 1, None, model.config)
         model.language_model = nn.Identity()
         self.model = model.eval().requires_grad_(False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Returns the `pooler_output` of [`get_image_features`], `(images, num_image_tokens, text_hidden_size)`."""
-        tower = self.model.vision_tower
+        model, tower = self.model, self.model.vision_tower
         # (images, num_vision_tokens, vision_hidden_size)
-        tokens = encode_images(tower, self.model.temporal, pixel_values.to(tower.dtype))
-        return self.model.project_vision_features(tokens).pooler_output
+        tokens = encode_images(tower, model.temporal, pixel_values.to(tower.dtype))
+        # Not `project_vision_features`: it has lists of the images' grids, which would fix the number of images.
+        tokens = model.vision_projection(model._normalize(tokens))  # (images, num_vision_tokens, connector_dim)
+        return model._connect(tokens, (1, 1), self.num_image_tokens)[0]
 
 
 def example_pixels(prompt: SoftPrompt, image_size: tuple[int, int], images: int, seed: int = 0) -> torch.Tensor:
@@ -117,10 +135,18 @@ def export_graph(prompt: SoftPrompt, image_size: tuple[int, int]) -> torch.expor
 
 def convert_to_onnx(program: torch.export.ExportedProgram) -> Any:
     """Converts the graph to a `torch.onnx.ONNXProgram`."""
+    program = program.run_decompositions({torch.ops.aten.median.dim: sorted_median})
     try:
         return torch.onnx.export(program, input_names=[PIXELS], output_names=[SOFT_PROMPT], verbose=False)
     except ImportError as error:
         raise ImportError('ONNX needs further packages. Install them with: pip install -e ".[export]"') from error
+
+
+def sorted_median(x: torch.Tensor, dim: int, keepdim: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes `x.median(dim, keepdim)` by sorting, since ONNX has no median."""
+    middle = (x.shape[dim] - 1) // 2
+    median, index = (part.narrow(dim, middle, 1) for part in x.sort(dim))
+    return (median, index) if keepdim else (median.squeeze(dim), index.squeeze(dim))
 
 
 @torch.no_grad()

@@ -48,6 +48,10 @@ class ServeArguments:
     prompts: list[str] = HfArg(default_factory=lambda: [""], help="One prompt for all images or videos, or one each.")
     max_new_tokens: int = HfArg(default=30, help="Largest length of a caption in tokens.")
     batch_size: int = HfArg(default=16, help="Images or videos in one request.")
+    max_tiles: int | None = HfArg(default=None, help="Largest number of tiles of an image. Default: the model's.")
+    num_image_tokens: int | None = HfArg(
+        default=None, help="Tokens of each image or video, if the model was trained with several numbers."
+    )
     timeout: float = HfArg(default=120.0, help="Seconds to wait for a reply of the server.")
 
 
@@ -74,8 +78,8 @@ class PromptEmbedder(EVLGenForConditionalGeneration):
     ) -> list[torch.Tensor]:
         """Embeds prompts with their images or videos, as the complete model does before its language model.
 
-        All inputs are the processor's; `vision` are pixels and the mask of frames. Returns a tensor of shape
-        `(tokens, hidden)` for each prompt, without padding.
+        All inputs are the processor's; `vision` are pixels, the grids of tiles and the mask of frames. Returns a
+        tensor of shape `(tokens, hidden)` for each prompt, without padding.
         """
         encoded = self._encode(input_ids, **vision)
         embeds = embed_ids(self.get_input_embeddings(), input_ids, encoded, self.config)  # (batch, sequence, hidden)
@@ -106,11 +110,13 @@ def caption(
     modality: str = "images",
     max_new_tokens: int = 30,
     batch_size: int = 16,
+    **layout: int | None,
 ) -> Iterator[list[str]]:
     """Captions images or videos, or answers prompts about them, and yields the texts of each batch.
 
-    There is one prompt for all `sources` or one for each. `modality` is `"images"` or `"videos"`. A ValueError names a
-    source that cannot be read, or a prompt that does not fit the server. Other errors are those of [`complete`].
+    There is one prompt for all `sources` or one for each. `modality` is `"images"` or `"videos"`. `layout` are the
+    processor's `max_tiles` and `num_image_tokens`. A ValueError names a source that cannot be read, or a prompt that
+    does not fit the server. Other errors are those of [`complete`].
     """
     if len(prompts) not in (1, len(sources)):
         counts = f"{len(prompts)} prompts for {len(sources)} {modality}"
@@ -123,7 +129,7 @@ def caption(
     banned = tuple(token_id for token_id in placeholders if token_id < text_config.vocab_size)
     for start in range(0, len(sources), batch_size):
         batch = slice(start, start + batch_size)
-        inputs = processor(**{modality: sources[batch]}, text=prompts[batch]).to(model.device)
+        inputs = processor(**{modality: sources[batch]}, text=prompts[batch], **layout).to(model.device)
         embeds = model.embed_prompts(**inputs)
         check_prompts(embeds, text_config.hidden_size, max_new_tokens, server.max_model_len)
         token_ids = complete(server, embeds, max_new_tokens, text_config.vocab_size, ends, banned)
@@ -149,8 +155,9 @@ def main(argv: list[str] | None = None) -> list[str]:
     print(f"Vision tower, connector and input embeddings take {megabytes:.0f} MB here.", file=sys.stderr)
     texts: list[str] = []
     settings = (arguments.prompts, modality, arguments.max_new_tokens, arguments.batch_size)
+    layout = {"max_tiles": arguments.max_tiles, "num_image_tokens": arguments.num_image_tokens}
     with tqdm(total=len(sources), desc="Captions", unit=modality.removesuffix("s")) as bar:
-        for batch in caption(model, processor, server, sources, *settings):
+        for batch in caption(model, processor, server, sources, *settings, **layout):
             for text in batch:
                 bar.write(f"{sources[len(texts)]}\t{' '.join(text.split())}")  # always one line
                 texts.append(text)

@@ -15,8 +15,8 @@ from .helpers import IMAGE_SIZE, noise_images, run_clean, tiny_model, tiny_proce
 TOWERS = ["clip", "eva", "siglip", "dinov2", "timm_cnn"]
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
 CONNECTORS = {
-    "tomeformer": {**LAYERS, "merge_r": 3, "size_weighting": True},
-    "tomeformer in order": {**LAYERS, "merge_r": 3, "keep_order": True},
+    "tomeformer": {**LAYERS, "merge_r": 3},
+    "tomeformer that chooses": {**LAYERS, "num_merged_tokens": 6, "distinctive_factor": 2},
     "qformer": {**LAYERS, "model_type": "evlgen_qformer", "num_query_tokens": 5},
     "mlp": {"model_type": "evlgen_mlp", "pool_size": 2},
 }
@@ -50,7 +50,7 @@ def assert_same(prompt, run, **tolerance):
     ("vision", "connector"),
     [
         *((vision, "tomeformer") for vision in TOWERS),
-        ("clip", "tomeformer in order"),
+        ("clip", "tomeformer that chooses"),
         ("eva", "qformer"),
         ("timm_cnn", "mlp"),
     ],
@@ -82,7 +82,7 @@ def test_a_video_models_graph_takes_an_image_for_a_video_of_one_frame(tmp_path):
 
 @pytest.mark.parametrize(
     ("vision", "connector"),
-    [("eva", "tomeformer"), ("siglip", "tomeformer in order"), ("timm_cnn", "qformer"), ("siglip", "mlp")],
+    [("eva", "tomeformer"), ("siglip", "tomeformer that chooses"), ("timm_cnn", "qformer"), ("siglip", "mlp")],
 )
 def test_onnxruntime_equals_the_model(vision, connector, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the export extra")
@@ -129,6 +129,40 @@ def test_generate_takes_an_exported_soft_prompt(tmp_path):
     soft_prompt = EVLGenImageOutput(pooler_output=run(inputs.pop("pixel_values")))
     words = model.generate(**inputs, mm_encoder_outputs={"image": soft_prompt}, max_new_tokens=5, do_sample=False)
     assert torch.equal(words, expected)
+
+
+@pytest.mark.parametrize("connector", ["tomeformer", "tomeformer that chooses", "qformer"])
+def test_a_graph_has_the_requested_number_of_tokens(connector):
+    model = build("siglip", connector)
+    model.config.image_token_range = [1, 9] if connector != "qformer" else [1, 5]
+    pixels = torch.randn(3, 3, *SIZE)
+    with torch.no_grad():
+        expected = model.get_image_features(pixels, image_budgets=[4, 4, 4]).pooler_output
+    run = export_graph(SoftPrompt(model, 4), SIZE).module()
+    assert expected.shape[1] == 4 and torch.equal(run(pixels), expected)
+
+
+def test_a_checkpoint_with_tiles_exports_one_tile_and_states_it(tmp_path, capsys):
+    model, processor = save(tmp_path / "model")
+    processor.max_tiles, model.config.image_token_range = 4, [2, 17]
+    processor.save_pretrained(tmp_path / "model")
+    model.config.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    given = ["--model", str(tmp_path / "model"), "--output_dir", str(out), "--num_image_tokens", "5"]
+    export.main([*given, "--check", "true"])
+    printed = capsys.readouterr().out
+    assert "cuts images into up to 4 tiles. The graph takes each image as one." in printed and "checked" in printed
+    assert torch.export.load(out / "soft_prompt.pt2").module()(torch.randn(2, 3, *SIZE)).shape[:2] == (2, 5)
+
+
+@pytest.mark.parametrize("num_image_tokens", [0, 12])
+def test_a_number_of_tokens_that_a_model_does_not_make_is_refused(num_image_tokens, tmp_path):
+    model, _ = save(tmp_path / "model")
+    given = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    trained = model.config.num_image_tokens
+    with pytest.raises(ValueError, match=rf"`num_image_tokens` must be from {trained} to {trained}, .* but is \["):
+        export.main([*given, "--num_image_tokens", str(num_image_tokens)])
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_check_notices_another_result(tmp_path):

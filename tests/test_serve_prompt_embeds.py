@@ -103,6 +103,24 @@ def test_videos_are_captioned(tmp_path):
         assert run(tmp_path, server, "--videos", *videos) == expected and len(set(expected)) == 2
 
 
+def test_tiles_and_a_number_of_tokens_go_through(tmp_path):
+    model = tiny_model()
+    model.config.image_token_range = [2, 17]
+    _, processor, paths = save(tmp_path, model)
+    processor.max_tiles = 4
+    processor.save_pretrained(tmp_path / "model")
+    noise_images(1, 64)[0].save(paths[1])
+    expected = generate(model, processor, images=paths)
+    processor.max_tiles, processor.num_image_tokens = 2, 5
+    other = generate(model, processor, images=paths)
+    with VLLMServer(model.language_model, processor.tokenizer) as server:
+        assert run(tmp_path, server, "--images", *paths) == expected != other
+        assert run(tmp_path, server, "--images", *paths, "--max_tiles", "2", "--num_image_tokens", "5") == other
+        with pytest.raises(ValueError, match="`num_image_tokens` must be from 2 to 17"):
+            run(tmp_path, server, "--images", *paths, "--num_image_tokens", "18")
+    assert {len(prompt) for request in server.requests[1:] for prompt in request["prompt_embeds"]} == {5}
+
+
 def test_prompts_are_sent_as_vllm_documents_them(captioner, tmp_path):
     """Each as a tensor (tokens, hidden) of its own, without the padding or the other rows of its batch."""
     model, processor, paths = captioner
