@@ -62,8 +62,11 @@ class CaptionCollator:
         return self.encode(self.read_examples(rows), with_labels=False)
 
     def read_examples(self, rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Any]]:
-        """The good rows, each with its media: image(s), frames, or cached features `(tokens, dim)`."""
-        if "vision_features" in rows[0]:  # (views, tokens, dim), on disk
+        """The good rows, each with its media: image(s), frames, or cached features.
+
+        Features have shape `(tokens, dim)`, or `(rows of tiles, columns of tiles, tokens, dim)`.
+        """
+        if "vision_features" in rows[0]:  # of all views, on disk
             return [(row, row["vision_features"][self.epoch % len(row["vision_features"])]) for row in rows]
         examples = [(row, self.read(row)) for row in rows]
         examples = [(row, media) for row, media in examples if media is not None]
@@ -135,8 +138,12 @@ class CaptionCollator:
         return self.processor(**inputs, text=self._prompts(rows), suffix=[self._caption(row) for row in rows])
 
     def _media_inputs(self, media: list[Any]) -> dict[str, Any]:
-        if isinstance(media[0], np.ndarray) and media[0].ndim == 2:
-            return {"vision_features": torch.from_numpy(np.stack(media)).float()}  # (batch, tokens, dim)
+        if isinstance(media[0], np.ndarray):  # cached features
+            tiles = [features.reshape(-1, *features.shape[-2:]) for features in media]  # (tiles, tokens, dim) each
+            inputs = {"vision_features": torch.from_numpy(np.concatenate(tiles)).float()}
+            if media[0].ndim == 4:
+                inputs["image_grid_thw"] = torch.tensor([(1, *features.shape[:2]) for features in media])
+            return inputs
         if self.data_args.video_column:
             return {"videos": media, "num_frames": self.data_args.num_frames}
         if self.data_args.messages_column:  # a list of images for each conversation

@@ -1,7 +1,9 @@
 """Features of a frozen vision tower, computed once and read from disk in every epoch.
 
 `Dataset.map` would start again at the first row after a kill, and would write float16 arrays as lists of Arrow, which
-are slow to read. So the features of all rows lie in one NumPy file, with the number of finished rows beside it.
+are slow to read. So the features of all rows lie in one NumPy file, with the number of finished rows beside it. With a
+`processor.max_tiles` above 1, images differ in their number of tiles. Then the grids of all images are measured first,
+into a small NumPy file, and the features of all tiles follow each other.
 """
 
 import hashlib
@@ -26,25 +28,43 @@ from common.files import write_whole
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
+from processing_evlgen.cut_tiles import cut_tiles, tile_size
+from processing_evlgen.inputs import flatten_images
 
 logger = logging.get_logger(__name__)
 
 
 class FeatureDataset(torch.utils.data.Dataset):
-    """Good rows of a data set, with `vision_features` (views, tokens, dim) from a file in place of the image."""
+    """Good rows of a data set, with `vision_features` from a file in place of the image.
 
-    def __init__(self, images: Dataset, path: Path, rows: list[int], image_column: str):
+    They have shape (views, tokens, dim). With `grids`, they are a list with an entry for each view, of shape
+    (rows of tiles, columns of tiles, tokens, dim).
+    """
+
+    def __init__(
+        self, images: Dataset, path: Path, rows: list[int], image_column: str, grids: np.ndarray | None = None
+    ):
         self.images = images if len(rows) == len(images) else images.select(rows)
         self.texts = self.images.remove_columns(image_column)
         self.path = path
         self.features = _open(path)
         self.rows = rows
+        self.grids = grids  # (rows, views, 2)
+        self.starts = None if grids is None else _first_tiles(grids)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.texts[index], "vision_features": self.features[self.rows[index]]}  # not read from disk yet
+        row = self.rows[index]
+        features = self.features  # not read from disk yet
+        if self.grids is None:
+            return {**self.texts[index], "vision_features": features[row]}
+        views = [
+            features[start : start + grid.prod()].reshape(*grid, *features.shape[1:])
+            for start, grid in zip(self.starts[row], self.grids[row], strict=True)
+        ]
+        return {**self.texts[index], "vision_features": views}
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker gets a pickled copy. It opens the file itself, and needs no images.
@@ -85,9 +105,9 @@ def cache_split(
 ) -> FeatureDataset:
     """Runs the vision tower over a split, or finds its features on disk.
 
-    The features lie in `$HF_HOME/evlgen_features`. Each tower (weights included), image processor, augmentation and
-    data set has a file of its own. A run that was killed goes on where it stopped. A damaged file is computed again.
-    `views` opens an image, and gives another view of it in each `epoch`.
+    The features lie in `$HF_HOME/evlgen_features`. Each tower (weights included), image processor, augmentation, data
+    set and `max_tiles` has a file of its own. A run that was killed goes on where it stopped. A damaged file is
+    computed again. `views` opens an image, and gives another view of it in each `epoch`.
 
     Raises:
         ValueError: If a row is bad and not to be skipped, or a feature does not fit float16.
@@ -96,13 +116,18 @@ def cache_split(
     folder = Path(constants.HF_HOME) / "evlgen_features"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_key(model, dataset, views, num_views)}.npy"
-    shape = (len(dataset), num_views, model.config.num_vision_tokens, model.config.vision_hidden_size)
+    sizes = (model.config.num_vision_tokens, model.config.vision_hidden_size)
     with FileLock(path.with_suffix(".lock")):  # another run may compute the same features
-        state = _read_state(path, shape)
+        grids, shape = None, (len(dataset), num_views, *sizes)
+        if views.processor.max_tiles > 1:
+            grids = _measure_grids(path.with_suffix(".grids.npy"), dataset, views, num_views)
+            shape = (int(grids.prod(axis=2).sum()), *sizes)
+        state = _read_state(path, shape, len(dataset))
         if state is None or state["done"] < len(dataset):
-            state = _compute(path, shape, model, dataset, views, batch_size)
+            all_grids = np.ones((len(dataset), num_views, 2), np.int64) if grids is None else grids
+            state = _compute(path, shape, all_grids, model, dataset, views, batch_size)
         good = [row for row in range(len(dataset)) if str(row) not in state["bad_rows"]]
-        features = FeatureDataset(dataset, path, good, views.data_args.image_column)
+        features = FeatureDataset(dataset, path, good, views.data_args.image_column, grids)
     if bad_rows := state["bad_rows"]:
         message = f"{len(bad_rows)} of {len(dataset)} rows are bad, by number and caption: {bad_rows}"
         if not views.data_args.skip_bad_rows:
@@ -112,11 +137,68 @@ def cache_split(
 
 
 def _open(path: Path, mode: str = "r", shape: tuple[int, ...] | None = None) -> np.memmap:
-    """The features in a file, float16, `(rows, views, tokens, dim)`. A pickle or an archive is refused."""
+    """The features in a file, float16, `(rows, views, tokens, dim)` or `(tiles, tokens, dim)`.
+
+    A pickle or an archive is refused.
+    """
     return np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
 
 
-def _read_state(path: Path, shape: tuple[int, ...]) -> dict[str, Any] | None:
+def _first_tiles(grids: np.ndarray) -> np.ndarray:
+    """The position of the first tile of each view among all tiles, `(rows, views)`."""
+    counts = grids.prod(axis=2)
+    return counts.cumsum().reshape(counts.shape) - counts
+
+
+def _measure_grids(path: Path, dataset: Dataset, views: CaptionCollator, num_views: int) -> np.ndarray:
+    """Rows and columns of tiles of each view, int64, `(rows, views, 2)`. A bad row has 0 rows and 1 column.
+
+    They are kept in a file, whose missing or damaged parts are measured again. So the file of the features has its
+    final size from the start, and a full disk is an error before the tower runs.
+
+    Raises:
+        ValueError: If a row is bad and not to be skipped, or does not hold one image.
+        OSError: If the disk has no room for the grids.
+    """
+    shape = (len(dataset), num_views, 2)
+    try:
+        grids = np.lib.format.open_memmap(path, mode="r+")
+        if (grids.dtype, grids.shape) != (np.int64, shape):
+            raise ValueError(f"it holds {grids.dtype} {grids.shape}, not int64 {shape}")
+        if grids.min() < 0 or grids.prod(axis=2).max() > views.processor.max_tiles:
+            raise ValueError(f"it holds grids of more than {views.processor.max_tiles} tiles, or negative ones")
+    except (OSError, ValueError) as error:
+        if path.exists():
+            logger.warning(f"The grids of tiles in {path} are damaged and measured again: {error}")
+        grids = np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=shape)  # zeros
+        _reserve_disk_space(path, grids)
+    unmeasured = np.flatnonzero(grids[:, -1, 1] == 0)  # a measured row has columns, even a bad one
+    for row in tqdm(unmeasured, desc="Tiles", unit="image", disable=not len(unmeasured)):
+        images = [_read_view(dataset[row], views, view) for view in range(num_views)]
+        is_bad = any(image is None for image in images)
+        grids[row] = (0, 1) if is_bad else [_cut(image, views.processor)[1] for image in images]
+    grids.flush()
+    return np.array(grids)
+
+
+def _read_view(row: dict[str, Any], views: CaptionCollator, view: int) -> Image.Image | None:
+    """One view of a row's image; None if the row is bad."""
+    views.epoch = view
+    media = views.read(row)
+    images = [] if media is None else flatten_images(media)  # of a conversation, a list
+    if len(images) > 1:
+        raise ValueError(f"`cache_features` keeps one image of a row, but a row holds {len(images)}.")
+    return images[0] if images else None
+
+
+def _cut(image: Image.Image, processor: EVLGenProcessor) -> tuple[list[Image.Image], tuple[int, int]]:
+    """The tiles of an image and their grid."""
+    if processor.max_tiles == 1:
+        return [image], (1, 1)
+    return cut_tiles(image, tile_size(processor.image_processor), processor.max_tiles)
+
+
+def _read_state(path: Path, shape: tuple[int, ...], num_rows: int) -> dict[str, Any] | None:
     """The number of finished rows and the captions of bad rows; None if the file is missing, or damaged (logged).
 
     The shape is checked, since a file that is too short would be filled with zeros when it is opened for writing.
@@ -128,7 +210,7 @@ def _read_state(path: Path, shape: tuple[int, ...]) -> dict[str, Any] | None:
         features = _open(path)
         if (features.dtype, features.shape) != (np.float16, shape):
             raise ValueError(f"it holds {features.dtype} {features.shape}, not float16 {shape}")
-        if 0 <= state["done"] <= shape[0] and isinstance(state["bad_rows"], dict):
+        if 0 <= state["done"] <= num_rows and isinstance(state["bad_rows"], dict):
             return state
         raise ValueError(f"its state is {state}")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -143,31 +225,41 @@ def _state_path(path: Path) -> Path:
 def _compute(
     path: Path,
     shape: tuple[int, ...],
+    grids: np.ndarray,
     model: EVLGenForConditionalGeneration,
     dataset: Dataset,
     views: CaptionCollator,
     batch_size: int,
 ) -> dict[str, Any]:
     """Fills `path`, from the row on at which a killed run stopped; returns the state."""
-    partial_path, num_views = path.with_suffix(".partial.npy"), shape[1]
-    state = _read_state(partial_path, shape)
+    partial_path = path.with_suffix(".partial.npy")
+    state = _read_state(partial_path, shape, len(dataset))
     if state is None:
         state = {"done": 0, "bad_rows": {}}  # the captions of bad rows by row number
         write_whole(_state_path(path), json.dumps(state))
     features = _open(partial_path, "r+" if state["done"] else "w+", shape)
     _reserve_disk_space(partial_path, features)
+    tokens = features.reshape(grids.prod(axis=2).sum(), *shape[-2:])  # (tiles, tokens, dim)
+    starts = _first_tiles(grids)
 
     progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="image")
     while state["done"] < len(dataset):
         rows = range(state["done"], min(state["done"] + batch_size, len(dataset)))
-        for view in range(num_views):
-            views.epoch = view
-            images = {row: views.read(dataset[row]) for row in rows}
-            for row in [row for row, image in images.items() if image is None]:
-                state["bad_rows"][str(row)] = start_of_text(dataset[row], views.data_args)
-            images = {row: image for row, image in images.items() if image is not None}
-            if images:
-                features[list(images), view] = _run_tower(model, views.processor, list(images.values()))
+        for view in range(grids.shape[1]):
+            tiles = {}  # by position in the file
+            for row in rows:
+                image = _read_view(dataset[row], views, view) if grids[row, view].all() else None
+                if image is None:
+                    state["bad_rows"][str(row)] = start_of_text(dataset[row], views.data_args)
+                    continue
+                cut, grid = _cut(image, views.processor)
+                if grid != tuple(grids[row, view]):
+                    raise ValueError(f"The image of row {row} was replaced while its features were computed.")
+                tiles |= dict(enumerate(cut, starts[row, view]))
+            positions = list(tiles)
+            for first in range(0, len(tiles), batch_size):
+                chosen = positions[first : first + batch_size]
+                tokens[chosen] = _run_tower(model, views.processor, [tiles[position] for position in chosen])
         state["done"] = rows.stop
         features.flush()
         write_whole(_state_path(path), json.dumps(state))
@@ -216,6 +308,8 @@ def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: Caption
     digest.update(model.config.vision_config.to_json_string().encode())
     digest.update(hash_weights(model.vision_tower.state_dict()).encode())
     digest.update(dataset._fingerprint.encode())
+    if views.processor.max_tiles > 1:
+        digest.update(f"max_tiles {views.processor.max_tiles}".encode())
     column = data_args.image_column
     if dataset.features[column] == Value("string"):  # paths: the fingerprint does not cover the files behind them
         for file in filter(os.path.isfile, dataset[column]):

@@ -43,7 +43,8 @@ def _features(
     num_frames = collator.data_args.num_frames
     for row in rows:
         if "vision_features" in row:
-            yield torch.tensor(row["vision_features"][:1])  # of several views the first
+            features = torch.tensor(row["vision_features"][0])  # of several views the first
+            yield features.reshape(-1, *features.shape[-2:])  # (tiles, tokens, dim)
             continue
         media = collator.read(row)
         if media is None:
