@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +14,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
+
+from processing_evlgen import EVLGenProcessor
 
 from .evaluation import read_json, value
 from .helpers import COLORS, ROOT, tiny_model, tiny_processor
@@ -70,6 +73,24 @@ def work(tmp_path_factory):
     return folder
 
 
+def cut_into_tiles(work):
+    """A copy of the folder whose processor cuts its images, of four colors each, into four tiles."""
+    folder = work / "tiles"
+    for name in ("model", *FOLDERS.values()):
+        shutil.copytree(work / name, folder / name)
+    processor = EVLGenProcessor.from_pretrained(folder / "model")
+    processor.max_tiles = 4
+    processor.save_pretrained(folder / "model")
+    for name in FOLDERS.values():
+        for index in range(len(COLORS)):
+            image = Image.new("RGB", (64, 64))
+            for quarter, corner in enumerate([(0, 0), (32, 0), (0, 32), (32, 32)]):
+                color = COLORS[(index + quarter * index) % len(COLORS)]
+                image.paste(Image.new("RGB", (32, 32), color), corner)
+            image.save(folder / name / "test" / f"{index}.png")
+    return folder
+
+
 def learn(model, processor, images):
     """Trains all weights until the model is sure, so that rounding to bfloat16 changes no answer."""
     model.requires_grad_(True).train()
@@ -87,12 +108,12 @@ def learn(model, processor, images):
     model.eval()
 
 
-def own_run(work, task, harness):
+def own_run(work, task, harness, *more):
     """Our script's figure and texts, with the harness's decoding."""
-    output = work / f"own_{harness}_{task}"
+    output = work / "_".join(["own", harness, task, *more])
     arguments = {"model": work / "model", "dataset": work / FOLDERS[task], "output_dir": output, "batch_size": 1}
     options = [str(text) for key, argument in arguments.items() for text in (f"--{key}", argument)]
-    results = SCRIPTS[task].main([*options, *OWN_OPTIONS[harness].split()])
+    results = SCRIPTS[task].main([*options, *OWN_OPTIONS[harness].split(), *more])
     texts = [row["answer" if task == "vqa" else "caption"] for row in read_json(output / "predictions.json")]
     return value(results, METRICS[task][1]), texts
 
@@ -126,3 +147,13 @@ def test_a_harness_gives_our_scripts_texts_and_figures(harness, harness_python, 
         assert texts[task] == own_texts == [color if task == "vqa" else f"a {color} image" for color in COLORS]
         assert figures[task] == pytest.approx(figure, abs=1e-9)
         assert figure == 75 if task == "vqa" else figure > 0
+
+
+def test_lm_eval_gives_our_scripts_texts_and_figures_for_images_of_several_tiles(harness_python, work):
+    folder = cut_into_tiles(work)
+    figures, texts = harness_run(harness_python, folder, "lm_eval")
+    for task in FOLDERS:
+        figure, own_texts = own_run(folder, task, "lm_eval")
+        assert texts[task] == own_texts and figures[task] == pytest.approx(figure, abs=1e-9)
+        _, of_one_tile = own_run(folder, task, "lm_eval", "--max_tiles", "1")
+        assert of_one_tile != own_texts

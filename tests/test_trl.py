@@ -28,11 +28,11 @@ TRAINING_TEMPLATE = (
 )
 
 
-def checkpoint(folder, text="llama"):
+def checkpoint(folder, text="llama", max_tiles=1):
     model = tiny_model(text=text, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     processor = tiny_processor(model, chat=True)
     processor.chat_template = processor.chat_template.replace(processor.tokenizer.chat_template, TRAINING_TEMPLATE)
-    processor.end_of_text = "<|im_end|>"
+    processor.end_of_text, processor.max_tiles = "<|im_end|>", max_tiles
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return (
@@ -46,9 +46,9 @@ def conversation(answer):
     return [question, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
 
 
-def rows(kind):
+def rows(kind, images=None):
     messages = [conversation(answer) for answer in ANSWERS]
-    images = [[image] for image in noise_images(2)]
+    images = [[image] for image in images or noise_images(2)]
     if kind == "messages":
         return Dataset.from_dict({"messages": messages, "images": images})
     prompts, completions = zip(*((turns[:1], turns[1:]) for turns in messages), strict=True)
@@ -61,8 +61,8 @@ def sft_trainer(model, processor, dataset, folder, peft_config=None, **settings)
     return trl.SFTTrainer(model, args, train_dataset=dataset, processing_class=processor, peft_config=peft_config)
 
 
-def our_loss(model, processor):
-    batch = processor(images=noise_images(2), messages=[conversation(answer) for answer in ANSWERS])
+def our_loss(model, processor, images=None):
+    batch = processor(images=images or noise_images(2), messages=[conversation(answer) for answer in ANSWERS])
     return model(**batch).loss.item()
 
 
@@ -93,6 +93,20 @@ def test_the_loss_of_sft_is_that_of_our_collator(text, kind, tmp_path):
     trainer.train()
     (loss,) = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     assert loss == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["messages", "prompts"])
+def test_the_loss_of_sft_is_that_of_our_collator_for_images_of_several_tiles(kind, tmp_path):
+    model, processor = checkpoint(tmp_path / "model", max_tiles=4)
+    images = [*noise_images(1, 64), *noise_images(1, 20)]  # four tiles and one
+    settings = {"bf16": False, "assistant_only_loss": kind == "messages"}
+    trainer = sft_trainer(model, processor, rows(kind, images), tmp_path / "out", max_steps=1, **settings)
+    expected = our_loss(model, processor, images)
+    trainer.train()
+    (loss,) = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert loss == pytest.approx(expected, abs=1e-3)
+    processor.max_tiles = 1
+    assert abs(our_loss(model, processor, images) - expected) > 1e-2
 
 
 @pytest.mark.parametrize("text", SCALED_LOGITS)
