@@ -8,6 +8,7 @@ import pytest
 import torch
 import train_scst
 
+from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import ROOT, tiny_model, tiny_processor
@@ -111,3 +112,22 @@ def test_the_papers_video_recipes_run(work, tmp_path):
 def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):
     with pytest.raises(ValueError, match=message):
         finetune_video.main(arguments(work, tmp_path, **changes))
+
+
+def test_videos_draw_their_number_of_tokens_from_the_range_of_the_model(work, tmp_path, monkeypatch):
+    model = EVLGenForConditionalGeneration.from_pretrained(work / "image")
+    model.config.image_token_range = [4, 16]
+    model.save_pretrained(tmp_path / "image")
+    processor = tiny_processor(model)
+    processor.image_token_range, processor.max_tiles = [4, 16], 4
+    processor.save_pretrained(tmp_path / "image")
+    seen, training_step = [], EVLGenTrainer.training_step
+
+    def watched(trainer, model, inputs, *args, **kwargs):
+        seen.append((inputs["input_ids"] == model.config.video_token_id).sum(dim=1).tolist())
+        return training_step(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(EVLGenTrainer, "training_step", watched)
+    changes = {"image_model": tmp_path / "image", "max_steps": 5}
+    finetune_video.main([*arguments(work, tmp_path / "out", **changes), "--crop_scale", "0.5", "1.0"])
+    assert all(len(set(counts)) == 1 for counts in seen) and len({counts[0] for counts in seen}) > 1
