@@ -6,6 +6,7 @@ in its errors.
 
 import base64
 import os
+import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub.utils import httpx
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+MAX_BYTES = 512 * 2**20  # of a file from a server
 MAX_PIXELS = 64_000_000  # in RGB 256 MB; a PNG of 20 KB can hold more pixels than memory does
 
 
@@ -27,7 +29,7 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
         source (`PIL.Image.Image`, `str`, `pathlib.Path`, `dict` or array):
             An image, a path, a URL, a base64 string (`data:image/...`) or a row of a `datasets` image column
             (`{"bytes": ..., "path": ...}`). Arrays and tensors are checked and returned unchanged: they have no mode.
-        timeout (`float`, *optional*, defaults to 30.0): Seconds to wait for a URL.
+        timeout (`float`, *optional*, defaults to 30.0): Seconds for a URL, until its last byte.
         max_pixels (`int`, *optional*, defaults to 64,000,000):
             Largest width times height that is decoded. The size is read from the header, before any pixel. PIL has a
             limit of its own, 179 million pixels. `PIL.Image.MAX_IMAGE_PIXELS` sets it for the whole process.
@@ -99,8 +101,21 @@ def is_url(source: str | Path) -> bool:
 
 
 def download(url: str, timeout: float = 30.0) -> BytesIO:
-    """Reads a URL. huggingface_hub brings httpx, so the code of a checkpoint needs no further package."""
-    return BytesIO(httpx.get(url, timeout=timeout, follow_redirects=True).raise_for_status().content)
+    """Reads a URL. huggingface_hub brings httpx, so the code of a checkpoint needs no further package.
+
+    Raises:
+        ValueError: If the reply is not complete after `timeout` seconds, or has more than `MAX_BYTES`.
+    """
+    end, content = time.monotonic() + timeout, BytesIO()
+    with httpx.stream("GET", url, timeout=timeout, follow_redirects=True) as reply:
+        for piece in reply.raise_for_status().iter_bytes():
+            content.write(piece)
+            if content.tell() > MAX_BYTES:
+                raise ValueError(f"the server sends more than {MAX_BYTES / 1e6:g} MB")
+            if time.monotonic() > end:  # httpx's own limit holds for each piece
+                raise ValueError(f"the server has not sent the whole file in {timeout:g} seconds")
+    content.seek(0)
+    return content
 
 
 def check_regular_file(path: str | Path) -> None:

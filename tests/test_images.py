@@ -1,8 +1,12 @@
 """Images of every source and mode are read as upright RGB; what cannot be read is named."""
 
 import base64
+import contextlib
+import http.server
 import io
 import os
+import threading
+import time
 
 import datasets
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from processing_evlgen import images as image_files
 from processing_evlgen.images import load_rgb_image
 
 from .helpers import noise_images
@@ -123,3 +128,36 @@ def test_unreadable_images_are_named(tmp_path):
     for name in ("broken.png", "cut.png", "missing.png", "bomb.png"):
         with pytest.raises(ValueError, match=f"`images`: .*{name}.* cannot be read"):
             make_processor()(images=str(tmp_path / name))
+
+
+class Drip(http.server.BaseHTTPRequestHandler):
+    """Sends a byte every 0.1 seconds for ever, or as many as it can."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the client has gone
+            while True:
+                self.wfile.write(b"x" if "slow" in self.path else b"x" * 2**16)
+                time.sleep(0.1 if "slow" in self.path else 0)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("slow.png", "has not sent the whole file in 0.5 seconds"), ("large.png", "sends more than 1 MB")],
+)
+def test_a_server_that_never_ends_is_left(path, message, monkeypatch):
+    monkeypatch.setattr(image_files, "MAX_BYTES", 10**6)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Drip) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        start = time.monotonic()
+        try:
+            with pytest.raises(ValueError, match=message):
+                load_rgb_image(f"http://127.0.0.1:{server.server_port}/{path}", timeout=0.5)
+        finally:
+            server.shutdown()
+        assert time.monotonic() - start < 5
