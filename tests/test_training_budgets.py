@@ -63,6 +63,14 @@ def test_all_images_of_a_batch_have_the_number_that_was_drawn():
     assert {LOW, HIGH} <= seen
 
 
+def test_the_number_of_each_image_is_in_the_batch_for_compiled_models():
+    collator = CaptionCollator(processor_of(), DataArguments(), training=True)
+    batch = collator(rows_of(3))
+    (budget,) = set((batch["input_ids"] == collator.processor.image_token_id).sum(dim=1).tolist())
+    assert batch["image_budgets"] == [budget] * 3
+    assert "image_budgets" not in CaptionCollator(processor_of(), DataArguments(), training=False)(rows_of(3))
+
+
 def test_draws_depend_on_seed_epoch_and_texts_alone():
     rows = rows_of(60)
 

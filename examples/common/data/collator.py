@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 from transformers import BatchFeature
 
 from common.data.data_arguments import DataArguments
-from common.data.rows import Media, read_row, skip_or_raise, true_captions
+from common.data.rows import Media, count_images, read_row, skip_or_raise, true_captions
 from common.data.streams import EPOCH
 from processing_evlgen import EVLGenProcessor
 
@@ -132,10 +132,16 @@ class CaptionCollator:
         if budget is not None:
             inputs["num_image_tokens"] = budget
         if not with_labels:
-            return self.processor(**inputs, text=self._prompts(rows))
-        if self.data_args.messages_column:
-            return self.processor(**inputs, messages=[row[self.data_args.messages_column] for row in rows])
-        return self.processor(**inputs, text=self._prompts(rows), suffix=[self._caption(row) for row in rows])
+            inputs["text"] = self._prompts(rows)
+        elif self.data_args.messages_column:
+            inputs["messages"] = [row[self.data_args.messages_column] for row in rows]
+        else:
+            inputs |= {"text": self._prompts(rows), "suffix": [self._caption(row) for row in rows]}
+        batch = self.processor(**inputs)
+        if budget is not None:  # a compiled model does not count placeholders
+            kind = "video" if self.data_args.video_column else "image"
+            batch[f"{kind}_budgets"] = [budget] * (len(media) if kind == "video" else sum(map(count_images, media)))
+        return batch
 
     def _media_inputs(self, media: list[Any]) -> dict[str, Any]:
         if isinstance(media[0], np.ndarray):  # cached features
