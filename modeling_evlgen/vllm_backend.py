@@ -5,6 +5,8 @@ state, and gets soft prompts as `inputs_embeds`.
 """
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from configuration_evlgen import EVLGenConfig
+
+from .model_outputs import EVLGenImageOutput
 
 
 def is_built_by_vllm(config: EVLGenConfig) -> bool:
@@ -51,7 +55,20 @@ def adapt_to_vllm(model: PreTrainedModel) -> None:
     embeddings = model.get_input_embeddings()
     if type(embeddings) is nn.Embedding:
         embeddings.__class__ = _PlaceholderEmbedding
+    model.get_image_features = _list_soft_prompts(model.get_image_features)
     _count_only_words()
+
+
+def _list_soft_prompts(encode: Callable[..., EVLGenImageOutput]) -> Callable[..., EVLGenImageOutput]:
+    """Makes a tuple of the images' soft prompts. vLLM would split one tensor in proportion to the images' tiles."""
+
+    @wraps(encode)
+    def encode_images(*args: Any, **kwargs: Any) -> EVLGenImageOutput:
+        output = encode(*args, **kwargs)
+        output.pooler_output = tuple(output.pooler_output)
+        return output
+
+    return encode_images
 
 
 class _PlaceholderEmbedding(nn.Embedding):

@@ -8,6 +8,8 @@ from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import get_image_size
 
+MAX_TILES = 100  # of one image; a request to a server may choose the number
+
 
 def tile_size(image_processor: Any) -> tuple[int, int]:
     """Height and width in pixels of the images that an image processor returns.

@@ -16,7 +16,7 @@ from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
 
 from .batch import EVLGenBatch
 from .conversations import encode_conversation, join_parts
-from .cut_tiles import choose_tile_grid, cut_tiles, tile_size
+from .cut_tiles import MAX_TILES, choose_tile_grid, cut_tiles, tile_size
 from .images import MAX_PIXELS, load_rgb_image
 from .inputs import (
     check_grids,
@@ -81,7 +81,7 @@ class EVLGenProcessor(PromptEncoder):
         bos_label (`bool`, *optional*, defaults to `False`):
             Whether the BOS token after the images of an empty prompt is a label, as in the paper's OPT recipe.
         max_tiles (`int`, *optional*, defaults to 1):
-            Largest number of tiles that a large image is cut into. See [`cut_tiles`].
+            Largest number of tiles that a large image is cut into, at most 100. See [`cut_tiles`].
         image_token_range (`list[int]`, *optional*):
             The smallest and the largest number of tokens of an image or video, if the model was trained with several:
             its `config.image_token_range`. Calls that request a number outside of it are refused.
@@ -264,9 +264,26 @@ class EVLGenProcessor(PromptEncoder):
             skip_tensor_conversion=self.skip_tensor_conversion,
         )
         if text_arguments.get("return_text_replacement_offsets"):
-            # vLLM, which encodes images without their placeholders. A list has an entry for each image there.
-            batch.update({name: list(map(torch.tensor, row)) for name, row in counts.items() if row})
+            self._add_layout_for_vllm(batch, counts)
         return batch
+
+    def _add_layout_for_vllm(self, batch: BatchFeature, counts: dict[str, list[int]]) -> None:
+        """Adds the number of tokens of each image and video, and the grids of images of one tile.
+
+        vLLM encodes images and videos without their placeholders.
+        """
+        numbers = {number for row in counts.values() for number in row}
+        if self.image_token_range is None and numbers - {self.num_image_tokens}:  # an error later ends the engine
+            raise ValueError(
+                f"`num_image_tokens` must be {self.num_image_tokens} for a processor without an `image_token_range`, "
+                f"but is {sorted(numbers)}."
+            )
+        # vLLM sorts the fields of requests with images and videos by these names.
+        self.image_processor.model_input_names = ["pixel_values", "image_budgets"]
+        # A list has an entry for each image there.
+        batch.update({name: list(map(torch.tensor, row)) for name, row in counts.items() if row})
+        if "pixel_values" in batch:  # without grids, vLLM counts the tiles that the server's own arguments give
+            batch.setdefault("image_grid_thw", torch.ones(len(batch["pixel_values"]), 3, dtype=torch.long))
 
     def _merge_arguments(self, given: dict[str, Any], has_labels: bool) -> dict[str, dict[str, Any]]:
         """The call's arguments and the tokenizer's defaults, sorted by modality."""
@@ -409,8 +426,8 @@ class EVLGenProcessor(PromptEncoder):
     ) -> dict[str, torch.Tensor]:
         """Pixels of all tiles of the images, and the images' grids if they may have several tiles."""
         max_tiles = self.max_tiles if max_tiles is None else max_tiles
-        if not isinstance(max_tiles, int) or max_tiles < 1:
-            raise ValueError(f"`max_tiles` must be an integer of 1 or more, but is {max_tiles!r}.")
+        if not isinstance(max_tiles, int) or not 1 <= max_tiles <= MAX_TILES:
+            raise ValueError(f"`max_tiles` must be an integer from 1 to {MAX_TILES}, but is {max_tiles!r}.")
         if max_tiles == 1:
             return {"pixel_values": self._prepare_pixels(images, arguments)}
         size = tile_size(self.image_processor)
@@ -440,7 +457,7 @@ class EVLGenProcessor(PromptEncoder):
     def video_processor(self) -> SimpleNamespace:
         """Describes videos to vLLM. Their frames are prepared by the image processor, so nothing is saved."""
         return SimpleNamespace(
-            model_input_names=["pixel_values_videos", "frame_mask"],
+            model_input_names=["pixel_values_videos", "frame_mask", "video_budgets"],
             size=getattr(self.image_processor, "size", None),
             do_sample_frames=False,  # needs no metadata of the video
             temporal_patch_size=1,

@@ -137,7 +137,7 @@ def test_conversations_take_budgets():
 
 
 def test_offsets_and_replacements_follow_the_budgets():
-    processor = make_processor()
+    processor = make_processor(image_token_range=[1, 9])
     text = "a <image>b<image> blue"
     inputs = {"images": noise_images(2), "text": text, "num_image_tokens": [2, 3], "return_offsets_mapping": True}
     batch = processor(**inputs)
@@ -152,6 +152,17 @@ def test_offsets_and_replacements_follow_the_budgets():
     replacements = with_replacements["text_replacement_offsets"][0]
     assert [row["replacement"] for row in replacements] == ["<image>" * 2, "<image>" * 3]
     assert [int(budget) for budget in with_replacements["image_budgets"]] == [2, 3]
+
+
+@pytest.mark.attack
+def test_vllm_is_refused_numbers_of_tokens_that_the_model_does_not_make():
+    """An error in the model would end vLLM's engine."""
+    processor = make_processor()
+    vllm = {"images": noise_images(1), "text": "<image>", "return_text_replacement_offsets": True}
+    assert [int(number) for number in processor(**vllm)["image_budgets"]] == [processor.num_image_tokens]
+    message = "`num_image_tokens` must be 3 for a processor without an `image_token_range`, but is"
+    with pytest.raises(ValueError, match=message):
+        processor(**vllm, num_image_tokens=4)
 
 
 def test_videos_take_budgets():
@@ -171,8 +182,9 @@ def test_videos_take_budgets():
         ({"num_image_tokens": [3, -1]}, r"`num_image_tokens` must hold integers of 1 or more, but is \[3, -1\]"),
         ({"num_image_tokens": 2.5}, "`num_image_tokens` must hold integers of 1 or more, but is 2.5"),
         ({"num_image_tokens": [3]}, "`num_image_tokens` holds 1 numbers, but there are 2"),
-        ({"max_tiles": 0}, "`max_tiles` must be an integer of 1 or more, but is 0"),
-        ({"max_tiles": "4"}, "`max_tiles` must be an integer of 1 or more, but is '4'"),
+        ({"max_tiles": 0}, "`max_tiles` must be an integer from 1 to 100, but is 0"),
+        ({"max_tiles": 101}, "`max_tiles` must be an integer from 1 to 100, but is 101"),
+        ({"max_tiles": "4"}, "`max_tiles` must be an integer from 1 to 100, but is '4'"),
     ],
 )
 def test_bad_budgets_and_tiles_are_refused(arguments, message):

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ TEXT_CONFIGS = {
 TOKENS = 8
 
 
-def save_checkpoint(folder, vision, text):
+def save_checkpoint(folder, vision, text, image_token_range=None, max_tiles=1):
     tower, _ = tiny_towers(vision)
     language_model = AutoModelForCausalLM.from_config(TEXT_CONFIGS[text]).eval()
     with torch.no_grad():
@@ -54,9 +55,12 @@ def save_checkpoint(folder, vision, text):
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
         tower, language_model, connector_config=sizes, image_size=IMAGE_SIZE, image_token_id=len(tokenizer)
     )
+    model.config.image_token_range = image_token_range
     with torch.no_grad():
         model.language_projection.weight.normal_(std=0.3)
-    processor = EVLGenProcessor(tiny_image_processor(), tokenizer, num_image_tokens=model.config.num_image_tokens)
+    num_image_tokens = model.config.num_image_tokens
+    settings = {"image_token_range": image_token_range, "max_tiles": max_tiles}
+    processor = EVLGenProcessor(tiny_image_processor(), tokenizer, num_image_tokens, **settings)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor
@@ -106,7 +110,7 @@ class Server:
             return error.code, error.read().decode()
 
     def chat(self, *turns, **settings):
-        """The token ids of the reply. Turns are lists of images and texts, of the user and the assistant in turn."""
+        """The token ids of the reply. Turns hold texts, images and paths of videos, of user and assistant in turn."""
         messages = [
             {"role": ("user", "assistant")[index % 2], "content": [content(part) for part in turn]}
             for index, turn in enumerate(turns)
@@ -115,19 +119,20 @@ class Server:
         assert status == 200, reply
         return json.loads(reply)["choices"][0]["token_ids"]
 
-    def expected(self, *turns):
-        """The token ids of `generate` for the same turns."""
-        images = [part for turn in turns for part in turn if not isinstance(part, str)]
+    def expected(self, *turns, **settings):
+        """The token ids of `generate` for the same turns. Settings are those of the processor."""
+        media = {"image": [], "video": []}
+        for part in (part for turn in turns for part in turn if not isinstance(part, str)):
+            media[kind(part)].append(part)
         messages = [
             {
                 "role": ("user", "assistant")[index % 2],
-                "content": [
-                    {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in turn
-                ],
+                "content": [{"type": kind(part)} | ({"text": part} if kind(part) == "text" else {}) for part in turn],
             }
             for index, turn in enumerate(turns)
         ]
-        return self.generate(images=images or None, text=self.prompt(messages))
+        given = {f"{name}s": [*map(as_given, parts)] for name, parts in media.items() if parts}
+        return self.generate(**given, text=self.prompt(messages), **settings)
 
     def prompt(self, messages):
         """The text of a conversation, as the server writes it."""
@@ -143,13 +148,32 @@ class Server:
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
 
+def kind(part):
+    return "text" if isinstance(part, str) else "video" if isinstance(part, Path) else "image"
+
+
+def as_given(part):
+    return str(part) if isinstance(part, Path) else part
+
+
 def content(part):
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    if isinstance(part, Path):
+        data = base64.b64encode(part.read_bytes()).decode()
+        return {"type": "video_url", "video_url": {"url": f"data:video/gif;base64,{data}"}}
     file = io.BytesIO()
     part.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+
+def save_videos(folder):
+    frames = noise_images(6)
+    dark = [frame.point(lambda value: value // 4) for frame in frames[:2]]
+    for name, shown in (("forth.gif", frames), ("back.gif", frames[::-1][:4]), ("dark.gif", dark)):
+        shown[0].save(folder / name, save_all=True, append_images=shown[1:], duration=100)
+    return [folder / name for name in ("forth.gif", "back.gif", "dark.gif")]
 
 
 needs_vllm = pytest.mark.skipif("EVLGEN_VLLM_PYTHON" not in os.environ, reason="EVLGEN_VLLM_PYTHON names no Python")
@@ -226,21 +250,63 @@ def test_no_request_ends_the_engine(server):
 
 @needs_vllm
 def test_the_reply_to_a_video_is_that_of_generate(server, tmp_path):
-    frames = noise_images(6)
-    dark = [frame.point(lambda value: value // 4) for frame in frames[:2]]
-    replies = set()
-    for name, shown in (("forth.gif", frames), ("back.gif", frames[::-1][:4]), ("dark.gif", dark)):
-        shown[0].save(tmp_path / name, save_all=True, append_images=shown[1:], duration=100)
-        data = base64.b64encode((tmp_path / name).read_bytes()).decode()
-        video = {"type": "video_url", "video_url": {"url": f"data:video/gif;base64,{data}"}}
-        messages = [{"role": "user", "content": [video, content("what is it?")]}]
-        status, reply = server.post({"messages": messages, "return_token_ids": True})
-        assert status == 200, reply
-        text = server.prompt([{"role": "user", "content": [{"type": "video"}, content("what is it?")]}])
-        expected = server.generate(videos=str(tmp_path / name), text=text)
-        assert json.loads(reply)["choices"][0]["token_ids"] == expected
-        replies.add(tuple(expected))
-    assert len(replies) > 1  # they depend on the video
+    conversations = [([video, "what is it?"],) for video in save_videos(tmp_path)]
+    replies = [server.chat(*turns) for turns in conversations]
+    assert replies == [server.expected(*turns) for turns in conversations]
+    assert len(set(map(tuple, replies))) > 1  # they depend on the video
+
+
+def serve_tiles(folder, max_tiles=1, *arguments):
+    """A server of a model for 1 to 16 tokens an image."""
+    checkpoint = save_checkpoint(folder / "model", "siglip", "llama", [1, 16], max_tiles)
+    return Server(*checkpoint, folder, *arguments)
+
+
+def conversations_of_all_sizes(folder):
+    # They fit their tiles, since releases of Pillow resize differently.
+    (small,), (square, large) = noise_images(1), noise_images(2, 64)
+    wide, tall = square.crop((0, 0, 64, 32)), large.crop((0, 0, 32, 64))
+    forth, back, _ = save_videos(folder)
+    parts = [[image] for image in (small, square, wide, tall, large)]
+    parts += [[square, small], [small, wide, large], [tall, square, small, large]]
+    parts += [[forth], [square, back], [forth, small, back]]
+    return [([*media, "what is it?"],) for media in parts]
+
+
+def assert_all_are_those_of_generate(server, conversations, **settings):
+    expected = [server.expected(*turns, **settings) for turns in conversations]
+    assert len(set(map(tuple, expected))) >= 5  # replies depend on what is shown
+    assert [server.chat(*turns, mm_processor_kwargs=settings or None) for turns in conversations] == expected
+    with ThreadPoolExecutor(len(conversations)) as pool:  # in batches
+        replies = pool.map(lambda turns: server.chat(*turns, mm_processor_kwargs=settings or None), conversations)
+        assert list(replies) == expected
+
+
+@needs_vllm
+def test_large_images_are_served_in_tiles_and_each_request_may_choose_a_budget(tmp_path):
+    conversations = conversations_of_all_sizes(tmp_path)
+    with serve_tiles(tmp_path, 4, "--trust-request-mm-kwargs") as server:
+        assert_all_are_those_of_generate(server, conversations)
+        one_tile = [server.expected(*turns, max_tiles=1) for turns in conversations]
+        assert one_tile != [server.expected(*turns) for turns in conversations]
+        assert_all_are_those_of_generate(server, conversations, num_image_tokens=3, max_tiles=1)
+        assert_all_are_those_of_generate(server, conversations, num_image_tokens=16, num_video_tokens=7, max_tiles=2)
+        messages = [{"role": "user", "content": [content(noise_images(1)[0])]}]
+        for refused in ({"num_image_tokens": 17}, {"num_image_tokens": [3, 4]}, {"max_tiles": 10**9}):
+            status, reply = server.post({"messages": messages, "mm_processor_kwargs": refused})
+            assert status == 400 and str(*refused.values()) in reply, reply
+        assert server.chat(*conversations[0]) == server.expected(*conversations[0])
+
+
+@needs_vllm
+def test_a_server_may_be_started_with_a_budget_and_a_number_of_tiles(tmp_path):
+    settings = {"num_image_tokens": 5, "max_tiles": 4}
+    conversations = conversations_of_all_sizes(tmp_path)
+    with serve_tiles(tmp_path, 1, "--mm-processor-kwargs", json.dumps(settings)) as server:
+        expected = [server.expected(*turns, **settings) for turns in conversations]
+        assert [server.chat(*turns) for turns in conversations] == expected
+        with ThreadPoolExecutor(len(conversations)) as pool:
+            assert list(pool.map(lambda turns: server.chat(*turns), conversations)) == expected
 
 
 def test_vllm_gets_a_model_without_a_head():
