@@ -120,7 +120,7 @@ def test_placeholders_are_counted_without_images_as_with_them():
 def test_the_processor_describes_its_videos():
     processor = make_processor()
     videos = processor.video_processor
-    batch = processor(videos=[noise_images(3), noise_images(2)])
+    batch = processor(videos=[noise_images(3), noise_images(2)], num_video_tokens=[2, 3])
     assert set(videos.model_input_names) == batch.keys() - {"input_ids", "attention_mask"}
     assert videos.size["height"] == batch["pixel_values_videos"].shape[-1]
     assert not videos.do_sample_frames and videos.temporal_patch_size == 1
