@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
+from .conversations import encode_conversation
 from .inputs import list_strings
 from .token_ids import check_plain_text, expand_placeholders
 
@@ -20,7 +21,93 @@ def clean_caption(caption: str, max_words: int = 50) -> str:
 
 
 class PromptEncoder(ProcessorMixin):
-    """The part of [`EVLGenProcessor`] that encodes prompts which have their placeholders."""
+    """The part of [`EVLGenProcessor`] that encodes texts with placeholders.
+
+    `budgets` are by placeholder id, images first: the number of tokens of each image and of each video.
+    """
+
+    def _encode_text(
+        self,
+        text: str | list[str] | None,
+        suffix: str | list[str] | None,
+        budgets: dict[int, list[int]],
+        images_per_text: list[int] | None,
+        arguments: dict[str, Any],
+    ) -> dict[str, list[Any]]:
+        """Ids of prompts and their suffixes, with labels or offsets."""
+        num_images, num_videos = map(len, budgets.values())
+        if text is None and not num_images and not num_videos:
+            raise ValueError("Without a `text`, at least one image or video is needed, but there is none.")
+        prompts = list_strings("text", "" if text is None else text)
+        tokens = (self.image_token, self.video_token)
+        if not any(token in prompt for prompt in prompts for token in tokens):
+            prompts = self._insert_placeholders(prompts, num_images, num_videos)
+        placeholders = [tuple(map(prompt.count, tokens)) for prompt in prompts]
+        self._check_placeholders("text", placeholders, num_images, num_videos, images_per_text)
+        if suffix is None:
+            return self._encode_prompts(prompts, budgets, arguments)
+        columns = self._encode_suffixes(prompts, suffix, arguments.get("add_special_tokens", True))
+        return expand_placeholders(columns, budgets)
+
+    def _encode_conversations(
+        self,
+        messages: list[list[dict[str, Any]]],
+        budgets: dict[int, list[int]],
+        images_per_text: list[int] | None,
+    ) -> dict[str, list[list[int]]]:
+        """Ids and labels of conversations."""
+        encoded = [encode_conversation(self, conversation) for conversation in messages]
+        placeholders = [tuple(map(ids.count, budgets)) for ids, _ in encoded]
+        self._check_placeholders("messages", placeholders, *map(len, budgets.values()), images_per_text)
+        columns = {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}
+        return expand_placeholders(columns, budgets)
+
+    def _insert_placeholders(self, prompts: list[str], num_images: int, num_videos: int) -> list[str]:
+        """Puts a placeholder before each prompt; with a chat template, both become a turn of the user."""
+        if num_images and num_videos:
+            raise ValueError("Images and videos together need a `text` whose placeholders show their order.")
+        modality, token, count = "image", self.image_token, num_images
+        if num_videos:
+            modality, token, count = "video", self.video_token, num_videos
+        if not count:
+            return prompts
+        if len(prompts) == 1:
+            prompts = prompts * count
+        if count != len(prompts):
+            raise ValueError(f"`{modality}s` holds {count} {modality}s, but `text` holds {len(prompts)} prompts.")
+        if self.chat_template is None:
+            return [token + prompt for prompt in prompts]
+        parts = [[{"type": modality}, *([{"type": "text", "text": prompt}] if prompt else [])] for prompt in prompts]
+        turns = [[{"role": "user", "content": content}] for content in parts]
+        return [self.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+
+    def _check_placeholders(
+        self,
+        argument: str,
+        placeholders: list[tuple[int, ...]],
+        num_images: int,
+        num_videos: int,
+        images_per_text: list[int] | None,
+    ) -> None:
+        """Checks that there is a placeholder for each image and video; `placeholders` has both counts of each text."""
+        if images_per_text is not None and len(images_per_text) == len(placeholders):
+            for index, ((found, _), given) in enumerate(zip(placeholders, images_per_text, strict=True)):
+                if found != given:
+                    raise ValueError(
+                        f"`{argument}` entry {index} holds {found} {self.image_token} placeholders, but `images` "
+                        f"entry {index} holds {given} images."
+                    )
+        for column, name, token, given in (
+            (0, "images", self.image_token, num_images),
+            (1, "videos", self.video_token, num_videos),
+        ):
+            found = sum(row[column] for row in placeholders)
+            if found != given:
+                # Ends as transformers' own error does, which its common tests look for.
+                raise ValueError(
+                    f"`{argument}` holds {found} {token} placeholders, but `{name}` holds {given} {name}. The number "
+                    f"of {token} tokens in the prompts should be the same as the number of {name}."
+                )
 
     def tokenize_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a prompt, with one id for each placeholder.
