@@ -1,6 +1,7 @@
 """What the tests share: where the fixtures are, and tiny models, tokenizers and processors of the real classes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +39,10 @@ from processing_evlgen import EVLGenProcessor
 
 ROOT = Path(__file__).parents[1]
 # For `accelerate launch`. Without a GPU, `--multi_gpu` still means one process each; they speak to each other through
-# gloo, here on a free port, so that tests can run side by side.
+# gloo. Launchers that choose a free port at the same time may choose the same one, so each worker has a port of its own.
+PORT = str(12000 + os.getpid() % 20000)
 TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-TWO_PROCESSES += ["--mixed_precision", "no", "--main_process_port", "0"]
+TWO_PROCESSES += ["--mixed_precision", "no", "--main_process_port", PORT]
 FIXTURES = Path(__file__).parent / "fixtures"
 IMAGE_SIZE = 32
 USER_HF_HOME = constants.HF_HOME  # before a test sets another

@@ -26,6 +26,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.temporal import TemporalTower
 
 from .helpers import (
+    PORT,
     ROOT,
     VISION_CONFIGS,
     noise_images,
@@ -138,7 +139,7 @@ def launch(work, output, config, shared=True, **changes):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
     script = ([str(ROOT / "tests" / "shared_on_cpu.py")] if shared else []) + [str(ROOT / "examples" / "pretrain.py")]
     changes |= {"per_device_train_batch_size": 2, "dataloader_pin_memory": False}
-    command += ["--num_processes", "2", "--main_process_port", "0", *script, *arguments(work, output, **changes)]
+    command += ["--num_processes", "2", "--main_process_port", PORT, *script, *arguments(work, output, **changes)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
 
@@ -218,7 +219,14 @@ def test_a_batch_of_text_alone_does_not_hold_up_one_of_images(config, tmp_path):
     wrapper = [str(ROOT / "tests" / "shared_on_cpu.py")] if config == "fsdp2.yaml" else []
     given = ["model", "batches.pt", "gradients.safetensors"]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-    command += ["--num_processes", "2", "--main_process_port", "0", *wrapper, str(ROOT / "tests" / "mixed_batches.py")]
+    command += [
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        PORT,
+        *wrapper,
+        str(ROOT / "tests" / "mixed_batches.py"),
+    ]
     output = subprocess.run(
         command + given, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True
     ).stdout

@@ -81,7 +81,14 @@ FOREIGN = {
     "mkdir": "makes a Space's folder; test_app.py does it",
     "cp": "likewise",
 }
-FOREIGN_OPTIONS = {"--enable-prompt-embeds", "--trust-remote-code", "--chat-template", "--mm-processor-kwargs"}
+FOREIGN_OPTIONS = {
+    "--enable-prompt-embeds",
+    "--trust-remote-code",
+    "--chat-template",
+    "--mm-processor-kwargs",
+    "--gpu-memory-utilization",
+    "--trust-request-mm-kwargs",
+}
 FOREIGN_OPTIONS |= {"--apply_chat_template", "--device", "--model_args"}  # of the harnesses
 ONE_GPU_RECIPE = "examples/configs/one-gpu.yaml"
 PLACEHOLDER_FILES = {"my_mixture.yaml"}
