@@ -39,7 +39,7 @@ from processing_evlgen import EVLGenProcessor
 
 ROOT = Path(__file__).parents[1]
 # For `accelerate launch`. Without a GPU, `--multi_gpu` still means one process each; they speak to each other through
-# gloo. Launchers that choose a free port at the same time may choose the same one, so each worker has a port of its own.
+# gloo. Launchers that choose a free port at the same time may choose the same one, so each worker has its own.
 PORT = str(12000 + os.getpid() % 20000)
 TWO_PROCESSES = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 TWO_PROCESSES += ["--mixed_precision", "no", "--main_process_port", PORT]
