@@ -13,9 +13,13 @@ import torch
 
 torch.set_num_threads(1)  # tiny models lose more to waiting threads than they gain
 ATTACK = re.compile("kill|damag|cut_off|broken|link|foreign|thread|stale|replaced|sign_flip|time_out|two_runs")
+# Files that start processes and take longest. They come first, so that no worker is left alone with one at the end.
+SLOW_FILES = ("pretrain", "distributed", "streaming", "export", "harnesses", "checkpoints", "hub", "docs", "app")
 
 
 def pytest_collection_modifyitems(items):
+    slow = {f"test_{name}": rank for rank, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: slow.get(item.path.stem, len(slow)))  # stable
     for item in items:
         if item.path.stem == "transformers_suite":  # tests of others, some without source
             continue

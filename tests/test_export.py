@@ -82,7 +82,7 @@ def test_a_video_models_graph_takes_an_image_for_a_video_of_one_frame(tmp_path):
 
 @pytest.mark.parametrize(
     ("vision", "connector"),
-    [("eva", "tomeformer"), ("siglip", "tomeformer that chooses"), ("timm_cnn", "qformer"), ("siglip", "mlp")],
+    [("siglip", "tomeformer that chooses"), ("timm_cnn", "qformer"), ("siglip", "mlp")],
 )
 def test_onnxruntime_equals_the_model(vision, connector, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the export extra")

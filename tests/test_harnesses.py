@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,8 +13,6 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
-
-from processing_evlgen import EVLGenProcessor
 
 from .evaluation import read_json, value
 from .helpers import COLORS, ROOT, tiny_model, tiny_processor
@@ -70,24 +67,6 @@ def work(tmp_path_factory):
             columns = {"question": QUESTION, "answer": color} if task == "vqa" else {"caption": f"a {color} image"}
             rows.append(json.dumps({"file_name": f"{index}.png", **columns}))
         (folder / FOLDERS[task] / "test" / "metadata.jsonl").write_text("\n".join(rows))
-    return folder
-
-
-def cut_into_tiles(work):
-    """A copy of the folder whose processor cuts its images, of four colors each, into four tiles."""
-    folder = work / "tiles"
-    for name in ("model", *FOLDERS.values()):
-        shutil.copytree(work / name, folder / name)
-    processor = EVLGenProcessor.from_pretrained(folder / "model")
-    processor.max_tiles = 4
-    processor.save_pretrained(folder / "model")
-    for name in FOLDERS.values():
-        for index in range(len(COLORS)):
-            image = Image.new("RGB", (64, 64))
-            for quarter, corner in enumerate([(0, 0), (32, 0), (0, 32), (32, 32)]):
-                color = COLORS[(index + quarter * index) % len(COLORS)]
-                image.paste(Image.new("RGB", (32, 32), color), corner)
-            image.save(folder / name / "test" / f"{index}.png")
     return folder
 
 
@@ -147,13 +126,3 @@ def test_a_harness_gives_our_scripts_texts_and_figures(harness, harness_python, 
         assert texts[task] == own_texts == [color if task == "vqa" else f"a {color} image" for color in COLORS]
         assert figures[task] == pytest.approx(figure, abs=1e-9)
         assert figure == 75 if task == "vqa" else figure > 0
-
-
-def test_lm_eval_gives_our_scripts_texts_and_figures_for_images_of_several_tiles(harness_python, work):
-    folder = cut_into_tiles(work)
-    figures, texts = harness_run(harness_python, folder, "lm_eval")
-    for task in FOLDERS:
-        figure, own_texts = own_run(folder, task, "lm_eval")
-        assert texts[task] == own_texts and figures[task] == pytest.approx(figure, abs=1e-9)
-        _, of_one_tile = own_run(folder, task, "lm_eval", "--max_tiles", "1")
-        assert of_one_tile != own_texts

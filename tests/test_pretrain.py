@@ -477,11 +477,22 @@ def test_the_peers_are_trained_by_the_same_script_and_recipe(work, tmp_path, cap
 
 
 def test_the_main_job_runs_from_the_command_line(tmp_path):
-    """`accelerate launch examples/pretrain.py` with real weights and real images, but for two steps only."""
+    """`accelerate launch examples/pretrain.py` with real weights and real images, but few of them and two steps."""
     demo_packages_or_skip(tmp_path / "hf_home")
     little = ["--max_steps", "2", "--max_train_samples", "32", "--max_test_samples", "8"]
     fresh = {**os.environ, "HF_HOME": str(tmp_path / "hf_home")}
-    assert launch([*little, "--output_dir", str(tmp_path)], env=fresh).wait(timeout=300) == 0
+    script = tmp_path / "few_scenes.py"  # drawing all 4,200 scenes would take most of the time
+    script.write_text(
+        f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT / "examples")!r})
+from common.demo import scenes
+scenes.TRAIN_SCENES, scenes.TEST_SCENES = 64, 16
+runpy.run_path({str(ROOT / "examples" / "pretrain.py")!r}, run_name="__main__")
+"""
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(script), *little, "--output_dir", str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, env=fresh, timeout=300).returncode == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["test_loss"] < 10
     assert len(list((tmp_path / "hf_home" / "evlgen_features").glob("*.npy"))) == 2
     code = f"""
