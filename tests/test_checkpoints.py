@@ -425,6 +425,7 @@ print(used / sum(parameter.nbytes for parameter in model.parameters()))
 
 
 @pytest.mark.parametrize("towers", ["include", "reference"])
+@pytest.mark.slow
 def test_loading_takes_little_more_memory_than_the_model(towers, tmp_path):
     small = build(save_towers(tmp_path / "base"))
     small.save_pretrained(tmp_path / "small", towers=towers)

@@ -113,6 +113,7 @@ def test_scores_are_cocoevalcaps(metric):
     assert results == {name: recorded(name) for name in results}
 
 
+@pytest.mark.slow
 def test_meteor_is_cocoevalcaps_without_java_on_the_path(metric, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     results = metric.compute(**{key: COCO[key] for key in ("predictions", "references")}, metrics=["meteor"])

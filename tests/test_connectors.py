@@ -55,6 +55,7 @@ def test_a_peer_is_trained_in_place_of_the_tomeformer(peer):
     assert any(name.startswith("connector.") for name in trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer", PEERS)
 def test_a_checkpoint_of_a_peer_loads_in_a_clean_process(peer, tmp_path):
     model = peer_model(peer)

@@ -250,7 +250,7 @@ def test_a_checkpoint_of_what_was_trained_takes_the_towers_from_the_base_models(
     assert all(torch.equal(tensor, model.vision_tower.state_dict()[key]) for key, tensor in tower.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["image_opt", "image_llama"])
+@pytest.mark.parametrize("name", ["image_opt", pytest.param("image_llama", marks=pytest.mark.slow)])
 def test_the_folder_captions_in_a_clean_process(name, tmp_path):
     meta, state, _, _ = read(name)
     convert(meta, state, tmp_path)

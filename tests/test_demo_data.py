@@ -270,6 +270,7 @@ def test_weights_that_do_not_fit_are_refused():
         map_in_order({"c.weight": given["c.weight"]}, wanted)
 
 
+@pytest.mark.slow
 def test_language_model_kept_its_tokens_and_its_senses(cache):
     folder = prepare_language_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -189,6 +189,7 @@ def test_fsdp_trains_as_one_process_and_goes_on(work, tmp_path):
     assert_same_model(tmp_path / "two", tmp_path / "resumed", atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_fsdp_saves_whole_models_and_trains_in_float32_under_bf16(work, tmp_path):
     changes = {"towers": "include", "bf16": True, "max_steps": 1, "save_steps": 1}
     pretrain.main(arguments(work, tmp_path / "one", per_device_train_batch_size=4, **changes))

@@ -173,6 +173,7 @@ def test_a_finished_run_is_scored_again_without_the_model(work, tmp_path, monkey
     assert evaluate_vqa.main(options(work, tmp_path, **vqav2(work))) == first
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one(work, tmp_path):
     """Seven rows in batches of 2: one process has a batch more, and the last batch is not full."""
     changes = {"dataset": "easy-vqa", "max_samples": 7, "batch_size": 2, "num_beams": 2}

@@ -74,7 +74,9 @@ def last_line(output):
     return json.loads(output.strip().splitlines()[-1])
 
 
-@pytest.mark.parametrize("vision", ["clip", "eva", "timm_cnn"])
+@pytest.mark.parametrize(
+    "vision", [pytest.param("clip", marks=pytest.mark.slow), pytest.param("eva", marks=pytest.mark.slow), "timm_cnn"]
+)
 def test_a_folder_works_without_this_repository(vision, tmp_path):
     *_, answer = checkpoint(tmp_path / "model", vision=vision)
     code = USE_CHECKPOINT.format(name="model", image=save_image(tmp_path), again="again")

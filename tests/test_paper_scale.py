@@ -95,6 +95,7 @@ def test_weights_are_counted_once(model):
     assert (whole + trained) / 8 < weights < (whole + trained) / 4 and rest == [trained / 8, trained / 4]
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_batch_and_shrink_when_computed_again(model):
     small, large, largest = (paper_scale.peak_activations(model, 8, size) for size in (4, 8, 12))
     assert largest - large == pytest.approx(large - small, rel=0.02)  # beside weights that autocast has cast

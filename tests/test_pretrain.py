@@ -161,6 +161,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(work, tmp_path):
     assert_same_weights(tmp_path / "unbroken", tmp_path / "broken", atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(work, tmp_path):
     pretrain.main(arguments(work, tmp_path / "one", eval_strategy="steps", eval_steps=2))
     two = arguments(work, tmp_path / "two", per_device_train_batch_size=2, eval_strategy="steps", eval_steps=2)
@@ -171,6 +172,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(work, tmp_path):
     assert one["test_loss"] == pytest.approx(two["test_loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_stream(work, tmp_path):
     """Their batches are padded to different lengths."""
     changes = {"streaming": True, "test_split": "", "max_steps": 2, "clean_captions": True, "shuffle_buffer": 1}

@@ -112,7 +112,7 @@ class WantsOneWord(CiderDReward):
         return [caption.count("r") / max(len(caption), 1) for caption in captions]
 
 
-@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("greedy", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_training_raises_the_reward(greedy, tmp_path, monkeypatch):
     model = tiny_model()
     processor = tiny_processor(model)

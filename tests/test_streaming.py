@@ -255,6 +255,7 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_two_processes_with_two_workers_see_every_row_once_also_after_a_kill(towers, tmp_path):
     broken = (7, 30)
     tars = write_tars(tmp_path / "tars", [6] * 8, broken=broken)
