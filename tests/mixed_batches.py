@@ -32,6 +32,9 @@ def main(model_folder: str, batches: str, gradients: str) -> None:
             found[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).contiguous()
     if accelerator.is_main_process:
         save_file(found, gradients)
+    # DDP must not outlive the process group: torch would free the group under Python's lock, and might hang.
+    del parameter
+    (model,) = accelerator.free_memory(model)
     accelerator.end_training()
 
 

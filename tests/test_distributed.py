@@ -207,8 +207,7 @@ def test_fsdp_saves_whole_models_and_trains_in_float32_under_bf16(work, tmp_path
     assert {state["exp_avg"].dtype for state in optimizer["state"].values()} == {torch.float32}
 
 
-# The first has hung beside other tests, never alone.
-@pytest.mark.parametrize("config", [pytest.param("multi_gpu.yaml", marks=pytest.mark.slow), "fsdp2.yaml"])
+@pytest.mark.parametrize("config", ["multi_gpu.yaml", "fsdp2.yaml"])
 def test_a_batch_of_text_alone_does_not_hold_up_one_of_images(config, tmp_path):
     """Processes wait for each other. In two steps their mean gradients are those of one process with both batches."""
     model = tiny_model(**NO_DROPOUT).train()
