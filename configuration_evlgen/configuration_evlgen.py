@@ -1,6 +1,7 @@
 """EVLGen configuration: a vision tower, a connector and a language model."""
 
 import copy
+import math
 import os
 from typing import Any
 
@@ -55,6 +56,10 @@ class EVLGenConfig(CheckedConfig):
         temporal_hidden_size (`int`, *optional*, defaults to 256): Width of the temporal queries and keys.
         temporal_num_attention_heads (`int`, *optional*, defaults to 8):
             Heads of the temporal attention. Must divide `temporal_hidden_size` and `vision_hidden_size`.
+        video_mode (`str`, *optional*, defaults to `"mean"`):
+            How the frames of a video become the tokens of one image. `"mean"` averages them, as in the paper.
+            `"merge"` merges similar tokens, within frames and then over time, and embeds their times. It needs a
+            square grid of patches and takes no temporal contextualizer.
         num_vision_tokens (`int`, *optional*):
             Number of tokens N of the vision tower for one image. Needed for towers with feature maps and for timm,
             whose `vision_config` does not determine it.
@@ -92,6 +97,7 @@ class EVLGenConfig(CheckedConfig):
     temporal_contextualizer: bool = False
     temporal_hidden_size: int = 256
     temporal_num_attention_heads: int = 8
+    video_mode: str = "mean"
     num_vision_tokens: int | None = None
     vision_hidden_size: int | None = None
     image_token_range: list[int] | None = None
@@ -111,7 +117,7 @@ class EVLGenConfig(CheckedConfig):
             self.connector_config = connector_config_class(connector or {})(**(connector or {}))
         self._build_tower_configs()
         super().__post_init__(**kwargs)
-        self.custom_pipelines = Pipelines("video-to-text" if self.temporal_contextualizer else "image-to-text")
+        self.custom_pipelines = Pipelines("video-to-text" if self.is_for_videos else "image-to-text")
         connector_config_class({"model_type": self.connector_config.model_type})  # raises where it is no connector
 
         for name in ("num_vision_tokens", "vision_hidden_size"):
@@ -123,6 +129,7 @@ class EVLGenConfig(CheckedConfig):
         self._fit_connector(class_token_is_given)
         self._check_placeholders()
         self._check_image_token_range()
+        self._check_video_mode()
         if self.towers not in (None, "include", "reference"):
             raise ValueError(f'`towers` must be "include" or "reference", but is {self.towers!r}.')
         unknown = set(self.adapted_towers or ()) - {"vision_model", "text_model"}
@@ -200,6 +207,27 @@ class EVLGenConfig(CheckedConfig):
             except ValueError as error:
                 raise ValueError(f"`image_token_range` is {self.image_token_range}: {error}") from error
 
+    def _check_video_mode(self) -> None:
+        if self.video_mode not in ("mean", "merge"):
+            raise ValueError(f'`video_mode` must be "mean" or "merge", but is {self.video_mode!r}.')
+        if self.video_mode == "mean":
+            return
+        if self.temporal_contextualizer:
+            raise ValueError(
+                '`video_mode` must be "mean" with a `temporal_contextualizer`: its frames are encoded together, and '
+                "those that are merged one after the other."
+            )
+        if getattr(self.connector_config, "pool_size", None) is not None:
+            raise ValueError(
+                '`video_mode` must be "mean" with `connector_config.pool_size`: merged tokens form no grid to pool.'
+            )
+        patches = self.num_vision_tokens - int(self.connector_config.class_token)
+        if math.isqrt(patches) ** 2 != patches:
+            raise ValueError(
+                '`video_mode` "merge" needs a vision tower with a square grid of patches, but this one gives '
+                f"{patches} patches."
+            )
+
     def _check_placeholders(self) -> None:
         if self.image_token_id is None:
             self.image_token_id = self.text_config.get_text_config().vocab_size
@@ -210,6 +238,11 @@ class EVLGenConfig(CheckedConfig):
                 raise ValueError(f"`{name}` must not be negative, but is {getattr(self, name)}.")
         if self.image_token_id == self.video_token_id:
             raise ValueError(f"`image_token_id` and `video_token_id` must differ, but both are {self.image_token_id}.")
+
+    @property
+    def is_for_videos(self) -> bool:
+        """Whether the model has parts for videos. A model without them takes videos as the mean of their frames."""
+        return self.temporal_contextualizer or self.video_mode == "merge"
 
     @property
     def num_image_tokens(self) -> int:

@@ -17,7 +17,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 
 TOWERS = {"text": ("language_model",), "vision": ("vision_tower",), "both": ("language_model", "vision_tower")}
 # What is trained in full, and saved with the adapter.
-TRAINED = ("ln_vision", "vision_projection", "connector", "language_projection", "temporal")
+TRAINED = ("ln_vision", "vision_projection", "connector", "language_projection", "temporal", "time_embedding")
 LINEAR = (nn.Linear, Conv1D)  # the layers of quantised models are subclasses; GPT-2 has Conv1D
 
 

@@ -59,7 +59,7 @@ def model_card(
         library_name="peft" if adapter_of else "transformers",
         license=license,
         model_name=repo_id.split("/")[-1] if results else None,
-        pipeline_tag="video-to-text" if config.temporal_contextualizer else "image-to-text",
+        pipeline_tag="video-to-text" if config.is_for_videos else "image-to-text",
         tags=["evlgen", "image-captioning", "vision-language", "arxiv:2310.03291"],
     )
     return ModelCard.from_template(  # the template also gets the fields of `data`
@@ -68,7 +68,7 @@ def model_card(
         repo_id=repo_id,
         config=config,
         connector=CONNECTORS[config.connector_config.model_type],
-        is_video=config.temporal_contextualizer,
+        is_video=config.is_for_videos,
         trained_parameters=trained_parameters,
         results=results,
         has_sheet=has_sheet,

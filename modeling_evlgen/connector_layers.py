@@ -66,16 +66,24 @@ class PositionEmbeddings(nn.Embedding):
             weight[self.num_prefix_tokens : self.num_prefix_tokens + len(grid)] = grid
         return weight * self.initializer_range
 
-    def forward(self, tokens: torch.Tensor, tiles: tuple[int, int] = (1, 1)) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, tiles: tuple[int, int] = (1, 1), places: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Adds the positions to tokens.
 
-        A position is a place in the whole image. So the positions of more tiles lie between those of one.
+        A position is a place in the whole image. So the positions of more tiles, and those of merged patches, lie
+        between those of one.
 
         Args:
             tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Prefix tokens, then patches row by row.
             tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
                 Rows and columns of tiles that the patches cover. Each tile has a square grid of patches.
+            places (`torch.FloatTensor` of shape `(batch, patches, 2)`, *optional*):
+                Row and column of each patch in the square grid of one tile, if patches are not row by row.
         """
+        if places is not None:
+            prefix = self.weight[: self.num_prefix_tokens].expand(len(tokens), -1, -1)
+            return tokens + torch.cat([prefix, self._interpolate(places)], dim=1)
         if tiles == (1, 1):
             return tokens + self.weight[: tokens.shape[1]]  # (batch, tokens, dim)
         prefix = self.num_prefix_tokens
@@ -83,6 +91,19 @@ class PositionEmbeddings(nn.Embedding):
         grid = self.weight[prefix : prefix + side**2].T.unflatten(1, (side, side))  # (dim, side, side)
         grid = F.interpolate(grid.unsqueeze(0), size=[count * side for count in tiles], mode="bilinear")
         return tokens + torch.cat([self.weight[:prefix], grid[0].flatten(1).T])
+
+    def _interpolate(self, places: torch.Tensor) -> torch.Tensor:
+        """The positions of places in the grid, `(batch, patches, dim)`: bilinear, and exact on grid points."""
+        side = math.isqrt(places.shape[1])
+        low = places.floor().clamp(0, max(0, side - 2)).long()  # (batch, patches, 2)
+        high = (low + 1).clamp(max=side - 1)
+        share = places - low
+        positions = 0
+        for rows, row_share in ((low[..., 0], 1 - share[..., 0]), (high[..., 0], share[..., 0])):
+            for columns, column_share in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
+                corner = F.embedding(self.num_prefix_tokens + rows * side + columns, self.weight)
+                positions = positions + (row_share * column_share).unsqueeze(-1) * corner
+        return positions
 
 
 def build_output_positions(num_positions: int, dim: int, initializer_range: float | None) -> nn.Module:

@@ -116,17 +116,23 @@ class QFormerConnector(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         raise NotImplementedError("A Q-Former reads `inputs_embeds`; it has no input embeddings.")
 
-    def embed_tokens(self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1)) -> torch.Tensor:
+    def embed_tokens(
+        self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1), places: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Adds positions to the visual tokens and normalises them, `(batch, tokens, hidden_size)`.
 
         BLIP-2's `ln_vision` does not do for this, as EVLGen has a projection after it.
         """
         if self.position_embeddings is not None:
-            inputs_embeds = self.position_embeddings(inputs_embeds, tiles)
+            inputs_embeds = self.position_embeddings(inputs_embeds, tiles, places)
         return self.LayerNorm(inputs_embeds)
 
     def forward(
-        self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1), num_output_tokens: int | None = None
+        self,
+        inputs_embeds: torch.Tensor,
+        tiles: tuple[int, int] = (1, 1),
+        num_output_tokens: int | None = None,
+        places: torch.Tensor | None = None,
     ) -> BaseModelOutput:
         """Lets the queries attend to visual tokens.
 
@@ -135,6 +141,7 @@ class QFormerConnector(PreTrainedModel):
             tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): Rows and columns of tiles of each image.
             num_output_tokens (`int`, *optional*):
                 Number of queries, the first ones, by default all (Matryoshka Query Transformer, Hu et al., 2024).
+            places (`torch.FloatTensor` of shape `(batch, patches, 2)`, *optional*): As in [`TomeFormerModel`].
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` of shape `(batch, num_query_tokens, hidden_size)`.
@@ -142,7 +149,7 @@ class QFormerConnector(PreTrainedModel):
         self.config.check_inputs(inputs_embeds.shape, tiles)
         if num_output_tokens is not None:
             self.config.check_budget(num_output_tokens, inputs_embeds.shape[1], tiles)
-        tokens = self.embed_tokens(inputs_embeds, tiles)
+        tokens = self.embed_tokens(inputs_embeds, tiles, places)
         queries = self.query_tokens[:, :num_output_tokens].expand(tokens.shape[0], -1, -1)  # (batch, queries, dim)
         output = self.qformer(query_embeds=queries, encoder_hidden_states=tokens)
         return BaseModelOutput(last_hidden_state=output.last_hidden_state)
@@ -181,7 +188,11 @@ class MLPConnector(PreTrainedModel):
         raise NotImplementedError("An MLP reads `inputs_embeds`; it has no input embeddings.")
 
     def forward(
-        self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1), num_output_tokens: int | None = None
+        self,
+        inputs_embeds: torch.Tensor,
+        tiles: tuple[int, int] = (1, 1),
+        num_output_tokens: int | None = None,
+        places: torch.Tensor | None = None,
     ) -> BaseModelOutput:
         """Runs the MLP.
 
@@ -189,6 +200,7 @@ class MLPConnector(PreTrainedModel):
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Visual tokens.
             tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): Rows and columns of tiles of each image.
             num_output_tokens (`int`, *optional*): Number of tokens to average to, by default the configuration's.
+            places (*optional*): Not used. The MLP runs on each token alone.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` of shape `(batch, output_tokens, hidden_size)`.

@@ -16,7 +16,7 @@ from .input_checks import check_finite
 # Releases of transformers before 5.18 encode images in the first step, not before it.
 _ENCODES_FIRST = hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
 
-_LAYOUT = ("image_grid_thw", "image_budgets", "video_budgets")
+_LAYOUT = ("image_grid_thw", "image_budgets", "video_budgets", "frame_times")
 
 
 class EVLGenGenerationMixin(GenerationMixin):

@@ -7,10 +7,13 @@ import torch
 from configuration_evlgen import EVLGenConfig
 
 
-def check_pixels(pixel_values: torch.Tensor, frame_mask: torch.Tensor | None) -> None:
+def check_pixels(
+    pixel_values: torch.Tensor, frame_mask: torch.Tensor | None, frame_times: torch.Tensor | None
+) -> None:
     """
     Raises:
-        ValueError: If pixels have neither the shape of images nor that of videos, or `frame_mask` does not fit them.
+        ValueError: If pixels have neither the shape of images nor that of videos, or `frame_mask` or `frame_times` do
+            not fit them.
     """
     shape = tuple(pixel_values.shape)
     if len(shape) not in (4, 5):
@@ -18,10 +21,11 @@ def check_pixels(pixel_values: torch.Tensor, frame_mask: torch.Tensor | None) ->
             "`pixel_values` must have shape (images, channels, height, width) or (videos, frames, channels, height, "
             f"width), but has {shape}."
         )
-    if frame_mask is not None and len(shape) == 4:
-        raise ValueError("`frame_mask` is for videos, but `pixel_values` holds images.")
-    if frame_mask is not None and tuple(frame_mask.shape) != shape[:2]:
-        raise ValueError(f"`frame_mask` must have shape {shape[:2]}, but has {tuple(frame_mask.shape)}.")
+    for name, tensor in (("frame_mask", frame_mask), ("frame_times", frame_times)):
+        if tensor is not None and len(shape) == 4:
+            raise ValueError(f"`{name}` is for videos, but `pixel_values` holds images.")
+        if tensor is not None and tuple(tensor.shape) != shape[:2]:
+            raise ValueError(f"`{name}` must have shape {shape[:2]}, but has {tuple(tensor.shape)}.")
 
 
 def check_vision_features(vision_features: torch.Tensor, config: EVLGenConfig) -> None:

@@ -19,9 +19,13 @@ class EVLGenImageOutput(BaseModelOutputWithPooling):
             For each vision token, the index of the soft prompt's token that it was merged into. A tuple, if images
             differ in their tiles or their number of tokens. The patches of several tiles are in rows over the whole
             image. None from a connector that does not merge.
+        token_places (`torch.FloatTensor` of shape `(videos, num_vision_tokens, 3)`, *optional*):
+            For merged videos: seconds since the first frame, row and column in the grid of patches of each token of
+            `last_hidden_state`.
     """
 
     output_index: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    token_places: torch.Tensor | None = None
 
     @property
     def soft_tokens(self) -> torch.Tensor:

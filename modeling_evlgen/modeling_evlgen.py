@@ -1,6 +1,7 @@
 """EVLGen: a frozen vision tower, a TomeFormer and a frozen language model, trained by the caption loss alone."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .temporal import TemporalContextualizer, TemporalTower, encode_images, enco
 from .tiles import connect, read_budgets, read_grids
 from .tower_checkpoints import TowerCheckpointMixin
 from .trained_parts import TrainedPartsMixin, is_frozen, zero_of_trained_parts
+from .video_merging import TimeEmbedding, merge_stream, merge_videos
 from .vision_tower import build_vision_tower
 from .vllm_backend import adapt_to_vllm, check_checkpoint, is_built_by_vllm
 
@@ -49,6 +51,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
     supports_gradient_checkpointing = True
     # Trained weights stay in float32, in which small steps of the optimizer are not lost to rounding.
     _keep_in_fp32_modules_strict = ["ln_vision", "vision_projection", "connector", "language_projection", "temporal"]
+    _keep_in_fp32_modules_strict += ["time_embedding"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _can_compile_fullgraph = True  # with a language model that can
@@ -75,6 +78,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
             self.temporal = TemporalTower(self.vision_tower, *sizes)
         self.ln_vision = nn.LayerNorm(config.vision_hidden_size)
         self.vision_projection = nn.Linear(config.vision_hidden_size, connector_dim)
+        self.time_embedding = TimeEmbedding(connector_dim) if config.video_mode == "merge" else None
         self.connector = build_connector(config.connector_config)
         self.language_projection = nn.Linear(connector_dim, text_dim)
         # Not every language model takes `logits_to_keep` and `position_ids`.
@@ -99,6 +103,8 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, TemporalContextualizer):
             init.zeros_(module.alpha)
+        elif isinstance(module, TimeEmbedding):
+            init.zeros_(module.weight)
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
@@ -110,7 +116,12 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_vision_features(self, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def get_vision_features(
+        self,
+        pixel_values: torch.Tensor,
+        frame_mask: torch.Tensor | None = None,
+        frame_times: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Runs the vision tower alone. The features can be stored, and passed as `vision_features` later.
 
         Args:
@@ -118,18 +129,64 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
                 Images from the processor; or videos, of shape `(videos, frames, channels, height, width)`.
             frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
                 False for the frames that pad a short video.
+            frame_times (`torch.Tensor` of shape `(videos, frames)`, *optional*): As in [`forward`].
 
         Returns:
             `torch.Tensor` of shape `(images or videos, num_vision_tokens, vision_hidden_size)`. A video is the mean of
-            its frames. With a temporal contextualizer, an image is a video of one frame.
+            its frames, or its merged frames by `config.video_mode`. With a temporal contextualizer, an image is a
+            video of one frame.
         """
-        check_pixels(pixel_values, frame_mask)
+        return self._run_tower(pixel_values, frame_mask, frame_times)[0]
+
+    def _run_tower(
+        self, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None, frame_times: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The features of images or videos; and the places of their tokens, if they are merged videos."""
+        check_pixels(pixel_values, frame_mask, frame_times)
         pixel_values = pixel_values.to(self.vision_tower.dtype)
-        trained = not is_frozen(self.vision_tower) or not (self.temporal is None or is_frozen(self.temporal))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains_vision()):
             if pixel_values.ndim == 4:
-                return encode_images(self.vision_tower, self.temporal, pixel_values)
-            return encode_videos(self.vision_tower, self.temporal, pixel_values, frame_mask)
+                return encode_images(self.vision_tower, self.temporal, pixel_values), None
+            if self.config.video_mode == "mean":
+                return encode_videos(self.vision_tower, self.temporal, pixel_values, frame_mask), None
+            class_token = self.config.connector_config.class_token
+            merged = merge_videos(self.vision_tower, pixel_values, frame_mask, frame_times, class_token)
+            return merged.features, merged.places
+
+    def _trains_vision(self) -> bool:
+        return not is_frozen(self.vision_tower) or not (self.temporal is None or is_frozen(self.temporal))
+
+    def encode_video(
+        self,
+        frames: Iterable[torch.Tensor],
+        frame_times: Iterable[float] | None = None,
+        num_tokens: int | None = None,
+    ) -> EVLGenImageOutput:
+        """Encodes one video of any length whose frames arrive one after the other, from a camera or a long file.
+
+        Only a few frames are in memory at a time. The result is that of all frames at once. `forward` and `generate`
+        take it as `mm_encoder_outputs={"video": output}`, instead of `pixel_values_videos`.
+
+        Args:
+            frames (`Iterable[torch.Tensor]`, each of shape `(channels, height, width)`):
+                Frames from the image processor.
+            frame_times (`Iterable[float]`, *optional*): Seconds of each frame. By default a frame has one second.
+            num_tokens (`int`, *optional*): Number of tokens of the soft prompt, as `video_budgets`.
+
+        Raises:
+            ValueError: If there is no frame, a frame has another shape, there are fewer times than frames, or the
+                model has a temporal contextualizer, in which all frames attend to each other.
+        """
+        if self.temporal is not None:
+            raise ValueError(
+                "`encode_video` takes frames one after the other, but in a model with a `temporal_contextualizer` all "
+                "frames attend to each other. Use `get_video_features`."
+            )
+        class_token = self.config.connector_config.class_token if self.config.video_mode == "merge" else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains_vision()):
+            features, places = merge_stream(self.vision_tower, frames, frame_times, class_token)
+        budgets = None if num_tokens is None else [num_tokens]
+        return self.project_vision_features(features, None, budgets, places)
 
     @can_return_tuple
     def get_image_features(
@@ -146,7 +203,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
             image_grid_thw, image_budgets (*optional*): As in [`project_vision_features`].
             kwargs: `output_hidden_states` and `output_attentions`, of the vision tower.
         """
-        return self._encode_pixels(pixel_values, None, image_grid_thw, image_budgets, kwargs)
+        return self._encode_pixels(pixel_values, None, None, image_grid_thw, image_budgets, kwargs)
 
     @can_return_tuple
     def get_video_features(
@@ -154,6 +211,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         pixel_values_videos: torch.Tensor,
         frame_mask: torch.Tensor | None = None,
         video_budgets: torch.LongTensor | list[int] | None = None,
+        frame_times: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> EVLGenImageOutput:
         """Turns videos into soft prompts, each of as many tokens as an image's.
@@ -165,6 +223,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
                 False for the frames that pad a short video.
             video_budgets (`torch.LongTensor` of shape `(videos,)` or `list[int]`, *optional*):
                 The number of tokens of each video.
+            frame_times (`torch.Tensor` of shape `(videos, frames)`, *optional*): As in [`forward`].
             kwargs: As in [`get_image_features`].
         """
         if pixel_values_videos.ndim != 5:
@@ -172,17 +231,19 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
                 "`pixel_values_videos` must have shape (videos, frames, channels, height, width), but has "
                 f"{tuple(pixel_values_videos.shape)}."
             )
-        return self._encode_pixels(pixel_values_videos, frame_mask, None, video_budgets, kwargs)
+        return self._encode_pixels(pixel_values_videos, frame_mask, frame_times, None, video_budgets, kwargs)
 
     def _encode_pixels(
         self,
         pixel_values: torch.Tensor,
         frame_mask: torch.Tensor | None,
+        frame_times: torch.Tensor | None,
         grid: torch.LongTensor | None,
         budgets: torch.LongTensor | list[int] | None,
         kwargs: dict[str, Any],
     ) -> EVLGenImageOutput:
-        output = self.project_vision_features(self.get_vision_features(pixel_values, frame_mask), grid, budgets)
+        features, places = self._run_tower(pixel_values, frame_mask, frame_times)
+        output = self.project_vision_features(features, grid, budgets, places)
         names = ("output_hidden_states", "output_attentions")
         requested = {name: kwargs.get(name, getattr(self.config.vision_config, name, None)) for name in names}
         if any(requested.values()):  # rare, and so worth another pass
@@ -199,6 +260,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         vision_features: torch.Tensor,
         image_grid_thw: torch.LongTensor | None = None,
         image_budgets: torch.LongTensor | list[int] | None = None,
+        token_places: torch.Tensor | None = None,
     ) -> EVLGenImageOutput:
         """Turns the vision tower's tokens into soft prompts: the part of the model that is trained.
 
@@ -209,6 +271,8 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
                 1, and the rows and columns of tiles of each image. By default each image is one tile.
             image_budgets (`torch.LongTensor` of shape `(images,)` or `list[int]`, *optional*):
                 The number of tokens of each image, by default `config.num_image_tokens`.
+            token_places (`torch.FloatTensor` of shape `(videos, num_vision_tokens, 3)`, *optional*):
+                For merged videos: seconds, row and column of each token. By default the tokens are those of an image.
 
         Raises:
             ValueError: If `vision_features` has another shape, or grids or budgets do not fit.
@@ -217,16 +281,26 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         budgets = read_budgets("image", image_budgets, len(grids), None, self.config)
         tokens = self._normalize(vision_features)  # (tiles, num_vision_tokens, vision_hidden_size)
         tokens = self.vision_projection(tokens)  # (tiles, num_vision_tokens, connector_dim)
+        if self.time_embedding is not None:  # zero for images, so that under DDP each batch has its gradient
+            times = tokens.new_zeros(1, 1) if token_places is None else token_places[..., 0]
+            tokens = tokens + self.time_embedding(times)
         class_token = self.config.connector_config.class_token
-        prompts, output_index = connect(tokens, grids, budgets, class_token, self._connect)
-        return EVLGenImageOutput(last_hidden_state=vision_features, pooler_output=prompts, output_index=output_index)
+        patches = None if token_places is None else token_places[:, int(class_token) :, 1:]
+        prompts, output_index = connect(tokens, grids, budgets, class_token, self._connect, patches)
+        return EVLGenImageOutput(
+            last_hidden_state=vision_features,
+            pooler_output=prompts,
+            output_index=output_index,
+            token_places=token_places,
+        )
 
     def _connect(
-        self, tokens: torch.Tensor, grid: tuple[int, int], budget: int
+        self, tokens: torch.Tensor, grid: tuple[int, int], budget: int, patches: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs the connector over images of one grid, `(images, tokens, connector_dim)`."""
         is_default = grid == (1, 1) and budget == self.config.num_image_tokens
-        connected = self.connector(tokens, grid, None if is_default else budget)
+        places = {} if patches is None else {"places": patches}
+        connected = self.connector(tokens, grid, None if is_default else budget, **places)
         prompts = self.language_projection(connected.last_hidden_state)  # (images, budget, text_dim)
         return prompts, connected.get("output_index")
 
@@ -250,6 +324,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         image_grid_thw: torch.LongTensor | None = None,
         image_budgets: torch.LongTensor | list[int] | None = None,
         video_budgets: torch.LongTensor | list[int] | None = None,
+        frame_times: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> EVLGenModelOutputWithPast:
         """
@@ -278,6 +353,9 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
             image_budgets, video_budgets (`torch.LongTensor` of shape `(images,)` and `(videos,)`, *optional*):
                 The number of tokens of each image and video. By default a model with a `config.image_token_range`
                 counts the placeholders; for others it is `config.num_image_tokens`.
+            frame_times (`torch.Tensor` of shape `(videos, frames)`, *optional*):
+                Seconds of each frame, counted from anywhere, for `config.video_mode` "merge". By default a frame has
+                one second.
             kwargs: Arguments of the language model (`cache`, `use_cache` …).
 
         Raises:
@@ -294,6 +372,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
             image_grid_thw=image_grid_thw,
             image_budgets=image_budgets,
             video_budgets=video_budgets,
+            frame_times=frame_times,
         )
         inputs = self._prepare_inputs(input_ids, inputs_embeds, encoded, position_ids, kwargs)
         outputs = self.get_decoder()(attention_mask=attention_mask, return_dict=True, **inputs)
@@ -314,6 +393,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         image_grid_thw: torch.LongTensor | None = None,
         image_budgets: torch.LongTensor | list[int] | None = None,
         video_budgets: torch.LongTensor | list[int] | None = None,
+        frame_times: torch.Tensor | None = None,
     ) -> Encoded:
         """The soft prompts of the images and of the videos, if there are any, each from the one argument given."""
         image, video = (mm_encoder_outputs or {}).get("image"), (mm_encoder_outputs or {}).get("video")
@@ -336,7 +416,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         if pixel_values_videos is not None:
             mask = None if input_ids is None else input_ids == config.video_token_id
             budgets = read_budgets("video", video_budgets, len(pixel_values_videos), mask, config)
-            video = self.get_video_features(pixel_values_videos, frame_mask, budgets, return_dict=True)
+            video = self.get_video_features(pixel_values_videos, frame_mask, budgets, frame_times, return_dict=True)
         return {"image": image, "video": video}
 
     def _prepare_inputs(
@@ -403,13 +483,14 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
         image_grid_thw: torch.LongTensor | None = None,
         image_budgets: torch.LongTensor | list[int] | None = None,
         video_budgets: torch.LongTensor | list[int] | None = None,
+        frame_times: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> EVLGenCausalLMOutputWithPast:
         """
         Args:
             input_ids, attention_mask, pixel_values, pixel_values_videos, frame_mask, vision_features, inputs_embeds,
-            position_ids, mm_encoder_outputs, image_grid_thw, image_budgets, video_budgets:
+            position_ids, mm_encoder_outputs, image_grid_thw, image_budgets, video_budgets, frame_times:
                 As in [`EVLGenModel.forward`].
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 `input_ids` where the model learns to predict them, -100 elsewhere. They are shifted inside.
@@ -436,6 +517,7 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
             image_grid_thw=image_grid_thw,
             image_budgets=image_budgets,
             video_budgets=video_budgets,
+            frame_times=frame_times,
         )
         inputs = self._prepare_inputs(input_ids, inputs_embeds, encoded, position_ids, kwargs)
         keeps_all = "logits_to_keep" not in self._text_arguments

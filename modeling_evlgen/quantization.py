@@ -15,7 +15,7 @@ def quantize_only_language_model(kwargs: dict[str, Any]) -> dict[str, Any]:
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     skipped = ["vision_tower", "ln_vision", "vision_projection", "connector", "language_projection", "temporal"]
-    skipped += ["language_model.lm_head"]  # transformers skips it as well, unless it is given a list
+    skipped += ["time_embedding", "language_model.lm_head"]  # transformers skips it as well, unless it is given a list
     # bitsandbytes has its own name for what most of transformers' configurations call `modules_to_not_convert`.
     has_own_name = hasattr(quantization_config, "llm_int8_skip_modules")
     name = "llm_int8_skip_modules" if has_own_name else "modules_to_not_convert"

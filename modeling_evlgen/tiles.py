@@ -111,7 +111,8 @@ def connect(
     grids: list[Grid],
     budgets: list[int],
     class_token: bool,
-    run: Callable[[torch.Tensor, Grid, int], tuple[torch.Tensor, torch.Tensor | None]],
+    run: Callable[[torch.Tensor, Grid, int, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]],
+    places: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor | tuple[torch.Tensor, ...] | None]:
     """Runs a connector over images, those with the same grid and budget together.
 
@@ -120,6 +121,7 @@ def connect(
         grids, budgets (`list`): One for each image.
         class_token (`bool`): Whether token 0 of each tile is a class token.
         run (`Callable`): Returns the soft prompts of images, and their output indices if tokens are merged.
+        places (`torch.Tensor` of shape `(images, patches, 2)`, *optional*): Goes to `run`, for images of one tile.
 
     Returns:
         The soft prompts, `(images, budget, text_dim)`, or a tuple with an entry for each image if budgets differ. The
@@ -134,7 +136,7 @@ def connect(
         stacked = torch.stack([tiles[image] for image in images]) if len(groups) > 1 else tokens
         stacked = stacked.view(len(images), math.prod(grid), *tokens.shape[1:])
         joined = stacked.squeeze(1) if grid == (1, 1) else join_tiles(stacked, grid, class_token)
-        prompts, index = run(joined, grid, budget)
+        prompts, index = run(joined, grid, budget, None if places is None else places[images])
         if len(groups) == 1:
             return prompts, index
         results |= zip(

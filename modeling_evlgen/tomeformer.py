@@ -56,11 +56,13 @@ class TomeFormerEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1)) -> torch.Tensor:
+    def forward(
+        self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1), places: torch.Tensor | None = None
+    ) -> torch.Tensor:
         # Calling the module looks the row up. An offloaded module has its weights only during a call.
         first_type = torch.zeros(1, dtype=torch.long, device=inputs_embeds.device)
         embeddings = inputs_embeds + self.token_type_embeddings(first_type)  # (batch, tokens, dim)
-        embeddings = self.position_embeddings(embeddings, tiles)
+        embeddings = self.position_embeddings(embeddings, tiles, places)
         return self.dropout(self.LayerNorm(embeddings))
 
 
@@ -238,6 +240,7 @@ class TomeFormerModel(PreTrainedModel):
         tiles: tuple[int, int] = (1, 1),
         num_output_tokens: int | None = None,
         output_hidden_states: bool = False,
+        places: torch.Tensor | None = None,
     ) -> TomeFormerOutput:
         """
         Args:
@@ -247,6 +250,8 @@ class TomeFormerModel(PreTrainedModel):
             num_output_tokens (`int`, *optional*): Number of tokens to merge to. By default the configuration's.
             output_hidden_states (`bool`, *optional*, defaults to `False`):
                 Whether to return all hidden states.
+            places (`torch.FloatTensor` of shape `(batch, patches, 2)`, *optional*):
+                Row and column of each patch, if patches are not in the order of their grid.
 
         Returns:
             [`TomeFormerOutput`]
@@ -258,7 +263,7 @@ class TomeFormerModel(PreTrainedModel):
         self.config.check_inputs(inputs_embeds.shape, tiles)
         batch, tokens, _ = inputs_embeds.shape
         counts = self.config.token_counts(tokens, num_output_tokens)
-        hidden_states = self.embeddings(inputs_embeds, tiles)
+        hidden_states = self.embeddings(inputs_embeds, tiles, places)
         all_hidden_states, all_index = (hidden_states,), ()
         output_index, size = keep_all(hidden_states).output_index, None
         if self.config.distinctive_factor is not None:

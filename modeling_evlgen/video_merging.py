@@ -1,0 +1,297 @@
+"""Merges the frames of a video, one after the other, into as many tokens as one image has.
+
+A pool holds these tokens. Each new frame is merged within itself first, and then with the pool. STTM measured this
+order, space before time, far ahead of merging in both at once (arXiv 2507.07990).
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .input_checks import check_finite
+from .temporal import FRAMES_AT_ONCE
+from .token_merging import TokenMerging, keep_all
+from .vision_tower import extract_vision_tokens
+
+ROUNDS = 6  # of matching, within a frame and over time
+
+# Frequencies of the time embedding in radians per second. Their periods are 0.8 seconds to 1.8 hours.
+_FREQUENCIES = tuple(2.0**exponent for exponent in range(3, -11, -1))
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """Tokens that know where they are. Each is the mean of `size` tokens of the vision tower.
+
+    Args:
+        features (`torch.FloatTensor` of shape `(videos, tokens, dim)`): The tokens, the class token first, if any.
+        places (`torch.FloatTensor` of shape `(videos, tokens, 3)`):
+            Seconds since the first frame, row and column in the grid of patches. The class token is in row and column
+            0.
+        size (`torch.FloatTensor` of shape `(videos, tokens)`): The number of tokens merged into each.
+    """
+
+    features: torch.Tensor
+    places: torch.Tensor
+    size: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.features, self.places, self.size
+
+    def merge(self, merging: TokenMerging) -> "VideoTokens":
+        """Merges tokens to means in proportion to their sizes."""
+        features, places = merging.merge(self.features, self.size), merging.merge(self.places, self.size)
+        return VideoTokens(features, places, merging.sum_sizes(self.size))
+
+    def join(self, others: "VideoTokens") -> "VideoTokens":
+        """Puts other tokens of the same videos behind these."""
+        return VideoTokens(*(torch.cat(pair, dim=1) for pair in zip(self.tensors(), others.tensors(), strict=True)))
+
+    def take(self, videos: torch.Tensor) -> "VideoTokens":
+        """The tokens of some videos."""
+        return VideoTokens(*(tensor[videos] for tensor in self.tensors()))
+
+    def replace(self, videos: torch.Tensor, others: "VideoTokens") -> "VideoTokens":
+        """These tokens, with those of some videos replaced."""
+        pairs = zip(self.tensors(), others.tensors(), strict=True)
+        return VideoTokens(*(tensor.index_copy(0, videos, other) for tensor, other in pairs))
+
+
+def place_frames(features: torch.Tensor, times: torch.Tensor, class_token: bool) -> VideoTokens:
+    """The tokens of frames with their places, before any merging.
+
+    Args:
+        features (`torch.Tensor` of shape `(frames, tokens, dim)`): The vision tower's output.
+        times (`torch.FloatTensor` of shape `(frames,)`): Seconds since the first frame.
+        class_token (`bool`): Whether token 0 is a class token. All others are a square grid of patches.
+    """
+    side = round((features.shape[1] - int(class_token)) ** 0.5)
+    patches = torch.cartesian_prod(*[torch.arange(float(side), device=features.device)] * 2).view(-1, 2)
+    patches = F.pad(patches, (0, 0, int(class_token), 0))  # (tokens, 2)
+    times = times.to(patches)[:, None, None].expand(-1, len(patches), 1)
+    places = torch.cat([times, patches.expand(len(times), -1, -1)], dim=2)  # (frames, tokens, 3)
+    # A running mean of many frames needs float32. In bfloat16, the 200th frame would be lost to rounding.
+    return VideoTokens(features.float(), places, torch.ones_like(places[:, :, 0]))
+
+
+@torch.no_grad()
+def match_patches(features: torch.Tensor, size: torch.Tensor, num_output_tokens: int, prefix: int = 0) -> TokenMerging:
+    """Matches patches in rounds until `num_output_tokens` are left. Tokens keep their order.
+
+    In each round, every patch is linked to the most similar one before it, and the strongest links are merged. So the
+    most similar pair always is. [`bipartite_soft_matching`] would miss a patch and its copy in the next frame if both
+    have an even or an odd index. With each frame, 7 % of the patches of a standing image would be merged with others.
+
+    Args:
+        features (`torch.Tensor` of shape `(batch, tokens, dim)`): Vectors whose cosine similarity counts.
+        size (`torch.Tensor` of shape `(batch, tokens)`): Their weights in the means of each round.
+        num_output_tokens (`int`): Number of tokens to merge to, more than `prefix`.
+        prefix (`int`, *optional*, defaults to 0): Tokens at the start that stay.
+    """
+    merging = keep_all(features)
+    at_once = -(-(features.shape[1] - num_output_tokens) // ROUNDS)
+    while merging.num_output_tokens > num_output_tokens:
+        r = min(at_once, merging.num_output_tokens - num_output_tokens)
+        matched = _link_patches(features, r, prefix)
+        features, size = matched.merge(features, size), matched.sum_sizes(size)
+        merging = merging.then(matched)
+    return merging
+
+
+def _link_patches(features: torch.Tensor, r: int, prefix: int) -> TokenMerging:
+    """One round, which removes `r` tokens."""
+    batch, tokens, _ = features.shape
+    normed = F.normalize(features[:, prefix:], dim=-1)
+    similarity = normed @ normed.transpose(1, 2)  # (batch, patches, patches)
+    earlier = torch.ones_like(similarity[0], dtype=torch.bool).tril(diagonal=-1)
+    best, target = similarity.masked_fill(~earlier, -torch.inf).max(dim=-1)  # (batch, patches)
+    sources = best.topk(r, dim=-1).indices
+    root = torch.arange(tokens, device=features.device).repeat(batch, 1)
+    root.scatter_(1, sources + prefix, target.gather(1, sources) + prefix)
+    for _ in range(r.bit_length()):  # links form trees, and each tree becomes one token, where its first one is
+        root = root.gather(1, root)
+    is_root = torch.ones_like(root).scatter_(1, sources + prefix, 0)
+    return TokenMerging((is_root.cumsum(dim=1) - 1).gather(1, root), tokens - r)
+
+
+def merge_within_frames(frames: VideoTokens, class_token: bool) -> VideoTokens:
+    """Merges the patches of each frame to half their number. The class token stays."""
+    prefix = int(class_token)
+    target = prefix + -(-(frames.features.shape[1] - prefix) // 2)
+    return frames.merge(match_patches(frames.features, frames.size, target, prefix))
+
+
+def merge_over_time(pool: VideoTokens, frame: VideoTokens, class_token: bool) -> VideoTokens:
+    """Merges one more frame into the pool, which keeps its number of tokens. Class tokens are averaged."""
+    prefix, num_tokens = int(class_token), pool.features.shape[1]
+    patches = torch.cat([pool.features[:, prefix:], frame.features[:, prefix:]], dim=1)
+    size = torch.cat([pool.size[:, prefix:], frame.size[:, prefix:]], dim=1)
+    matched = match_patches(patches, size, num_tokens - prefix)
+    of_pool, of_frame = matched.output_index.split((num_tokens - prefix, frame.size.shape[1] - prefix), dim=1)
+    index = torch.cat([F.pad(part + prefix, (prefix, 0)) for part in (of_pool, of_frame)], dim=1)
+    return pool.join(frame).merge(TokenMerging(index, num_tokens))
+
+
+def add_frames(
+    pool: VideoTokens | None, frames: VideoTokens, steps: list[torch.Tensor], class_token: bool
+) -> VideoTokens:
+    """Merges further frames into the pools of videos.
+
+    Args:
+        pool ([`VideoTokens`], *optional*): The pools so far. Without them, the first step has all videos.
+        frames ([`VideoTokens`]): The tokens of each frame; those of a step follow each other.
+        steps (`list[torch.LongTensor]`): For each step, the indices of the videos that have another frame.
+        class_token (`bool`): Whether token 0 is a class token.
+    """
+    counts = [len(videos) for videos in steps]
+    if pool is None:
+        pool = frames.take(slice(counts[0]))
+        frames, steps, counts = frames.take(slice(counts[0], None)), steps[1:], counts[1:]
+        if not steps:
+            return pool
+    merged = merge_within_frames(frames, class_token)
+    parts = zip(*(tensor.split(counts) for tensor in merged.tensors()), strict=True)
+    for videos, part in zip(steps, parts, strict=True):
+        frame = VideoTokens(*part)
+        if len(videos) == len(pool.features):
+            pool = merge_over_time(pool, frame, class_token)
+        else:
+            pool = pool.replace(videos, merge_over_time(pool.take(videos), frame, class_token))
+    return pool
+
+
+def merge_videos(
+    vision_tower: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    frame_mask: torch.Tensor | None,
+    frame_times: torch.Tensor | None,
+    class_token: bool,
+) -> VideoTokens:
+    """Encodes the frames of videos in parts, and merges them as they arrive.
+
+    Args:
+        vision_tower (`PreTrainedModel`): The tower.
+        pixel_values (`torch.Tensor` of shape `(videos, frames, channels, height, width)`): The videos.
+        frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
+            False for frames that are padding. They are not encoded.
+        frame_times (`torch.Tensor` of shape `(videos, frames)`, *optional*):
+            Seconds of each frame. By default a frame has one second.
+        class_token (`bool`): Whether token 0 is a class token.
+
+    Returns:
+        [`VideoTokens`] of all videos, each with the tokens of one image.
+
+    Raises:
+        ValueError: If a video has no frame, or a time is not finite.
+    """
+    mask = torch.ones_like(pixel_values[:, :, 0, 0, 0], dtype=torch.bool) if frame_mask is None else frame_mask.bool()
+    if not mask.any(dim=1).all():
+        empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+        raise ValueError(f"`frame_mask` must have a frame in each video, but has none in the videos {empty}.")
+    videos, frames = mask.nonzero(as_tuple=True)
+    steps = (mask.cumsum(dim=1) - 1)[videos, frames]  # the frame's number in its video
+    order = steps.argsort(stable=True)
+    videos, frames, counts = videos[order], frames[order], steps.bincount().tolist()
+    times = steps[order].float() if frame_times is None else _since_first(frame_times, mask)[videos, frames]
+    pool, start = None, 0
+    # Processes that gather the weights of a tower together must call it equally often.
+    is_sharded = isinstance(next(vision_tower.parameters()), DTensor)
+    for counts_at_once in _batched(counts, len(counts) if is_sharded else max(1, FRAMES_AT_ONCE // len(mask))):
+        part = slice(start, start := start + sum(counts_at_once))
+        pixels = pixel_values[videos[part], frames[part]]  # (frames of this part, channels, height, width)
+        placed = place_frames(extract_vision_tokens(vision_tower, pixels), times[part], class_token)
+        pool = add_frames(pool, placed, list(videos[part].split(counts_at_once)), class_token)
+    return pool
+
+
+def _since_first(frame_times: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    check_finite({"`frame_times`": frame_times})
+    times = frame_times.to(mask.device)
+    return (times - times.gather(1, mask.int().argmax(dim=1, keepdim=True))).float()
+
+
+def _batched(values: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def merge_stream(
+    vision_tower: PreTrainedModel,
+    frames: Iterable[torch.Tensor],
+    frame_times: Iterable[float] | None,
+    class_token: bool | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Encodes one video whose frames arrive one after the other.
+
+    Args:
+        vision_tower (`PreTrainedModel`): The tower.
+        frames (`Iterable[torch.Tensor]`, each of shape `(channels, height, width)`): The frames.
+        frame_times (`Iterable[float]`, *optional*): Seconds of each frame. By default a frame has one second.
+        class_token (`bool`, *optional*): Whether token 0 is a class token. With None, frames are averaged instead.
+
+    Returns:
+        The features, `(1, tokens, dim)`, and the places of the tokens, `(1, tokens, 3)`, if they are merged.
+
+    Raises:
+        ValueError: If there is no frame, a frame has another shape, or there are fewer times than frames.
+    """
+    pool, total, count = None, 0, 0
+    for pixels, times in _read_in_parts(vision_tower, frames, frame_times):
+        tokens = extract_vision_tokens(vision_tower, pixels)  # (frames of the part, tokens, dim)
+        if class_token is None:
+            total, count = total + tokens.float().sum(dim=0, keepdim=True), count + len(tokens)
+        else:
+            steps = list(torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device))
+            pool = add_frames(pool, place_frames(tokens, times, class_token), steps, class_token)
+    return ((total / count).to(tokens), None) if class_token is None else (pool.features, pool.places)
+
+
+def _read_in_parts(
+    vision_tower: PreTrainedModel, frames: Iterable[torch.Tensor], frame_times: Iterable[float] | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields frames, `(part, channels, height, width)`, and the seconds of each since the first one."""
+    frames, times = iter(frames), iter(itertools.count() if frame_times is None else frame_times)
+    first, shape = None, None
+    while part := list(itertools.islice(frames, FRAMES_AT_ONCE)):
+        seconds = list(itertools.islice(times, len(part)))
+        if len(seconds) < len(part):
+            raise ValueError("`frame_times` ends before `frames` does.")
+        shape = part[0].shape if shape is None else shape
+        wrong = next((frame.shape for frame in part if frame.ndim != 3 or frame.shape != shape), None)
+        if wrong is not None:
+            raise ValueError(
+                "`frames` must yield tensors of one shape (channels, height, width) from the image processor, but "
+                f"yields {tuple(wrong)} after {tuple(shape)}."
+            )
+        first = seconds[0] if first is None else first
+        since_first = torch.tensor([second - first for second in seconds], dtype=torch.float32)
+        check_finite({"`frame_times`": since_first})
+        yield torch.stack(part).to(vision_tower.device, vision_tower.dtype), since_first
+    if shape is None:
+        raise ValueError("`frames` must yield at least one frame, but yields none.")
+
+
+class TimeEmbedding(nn.Module):
+    """A learned function of the time in seconds. It starts at zero, and stays zero at the time 0.
+
+    It is linear in `sin(w t)` and `cos(w t) - 1` for frequencies w from one radian in 2 minutes to 8 in a second.
+
+    Args:
+        dim (`int`): Width of the tokens.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, 2 * len(_FREQUENCIES)))
+
+    def forward(self, times: torch.Tensor) -> torch.Tensor:
+        """Embeds times of any shape, as `(*shape, dim)`."""
+        phases = times.float().unsqueeze(-1) * times.new_tensor(_FREQUENCIES, dtype=torch.float32)
+        waves = torch.cat([phases.sin(), phases.cos() - 1], dim=-1)  # (*shape, 2 * frequencies)
+        return F.linear(waves.to(self.weight.dtype), self.weight)

@@ -1,0 +1,358 @@
+"""Merged videos: one budget of tokens for a video of any length, whose tokens know their place and time."""
+
+import pytest
+import torch
+
+from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig
+from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.connector_layers import PositionEmbeddings
+from modeling_evlgen.video_merging import TimeEmbedding, VideoTokens, add_frames, merge_over_time, place_frames
+
+from .helpers import IMAGE_SIZE, noise_images, run_clean, tiny_model, tiny_processor, tiny_towers
+
+CONNECTOR = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+CONNECTORS = {
+    "tomeformer": {**CONNECTOR, "merge_r": 3},
+    "chooser": {**CONNECTOR, "num_merged_tokens": 6, "distinctive_factor": 2},
+    "qformer": QFormerConnectorConfig(**CONNECTOR, num_query_tokens=5, class_token=False),
+    "qformer-positions": QFormerConnectorConfig(
+        **CONNECTOR, num_query_tokens=5, class_token=False, position_initializer_range=0.1
+    ),
+    "mlp": MLPConnectorConfig(hidden_size=32, intermediate_size=64, class_token=False),
+}
+
+
+def merging_model(vision="clip", connector="tomeformer", seed=0, **fields):
+    """A tiny model that merges videos, and that has learned to see time."""
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        *tiny_towers(vision, seed=seed),
+        connector_config=CONNECTORS[connector],
+        image_size=IMAGE_SIZE,
+        image_token_id=300,
+        video_mode="merge",
+        **fields,
+    )
+    with torch.no_grad():
+        model.language_projection.weight.normal_(std=0.3)
+        model.time_embedding.weight.normal_()
+    return model
+
+
+def noise(*shape, seed=1):
+    return torch.randn(*shape, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def merge(features, class_token=False, times=None):
+    """Merges the frames of one video, `(frames, tokens, dim)`."""
+    times = torch.arange(len(features)) if times is None else torch.tensor(times)
+    steps = list(torch.zeros(len(features), 1, dtype=torch.long))
+    return add_frames(None, place_frames(features, times, class_token), steps, class_token)
+
+
+def distinct(count, dim=64, seed=0):
+    return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2", "convnext"])
+@torch.no_grad()
+def test_one_frame_gives_exactly_what_the_image_gives(vision):
+    model = tiny_model(vision)
+    merging = EVLGenForConditionalGeneration(
+        EVLGenConfig.from_dict({**model.config.to_dict(), "video_mode": "merge"})
+    ).eval()
+    merging.load_state_dict(model.state_dict(), strict=False)
+    merging.time_embedding.weight.normal_()
+    images = noise(2)
+    expected = model.get_image_features(images).pooler_output
+    assert torch.equal(merging.get_image_features(images).pooler_output, expected)
+    videos = merging.get_video_features(images.unsqueeze(1), frame_times=torch.tensor([[7.0], [0.5]]))
+    assert torch.equal(videos.pooler_output, expected)
+
+
+@pytest.mark.parametrize("connector", CONNECTORS)
+@torch.no_grad()
+def test_every_connector_makes_one_budget_of_a_video_and_sees_the_order_of_its_frames(connector):
+    vision = "clip" if connector in ("tomeformer", "chooser") else "siglip"
+    model = merging_model(vision, connector)
+    videos = noise(1, 5)
+    prompt = model.get_video_features(videos).pooler_output
+    assert prompt.shape == (1, model.config.num_image_tokens, 32)
+    assert not torch.allclose(prompt, model.get_video_features(videos.flip(1)).pooler_output, atol=1e-3)
+    slower = model.get_video_features(videos, frame_times=3 * torch.arange(5).unsqueeze(0)).pooler_output
+    assert not torch.allclose(prompt, slower, atol=1e-3)
+
+
+@torch.no_grad()
+def test_equal_frames_give_the_features_of_one_of_them():
+    """Only their places and times may differ, since a patch may also be merged with a like one beside it."""
+    patches = distinct(16)
+    merged = merge(patches.expand(9, -1, -1))
+    similarity = torch.nn.functional.normalize(merged.features[0], dim=1) @ torch.nn.functional.normalize(patches).T
+    assert merged.size.sum() == 9 * 16
+    assert (similarity.max(dim=1).values > 0.5).all()
+
+
+@pytest.mark.parametrize("where", [0, 1, 7, 20, 63])
+@torch.no_grad()
+def test_a_single_distinct_frame_among_64_keeps_tokens_of_its_own(where):
+    background, event = distinct(49, seed=1), distinct(49, seed=2)
+    features = background + 0.1 * torch.randn(64, 49, 64, generator=torch.Generator().manual_seed(3))
+    features[where] = event
+    merged = merge(features)
+    at_event = merged.places[0, :, 0].sub(where).abs() < 0.5
+    found = merged.features[0, at_event]
+    assert merged.features.shape[1] == 49
+    best = torch.nn.functional.cosine_similarity(found[:, None], event[None], dim=-1).max(dim=1).values
+    assert (best > 0.65).sum() >= 12
+
+
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_a_patch_meets_its_copy_in_the_next_frame_wherever_both_are(seed):
+    patches = distinct(49)
+    pool = place_frames(patches.unsqueeze(0), torch.zeros(1), class_token=False)
+    chosen = torch.randperm(49, generator=torch.Generator().manual_seed(seed))[:25]
+    copies = VideoTokens(*(tensor[:, chosen] for tensor in pool.tensors()))
+    merged = merge_over_time(pool, copies, class_token=False)
+    torch.testing.assert_close(merged.features[0], patches)
+    torch.testing.assert_close(merged.places, pool.places)
+    assert (merged.size[0, chosen] == 2).all() and merged.size.sum() == 49 + 25
+
+
+@torch.no_grad()
+def test_the_mean_over_tokens_and_the_class_token_lose_nothing():
+    features = torch.randn(7, 17, 8, generator=torch.Generator().manual_seed(0))
+    times = [0.0, 0.5, 1.0, 1.5, 9.0, 9.5, 10.0]
+    merged = merge(features, class_token=True, times=times)
+    torch.testing.assert_close(merged.features[0, 0], features[:, 0].mean(dim=0))
+    assert merged.places[0, 0, 0] == pytest.approx(4.5) and merged.size[0, 0] == 7
+    weight = merged.size[0, 1:, None] / merged.size[0, 1:].sum()
+    torch.testing.assert_close((weight * merged.features[0, 1:]).sum(dim=0), features[:, 1:].mean(dim=(0, 1)))
+    mean_place = (weight * merged.places[0, 1:]).sum(dim=0)
+    torch.testing.assert_close(mean_place, torch.tensor([4.5, 1.5, 1.5]))
+
+
+@torch.no_grad()
+def test_videos_of_4_and_256_frames_share_a_batch():
+    model = merging_model()
+    videos = noise(3, 256)
+    mask = torch.zeros(3, 256, dtype=torch.bool)
+    for row, length in enumerate((4, 256, 1)):
+        mask[row, :length] = True
+    videos[~mask] = torch.nan  # padding never enters
+    times = torch.arange(256).expand(3, -1) / 25 + torch.tensor([[0.0], [3.0], [5.0]])
+    together = model.get_video_features(videos, mask, frame_times=times).pooler_output
+    for row, length in enumerate((4, 256, 1)):
+        alone = model.get_video_features(videos[row : row + 1, :length], frame_times=times[row : row + 1, :length])
+        torch.testing.assert_close(alone.pooler_output[0], together[row], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_may_stand_anywhere():
+    model = merging_model()
+    videos, mask = noise(2, 6), torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0]], dtype=torch.bool)
+    together = model.get_video_features(videos, mask).pooler_output
+    torch.testing.assert_close(together[:1], model.get_video_features(videos[:1, mask[0]]).pooler_output)
+    torch.testing.assert_close(together[1:], model.get_video_features(videos[1:, :4]).pooler_output)
+
+
+@pytest.mark.parametrize("mode", ["merge", "mean"])
+@torch.no_grad()
+def test_a_stream_gives_what_all_frames_give_at_once(mode, monkeypatch):
+    monkeypatch.setattr("modeling_evlgen.video_merging.FRAMES_AT_ONCE", 4)
+    model = merging_model() if mode == "merge" else tiny_model()
+    model.config.image_token_range = [2, 17]
+    video, times = noise(11), torch.arange(11) / 3
+    largest = []
+    model.vision_tower.register_forward_hook(lambda _, inputs, output: largest.append(len(output.last_hidden_state)))
+    stream = model.encode_video((frame for frame in video), (1e6 + float(time) for time in times), num_tokens=5)
+    assert max(largest) == 4 and sum(largest) == 11
+    at_once = model.get_video_features(video.unsqueeze(0), None, [5], times.unsqueeze(0))
+    torch.testing.assert_close(stream.pooler_output, at_once.pooler_output, atol=1e-4, rtol=1e-4)
+    ids = torch.tensor([[301] * 5 + [7, 8]])
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    words = model.generate(ids, mm_encoder_outputs={"video": stream}, **settings)
+    expected = model.generate(ids, pixel_values_videos=video.unsqueeze(0), frame_times=times.unsqueeze(0), **settings)
+    assert torch.equal(words, expected)
+
+
+@torch.no_grad()
+def test_memory_is_that_of_a_few_frames(monkeypatch):
+    monkeypatch.setattr("modeling_evlgen.video_merging.FRAMES_AT_ONCE", 4)
+    model, largest = merging_model(), []
+    model.vision_tower.register_forward_hook(lambda _, inputs, output: largest.append(len(output.last_hidden_state)))
+    model.get_video_features(noise(2, 40))
+    assert max(largest) == 4 and sum(largest) == 80
+
+
+@pytest.mark.attack
+@torch.no_grad()
+def test_bad_streams_are_named():
+    model = merging_model()
+    with pytest.raises(ValueError, match="`frames` must yield at least one frame, but yields none"):
+        model.encode_video(iter(()))
+    with pytest.raises(ValueError, match=r"of one shape .* yields \(3, 32, 16\) after \(3, 32, 32\)"):
+        model.encode_video([noise()[:, :, :], noise()[:, :, :16]])
+    with pytest.raises(ValueError, match=r"yields \(1, 3, 32, 32\)"):
+        model.encode_video(noise(2, 1))
+    with pytest.raises(ValueError, match="`frame_times` ends before `frames` does"):
+        model.encode_video(noise(3), [0.0, 1.0])
+    with pytest.raises(ValueError, match="`frame_times` must be finite"):
+        model.encode_video(noise(3), [0.0, float("nan"), 1.0])
+    with pytest.raises(ValueError, match="`num_image_tokens` must be from"):
+        model.encode_video(noise(3), num_tokens=99)
+
+
+@pytest.mark.attack
+def test_bad_times_are_named():
+    model = merging_model()
+    with pytest.raises(ValueError, match=r"`frame_times` must have shape \(2, 3\), but has \(2, 4\)"):
+        model.get_video_features(noise(2, 3), frame_times=torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="`frame_times` is for videos"):
+        model.get_vision_features(noise(2), frame_times=torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="`frame_times` must be finite"):
+        model.get_video_features(noise(1, 3), frame_times=torch.tensor([[0.0, torch.inf, 1.0]]))
+    with pytest.raises(
+        ValueError, match=r"`frame_mask` must have a frame in each video, but has none in the videos \[1\]"
+    ):
+        model.get_video_features(noise(2, 2), torch.tensor([[True, True], [False, False]]))
+
+
+def test_positions_are_those_of_the_grid_on_its_points_and_between_them_elsewhere():
+    positions = PositionEmbeddings(30, 8, 1.0, num_prefix_tokens=1)
+    tokens = torch.zeros(1, 17, 8)
+    grid = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)).unsqueeze(0)
+    assert torch.equal(positions(tokens, places=grid), positions(tokens))
+    order = torch.randperm(16)
+    assert torch.equal(positions(tokens, places=grid[:, order])[:, 1:], positions(tokens)[:, 1:][:, order])
+    middle = positions(tokens, places=torch.full((1, 16, 2), 1.5))[0, 1]
+    torch.testing.assert_close(middle, positions.weight[[6, 7, 10, 11]].mean(dim=0))
+
+
+def test_the_time_embedding_starts_at_zero_and_stays_zero_at_the_start():
+    embedding = TimeEmbedding(8)
+    times = torch.tensor([0.0, 0.04, 1.0, 300.0])
+    assert not embedding(times).any()
+    torch.nn.init.normal_(embedding.weight)
+    embedded = embedding(times)
+    assert not embedded[0].any() and all(row.abs().max() > 0.05 for row in embedded[1:])
+
+
+def test_an_image_model_becomes_a_video_model_without_realignment(tmp_path, caplog):
+    image_model = tiny_model("eva")
+    image_model.save_pretrained(tmp_path / "image")
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "image", video_mode="merge")
+    assert model.config.is_for_videos and not model.time_embedding.weight.any()
+    assert model.time_embedding.weight.requires_grad and model.time_embedding.weight.dtype == torch.float32
+    images = noise(2)
+    with torch.no_grad():
+        expected = image_model.get_image_features(images).pooler_output
+        assert torch.equal(model.get_image_features(images).pooler_output, expected)
+        assert torch.equal(model.get_video_features(images.unsqueeze(1)).pooler_output, expected)
+        model.time_embedding.weight.normal_()
+        wanted = model.get_video_features(noise(1, 4)).pooler_output
+        model.save_pretrained(tmp_path / "video")
+        again = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "video")
+        assert torch.equal(again.get_video_features(noise(1, 4)).pooler_output, wanted)
+
+
+def test_mean_is_the_default_and_has_no_further_weights():
+    model = tiny_model()
+    assert model.config.video_mode == "mean" and model.time_embedding is None
+    fields = model.config.to_dict()
+    fields.pop("video_mode")  # a checkpoint from before
+    assert EVLGenConfig.from_dict(fields).video_mode == "mean"
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"video_mode": "median"}, '`video_mode` must be "mean" or "merge", but is \'median\''),
+        ({"video_mode": None}, "`video_mode` must be of type"),
+        ({"video_mode": "merge", "temporal_contextualizer": True}, "with a `temporal_contextualizer`"),
+        (
+            {"video_mode": "merge", "connector_config": {"model_type": "evlgen_mlp", "pool_size": 4}},
+            "with `connector_config.pool_size`",
+        ),
+        (
+            {"video_mode": "merge", "connector_config": {"class_token": False}},
+            "needs a vision tower with a square grid of patches, but this one gives 257 patches",
+        ),
+    ],
+)
+def test_modes_that_cannot_work_are_refused(fields, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        EVLGenConfig(**fields)
+
+
+@pytest.mark.parametrize("media", ["videos", "images", "text", "both"])
+def test_every_batch_has_a_gradient_for_all_that_is_trained(media):
+    """DDP waits for each of them."""
+    model = merging_model(connector="tomeformer").train()
+    with torch.no_grad():
+        model.time_embedding.weight.zero_()
+    processor = tiny_processor(model)
+    inputs = {
+        "videos": {"videos": [noise_images(3), noise_images(5)], "suffix": ["a cat", "a dog"]},
+        "images": {"images": noise_images(2), "suffix": ["a cat", "a dog"]},
+        "text": {"text": ["what?"], "suffix": ["a cat"]},
+        "both": {
+            "images": noise_images(1),
+            "videos": [noise_images(4)],
+            "text": ["<image>", "<video>"],
+            "suffix": ["a cat", "a dog"],
+        },
+    }
+    model(**processor(**inputs[media])).loss.backward()
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    with_gradient = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == with_gradient >= {"time_embedding", "connector", "vision_projection"}
+    assert bool(model.time_embedding.weight.grad.any()) == (media in ("videos", "both"))
+
+
+def test_a_trained_tower_gets_its_gradient_through_the_means():
+    model = merging_model()
+    model.vision_tower.requires_grad_(True)
+    model.get_video_features(noise(1, 5)).pooler_output.square().sum().backward()
+    first = next(model.vision_tower.parameters())
+    assert first.grad is not None and first.grad.any()
+    frames = torch.randn(5, 16, 8, requires_grad=True)
+    merge(frames).features.sum().backward()
+    assert (frames.grad.abs().sum(dim=-1) > 0).all()  # each token of each frame has its share
+
+
+@torch.no_grad()
+def test_a_tower_in_half_precision_does_not_lose_late_frames():
+    model = merging_model()
+    features = torch.randn(300, 16, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    merged = merge(features, class_token=False)
+    assert merged.features.dtype == torch.float32 and merged.size.sum() == 300 * 16
+    weight = merged.size[0, :, None] / merged.size.sum()
+    torch.testing.assert_close((weight * merged.features[0]).sum(dim=0), features.float().mean(dim=(0, 1)))
+    model.vision_tower.to(torch.bfloat16)
+    assert model.get_video_features(noise(1, 3)).pooler_output.dtype == torch.float32
+
+
+def test_a_merging_model_captions_videos_in_a_clean_process(tmp_path):
+    model = merging_model("eva")
+    processor = tiny_processor(model)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    frames = noise_images(6)
+    first, *others = frames
+    first.save(tmp_path / "video.webp", save_all=True, append_images=others, duration=500, lossless=True)
+    inputs = processor(videos=str(tmp_path / "video.webp"))
+    new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    caption = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+    code = """
+from transformers import AutoModel, pipeline
+settings = dict(do_sample=False, max_new_tokens=8)
+captioner = pipeline(model="model", trust_remote_code=True)
+one = captioner("video.webp", **settings)
+assert captioner(["video.webp", "video.webp"], batch_size=2, **settings) == [one, one]
+AutoModel.from_pretrained("model", trust_remote_code=True).save_pretrained("again")
+print(repr(one[0]["generated_text"]))
+"""
+    assert run_clean(code, tmp_path).strip().splitlines()[-1] == repr(caption)
+    assert (tmp_path / "again" / "video_merging.py").exists()
