@@ -295,7 +295,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         )
 
     def _connect(
-        self, tokens: torch.Tensor, grid: tuple[int, int], budget: int, patches: torch.Tensor | None
+        self, tokens: torch.Tensor, grid: tuple[int, int], budget: int, patches: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs the connector over images of one grid, `(images, tokens, connector_dim)`."""
         is_default = grid == (1, 1) and budget == self.config.num_image_tokens
