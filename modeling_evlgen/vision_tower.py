@@ -81,7 +81,8 @@ def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None
     `image_size` is the height and width of the images in pixels; see [`find_image_size`].
 
     Raises:
-        ValueError: If the tower needs other inputs than pixels, or returns neither tokens nor a feature map.
+        ValueError: If the tower needs other inputs than pixels or images of another size, or returns neither tokens
+            nor a feature map.
     """
     image_size = find_image_size(config, image_size)
     with torch.device("meta"), torch.no_grad():
@@ -91,6 +92,10 @@ def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None
             _, num_tokens, hidden_size = extract_vision_tokens(tower, pixel_values).shape
         except TypeError as error:
             raise ValueError(f"`vision_model`: {type(tower).__name__} needs more than pixels: {error}") from error
+        except ValueError as error:
+            sides = "{} x {} pixels".format(*image_size)
+            message = f"`image_size`: {type(tower).__name__} does not take images of {sides}: {error}"
+            raise ValueError(message) from error
     return TowerShape(num_tokens, hidden_size, _has_class_token(tower, num_tokens, image_size))
 
 

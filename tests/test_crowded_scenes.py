@@ -4,14 +4,17 @@ import io
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from PIL import Image
 
+from common.demo import crowded_scenes
 from common.demo.crowded_scenes import (
     CONCEPTS,
     caption,
     draw_background,
     draw_crowds,
     draw_layout,
+    load_crowded_scenes,
     questions,
 )
 from common.demo.scenes import HELD_OUT_STEPS
@@ -52,7 +55,8 @@ def test_questions_have_the_answers_of_the_scene():
     kinds = set()
     for scene, rows in enumerate(layouts(held_out=False)):
         drawings = [concept for row in rows for concept in row]
-        for kind, question, answer in questions(rows, scene):
+        for asked in questions(rows, scene):
+            kind, question, answer = asked["kind"], asked["question"], asked["answer"]
             kinds.add(kind)
             if kind == "left of":
                 right = question.removeprefix("What is left of the ").removesuffix("?")
@@ -80,6 +84,17 @@ def test_images_have_the_size_and_are_the_same_in_every_run(packages, size, text
     first, second = (list(draw_crowds("test", 2, size, textured)) for _ in range(2))
     assert first == second
     assert all(Image.open(io.BytesIO(png)).size == (size, size) for png, _ in first)
+
+
+def test_the_data_set_has_a_row_for_each_scene(monkeypatch, tmp_path):
+    demo_packages_or_skip(tmp_path / "hf")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(crowded_scenes, "SPLITS", {"train": 3, "test": 2})
+    splits = load_crowded_scenes(448, textured=False)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 3, "test": 2}
+    scene = splits["train"][0]
+    assert scene["image"].size == (448, 448) and scene["caption"].startswith("a")
+    assert {question["kind"] for question in scene["questions"]} <= {"left of", "how many", "corner"}
 
 
 def test_scenes_of_all_sizes_and_backgrounds_show_the_same_things(packages):

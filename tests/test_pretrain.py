@@ -376,10 +376,14 @@ def test_a_towers_image_processor_becomes_a_plain_resize(processor, size, mean, 
         ({"cache_features": True, "streaming": True}, "`cache_features` needs the whole data set"),
         ({"streaming": True}, "`streaming` needs `max_test_samples`, or an empty `test_split`"),
         ({"vision_model": "/nowhere"}, "`vision_model`='/nowhere' cannot be loaded"),
+        ({"image_size": 64}, "`image_size`: CLIPVisionModel does not take images of 64 x 64 pixels"),
         ({"text_model": "/nowhere"}, "`text_model`='/nowhere' cannot be loaded"),
         ({"connector_config": '{"merge_r": -1}'}, "`merge_r` must hold integers of 0 or more"),
         ({"dataset": ""}, "`dataset` is needed"),
-        ({"dataset": "/nowhere"}, "`dataset` is '/nowhere', which is no folder, none of openmoji-scenes, easy-vqa"),
+        (
+            {"dataset": "/nowhere"},
+            "`dataset` is '/nowhere', which is no folder, none of openmoji-scenes, crowded-scenes, ",
+        ),
         ({"connector_config": '{"merge_rr": 5}'}, "holds fields that TomeFormerConfig does not have: .'merge_rr'"),
         ({"prompt_column": "question"}, "`prompt_column` is 'question', but the data set has"),
         ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be an integer of 1 or more"),
@@ -395,6 +399,17 @@ def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):
     with pytest.raises(ValueError, match=message):
         pretrain.main(arguments(work, tmp_path, **changes))
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_tower_of_any_size_takes_larger_images(work, tmp_path):
+    tower = save_towers(tmp_path / "towers", vision="timm_cnn")["vision_model"]
+    changes = {"vision_model": tower, "image_size": 64, "connector_config": '{"merge_r": 0}', "max_steps": 1}
+    pretrain.main(arguments(work, tmp_path / "run", **changes))
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "run")
+    processor = EVLGenProcessor.from_pretrained(tmp_path / "run")
+    inputs = processor(images=Image.new("RGB", (100, 50)), return_tensors="pt")
+    assert inputs["pixel_values"].shape[-2:] == (64, 64)
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
 
 
 def test_a_recipe_with_an_unknown_name_is_refused(work, tmp_path):

@@ -26,6 +26,8 @@ def build_model(
     vision_model = arguments.vision_model or str(prepare_vision_tower())
     text_model = arguments.text_model or str(prepare_language_model())
     image_processor = load_image_processor(vision_model, revision=arguments.vision_revision)
+    if arguments.image_size is not None:
+        image_processor.size = {"height": arguments.image_size, "width": arguments.image_size}
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
         vision_model,
         text_model,

@@ -13,8 +13,8 @@ from processing_evlgen.images import MAX_PIXELS
 class DataArguments:
     dataset: str | None = HfArg(
         default=None,
-        help="openmoji-scenes, easy-vqa, or what `datasets.load_dataset` takes: a folder with metadata, a name "
-        "on the Hub, or imagefolder, parquet, json, csv or webdataset together with data_files.",
+        help="openmoji-scenes, crowded-scenes, easy-vqa, or what `datasets.load_dataset` takes: a folder with "
+        "metadata, a name on the Hub, or imagefolder, parquet, json, csv or webdataset together with data_files.",
     )
     data_files: dict[str, Any] | str | None = HfArg(
         default=None, help="Files or patterns of each split; JSON on the command line."

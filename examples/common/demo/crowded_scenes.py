@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, List, NamedSplit, Value, load_from_disk
 from PIL import Image as PILImage
-from tqdm import tqdm
 
 from common.demo.cache import prepare_once
 from common.demo.captioned_images import with_article
@@ -40,10 +40,10 @@ RECIPE = 1  # of the cached folder; raise it with every change to images or text
 
 
 def load_crowded_scenes(size: int = 448, textured: bool = True) -> DatasetDict:
-    """Loads splits "train" and "test". Each scene has a row for its caption and rows for questions about it.
+    """Loads splits "train" and "test" with a row for each scene.
 
-    The columns are `image` (RGB, size x size), `question` (str, empty for a caption), `answer` (str), `kind`
-    ("caption", "left of", "how many" or "corner") and `scene` (int, its number in the split).
+    The columns are `image` (RGB, size x size), `caption` (str) and `questions`, a list of dicts with the keys `kind`
+    ("left of", "how many" or "corner"), `question` and `answer` (str).
 
     Args:
         size (`int`): Height and width of the images in pixels.
@@ -53,28 +53,21 @@ def load_crowded_scenes(size: int = 448, textured: bool = True) -> DatasetDict:
     return load_from_disk(prepare_once(name, partial(_write, size, textured)))
 
 
-def load_crowded_captions(size: int = 448, textured: bool = True) -> DatasetDict:
-    """Loads the captions of [`load_crowded_scenes`] alone, in the columns `image`, `caption` and `scene`."""
-    splits = load_crowded_scenes(size, textured)
-    for split, rows in splits.items():
-        captions = [index for index, kind in enumerate(rows["kind"]) if kind == "caption"]
-        splits[split] = rows.select(captions).rename_column("answer", "caption").remove_columns(["question", "kind"])
-    return splits
-
-
 def _write(size: int, textured: bool, folder: Path) -> None:
     text = Value("string")
-    features = {"image": Image(), "question": text, "answer": text, "kind": text, "scene": Value("int32")}
-    saved = {}
-    for split, count in SPLITS.items():
-        scenes = tqdm(draw_crowds(split, count, size, textured), f"Drawing {split} scenes", count, unit="image")
-        rows = [
-            {"image": image, "question": question, "answer": answer, "kind": kind, "scene": scene}
-            for scene, (image, rows) in enumerate(scenes)
-            for kind, question, answer in [("caption", "", caption(rows)), *questions(rows, scene)]
-        ]
-        saved[split] = Dataset.from_list(rows, features=Features(features), split=split)
-    DatasetDict(saved).save_to_disk(folder)
+    questions_type = List({"kind": text, "question": text, "answer": text})
+    features = Features({"image": Image(), "caption": text, "questions": questions_type})
+    splits = DatasetDict()
+    for split in SPLITS:
+        arguments = {"split": split, "size": size, "textured": textured}
+        options = {"features": features, "cache_dir": str(folder.parent / "generated"), "split": NamedSplit(split)}
+        splits[split] = Dataset.from_generator(_rows, gen_kwargs=arguments, **options)
+    splits.save_to_disk(folder)
+
+
+def _rows(split: str, size: int, textured: bool) -> Iterator[dict[str, Any]]:
+    for scene, (image, rows) in enumerate(draw_crowds(split, SPLITS[split], size, textured)):
+        yield {"image": {"bytes": image}, "caption": caption(rows), "questions": questions(rows, scene)}
 
 
 def draw_crowds(split: str, count: int, size: int, textured: bool) -> Iterator[tuple[bytes, list[list[str]]]]:
@@ -149,8 +142,8 @@ def caption(rows: list[list[str]]) -> str:
     return " above ".join(_enumerate([with_article(concept) for concept in row]) for row in rows)
 
 
-def questions(rows: list[list[str]], scene: int) -> list[tuple[str, str, str]]:
-    """Draws a question of each kind as (kind, question, answer). A scene without neighbours has none of "left of"."""
+def questions(rows: list[list[str]], scene: int) -> list[dict[str, str]]:
+    """Draws a question of each kind, with its answer. A scene without neighbours has none of "left of"."""
     rng = np.random.default_rng((scene, len(rows)))
     drawings = [concept for row in rows for concept in row]
     once = [concept for concept in drawings if drawings.count(concept) == 1]
@@ -167,7 +160,7 @@ def questions(rows: list[list[str]], scene: int) -> list[tuple[str, str, str]]:
     corners = dict(zip(CORNERS, (rows[0][0], rows[0][-1], rows[-1][0], rows[-1][-1]), strict=True))
     corner = CORNERS[rng.integers(len(CORNERS))]
     asked.append(("corner", f"What is at the {corner}?", with_article(corners[corner])))
-    return asked
+    return [dict(zip(("kind", "question", "answer"), texts, strict=True)) for texts in asked]
 
 
 def _enumerate(nouns: list[str]) -> str:

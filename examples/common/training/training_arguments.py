@@ -31,6 +31,9 @@ class ModelArguments:
         help="Training images to measure the statistics of the tower's features on. The vision projection "
         "starts from them. Default: 0, a random start as in the paper.",
     )
+    image_size: int | None = HfArg(
+        default=None, help="Height and width of the images in pixels, for a tower of any size. Default: the tower's."
+    )
     vision_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the vision tower.")
     text_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the language model.")
     dtype: str = HfArg(default="auto", help="dtype of the frozen towers. Default: the language model's.")
@@ -43,6 +46,8 @@ class ModelArguments:
         number = self.whitening_images
         if type(number) is not int or number < 0:
             raise ValueError(f"`whitening_images` must be a whole number, 0 or more, but is {number!r}.")
+        if self.image_size is not None:
+            check_count("image_size", self.image_size, 1)
 
 
 @dataclass

@@ -1,0 +1,96 @@
+"""Compares connectors on crowded scenes: 1 to 8 small drawings on a large canvas, at 9 to 144 tokens.
+
+    python -m benchmarks.crowded
+
+trains all runs below and prints their tables. A run takes 3 to 60 minutes on one core. Each finished run is a line of
+`benchmarks/crowded/results.jsonl`. A command that was stopped continues with the next run. Two commands side by side
+share the runs. `--report` prints the tables of the finished runs, and draws docs/images/crowded.png.
+
+One run serves all numbers of tokens: each batch of training draws one. The text decoder is small, and trained with the
+connector. Vision features are cached, so the tower's time is not included.
+"""
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from .budget_run import BudgetRun, train
+from .budget_tables import FIGURES, budget_table, cost_table, draw_curves, overlooked_table
+from .connector_settings import RANDOM, VIEW
+
+RESULTS = Path(__file__).parent / "results.jsonl"
+CURVES = Path(__file__).parents[2] / "docs" / "images" / "crowded.png"
+SEEDS = (0, 1, 2)
+FINALISTS = ("choose", "means", "Q-Former")
+CONTROLS = (VIEW, RANDOM, "merge", "MLP on all tokens")
+PLAN = [
+    *(BudgetRun(method, seed=seed) for seed in SEEDS for method in FINALISTS),
+    *map(BudgetRun, CONTROLS),
+    *(BudgetRun("choose", seed=seed, budget=budget) for seed in SEEDS for budget in (16, 64)),
+    *(BudgetRun(method, textured=False) for method in FINALISTS),
+    *(BudgetRun(method, size=672) for method in FINALISTS),
+]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="Print the tables of the finished runs.")
+    if not parser.parse_args(argv).report:
+        train_all()
+    report()
+
+
+def train_all() -> None:
+    """Trains all runs that are not finished. Other processes may train some of them."""
+    torch.set_num_threads(1)  # so that two processes on two cores do not slow each other
+    while pending := [run for run in PLAN if run.name not in finished()]:
+        if not any(train_unless_busy(run) for run in pending):
+            time.sleep(30)
+
+
+def train_unless_busy(run: BudgetRun) -> bool:
+    """Trains a run, unless another process trains it. Returns whether the run is finished."""
+    lock = FileLock(RESULTS.with_name(f"{run.name}.lock"), blocking=False)
+    try:
+        with lock:
+            if run.name not in finished():
+                line = json.dumps(train(run))
+                with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
+                    file.write(line + "\n")
+    except Timeout:
+        return False
+    Path(lock.lock_file).unlink(missing_ok=True)
+    return True
+
+
+def finished() -> dict[str, dict]:
+    """The results of the finished runs by name."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    results = map(json.loads, lines)
+    return {BudgetRun(**result["run"]).name: result for result in results}
+
+
+def report() -> None:
+    """Prints the tables of each set of scenes, and draws the curves of the main one."""
+    results = finished()
+    scenes = defaultdict(list)
+    for run in PLAN:
+        if run.name in results:
+            scenes[run.size, run.textured].append(results[run.name])
+    for (size, textured), group in scenes.items():
+        print(f"\n{size} x {size} pixels, {'textured' if textured else 'plain'}\n\n{cost_table(group)}")
+        for figure in FIGURES:
+            print(f"\n{figure}\n\n{budget_table(group, figure)}")
+        if table := overlooked_table(group, 16):
+            print(f"\nTexts that the view of 224 pixels gets wrong, at 16 tokens\n\n{table}")
+    if scenes:
+        draw_curves(next(iter(scenes.values())), CURVES)
+
+
+if __name__ == "__main__":
+    main()

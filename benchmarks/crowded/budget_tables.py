@@ -1,0 +1,111 @@
+"""Tables and curves of the finished runs. A result is a line of `results.jsonl`."""
+
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+from ..timing import markdown_table
+from .connector_settings import VIEW
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FIGURES = {
+    "loss": 2,
+    "names": 0,
+    "caption": 0,
+    "left of": 0,
+    "how many": 0,
+    "corner": 0,
+}  # decimals; all but loss in %
+Result = dict[str, Any]
+
+
+def group_by_method(results: list[Result]) -> dict[tuple[str, int | None], list[Result]]:
+    """Groups results of one set of scenes that differ only in their seed, by method and trained budget."""
+    groups = defaultdict(list)
+    for result in results:
+        groups[result["run"]["method"], result["run"]["budget"]].append(result)
+    return groups
+
+
+def budget_table(results: list[Result], figure: str) -> str:
+    """Markdown table of a held-out figure: a row for each method, a column for each number of tokens."""
+    budgets = sorted({int(budget) for result in results for budget in result["held_out"]})
+    rows = []
+    for (method, budget), seeds in group_by_method(results).items():
+        name = method if budget is None else f"{method}, trained for {budget} alone"
+        values = [[seed["held_out"].get(str(number), {}).get(figure) for seed in seeds] for number in budgets]
+        rows.append([name, len(seeds), *(spread(column, FIGURES[figure]) for column in values)])
+    return markdown_table(["method", "seeds", *budgets], rows)
+
+
+def spread(values: list[float | None], digits: int) -> str:
+    """The mean over seeds, with the lowest and the highest in brackets. Without `digits` values are shares, in %."""
+    if None in values:
+        return ""
+    figures = [value if digits else 100 * value for value in values if value is not None]
+    low, middle, high = (f"{value:.{digits}f}" for value in (min(figures), mean(figures), max(figures)))
+    return middle if len(values) == 1 else f"{middle} [{low}, {high}]"
+
+
+def overlooked_table(results: list[Result], budget: int) -> str | None:
+    """Markdown table of the texts that the view of 224 pixels gets wrong: how many of them each method gets right."""
+    views = [view for result in results if result["run"]["method"] == VIEW for view in result["held_out"].values()]
+    if not views:
+        return None
+    overlooked = [all(right == "0" for right in text) for text in zip(*(view["right"] for view in views), strict=True)]
+    rows = []
+    for (method, trained), seeds in group_by_method(results).items():
+        rights = [seed["held_out"][str(budget)]["right"] for seed in seeds if str(budget) in seed["held_out"]]
+        if rights and trained is None:
+            shares = [_share_right(rights, overlooked, of) for of in (True, False)]
+            rows.append([method, len(rights), *(spread(seeds_of, 0) for seeds_of in shares)])
+    header = ["method", "seeds", f"right of the {sum(overlooked)} texts that it gets wrong", "of the others"]
+    return markdown_table(header, rows)
+
+
+def _share_right(rights: list[str], overlooked: list[bool], of: bool) -> list[float]:
+    """For each seed the share of right texts among those that were overlooked, or among the others."""
+    return [mean(int(r) for r, wrong in zip(right, overlooked, strict=True) if wrong == of) for right in rights]
+
+
+def cost_table(results: list[Result]) -> str:
+    """Markdown table of what a step costs: operations of all parts, and CPU seconds where one thread trains alone."""
+    rows = []
+    for (method, budget), seeds in group_by_method(results).items():
+        if budget is None:
+            first = seeds[0]
+            flops, millions = first["flops_per_step"] / 1e9, first["connector_parameters"] / 1e6
+            rows.append(
+                [method, f"{millions:.1f} M", f"{flops:.0f}", f"{mean(s['cpu_seconds_per_step'] for s in seeds):.2f}"]
+            )
+    return markdown_table(["method", "connector", "GFLOP a step", "CPU seconds a step"], rows)
+
+
+def draw_curves(results: list[Result], path: Path) -> None:
+    """Draws names found and exact captions against tokens: the mean over seeds, and a band of all seeds."""
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    labels = {
+        "loss": "held-out caption loss [nats]",
+        "names": "drawings named (F1) [%]",
+        "caption": "exact captions [%]",
+    }
+    for panel, (name, label) in zip(panels, labels.items(), strict=True):
+        for color, ((method, budget), seeds) in enumerate(group_by_method(results).items()):
+            if budget is not None or len(seeds[0]["held_out"]) == 1:
+                continue
+            x = [int(number) for number in seeds[0]["held_out"]]
+            scale = 1 if name == "loss" else 100
+            values = [[scale * seed["held_out"][str(number)][name] for seed in seeds] for number in x]
+            panel.plot(x, [mean(v) for v in values], marker="o", color=f"C{color}", label=f"{method} ({len(seeds)})")
+            panel.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=f"C{color}", alpha=0.2)
+        panel.set(xlabel="tokens of the soft prompt", ylabel=label, xscale="log", xticks=x, xticklabels=x)
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].legend(title="method (seeds)", fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
