@@ -37,7 +37,7 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
     results = [json.loads(line) for line in crowded.RESULTS.read_text().splitlines()]
     assert [BudgetRun(**result["run"]) for result in results] == plan
     by_method = {result["run"]["method"]: result for result in results[:-1]}
-    assert by_method["choose"]["held_out"].keys() == {"4", "9"} and by_method[VIEW]["held_out"].keys() == {"196"}
+    assert all(result["held_out"].keys() == {"4", "9"} for result in by_method.values())
     assert results[-1]["held_out"].keys() == {"4"}
     printed = capsys.readouterr().out
     assert all(f"| {method} | 1 |" in printed for method in TRAINED) and crowded.CURVES.stat().st_size > 0

@@ -21,13 +21,13 @@ from filelock import FileLock, Timeout
 
 from .budget_run import BudgetRun, train
 from .budget_tables import FIGURES, budget_table, cost_table, draw_curves, overlooked_table
-from .connector_settings import RANDOM, VIEW
+from .connector_settings import ALL_TOKENS, RANDOM, VIEW
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 CURVES = Path(__file__).parents[2] / "docs" / "images" / "crowded.png"
 SEEDS = (0, 1, 2)
 FINALISTS = ("choose", "means", "Q-Former")
-CONTROLS = (VIEW, RANDOM, "merge", "MLP on all tokens")
+CONTROLS = (VIEW, RANDOM, "merge", ALL_TOKENS)
 PLAN = [
     *(BudgetRun(method, seed=seed) for seed in SEEDS for method in FINALISTS),
     *map(BudgetRun, CONTROLS),

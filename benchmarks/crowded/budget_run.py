@@ -48,7 +48,7 @@ class BudgetRun:
     textured: bool = True
     seed: int = 0
     budget: int | None = None  # None: each batch draws one of all budgets
-    steps: int = 1000
+    steps: int = 600
 
     @property
     def name(self) -> str:
@@ -58,8 +58,8 @@ class BudgetRun:
     @property
     def budgets(self) -> tuple[int, ...]:
         """The numbers of tokens that the run is trained for."""
-        if self.method in ALL_TOKENS:
-            return (((VIEW_SIZE if self.method == VIEW else self.size) // STRIDE) ** 2,)
+        if self.method == ALL_TOKENS:
+            return ((self.size // STRIDE) ** 2,)
         return BUDGETS if self.budget is None else (self.budget,)
 
 
@@ -96,7 +96,7 @@ def _train(run: BudgetRun, folder: str) -> dict[str, Any]:
     whiten_vision_projection(model, processor, splits["train"].features, data_args, model_args.whitening_images)
     collator = BudgetCollator(processor, data_args, training=True, seed=run.seed)
     collator.budgets = run.budgets
-    budget = None if run.method in ALL_TOKENS else run.budget or REFERENCE_BUDGET
+    budget = None if run.method == ALL_TOKENS else run.budget or REFERENCE_BUDGET
     batch = collator.encode(collator.read_examples([splits["train"][row] for row in range(16)]), budget=budget)
     flops = count_flops(lambda: model(**limit_logits(batch))["loss"].backward())
     model.zero_grad()

@@ -54,10 +54,11 @@ def spread(values: list[float | None], digits: int) -> str:
 
 def overlooked_table(results: list[Result], budget: int) -> str | None:
     """Markdown table of the texts that the view of 224 pixels gets wrong: how many of them each method gets right."""
-    views = [view for result in results if result["run"]["method"] == VIEW for view in result["held_out"].values()]
+    views = [result["held_out"] for result in results if result["run"]["method"] == VIEW]
     if not views:
         return None
-    overlooked = [all(right == "0" for right in text) for text in zip(*(view["right"] for view in views), strict=True)]
+    rights = (view[max(view, key=int)]["right"] for view in views)  # with the most tokens
+    overlooked = [set(text) == {"0"} for text in zip(*rights, strict=True)]
     rows = []
     for (method, trained), seeds in group_by_method(results).items():
         rights = [seed["held_out"][str(budget)]["right"] for seed in seeds if str(budget) in seed["held_out"]]

@@ -8,6 +8,7 @@ from ..training_step import encoder_fields
 BUDGETS = (9, 16, 25, 36, 64, 144)  # tokens of the soft prompt; squares, as means lie on a square grid
 VIEW = "view of 224 pixels"
 RANDOM = "random tokens"
+ALL_TOKENS = "MLP on all tokens"
 
 _SIZE = encoder_fields(hidden_size=384, layers=3) | {"class_token": False, "max_position_embeddings": 2048}
 _POSITIONS = {"position_initializer_range": 0.1}  # about the size of the tokens
@@ -30,10 +31,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "means": ("mlp", _MLP),
     "Q-Former": ("qformer", {**_SIZE, **_POSITIONS, "cross_attention_frequency": 1, "intermediate_size": 768}),
     RANDOM: ("tomeformer", {**_TOMEFORMER, "distinctive_factor": 3}),  # which keeps random tokens instead
-    "MLP on all tokens": ("mlp", _MLP),
-    VIEW: ("mlp", _MLP),  # all 196 tokens of the image at 224 pixels
+    ALL_TOKENS: ("mlp", _MLP),
+    VIEW: ("tomeformer", {**_TOMEFORMER, "distinctive_factor": 3}),  # of the image at 224 pixels, 196 tokens
 }
-ALL_TOKENS = ("MLP on all tokens", VIEW)  # their number of tokens is not a choice
 
 
 def connector_fields(method: str, grid_size: int) -> tuple[str, dict[str, Any]]:
@@ -43,7 +43,7 @@ def connector_fields(method: str, grid_size: int) -> tuple[str, dict[str, Any]]:
         fields = fields | {"num_merged_tokens": max(BUDGETS)}
     if connector == "qformer":
         fields = fields | {"num_query_tokens": max(BUDGETS)}
-    if connector == "mlp" and method not in ALL_TOKENS:
+    if connector == "mlp" and method != ALL_TOKENS:
         fields = fields | {"pool_size": math.isqrt(max(BUDGETS))}
     if "position_initializer_range" in fields:
         fields = fields | {"position_grid_size": grid_size}
