@@ -29,9 +29,10 @@ from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits, tomefo
 from modeling_evlgen.token_merging import TokenMerging, keep_distinctive
 from processing_evlgen import EVLGenProcessor
 
+from ..small_decoder import prepare_small_decoder, train_from_scratch, words
 from ..timing import count_flops
 from .connector_settings import ALL_TOKENS, BUDGETS, RANDOM, VIEW, connector_fields
-from .small_captioner import KINDS, SceneTexts, list_texts, prepare_small_decoder, words
+from .scene_texts import KINDS, SceneTexts, list_texts
 
 BATCH = 50  # of held-out texts
 REFERENCE_BUDGET = 16  # tokens of the step whose operations are counted
@@ -125,11 +126,12 @@ def build(
     """A fresh captioner with the arguments that `examples/pretrain.py` would have. Its text decoder is trained."""
     size = VIEW_SIZE if run.method == VIEW else run.size
     connector, fields = connector_fields(run.method, size // STRIDE)
+    all_texts = [text for split in texts.values() for name in ("question", "answer") for text in split[name]]
     arguments = {
         "connector": connector,
         "connector_config": json.dumps(fields),
         "image_size": size,
-        "text_model": prepare_small_decoder(texts),
+        "text_model": prepare_small_decoder("crowded-decoder", all_texts),
         "dataset": "crowded-scenes",
         "prompt_column": "question",
         "caption_column": "answer",
@@ -152,10 +154,7 @@ def build(
     elif run.budget is not None:
         model.config.image_token_range = processor.image_token_range = [run.budget] * 2
         processor.num_image_tokens = run.budget
-    for weight in model.language_model.parameters():
-        weight.requires_grad_(True)
-        if weight.ndim > 1:  # another start for each seed
-            torch.nn.init.normal_(weight, std=0.02)
+    train_from_scratch(model.language_model)
     return model, processor, parsed
 
 
