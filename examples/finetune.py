@@ -31,12 +31,13 @@ from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.evaluation.evaluation_arguments import GenerationArguments
-from common.models import load_trainable
+from common.models import allow_token_range, load_trainable
 from common.training.report import report
 from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments
 from processing_evlgen import EVLGenProcessor
+from processing_evlgen.inputs import check_token_range
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-vqa.yaml"
 
@@ -47,6 +48,12 @@ class FinetuneArguments:
     text_quantization: Literal["int8", "int4"] | None = HfArg(
         default=None, help="Keep the language model's weights in 8 or 4 bits."
     )
+    image_token_range: list[int] | None = HfArg(
+        default=None, help="Train for any number of tokens of an image in this range. Default: the model's range."
+    )
+
+    def __post_init__(self):
+        check_token_range(self.image_token_range)
 
 
 ARGUMENTS = (FinetuneArguments, LoraArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)
@@ -58,6 +65,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     if data_args.cache_features and lora_args.lora in ("vision", "both"):
         raise ValueError("`cache_features` is for a frozen vision tower, but `lora` adapts it.")
+    if model_args.image_token_range and lora_args.lora != "none":
+        raise ValueError("`image_token_range` is saved with a model, but `lora` saves an adapter alone.")
     use_all_cores(training_args.device)
     set_seed(training_args.seed)
     checkpoint = find_checkpoint(training_args)
@@ -67,6 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         quantization = quantization_config(model_args.text_quantization)
         model = load_trainable(model_args.model, quantization_config=quantization)
         processor = EVLGenProcessor.from_pretrained(model_args.model)
+        allow_token_range(model, processor, model_args.image_token_range)
         model.to(training_args.device)
         train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
         if lora_args.lora != "none":

@@ -248,6 +248,19 @@ def test_without_lora_the_connectors_side_is_trained_and_saved_as_a_model(work, 
     assert changed == {"ln_vision", "vision_projection", "connector", "language_projection"}
 
 
+def test_a_trained_model_gets_a_range_of_image_tokens(work, tmp_path):
+    bounds = ["--image_token_range", "3", "12"]
+    with pytest.raises(ValueError, match="`image_token_range` is saved with a model, but `lora` saves an adapter"):
+        finetune.main(arguments(work, tmp_path, lora="text") + bounds)
+    finetune.main(arguments(work, tmp_path, lora="none") + bounds)
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path)
+    processor = EVLGenProcessor.from_pretrained(tmp_path)
+    for number in (3, 12):
+        inputs = processor(images=noise_images(1), num_image_tokens=number, return_tensors="pt")
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == number
+        model.generate(**inputs, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_the_connector_is_trained_through_a_quantised_language_model(bits, work, tmp_path):
     for library in ("torchao", "bitsandbytes"):

@@ -197,7 +197,7 @@ def test_a_new_model_and_its_processor_have_the_tiles_and_the_range(tmp_path):
     [
         ([4, 18], r"`image_token_range` is \[4, 18\]: `num_output_tokens` must be from 2 to 17"),
         ([1, 17], r"`image_token_range` is \[1, 17\]: `num_output_tokens` must be from 2 to 17"),
-        ([2, 5], "`num_image_tokens` must be from 2 to 5, the `image_token_range`, but is 11"),
+        ([2, 5], r"`image_token_range` is \[2, 5\], but must hold 11, the number of tokens without a request"),
     ],
 )
 def test_a_range_that_the_connector_cannot_make_is_refused(given, message, tmp_path):

@@ -34,15 +34,11 @@ def build_model(
         connector_model=arguments.connector_model,
         connector_config=connector_fields(arguments.connector, arguments.connector_config or {}),
         image_size=image_processor.size["height"],
-        image_token_range=text_format.image_token_range,
         dtype=arguments.dtype,
         vision_revision=arguments.vision_revision,
         text_revision=arguments.text_revision,
     )
     model.config.towers = arguments.towers
-    low, high = text_format.image_token_range or (1, 0)
-    for budget in range(low, high + 1):  # training draws any of them; the configuration has tried both ends
-        model.config.connector_config.check_budget(budget, model.config.num_vision_tokens)
     tokenizer = AutoTokenizer.from_pretrained(text_model, revision=arguments.text_revision)
     # Some tokenizers allow longer texts than their language model has positions for.
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
@@ -57,11 +53,35 @@ def build_model(
         clean_captions=text_format.clean_captions,
         bos_label=text_format.bos_label,
         max_tiles=text_format.max_tiles,
-        image_token_range=text_format.image_token_range,
     )
+    allow_token_range(model, processor, text_format.image_token_range)
     model.generation_config.eos_token_id = processor.end_of_text_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, processor
+
+
+def allow_token_range(
+    model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, image_token_range: list[int] | None
+) -> None:
+    """Lets a model serve any number of tokens of an image in a range, after a training that draws from it.
+
+    Raises:
+        ValueError: If the connector cannot make each of these numbers, or the model's own number is not among them.
+    """
+    if image_token_range is None:
+        return
+    low, high = image_token_range
+    try:
+        for budget in range(low, high + 1):
+            model.config.connector_config.check_budget(budget, model.config.num_vision_tokens)
+    except ValueError as error:
+        raise ValueError(f"`image_token_range` is {image_token_range}: {error}") from error
+    if not low <= model.config.num_image_tokens <= high:
+        raise ValueError(
+            f"`image_token_range` is {image_token_range}, but must hold {model.config.num_image_tokens}, the number "
+            "of tokens without a request."
+        )
+    model.config.image_token_range = processor.image_token_range = [low, high]
 
 
 def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
