@@ -158,8 +158,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
 
     def encode_video(
         self,
-        frames: Iterable[torch.Tensor],
-        frame_times: Iterable[float] | None = None,
+        frames: Iterable[torch.Tensor | tuple[torch.Tensor, float]],
         num_tokens: int | None = None,
     ) -> EVLGenImageOutput:
         """Encodes one video of any length whose frames arrive one after the other, from a camera or a long file.
@@ -168,14 +167,14 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         take it as `mm_encoder_outputs={"video": output}`, instead of `pixel_values_videos`.
 
         Args:
-            frames (`Iterable[torch.Tensor]`, each of shape `(channels, height, width)`):
-                Frames from the image processor.
-            frame_times (`Iterable[float]`, *optional*): Seconds of each frame. By default a frame has one second.
+            frames (`Iterable`):
+                Frames from the image processor, tensors of shape `(channels, height, width)`; or pairs of a frame and
+                its time in seconds, as `processor.iterate_frames` yields them. Without times, a frame has one second.
             num_tokens (`int`, *optional*): Number of tokens of the soft prompt, as `video_budgets`.
 
         Raises:
-            ValueError: If there is no frame, a frame has another shape, there are fewer times than frames, or the
-                model has a temporal contextualizer, in which all frames attend to each other.
+            ValueError: If there is no frame, a frame has another shape, or the model has a temporal contextualizer, in
+                which all frames attend to each other.
         """
         if self.temporal is not None:
             raise ValueError(
@@ -184,7 +183,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
             )
         class_token = self.config.connector_config.class_token if self.config.video_mode == "merge" else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains_vision()):
-            features, places = merge_stream(self.vision_tower, frames, frame_times, class_token)
+            features, places = merge_stream(self.vision_tower, frames, class_token)
         budgets = None if num_tokens is None else [num_tokens]
         return self.project_vision_features(features, None, budgets, places)
 

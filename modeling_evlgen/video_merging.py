@@ -223,26 +223,27 @@ def _batched(values: list[int], size: int) -> Iterator[list[int]]:
 
 def merge_stream(
     vision_tower: PreTrainedModel,
-    frames: Iterable[torch.Tensor],
-    frame_times: Iterable[float] | None,
+    frames: Iterable[torch.Tensor | tuple[torch.Tensor, float]],
     class_token: bool | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Encodes one video whose frames arrive one after the other.
 
     Args:
         vision_tower (`PreTrainedModel`): The tower.
-        frames (`Iterable[torch.Tensor]`, each of shape `(channels, height, width)`): The frames.
-        frame_times (`Iterable[float]`, *optional*): Seconds of each frame. By default a frame has one second.
+        frames (`Iterable`):
+            Frames of shape `(channels, height, width)`, or pairs of a frame and its time in seconds. Without times, a
+            frame has one second.
         class_token (`bool`, *optional*): Whether token 0 is a class token. With None, frames are averaged instead.
 
     Returns:
         The features, `(1, tokens, dim)`, and the places of the tokens, `(1, tokens, 3)`, if they are merged.
 
     Raises:
-        ValueError: If there is no frame, a frame has another shape, or there are fewer times than frames.
+        ValueError: If there is no frame, a frame has another shape, or a time is not finite.
     """
     pool, total, count = None, 0, 0
-    for pixels, times in _read_in_parts(vision_tower, frames, frame_times):
+    for pixels, times in _read_in_parts(frames):
+        pixels = pixels.to(vision_tower.device, vision_tower.dtype)
         tokens = extract_vision_tokens(vision_tower, pixels)  # (frames of the part, tokens, dim)
         if class_token is None:
             total, count = total + tokens.float().sum(dim=0, keepdim=True), count + len(tokens)
@@ -253,26 +254,23 @@ def merge_stream(
 
 
 def _read_in_parts(
-    vision_tower: PreTrainedModel, frames: Iterable[torch.Tensor], frame_times: Iterable[float] | None
+    frames: Iterable[torch.Tensor | tuple[torch.Tensor, float]],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields frames, `(part, channels, height, width)`, and the seconds of each since the first one."""
-    frames, times = iter(frames), iter(itertools.count() if frame_times is None else frame_times)
-    first, shape = None, None
-    while part := list(itertools.islice(frames, FRAMES_AT_ONCE)):
-        seconds = list(itertools.islice(times, len(part)))
-        if len(seconds) < len(part):
-            raise ValueError("`frame_times` ends before `frames` does.")
-        shape = part[0].shape if shape is None else shape
-        wrong = next((frame.shape for frame in part if frame.ndim != 3 or frame.shape != shape), None)
+    timed = (frame if isinstance(frame, tuple) else (frame, index) for index, frame in enumerate(frames))
+    start, shape = None, None
+    while part := list(itertools.islice(timed, FRAMES_AT_ONCE)):
+        pixels, times = zip(*part, strict=True)
+        start, shape = (times[0], pixels[0].shape) if shape is None else (start, shape)
+        wrong = next((frame.shape for frame in pixels if frame.ndim != 3 or frame.shape != shape), None)
         if wrong is not None:
             raise ValueError(
                 "`frames` must yield tensors of one shape (channels, height, width) from the image processor, but "
                 f"yields {tuple(wrong)} after {tuple(shape)}."
             )
-        first = seconds[0] if first is None else first
-        since_first = torch.tensor([second - first for second in seconds], dtype=torch.float32)
-        check_finite({"`frame_times`": since_first})
-        yield torch.stack(part).to(vision_tower.device, vision_tower.dtype), since_first
+        since_start = torch.tensor([time - start for time in times], dtype=torch.float32)
+        check_finite({"`frames`: their times": since_start})
+        yield torch.stack(pixels), since_start
     if shape is None:
         raise ValueError("`frames` must yield at least one frame, but yields none.")
 

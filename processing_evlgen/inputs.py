@@ -46,6 +46,13 @@ def flatten_videos(videos: Any) -> list[Any]:
     return list(videos) if getattr(videos, "ndim", None) == 5 else [videos]  # (videos, frames, height, width, 3)
 
 
+def flatten_metadata(metadata: Any) -> list[Any]:
+    """Metadata of videos, nested in any way, as one list."""
+    if isinstance(metadata, list | tuple):
+        return [entry for row in metadata for entry in flatten_metadata(row)]
+    return [] if metadata is None else [metadata]
+
+
 def check_token_range(image_token_range: Any) -> list[int] | None:
     """The smallest and the largest number of tokens of an image, as a list.
 

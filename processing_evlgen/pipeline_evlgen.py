@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, Pipeline
 
-_PROCESSOR_ARGUMENTS = {"max_tiles", "num_image_tokens", "num_video_tokens", "num_frames"}
+_PROCESSOR_ARGUMENTS = {"max_tiles", "num_image_tokens", "num_video_tokens", "num_frames", "fps"}
 
 
 class EVLGenImageToTextPipeline(Pipeline):
@@ -39,7 +39,7 @@ class EVLGenImageToTextPipeline(Pipeline):
                 optionally a `"prompt"`. Or a list, a generator, or a data set or column of `datasets` with these.
             kwargs:
                 `prompt` (`str`, by default empty), `batch_size`, the processor's `max_tiles`, `num_image_tokens`,
-                `num_video_tokens` and `num_frames`, and any argument of `generate`.
+                `num_video_tokens`, `num_frames` and `fps`, and any argument of `generate`.
 
         Returns:
             For one image, `[{"generated_text": str}, …]` with `num_return_sequences` entries. For a list, a list of

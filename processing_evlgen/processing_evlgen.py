@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,11 +24,12 @@ from .inputs import (
     check_token_range,
     count_images_per_text,
     flatten_images,
+    flatten_metadata,
     flatten_videos,
 )
 from .prompts import PromptEncoder
 from .token_ids import pad
-from .videos import load_rgb_frames
+from .videos import FrameChoice, VideoFrames, iterate_rgb_frames, load_rgb_frames
 
 
 class EVLGenImagesKwargs(ImagesKwargs, total=False):
@@ -40,7 +42,8 @@ class EVLGenVideosKwargs(VideosKwargs, total=False):
     max_pixels: int | None
     num_video_tokens: Any
     frame_sampling: str | None
-    num_frames: Any  # `sample_frames` checks it, and names it as its other arguments
+    num_frames: Any  # `FrameChoice` checks these, and names them
+    fps: Any
 
 
 class EVLGenProcessorKwargs(ProcessingKwargs, total=False):
@@ -71,7 +74,8 @@ class EVLGenProcessor(PromptEncoder):
             Template for messages with images. By default the tokenizer's, if it has one.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder of an image.
         video_token (`str`, *optional*, defaults to `"<video>"`): The placeholder of a video.
-        num_frames (`int`, *optional*, defaults to 4): Frames taken of each video.
+        num_frames (`int`, *optional*, defaults to 4): Frames taken of each video, at most 512.
+        fps (`float`, *optional*): Frames taken for each second of a video, instead of `num_frames`.
         end_of_text (`str`, *optional*):
             The token that ends a `suffix` in training and stops generation. By default the tokenizer's EOS token;
             `"\n"` in the paper's OPT recipe.
@@ -106,6 +110,7 @@ class EVLGenProcessor(PromptEncoder):
         bos_label: bool = False,
         max_tiles: int = 1,
         image_token_range: list[int] | None = None,
+        fps: float | None = None,
     ):
         if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
             raise ValueError(f"`num_image_tokens` must be an integer of 1 or more, but is {num_image_tokens!r}.")
@@ -127,6 +132,7 @@ class EVLGenProcessor(PromptEncoder):
         self.video_token = video_token
         self.video_token_id = tokenizer.convert_tokens_to_ids(video_token)
         self.num_frames = num_frames
+        self.fps = fps
         self.end_of_text = end_of_text
         self.clean_captions = clean_captions
         self.bos_label = bos_label
@@ -186,7 +192,10 @@ class EVLGenProcessor(PromptEncoder):
                 `add_special_tokens`; and:
 
                 - `num_frames` (`int`): Frames to take of each video; by default the processor's `num_frames`. With
-                  `do_sample_frames=False` it is all frames.
+                  `do_sample_frames=False` it is all frames. At most 512; [`iterate_frames`] has no limit.
+                - `fps` (`float`): Frames to take for each second instead; see [`FrameChoice`].
+                - `video_metadata` (`VideoMetadata`, `dict` or a list of these): The `fps` of each list or array of
+                  frames. See [`load_rgb_frames`].
                 - `frame_sampling` (`str`): How to choose them: `"uniform"` (the default), or `"headtail"` for
                   training. See [`sample_frames`].
                 - `num_image_tokens`, `num_video_tokens` (`int` or `list[int]`): Tokens of the soft prompt of all
@@ -208,7 +217,8 @@ class EVLGenProcessor(PromptEncoder):
               int64, `(images, 3)`, 1 and the rows and columns of tiles, if `max_tiles` is above 1.
             - `image_budgets`, `video_budgets`: int64, `(images,)` and `(videos,)`, if their numbers of tokens differ.
             - `pixel_values_videos`: float32, `(videos, frames, channels, height, width)`, if there are videos; and
-              `frame_mask`: bool, `(videos, frames)`, if they differ in their number of frames.
+              `frame_mask`: bool, `(videos, frames)`, if they differ in their number of frames; and `frame_times`:
+              float32, `(videos, frames)`, the seconds of each frame, 0 for padding.
             - `labels`: int64, `(batch, sequence)`, with a `suffix` or `messages`: -100 on images, prompts and padding.
             - `offset_mapping`: int64, `(batch, sequence, 2)`, if requested: start and end of each token in its text.
 
@@ -327,15 +337,38 @@ class EVLGenProcessor(PromptEncoder):
         images = [] if images is None else flatten_images(images)
         return [load_rgb_image(image, max_pixels=max_pixels) for image in images]
 
-    def _load_videos(self, videos: Any, arguments: dict[str, Any]) -> list[list[Any]]:
+    def _load_videos(self, videos: Any, arguments: dict[str, Any]) -> list[VideoFrames]:
         """The chosen frames of each video."""
-        num_frames = arguments.get("num_frames")
-        num_frames = self.num_frames if num_frames is None else num_frames
-        if arguments.get("do_sample_frames") is False:
-            num_frames = sys.maxsize
-        sampling = arguments.get("frame_sampling") or "uniform"
-        max_pixels = arguments.get("max_pixels") or MAX_PIXELS
-        return [load_rgb_frames(video, num_frames, sampling, max_pixels) for video in flatten_videos(videos)]
+        videos, metadata = flatten_videos(videos), flatten_metadata(arguments.get("video_metadata"))
+        if metadata and len(metadata) != len(videos):
+            raise ValueError(f"`video_metadata` has {len(metadata)} entries for {len(videos)} videos.")
+        num_frames, fps = arguments.get("num_frames"), arguments.get("fps")
+        if num_frames is None and fps is None and arguments.get("do_sample_frames") is not False:
+            num_frames, fps = (self.num_frames, None) if self.fps is None else (None, self.fps)
+        settings = {
+            "num_frames": num_frames,
+            "sampling": arguments.get("frame_sampling") or "uniform",
+            "max_pixels": arguments.get("max_pixels") or MAX_PIXELS,
+            "fps": fps,
+        }
+        metadata = metadata or [None] * len(videos)
+        return [load_rgb_frames(video, **settings, metadata=row) for video, row in zip(videos, metadata, strict=True)]
+
+    def iterate_frames(
+        self, video: Any, fps: float | None = None, max_pixels: int = MAX_PIXELS
+    ) -> Iterator[tuple[torch.Tensor, float]]:
+        """Reads a video of any length frame by frame, for the model's `encode_video`.
+
+        Args:
+            video (path, URL, list of frames or array): As in [`load_rgb_frames`].
+            fps (`float`, *optional*): Frames to take for each second, by default all.
+            max_pixels (`int`, *optional*, defaults to 64,000,000): Largest width times height of a frame.
+
+        Yields:
+            Pixels of a frame, float32, `(channels, height, width)`, and its seconds.
+        """
+        for frame, time in iterate_rgb_frames(video, FrameChoice(fps=fps, max_frames=None), max_pixels):
+            yield self._prepare_pixels([frame], {})[0], time
 
     def _cut_images(
         self, images: list[Any], max_tiles: int | None, arguments: dict[str, Any]
@@ -355,7 +388,7 @@ class EVLGenProcessor(PromptEncoder):
     def _prepare_pixels(self, images: list[Any], arguments: dict[str, Any]) -> torch.Tensor:
         return self.image_processor(images, **{**arguments, "return_tensors": "pt"})["pixel_values"]
 
-    def _stack_videos(self, videos: list[list[Any]], images_arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _stack_videos(self, videos: list[VideoFrames], images_arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Prepares all frames as images. Short videos are padded with zeros; then `frame_mask` marks real frames."""
         lengths = [len(video) for video in videos]
         frames = [frame for video in videos for frame in video]
@@ -363,7 +396,10 @@ class EVLGenProcessor(PromptEncoder):
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (videos, frames)
         padded = pixels.new_zeros(*mask.shape, *pixels.shape[1:])  # (videos, frames, channels, height, width)
         padded[mask] = pixels  # pixels: (frames of all videos, channels, height, width)
-        return {"pixel_values_videos": padded} if mask.all() else {"pixel_values_videos": padded, "frame_mask": mask}
+        times = torch.zeros(mask.shape)  # (videos, frames)
+        times[mask] = torch.tensor([time for video in videos for time in video.times])
+        data = {"pixel_values_videos": padded, "frame_times": times}
+        return data if mask.all() else {**data, "frame_mask": mask}
 
     @property
     def model_input_names(self) -> list[str]:
@@ -373,7 +409,7 @@ class EVLGenProcessor(PromptEncoder):
     def video_processor(self) -> SimpleNamespace:
         """Describes videos to vLLM. Their frames are prepared by the image processor, so nothing is saved."""
         return SimpleNamespace(
-            model_input_names=["pixel_values_videos", "frame_mask", "video_budgets"],
+            model_input_names=["pixel_values_videos", "frame_mask", "frame_times", "video_budgets"],
             size=getattr(self.image_processor, "size", None),
             do_sample_frames=False,  # needs no metadata of the video
             temporal_patch_size=1,

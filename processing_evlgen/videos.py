@@ -1,19 +1,25 @@
-"""Reads a few RGB frames of videos: files, URLs, arrays, lists of frames."""
+"""Reads RGB frames of videos and their times: files, URLs, arrays, lists of frames."""
 
 import importlib
+import math
 import random
 import tempfile
-from numbers import Integral
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers.utils import is_av_available
-from transformers.video_utils import load_video
 
 from .images import MAX_PIXELS, check_regular_file, check_size, download, is_url, load_rgb_image
 
+MAX_FRAMES = 512  # of a video that is held in memory; a stream may have any number
 FRAME_SAMPLINGS = ("uniform", "headtail")
+_DOWNLOAD_SECONDS = 600.0
 _ANIMATED_IMAGES = (".webp", ".gif", ".png", ".apng")  # FFmpeg does not read animated WebP
 
 
@@ -48,10 +54,86 @@ def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> lis
     raise ValueError(f"`frame_sampling` must be one of {', '.join(FRAME_SAMPLINGS)}, but is {sampling!r}.")
 
 
+class VideoFrames(list):
+    """Frames of a video, and `times`, the seconds of each."""
+
+    def __init__(self, frames: Iterable[Any], times: Iterable[float]):
+        super().__init__(frames)
+        self.times = list(times)
+
+
+@dataclass(frozen=True)
+class FrameChoice:
+    """Which frames of a video are read.
+
+    Args:
+        num_frames (`int`, *optional*): Number of frames, 1 to 512. By default all of them, at most 512.
+        sampling (`str`, *optional*, defaults to `"uniform"`): As in [`sample_frames`], for a `num_frames`.
+        fps (`float`, *optional*):
+            Frames for each second, instead of a number: the first one, and the next one at or after each multiple of
+            `1 / fps` seconds.
+        max_frames (`int`, *optional*, defaults to 512): Largest number of frames. None allows any.
+
+    Raises:
+        ValueError: If an argument is out of range, or both `num_frames` and `fps` are given.
+    """
+
+    num_frames: int | None = None
+    sampling: str = "uniform"
+    fps: float | None = None
+    max_frames: int | None = MAX_FRAMES
+
+    def __post_init__(self):
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError(
+                f"Only one of `num_frames` and `fps` can be given, but they are {self.num_frames} and {self.fps}."
+            )
+        if self.fps is not None and not (isinstance(self.fps, Real) and 0 < self.fps < math.inf):
+            raise ValueError(f"`fps` must be a number above 0, but is {self.fps!r}.")
+        if self.num_frames is not None:
+            sample_frames(1, self.num_frames, self.sampling)  # raises out of range
+            if self.num_frames > (self.max_frames or math.inf):
+                raise ValueError(f"`num_frames` must be at most {self.max_frames}, but is {self.num_frames}.")
+
+    def select(self, frames: Iterable[tuple[Any, float]], total: int | None) -> Iterator[tuple[Any, float]]:
+        """Yields the chosen ones of all `frames`, pairs of a frame and its seconds.
+
+        `total` is their number. It is needed for a `num_frames` alone.
+
+        Raises:
+            ValueError: If there are fewer frames than `total`, or more would be chosen than are allowed.
+        """
+        chosen = None if self.num_frames is None else sample_frames(total, self.num_frames, self.sampling)
+        start, due, taken, index = None, 0, 0, -1
+        for index, (frame, time) in enumerate(frames):
+            start = time if start is None else start
+            # A hair early, since times of containers are rounded.
+            ticks = index if self.fps is None else math.floor((time - start) * self.fps + 1e-3)
+            if (index not in chosen) if chosen is not None else (ticks < due):
+                continue
+            due, taken = ticks + 1, taken + 1
+            if taken > (self.max_frames or math.inf):
+                raise ValueError(
+                    f"it has more than {self.max_frames} frames to take. Give a `num_frames`, or a lower `fps`"
+                )
+            yield frame, time
+            if chosen is not None and index == chosen[-1]:
+                return
+        if index < 0:
+            raise ValueError("it has no frames")
+        if chosen is not None:
+            raise ValueError(f"it ends after {index + 1} of its {total} frames")
+
+
 def load_rgb_frames(
-    source: Any, num_frames: int, sampling: str = "uniform", max_pixels: int = MAX_PIXELS
-) -> list[Any]:
-    """Reads a few frames of a video, upright and in RGB.
+    source: Any,
+    num_frames: int | None = None,
+    sampling: str = "uniform",
+    max_pixels: int = MAX_PIXELS,
+    fps: float | None = None,
+    metadata: Any = None,
+) -> VideoFrames:
+    """Reads frames of a video, upright and in RGB.
 
     Args:
         source (`str`, `pathlib.Path`, `dict`, `list` or array):
@@ -59,84 +141,146 @@ def load_rgb_frames(
             each of a type that [`load_rgb_image`] takes. Or a row of a `datasets` video column
             (`{"bytes": ..., "path": ...}`). Or an array of shape `(frames, height, width, 3)` or
             `(frames, 3, height, width)`.
-        num_frames, sampling: As in [`sample_frames`].
+        num_frames, sampling, fps: As in [`FrameChoice`].
         max_pixels (`int`, *optional*, defaults to 64,000,000): Largest width times height of a frame that is decoded.
+        metadata (`VideoMetadata` or `dict`, *optional*):
+            For lists and arrays: their `fps`, and `frames_indices` if they are some frames of a longer video. Without
+            it they are taken to have the `fps` that is requested, or else one frame a second.
 
     Returns:
-        `list`: `PIL.Image.Image` objects in mode RGB, or arrays where arrays were given.
+        [`VideoFrames`], a list of `PIL.Image.Image` objects in mode RGB, or of arrays where arrays were given. Its
+        `times` are the seconds of each frame, as the container states them.
 
     Raises:
-        ValueError: If the video cannot be read, has no frames or too large ones; the message names it.
+        ValueError: If the video cannot be read, ends early, has no frames or too large ones; the message names it. If
+            an argument is out of range.
         TypeError: If `source` is nothing of the above.
         ImportError: If a file needs PyAV, which is not installed.
     """
+    choice = FrameChoice(num_frames, sampling, fps)
+    frames = list(iterate_rgb_frames(source, choice, max_pixels, metadata))
+    return VideoFrames(*zip(*frames, strict=True))
+
+
+def iterate_rgb_frames(
+    source: Any, choice: FrameChoice, max_pixels: int = MAX_PIXELS, metadata: Any = None
+) -> Iterator[tuple[Any, float]]:
+    """Reads the chosen frames of a video one after the other. Yields each with its seconds.
+
+    The arguments and errors are those of [`load_rgb_frames`].
+    """
     if isinstance(source, dict):
-        return _load_row(source, num_frames, sampling, max_pixels)
-    if isinstance(source, str | Path):
-        name = str(source)
-        try:
-            return _read_file(name, num_frames, sampling, max_pixels)
-        except ImportError:
-            raise
-        except Exception as error:  # FFmpeg and PIL raise errors of many types for broken files
-            raise ValueError(f"`videos`: {name!r} cannot be read: {error}") from error
+        yield from _iterate_row(source, choice, max_pixels, metadata)
+        return
+    if not isinstance(source, str | Path):
+        yield from _iterate_list(source, choice, max_pixels, metadata)
+        return
+    name = str(source)
+    try:
+        with _open_file(name, max_pixels, needs_total=choice.num_frames is not None) as (frames, total):
+            for frame, time in choice.select(frames, total):
+                yield _to_image(frame), time
+    except ImportError:
+        raise
+    except Exception as error:  # FFmpeg and PIL raise errors of many types for broken files
+        raise ValueError(f"`videos`: {name!r} cannot be read: {error}") from error
+
+
+def _iterate_list(source: Any, choice: FrameChoice, max_pixels: int, metadata: Any) -> Iterator[tuple[Any, float]]:
     if not hasattr(source, "__len__"):
         raise TypeError(
             f"`videos` must hold files, URLs, arrays or lists of frames, but holds {type(source).__name__}."
         )
     if len(source) == 0:
         raise ValueError("`videos` holds a video without frames.")
-    frames = [source[index] for index in sample_frames(len(source), num_frames, sampling)]
+    times = _times_of_list(source, choice, metadata)
     try:
-        return [load_rgb_image(frame, max_pixels=max_pixels) for frame in frames]
+        for frame, time in choice.select(zip(source, times, strict=True), len(source)):
+            yield load_rgb_image(frame, max_pixels=max_pixels), time
     except ValueError as error:
-        raise ValueError(str(error).replace("`images`", "`videos`", 1)) from error
+        message = str(error).replace("`images`", "`videos`", 1)
+        raise ValueError(message if message != str(error) else f"`videos` holds a list of frames: {error}") from error
 
 
-def _load_row(row: dict[str, Any], num_frames: int, sampling: str, max_pixels: int) -> list[Any]:
+def _times_of_list(source: Any, choice: FrameChoice, metadata: Any) -> list[float]:
+    if isinstance(source, VideoFrames):
+        return source.times
+    rate, indices = (metadata["fps"], metadata.get("frames_indices")) if metadata else (choice.fps, None)
+    indices = range(len(source)) if indices is None else indices
+    if len(indices) != len(source):
+        raise ValueError(
+            f"`video_metadata` has {len(indices)} `frames_indices`, but the video has {len(source)} frames."
+        )
+    return [index / (rate or 1.0) for index in indices]
+
+
+def _iterate_row(
+    row: dict[str, Any], choice: FrameChoice, max_pixels: int, metadata: Any
+) -> Iterator[tuple[Any, float]]:
     if row.get("bytes") is None:
-        return load_rgb_frames(row["path"], num_frames, sampling, max_pixels)
+        yield from iterate_rgb_frames(row["path"], choice, max_pixels, metadata)
+        return
     name = Path(row.get("path") or "video")
-    with tempfile.TemporaryDirectory() as folder:  # transformers' `load_video` reads files only
+    with tempfile.TemporaryDirectory() as folder:  # FFmpeg knows some formats by their suffix
         path = Path(folder) / name.name
         path.write_bytes(row["bytes"])
         try:
-            return load_rgb_frames(path, num_frames, sampling, max_pixels)
+            yield from iterate_rgb_frames(path, choice, max_pixels)
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), str(name))) from error
 
 
-def _read_file(name: str, num_frames: int, sampling: str, max_pixels: int) -> list[Image.Image]:
+@contextmanager
+def _open_file(
+    name: str, max_pixels: int, needs_total: bool
+) -> Iterator[tuple[Iterator[tuple[Any, float]], int | None]]:
+    """Opens a video. Gives its frames with their seconds, in a form that [`_to_image`] reads, and their number."""
     if not is_url(name):
         check_regular_file(name)
-    if Path(name.partition("?")[0]).suffix.lower() in _ANIMATED_IMAGES:
-        return _read_animated_image(name, num_frames, sampling, max_pixels)
-    if not is_av_available():
+        if not Path(name).exists():
+            raise FileNotFoundError("there is no such file")
+    is_animated_image = Path(name.partition("?")[0]).suffix.lower() in _ANIMATED_IMAGES
+    if not is_animated_image and not is_av_available():
         raise ImportError('Reading videos needs PyAV. Install it with: pip install "av>=18.1"')
-    if not is_url(name) and not Path(name).exists():
-        raise FileNotFoundError("there is no such file")
-
-    def choose(metadata: Any, **kwargs: Any) -> list[int]:
-        check_size(metadata.width, metadata.height, max_pixels)
-        # Many containers (WebM, MKV, streams) do not state their number of frames.
-        return sample_frames(metadata.total_num_frames or _count_frames(name), num_frames, sampling)
-
-    frames, _ = load_video(name, backend="pyav", sample_indices_fn=choose)
-    return [Image.fromarray(frame) for frame in frames]
-
-
-def _count_frames(name: str) -> int:
+    file = download(name, _DOWNLOAD_SECONDS) if is_url(name) else name
+    if is_animated_image:
+        with Image.open(file) as image:
+            check_size(image.width, image.height, max_pixels)
+            yield _iterate_animated_image(image), getattr(image, "n_frames", 1)
+        return
     # Not a plain import: the Hub's loader would require PyAV of all users of a checkpoint.
     av = importlib.import_module("av")
-    with av.open(name) as container:
-        return sum(1 for _ in container.decode(video=0))
+    with av.open(file) as container:
+        stream = container.streams.video[0]
+        check_size(stream.width, stream.height, max_pixels)
+        total = stream.frames or None
+        if total is not None or not needs_total:
+            yield _iterate_container(container, stream), total
+            return
+        total = sum(1 for _ in container.decode(stream))  # WebM, MKV and streams do not state it
+    if isinstance(file, BytesIO):
+        file.seek(0)
+    with av.open(file) as container:
+        yield _iterate_container(container, container.streams.video[0]), total
 
 
-def _read_animated_image(name: str, num_frames: int, sampling: str, max_pixels: int) -> list[Image.Image]:
-    frames = []
-    with Image.open(download(name) if is_url(name) else name) as image:
-        check_size(image.width, image.height, max_pixels)
-        for index in sample_frames(getattr(image, "n_frames", 1), num_frames, sampling):
-            image.seek(index)
-            frames.append(load_rgb_image(image.copy()))  # the next `seek` overwrites the pixels
-    return frames
+def _iterate_container(container: Any, stream: Any) -> Iterator[tuple[Any, float]]:
+    rate = float(stream.average_rate or 1)
+    for index, frame in enumerate(container.decode(stream)):
+        yield frame, index / rate if frame.time is None else frame.time
+
+
+def _iterate_animated_image(image: Image.Image) -> Iterator[tuple[Image.Image, float]]:
+    time = 0.0
+    for index in range(getattr(image, "n_frames", 1)):
+        image.seek(index)
+        image.load()
+        yield image, time
+        time += (image.info.get("duration") or 100) / 1000  # browsers show frames without a duration for 100 ms
+
+
+def _to_image(frame: Any) -> Image.Image:
+    """A frame of a container or an animated image as an image of its own, in RGB."""
+    if isinstance(frame, Image.Image):
+        return load_rgb_image(frame.copy())  # the next `seek` overwrites the pixels
+    return Image.fromarray(frame.to_ndarray(format="rgb24"))

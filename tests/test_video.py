@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.vision_tower import extract_vision_tokens
-from processing_evlgen.videos import load_rgb_frames, sample_frames
+from processing_evlgen.videos import FrameChoice, load_rgb_frames, sample_frames
 
 from .helpers import IMAGE_SIZE, noise_images, run_clean, tiny_model, tiny_processor, tiny_towers
 
@@ -103,6 +103,118 @@ def test_reads_frames_and_arrays():
     arrays = np.stack([np.asarray(frame) for frame in shades(8)])
     for video in (shades(8), arrays, torch.from_numpy(arrays).permute(0, 3, 1, 2)):
         assert indices(load_rgb_frames(video, 4)) == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize(("name", "codec"), [("video.mp4", "libx264"), ("video.webm", "libvpx")])
+def test_a_rate_takes_the_first_frame_at_or_after_each_tick(name, codec, tmp_path):
+    path = write_video(tmp_path / name, 20, codec)  # 10 frames a second
+    frames = load_rgb_frames(path, fps=2.5)
+    assert indices(frames) == [0, 4, 8, 12, 16]
+    assert frames.times == pytest.approx([0.0, 0.4, 0.8, 1.2, 1.6])
+    assert indices(load_rgb_frames(path, fps=4)) == [0, 3, 5, 8, 10, 13, 15, 18]
+    assert indices(load_rgb_frames(path, fps=100)) == list(range(20))
+    assert load_rgb_frames(path, 4).times == pytest.approx([0.0, 0.5, 1.0, 1.5])
+
+
+def test_frames_have_the_times_of_their_container(tmp_path):
+    pts = [0, 1, 2, 3, 30, 31, 60, 61]
+    path = write_video(tmp_path / "video.mkv", 8, pts=pts)
+    assert load_rgb_frames(path).times == pytest.approx([index / 10 for index in pts])
+    frames = load_rgb_frames(path, fps=1)  # a pause takes one frame, and is not made up for
+    assert indices(frames) == [0, 4, 6] and frames.times == pytest.approx([0.0, 3.0, 6.0])
+
+
+@pytest.mark.parametrize("name", ["video.webp", "video.gif", "video.png"])
+def test_animated_images_have_the_times_of_their_durations(name, tmp_path):
+    first, *others = shades(5)
+    first.save(tmp_path / name, save_all=True, append_images=others, duration=[40, 40, 500, 40, 40], lossless=True)
+    frames = load_rgb_frames(tmp_path / name)
+    assert indices(frames) == [0, 1, 2, 3, 4] and frames.times == pytest.approx([0, 0.04, 0.08, 0.58, 0.62])
+    assert indices(load_rgb_frames(tmp_path / name, fps=10)) == [0, 3, 4]
+
+
+def test_lists_of_frames_have_the_times_that_are_stated():
+    frames = shades(8)
+    assert load_rgb_frames(frames, 4).times == [0, 2, 4, 6]  # a frame a second
+    assert load_rgb_frames(frames, fps=4).times == [index / 4 for index in range(8)]
+    assert load_rgb_frames(frames, 4, metadata={"fps": 8}).times == [0, 0.25, 0.5, 0.75]
+    of_film = {"fps": 24.0, "frames_indices": list(range(0, 96, 12))}
+    assert load_rgb_frames(frames, metadata=of_film).times == [index / 2 for index in range(8)]
+    assert load_rgb_frames(frames, fps=1, metadata=of_film).times == [0, 1, 2, 3]
+    again = load_rgb_frames(load_rgb_frames(frames, metadata=of_film), 4)  # frames that were read keep their times
+    assert again.times == [0, 1, 2, 3]
+
+
+def test_the_processor_returns_times(tmp_path):
+    processor = tiny_processor(tiny_model())
+    path = write_video(tmp_path / "video.mp4", 10)
+    batch = processor(videos=[path, shades(2)])
+    torch.testing.assert_close(batch["frame_times"], torch.tensor([[0.0, 0.2, 0.5, 0.7], [0.0, 1.0, 0.0, 0.0]]))
+    metadata = {"fps": 5.0}
+    assert processor(videos=[shades(2)], video_metadata=[metadata])["frame_times"].tolist() == [
+        [0.0, pytest.approx(0.2)]
+    ]
+    assert processor(videos=path, fps=5)["frame_times"].shape == (1, 5)
+    processor.fps = 2
+    processor.save_pretrained(tmp_path / "processor")
+    processor = type(processor).from_pretrained(tmp_path / "processor")
+    assert processor(videos=path)["frame_times"].tolist() == [[0.0, 0.5]]
+    assert processor(videos=path, num_frames=5)["frame_times"].shape == (1, 5)
+    messages = [{"role": "user", "content": [{"type": "video", "path": path}]}]
+    processor = tiny_processor(tiny_model(), chat=True)
+    batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, processor_kwargs={"fps": 5})
+    assert batch["frame_times"].shape == (1, 5)
+
+
+def test_a_long_video_is_read_frame_by_frame(tmp_path):
+    processor = tiny_processor(tiny_model())
+    path = write_video(tmp_path / "video.mp4", 20)
+    pixels, times = zip(*processor.iterate_frames(path, fps=5), strict=True)
+    assert times == pytest.approx([index / 5 for index in range(10)])
+    torch.testing.assert_close(torch.stack(pixels), processor(videos=path, fps=5)["pixel_values_videos"][0])
+    assert sum(1 for _ in processor.iterate_frames([shades(1)[0]] * 600)) == 600
+
+
+def test_frames_may_change_their_size():
+    frames = [frame.resize((20 + 10 * index, 40)) for index, frame in enumerate(shades(4))]
+    assert tiny_processor(tiny_model())(videos=[frames])["pixel_values_videos"].shape == (1, 4, 3, 32, 32)
+
+
+@pytest.mark.attack
+def test_bad_numbers_of_frames_are_named(tmp_path):
+    processor, path = tiny_processor(tiny_model()), write_video(tmp_path / "video.mp4", 8)
+    with pytest.raises(ValueError, match="`num_frames` must be at most 512, but is 10000"):
+        processor(videos=path, num_frames=10_000)
+    with pytest.raises(ValueError, match="`num_frames` and `fps` can be given, but they are 4 and 2"):
+        processor(videos=path, num_frames=4, fps=2)
+    for fps in (0, -1, float("nan"), float("inf"), "2"):
+        with pytest.raises(ValueError, match="`fps` must be a number above 0"):
+            processor(videos=path, fps=fps)
+    with pytest.raises(ValueError, match="`videos` holds a list of frames: it has more than 512 frames to take"):
+        processor(videos=[shades(1) * 513], do_sample_frames=False)
+    assert len(load_rgb_frames(shades(1) * 513, 512)) == 512
+    with pytest.raises(ValueError, match="`video_metadata` has 2 entries for 1 videos"):
+        processor(videos=[shades(2)], video_metadata=[{"fps": 1.0}] * 2)
+    with pytest.raises(ValueError, match="`video_metadata` has 3 `frames_indices`, but the video has 2 frames"):
+        processor(videos=[shades(2)], video_metadata=[{"fps": 1.0, "frames_indices": [0, 1, 2]}])
+
+
+@pytest.mark.attack
+def test_a_video_that_ends_early_is_named(tmp_path):
+    path = tmp_path / "video.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:  # its header survives the cut
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        generator = np.random.default_rng(0)
+        for _ in range(40):
+            noise = generator.integers(0, 256, (32, 48, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        container.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"`videos`: '.*video\.mp4' cannot be read"):
+        load_rgb_frames(str(path), 40)
+    with pytest.raises(ValueError, match="it ends after 3 of its 9 frames"):
+        list(FrameChoice(9).select([(0, 0.0), (1, 1.0), (2, 2.0)], 9))
 
 
 def test_a_video_that_cannot_be_read_is_named(tmp_path):
