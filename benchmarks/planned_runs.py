@@ -1,0 +1,49 @@
+"""Trains a list of runs, and keeps each result as a line of a file. Several processes may share the list."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+Run = Any  # a frozen dataclass with a property `name`
+Result = dict[str, Any]
+
+
+def train_planned(plan: Sequence[Run], results: Path, train: Callable[[Run], Result]) -> None:
+    """Trains all runs that are not finished. Other processes may train some of them.
+
+    Args:
+        plan (`Sequence`): The settings of each run.
+        results (`Path`): The file of results.
+        train (`Callable`): Trains a run and returns its figures.
+    """
+    torch.set_num_threads(1)  # so that two processes on two cores do not slow each other
+    while pending := [run for run in plan if run.name not in read_results(results)]:
+        if not any(_train_unless_busy(run, results, train) for run in pending):
+            time.sleep(30)
+
+
+def _train_unless_busy(run: Run, results: Path, train: Callable[[Run], Result]) -> bool:
+    """Trains a run, unless another process trains it. Returns whether the run is finished."""
+    lock = FileLock(results.with_name(f"{run.name}.lock"), blocking=False)
+    try:
+        with lock:
+            if run.name not in read_results(results):
+                line = json.dumps({"name": run.name, "run": asdict(run), **train(run)})
+                with FileLock(f"{results}.lock"), results.open("a") as file:
+                    file.write(line + "\n")
+    except Timeout:
+        return False
+    Path(lock.lock_file).unlink(missing_ok=True)
+    return True
+
+
+def read_results(results: Path) -> dict[str, Result]:
+    """The results of the finished runs by name."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    return {result["name"]: result for result in map(json.loads, lines)}

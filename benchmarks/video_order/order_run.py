@@ -1,0 +1,175 @@
+"""Trains a captioner on ordered videos whose frames were pooled by one method, and measures it."""
+
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, get_scheduler, set_seed
+
+from configuration_evlgen import EVLGenConfig
+from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
+from modeling_evlgen.labels import shift_labels
+from processing_evlgen import EVLGenProcessor
+
+from ..crowded.connector_settings import METHODS as CONNECTORS
+from ..small_decoder import prepare_small_decoder, train_from_scratch
+from ..training_step import DEMO_VISION
+from .clip_pooling import pool_clips
+from .emoji_frames import load_frames
+from .ordered_clips import Text, compose
+
+TOKENS = 36  # of the soft prompt
+TRAINING_BATCH, TEST_BATCH = 16, 50
+WHITENING_VIDEOS = 200
+RECIPE = {"lr": 1e-3, "weight_decay": 0.05}
+WARMUP_STEPS = 50
+
+
+@dataclass(frozen=True)
+class OrderRun:
+    """The settings of one run."""
+
+    method: str
+    seed: int = 0
+    steps: int = 600
+
+    @property
+    def name(self) -> str:
+        return f"{self.method.replace(' ', '-')}.seed{self.seed}.{self.steps}"
+
+
+class ClipTexts(Dataset):
+    """Texts with the pooled features of their videos."""
+
+    def __init__(self, texts: list[Text], pooled: dict[str, torch.Tensor]):
+        self.texts, self.pooled = texts, pooled
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        text = self.texts[index]
+        return {**text, **{name: values[text["clip"]] for name, values in self.pooled.items()}}
+
+
+class ClipCollator:
+    """Turns texts into inputs of the model. Videos take the placeholders of images, as their features are cached."""
+
+    def __init__(self, processor: EVLGenProcessor):
+        self.processor = processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        texts = {"text": [row["question"] for row in rows], "suffix": [row["answer"] for row in rows]}
+        features = torch.stack([row["features"] for row in rows]).float()  # (batch, tokens, dim)
+        batch = dict(self.processor(vision_features=features, **texts))
+        if "places" in rows[0]:
+            batch["places"] = torch.stack([row["places"] for row in rows])  # (batch, tokens, 3)
+        return batch
+
+
+def train(run: OrderRun) -> dict[str, Any]:
+    """Trains a run. Returns its cost and the share of right answers of each kind in the test split."""
+    clips, texts = zip(*(compose(split) for split in ("train", "test")), strict=True)
+    frames = load_frames()
+    splits = {
+        split: ClipTexts(texts[i], pool_clips(run.method, split, clips[i], frames[split]))
+        for i, split in enumerate(("train", "test"))
+    }
+    set_seed(run.seed)
+    model, processor = build_captioner(splits)
+    collator = ClipCollator(processor)
+    features = splits["train"].pooled["features"]
+    sample = features[:: max(1, len(features) // WHITENING_VIDEOS)].float()
+    model.whiten_vision_projection(sample)
+    start = time.process_time()
+    loss = optimize(model.train(), _endless(splits["train"], collator), run.steps)
+    seconds = time.process_time() - start
+    right = find_right_answers(model.eval(), DataLoader(splits["test"], TEST_BATCH, collate_fn=collator))
+    by_kind = defaultdict(list)
+    for text, is_right in zip(texts[1], right, strict=True):
+        by_kind[text["kind"]].append(is_right)
+    return {
+        "cpu_seconds_per_step": round(seconds / run.steps, 3),
+        "training_loss": round(loss, 4),
+        "held_out": {kind: round(mean(values), 4) for kind, values in by_kind.items()},
+    }
+
+
+def build_captioner(splits: dict[str, ClipTexts]) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
+    """A fresh captioner for pooled features. Its vision tower and image processor are never used."""
+    all_texts = [text[name] for split in splits.values() for text in split.texts for name in ("question", "answer")]
+    decoder = prepare_small_decoder("video-order-decoder", all_texts)
+    processor = EVLGenProcessor(CLIPImageProcessor(), AutoTokenizer.from_pretrained(decoder), num_image_tokens=TOKENS)
+    pooled = splits["train"].pooled
+    num_tokens = pooled["features"].shape[1]
+    connector = {**CONNECTORS["choose"][1], "num_merged_tokens": TOKENS}
+    if num_tokens == TOKENS:  # no token is left out
+        connector |= {"distinctive_factor": None}
+    else:
+        connector |= {"position_grid_size": round(num_tokens**0.5)}
+    config = EVLGenConfig(
+        **{**DEMO_VISION, "num_vision_tokens": num_tokens},
+        connector_config=connector,
+        text_config=AutoConfig.from_pretrained(decoder),
+        image_token_id=processor.image_token_id,
+        video_mode="merge" if "places" in pooled else "mean",
+    )
+    model = EVLGenForConditionalGeneration(config)
+    train_from_scratch(model.language_model)
+    return model, processor
+
+
+def _endless(texts: ClipTexts, collator: ClipCollator) -> Iterator[dict[str, torch.Tensor]]:
+    loader = DataLoader(texts, TRAINING_BATCH, shuffle=True, drop_last=True, collate_fn=collator)
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def optimize(model: EVLGenForConditionalGeneration, batches: Iterator[dict[str, torch.Tensor]], steps: int) -> float:
+    """Trains by the demo's recipe. Returns the mean loss of the last tenth of the steps."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, **RECIPE, fused=True)
+    scheduler = get_scheduler("cosine", optimizer, min(WARMUP_STEPS, steps // 2), steps)
+    losses = []
+    for batch in tqdm(itertools.islice(batches, steps), total=steps, unit="step", mininterval=10):
+        loss = run_model(model, batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        losses.append(loss.item())
+        if len(losses) % 50 == 0:
+            tqdm.write(f"step {len(losses)}: loss {mean(losses[-50:]):.3f}")
+    return mean(losses[-max(1, steps // 10) :])
+
+
+def run_model(model: EVLGenForConditionalGeneration, batch: dict[str, torch.Tensor]) -> Any:
+    """The model's output for a batch of [`ClipCollator`], in bfloat16. Logits are those of the answers' positions."""
+    batch = dict(batch)
+    features, places = batch.pop("vision_features"), batch.pop("places", None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        image = model.project_vision_features(features, token_places=places)
+        return model(**limit_logits(batch), mm_encoder_outputs={"image": image})
+
+
+@torch.no_grad()
+def find_right_answers(model: EVLGenForConditionalGeneration, loader: DataLoader) -> list[bool]:
+    """Whether greedy generation gives exactly the true answer to each text.
+
+    It does if each token of the answer, and its end, has the highest score after those before it. So one pass is
+    enough.
+    """
+    right: list[bool] = []
+    for batch in tqdm(loader, desc="Test", leave=False):
+        targets = shift_labels(batch["labels"])  # (batch, sequence)
+        is_target = targets != -100
+        is_best = run_model(model, batch)["logits"].argmax(dim=-1) == targets[is_target]  # (kept,)
+        right += [bool(row.all()) for row in is_best.split(is_target.sum(dim=1).tolist())]
+    return right

@@ -1,0 +1,147 @@
+"""Videos of animated emoji, with captions and questions that need the order of frames, or one single frame.
+
+A short video shows 1 to 4 emoji one after the other. A video on a background shows one emoji. One or two others
+interrupt it for a single frame each.
+
+Videos come in pairs that differ only in their order. Both get the same questions. So a model that cannot see order is
+right about at most half of them. Videos of the test split show a pair of emoji that training never shows together, in
+a skin tone that training never shows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.demo.captioned_images import with_article
+from common.demo.scenes import HELD_OUT_STEPS
+
+from .emoji_frames import EMOJI, FRAMES, TONES
+
+SHORT_LENGTHS = (8, 12, 16)  # frames
+SHORT_VIDEOS = {"train": 1500, "test": 400}
+# By their length in frames. Two thirds have one single frame, a third has two.
+BACKGROUND_VIDEOS = {"train": {8: 300, 16: 300, 64: 300, 256: 60}, "test": {8: 300, 16: 300, 64: 300, 256: 120}}
+TEXTS_REPEATED = 2  # of videos on a background, in training, as most texts are about short videos
+
+COUNTS = ("never", "once", "twice")
+SHORT_KINDS = ("caption", "which first", "what after", "how often")
+MOMENT, MOMENTS_ORDER = "single frame", "first of two frames"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video.
+
+    Args:
+        events (`tuple[int, ...]`): The emoji one after the other, without a background.
+        frames (`tuple[int, ...]`): Each frame as an index into the split's frames of all emoji and tones.
+    """
+
+    events: tuple[int, ...]
+    frames: tuple[int, ...]
+
+
+Text = dict[str, str | int]
+
+
+def compose(split: str) -> tuple[list[Clip], list[Text]]:
+    """The videos of a split, and its texts with the keys `clip` (an index), `kind`, `question` and `answer`.
+
+    They are the same in every run.
+    """
+    clips, texts = [], []
+    for length, count in {None: SHORT_VIDEOS[split], **BACKGROUND_VIDEOS[split]}.items():
+        # Videos of all lengths on a background have the same emoji.
+        rng = np.random.default_rng((("train", "test").index(split), length is None))
+        for pair in range(count // 2):
+            draw_pair = _draw_short_pair if length is None else _draw_background_pair
+            for clip, asked in draw_pair(rng, split, pair, length):
+                copies = TEXTS_REPEATED if split == "train" and length is not None else 1
+                texts += [{"clip": len(clips), "kind": k, "question": q, "answer": a} for k, q, a in asked] * copies
+                clips.append(clip)
+    return clips, texts
+
+
+def is_held_out(emoji: np.ndarray) -> bool:
+    """Whether two of these emoji never meet in training."""
+    return bool(np.isin(np.subtract.outer(emoji, emoji) % len(EMOJI), HELD_OUT_STEPS).any())
+
+
+def _draw_emoji(rng: np.random.Generator, split: str, count: int) -> list[int]:
+    while True:
+        emoji = rng.choice(len(EMOJI), count, replace=False)
+        if count == 1 or is_held_out(emoji) == (split == "test"):
+            return emoji.tolist()
+
+
+def _draw_short_pair(
+    rng: np.random.Generator, split: str, pair: int, length: None
+) -> Iterator[tuple[Clip, list[tuple[str, str, str]]]]:
+    """1 to 4 emoji. Half of those with 3 or 4 show one of them twice."""
+    count = int(rng.integers(1, 4, endpoint=True))
+    repeats = count > 2 and rng.random() < 0.5
+    events = _draw_emoji(rng, split, count - repeats)
+    if repeats:  # not twice in a row
+        events.insert(int(rng.integers(2, count - 1, endpoint=True)), events[0])
+    length = int(rng.choice(SHORT_LENGTHS))
+    cuts = np.sort(rng.choice(length // 2 - 1, count - 1, replace=False) + 1) * 2  # two frames or more each
+    lengths = np.diff([0, *cuts, length]).tolist()
+    for order in (1, -1):
+        segments = zip(events[::order], lengths[::order], strict=True)
+        frames = [frame for emoji, number in segments for frame in _draw_frames(rng, split, emoji, number)]
+        texts = _ask(np.random.default_rng((pair, length)), events[::order])
+        yield Clip(tuple(events[::order]), tuple(frames)), texts
+
+
+def _draw_background_pair(
+    rng: np.random.Generator, split: str, pair: int, length: int
+) -> Iterator[tuple[Clip, list[tuple[str, str, str]]]]:
+    """One emoji throughout, and one or two others for a frame each."""
+    background, *events = _draw_emoji(rng, split, 3 if pair % 3 == 0 else 2)
+    shares = np.sort(rng.random(len(events)))  # of the length: about the same places in videos of all lengths
+    places = (shares * (length - 1)).astype(int) + np.arange(len(events))
+    places = places.clip(max=length - len(events) + np.arange(len(events)))
+    for order in (1, -1):
+        frames = _draw_frames(rng, split, background, length)
+        for place, emoji in zip(places, events[::order], strict=True):
+            frames[place] = _draw_frames(rng, split, emoji, 1)[0]
+        if len(events) == 1:
+            question = ("What is shown only for a moment?", with_article(EMOJI[events[0]]))
+            texts = [(f"{MOMENT}, {length}", *question)]
+        else:
+            question = _which_first(np.random.default_rng((pair, length)), events[::order])
+            texts = [(f"{MOMENTS_ORDER}, {length}", *question)]
+        yield Clip(tuple(events[::order]), tuple(frames)), texts
+
+
+def _draw_frames(rng: np.random.Generator, split: str, emoji: int, count: int) -> list[int]:
+    """Successive frames of an emoji in one skin tone. Its video repeats itself."""
+    tone, start = rng.integers(TONES[split]), rng.integers(FRAMES)
+    first = (emoji * TONES[split] + tone) * FRAMES
+    return [int(first + (start + step) % FRAMES) for step in range(count)]
+
+
+def _ask(rng: np.random.Generator, events: list[int]) -> list[tuple[str, str, str]]:
+    """Kind, question and answer of all texts about a short video. Draws do not depend on the order of events."""
+    names = [with_article(EMOJI[emoji]) for emoji in events]
+    texts = [("caption", "", ", then ".join(names))]
+    emoji = sorted(set(events))
+    if len(emoji) == len(events) > 1:
+        texts.append(("which first", *_which_first(rng, events)))
+        named = events.index(rng.choice(emoji))
+        following = [*names[1:], "nothing"][named]
+        texts.append(("what after", f"What comes after {names[named]}?", following))
+    # Every third time an emoji that is hardly shown, otherwise one that is. Half of the videos that repeat ask for it.
+    counted = max(emoji, key=events.count) if rng.random() < 0.5 else rng.choice(emoji)
+    if rng.random() < 1 / 3:
+        counted = rng.integers(len(EMOJI))
+    question = f"How often is {with_article(EMOJI[counted])} shown?"
+    return [*texts, ("how often", question, COUNTS[events.count(counted)])]
+
+
+def _which_first(rng: np.random.Generator, events: list[int]) -> tuple[str, str]:
+    """Asks about two of the events, named in any order."""
+    named = rng.choice(sorted(events), 2, replace=False).tolist()
+    first, second = (with_article(EMOJI[emoji]) for emoji in named)
+    return f"Which comes first, {first} or {second}?", with_article(EMOJI[min(named, key=events.index)])
