@@ -21,6 +21,10 @@ from .vision_tower import extract_vision_tokens
 
 ROUNDS = 6  # of matching, within a frame and over time
 
+# What the whole length of a video takes from the similarity of two tokens. Without it, something that comes, goes and
+# comes again would become tokens of one time in the middle.
+TIME_WEIGHT = 0.4
+
 # Frequencies of the time embedding in radians per second. Their periods are 0.8 seconds to 1.8 hours.
 _FREQUENCIES = tuple(2.0**exponent for exponent in range(3, -11, -1))
 
@@ -53,6 +57,10 @@ class VideoTokens:
         """Puts other tokens of the same videos behind these."""
         return VideoTokens(*(torch.cat(pair, dim=1) for pair in zip(self.tensors(), others.tensors(), strict=True)))
 
+    def drop(self, prefix: int) -> "VideoTokens":
+        """The tokens without the first ones."""
+        return VideoTokens(*(tensor[:, prefix:] for tensor in self.tensors()))
+
     def take(self, videos: torch.Tensor) -> "VideoTokens":
         """The tokens of some videos."""
         return VideoTokens(*(tensor[videos] for tensor in self.tensors()))
@@ -81,58 +89,60 @@ def place_frames(features: torch.Tensor, times: torch.Tensor, class_token: bool)
 
 
 @torch.no_grad()
-def match_patches(features: torch.Tensor, size: torch.Tensor, num_output_tokens: int, prefix: int = 0) -> TokenMerging:
+def match_patches(tokens: VideoTokens, num_output_tokens: int, prefix: int = 0) -> TokenMerging:
     """Matches patches in rounds until `num_output_tokens` are left. Tokens keep their order.
 
-    In each round, every patch is linked to the most similar one before it, and the strongest links are merged. So the
-    most similar pair always is. [`bipartite_soft_matching`] would miss a patch and its copy in the next frame if both
-    have an even or an odd index. With each frame, 7 % of the patches of a standing image would be merged with others.
+    Two patches are as similar as their cosine, less `TIME_WEIGHT` times their distance in time as a share of the time
+    so far. In each round, every patch is linked to the most similar one before it, and the strongest links are merged.
+    So the most similar pair always is. [`bipartite_soft_matching`] would miss a patch and its copy in the next frame if
+    both have an even or an odd index. With each frame, 7 % of the patches of a standing image would be merged with
+    others.
 
     Args:
-        features (`torch.Tensor` of shape `(batch, tokens, dim)`): Vectors whose cosine similarity counts.
-        size (`torch.Tensor` of shape `(batch, tokens)`): Their weights in the means of each round.
+        tokens ([`VideoTokens`]): The tokens.
         num_output_tokens (`int`): Number of tokens to merge to, more than `prefix`.
         prefix (`int`, *optional*, defaults to 0): Tokens at the start that stay.
     """
-    merging = keep_all(features)
-    at_once = -(-(features.shape[1] - num_output_tokens) // ROUNDS)
+    merging, times = keep_all(tokens.features), tokens.places[..., 0]
+    span = (times.amax(dim=1) - times.amin(dim=1)).clamp(min=1e-6)  # (videos,)
+    at_once = -(-(times.shape[1] - num_output_tokens) // ROUNDS)
     while merging.num_output_tokens > num_output_tokens:
         r = min(at_once, merging.num_output_tokens - num_output_tokens)
-        matched = _link_patches(features, r, prefix)
-        features, size = matched.merge(features, size), matched.sum_sizes(size)
-        merging = merging.then(matched)
+        matched = _link_patches(tokens, r, prefix, span)
+        tokens, merging = tokens.merge(matched), merging.then(matched)
     return merging
 
 
-def _link_patches(features: torch.Tensor, r: int, prefix: int) -> TokenMerging:
-    """One round, which removes `r` tokens."""
-    batch, tokens, _ = features.shape
-    normed = F.normalize(features[:, prefix:], dim=-1)
-    similarity = normed @ normed.transpose(1, 2)  # (batch, patches, patches)
+def _link_patches(tokens: VideoTokens, r: int, prefix: int, span: torch.Tensor) -> TokenMerging:
+    """One round, which removes `r` tokens. `span` is the time so far in seconds, `(videos,)`."""
+    batch, num_tokens, _ = tokens.features.shape
+    normed = F.normalize(tokens.features[:, prefix:], dim=-1)
+    shares = tokens.places[:, prefix:, 0] / span[:, None]  # of the time so far
+    distance = (shares[:, :, None] - shares[:, None]).abs()
+    similarity = normed @ normed.transpose(1, 2) - TIME_WEIGHT * distance  # (batch, patches, patches)
     earlier = torch.ones_like(similarity[0], dtype=torch.bool).tril(diagonal=-1)
     best, target = similarity.masked_fill(~earlier, -torch.inf).max(dim=-1)  # (batch, patches)
     sources = best.topk(r, dim=-1).indices
-    root = torch.arange(tokens, device=features.device).repeat(batch, 1)
+    root = torch.arange(num_tokens, device=span.device).repeat(batch, 1)
     root.scatter_(1, sources + prefix, target.gather(1, sources) + prefix)
     for _ in range(r.bit_length()):  # links form trees, and each tree becomes one token, where its first one is
         root = root.gather(1, root)
     is_root = torch.ones_like(root).scatter_(1, sources + prefix, 0)
-    return TokenMerging((is_root.cumsum(dim=1) - 1).gather(1, root), tokens - r)
+    return TokenMerging((is_root.cumsum(dim=1) - 1).gather(1, root), num_tokens - r)
 
 
 def merge_within_frames(frames: VideoTokens, class_token: bool) -> VideoTokens:
     """Merges the patches of each frame to half their number. The class token stays."""
     prefix = int(class_token)
     target = prefix + -(-(frames.features.shape[1] - prefix) // 2)
-    return frames.merge(match_patches(frames.features, frames.size, target, prefix))
+    return frames.merge(match_patches(frames, target, prefix))
 
 
 def merge_over_time(pool: VideoTokens, frame: VideoTokens, class_token: bool) -> VideoTokens:
     """Merges one more frame into the pool, which keeps its number of tokens. Class tokens are averaged."""
     prefix, num_tokens = int(class_token), pool.features.shape[1]
-    patches = torch.cat([pool.features[:, prefix:], frame.features[:, prefix:]], dim=1)
-    size = torch.cat([pool.size[:, prefix:], frame.size[:, prefix:]], dim=1)
-    matched = match_patches(patches, size, num_tokens - prefix)
+    patches = pool.drop(prefix).join(frame.drop(prefix))
+    matched = match_patches(patches, num_tokens - prefix)
     of_pool, of_frame = matched.output_index.split((num_tokens - prefix, frame.size.shape[1] - prefix), dim=1)
     index = torch.cat([F.pad(part + prefix, (prefix, 0)) for part in (of_pool, of_frame)], dim=1)
     return pool.join(frame).merge(TokenMerging(index, num_tokens))

@@ -120,6 +120,18 @@ def test_a_patch_meets_its_copy_in_the_next_frame_wherever_both_are(seed):
 
 
 @torch.no_grad()
+def test_what_comes_again_keeps_the_times_of_both():
+    """A, B, A: without times in the matching, both A would become tokens of the time in the middle."""
+    objects = distinct(2, seed=1)  # whose patches are alike, as those of an object are
+    first, second = (thing + 0.6 * distinct(49, seed=seed) for seed, thing in enumerate(objects, 2))
+    features = torch.stack([first] * 8 + [second] * 8 + [first] * 8)
+    merged = merge(features + 0.1 * torch.randn(features.shape, generator=torch.Generator().manual_seed(4)))
+    times = merged.places[0, :, 0]
+    shows_first = torch.nn.functional.cosine_similarity(merged.features[0], objects[:1]) > 0.6
+    assert (shows_first & (times < 8)).sum() >= 5 and (shows_first & (times > 16)).sum() >= 5
+
+
+@torch.no_grad()
 def test_the_mean_over_tokens_and_the_class_token_lose_nothing():
     features = torch.randn(7, 17, 8, generator=torch.Generator().manual_seed(0))
     times = [0.0, 0.5, 1.0, 1.5, 9.0, 9.5, 10.0]
