@@ -56,6 +56,9 @@ class EVLGenConfig(CheckedConfig):
         temporal_hidden_size (`int`, *optional*, defaults to 256): Width of the temporal queries and keys.
         temporal_num_attention_heads (`int`, *optional*, defaults to 8):
             Heads of the temporal attention. Must divide `temporal_hidden_size` and `vision_hidden_size`.
+        temporal_frame_positions (`bool`, *optional*, defaults to `False`):
+            Whether the temporal contextualizer has learned frame positions, so that it sees the order of frames. The
+            paper's has none. Fresh ones are zero.
         video_mode (`str`, *optional*, defaults to `"mean"`):
             How the frames of a video become the tokens of one image. `"mean"` averages them, as in the paper.
             `"merge"` merges similar tokens, within frames and then over time, and embeds their times. It needs a
@@ -97,6 +100,7 @@ class EVLGenConfig(CheckedConfig):
     temporal_contextualizer: bool = False
     temporal_hidden_size: int = 256
     temporal_num_attention_heads: int = 8
+    temporal_frame_positions: bool = False
     video_mode: str = "mean"
     num_vision_tokens: int | None = None
     vision_hidden_size: int | None = None

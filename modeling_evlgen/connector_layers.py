@@ -1,4 +1,4 @@
-"""Layers that several connectors share: learned positions, and linear maps at the end of residual branches."""
+"""Layers that several connectors share: positions, times, and linear maps at the end of residual branches."""
 
 import math
 
@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
+
+# Frequencies of the time embedding in radians per second. Their periods are 0.8 seconds to 1.8 hours.
+_FREQUENCIES = tuple(2.0**exponent for exponent in range(3, -11, -1))
 
 
 def smooth_positions(grid_size: int, dim: int, length: float = 0.25) -> torch.Tensor:
@@ -104,6 +107,26 @@ class PositionEmbeddings(nn.Embedding):
                 corner = F.embedding(self.num_prefix_tokens + rows * side + columns, self.weight)
                 positions = positions + (row_share * column_share).unsqueeze(-1) * corner
         return positions
+
+
+class TimeEmbedding(nn.Module):
+    """A learned function of the time in seconds. It starts at zero, and stays zero at the time 0.
+
+    It is linear in `sin(w t)` and `cos(w t) - 1` for frequencies w from one radian in 2 minutes to 8 in a second.
+
+    Args:
+        dim (`int`): Width of the tokens.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, 2 * len(_FREQUENCIES)))
+
+    def forward(self, times: torch.Tensor) -> torch.Tensor:
+        """Embeds times of any shape, as `(*shape, dim)`."""
+        phases = times.float().unsqueeze(-1) * times.new_tensor(_FREQUENCIES, dtype=torch.float32)
+        waves = torch.cat([phases.sin(), phases.cos() - 1], dim=-1)  # (*shape, 2 * frequencies)
+        return F.linear(waves.to(self.weight.dtype), self.weight)
 
 
 def build_output_positions(num_positions: int, dim: int, initializer_range: float | None) -> nn.Module:

@@ -13,6 +13,7 @@ from transformers.utils import can_return_tuple
 from configuration_evlgen import EVLGenConfig
 
 from .activation_checkpointing import checkpoint_frozen_layers
+from .connector_layers import TimeEmbedding
 from .connectors import build_connector
 from .generation import EVLGenGenerationMixin
 from .input_checks import check_length, check_pixels, check_vision_features
@@ -24,7 +25,7 @@ from .temporal import TemporalContextualizer, TemporalTower, encode_images, enco
 from .tiles import connect, read_budgets, read_grids
 from .tower_checkpoints import TowerCheckpointMixin
 from .trained_parts import TrainedPartsMixin, is_frozen, zero_of_trained_parts
-from .video_merging import TimeEmbedding, merge_stream, merge_videos
+from .video_merging import merge_stream, merge_videos
 from .vision_tower import build_vision_tower
 from .vllm_backend import adapt_to_vllm, check_checkpoint, is_built_by_vllm
 
@@ -75,7 +76,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, PreTrainedModel):
         self.temporal = None
         if config.temporal_contextualizer:
             sizes = config.vision_hidden_size, config.temporal_hidden_size, config.temporal_num_attention_heads
-            self.temporal = TemporalTower(self.vision_tower, *sizes)
+            self.temporal = TemporalTower(self.vision_tower, *sizes, config.temporal_frame_positions)
         self.ln_vision = nn.LayerNorm(config.vision_hidden_size)
         self.vision_projection = nn.Linear(config.vision_hidden_size, connector_dim)
         self.time_embedding = TimeEmbedding(connector_dim) if config.video_mode == "merge" else None

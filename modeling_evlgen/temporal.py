@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .connector_layers import TimeEmbedding
 from .vision_tower import extract_vision_tokens
 
 # Without a gradient, this many frames run through the tower, or through one part of it, at a time.
@@ -78,15 +79,18 @@ class TemporalContextualizer(nn.Module):
         dim (`int`): Width of the tokens, a multiple of `num_heads`.
         hidden_size (`int`): Width of queries and keys, a multiple of `num_heads`.
         num_heads (`int`): Number of heads.
+        frame_positions (`bool`, *optional*, defaults to `False`):
+            Whether learned frame positions are added to the tokens first. They are 0 for the first frame.
     """
 
-    def __init__(self, dim: int, hidden_size: int, num_heads: int):
+    def __init__(self, dim: int, hidden_size: int, num_heads: int, frame_positions: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.scaling = hidden_size**-0.5
         self.query = nn.Linear(dim, hidden_size)
         self.key = nn.Linear(dim, hidden_size)
         self.alpha = nn.Parameter(torch.zeros(()))
+        self.frame_positions = TimeEmbedding(dim) if frame_positions else None
         self._block: tuple[nn.Module, ...] = ()  # in a tuple, so that it does not become a submodule
 
     def forward(self, hidden_states: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -95,6 +99,8 @@ class TemporalContextualizer(nn.Module):
         `frame_mask`, `(videos, frames)`, is False for frames that are padding.
         """
         inputs = hidden_states.to(self.query.weight.dtype).transpose(1, 2)  # (videos, tokens, frames, dim)
+        if self.frame_positions is not None:
+            inputs = inputs + self.frame_positions(torch.arange(inputs.shape[2], device=inputs.device))
         heads = (*inputs.shape[:3], self.num_heads, -1)
         query = self.query(inputs).view(heads).transpose(2, 3)  # (videos, tokens, heads, frames, head_dim)
         key = self.key(inputs).view(heads).transpose(2, 3)
@@ -147,14 +153,21 @@ class TemporalTower(nn.ModuleList):
         ValueError: If the tower has no pre-norm transformer blocks.
     """
 
-    def __init__(self, vision_tower: PreTrainedModel, dim: int, hidden_size: int, num_heads: int):
+    def __init__(
+        self,
+        vision_tower: PreTrainedModel,
+        dim: int,
+        hidden_size: int,
+        num_heads: int,
+        frame_positions: bool = False,
+    ):
         blocks = list(_find_blocks(vision_tower))
         if not blocks:
             raise ValueError(
                 f"`temporal_contextualizer` needs a vision tower of pre-norm transformer blocks, but "
                 f"{type(vision_tower).__name__} has none. Without it, a video is the mean of its frames."
             )
-        super().__init__(TemporalContextualizer(dim, hidden_size, num_heads) for _ in blocks)
+        super().__init__(TemporalContextualizer(dim, hidden_size, num_heads, frame_positions) for _ in blocks)
         for contextualizer, block in zip(self, blocks, strict=True):
             contextualizer.join(block)
 

@@ -78,8 +78,8 @@ class TowerCheckpointMixin:
         """Turns an image checkpoint, a folder or a repository's name, into a video model in evaluation mode.
 
         The temporal contextualizer starts as the identity: outputs for a video of equal frames are those for an image.
-        `temporal_hidden_size` and `temporal_num_attention_heads` go to [`EVLGenConfig`], other arguments to
-        [`from_pretrained`].
+        `temporal_hidden_size`, `temporal_num_attention_heads` and `temporal_frame_positions` go to [`EVLGenConfig`],
+        other arguments to [`from_pretrained`].
         """
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("temporal_")}
         image_model = cls.from_pretrained(image_model, **kwargs)

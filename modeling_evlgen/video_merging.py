@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -24,9 +23,6 @@ ROUNDS = 6  # of matching, within a frame and over time
 # What the whole length of a video takes from the similarity of two tokens. Without it, something that comes, goes and
 # comes again would become tokens of one time in the middle.
 TIME_WEIGHT = 0.4
-
-# Frequencies of the time embedding in radians per second. Their periods are 0.8 seconds to 1.8 hours.
-_FREQUENCIES = tuple(2.0**exponent for exponent in range(3, -11, -1))
 
 
 @dataclass(frozen=True)
@@ -94,8 +90,8 @@ def match_patches(tokens: VideoTokens, num_output_tokens: int, prefix: int = 0) 
 
     Two patches are as similar as their cosine, less `TIME_WEIGHT` times their distance in time as a share of the time
     so far. In each round, every patch is linked to the most similar one before it, and the strongest links are merged.
-    So the most similar pair always is. [`bipartite_soft_matching`] would miss a patch and its copy in the next frame if
-    both have an even or an odd index. With each frame, 7 % of the patches of a standing image would be merged with
+    So the most similar pair always is. [`bipartite_soft_matching`] would miss a patch and its copy in the next frame
+    if both have an even or an odd index. With each frame, 7 % of the patches of a standing image would be merged with
     others.
 
     Args:
@@ -131,21 +127,28 @@ def _link_patches(tokens: VideoTokens, r: int, prefix: int, span: torch.Tensor) 
     return TokenMerging((is_root.cumsum(dim=1) - 1).gather(1, root), num_tokens - r)
 
 
-def merge_within_frames(frames: VideoTokens, class_token: bool) -> VideoTokens:
-    """Merges the patches of each frame to half their number. The class token stays."""
+def match_within_frames(frames: VideoTokens, class_token: bool) -> TokenMerging:
+    """Matches the patches of each frame to half their number. The class token stays."""
     prefix = int(class_token)
-    target = prefix + -(-(frames.features.shape[1] - prefix) // 2)
-    return frames.merge(match_patches(frames, target, prefix))
+    return match_patches(frames, prefix + -(-(frames.features.shape[1] - prefix) // 2), prefix)
 
 
-def merge_over_time(pool: VideoTokens, frame: VideoTokens, class_token: bool) -> VideoTokens:
-    """Merges one more frame into the pool, which keeps its number of tokens. Class tokens are averaged."""
+def match_over_time(pool: VideoTokens, frame: VideoTokens, class_token: bool) -> TokenMerging:
+    """Matches one more frame with the pool, so that the pool keeps its number of tokens. Class tokens are matched.
+
+    The result is for the pool with the frame behind it.
+    """
     prefix, num_tokens = int(class_token), pool.features.shape[1]
     patches = pool.drop(prefix).join(frame.drop(prefix))
     matched = match_patches(patches, num_tokens - prefix)
     of_pool, of_frame = matched.output_index.split((num_tokens - prefix, frame.size.shape[1] - prefix), dim=1)
     index = torch.cat([F.pad(part + prefix, (prefix, 0)) for part in (of_pool, of_frame)], dim=1)
-    return pool.join(frame).merge(TokenMerging(index, num_tokens))
+    return TokenMerging(index, num_tokens)
+
+
+def merge_over_time(pool: VideoTokens, frame: VideoTokens, class_token: bool) -> VideoTokens:
+    """Merges one more frame into the pool, which keeps its number of tokens. Class tokens are averaged."""
+    return pool.join(frame).merge(match_over_time(pool, frame, class_token))
 
 
 def add_frames(
@@ -165,7 +168,7 @@ def add_frames(
         frames, steps, counts = frames.take(slice(counts[0], None)), steps[1:], counts[1:]
         if not steps:
             return pool
-    merged = merge_within_frames(frames, class_token)
+    merged = frames.merge(match_within_frames(frames, class_token))
     parts = zip(*(tensor.split(counts) for tensor in merged.tensors()), strict=True)
     for videos, part in zip(steps, parts, strict=True):
         frame = VideoTokens(*part)
@@ -283,23 +286,3 @@ def _read_in_parts(
         yield torch.stack(pixels), since_start
     if shape is None:
         raise ValueError("`frames` must yield at least one frame, but yields none.")
-
-
-class TimeEmbedding(nn.Module):
-    """A learned function of the time in seconds. It starts at zero, and stays zero at the time 0.
-
-    It is linear in `sin(w t)` and `cos(w t) - 1` for frequencies w from one radian in 2 minutes to 8 in a second.
-
-    Args:
-        dim (`int`): Width of the tokens.
-    """
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(dim, 2 * len(_FREQUENCIES)))
-
-    def forward(self, times: torch.Tensor) -> torch.Tensor:
-        """Embeds times of any shape, as `(*shape, dim)`."""
-        phases = times.float().unsqueeze(-1) * times.new_tensor(_FREQUENCIES, dtype=torch.float32)
-        waves = torch.cat([phases.sin(), phases.cos() - 1], dim=-1)  # (*shape, 2 * frequencies)
-        return F.linear(waves.to(self.weight.dtype), self.weight)

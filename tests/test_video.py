@@ -425,6 +425,40 @@ def test_an_image_model_becomes_a_video_model_that_starts_the_same(vision, tmp_p
     assert all(p.requires_grad for p in model.temporal.parameters())
 
 
+def test_a_contextualizer_with_frame_positions_sees_the_order_of_frames(tmp_path):
+    image_model = tiny_model()
+    image_model.save_pretrained(tmp_path / "image")
+    settings = {**SIZES, "temporal_frame_positions": True}
+    load = EVLGenForConditionalGeneration.from_pretrained
+    models = [
+        EVLGenForConditionalGeneration.from_image_model(tmp_path / "image", **settings),
+        load(tmp_path / "image", temporal_contextualizer=True, **settings),
+    ]
+    still, videos = noise(2).unsqueeze(1).expand(-1, 4, -1, -1, -1), noise(1, 4)
+    for model in models:  # they start as the image model, and blind to order
+        assert not any(contextualizer.frame_positions.weight.any() for contextualizer in model.temporal)
+        with torch.no_grad():
+            expected = image_model.get_image_features(noise(2)).pooler_output
+            torch.testing.assert_close(model.get_video_features(still).pooler_output, expected)
+            for contextualizer in model.temporal:
+                contextualizer.alpha.fill_(0.5)
+                contextualizer.query.weight.normal_()
+                contextualizer.key.weight.normal_()
+            forth, back = model.get_vision_features(videos), model.get_vision_features(videos.flip(1))
+            torch.testing.assert_close(forth, back, atol=1e-4, rtol=1e-4)
+            for contextualizer in model.temporal:
+                contextualizer.frame_positions.weight.normal_(std=0.3)
+            forth, back = model.get_vision_features(videos), model.get_vision_features(videos.flip(1))
+            assert not torch.allclose(forth, back, atol=1e-2)
+    model = models[0].train()
+    processor = tiny_processor(model)
+    model(**processor(videos=[noise_images(3)], suffix=["a red circle"])).loss.backward()
+    assert all(contextualizer.frame_positions.weight.grad.any() for contextualizer in model.temporal)
+    model.save_pretrained(tmp_path / "video")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "video").get_vision_features(videos), model.get_vision_features(videos))
+
+
 def test_videos_of_different_lengths_give_what_each_gives_alone():
     model = video_model()
     processor = tiny_processor(model)

@@ -5,8 +5,8 @@ import torch
 
 from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.connector_layers import PositionEmbeddings
-from modeling_evlgen.video_merging import TimeEmbedding, VideoTokens, add_frames, merge_over_time, place_frames
+from modeling_evlgen.connector_layers import PositionEmbeddings, TimeEmbedding
+from modeling_evlgen.video_merging import VideoTokens, add_frames, merge_over_time, place_frames
 
 from .helpers import IMAGE_SIZE, noise_images, run_clean, tiny_model, tiny_processor, tiny_towers
 
