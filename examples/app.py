@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from app_model import PROMPT_CHARACTERS, Merging, describe, generation_settings
+from app_model import PROMPT_CHARACTERS, SHOWN_FRAMES, Merging, describe, generation_settings
 from app_uploads import MB, read_file
 from PIL import Image
 
@@ -36,6 +36,7 @@ from common.evaluation.merging_overlay import SIDE, draw_groups, patch_grid, rec
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
+from processing_evlgen.videos import sample_frames
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: no telemetry, no check for newer versions
 import gradio as gr
@@ -56,13 +57,14 @@ def draw_layer(merging: Merging | None, layer: int) -> list[tuple[Image.Image, s
         drawn.append((frame, name))
         if merging.groups:
             title = f"{name}, layer {layer}: {merging.counts[int(layer)]} tokens"
-            drawn.append((draw_groups(frame, merging.groups[int(layer)]), title))
+            groups = merging.groups[int(layer)]
+            drawn.append((draw_groups(frame, groups if groups.ndim == 2 else groups[number - 1]), title))
     return drawn
 
 
 def figures(merging: Merging, milliseconds: dict[str, float]) -> str:
     """Returns a Markdown table of tokens and of the milliseconds of each part."""
-    frames = len(merging.frames)
+    frames = merging.num_frames
     cells = {
         "vision tokens": f"{merging.counts[0]}" if frames == 1 else f"{frames} frames x {merging.counts[0]}",
         "soft-prompt tokens": f"{merging.counts[-1]}",
@@ -96,12 +98,12 @@ def uploads_only(file: gr.File) -> gr.File:
     return file
 
 
-def read_upload(path: str | None, num_frames: int, max_mb: float) -> tuple[str, list[Image.Image]]:
+def read_upload(path: str | None, processor: EVLGenProcessor, max_mb: float) -> tuple[str, list[Image.Image]]:
     """Reads an uploaded file as [`read_file`] does, and deletes a file that is refused."""
     if path is None:
         raise ValueError("There is no image or video yet.")
     try:
-        return read_file(path, num_frames, max_mb)
+        return read_file(path, processor.num_frames, max_mb, processor.fps)
     except ValueError:
         Path(path).unlink(missing_ok=True)  # Gradio itself would keep it for an hour
         raise
@@ -125,8 +127,8 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
     def preview(path: str | None) -> tuple[Merging | None, list, str, str]:
         if path is None:
             return None, [], "", ""
-        _, frames = read_upload(path, processor.num_frames, max_mb)
-        merging = Merging([make_preview(frame) for frame in frames])
+        _, frames = read_upload(path, processor, max_mb)
+        merging = Merging([make_preview(frames[index]) for index in sample_frames(len(frames), SHOWN_FRAMES)])
         return merging, draw_layer(merging, 0), "", ""
 
     def answer(
@@ -134,7 +136,7 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
     ) -> Iterator[tuple[Any, ...]]:
         with shown_errors():  # as a decorator it would end before the first step
             settings = generation_settings(*options)
-            modality, frames = read_upload(path, processor.num_frames, max_mb)
+            modality, frames = read_upload(path, processor, max_mb)
             drawn = None
             steps = describe(model, processor, modality, frames, prompt or "", settings, num_tokens)
             for text, merging, milliseconds in steps:

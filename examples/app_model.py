@@ -14,11 +14,19 @@ from PIL import Image
 from torch.utils.benchmark import timer
 from transformers import TextIteratorStreamer
 
-from common.evaluation.merging_overlay import patch_groups, recorded_merging, resize_to_side, token_counts
+from common.evaluation.merging_overlay import (
+    patch_groups,
+    recorded_merging,
+    resize_to_side,
+    token_counts,
+    trace_frames,
+)
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.tiles import read_budgets
 from processing_evlgen import EVLGenProcessor
+from processing_evlgen.videos import sample_frames
 
+SHOWN_FRAMES = 16  # of a video
 PROMPT_CHARACTERS = 10_000  # checked before the prompt is tokenised: 20 MB take 26 s
 # A visitor who presses Stop may leave a thread behind. Hooks belong to the model, so they would record both threads.
 _MERGING_LOCK = Lock()
@@ -26,15 +34,17 @@ _MERGING_LOCK = Lock()
 
 @dataclass
 class Merging:
-    """The frames of an image or a video and their merging, as the page shows them.
+    """The frames of an image or some frames of a video, and their merging, as the page shows them.
 
     `groups` and `counts` have an entry before the connector and one after each of its layers: the token that each
-    patch belongs to, of shape `(rows, columns)`, and the number of tokens. They are empty before the model has run.
+    patch belongs to, of shape `(rows, columns)` or, if frames differ, `(frames, rows, columns)`, and the number of
+    tokens. They are empty before the model has run. `num_frames` counts the frames that are not shown, too.
     """
 
     frames: list[Image.Image]
     groups: list[np.ndarray] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    num_frames: int = 1
 
 
 @contextmanager
@@ -120,19 +130,24 @@ def describe(
     if not isinstance(budgets[0], int):  # through the API it may be anything that JSON holds
         raise TypeError(f"`num_image_tokens` must be a whole number, but is {num_image_tokens!r}.")
     read_budgets("image", budgets, 1, None, model.config)  # raises out of range
-    inputs = processor(**{modality: frames}, text=prompt, num_image_tokens=budgets[0]).to(model.device)
+    sampling = {"do_sample_frames": False} if modality == "videos" else {}
+    inputs = processor(**{modality: frames}, text=prompt, num_image_tokens=budgets[0], **sampling).to(model.device)
     grid = inputs.pop("image_grid_thw", None)
     pixel_values = inputs.pop("pixel_values" if modality == "images" else "pixel_values_videos")
+    times = inputs.pop("frame_times", None)
     milliseconds: dict[str, float] = {}
     with _MERGING_LOCK:
         with timed(milliseconds, "tower"):
-            vision_features = model.get_vision_features(pixel_values)
+            vision_features, places, index = trace_frames(model, pixel_values, times)
         with timed(milliseconds, "connector"), recorded_merging(model) as layers:
-            soft_prompt = model.project_vision_features(vision_features, grid, budgets)
+            soft_prompt = model.project_vision_features(vision_features, grid, budgets, places)
     tiles = (1, 1) if grid is None else tuple(grid[0, 1:].tolist())
     layers = [torch.arange(layers[0].shape[1])[None], *layers]  # (1, tokens of all tiles) each
+    counts, shown = token_counts(layers), sample_frames(len(frames), SHOWN_FRAMES)
+    if index is not None:
+        layers = [layer[0, index[shown]] for layer in layers]  # (shown frames, tokens) each
     groups = patch_groups(model, layers, tiles)
-    merging = Merging([resize_to_side(frame) for frame in frames], groups, token_counts(layers))
+    merging = Merging([resize_to_side(frames[number]) for number in shown], groups, counts, len(frames))
     yield "", merging, milliseconds
     inputs = {**inputs, "mm_encoder_outputs": {modality.removesuffix("s"): soft_prompt}}
     text = ""

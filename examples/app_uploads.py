@@ -3,15 +3,22 @@
 import io
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import av
-from PIL import Image, ImageSequence
+from PIL import Image
 
 from processing_evlgen.images import load_rgb_image
-from processing_evlgen.videos import sample_frames
+from processing_evlgen.videos import (
+    MAX_FRAMES,
+    FrameChoice,
+    VideoEndsEarlyError,
+    VideoFrames,
+    iterate_animated_image,
+    iterate_container,
+)
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # PIL knows more, and runs programs for some
@@ -27,6 +34,7 @@ FRAME_MEGAPIXELS = 16  # of one frame, enough for 4K
 ANIMATION_MEGAPIXELS = 500  # of all frames of an animated GIF, PNG or WebP: 500 frames of 1000 x 1000
 VIDEO_MEGAPIXELS = 20_000  # of all frames of a video: 5 minutes of full HD
 KEPT_MEGAPIXELS = 4  # larger frames are shrunk as soon as they are decoded
+KEPT_MEGAPIXELS_OF_MANY = 0.25  # of each of more than 16 frames
 FRAMES = 20_000
 # For reading a file. PIL needs a minute for a GIF with 1 MB of comments, or for a PNG of a million empty chunks.
 IMAGE_SECONDS, VIDEO_SECONDS = 10.0, 60.0
@@ -36,12 +44,17 @@ class TooMuchError(ValueError):
     """A file exceeds a limit. The message is the predicate of a sentence about the file."""
 
 
-def read_file(path: str | Path, num_frames: int, max_mb: float) -> tuple[str, list[Image.Image]]:
-    """Reads an uploaded file: returns `"images"` and the image, or `"videos"` and `num_frames` frames of a video.
+def read_file(
+    path: str | Path, num_frames: int, max_mb: float, fps: float | None = None
+) -> tuple[str, list[Image.Image]]:
+    """Reads an uploaded file: returns `"images"` and the image, or `"videos"` and [`VideoFrames`] of a video.
+
+    These are `num_frames` frames, or `fps` frames of each second.
 
     A ValueError names a file that is missing, damaged, of another kind, or over a limit, without the server's folder.
     Pixels and frames are checked before any are decoded.
     """
+    choice = FrameChoice(num_frames) if fps is None else FrameChoice(fps=fps)
     path = Path(path)
     name, suffix = repr(path.name), path.suffix.lower()
     if suffix not in (*IMAGES, *VIDEOS):
@@ -54,8 +67,8 @@ def read_file(path: str | Path, num_frames: int, max_mb: float) -> tuple[str, li
         raise ValueError(f"The file {name} has {megabytes:.1f} MB, but at most {max_mb:g} MB are read.")
     try:
         if suffix in VIDEOS:
-            return "videos", _read_video(path, num_frames)
-        return _read_image(path, num_frames)
+            return "videos", _read_video(path, choice)
+        return _read_image(path, choice)
     except Image.DecompressionBombError as error:  # PIL's own limit is 179 million pixels
         raise ValueError(f"The file {name} has over {IMAGE_MEGAPIXELS} million pixels, more than are read.") from error
     except TooMuchError as error:
@@ -64,7 +77,7 @@ def read_file(path: str | Path, num_frames: int, max_mb: float) -> tuple[str, li
         raise ValueError(f"The file {name} cannot be read; it is damaged, or not what its name says.") from error
 
 
-def _read_video(path: Path, num_frames: int) -> list[Image.Image]:
+def _read_video(path: Path, choice: FrameChoice) -> VideoFrames:
     """Chosen frames of a video."""
     format, deadline = VIDEOS[path.suffix.lower()], time.monotonic() + VIDEO_SECONDS
     with av.open(str(path), format=format) as container:
@@ -78,10 +91,11 @@ def _read_video(path: Path, num_frames: int) -> list[Image.Image]:
         stream = container.streams.video[0]
         # Frames may be larger than the file's head says.
         stream.codec_context.options = {"max_pixels": str(FRAME_MEGAPIXELS * 1_000_000)}
-        return _choose_frames(container.decode(stream), total, num_frames, VIDEO_MEGAPIXELS, deadline)
+        timed = iterate_container(container, stream)
+        return _choose_frames(timed, total, choice, VIDEO_MEGAPIXELS, deadline)
 
 
-def _read_image(path: Path, num_frames: int) -> tuple[str, list[Image.Image]]:
+def _read_image(path: Path, choice: FrameChoice) -> tuple[str, list[Image.Image]]:
     """`"images"` and the image, or `"videos"` and chosen frames of an animation."""
     deadline = time.monotonic() + IMAGE_SECONDS
     with _TimedFile(path, deadline) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
@@ -92,8 +106,8 @@ def _read_image(path: Path, num_frames: int) -> tuple[str, list[Image.Image]]:
             image.load()  # here, since `load_rgb_image` would call a file that is too slow a damaged one
             return "images", [load_rgb_image(image)]
         _check_sizes(count, pixels, FRAME_MEGAPIXELS, ANIMATION_MEGAPIXELS)
-        frames = ImageSequence.Iterator(image)
-        return "videos", _choose_frames(frames, count, num_frames, ANIMATION_MEGAPIXELS, deadline)
+        timed = iterate_animated_image(image)
+        return "videos", _choose_frames(timed, count, choice, ANIMATION_MEGAPIXELS, deadline)
 
 
 class _TimedFile(io.BufferedReader):
@@ -131,20 +145,37 @@ def _check_time(deadline: float) -> None:
 
 
 def _choose_frames(
-    frames: Iterable[av.VideoFrame | Image.Image], total: int, num_frames: int, megapixels: int, deadline: float
-) -> list[Image.Image]:
-    """Takes frames at equal distances while they are decoded, and decodes none after the last one of these."""
-    indices = sample_frames(total, num_frames)
-    chosen, pixels = [], 0
-    for index, frame in enumerate(islice(frames, indices[-1] + 1)):
+    timed: Iterable[tuple[av.VideoFrame | Image.Image, float]],
+    total: int,
+    choice: FrameChoice,
+    megapixels: int,
+    deadline: float,
+) -> VideoFrames:
+    """Takes chosen frames while they are decoded, and decodes none after the last one of these."""
+    frames = []
+    kept = KEPT_MEGAPIXELS if (choice.num_frames or MAX_FRAMES) <= 16 else KEPT_MEGAPIXELS_OF_MANY
+    try:
+        for frame, seconds in choice.select(_checked(timed, megapixels, deadline), total):
+            image = load_rgb_image(frame.to_image() if isinstance(frame, av.VideoFrame) else frame)
+            factor = math.ceil(math.sqrt(image.width * image.height / (1e6 * kept)))
+            frames.append((image.reduce(factor), seconds))
+    except VideoEndsEarlyError:  # packets without a frame were counted
+        pass
+    except ValueError as error:
+        if len(frames) < MAX_FRAMES:
+            raise
+        raise TooMuchError(f"is too long: at most {MAX_FRAMES} frames are taken") from error
+    return VideoFrames(*zip(*frames, strict=True))
+
+
+def _checked(
+    timed: Iterable[tuple[av.VideoFrame | Image.Image, float]], megapixels: int, deadline: float
+) -> Iterator[tuple[av.VideoFrame | Image.Image, float]]:
+    """Yields frames with their seconds while they are within the limits."""
+    pixels = 0
+    for frame, seconds in timed:
         _check_time(deadline)
         pixels += frame.width * frame.height  # which may change from frame to frame
         if pixels > 1e6 * megapixels:
             raise TooMuchError(f"has over {megapixels} million pixels in all frames, more than are read")
-        if index in indices:
-            image = load_rgb_image(frame.to_image() if isinstance(frame, av.VideoFrame) else frame)
-            factor = math.ceil(math.sqrt(image.width * image.height / (1e6 * KEPT_MEGAPIXELS)))
-            chosen.append(image.reduce(factor))
-    if not chosen:
-        raise ValueError("There are no frames.")
-    return chosen
+        yield frame, seconds

@@ -51,6 +51,7 @@ from common.evaluation.evaluation_arguments import AnswerArguments, GenerationAr
 from common.files import replacing
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import MAX_PIXELS
+from processing_evlgen.videos import FrameChoice
 
 ROWS = 10_000  # held in memory and written together
 MAX_NAMES = 10  # names in a message about many items
@@ -64,7 +65,8 @@ class FolderArguments(AnswerArguments):
     output_dir: str = HfArg(default="outputs/captions", help="Folder of the captions.")
     media: Literal["image", "video"] = HfArg(default="image", help="Type of the items.")
     column: str | None = HfArg(default=None, help="Column of a .parquet; default: image or video, as `--media`.")
-    num_frames: int = HfArg(default=4, help="Frames taken from each video, at equal distances.")
+    num_frames: int = HfArg(default=4, help="Frames taken from each video, at equal distances, at most 512.")
+    fps: float | None = HfArg(default=None, help="Frames taken for each second of a video, instead of num_frames.")
     prompt: str = HfArg(default="", help="Prompt that stands with each item.")
     max_pixels: int = HfArg(default=MAX_PIXELS, help="Largest image or frame that is read, in pixels.")
     format: Literal["jsonl", "parquet"] = HfArg(default="jsonl", help="File type of the captions.")
@@ -73,6 +75,12 @@ class FolderArguments(AnswerArguments):
         super().__post_init__()
         check_count("num_frames", self.num_frames, 1)
         check_count("max_pixels", self.max_pixels, 1)
+        FrameChoice(**self.frames)  # raises out of range
+
+    @property
+    def frames(self) -> dict[str, float]:
+        """Which frames of a video are read, as arguments of `load_rgb_frames`."""
+        return {"num_frames": self.num_frames} if self.fps is None else {"fps": self.fps}
 
 
 class ItemCollator:
@@ -88,7 +96,7 @@ class ItemCollator:
         args, errors, sources = self.folder_args, [], []
         for item in items:
             try:
-                sources.append(read_item(item, args.media, args.column, args.num_frames, args.max_pixels))
+                sources.append(read_item(item, args.media, args.column, args.frames, args.max_pixels))
                 errors.append(None)
             except ValueError as error:
                 sources.append(self.stand_in)
@@ -99,7 +107,7 @@ class ItemCollator:
 
     def prompts(self, sources: list[Any]) -> BatchFeature:
         args, prompts = self.folder_args, [self.folder_args.prompt] * len(sources)
-        return self.processor(**{f"{args.media}s": sources}, text=prompts, num_frames=args.num_frames)
+        return self.processor(**{f"{args.media}s": sources}, text=prompts, do_sample_frames=False)
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
@@ -120,6 +128,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
                 "inputs": [os.path.abspath(source) for source in folder_args.inputs],
                 **{name: getattr(folder_args, name) for name in ("media", "column", "prompt", "max_pixels")},
                 "num_frames": folder_args.num_frames if folder_args.media == "video" else None,
+                **({"fps": folder_args.fps} if folder_args.fps is not None else {}),
                 **answering_settings(model, processor, generation_args, folder_args),
             }
             check_settings(folder, settings)  # before answers are dropped

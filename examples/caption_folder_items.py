@@ -203,7 +203,7 @@ def update_items(path: Path, partial_path: Path, changed: dict[int, dict[str, in
 
 
 def read_item(
-    item: dict[str, Any], media: Media, column: str, num_frames: int, max_pixels: int
+    item: dict[str, Any], media: Media, column: str, frames: dict[str, float], max_pixels: int
 ) -> Image.Image | list[Image.Image]:
     """Opens an item's image, or frames of its video, in RGB. An unreadable or too large one raises a ValueError."""
     if item["error"] is not None:
@@ -212,7 +212,7 @@ def read_item(
         source = _source(item, column)
         if media == "image":
             return load_rgb_image(source, max_pixels=max_pixels)
-        return load_rgb_frames(source, num_frames, max_pixels=max_pixels)
+        return load_rgb_frames(source, **frames, max_pixels=max_pixels)
     # An IndexError comes from a row group with fewer rows than were listed.
     except (OSError, ValueError, IndexError, pa.ArrowException) as error:
         message = str(error)

@@ -58,7 +58,8 @@ class CaptionArguments:
     split_file: str | None = HfArg(default=None, help="msvd: file with the videos to take, one in each line.")
     video_column: str | None = HfArg(default=None, help="The dataset's column of videos, if any.")
     caption_column: str = HfArg(default="caption", help="The dataset's column of captions, one or several in a row.")
-    num_frames: int = HfArg(default=4, help="Frames taken from each video, at equal distances.")
+    num_frames: int = HfArg(default=4, help="Frames taken from each video, at equal distances, at most 512.")
+    fps: float | None = HfArg(default=None, help="Frames taken for each second of a video, instead of num_frames.")
     prompt: str = HfArg(default="", help="Prompt that stands with each image.")
     metrics: list[str] = HfArg(
         default_factory=lambda: ["cider", "bleu", "rouge_l"],
@@ -120,7 +121,7 @@ def load_rows(
     name: str, evaluation_args: EvaluationArguments, caption_args: CaptionArguments
 ) -> tuple[Dataset, DataArguments]:
     """Loads the rows, with the columns `id` and `captions`, and names their other columns."""
-    columns = {key: getattr(caption_args, key) for key in ("num_frames", "prompt", "video_column")}
+    columns = {key: getattr(caption_args, key) for key in ("num_frames", "fps", "prompt", "video_column")}
     if not evaluation_args.benchmark:
         return load_dataset_rows(name, evaluation_args, "captions", caption_args.caption_column, **columns)
     files = evaluation_args.annotations, evaluation_args.media_dir

@@ -15,6 +15,7 @@ from common.processes import use_all_cores  # isort: skip
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
@@ -40,7 +41,13 @@ DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-video.yaml"
 class VideoArguments:
     image_model: str = HfArg(default="outputs/demo", help="Image captioner: a folder or a name on the Hub.")
     temporal_contextualizer: bool = HfArg(
-        default=True, help="Let frames attend to each other inside a transformer tower. False: a video is their mean."
+        default=True, help="Let frames attend to each other inside a transformer tower. False: see video_mode."
+    )
+    temporal_frame_positions: bool = HfArg(default=False, help="Let the contextualizer see the order of frames.")
+    video_mode: Literal["mean", "merge"] | None = HfArg(
+        default=None,
+        help="mean: a video is the mean of its frames. merge: their tokens are merged, and keep their times; needs "
+        "temporal_contextualizer false. Default: the image model's, which is the mean for most.",
     )
 
 
@@ -59,12 +66,16 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if data_args.dataset == EMOJI_VIDEOS:
             data_args.dataset = str(load_emoji_videos())
         train_dataset, eval_dataset = load_datasets(data_args, training_args.seed)
-        load = EVLGenForConditionalGeneration.from_pretrained
+        load, fields = EVLGenForConditionalGeneration.from_pretrained, {}
         if model_args.temporal_contextualizer:
             load = EVLGenForConditionalGeneration.from_image_model
-        model = load_trainable(model_args.image_model, "image_model", load)
+        if model_args.temporal_frame_positions:
+            fields["temporal_frame_positions"] = True
+        if model_args.video_mode is not None:
+            fields["video_mode"] = model_args.video_mode
+        model = load_trainable(model_args.image_model, "image_model", load, **fields)
         processor = EVLGenProcessor.from_pretrained(model_args.image_model)
-        processor.num_frames = data_args.num_frames
+        processor.num_frames, processor.fps = data_args.num_frames, data_args.fps
 
     trainer = EVLGenTrainer(
         model=model,

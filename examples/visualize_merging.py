@@ -6,7 +6,8 @@
 Each row shows an image as the model receives it, and its patches after each layer of the connector. Patches of one
 token share a colour and a number, the token's position after that layer. After the last layer it is the position in
 the soft prompt. The frames of a video are averaged to one set of tokens before the connector, so they share one
-merging. It is drawn over each of them. `--model` may be an adapter's folder, from finetune.py. Videos need
+merging. It is drawn over each of them. With `video_mode` "merge" a token lives through some frames: it has its number
+and its colour in each of them. `--model` may be an adapter's folder, from finetune.py. Videos need
 `.[video]`.
 """
 
@@ -56,11 +57,17 @@ def image_row(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor,
 
 def video_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, source: str) -> list[Row]:
     """Computes a row for each sampled frame of a video. The source is a path or a URL."""
-    frames = load_rgb_frames(source, processor.num_frames)
-    layers = merged_tokens(model, processor(videos=frames)["pixel_values_videos"].to(model.device))
-    merging = patch_groups(model, layers), token_counts(layers)
-    names = (f"frame {number} of {len(frames)}" for number in range(1, len(frames) + 1))
-    return [Row(resize_to_side(frame), name, *merging) for frame, name in zip(frames, names, strict=True)]
+    choice = {"num_frames": processor.num_frames} if processor.fps is None else {"fps": processor.fps}
+    frames = load_rgb_frames(source, **choice)
+    inputs = processor(videos=[frames], do_sample_frames=False).to(model.device)
+    layers = merged_tokens(model, inputs["pixel_values_videos"], frame_times=inputs["frame_times"])
+    groups, counts = patch_groups(model, layers), token_counts(layers)
+    rows = []
+    for number, (frame, seconds) in enumerate(zip(frames, frames.times, strict=True)):
+        of_frame = [group if group.ndim == 2 else group[number] for group in groups]
+        name = f"frame {number + 1} of {len(frames)}, {seconds:.1f} s"
+        rows.append(Row(resize_to_side(frame), name, of_frame, counts))
+    return rows
 
 
 def draw_merging(

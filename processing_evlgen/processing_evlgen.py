@@ -163,6 +163,7 @@ class EVLGenProcessor(PromptEncoder):
         messages: list[list[dict[str, Any]]] | None = None,
         vision_features: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
+        encoded_video: Any = None,
         **kwargs: Unpack[EVLGenProcessorKwargs],
     ) -> BatchFeature:
         """
@@ -186,6 +187,8 @@ class EVLGenProcessor(PromptEncoder):
             image_grid_thw (`torch.LongTensor` of shape `(images, 3)`, *optional*):
                 For `vision_features` of several tiles: 1, and the rows and columns of tiles of each image. Returned
                 unchanged. By default each image is one tile.
+            encoded_video ([`EVLGenImageOutput`], *optional*):
+                The output of the model's `encode_video`, instead of `videos`. Returned as `mm_encoder_outputs`.
             kwargs:
                 Arguments of the image processor; the tokenizer's `return_tensors` (by default `"pt"`), `padding` (by
                 default `True`), `pad_to_multiple_of`, `padding_side`, `max_length`, `truncation` and
@@ -228,7 +231,7 @@ class EVLGenProcessor(PromptEncoder):
                 an image cannot be read. If a suffix is empty or holds a special token.
             TypeError: If a text is not a string, or an image of no accepted type.
         """
-        if images is None and videos is None and text is None and vision_features is None and messages is None:
+        if all(given is None for given in (images, videos, text, vision_features, messages, encoded_video)):
             raise ValueError(
                 "At least one of `images`, `videos`, `text`, `messages` and `vision_features` must be given."
             )
@@ -238,16 +241,23 @@ class EVLGenProcessor(PromptEncoder):
             raise ValueError("Only one of `images` and `vision_features` can be given.")
         if image_grid_thw is not None:
             check_grids(image_grid_thw, vision_features)
+        if videos is not None and encoded_video is not None:
+            raise ValueError("Only one of `videos` and `encoded_video` can be given.")
         arguments = self._merge_arguments(kwargs, has_labels=suffix is not None or messages is not None)
         images_arguments, text_arguments = arguments["images_kwargs"], arguments["text_kwargs"]
         max_tiles = images_arguments.pop("max_tiles", None)
         images_per_text = count_images_per_text(images)
         images = self._load_images(images, images_arguments)
-        videos = self._load_videos(videos, arguments["videos_kwargs"])
+        is_for_vllm = bool(text_arguments.get("return_text_replacement_offsets"))
+        videos = self._load_videos(videos, arguments["videos_kwargs"], samples_always=is_for_vllm)
         num_images = len(images)
         if vision_features is not None:
             num_images = len(vision_features if image_grid_thw is None else image_grid_thw)
-        budgets = self._budgets(num_images, len(videos), arguments)
+        num_videos = len(videos)
+        if encoded_video is not None:
+            num_videos = len(encoded_video.pooler_output)
+            arguments["videos_kwargs"]["num_video_tokens"] = [len(prompt) for prompt in encoded_video.pooler_output]
+        budgets = self._budgets(num_images, num_videos, arguments)
         if messages is None:
             columns = self._encode_text(text, suffix, budgets, images_per_text, text_arguments)
         else:
@@ -272,7 +282,9 @@ class EVLGenProcessor(PromptEncoder):
             tensor_type=text_arguments.get("return_tensors", "pt"),
             skip_tensor_conversion=self.skip_tensor_conversion,
         )
-        if text_arguments.get("return_text_replacement_offsets"):
+        if encoded_video is not None:
+            batch["mm_encoder_outputs"] = {"video": encoded_video}
+        if is_for_vllm:
             self._add_layout_for_vllm(batch, counts)
         return batch
 
@@ -337,13 +349,14 @@ class EVLGenProcessor(PromptEncoder):
         images = [] if images is None else flatten_images(images)
         return [load_rgb_image(image, max_pixels=max_pixels) for image in images]
 
-    def _load_videos(self, videos: Any, arguments: dict[str, Any]) -> list[VideoFrames]:
-        """The chosen frames of each video."""
+    def _load_videos(self, videos: Any, arguments: dict[str, Any], samples_always: bool) -> list[VideoFrames]:
+        """The chosen frames of each video. vLLM takes many frames of each, and forbids to choose among them."""
         videos, metadata = flatten_videos(videos), flatten_metadata(arguments.get("video_metadata"))
         if metadata and len(metadata) != len(videos):
             raise ValueError(f"`video_metadata` has {len(metadata)} entries for {len(videos)} videos.")
         num_frames, fps = arguments.get("num_frames"), arguments.get("fps")
-        if num_frames is None and fps is None and arguments.get("do_sample_frames") is not False:
+        samples = samples_always or arguments.get("do_sample_frames") is not False
+        if num_frames is None and fps is None and samples:
             num_frames, fps = (self.num_frames, None) if self.fps is None else (None, self.fps)
         settings = {
             "num_frames": num_frames,
@@ -411,7 +424,7 @@ class EVLGenProcessor(PromptEncoder):
         return SimpleNamespace(
             model_input_names=["pixel_values_videos", "frame_mask", "frame_times", "video_budgets"],
             size=getattr(self.image_processor, "size", None),
-            do_sample_frames=False,  # needs no metadata of the video
+            do_sample_frames=True,  # so vLLM gives the times of frames
             temporal_patch_size=1,
             valid_kwargs=EVLGenVideosKwargs,
         )

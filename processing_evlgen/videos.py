@@ -54,6 +54,10 @@ def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> lis
     raise ValueError(f"`frame_sampling` must be one of {', '.join(FRAME_SAMPLINGS)}, but is {sampling!r}.")
 
 
+class VideoEndsEarlyError(ValueError):
+    """A video has fewer frames than it states."""
+
+
 class VideoFrames(list):
     """Frames of a video, and `times`, the seconds of each."""
 
@@ -101,7 +105,8 @@ class FrameChoice:
         `total` is their number. It is needed for a `num_frames` alone.
 
         Raises:
-            ValueError: If there are fewer frames than `total`, or more would be chosen than are allowed.
+            VideoEndsEarlyError: If there are fewer frames than `total`.
+            ValueError: If there are none, or more would be chosen than are allowed.
         """
         chosen = None if self.num_frames is None else sample_frames(total, self.num_frames, self.sampling)
         start, due, taken, index = None, 0, 0, -1
@@ -122,7 +127,7 @@ class FrameChoice:
         if index < 0:
             raise ValueError("it has no frames")
         if chosen is not None:
-            raise ValueError(f"it ends after {index + 1} of its {total} frames")
+            raise VideoEndsEarlyError(f"it ends after {index + 1} of its {total} frames")
 
 
 def load_rgb_frames(
@@ -205,7 +210,7 @@ def _iterate_list(source: Any, choice: FrameChoice, max_pixels: int, metadata: A
 def _times_of_list(source: Any, choice: FrameChoice, metadata: Any) -> list[float]:
     if isinstance(source, VideoFrames):
         return source.times
-    rate, indices = (metadata["fps"], metadata.get("frames_indices")) if metadata else (choice.fps, None)
+    rate, indices = (metadata.get("fps"), metadata.get("frames_indices")) if metadata else (choice.fps, None)
     indices = range(len(source)) if indices is None else indices
     if len(indices) != len(source):
         raise ValueError(
@@ -246,7 +251,7 @@ def _open_file(
     if is_animated_image:
         with Image.open(file) as image:
             check_size(image.width, image.height, max_pixels)
-            yield _iterate_animated_image(image), getattr(image, "n_frames", 1)
+            yield iterate_animated_image(image), getattr(image, "n_frames", 1)
         return
     # Not a plain import: the Hub's loader would require PyAV of all users of a checkpoint.
     av = importlib.import_module("av")
@@ -255,22 +260,24 @@ def _open_file(
         check_size(stream.width, stream.height, max_pixels)
         total = stream.frames or None
         if total is not None or not needs_total:
-            yield _iterate_container(container, stream), total
+            yield iterate_container(container, stream), total
             return
         total = sum(1 for _ in container.decode(stream))  # WebM, MKV and streams do not state it
     if isinstance(file, BytesIO):
         file.seek(0)
     with av.open(file) as container:
-        yield _iterate_container(container, container.streams.video[0]), total
+        yield iterate_container(container, container.streams.video[0]), total
 
 
-def _iterate_container(container: Any, stream: Any) -> Iterator[tuple[Any, float]]:
+def iterate_container(container: Any, stream: Any) -> Iterator[tuple[Any, float]]:
+    """Decodes the frames of PyAV's stream. Yields each with its seconds."""
     rate = float(stream.average_rate or 1)
     for index, frame in enumerate(container.decode(stream)):
         yield frame, index / rate if frame.time is None else frame.time
 
 
-def _iterate_animated_image(image: Image.Image) -> Iterator[tuple[Image.Image, float]]:
+def iterate_animated_image(image: Image.Image) -> Iterator[tuple[Image.Image, float]]:
+    """Yields an image at each of its frames, with the seconds of the frame."""
     time = 0.0
     for index in range(getattr(image, "n_frames", 1)):
         image.seek(index)

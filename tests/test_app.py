@@ -30,6 +30,7 @@ from PIL import Image
 from common.evaluation.merging_overlay import draw_groups
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
+from processing_evlgen.videos import VideoFrames
 
 from .helpers import IMAGE_SIZE, ROOT, noise_images, tiny_model, tiny_processor, tiny_towers
 
@@ -82,6 +83,22 @@ def test_the_text_and_the_merging_are_the_models(captioner, kind, num_beams):
     assert len(np.unique(merging.groups[0])) == 16 and merging.counts == [17, 14, 11]
     assert len(merging.frames) == len(frames)
     assert list(milliseconds) == ["tower", "connector", "language model"] and min(milliseconds.values()) > 0
+
+
+def test_each_frame_of_a_merged_video_shows_a_merging_of_its_own(folder):
+    model = EVLGenForConditionalGeneration.from_pretrained(folder, video_mode="merge")
+    with torch.no_grad():
+        model.time_embedding.weight.normal_()
+    processor = EVLGenProcessor.from_pretrained(folder)
+    frames = VideoFrames(noise_images(20), [index / 2 for index in range(20)])
+    *_, (text, merging, _) = app.describe(model, processor, "videos", frames, "", app.generation_settings(1, 0, 1, 20))
+    inputs = processor(videos=[frames], do_sample_frames=False)
+    assert text == generated(model, processor, inputs, do_sample=False, max_new_tokens=20) != ""
+    assert len(merging.frames) == app.SHOWN_FRAMES and merging.num_frames == 20 and merging.counts == [17, 14, 11]
+    assert merging.groups[-1].shape == (16, 4, 4)
+    drawn = app.draw_layer(merging, 2)
+    assert len(drawn) == 2 * 16
+    assert "20 frames x 17" in app.figures(merging, {"tower": 1.0, "connector": 1.0, "language model": 1.0})
 
 
 def test_tiles_and_the_number_of_tokens_change_the_merging(captioner):
@@ -168,13 +185,13 @@ def test_a_long_prompt_is_refused_before_it_is_tokenised(captioner, monkeypatch)
         next(app.describe(model, processor, "images", noise_images(1), "a" * 20_000_000, settings))
 
 
-def test_a_refused_file_is_deleted_at_once_and_others_are_kept(folder, tmp_path):
+def test_a_refused_file_is_deleted_at_once_and_others_are_kept(captioner, folder, tmp_path):
     for name in ("image.PNG", "notes.txt", "broken.png"):
         shutil.copy(folder / name, tmp_path / name)
-    assert app.read_upload(str(tmp_path / "image.PNG"), 4, 1)[0] == "images"
+    assert app.read_upload(str(tmp_path / "image.PNG"), captioner[1], 1)[0] == "images"
     for name in ("notes.txt", "broken.png"):
         with pytest.raises(ValueError, match=name):
-            app.read_upload(str(tmp_path / name), 4, 1)
+            app.read_upload(str(tmp_path / name), captioner[1], 1)
     assert [path.name for path in tmp_path.iterdir()] == ["image.PNG"]
 
 
@@ -237,7 +254,7 @@ def test_a_visitor_who_leaves_stops_the_model(captioner):
 def test_draws_each_frame_beside_what_a_layer_leaves_of_it():
     grey, white = (Image.new("RGB", (448, 448), color) for color in ("grey", "white"))
     groups = [np.array([[0, 1], [2, 3]]), np.zeros((2, 2), dtype=int)]
-    merging = app.Merging([grey, white], groups, [4, 1])
+    merging = app.Merging([grey, white], groups, [4, 1], num_frames=2)
     images, captions = zip(*app.draw_layer(merging, 1), strict=True)
     assert captions == ("frame 1", "frame 1, layer 1: 1 tokens", "frame 2", "frame 2, layer 1: 1 tokens")
     expected = [grey, draw_groups(grey, groups[1]), white, draw_groups(white, groups[1])]

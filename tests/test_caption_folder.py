@@ -163,6 +163,10 @@ def test_videos_are_captioned(model, tmp_path):
     assert result == {"captioned": 3, "broken": 1} and "c.tar/2.mp4" in rows[3]["error"]
     assert rows[1]["text"] == rows[2]["text"] == caption(model, videos=str(tmp_path / "in" / "b.webp"), num_frames=3)
     assert rows[0]["text"] != rows[1]["text"]
+    by_rate = options(model, tmp_path / "rate", tmp_path / "in", media="video", fps=5, batch_size=1)
+    assert caption_folder.main(by_rate) == {"captioned": 3, "broken": 1}
+    rows = read(tmp_path / "rate" / "captions.jsonl")
+    assert rows[1]["text"] == caption(model, videos=str(tmp_path / "in" / "b.webp"), fps=5)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "path", "datasets"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import finetune_video
 import pytest
@@ -10,6 +11,7 @@ import train_scst
 
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
 
 from .helpers import ROOT, tiny_model, tiny_processor
 from .test_video import SIZES, write_video
@@ -52,8 +54,8 @@ def arguments(work, output, **changes):
 
 @pytest.fixture(autouse=True)
 def small_contextualizers(monkeypatch):
-    load = EVLGenForConditionalGeneration.from_image_model
-    monkeypatch.setattr(EVLGenForConditionalGeneration, "from_image_model", lambda name: load(name, **SIZES))
+    load = partial(EVLGenForConditionalGeneration.from_image_model, **SIZES)
+    monkeypatch.setattr(EVLGenForConditionalGeneration, "from_image_model", load)
 
 
 @pytest.mark.parametrize("temporal", [True, False])
@@ -68,6 +70,27 @@ def test_an_image_model_learns_videos(temporal, work, tmp_path):
         assert all(contextualizer.alpha != 0 for contextualizer in model.temporal)
     else:
         assert model.temporal is None
+
+
+def test_an_image_model_learns_merged_videos_with_their_times(work, tmp_path, monkeypatch):
+    seen, training_step = [], EVLGenTrainer.training_step
+
+    def watched(trainer, model, inputs, *args, **kwargs):
+        seen.append(inputs["frame_times"])
+        return training_step(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(EVLGenTrainer, "training_step", watched)
+    changes = {"temporal_contextualizer": False, "video_mode": "merge", "fps": 5, "horizontal_flip": True}
+    finetune_video.main(arguments(work, tmp_path, **changes))
+    times = torch.cat([batch.flatten() for batch in seen])
+    assert {round(float(time), 2) for time in times} <= {0.0, 0.2, 0.4, 0.6, 0.8} and times.max() > 0.3
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path)
+    assert model.config.video_mode == "merge" and model.time_embedding.weight.any()
+    assert EVLGenProcessor.from_pretrained(tmp_path).fps == 5
+    # A video model that merges is trained further as it is.
+    changes = {"temporal_contextualizer": False, "image_model": tmp_path, "max_steps": 1}
+    finetune_video.main(arguments(work, tmp_path / "again", **changes))
+    assert EVLGenForConditionalGeneration.from_pretrained(tmp_path / "again").config.video_mode == "merge"
 
 
 def test_a_broken_video_is_named_or_skipped(work, tmp_path, capsys):
@@ -105,6 +128,9 @@ def test_the_papers_video_recipes_run(work, tmp_path):
     ("changes", "message"),
     [
         ({"video_column": "clip"}, r"`video_column` is 'clip', but the data set has \['video', 'caption'\]"),
+        ({"video_mode": "merge"}, '`video_mode` must be "mean" with a `temporal_contextualizer`'),
+        ({"num_frames": 1000}, "`num_frames` must be at most 512, but is 1000"),
+        ({"fps": 0}, "`fps` must be a number above 0, but is 0.0"),
         ({"image_model": "/nowhere"}, "`image_model`='/nowhere' cannot be loaded"),
         ({"cache_features": True}, "`cache_features` keeps views of an image, so it cannot be set for videos"),
     ],

@@ -123,7 +123,7 @@ def test_the_processor_describes_its_videos():
     batch = processor(videos=[noise_images(3), noise_images(2)], num_video_tokens=[2, 3])
     assert set(videos.model_input_names) == batch.keys() - {"input_ids", "attention_mask"}
     assert videos.size["height"] == batch["pixel_values_videos"].shape[-1]
-    assert not videos.do_sample_frames and videos.temporal_patch_size == 1
+    assert videos.do_sample_frames and videos.temporal_patch_size == 1
     assert set(videos.valid_kwargs.__annotations__) > {"num_frames", "frame_sampling", "max_pixels"}
 
 

@@ -36,6 +36,8 @@ def test_reads_images_and_videos(files):
     kind, frames = uploads.read_file(files / "video.webp", 3, 1)
     assert kind == "videos" and len(frames) == 3
     assert all(np.array_equal(frame, noise_images(6)[2 * index]) for index, frame in enumerate(frames))
+    frames = uploads.read_file(files / "video.webp", 3, 1, fps=5)[1]
+    assert frames.times == pytest.approx([0, 0.2, 0.4])  # a frame has 100 ms
 
 
 def test_the_pages_of_a_file_are_no_video(tmp_path):

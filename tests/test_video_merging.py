@@ -181,11 +181,14 @@ def test_a_stream_gives_what_all_frames_give_at_once(mode, monkeypatch):
     assert max(largest) == 4 and sum(largest) == 11
     at_once = model.get_video_features(video.unsqueeze(0), None, [5], times.unsqueeze(0))
     torch.testing.assert_close(stream.pooler_output, at_once.pooler_output, atol=1e-4, rtol=1e-4)
-    ids = torch.tensor([[301] * 5 + [7, 8]])
-    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
-    words = model.generate(ids, mm_encoder_outputs={"video": stream}, **settings)
-    expected = model.generate(ids, pixel_values_videos=video.unsqueeze(0), frame_times=times.unsqueeze(0), **settings)
-    assert torch.equal(words, expected)
+    processor, settings = tiny_processor(model), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    inputs = processor(encoded_video=stream, text="what?")
+    assert (inputs["input_ids"] == processor.video_token_id).sum() == 5
+    media = {"pixel_values_videos": video.unsqueeze(0), "frame_times": times.unsqueeze(0)}
+    expected = model.generate(inputs["input_ids"], **media, **settings)
+    assert torch.equal(model.generate(**inputs, **settings), expected)
+    with pytest.raises(ValueError, match="Only one of `videos` and `encoded_video` can be given"):
+        processor(encoded_video=stream, videos=[noise_images(2)])
 
 
 @torch.no_grad()

@@ -166,9 +166,24 @@ def test_all_frames_of_a_video_have_the_videos_merging(captioner):
     rows = visualize_merging.video_rows(model, processor, str(captioner / "video.webp"))
     pixels = processor(videos=noise_images(4))["pixel_values_videos"]
     expected = model.get_video_features(pixels).output_index[0, 1:].reshape(4, 4).numpy()
-    assert [row.name for row in rows] == [f"frame {number} of 4" for number in range(1, 5)]
+    assert [row.name for row in rows] == [f"frame {number} of 4, {(number - 1) / 10:.1f} s" for number in range(1, 5)]
     for row, frame in zip(rows, noise_images(4), strict=True):
         assert np.array_equal(row.groups[-1], expected)
         assert np.array_equal(row.image, merging_overlay.resize_to_side(frame))
     alone = [model.get_image_features(frame[None]).output_index[0, 1:].reshape(4, 4).numpy() for frame in pixels[0]]
     assert not all(np.array_equal(index, expected) for index in alone)
+
+
+def test_each_frame_of_a_merged_video_has_a_merging_of_its_own(captioner):
+    model = EVLGenForConditionalGeneration.from_pretrained(captioner, video_mode="merge")
+    processor = tiny_processor(model)
+    pixels = processor(videos=noise_images(4))["pixel_values_videos"]
+    features, places, index = merging_overlay.trace_frames(model, pixels)
+    torch.testing.assert_close(features, model.get_vision_features(pixels))
+    assert index.shape == (4, model.config.num_vision_tokens)
+    for token in range(1, model.config.num_vision_tokens):  # a token is the mean of the patches that it is drawn on
+        frames, _ = (index == token).nonzero(as_tuple=True)
+        assert places[0, token, 0] == pytest.approx(frames.float().mean())
+    rows = visualize_merging.video_rows(model, processor, str(captioner / "video.webp"))
+    assert all(row.groups[-1].shape == (4, 4) for row in rows)
+    assert not np.array_equal(rows[0].groups[-1], rows[3].groups[-1])

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -37,7 +38,7 @@ TEXT_CONFIGS = {
 TOKENS = 8
 
 
-def save_checkpoint(folder, vision, text, image_token_range=None, max_tiles=1):
+def save_checkpoint(folder, vision, text, image_token_range=None, max_tiles=1, **fields):
     tower, _ = tiny_towers(vision)
     language_model = AutoModelForCausalLM.from_config(TEXT_CONFIGS[text]).eval()
     with torch.no_grad():
@@ -53,11 +54,13 @@ def save_checkpoint(folder, vision, text, image_token_range=None, max_tiles=1):
     }
     tokenizer = tiny_tokenizer(bos=text == "opt", chat=text != "opt")
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        tower, language_model, connector_config=sizes, image_size=IMAGE_SIZE, image_token_id=len(tokenizer)
+        tower, language_model, connector_config=sizes, image_size=IMAGE_SIZE, image_token_id=len(tokenizer), **fields
     )
     model.config.image_token_range = image_token_range
     with torch.no_grad():
         model.language_projection.weight.normal_(std=0.3)
+        if model.time_embedding is not None:
+            model.time_embedding.weight.normal_()
     num_image_tokens = model.config.num_image_tokens
     settings = {"image_token_range": image_token_range, "max_tiles": max_tiles}
     processor = EVLGenProcessor(tiny_image_processor(), tokenizer, num_image_tokens, **settings)
@@ -254,6 +257,21 @@ def test_the_reply_to_a_video_is_that_of_generate(server, tmp_path):
     replies = [server.chat(*turns) for turns in conversations]
     assert replies == [server.expected(*turns) for turns in conversations]
     assert len(set(map(tuple, replies))) > 1  # they depend on the video
+
+
+@needs_vllm
+def test_merged_videos_are_served_with_the_times_of_their_frames(tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "model", "siglip", "llama", video_mode="merge")
+    videos = save_videos(tmp_path)
+    with Server(*checkpoint, tmp_path) as server:
+        replies = [server.chat([video, "what is it?"]) for video in videos]
+        assert replies == [server.expected([video, "what is it?"]) for video in videos]
+        assert len(set(map(tuple, replies))) == 3
+        image = noise_images(1)[0]
+        assert server.chat([image, "what?"]) == server.expected([image, "what?"])
+        frames = [Image.open(videos[0]).convert("RGB")] * 4  # times matter
+        slow, quick = (server.generate(videos=[frames], video_metadata={"fps": fps}) for fps in (0.1, 10))
+        assert slow != quick
 
 
 def serve_tiles(folder, max_tiles=1, *arguments):

@@ -16,6 +16,7 @@ from common.data.data_arguments import DataArguments
 from common.data.rows import Media, count_images, read_row, skip_or_raise, true_captions
 from common.data.streams import EPOCH
 from processing_evlgen import EVLGenProcessor
+from processing_evlgen.videos import VideoFrames
 
 
 class EmptyBatchError(ValueError):
@@ -86,7 +87,9 @@ class CaptionCollator:
                 return media
             if isinstance(media, list) and not self.data_args.video_column:  # images of a conversation
                 return [self.augment(image) for image in media]
-            return self.augment(media)  # all frames of a video in one call, hence alike
+            if self.data_args.video_column:  # all frames in one call, hence alike
+                return VideoFrames(self.augment(list(media)), media.times)
+            return self.augment(media)
 
     def encode_good(
         self, examples: list[tuple[dict[str, Any], Any]], with_labels: bool = True
@@ -151,7 +154,7 @@ class CaptionCollator:
                 inputs["image_grid_thw"] = torch.tensor([(1, *features.shape[:2]) for features in media])
             return inputs
         if self.data_args.video_column:
-            return {"videos": media, "num_frames": self.data_args.num_frames}
+            return {"videos": media, "do_sample_frames": False}
         if self.data_args.messages_column:  # a list of images for each conversation
             media = [images if isinstance(images, list) else [images] for images in media]
         return {"images": media}

@@ -7,6 +7,7 @@ from transformers.hf_argparser import HfArg
 
 from common.command_line import check_count
 from processing_evlgen.images import MAX_PIXELS
+from processing_evlgen.videos import FrameChoice
 
 
 @dataclass
@@ -29,7 +30,8 @@ class DataArguments:
     test_split: str | None = HfArg(default="test", help="Held-out split; empty for none.")
     image_column: str = HfArg(default="image", help="Column of images, paths or URLs.")
     video_column: str | None = HfArg(default=None, help="Column of videos; default: images are read.")
-    num_frames: int = HfArg(default=4, help="Frames taken from each video.")
+    num_frames: int = HfArg(default=4, help="Frames taken from each video, at most 512.")
+    fps: float | None = HfArg(default=None, help="Frames taken for each second of a video, instead of num_frames.")
     caption_column: str = HfArg(default="caption", help="Column of captions; from a list, one is drawn.")
     max_train_samples: int | None = HfArg(default=None, help="Use only the first samples.")
     max_test_samples: int | None = HfArg(default=None, help="Use only the first held-out samples.")
@@ -62,6 +64,12 @@ class DataArguments:
         for name in ("num_frames", "max_train_samples", "max_test_samples"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1)
+        FrameChoice(**self.frames)  # raises out of range
+
+    @property
+    def frames(self) -> dict[str, float]:
+        """Which frames of a video are read, as arguments of `load_rgb_frames`."""
+        return {"num_frames": self.num_frames} if self.fps is None else {"fps": self.fps}
 
     @property
     def used_columns(self) -> tuple[str, ...]:

@@ -28,8 +28,8 @@ def read_row(row: dict[str, Any], data_args: DataArguments, frame_sampling: str 
 def open_media(row: dict[str, Any], data_args: DataArguments, frame_sampling: str = "uniform") -> Media:
     """Opens the image or video of a row without a look at its text."""
     if data_args.video_column:
-        frames = data_args.num_frames, frame_sampling, data_args.max_pixels
-        return load_rgb_frames(row[data_args.video_column], *frames)
+        settings = {"sampling": frame_sampling, "max_pixels": data_args.max_pixels, **data_args.frames}
+        return load_rgb_frames(row[data_args.video_column], **settings)
     images = row[data_args.image_column]
     if isinstance(images, list):
         return [load_rgb_image(image, max_pixels=data_args.max_pixels) for image in images]

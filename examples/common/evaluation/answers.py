@@ -118,6 +118,7 @@ def answer_rows(
             **checksums,
             "prompt": data_args.prompt,
             "num_frames": data_args.num_frames if data_args.video_column else None,
+            **({"fps": data_args.fps} if data_args.fps is not None else {}),
             **answering_settings(model, processor, generation_args, evaluation_args),
         }
         check_settings(folder, settings)

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from modeling_evlgen import EVLGenForConditionalGeneration, TomeFormerModel
+from modeling_evlgen.video_merging import FRAMES_AT_ONCE, match_over_time, match_within_frames, place_frames
+from modeling_evlgen.vision_tower import extract_vision_tokens
 
 SIDE = 448  # width and height in pixels of a drawn image
 TINT = 0.6  # opacity of a token's colour over the image, 0 to 1
@@ -42,15 +44,48 @@ def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[tor
 
 @torch.no_grad()
 def merged_tokens(
-    model: EVLGenForConditionalGeneration, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None
+    model: EVLGenForConditionalGeneration,
+    pixel_values: torch.Tensor,
+    image_grid_thw: torch.Tensor | None = None,
+    frame_times: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Runs tower and connector on the processor's image or video, and returns the list of [`recorded_merging`].
 
-    A video's frames are averaged to one set of tokens before the connector, so they share one merging.
+    The frames of a video share one merging, if they are averaged to one set of tokens before the connector. With
+    `config.video_mode` "merge" each frame has its own, `(frames, num_vision_tokens)`.
     """
+    features, places, index = trace_frames(model, pixel_values, frame_times)
     with recorded_merging(model) as layers:
-        model.project_vision_features(model.get_vision_features(pixel_values), image_grid_thw)
-    return layers
+        model.project_vision_features(features, image_grid_thw, None, places)
+    return layers if index is None else [layer[0, index] for layer in layers]
+
+
+@torch.no_grad()
+def trace_frames(
+    model: EVLGenForConditionalGeneration, pixel_values: torch.Tensor, frame_times: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Runs the tower on images or one video.
+
+    Returns:
+        The features, `(images or 1, num_vision_tokens, dim)`. For a merged video, the places of its tokens,
+        `(1, num_vision_tokens, 3)`, and the merged token of each frame's tokens, `(frames, num_vision_tokens)`.
+    """
+    if pixel_values.ndim == 4 or model.config.video_mode == "mean":
+        return model.get_vision_features(pixel_values), None, None
+    (pixels,), class_token = pixel_values.to(model.vision_tower.dtype), model.config.connector_config.class_token
+    times = torch.arange(len(pixels)) if frame_times is None else frame_times[0] - frame_times[0, 0]
+    tokens = [extract_vision_tokens(model.vision_tower, part) for part in pixels.split(FRAMES_AT_ONCE)]
+    frames = place_frames(torch.cat(tokens), times, class_token)
+    within = match_within_frames(frames, class_token)
+    merged, pool = frames.merge(within), frames.take(slice(1))
+    num_tokens = pool.size.shape[1]
+    index = torch.arange(num_tokens, device=pixels.device).unsqueeze(0)  # (frames so far, tokens)
+    for number in range(1, len(pixels)):
+        frame = merged.take(slice(number, number + 1))
+        over_time = match_over_time(pool, frame, class_token)
+        index = torch.cat([index, num_tokens + within.output_index[number : number + 1]])
+        pool, index = pool.join(frame).merge(over_time), over_time.output_index[0, index]
+    return pool.features, pool.places, index
 
 
 def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
@@ -70,14 +105,18 @@ def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
 def patch_groups(
     model: EVLGenForConditionalGeneration, layers: list[torch.Tensor], tiles: tuple[int, int] = (1, 1)
 ) -> list[np.ndarray]:
-    """For each layer the token that each patch of one image or video is part of: int64, `(rows, columns)`."""
+    """For each layer the token that each patch of one image or video is part of: int64, `(rows, columns)`.
+
+    If the frames of a video differ, it is `(frames, rows, columns)`.
+    """
     prefix, side = patch_grid(model)
-    return [index[0, prefix:].reshape(tiles[0] * side, tiles[1] * side).cpu().numpy() for index in layers]
+    groups = [index[:, prefix:].reshape(-1, tiles[0] * side, tiles[1] * side).cpu().numpy() for index in layers]
+    return [group[0] if len(group) == 1 else group for group in groups]
 
 
 def token_counts(layers: list[torch.Tensor]) -> list[int]:
     """Counts the tokens of one image or video after each layer, including class and register tokens."""
-    return [int(index[0].max()) + 1 for index in layers]
+    return [int(index.max()) + 1 for index in layers]
 
 
 def resize_to_side(image: Image.Image) -> Image.Image:

@@ -40,7 +40,6 @@ def _features(
     model: EVLGenForConditionalGeneration, collator: CaptionCollator, rows: Iterator[dict[str, Any]]
 ) -> Iterator[torch.Tensor]:
     """Vision features of each good row, `(images, tokens, dim)`."""
-    num_frames = collator.data_args.num_frames
     for row in rows:
         if "vision_features" in row:
             features = torch.tensor(row["vision_features"][0])  # of several views the first
@@ -50,7 +49,7 @@ def _features(
         if media is None:
             continue
         if collator.data_args.video_column:
-            video = collator.processor(videos=[media], num_frames=num_frames).to(model.device)
-            yield model.get_vision_features(video["pixel_values_videos"], video.get("frame_mask"))
+            video = collator.processor(videos=[media], do_sample_frames=False).to(model.device)
+            yield model.get_vision_features(video["pixel_values_videos"], frame_times=video["frame_times"])
         else:
             yield model.get_vision_features(collator.processor(images=media)["pixel_values"].to(model.device))
