@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from modeling_evlgen import EVLGenForConditionalGeneration
+
 from .helpers import noise_images, run_clean, tiny_model, tiny_processor
 
 OLDEST = ("transformers==5.16.0", "huggingface_hub==1.33.0")
@@ -59,10 +61,12 @@ def oldest_transformers_or_skip():
     return folder
 
 
-def test_a_checkpoint_gives_the_same_ids_on_the_oldest_transformers(tmp_path):
+@pytest.mark.parametrize("video_mode", ["mean", "merge"])
+def test_a_checkpoint_gives_the_same_ids_on_the_oldest_transformers(video_mode, tmp_path):
     oldest = oldest_transformers_or_skip()
     vision, text = "siglip", "opt"
-    model = tiny_model(vision, text)
+    tiny_model(vision, text).save_pretrained(tmp_path / "image")
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "image", video_mode=video_mode)
     processor = tiny_processor(model, bos=text == "opt")
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
