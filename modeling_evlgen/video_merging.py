@@ -113,9 +113,11 @@ def _link_patches(tokens: VideoTokens, r: int, prefix: int, span: torch.Tensor) 
     """One round, which removes `r` tokens. `span` is the time so far in seconds, `(videos,)`."""
     batch, num_tokens, _ = tokens.features.shape
     normed = F.normalize(tokens.features[:, prefix:], dim=-1)
+    with torch.autocast(normed.device.type, enabled=False):  # in bfloat16, a copy is no more similar than a like one
+        similarity = normed @ normed.transpose(1, 2)  # (batch, patches, patches)
     shares = tokens.places[:, prefix:, 0] / span[:, None]  # of the time so far
     distance = (shares[:, :, None] - shares[:, None]).abs()
-    similarity = normed @ normed.transpose(1, 2) - TIME_WEIGHT * distance  # (batch, patches, patches)
+    similarity = similarity - TIME_WEIGHT * distance
     earlier = torch.ones_like(similarity[0], dtype=torch.bool).tril(diagonal=-1)
     best, target = similarity.masked_fill(~earlier, -torch.inf).max(dim=-1)  # (batch, patches)
     sources = best.topk(r, dim=-1).indices

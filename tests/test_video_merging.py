@@ -347,6 +347,17 @@ def test_a_tower_in_half_precision_does_not_lose_late_frames():
     assert model.get_video_features(noise(1, 3)).pooler_output.dtype == torch.float32
 
 
+@torch.no_grad()
+def test_mixed_precision_does_not_change_what_is_merged():
+    patches = distinct(49) + 3 * distinct(1, seed=1)  # all much alike
+    features = torch.stack([patches.roll(step, dims=0) for step in range(6)])
+    expected = merge(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        merged = merge(features)
+        assert merging_model().get_video_features(noise(1, 3)).pooler_output.isfinite().all()
+    assert torch.equal(merged.places, expected.places)
+
+
 def test_a_merging_model_captions_videos_in_a_clean_process(tmp_path):
     model = merging_model("eva")
     processor = tiny_processor(model)
