@@ -21,7 +21,7 @@ TRAINED = (PARTS_MEANS, TIMELESS)
 @pytest.fixture
 def few_videos(monkeypatch):
     """A few videos of 8 to 16 frames."""
-    monkeypatch.setattr(ordered_clips, "SHORT_VIDEOS", {"train": 20, "test": 8})
+    monkeypatch.setattr(ordered_clips, "SHORT_VIDEOS", {"train": 20, "test": 20})
     for module in (ordered_clips, video_order):
         monkeypatch.setattr(module, "BACKGROUND_VIDEOS", {split: {8: 6, 16: 6} for split in TONES})
 
@@ -87,14 +87,15 @@ def test_an_important_frame_is_single_at_every_length():
 
 
 def test_videos_are_merged_as_the_model_merges_them():
+    """Also those of more frames than are merged at once."""
     torch.manual_seed(0)
-    frames, chosen = torch.randn(5, 16, 8), torch.tensor([[0, 1, 2, 1], [3, 3, 4, 0]])
-    times = torch.arange(4.0).repeat_interleave(2)
-    placed = place_frames(frames[chosen.T.flatten()], times, class_token=False)
-    expected = add_frames(None, placed, [torch.arange(2)] * 4, class_token=False)
+    frames, chosen = torch.randn(5, 16, 8), torch.randint(5, (2, 11))
     pooled = pool_merge(frames, chosen)
-    assert torch.equal(pooled["features"], expected.features.half())
-    torch.testing.assert_close(pooled["places"], expected.places)
+    for video, features, places in zip(chosen, *pooled.values(), strict=True):
+        placed = place_frames(frames[video], torch.arange(11.0), class_token=False)
+        expected = add_frames(None, placed, [torch.tensor([0])] * 11, class_token=False)
+        torch.testing.assert_close(features, expected.features[0].half())
+        torch.testing.assert_close(places, expected.places[0])
 
 
 def test_an_answer_is_right_if_greedy_generation_gives_it(few_videos, synthetic_frames):

@@ -16,7 +16,6 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-from ..crowded.budget_tables import spread
 from ..planned_runs import Result, read_results, train_planned
 from ..timing import markdown_table
 from .clip_pooling import METHODS
@@ -53,9 +52,15 @@ def accuracy_table(methods: dict[str, list[Result]], columns: dict[str, str]) ->
     """Markdown table of shares of right answers: a row for each method. `columns` has the kind for each header."""
     rows = []
     for method, seeds in methods.items():
-        shares = [spread([seed["held_out"][kind] for seed in seeds], 0) for kind in columns.values()]
+        shares = [_spread([seed["held_out"][kind] for seed in seeds]) for kind in columns.values()]
         rows.append([method, len(seeds), *shares, f"{mean(seed['cpu_seconds_per_step'] for seed in seeds):.2f}"])
     return markdown_table(["method", "seeds", *columns, "CPU seconds a step"], rows)
+
+
+def _spread(shares: list[float]) -> str:
+    """The mean over seeds in %, with the lowest and the highest in brackets."""
+    low, middle, high = (f"{100 * value:.0f}" for value in (min(shares), mean(shares), max(shares)))
+    return middle if len(shares) == 1 else f"{middle} [{low}, {high}]"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Ways to pool the frames of a video to as many tokens as one image has, or fewer."""
 
+import hashlib
+import inspect
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -11,17 +13,16 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common.demo.cache import prepare_once
-from modeling_evlgen.video_merging import VideoTokens, merge_over_time, merge_within_frames, place_frames
+from modeling_evlgen import video_merging
+from modeling_evlgen.video_merging import add_frames, place_frames
 
+from . import emoji_frames, ordered_clips
 from .ordered_clips import Clip
 
 PARTS = (9, 2, 2)  # in time, rows and columns: 36 means
-BATCH = 32  # videos at a time
+BATCH, FRAMES_AT_ONCE = 32, 8  # videos, and frames of each
 
 MEAN, PARTS_MEANS, MERGE, TIMELESS = "mean of frames", "means in 9 parts", "merge", "merge without times"
-
-# Features of a video, `(tokens, dim)`, and the places of merged tokens, `(tokens, 3)`.
-Pooled = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def pool_clips(method: str, split: str, clips: list[Clip], frames: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -37,7 +38,10 @@ def pool_clips(method: str, split: str, clips: list[Clip], frames: torch.Tensor)
         `features`, float16, `(videos, tokens, dim)`, and for merged videos `places`, `(videos, tokens, 3)`.
     """
     pooling = MERGE if method == TIMELESS else method
-    name = f"data/video-order-{pooling.replace(' ', '-')}-{split}-v1"
+    # Other videos, or another way to merge, have other code.
+    code = "".join(map(inspect.getsource, (emoji_frames, ordered_clips, video_merging, pool_clips)))
+    digest = hashlib.sha256(f"{code}{frames.shape}".encode()).hexdigest()[:8]
+    name = f"data/video-order-{pooling.replace(' ', '-')}-{split}-{digest}"
     folder = prepare_once(name, partial(_write, POOLINGS[pooling], clips, frames.flatten(0, 2)))
     pooled = load_file(folder / "videos.safetensors")
     if method == TIMELESS:
@@ -83,18 +87,13 @@ def pool_parts(frames: torch.Tensor, chosen: torch.Tensor) -> dict[str, torch.Te
 
 
 def pool_merge(frames: torch.Tensor, chosen: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What `add_frames` makes of the frames. Arguments as in [`pool_mean`].
-
-    A frame that is in many videos is merged within itself only once per batch.
-    """
-    unique, index = chosen.unique(return_inverse=True)  # index: (videos, length)
-    placed = place_frames(frames[unique], torch.zeros(len(unique)), class_token=False)
-    halves = merge_within_frames(placed, class_token=False)
-    pool = placed.take(index[:, 0])
-    for second in range(1, chosen.shape[1]):
-        frame = halves.take(index[:, second])
-        times = F.pad(torch.full_like(frame.places[..., :1], second), (0, 2))  # (videos, tokens, 3)
-        pool = merge_over_time(pool, VideoTokens(frame.features, frame.places + times, frame.size), class_token=False)
+    """Merges frames as a model with `video_mode="merge"` does, one a second. Arguments as in [`pool_mean`]."""
+    pool, videos = None, torch.arange(len(chosen))
+    for start in range(0, chosen.shape[1], FRAMES_AT_ONCE):
+        part = chosen[:, start : start + FRAMES_AT_ONCE].T  # (frames at once, videos)
+        times = torch.arange(start, start + len(part)).float().repeat_interleave(len(videos))
+        placed = place_frames(frames[part.flatten()], times, class_token=False)
+        pool = add_frames(pool, placed, [videos] * len(part), class_token=False)
     return {"features": pool.features.half(), "places": pool.places}
 
 

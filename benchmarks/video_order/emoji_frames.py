@@ -1,4 +1,4 @@
-"""Vision features of frames of 24 animated emoji. All videos of the benchmark are composed of these frames."""
+"""Vision features of frames of 16 animated emoji. All videos of the benchmark are composed of these frames."""
 
 import json
 from collections.abc import Iterator
@@ -16,12 +16,11 @@ from common.models import load_image_processor
 from modeling_evlgen.vision_tower import extract_vision_tokens
 from processing_evlgen.videos import load_rgb_frames
 
-# Those of the captions of `emoji_videos.py` that look different from each other.
+# Those of the captions of `emoji_videos.py` that look most different from each other.
 EMOJI = (
-    *("Santa Claus", "ear", "girl", "horse racing", "man artist", "man astronaut", "man cook", "man farmer"),
-    *("man feeding baby", "man firefighter", "man golfing", "man in motorized wheelchair", "man lifting weights"),
-    *("man pilot", "man red hair", "man running", "man surfing", "man swimming", "man teacher", "man technologist"),
-    *("nose", "snowboarder", "thumbs up", "waving hand"),
+    *("Santa Claus", "ear", "girl", "horse racing", "man astronaut", "man cook", "man farmer", "man firefighter"),
+    *("man in motorized wheelchair", "man lifting weights", "man pilot", "man running", "man surfing", "nose"),
+    *("snowboarder", "thumbs up"),
 )
 TONES = {"train": 5, "test": 1}  # skin tones of each emoji
 FRAMES = 8  # of each emoji and tone, at equal distances
@@ -32,7 +31,7 @@ def load_frames() -> dict[str, torch.Tensor]:
 
     The vision tower runs once. Its features are cached.
     """
-    return load_file(prepare_once("data/video-order-frames-v1", _write) / "frames.safetensors")
+    return load_file(prepare_once("data/video-order-frames-v2", _write) / "frames.safetensors")
 
 
 @torch.no_grad()

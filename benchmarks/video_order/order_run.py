@@ -18,9 +18,8 @@ from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 from modeling_evlgen.labels import shift_labels
 from processing_evlgen import EVLGenProcessor
 
-from ..crowded.connector_settings import METHODS as CONNECTORS
 from ..small_decoder import prepare_small_decoder, train_from_scratch
-from ..training_step import DEMO_VISION
+from ..training_step import DEMO_VISION, encoder_fields
 from .clip_pooling import pool_clips
 from .emoji_frames import load_frames
 from .ordered_clips import Text, compose
@@ -28,6 +27,17 @@ from .ordered_clips import Text, compose
 TOKENS = 36  # of the soft prompt
 TRAINING_BATCH, TEST_BATCH = 16, 50
 WHITENING_VIDEOS = 200
+CONNECTOR = {
+    **encoder_fields(hidden_size=384, layers=2),
+    "class_token": False,
+    "max_position_embeddings": 256,
+    "position_initializer_range": 0.1,  # about the size of the tokens
+    "output_position_initializer_range": 1.0,
+    "pre_norm": True,
+    "branch_initializer_range": 0.0,
+    "merge_metric": "hidden_states",
+    "num_merged_tokens": TOKENS,
+}
 RECIPE = {"lr": 1e-3, "weight_decay": 0.05}
 WARMUP_STEPS = 50
 
@@ -38,7 +48,7 @@ class OrderRun:
 
     method: str
     seed: int = 0
-    steps: int = 600
+    steps: int = 1000
 
     @property
     def name(self) -> str:
@@ -109,11 +119,9 @@ def build_captioner(splits: dict[str, ClipTexts]) -> tuple[EVLGenForConditionalG
     processor = EVLGenProcessor(CLIPImageProcessor(), AutoTokenizer.from_pretrained(decoder), num_image_tokens=TOKENS)
     pooled = splits["train"].pooled
     num_tokens = pooled["features"].shape[1]
-    connector = {**CONNECTORS["choose"][1], "num_merged_tokens": TOKENS}
-    if num_tokens == TOKENS:  # no token is left out
-        connector |= {"distinctive_factor": None}
-    else:
-        connector |= {"position_grid_size": round(num_tokens**0.5)}
+    connector = dict(CONNECTOR)
+    if num_tokens > TOKENS:  # otherwise no token is left out, and tokens are no grid
+        connector |= {"distinctive_factor": 2, "position_grid_size": round(num_tokens**0.5)}
     config = EVLGenConfig(
         **{**DEMO_VISION, "num_vision_tokens": num_tokens},
         connector_config=connector,

@@ -24,6 +24,7 @@ SHORT_VIDEOS = {"train": 1500, "test": 400}
 BACKGROUND_VIDEOS = {"train": {8: 300, 16: 300, 64: 300, 256: 60}, "test": {8: 300, 16: 300, 64: 300, 256: 120}}
 TEXTS_REPEATED = 2  # of videos on a background, in training, as most texts are about short videos
 
+EVENTS = (1, 2, 2, 2, 3, 4)  # of a short video, equally likely
 COUNTS = ("never", "once", "twice")
 SHORT_KINDS = ("caption", "which first", "what after", "how often")
 MOMENT, MOMENTS_ORDER = "single frame", "first of two frames"
@@ -79,7 +80,7 @@ def _draw_short_pair(
     rng: np.random.Generator, split: str, pair: int, length: None
 ) -> Iterator[tuple[Clip, list[tuple[str, str, str]]]]:
     """1 to 4 emoji. Half of those with 3 or 4 show one of them twice."""
-    count = int(rng.integers(1, 4, endpoint=True))
+    count = int(rng.choice(EVENTS))
     repeats = count > 2 and rng.random() < 0.5
     events = _draw_emoji(rng, split, count - repeats)
     if repeats:  # not twice in a row
@@ -125,19 +126,18 @@ def _draw_frames(rng: np.random.Generator, split: str, emoji: int, count: int) -
 def _ask(rng: np.random.Generator, events: list[int]) -> list[tuple[str, str, str]]:
     """Kind, question and answer of all texts about a short video. Draws do not depend on the order of events."""
     names = [with_article(EMOJI[emoji]) for emoji in events]
-    texts = [("caption", "", ", then ".join(names))]
-    emoji = sorted(set(events))
+    texts, emoji = [], sorted(set(events))
+    if len(events) < 3:
+        texts.append(("caption", "", ", then ".join(names)))
     if len(emoji) == len(events) > 1:
         texts.append(("which first", *_which_first(rng, events)))
         named = events.index(rng.choice(emoji))
-        following = [*names[1:], "nothing"][named]
-        texts.append(("what after", f"What comes after {names[named]}?", following))
-    # Every third time an emoji that is hardly shown, otherwise one that is. Half of the videos that repeat ask for it.
-    counted = max(emoji, key=events.count) if rng.random() < 0.5 else rng.choice(emoji)
-    if rng.random() < 1 / 3:
-        counted = rng.integers(len(EMOJI))
-    question = f"How often is {with_article(EMOJI[counted])} shown?"
-    return [*texts, ("how often", question, COUNTS[events.count(counted)])]
+        texts.append(("what after", f"What comes after {names[named]}?", [*names[1:], "nothing"][named]))
+    if len(events) > 2:
+        counted = max(emoji, key=events.count) if rng.random() < 0.8 else int(rng.integers(len(EMOJI)))
+        question = f"How often is {with_article(EMOJI[counted])} shown?"
+        texts.append(("how often", question, COUNTS[events.count(counted)]))
+    return texts
 
 
 def _which_first(rng: np.random.Generator, events: list[int]) -> tuple[str, str]:
