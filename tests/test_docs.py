@@ -5,7 +5,7 @@ A command runs in this process, through its script's `main`. The folder of `plac
 """
 
 import argparse
-import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -152,7 +152,8 @@ def test_a_documented_command_works(command, work, tiny_world, monkeypatch):
 
 def main_of(kind: str, name: str) -> Callable:
     module = name if kind == "script" else f"benchmarks.{name}"
-    return importlib.import_module(f"{module}.__main__" if name == "claims" else module).main
+    is_package = importlib.util.find_spec(module).submodule_search_locations is not None
+    return importlib.import_module(f"{module}.__main__" if is_package else module).main
 
 
 class ParsedError(Exception):
