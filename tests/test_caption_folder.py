@@ -169,6 +169,17 @@ def test_videos_are_captioned(model, tmp_path):
     assert rows[1]["text"] == caption(model, videos=str(tmp_path / "in" / "b.webp"), fps=5)
 
 
+def test_a_video_of_too_many_frames_is_named_and_the_others_are_captioned(model, tmp_path):
+    animate(tmp_path / "in" / "a.webp", 0)
+    frames = noise_images(520, size=8)
+    frames[0].save(tmp_path / "in" / "long.webp", save_all=True, append_images=frames[1:], duration=10, lossless=True)
+    result = caption_folder.main(options(model, tmp_path / "out", tmp_path / "in", media="video", fps=100))
+    assert result == {"captioned": 1, "broken": 1}
+    assert "more than 512 frames" in read(tmp_path / "out" / "captions.jsonl")[1]["error"]
+    with pytest.raises(ValueError, match="`num_frames` must be at most 512, but is 10000"):
+        caption_folder.main(options(model, tmp_path / "out", tmp_path / "in", media="video", num_frames=10_000))
+
+
 @pytest.mark.parametrize("kind", ["bytes", "path", "datasets"])
 def test_columns_of_every_type_are_read(kind, model, tmp_path):
     images = noise_images(2)

@@ -80,6 +80,15 @@ def test_a_video_models_graph_takes_an_image_for_a_video_of_one_frame(tmp_path):
     torch.testing.assert_close(run(pixels), expected)
 
 
+def test_a_merging_models_graph_takes_images(tmp_path):
+    model = build(video_mode="merge")
+    pixels = torch.randn(3, 3, *SIZE)
+    with torch.no_grad():
+        model.time_embedding.weight.normal_()
+        expected = model.get_image_features(pixels).pooler_output
+    assert torch.equal(export_graph(SoftPrompt(model), SIZE).module()(pixels), expected)
+
+
 @pytest.mark.parametrize(
     ("vision", "connector"),
     [("siglip", "tomeformer that chooses"), ("timm_cnn", "qformer"), ("siglip", "mlp")],

@@ -375,6 +375,7 @@ settings = dict(do_sample=False, max_new_tokens=8)
 captioner = pipeline(model="model", trust_remote_code=True)
 one = captioner("video.webp", **settings)
 assert captioner(["video.webp", "video.webp"], batch_size=2, **settings) == [one, one]
+assert captioner("video.webp", fps=2, **settings) == captioner("video.webp", num_frames=6, **settings)
 AutoModel.from_pretrained("model", trust_remote_code=True).save_pretrained("again")
 print(repr(one[0]["generated_text"]))
 """
