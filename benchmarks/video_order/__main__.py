@@ -2,9 +2,10 @@
 
     python -m benchmarks.video_order
 
-trains all runs below and prints their tables. A run takes about 5 minutes on one core. The first run of a method also
-pools all videos. Each finished run is a line of `benchmarks/video_order/results.jsonl`. A command that was stopped
-continues with the next run. Two commands side by side share the runs. `--report` prints the tables alone.
+trains all runs below and prints their tables. A run takes about 6 minutes on one core. The first run of a method also
+pools all videos, and merging them takes 10 minutes more. Each finished run is a line of
+`benchmarks/video_order/results.jsonl`. A command that was stopped continues with the next run. Two commands side by
+side share the runs. `--report` prints the tables alone.
 
 Videos are composed of the features of animated emoji, at one frame a second, and pooled to at most 196 tokens. A
 connector turns them into 36 tokens. The contextualizer is not in the comparison. It needs a vision transformer, but

@@ -98,4 +98,4 @@ def pool_merge(frames: torch.Tensor, chosen: torch.Tensor) -> dict[str, torch.Te
 
 
 POOLINGS = {MEAN: pool_mean, PARTS_MEANS: pool_parts, MERGE: pool_merge}
-METHODS = (MEAN, PARTS_MEANS, MERGE, TIMELESS)
+METHODS = (MEAN, MERGE, PARTS_MEANS, TIMELESS)
