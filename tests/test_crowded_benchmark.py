@@ -7,13 +7,14 @@ from huggingface_hub import constants
 
 from benchmarks.crowded import __main__ as crowded
 from benchmarks.crowded import budget_run
-from benchmarks.crowded.budget_run import BudgetRun, names_f1
-from benchmarks.crowded.connector_settings import VIEW
+from benchmarks.crowded.budget_run import BudgetRun
+from benchmarks.crowded.connector_settings import ALL_TOKENS, VIEW
+from benchmarks.crowded.scene_questions import NO_ANSWER, list_questions, read_answers
 from common.demo import crowded_scenes
 
 from .helpers import demo_packages_or_skip
 
-TRAINED = ("choose", "means", VIEW)
+TRAINED = ("choose", "means", VIEW, ALL_TOKENS)
 
 
 @pytest.fixture
@@ -22,8 +23,7 @@ def small_scenes(monkeypatch, tmp_path):
     demo_packages_or_skip(tmp_path / "hf")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr(crowded_scenes, "SPLITS", {"train": 8, "test": 4})
-    for module in (budget_run, budget_run.connector_fields.__globals__):
-        monkeypatch.setitem(module if isinstance(module, dict) else vars(module), "BUDGETS", (4, 9))
+    monkeypatch.setattr(budget_run, "BUDGETS", (4, 9))
     monkeypatch.setattr(budget_run, "REFERENCE_BUDGET", 4)
     monkeypatch.setattr(crowded, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(crowded, "CURVES", tmp_path / "curves.png")
@@ -37,7 +37,8 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
     results = [json.loads(line) for line in crowded.RESULTS.read_text().splitlines()]
     assert [BudgetRun(**result["run"]) for result in results] == plan
     by_method = {result["run"]["method"]: result for result in results[:-1]}
-    assert all(result["held_out"].keys() == {"4", "9"} for result in by_method.values())
+    assert by_method["choose"]["held_out"].keys() == by_method[VIEW]["held_out"].keys() == {"4", "9"}
+    assert by_method[ALL_TOKENS]["held_out"].keys() == {"36"}
     assert results[-1]["held_out"].keys() == {"4"}
     printed = capsys.readouterr().out
     assert all(f"| {method} | 1 |" in printed for method in TRAINED) and crowded.CURVES.stat().st_size > 0
@@ -46,15 +47,21 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
     crowded.main([])
 
 
-@pytest.mark.parametrize(
-    "text, truth, score",
-    [
-        ("an owl , a crab above a bus", "an owl and a crab above a bus", 1),
-        ("a teddy bear", "a teddy bear above an owl", 2 / 3),
-        ("an owl and an owl", "an owl", 2 / 3),
-        ("a bus", "an owl", 0),
-        ("", "an owl", 0),
-    ],
-)
-def test_names_found(text, truth, score):
-    assert names_f1(text, truth) == pytest.approx(score)
+def test_answers_are_those_of_the_data_sets_questions(small_scenes):
+    scenes = crowded_scenes.load_crowded_scenes(96)["train"]
+    answers, asked = read_answers(scenes["caption"][:]), list_questions(scenes)
+    truths = [text["answer"] for row in scenes["questions"] for text in row]
+    for kind, scene, place, truth in zip(*asked, truths, strict=True):
+        if kind == "how many":
+            assert crowded_scenes.NUMBERS[answers.how_many[scene, place]] == truth
+        else:
+            table = answers.left_of if kind == "left of" else answers.corner
+            assert crowded_scenes.CONCEPTS[table[scene, place]] == truth.split(" ", 1)[1]
+
+
+def test_a_thing_without_a_left_neighbour_has_no_answer():
+    answers = read_answers(["an owl and a teddy bear above an owl and a bus"])
+    owl, bear, bus = (crowded_scenes.CONCEPTS.index(name) for name in ("owl", "teddy bear", "bus"))
+    assert answers.how_many[0, [owl, bear, bus]].tolist() == [2, 1, 1] and answers.how_many.sum() == 4
+    assert answers.left_of[0, [owl, bear, bus]].tolist() == [NO_ANSWER, owl, owl]
+    assert answers.corner[0].tolist() == [owl, bear, owl, bus]

@@ -2,12 +2,12 @@
 
     python -m benchmarks.crowded
 
-trains all runs below and prints their tables. A run takes 3 to 60 minutes on one core. Each finished run is a line of
+trains all runs below and prints their tables. A run takes 3 to 30 minutes on one core. Each finished run is a line of
 `benchmarks/crowded/results.jsonl`. A command that was stopped continues with the next run. Two commands side by side
 share the runs. `--report` prints the tables of the finished runs, and draws docs/images/crowded.png.
 
-One run serves all numbers of tokens: each batch of training draws one. The text decoder is small, and trained with the
-connector. Vision features are cached, so the tower's time is not included.
+One run serves all numbers of tokens: each batch of training draws one. A small reader in place of the language model
+answers questions from the tokens. Vision features are cached, so the tower's time is not included.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def report() -> None:
         for figure in FIGURES:
             print(f"\n{figure}\n\n{budget_table(group, figure)}")
         if table := overlooked_table(group, 16):
-            print(f"\nTexts that the view of 224 pixels gets wrong, at 16 tokens\n\n{table}")
+            print(f"\nWhat the view of 224 pixels gets wrong, at 16 tokens\n\n{table}")
     if scenes:
         draw_curves(next(iter(scenes.values())), CURVES)
 

@@ -1,41 +1,41 @@
-"""Trains a captioner on crowded scenes with several numbers of image tokens, and measures it at each of them."""
+"""Trains a connector on crowded scenes with several numbers of tokens, and measures what it keeps at each of them."""
 
-import json
 import random
-import re
-import tempfile
 import time
-from collections import Counter, defaultdict
+from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import mean
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import pretrain
+import numpy as np
 import torch
-from datasets import DatasetDict
-from transformers import set_seed
+from accelerate.utils import set_seed
+from datasets import Dataset, DatasetDict
+from tqdm import tqdm
+from transformers import AutoModel, LlamaConfig, get_cosine_with_min_lr_schedule_with_warmup
 
-from common.command_line import parse_arguments
 from common.data.collator import CaptionCollator
-from common.data.feature_cache import cache_split
+from common.data.data_arguments import DataArguments
+from common.data.feature_cache import FeatureDataset, cache_split
 from common.demo.crowded_scenes import load_crowded_scenes
-from common.evaluation.captions import caption_loss, generate_captions
-from common.models import build_model
-from common.training.trainer import EVLGenTrainer
-from common.training.whiten import whiten_vision_projection
-from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits, tomeformer
+from common.demo.towers import prepare_vision_tower
+from common.models import load_image_processor
+from configuration_evlgen import EVLGenConfig
+from modeling_evlgen import EVLGenForConditionalGeneration, tomeformer
 from modeling_evlgen.token_merging import TokenMerging, keep_distinctive
-from processing_evlgen import EVLGenProcessor
 
-from ..small_decoder import prepare_small_decoder, train_from_scratch, words
 from ..timing import count_flops
 from .connector_settings import ALL_TOKENS, BUDGETS, RANDOM, VIEW, connector_fields
-from .scene_texts import KINDS, SceneTexts, list_texts
+from .scene_questions import KINDS, Answers, QuestionReader, list_questions, read_answers
 
-BATCH = 50  # of held-out texts
+BATCH = 16  # scenes
+READER_DIM = 256
+VISION_DIM = 112  # of EfficientNet-Lite0's feature map
 REFERENCE_BUDGET = 16  # tokens of the step whose operations are counted
+WHITENING_IMAGES = 200
 STRIDE = 16  # pixels of a token along each side
 VIEW_SIZE = 224  # pixels
 
@@ -57,23 +57,16 @@ class BudgetRun:
         return f"{self.method}.{self.size}.{background}.budget-{self.budget or 'any'}.seed{self.seed}.{self.steps}"
 
     @property
+    def view_size(self) -> int:
+        """Height and width of the images that the tower gets, in pixels."""
+        return VIEW_SIZE if self.method == VIEW else self.size
+
+    @property
     def budgets(self) -> tuple[int, ...]:
         """The numbers of tokens that the run is trained for."""
         if self.method == ALL_TOKENS:
             return ((self.size // STRIDE) ** 2,)
         return BUDGETS if self.budget is None else (self.budget,)
-
-
-class BudgetCollator(CaptionCollator):
-    """Draws one of `budgets` for each batch of training. Held-out batches have `processor.num_image_tokens`."""
-
-    budgets: tuple[int, ...] = BUDGETS
-
-    def draw_budget(self, rows: list[dict[str, Any]]) -> int | None:
-        if not self.training or len(self.budgets) == 1:
-            return None
-        with self.seeded(rows[0], [(row["question"], row["answer"]) for row in rows]):
-            return random.choice(self.budgets)
 
 
 def keep_random(x: torch.Tensor, num_output_tokens: int, class_token: bool = False) -> TokenMerging:
@@ -83,118 +76,134 @@ def keep_random(x: torch.Tensor, num_output_tokens: int, class_token: bool = Fal
 
 def train(run: BudgetRun) -> dict[str, Any]:
     """Trains a run. Returns its settings, its cost and the held-out figures at each budget."""
-    choice = patch.object(tomeformer, "keep_distinctive", keep_random) if run.method == RANDOM else nullcontext()
-    with choice, tempfile.TemporaryDirectory() as folder:
-        return _train(run, folder)
-
-
-def _train(run: BudgetRun, folder: str) -> dict[str, Any]:
-    scenes = load_crowded_scenes(run.size, run.textured)
-    texts = list_texts(scenes)
-    model, processor, arguments = build(run, texts, folder)
-    model_args, _, data_args, _, training_args = arguments
-    splits = load_splits(scenes, texts, model, CaptionCollator(processor, data_args, training=False))
-    whiten_vision_projection(model, processor, splits["train"].features, data_args, model_args.whitening_images)
-    collator = BudgetCollator(processor, data_args, training=True, seed=run.seed)
-    collator.budgets = run.budgets
-    budget = None if run.method == ALL_TOKENS else run.budget or REFERENCE_BUDGET
-    batch = collator.encode(collator.read_examples([splits["train"][row] for row in range(16)]), budget=budget)
-    flops = count_flops(lambda: model(**limit_logits(batch))["loss"].backward())
-    model.zero_grad()
-    trainer = EVLGenTrainer(
-        model=model.train(),
-        args=training_args,
-        train_dataset=splits["train"],
-        data_collator=collator,
-        processing_class=processor,
-    )
-    start = time.process_time()
-    trainer.train()
-    seconds = time.process_time() - start
-    return {
-        "run": asdict(run),
-        "connector_parameters": sum(weight.numel() for weight in model.connector.parameters()),
-        "flops_per_step": flops,
-        "cpu_seconds_per_step": round(seconds / run.steps, 3),
-        "held_out": {budget: measure(trainer, splits["test"], arguments, budget) for budget in run.budgets},
-    }
-
-
-def build(
-    run: BudgetRun, texts: DatasetDict, folder: str
-) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor, tuple[Any, ...]]:
-    """A fresh captioner with the arguments that `examples/pretrain.py` would have. Its text decoder is trained."""
-    size = VIEW_SIZE if run.method == VIEW else run.size
-    connector, fields = connector_fields(run.method, size // STRIDE)
-    all_texts = [text for split in texts.values() for name in ("question", "answer") for text in split[name]]
-    arguments = {
-        "connector": connector,
-        "connector_config": json.dumps(fields),
-        "image_size": size,
-        "text_model": prepare_small_decoder("crowded-decoder", all_texts),
-        "dataset": "crowded-scenes",
-        "prompt_column": "question",
-        "caption_column": "answer",
-        "chat_template": "",
-        "max_new_tokens": 40,
-        "max_steps": run.steps,
-        "warmup_steps": 50,
-        "seed": run.seed,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "logging_steps": 50,
-        "output_dir": folder,
-    }
-    argv = [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
-    parsed = parse_arguments(*pretrain.ARGUMENTS, argv=argv, recipe=pretrain.DEMO_RECIPE)
     set_seed(run.seed)
-    model, processor = build_model(*parsed[:2])
-    if len(run.budgets) > 1:
-        model.config.image_token_range = processor.image_token_range = [min(BUDGETS), max(BUDGETS)]
-    elif run.budget is not None:
-        model.config.image_token_range = processor.image_token_range = [run.budget] * 2
-        processor.num_image_tokens = run.budget
-    train_from_scratch(model.language_model)
-    return model, processor, parsed
+    scenes = load_crowded_scenes(run.size, run.textured)
+    model, reader = build(run)
+    features = load_features(run, model, scenes)
+    model.whiten_vision_projection(
+        features["train"].take(range(0, len(scenes["train"]), max(1, len(scenes["train"]) // WHITENING_IMAGES)))
+    )
+    choice = patch.object(tomeformer, "keep_distinctive", keep_random) if run.method == RANDOM else nullcontext()
+    with choice:
+        cost = fit(run, model, reader, features["train"], scenes["train"])
+        held_out = {budget: measure(model, reader, features["test"], scenes["test"], budget) for budget in run.budgets}
+    parameters = sum(weight.numel() for weight in model.connector.parameters())
+    return {"run": asdict(run), "connector_parameters": parameters, **cost, "held_out": held_out}
 
 
-def load_splits(
-    scenes: DatasetDict, texts: DatasetDict, model: EVLGenForConditionalGeneration, views: CaptionCollator
-) -> dict[str, SceneTexts]:
-    """The texts of each split, with the features of each scene."""
-    views.data_args = replace(views.data_args, caption_column="caption", prompt_column=None)
-    return {name: SceneTexts(texts[name], cache_split(model, scenes[name], views)) for name in scenes}
+def build(run: BudgetRun) -> tuple[EVLGenForConditionalGeneration, QuestionReader]:
+    """A fresh model with the demo's tower, and a reader of its soft prompts. The language model is only a width."""
+    tower = AutoModel.from_pretrained(prepare_vision_tower())
+    grid = run.view_size // STRIDE
+    text = LlamaConfig(hidden_size=READER_DIM, intermediate_size=8, num_hidden_layers=1, vocab_size=8)
+    low, high = min(run.budgets), max(run.budgets)
+    config = EVLGenConfig(
+        vision_config=tower.config,
+        connector_config=connector_fields(run.method, grid, high),
+        text_config=text,
+        num_vision_tokens=grid**2,
+        vision_hidden_size=VISION_DIM,
+        image_token_range=None if run.method == ALL_TOKENS else [low, high],
+    )
+    return EVLGenForConditionalGeneration(config, vision_tower=tower), QuestionReader(READER_DIM)
 
 
-def measure(trainer: EVLGenTrainer, test: SceneTexts, arguments: tuple[Any, ...], budget: int) -> dict[str, Any]:
-    """Held-out figures at a budget, and for each text whether it is right, as a string of 0 and 1."""
-    processor, model = trainer.processing_class, trainer.model
-    _, _, data_args, generation_args, _ = arguments
-    processor.num_image_tokens = budget
-    collator = CaptionCollator(processor, data_args, training=False)
-    captions = SceneTexts(test.texts.filter(lambda row: row["kind"] == "caption"), test.features)
-    loss = caption_loss(model, captions, collator, BATCH, torch.float32)
-    generated = generate_captions(model, test, collator, generation_args, BATCH, torch.float32)
-    answers = list(zip(test.texts["kind"], generated, test.texts["answer"], strict=True))
-    right = [words(text) == words(truth) for _, text, truth in answers]
-    by_kind = defaultdict(list)
-    for (kind, _, _), is_right in zip(answers, right, strict=True):
-        by_kind[kind].append(is_right)
-    names = [names_f1(text, truth) for kind, text, truth in answers if kind == "caption"]
+class SceneFeatures:
+    """The cached features of all scenes of a split, read from disk."""
+
+    def __init__(self, dataset: FeatureDataset):
+        self.dataset = dataset
+
+    def take(self, scenes: Iterable[int]) -> torch.Tensor:
+        """Features of some scenes, `(scenes, tokens, dim)`."""
+        rows = [self.dataset.features[scene, 0] for scene in scenes]
+        return torch.from_numpy(np.stack(rows)).float()
+
+
+def load_features(
+    run: BudgetRun, model: EVLGenForConditionalGeneration, scenes: DatasetDict
+) -> dict[str, SceneFeatures]:
+    """Runs the tower over all scenes, or finds their features on disk."""
+    image_processor = load_image_processor(prepare_vision_tower())
+    image_processor.size = {"height": run.view_size, "width": run.view_size}
+    # The cache uses a processor's images alone.
+    views = CaptionCollator(SimpleNamespace(image_processor=image_processor, max_tiles=1), DataArguments(), False)
+    return {name: SceneFeatures(cache_split(model, rows, views)) for name, rows in scenes.items()}
+
+
+def fit(
+    run: BudgetRun,
+    model: EVLGenForConditionalGeneration,
+    reader: QuestionReader,
+    features: SceneFeatures,
+    scenes: Dataset,
+) -> dict[str, float]:
+    """Trains the connector and the reader with the demo's recipe. Returns what a step costs."""
+    answers = read_answers(scenes["caption"][:])
+    trained = [weight for module in (model, reader) for weight in module.parameters() if weight.requires_grad]
+    decayed = [{"params": [w for w in trained if w.ndim > 1], "weight_decay": 0.05}]
+    optimizer = torch.optim.AdamW(
+        [*decayed, {"params": [w for w in trained if w.ndim < 2], "weight_decay": 0}], lr=1e-3
+    )
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 50, run.steps, min_lr_rate=0.03)
+    draw = random.Random(run.seed)
+
+    def step(rows: list[int], budget: int) -> torch.Tensor:
+        loss = reader.loss(read_prompts(model, features.take(rows), budget), answers.of(torch.tensor(rows)))
+        loss.backward()
+        return loss
+
+    budget = REFERENCE_BUDGET if REFERENCE_BUDGET in run.budgets else run.budgets[0]
+    flops = count_flops(lambda: step(list(range(min(BATCH, len(scenes)))), budget))
+    start, order, losses = time.process_time(), [], []
+    progress = tqdm(range(run.steps), run.name, unit="step")
+    for _ in progress:
+        if len(order) < BATCH:
+            order = draw.sample(range(len(scenes)), len(scenes))
+        rows, order = order[:BATCH], order[BATCH:]
+        optimizer.zero_grad()
+        losses.append(step(rows, draw.choice(run.budgets)).item())
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
+    seconds = (time.process_time() - start) / run.steps
     return {
-        "loss": round(loss, 4),
-        "names": round(mean(names), 4),
-        **{kind: round(mean(by_kind[kind]), 4) for kind in KINDS},
-        "right": "".join(str(int(is_right)) for is_right in right),
+        "flops_per_step": flops,
+        "cpu_seconds_per_step": round(seconds, 3),
+        "training_loss": round(float(np.mean(losses[-50:])), 4),
     }
 
 
-def names_f1(text: str, truth: str) -> float:
-    """F1 of the named drawings, 0 to 1: how many of a caption's names are true, and how many true ones it has."""
-    named, true = _count_names(text), _count_names(truth)
-    return 2 * (named & true).total() / max(1, named.total() + true.total())
+def read_prompts(model: EVLGenForConditionalGeneration, features: torch.Tensor, budget: int) -> torch.Tensor:
+    """The soft prompts of scenes, `(scenes, budget, dim)`."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model.project_vision_features(features, image_budgets=[budget] * len(features)).pooler_output.float()
 
 
-def _count_names(text: str) -> Counter[str]:
-    names = re.split(r"\b(?:an?|and|above)\b", " ".join(words(text)))
-    return Counter(name.strip() for name in names if name.strip())
+@torch.no_grad()
+def measure(
+    model: EVLGenForConditionalGeneration,
+    reader: QuestionReader,
+    features: SceneFeatures,
+    scenes: Dataset,
+    budget: int,
+) -> dict[str, Any]:
+    """Held-out figures at a budget, and for each scene and question whether it is right, as a string of 0 and 1."""
+    answers, asked = read_answers(scenes["caption"][:]), list_questions(scenes)
+    logits = [reader(read_prompts(model, features.take(rows), budget)) for rows in torch.arange(len(scenes)).split(50)]
+    given = Answers(*(torch.cat(parts).argmax(dim=-1) for parts in zip(*logits, strict=True)))
+    found = torch.minimum(given.how_many, answers.how_many).sum()
+    named = 2 * found / (given.how_many.sum() + answers.how_many.sum())
+    exact = (given.how_many == answers.how_many).all(dim=1)
+    right = {kind: [] for kind in KINDS}
+    for kind, scene, place in zip(*asked, strict=True):
+        table = KINDS.index(kind)
+        right[kind].append(bool(given[table][scene, place] == answers[table][scene, place]))
+    bits = [int(is_right) for values in (exact.tolist(), *right.values()) for is_right in values]
+    return {
+        "names": round(named.item(), 4),
+        "exact": round(exact.float().mean().item(), 4),
+        **{kind: round(mean(values), 4) for kind, values in right.items()},
+        "right": "".join(map(str, bits)),
+    }

@@ -9,13 +9,12 @@ import matplotlib
 
 from ..timing import markdown_table
 from .connector_settings import VIEW
-from .scene_texts import KINDS
+from .scene_questions import KINDS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Decimals of each figure. Those without decimals are shares, printed in %.
-FIGURES = dict(zip(("loss", "names", *KINDS), (2, 0, 0, 0, 0, 0), strict=True))
+FIGURES = ("names", "exact", *KINDS)  # shares, printed in %
 Result = dict[str, Any]
 
 
@@ -34,33 +33,32 @@ def budget_table(results: list[Result], figure: str) -> str:
     for (method, budget), seeds in group_by_method(results).items():
         name = method if budget is None else f"{method}, trained for {budget} alone"
         values = [[seed["held_out"].get(str(number), {}).get(figure) for seed in seeds] for number in budgets]
-        rows.append([name, len(seeds), *(spread(column, FIGURES[figure]) for column in values)])
+        rows.append([name, len(seeds), *map(spread, values)])
     return markdown_table(["method", "seeds", *budgets], rows)
 
 
-def spread(values: list[float | None], digits: int) -> str:
-    """The mean over seeds, with the lowest and the highest in brackets. Without `digits` values are shares, in %."""
-    if None in values:
+def spread(shares: list[float | None]) -> str:
+    """The mean share over seeds in %, with the lowest and the highest in brackets. Empty without shares."""
+    if None in shares:
         return ""
-    figures = [value if digits else 100 * value for value in values if value is not None]
-    low, middle, high = (f"{value:.{digits}f}" for value in (min(figures), mean(figures), max(figures)))
-    return middle if len(values) == 1 else f"{middle} [{low}, {high}]"
+    low, middle, high = (f"{100 * share:.0f}" for share in (min(shares), mean(shares), max(shares)))
+    return middle if len(shares) == 1 else f"{middle} [{low}, {high}]"
 
 
 def overlooked_table(results: list[Result], budget: int) -> str | None:
-    """Markdown table of the texts that the view of 224 pixels gets wrong: how many of them each method gets right."""
+    """Markdown table of what the view of 224 pixels gets wrong: the share of it that each method gets right."""
     views = [result["held_out"] for result in results if result["run"]["method"] == VIEW]
     if not views:
         return None
     rights = (view[max(view, key=int)]["right"] for view in views)  # with the most tokens
-    overlooked = [set(text) == {"0"} for text in zip(*rights, strict=True)]
+    overlooked = [set(answers) == {"0"} for answers in zip(*rights, strict=True)]
     rows = []
     for (method, trained), seeds in group_by_method(results).items():
         rights = [seed["held_out"][str(budget)]["right"] for seed in seeds if str(budget) in seed["held_out"]]
         if rights and trained is None:
             shares = [_share_right(rights, overlooked, of) for of in (True, False)]
-            rows.append([method, len(rights), *(spread(seeds_of, 0) for seeds_of in shares)])
-    header = ["method", "seeds", f"right of the {sum(overlooked)} texts that it gets wrong", "of the others"]
+            rows.append([method, len(rights), *map(spread, shares)])
+    header = ["method", "seeds", f"right of the {sum(overlooked)} that it gets wrong", "of the others"]
     return markdown_table(header, rows)
 
 
@@ -83,20 +81,15 @@ def cost_table(results: list[Result]) -> str:
 
 
 def draw_curves(results: list[Result], path: Path) -> None:
-    """Draws names found and exact captions against tokens: the mean over seeds, and a band of all seeds."""
+    """Draws three figures against tokens: the mean over seeds, and a band of all seeds."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    labels = {
-        "loss": "held-out caption loss [nats]",
-        "names": "drawings named (F1) [%]",
-        "caption": "exact captions [%]",
-    }
+    labels = {"names": "drawings named (F1) [%]", "exact": "all drawings right [%]", "left of": "left neighbours [%]"}
     for panel, (name, label) in zip(panels, labels.items(), strict=True):
         for color, ((method, budget), seeds) in enumerate(group_by_method(results).items()):
             if budget is not None or len(seeds[0]["held_out"]) == 1:
                 continue
             x = [int(number) for number in seeds[0]["held_out"]]
-            scale = 1 if name == "loss" else 100
-            values = [[scale * seed["held_out"][str(number)][name] for seed in seeds] for number in x]
+            values = [[100 * seed["held_out"][str(number)][name] for seed in seeds] for number in x]
             panel.plot(x, [mean(v) for v in values], marker="o", color=f"C{color}", label=f"{method} ({len(seeds)})")
             panel.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=f"C{color}", alpha=0.2)
         panel.set(xlabel="tokens of the soft prompt", ylabel=label, xscale="log", xticks=x, xticklabels=x)

@@ -156,7 +156,7 @@ def questions(rows: list[list[str]], scene: int) -> list[dict[str, str]]:
     concept = CONCEPTS[rng.integers(len(CONCEPTS))]
     if rng.random() < 0.5:
         concept = max(rng.permutation(drawings).tolist(), key=drawings.count)
-    asked.append(("how many", f"How many {_plural(concept)} are there?", NUMBERS[drawings.count(concept)]))
+    asked.append(("how many", f"How many {name_plural(concept)} are there?", NUMBERS[drawings.count(concept)]))
     corners = dict(zip(CORNERS, (rows[0][0], rows[0][-1], rows[-1][0], rows[-1][-1]), strict=True))
     corner = CORNERS[rng.integers(len(CORNERS))]
     asked.append(("corner", f"What is at the {corner}?", with_article(corners[corner])))
@@ -167,7 +167,8 @@ def _enumerate(nouns: list[str]) -> str:
     return " and ".join([", ".join(nouns[:-1]), nouns[-1]]) if len(nouns) > 1 else nouns[0]
 
 
-def _plural(noun: str) -> str:
+def name_plural(noun: str) -> str:
+    """The plural of a concept."""
     if noun.endswith("y"):
         return f"{noun[:-1]}ies"
     return f"{noun}{'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'}"
