@@ -18,7 +18,7 @@ from .temporal import FRAMES_AT_ONCE
 from .token_merging import TokenMerging, keep_all
 from .vision_tower import extract_vision_tokens
 
-ROUNDS = 6  # of matching, within a frame and over time
+ROUNDS = 3  # of matching, within a frame and over time. Six keep no more, and take twice as long
 
 # What the whole length of a video takes from the similarity of two tokens. Without it, something that comes, goes and
 # comes again would become tokens of one time in the middle.
