@@ -207,6 +207,44 @@ def test_fsdp_saves_whole_models_and_trains_in_float32_under_bf16(work, tmp_path
     assert {state["exp_avg"].dtype for state in optimizer["state"].values()} == {torch.float32}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["multi_gpu.yaml", "fsdp2.yaml"])
+def test_processes_whose_merged_videos_differ_in_length_wait_for_each_other(config, tmp_path):
+    """Under FSDP they gather the tower's weights together, so they must call it equally often."""
+    pytest.importorskip("av", reason="needs the video extra")
+    from .test_video import write_video
+
+    model = tiny_model("eva")
+    model.save_pretrained(tmp_path / "image")
+    tiny_processor(model).save_pretrained(tmp_path / "image")
+    (tmp_path / "videos" / "train").mkdir(parents=True)
+    rows = []
+    for index, length in enumerate((2, 90, 40, 5)):
+        write_video(tmp_path / "videos" / "train" / f"{index}.mp4", length)
+        rows.append(json.dumps({"file_name": f"{index}.mp4", "caption": f"a video of {length}"}))
+    (tmp_path / "videos" / "train" / "metadata.jsonl").write_text("\n".join(rows))
+    options = {
+        "image_model": tmp_path / "image",
+        "dataset": tmp_path / "videos",
+        "video_column": "video",
+        "test_split": "",
+        "temporal_contextualizer": False,
+        "video_mode": "merge",
+        "fps": 10,
+        "max_steps": 2,
+        "per_device_train_batch_size": 1,
+        "bf16": False,
+        "dataloader_pin_memory": False,
+        "output_dir": tmp_path / "out",
+    }
+    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    wrapper = [str(ROOT / "tests" / "shared_on_cpu.py")] if config == "fsdp2.yaml" else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+    command += ["--num_processes", "2", "--main_process_port", PORT, *wrapper]
+    subprocess.run([*command, str(ROOT / "examples" / "finetune_video.py"), *given], cwd=ROOT, check=True, timeout=240)
+    assert EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out").time_embedding.weight.any()
+
+
 @pytest.mark.parametrize("config", ["multi_gpu.yaml", "fsdp2.yaml"])
 def test_a_batch_of_text_alone_does_not_hold_up_one_of_images(config, tmp_path):
     """Processes wait for each other. In two steps their mean gradients are those of one process with both batches."""
