@@ -11,14 +11,10 @@ answers questions from the tokens. Vision features are cached, so the tower's ti
 """
 
 import argparse
-import json
-import time
 from collections import defaultdict
 from pathlib import Path
 
-import torch
-from filelock import FileLock, Timeout
-
+from ..planned_runs import read_results, train_planned
 from .budget_run import BudgetRun, train
 from .budget_tables import FIGURES, budget_table, cost_table, draw_curves, overlooked_table
 from .connector_settings import ALL_TOKENS, RANDOM, VIEW
@@ -41,43 +37,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="Print the tables of the finished runs.")
     if not parser.parse_args(argv).report:
-        train_all()
+        train_planned(PLAN, RESULTS, train)
     report()
-
-
-def train_all() -> None:
-    """Trains all runs that are not finished. Other processes may train some of them."""
-    torch.set_num_threads(1)  # so that two processes on two cores do not slow each other
-    while pending := [run for run in PLAN if run.name not in finished()]:
-        if not any(train_unless_busy(run) for run in pending):
-            time.sleep(30)
-
-
-def train_unless_busy(run: BudgetRun) -> bool:
-    """Trains a run, unless another process trains it. Returns whether the run is finished."""
-    lock = FileLock(RESULTS.with_name(f"{run.name}.lock"), blocking=False)
-    try:
-        with lock:
-            if run.name not in finished():
-                line = json.dumps(train(run))
-                with FileLock(f"{RESULTS}.lock"), RESULTS.open("a") as file:
-                    file.write(line + "\n")
-    except Timeout:
-        return False
-    Path(lock.lock_file).unlink(missing_ok=True)
-    return True
-
-
-def finished() -> dict[str, dict]:
-    """The results of the finished runs by name."""
-    lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
-    results = map(json.loads, lines)
-    return {BudgetRun(**result["run"]).name: result for result in results}
 
 
 def report() -> None:
     """Prints the tables of each set of scenes, and draws the curves of the main one."""
-    results = finished()
+    results = read_results(RESULTS)
     scenes = defaultdict(list)
     for run in PLAN:
         if run.name in results:

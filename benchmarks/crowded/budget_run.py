@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import mean
 from types import SimpleNamespace
 from typing import Any
@@ -75,7 +75,7 @@ def keep_random(x: torch.Tensor, num_output_tokens: int, class_token: bool = Fal
 
 
 def train(run: BudgetRun) -> dict[str, Any]:
-    """Trains a run. Returns its settings, its cost and the held-out figures at each budget."""
+    """Trains a run. Returns its cost and the held-out figures at each budget."""
     set_seed(run.seed)
     scenes = load_crowded_scenes(run.size, run.textured)
     model, reader = build(run)
@@ -88,7 +88,7 @@ def train(run: BudgetRun) -> dict[str, Any]:
         cost = fit(run, model, reader, features["train"], scenes["train"])
         held_out = {budget: measure(model, reader, features["test"], scenes["test"], budget) for budget in run.budgets}
     parameters = sum(weight.numel() for weight in model.connector.parameters())
-    return {"run": asdict(run), "connector_parameters": parameters, **cost, "held_out": held_out}
+    return {"connector_parameters": parameters, **cost, "held_out": held_out}
 
 
 def build(run: BudgetRun) -> tuple[EVLGenForConditionalGeneration, QuestionReader]:
