@@ -187,6 +187,8 @@ def run(command: Command, work: Path, monkeypatch) -> None:
         arguments += ["--connector_config", json.dumps(recipe["connector_config"])]
     if "--image_token_range" in arguments:  # the tiny tower gives 17 tokens
         arguments += ["--image_token_range", "4", "16"]
+    if "--image_size" in arguments:
+        arguments += ["--image_size", "32"]
     main = main_of(command.kind, command.name)
     if command.name == "app":
         monkeypatch.setattr("gradio.Blocks.launch", lambda page, **settings: None)
