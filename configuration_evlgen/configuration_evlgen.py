@@ -214,6 +214,8 @@ class EVLGenConfig(CheckedConfig):
     def _check_video_mode(self) -> None:
         if self.video_mode not in ("mean", "merge"):
             raise ValueError(f'`video_mode` must be "mean" or "merge", but is {self.video_mode!r}.')
+        if self.temporal_frame_positions and not self.temporal_contextualizer:
+            raise ValueError("`temporal_frame_positions` needs a `temporal_contextualizer`: it has the positions.")
         if self.video_mode == "mean":
             return
         if self.temporal_contextualizer:

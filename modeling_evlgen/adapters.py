@@ -90,8 +90,9 @@ def _describe(config: EVLGenConfig) -> dict[str, Any]:
     """The fields by which models are compared, as JSON holds them."""
     connector = config.connector_config
     description = {f"{argument}_fingerprint": getattr(config, f"{argument}_fingerprint") for argument in TOWERS}
-    description["temporal_contextualizer"] = config.temporal_contextualizer
-    description["video_mode"] = config.video_mode
+    description |= {
+        name: getattr(config, name) for name in ("temporal_contextualizer", "temporal_frame_positions", "video_mode")
+    }
     description["connector"] = connector.model_type
     description |= {f"connector_config.{name}": getattr(connector, name) for name in sorted(connector.field_names())}
     return json.loads(json.dumps(description))

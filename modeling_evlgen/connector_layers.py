@@ -106,7 +106,7 @@ class PositionEmbeddings(nn.Embedding):
             for columns, column_share in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
                 corner = F.embedding(self.num_prefix_tokens + rows * side + columns, self.weight)
                 positions = positions + (row_share * column_share).unsqueeze(-1) * corner
-        return positions
+        return positions.to(self.weight.dtype)
 
 
 class TimeEmbedding(nn.Module):

@@ -24,7 +24,7 @@ class MediaFeaturesMixin:
         frame_mask: torch.Tensor | None = None,
         frame_times: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Runs the vision tower alone. The features can be stored, and passed as `vision_features` later.
+        """Runs the vision tower alone. Features of images can be stored, and passed as `vision_features` later.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`):
@@ -35,8 +35,9 @@ class MediaFeaturesMixin:
 
         Returns:
             `torch.Tensor` of shape `(images or videos, num_vision_tokens, vision_hidden_size)`. A video is the mean of
-            its frames, or its merged frames by `config.video_mode`. With a temporal contextualizer, an image is a
-            video of one frame.
+            its frames, or its merged frames by `config.video_mode`. Merged frames need the places of their tokens,
+            too; only [`get_video_features`] gives both. With a temporal contextualizer, an image is a video of one
+            frame.
         """
         return self._run_tower(pixel_values, frame_mask, frame_times)[0]
 
@@ -75,18 +76,19 @@ class MediaFeaturesMixin:
             num_tokens (`int`, *optional*): Number of tokens of the soft prompt, as `video_budgets`.
 
         Raises:
-            ValueError: If there is no frame, a frame has another shape, or the model has a temporal contextualizer, in
-                which all frames attend to each other.
+            ValueError: If there is no frame, a frame has another shape, a time is not finite, or `num_tokens` is out
+                of range. If the model has a temporal contextualizer, in which all frames attend to each other.
+            TypeError: If a frame is not a tensor, or a time not a number.
         """
         if self.temporal is not None:
             raise ValueError(
                 "`encode_video` takes frames one after the other, but in a model with a `temporal_contextualizer` all "
                 "frames attend to each other. Use `get_video_features`."
             )
+        budgets = read_budgets("video", None if num_tokens is None else [num_tokens], 1, None, self.config)
         class_token = self.config.connector_config.class_token if self.config.video_mode == "merge" else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains_vision()):
             features, places = merge_stream(self.vision_tower, frames, class_token)
-        budgets = None if num_tokens is None else [num_tokens]
         return self.project_vision_features(features, None, budgets, places)
 
     @can_return_tuple
@@ -132,7 +134,8 @@ class MediaFeaturesMixin:
                 "`pixel_values_videos` must have shape (videos, frames, channels, height, width), but has "
                 f"{tuple(pixel_values_videos.shape)}."
             )
-        return self._encode_pixels(pixel_values_videos, frame_mask, frame_times, None, video_budgets, kwargs)
+        budgets = read_budgets("video", video_budgets, len(pixel_values_videos), None, self.config)
+        return self._encode_pixels(pixel_values_videos, frame_mask, frame_times, None, budgets, kwargs)
 
     def _encode_pixels(
         self,

@@ -100,7 +100,8 @@ class TemporalContextualizer(nn.Module):
         """
         inputs = hidden_states.to(self.query.weight.dtype).transpose(1, 2)  # (videos, tokens, frames, dim)
         if self.frame_positions is not None:
-            inputs = inputs + self.frame_positions(torch.arange(inputs.shape[2], device=inputs.device))
+            real = torch.ones_like(inputs[:, 0, :, 0]) if frame_mask is None else frame_mask  # (videos, frames)
+            inputs = inputs + self.frame_positions(real.cumsum(dim=1).unsqueeze(1) - 1)
         heads = (*inputs.shape[:3], self.num_heads, -1)
         query = self.query(inputs).view(heads).transpose(2, 3)  # (videos, tokens, heads, frames, head_dim)
         key = self.key(inputs).view(heads).transpose(2, 3)

@@ -255,6 +255,7 @@ def merge_stream(
 
     Raises:
         ValueError: If there is no frame, a frame has another shape, or a time is not finite.
+        TypeError: If a frame is not a tensor, or a time not a number.
     """
     pool, total, count = None, 0, 0
     for pixels, times in _read_in_parts(frames):
@@ -272,8 +273,7 @@ def _read_in_parts(
     frames: Iterable[torch.Tensor | tuple[torch.Tensor, float]],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields frames, `(part, channels, height, width)`, and the seconds of each since the first one."""
-    timed = (frame if isinstance(frame, tuple) else (frame, index) for index, frame in enumerate(frames))
-    start, shape = None, None
+    timed, start, shape = _with_seconds(frames), None, None
     while part := list(itertools.islice(timed, FRAMES_AT_ONCE)):
         pixels, times = zip(*part, strict=True)
         start, shape = (times[0], pixels[0].shape) if shape is None else (start, shape)
@@ -288,3 +288,16 @@ def _read_in_parts(
         yield torch.stack(pixels), since_start
     if shape is None:
         raise ValueError("`frames` must yield at least one frame, but yields none.")
+
+
+def _with_seconds(frames: Iterable[torch.Tensor | tuple[torch.Tensor, float]]) -> Iterator[tuple[torch.Tensor, float]]:
+    for index, frame in enumerate(frames):
+        pixels, time = frame if isinstance(frame, tuple) else (frame, index)
+        if not torch.is_tensor(pixels):
+            raise TypeError(
+                "`frames` must yield tensors, alone or in pairs with their seconds, but yields "
+                f"{type(pixels).__name__}."
+            )
+        if not hasattr(time, "__float__"):
+            raise TypeError(f"`frames` must yield times in seconds, but yields {time!r}.")
+        yield pixels, float(time)

@@ -221,7 +221,7 @@ class EVLGenProcessor(PromptEncoder):
             - `image_budgets`, `video_budgets`: int64, `(images,)` and `(videos,)`, if their numbers of tokens differ.
             - `pixel_values_videos`: float32, `(videos, frames, channels, height, width)`, if there are videos; and
               `frame_mask`: bool, `(videos, frames)`, if they differ in their number of frames; and `frame_times`:
-              float32, `(videos, frames)`, the seconds of each frame, 0 for padding.
+              float32, `(videos, frames)`, the seconds of each frame since the first one, 0 for padding.
             - `labels`: int64, `(batch, sequence)`, with a `suffix` or `messages`: -100 on images, prompts and padding.
             - `offset_mapping`: int64, `(batch, sequence, 2)`, if requested: start and end of each token in its text.
 
@@ -233,7 +233,8 @@ class EVLGenProcessor(PromptEncoder):
         """
         if all(given is None for given in (images, videos, text, vision_features, messages, encoded_video)):
             raise ValueError(
-                "At least one of `images`, `videos`, `text`, `messages` and `vision_features` must be given."
+                "At least one of `images`, `videos`, `text`, `messages`, `vision_features` and `encoded_video` "
+                "must be given."
             )
         if messages is not None and (text is not None or suffix is not None):
             raise ValueError("`messages` is given instead of `text` and `suffix`, not together with them.")
@@ -410,7 +411,8 @@ class EVLGenProcessor(PromptEncoder):
         padded = pixels.new_zeros(*mask.shape, *pixels.shape[1:])  # (videos, frames, channels, height, width)
         padded[mask] = pixels  # pixels: (frames of all videos, channels, height, width)
         times = torch.zeros(mask.shape)  # (videos, frames)
-        times[mask] = torch.tensor([time for video in videos for time in video.times])
+        # Subtracted in float64: a camera may count from 1970.
+        times[mask] = torch.tensor([time - video.times[0] for video in videos for time in video.times])
         data = {"pixel_values_videos": padded, "frame_times": times}
         return data if mask.all() else {**data, "frame_mask": mask}
 

@@ -94,10 +94,9 @@ class FrameChoice:
             )
         if self.fps is not None and not (isinstance(self.fps, Real) and 0 < self.fps < math.inf):
             raise ValueError(f"`fps` must be a number above 0, but is {self.fps!r}.")
-        if self.num_frames is not None:
-            sample_frames(1, self.num_frames, self.sampling)  # raises out of range
-            if self.num_frames > (self.max_frames or math.inf):
-                raise ValueError(f"`num_frames` must be at most {self.max_frames}, but is {self.num_frames}.")
+        sample_frames(1, 1 if self.num_frames is None else self.num_frames, self.sampling)  # raises out of range
+        if (self.num_frames or 0) > (self.max_frames or math.inf):
+            raise ValueError(f"`num_frames` must be at most {self.max_frames}, but is {self.num_frames}.")
 
     def select(self, frames: Iterable[tuple[Any, float]], total: int | None) -> Iterator[tuple[Any, float]]:
         """Yields the chosen ones of all `frames`, pairs of a frame and its seconds.

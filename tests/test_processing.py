@@ -256,7 +256,7 @@ def test_captions_are_cleaned_as_in_the_original():
         ({"images": 1, "padding": "short"}, ValueError, "short is not a valid PaddingStrategy, please select one of"),
         ({"text": []}, ValueError, "`text` or `messages` is an empty list"),
         ({"messages": []}, ValueError, "`text` or `messages` is an empty list"),
-        ({}, ValueError, "At least one of `images`, `videos`, `text`, `messages` and"),
+        ({}, ValueError, "At least one of `images`, .* and `encoded_video` must"),
     ],
 )
 def test_bad_input_is_named(inputs, error, message):

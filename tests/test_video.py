@@ -154,6 +154,9 @@ def test_the_processor_returns_times(tmp_path):
     assert processor(videos=[shades(2)], video_metadata=[metadata])["frame_times"].tolist() == [
         [0.0, pytest.approx(0.2)]
     ]
+    late = {"fps": 5.0, "frames_indices": [10**10, 10**10 + 1]}  # of a camera that counts the seconds since 1970
+    times = processor(videos=[shades(2)], video_metadata=[late])["frame_times"]
+    torch.testing.assert_close(times, torch.tensor([[0.0, 0.2]]))
     assert processor(videos=path, fps=5)["frame_times"].shape == (1, 5)
     processor.fps = 2
     processor.save_pretrained(tmp_path / "processor")
@@ -187,6 +190,8 @@ def test_bad_numbers_of_frames_are_named(tmp_path):
         processor(videos=path, num_frames=10_000)
     with pytest.raises(ValueError, match="`num_frames` and `fps` can be given, but they are 4 and 2"):
         processor(videos=path, num_frames=4, fps=2)
+    with pytest.raises(ValueError, match="`frame_sampling` must be one of uniform, headtail, but is 'random'"):
+        processor(videos=path, fps=2, frame_sampling="random")
     for fps in (0, -1, float("nan"), float("inf"), "2"):
         with pytest.raises(ValueError, match="`fps` must be a number above 0"):
             processor(videos=path, fps=fps)
@@ -450,6 +455,8 @@ def test_a_contextualizer_with_frame_positions_sees_the_order_of_frames(tmp_path
                 contextualizer.frame_positions.weight.normal_(std=0.3)
             forth, back = model.get_vision_features(videos), model.get_vision_features(videos.flip(1))
             assert not torch.allclose(forth, back, atol=1e-2)
+            padded, mask = torch.cat([-noise(1, 2), videos], dim=1), torch.tensor([[False] * 2 + [True] * 4])
+            torch.testing.assert_close(model.get_vision_features(padded, mask), forth, atol=1e-4, rtol=1e-4)
     model = models[0].train()
     processor = tiny_processor(model)
     model(**processor(videos=[noise_images(3)], suffix=["a red circle"])).loss.backward()

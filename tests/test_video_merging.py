@@ -212,8 +212,25 @@ def test_bad_streams_are_named():
         model.encode_video(noise(2, 1))
     with pytest.raises(ValueError, match="`frames`: their times must be finite"):
         model.encode_video(zip(noise(3), [0.0, float("nan"), 1.0], strict=True))
-    with pytest.raises(ValueError, match="`num_image_tokens` must be from"):
-        model.encode_video(noise(3), num_tokens=99)
+    with pytest.raises(
+        TypeError, match="`frames` must yield tensors, alone or in pairs with their seconds, but yields str"
+    ):
+        model.encode_video("video.mp4")
+    with pytest.raises(TypeError, match="but yields Image"):
+        model.encode_video((image, 0.5) for image in noise_images(2))
+    with pytest.raises(TypeError, match="`frames` must yield times in seconds, but yields None"):
+        model.encode_video([(noise(), None)])
+
+
+@pytest.mark.attack
+def test_a_bad_number_of_tokens_is_named_before_a_frame_is_read():
+    model, never = merging_model(), iter(lambda: pytest.fail("a frame was read"), None)
+    with pytest.raises(ValueError, match="`num_video_tokens` must be from"):
+        model.encode_video(never, num_tokens=99)
+    with pytest.raises(ValueError, match="`num_video_tokens` must be from"):
+        model.get_video_features(noise(1, 3), video_budgets=[99])
+    with pytest.raises(ValueError, match="`video_budgets` holds 2 numbers for 1 videos"):
+        model.get_video_features(noise(1, 3), video_budgets=[11, 11])
 
 
 @pytest.mark.attack
@@ -283,6 +300,7 @@ def test_mean_is_the_default_and_has_no_further_weights():
     [
         ({"video_mode": "median"}, '`video_mode` must be "mean" or "merge", but is \'median\''),
         ({"video_mode": None}, "`video_mode` must be of type"),
+        ({"temporal_frame_positions": True}, "`temporal_frame_positions` needs a `temporal_contextualizer`"),
         ({"video_mode": "merge", "temporal_contextualizer": True}, "with a `temporal_contextualizer`"),
         (
             {"video_mode": "merge", "connector_config": {"model_type": "evlgen_mlp", "pool_size": 4}},
@@ -345,6 +363,12 @@ def test_a_tower_in_half_precision_does_not_lose_late_frames():
     torch.testing.assert_close((weight * merged.features[0]).sum(dim=0), features.float().mean(dim=(0, 1)))
     model.vision_tower.to(torch.bfloat16)
     assert model.get_video_features(noise(1, 3)).pooler_output.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_model_in_bfloat16_takes_merged_videos():
+    model = merging_model().to(torch.bfloat16)
+    assert model.get_video_features(noise(1, 4).bfloat16()).pooler_output.dtype == torch.bfloat16
 
 
 @torch.no_grad()
