@@ -65,7 +65,10 @@ class EVLGenImageToTextPipeline(Pipeline):
             inputs, prompt = inputs[self.modality], inputs.get("prompt", prompt)
         if inputs is None:  # the processor would take the prompt alone
             raise ValueError(f"`{self.modality}s` must not hold None.")
-        return dict(self.processor(**{f"{self.modality}s": inputs}, text=prompt, return_tensors="pt", **arguments))
+        batch = self.processor(**{f"{self.modality}s": inputs}, text=prompt, return_tensors="pt", **arguments)
+        if "pixel_values_videos" in batch:  # transformers pads videos in a batch, and a mask only if each has one
+            batch.setdefault("frame_mask", torch.ones_like(batch["frame_times"], dtype=torch.bool))
+        return dict(batch)
 
     def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
         batch, prompt_length = model_inputs["input_ids"].shape

@@ -7,6 +7,7 @@ from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnec
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.connector_layers import PositionEmbeddings, TimeEmbedding
 from modeling_evlgen.video_merging import VideoTokens, add_frames, merge_over_time, place_frames
+from processing_evlgen.pipeline_evlgen import EVLGenVideoToTextPipeline
 
 from .helpers import IMAGE_SIZE, noise_images, run_clean, tiny_model, tiny_processor, tiny_towers
 
@@ -380,6 +381,16 @@ def test_mixed_precision_does_not_change_what_is_merged():
         merged = merge(features)
         assert merging_model().get_video_features(noise(1, 3)).pooler_output.isfinite().all()
     assert torch.equal(merged.places, expected.places)
+
+
+@pytest.mark.parametrize("mode", ["merge", "mean"])
+def test_the_pipeline_captions_videos_of_different_lengths_in_one_batch(mode):
+    model = merging_model().eval() if mode == "merge" else tiny_model()
+    processor = tiny_processor(model)
+    captioner = EVLGenVideoToTextPipeline(model=model, processor=processor, tokenizer=processor.tokenizer)
+    videos = [{"video": noise_images(count)} for count in (3, 7, 5)]
+    settings = {"fps": 1, "do_sample": False, "max_new_tokens": 8}
+    assert captioner(videos, batch_size=3, **settings) == [captioner(video, **settings) for video in videos]
 
 
 def test_a_merging_model_captions_videos_in_a_clean_process(tmp_path):
