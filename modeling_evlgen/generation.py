@@ -35,7 +35,8 @@ class EVLGenGenerationMixin(GenerationMixin):
         given = {name: model_kwargs.pop(name, None) for name in names}
         ids = model_kwargs.pop("_prompt_ids", None)
         outputs = self._encode(ids, **given, mm_encoder_outputs=model_kwargs.get("mm_encoder_outputs"))
-        outputs = {name: output for name, output in outputs.items() if output is not None}
+        # Copies: with beams, transformers repeats the prompts in them, and they may be the user's.
+        outputs = {name: type(output)(**output) for name, output in outputs.items() if output is not None}
         # Words from NaN look like any others. `forward` does not check this: it would make the CPU wait for the GPU in
         # every step of a training, where the loss shows it. Soft prompts alone would not do, since some towers clamp
         # infinity; inputs alone would not either, since weights may be NaN, or overflow in half precision.

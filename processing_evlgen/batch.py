@@ -26,6 +26,14 @@ class EVLGenBatch(BatchFeature):
             value = value.masked_fill(torch.isin(value, placeholder_ids), -100)
         super().__setitem__(name, value)
 
+    def to(self, *args: Any, **kwargs: Any) -> "EVLGenBatch":
+        """As `BatchFeature.to`, but `frame_times` stay float32. In bfloat16, 300 and 301 seconds would be one time."""
+        times = self.get("frame_times")
+        super().to(*args, **kwargs)
+        if torch.is_tensor(times):
+            self["frame_times"] = times.to(self["frame_times"].device)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_placeholder_ids": self._placeholder_ids}
 

@@ -54,6 +54,10 @@ def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> lis
     raise ValueError(f"`frame_sampling` must be one of {', '.join(FRAME_SAMPLINGS)}, but is {sampling!r}.")
 
 
+def _is_rate(fps: Any) -> bool:
+    return isinstance(fps, Real) and 0 < fps < math.inf
+
+
 class VideoEndsEarlyError(ValueError):
     """A video has fewer frames than it states."""
 
@@ -92,7 +96,7 @@ class FrameChoice:
             raise ValueError(
                 f"Only one of `num_frames` and `fps` can be given, but they are {self.num_frames} and {self.fps}."
             )
-        if self.fps is not None and not (isinstance(self.fps, Real) and 0 < self.fps < math.inf):
+        if self.fps is not None and not _is_rate(self.fps):
             raise ValueError(f"`fps` must be a number above 0, but is {self.fps!r}.")
         sample_frames(1, 1 if self.num_frames is None else self.num_frames, self.sampling)  # raises out of range
         if (self.num_frames or 0) > (self.max_frames or math.inf):
@@ -210,6 +214,8 @@ def _times_of_list(source: Any, choice: FrameChoice, metadata: Any) -> list[floa
     if isinstance(source, VideoFrames):
         return source.times
     rate, indices = (metadata.get("fps"), metadata.get("frames_indices")) if metadata else (choice.fps, None)
+    if rate and not _is_rate(rate):  # readers of videos give 0 if they do not know it
+        raise ValueError(f"`video_metadata` must have an `fps` above 0, but has {rate!r}.")
     indices = range(len(source)) if indices is None else indices
     if len(indices) != len(source):
         raise ValueError(

@@ -200,6 +200,9 @@ def test_bad_numbers_of_frames_are_named(tmp_path):
     assert len(load_rgb_frames(shades(1) * 513, 512)) == 512
     with pytest.raises(ValueError, match="`video_metadata` has 2 entries for 1 videos"):
         processor(videos=[shades(2)], video_metadata=[{"fps": 1.0}] * 2)
+    for fps in (-2.0, "2", float("nan")):
+        with pytest.raises(ValueError, match="`video_metadata` must have an `fps` above 0, but has"):
+            processor(videos=[shades(2)], video_metadata=[{"fps": fps}])
     with pytest.raises(ValueError, match="`video_metadata` has 3 `frames_indices`, but the video has 2 frames"):
         processor(videos=[shades(2)], video_metadata=[{"fps": 1.0, "frames_indices": [0, 1, 2]}])
 

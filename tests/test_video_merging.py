@@ -193,6 +193,24 @@ def test_a_stream_gives_what_all_frames_give_at_once(mode, monkeypatch):
 
 
 @torch.no_grad()
+def test_a_stream_answers_one_question_after_the_other():
+    model = merging_model()
+    processor, settings = tiny_processor(model), {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    stream = model.encode_video(noise(5))
+    first, second = (
+        model.generate(**processor(encoded_video=stream, text="what?"), **settings).tolist() for _ in range(2)
+    )
+    assert first == second and len(stream.pooler_output) == 1
+
+
+def test_a_batch_in_bfloat16_keeps_its_times():
+    batch = tiny_processor(merging_model())(videos=[noise_images(2)], video_metadata=[{"fps": 1 / 301}])
+    batch = batch.to("cpu", torch.bfloat16)
+    assert batch["pixel_values_videos"].dtype == torch.bfloat16
+    assert batch["frame_times"].tolist() == [[0, 301]]
+
+
+@torch.no_grad()
 def test_memory_is_that_of_a_few_frames(monkeypatch):
     monkeypatch.setattr("modeling_evlgen.video_merging.FRAMES_AT_ONCE", 4)
     model, largest = merging_model(), []
