@@ -244,6 +244,10 @@ class EVLGenProcessor(PromptEncoder):
             check_grids(image_grid_thw, vision_features)
         if videos is not None and encoded_video is not None:
             raise ValueError("Only one of `videos` and `encoded_video` can be given.")
+        if encoded_video is not None and not hasattr(encoded_video, "pooler_output"):
+            raise TypeError(
+                f"`encoded_video` must be an output of `encode_video`, but is {type(encoded_video).__name__}."
+            )
         arguments = self._merge_arguments(kwargs, has_labels=suffix is not None or messages is not None)
         images_arguments, text_arguments = arguments["images_kwargs"], arguments["text_kwargs"]
         max_tiles = images_arguments.pop("max_tiles", None)

@@ -190,6 +190,8 @@ def test_a_stream_gives_what_all_frames_give_at_once(mode, monkeypatch):
     assert torch.equal(model.generate(**inputs, **settings), expected)
     with pytest.raises(ValueError, match="Only one of `videos` and `encoded_video` can be given"):
         processor(encoded_video=stream, videos=[noise_images(2)])
+    with pytest.raises(TypeError, match="`encoded_video` must be an output of `encode_video`, but is list"):
+        processor(encoded_video=[stream, stream])
 
 
 @torch.no_grad()
