@@ -37,6 +37,7 @@ from transformers import BatchFeature
 from transformers.hf_argparser import HfArg
 
 from common.command_line import check_count, parse_arguments
+from common.data.data_arguments import FrameArguments
 from common.evaluation.answer_folder import (
     ANSWERS,
     SETTINGS,
@@ -51,7 +52,6 @@ from common.evaluation.evaluation_arguments import AnswerArguments, GenerationAr
 from common.files import replacing
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import MAX_PIXELS
-from processing_evlgen.videos import FrameChoice
 
 ROWS = 10_000  # held in memory and written together
 MAX_NAMES = 10  # names in a message about many items
@@ -60,27 +60,19 @@ CAPTION = pa.schema({"file": pa.string(), "text": pa.string(), "error": pa.strin
 
 
 @dataclass
-class FolderArguments(AnswerArguments):
+class FolderArguments(AnswerArguments, FrameArguments):
     inputs: list[str] = HfArg(default_factory=list, help="Folders, .tar and .parquet shards, files.")
     output_dir: str = HfArg(default="outputs/captions", help="Folder of the captions.")
     media: Literal["image", "video"] = HfArg(default="image", help="Type of the items.")
     column: str | None = HfArg(default=None, help="Column of a .parquet; default: image or video, as `--media`.")
-    num_frames: int = HfArg(default=4, help="Frames taken from each video, at equal distances, at most 512.")
-    fps: float | None = HfArg(default=None, help="Frames taken for each second of a video, instead of num_frames.")
     prompt: str = HfArg(default="", help="Prompt that stands with each item.")
     max_pixels: int = HfArg(default=MAX_PIXELS, help="Largest image or frame that is read, in pixels.")
     format: Literal["jsonl", "parquet"] = HfArg(default="jsonl", help="File type of the captions.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("num_frames", self.num_frames, 1)
+        AnswerArguments.__post_init__(self)
+        FrameArguments.__post_init__(self)
         check_count("max_pixels", self.max_pixels, 1)
-        FrameChoice(**self.frames)  # raises out of range
-
-    @property
-    def frames(self) -> dict[str, float]:
-        """Which frames of a video are read, as arguments of `load_rgb_frames`."""
-        return {"num_frames": self.num_frames} if self.fps is None else {"fps": self.fps}
 
 
 class ItemCollator:
@@ -121,14 +113,14 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
         with state.main_process_first():  # the others read the list that it has written
             items = load_items(folder / ITEMS, folder_args, is_new=state.is_main_process and is_new_run(folder))
         model, processor = load_answering_model(folder_args)
+        folder_args.complete_frames(processor)
         collate = ItemCollator(processor, folder_args)
         check_length(collate, model.config.text_config, generation_args.max_new_tokens)
         if state.is_main_process:
             settings = {
                 "inputs": [os.path.abspath(source) for source in folder_args.inputs],
                 **{name: getattr(folder_args, name) for name in ("media", "column", "prompt", "max_pixels")},
-                "num_frames": folder_args.num_frames if folder_args.media == "video" else None,
-                **({"fps": folder_args.fps} if folder_args.fps is not None else {}),
+                **(folder_args.frames if folder_args.media == "video" else {"num_frames": None}),
                 **answering_settings(model, processor, generation_args, folder_args),
             }
             check_settings(folder, settings)  # before answers are dropped

@@ -37,7 +37,7 @@ from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
-from common.data.data_arguments import DataArguments
+from common.data.data_arguments import DataArguments, FrameArguments
 from common.evaluation.answer_folder import run_folder
 from common.evaluation.answers import answer_rows, load_dataset_rows, start_processes
 from common.evaluation.benchmark_files import CAPTION_BENCHMARKS, caption_rows
@@ -54,12 +54,10 @@ METRIC_NAMES |= {"rouge_l": "ROUGE-L", "meteor": "METEOR", "spice": "SPICE"}
 
 
 @dataclass
-class CaptionArguments:
+class CaptionArguments(FrameArguments):
     split_file: str | None = HfArg(default=None, help="msvd: file with the videos to take, one in each line.")
     video_column: str | None = HfArg(default=None, help="The dataset's column of videos, if any.")
     caption_column: str = HfArg(default="caption", help="The dataset's column of captions, one or several in a row.")
-    num_frames: int = HfArg(default=4, help="Frames taken from each video, at equal distances, at most 512.")
-    fps: float | None = HfArg(default=None, help="Frames taken for each second of a video, instead of num_frames.")
     prompt: str = HfArg(default="", help="Prompt that stands with each image.")
     metrics: list[str] = HfArg(
         default_factory=lambda: ["cider", "bleu", "rouge_l"],

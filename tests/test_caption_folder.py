@@ -169,6 +169,24 @@ def test_videos_are_captioned(model, tmp_path):
     assert rows[1]["text"] == caption(model, videos=str(tmp_path / "in" / "b.webp"), fps=5)
 
 
+@pytest.mark.parametrize("frames", [{"num_frames": 2}, {"fps": 5.0}])
+def test_videos_give_as_many_frames_as_the_processor_takes(frames, model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    processor = EVLGenProcessor.from_pretrained(model)
+    vars(processor).update(frames)
+    processor.save_pretrained(tmp_path / "model")
+    animate(tmp_path / "in" / "a.webp", 200)
+    given = options(tmp_path / "model", tmp_path / "out", tmp_path / "in", media="video")
+    caption_folder.main(given)
+    (row,) = read(tmp_path / "out" / "captions.jsonl")
+    assert row["text"] == caption(model, videos=str(tmp_path / "in" / "a.webp"), **frames)
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert {name: settings[name] for name in ("num_frames", "fps") if settings.get(name)} == frames
+    caption_folder.main([*given, *(str(text) for name in frames for text in (f"--{name}", frames[name]))])  # the same
+    with pytest.raises(ValueError, match="num_frames"):
+        caption_folder.main([*given, "--num_frames", "3"])
+
+
 def test_a_video_of_too_many_frames_is_named_and_the_others_are_captioned(model, tmp_path):
     animate(tmp_path / "in" / "a.webp", 0)
     frames = noise_images(520, size=8)

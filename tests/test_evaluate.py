@@ -85,6 +85,16 @@ def test_videos_are_captioned_by_the_model(work, tmp_path):
     assert len(captions) == 3 and all(captions)
 
 
+def test_videos_give_as_many_frames_as_the_processor_takes(work, tmp_path):
+    shutil.copytree(work / "model", tmp_path / "model")
+    processor = EVLGenProcessor.from_pretrained(work / "model")
+    processor.num_frames = 3
+    processor.save_pretrained(tmp_path / "model")
+    files = published(work, "msr-vtt", "videos", annotations="test_videodatainfo.json")
+    results = evaluate_captioning.main(options(tmp_path, tmp_path / "out", **files))
+    assert results["settings"]["num_frames"] == 3
+
+
 def test_a_data_set_is_captioned(work, tmp_path):
     folder = save_image_folder(tmp_path / "images")
     arguments = {"dataset": folder, "num_beams": 2, "max_new_tokens": 6}

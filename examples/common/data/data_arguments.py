@@ -6,12 +6,40 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 
 from common.command_line import check_count
+from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import MAX_PIXELS
 from processing_evlgen.videos import FrameChoice
 
 
 @dataclass
-class DataArguments:
+class FrameArguments:
+    num_frames: int | None = HfArg(
+        default=None,
+        help="Frames taken from each video, at equal distances, at most 512. Default: the num_frames or fps that the "
+        "model was saved with.",
+    )
+    fps: float | None = HfArg(default=None, help="Frames taken for each second of a video, instead of num_frames.")
+
+    def __post_init__(self) -> None:
+        if self.num_frames is not None:
+            check_count("num_frames", self.num_frames, 1)
+        FrameChoice(**self.frames)  # raises out of range
+
+    @property
+    def frames(self) -> dict[str, float | None]:
+        """Which frames of a video are read, as arguments of `load_rgb_frames`."""
+        return {"num_frames": self.num_frames} if self.fps is None else {"fps": self.fps}
+
+    def complete_frames(self, processor: EVLGenProcessor) -> None:
+        """Takes over the processor's choice of frames, if none is given."""
+        if self.num_frames is None and self.fps is None:
+            self.fps = processor.fps
+            self.num_frames = processor.num_frames if processor.fps is None else None
+
+
+@dataclass
+class DataArguments(FrameArguments):
+    num_frames: int | None = HfArg(default=4, help="Frames taken from each video, at most 512.")
     dataset: str | None = HfArg(
         default=None,
         help="openmoji-scenes, crowded-scenes, easy-vqa, or what `datasets.load_dataset` takes: a folder with "
@@ -30,8 +58,6 @@ class DataArguments:
     test_split: str | None = HfArg(default="test", help="Held-out split; empty for none.")
     image_column: str = HfArg(default="image", help="Column of images, paths or URLs.")
     video_column: str | None = HfArg(default=None, help="Column of videos; default: images are read.")
-    num_frames: int = HfArg(default=4, help="Frames taken from each video, at most 512.")
-    fps: float | None = HfArg(default=None, help="Frames taken for each second of a video, instead of num_frames.")
     caption_column: str = HfArg(default="caption", help="Column of captions; from a list, one is drawn.")
     max_train_samples: int | None = HfArg(default=None, help="Use only the first samples.")
     max_test_samples: int | None = HfArg(default=None, help="Use only the first held-out samples.")
@@ -61,15 +87,10 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "max_train_samples", "max_test_samples"):
+        super().__post_init__()
+        for name in ("max_train_samples", "max_test_samples"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1)
-        FrameChoice(**self.frames)  # raises out of range
-
-    @property
-    def frames(self) -> dict[str, float]:
-        """Which frames of a video are read, as arguments of `load_rgb_frames`."""
-        return {"num_frames": self.num_frames} if self.fps is None else {"fps": self.fps}
 
     @property
     def used_columns(self) -> tuple[str, ...]:

@@ -111,14 +111,14 @@ def answer_rows(
     # Before the model is loaded, which may take minutes.
     checksums = row_checksums(rows, ids, data_args) if state.is_main_process else {}
     model, processor = load_answering_model(evaluation_args)
+    data_args.complete_frames(processor)
     if state.is_main_process:
         settings = {
             "dataset": None if evaluation_args.benchmark else name,
             **{argument: getattr(evaluation_args, argument) for argument in SOURCE},
             **checksums,
             "prompt": data_args.prompt,
-            "num_frames": data_args.num_frames if data_args.video_column else None,
-            **({"fps": data_args.fps} if data_args.fps is not None else {}),
+            **(data_args.frames if data_args.video_column else {"num_frames": None}),
             **answering_settings(model, processor, generation_args, evaluation_args),
         }
         check_settings(folder, settings)
