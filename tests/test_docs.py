@@ -91,6 +91,7 @@ FOREIGN_OPTIONS = {
 }
 FOREIGN_OPTIONS |= {"--apply_chat_template", "--device", "--model_args"}  # of the harnesses
 ONE_GPU_RECIPE = "examples/configs/one-gpu.yaml"
+CROWDED_RECIPE = "examples/configs/crowded.yaml"
 PLACEHOLDER_FILES = {"my_mixture.yaml"}
 
 COMMANDS = [command for page in [*PAGES, *METRIC_CARDS] for command in commands_of_page(page)]
@@ -185,9 +186,13 @@ def run(command: Command, work: Path, monkeypatch) -> None:
     if ONE_GPU_RECIPE in command.arguments:  # its tower gives as many tokens as the real one
         recipe = yaml.safe_load(Path(ONE_GPU_RECIPE).read_text(encoding="utf-8"))
         arguments += ["--connector_config", json.dumps(recipe["connector_config"])]
-    if "--image_token_range" in arguments:  # the tiny tower gives 17 tokens
+    if CROWDED_RECIPE in command.arguments:
+        fields = yaml.safe_load(Path(CROWDED_RECIPE).read_text(encoding="utf-8"))["connector_config"]
+        fields |= {"num_merged_tokens": 9, "position_grid_size": 4}
+        arguments += ["--connector_config", json.dumps(fields)]
+    if CROWDED_RECIPE in command.arguments or "--image_token_range" in arguments:  # the tiny tower gives 17 tokens
         arguments += ["--image_token_range", "4", "16"]
-    if "--image_size" in arguments:
+    if CROWDED_RECIPE in command.arguments or "--image_size" in arguments:
         arguments += ["--image_size", "32"]
     main = main_of(command.kind, command.name)
     if command.name == "app":

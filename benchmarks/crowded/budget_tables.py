@@ -82,7 +82,7 @@ def cost_table(results: list[Result]) -> str:
 
 def draw_curves(results: list[Result], path: Path) -> None:
     """Draws three figures against tokens: the mean over seeds, and a band of all seeds."""
-    figure, panels = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(15, 3.6), layout="constrained")
     labels = {"names": "drawings named (F1) [%]", "exact": "all drawings right [%]", "left of": "left neighbours [%]"}
     for panel, (name, label) in zip(panels, labels.items(), strict=True):
         for color, ((method, budget), seeds) in enumerate(group_by_method(results).items()):
@@ -95,6 +95,7 @@ def draw_curves(results: list[Result], path: Path) -> None:
         panel.set(xlabel="tokens of the soft prompt", ylabel=label, xscale="log", xticks=x, xticklabels=x)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].legend(title="method (seeds)", fontsize=8)
+    lines, names = panels[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside right upper", title="method (seeds)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
