@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers.utils import torch_compilable_check
 
 from configuration_evlgen import EVLGenConfig
 
@@ -12,8 +13,8 @@ def check_pixels(
 ) -> None:
     """
     Raises:
-        ValueError: If pixels have neither the shape of images nor that of videos, or `frame_mask` or `frame_times` do
-            not fit them.
+        ValueError: If pixels have neither the shape of images nor that of videos. If `frame_mask` or `frame_times` do
+            not fit them, or a video has no frame.
     """
     shape = tuple(pixel_values.shape)
     if len(shape) not in (4, 5):
@@ -26,6 +27,15 @@ def check_pixels(
             raise ValueError(f"`{name}` is for videos, but `pixel_values` holds images.")
         if tensor is not None and tuple(tensor.shape) != shape[:2]:
             raise ValueError(f"`{name}` must have shape {shape[:2]}, but has {tuple(tensor.shape)}.")
+    if frame_mask is not None:
+        has_frame = frame_mask.bool().any(dim=1)  # (videos,)
+        torch_compilable_check(
+            has_frame.all(),
+            lambda: (
+                "`frame_mask` must have a frame in each video, but has none in the videos "
+                f"{(~has_frame).nonzero().flatten().tolist()}."
+            ),
+        )
 
 
 def check_vision_features(vision_features: torch.Tensor, config: EVLGenConfig) -> None:

@@ -194,7 +194,7 @@ def merge_videos(
         vision_tower (`PreTrainedModel`): The tower.
         pixel_values (`torch.Tensor` of shape `(videos, frames, channels, height, width)`): The videos.
         frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
-            False for frames that are padding. They are not encoded.
+            False for frames that are padding. They are not encoded. Each video has a frame.
         frame_times (`torch.Tensor` of shape `(videos, frames)`, *optional*):
             Seconds of each frame. By default a frame has one second.
         class_token (`bool`): Whether token 0 is a class token.
@@ -203,12 +203,9 @@ def merge_videos(
         [`VideoTokens`] of all videos, each with the tokens of one image.
 
     Raises:
-        ValueError: If a video has no frame, or a time is not finite.
+        ValueError: If a time is not finite.
     """
     mask = torch.ones_like(pixel_values[:, :, 0, 0, 0], dtype=torch.bool) if frame_mask is None else frame_mask.bool()
-    if not mask.any(dim=1).all():
-        empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
-        raise ValueError(f"`frame_mask` must have a frame in each video, but has none in the videos {empty}.")
     videos, frames = mask.nonzero(as_tuple=True)
     steps = (mask.cumsum(dim=1) - 1)[videos, frames]  # the frame's number in its video
     order = steps.argsort(stable=True)

@@ -414,7 +414,7 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 
 
 @pytest.mark.parametrize("vision", ["eva", "dinov2"])
-def test_an_image_model_becomes_a_video_model_that_starts_the_same(vision, tmp_path):
+def test_an_image_model_becomes_a_captionerthat_starts_the_same(vision, tmp_path):
     image_model = tiny_model(vision)
     image_model.save_pretrained(tmp_path)
     model = EVLGenForConditionalGeneration.from_image_model(tmp_path, **SIZES)
@@ -562,6 +562,9 @@ def test_bad_videos_are_named():
         model.get_video_features(noise(2, 3), torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match="`frame_mask` is for videos, but `pixel_values` holds images"):
         model.get_vision_features(noise(2), torch.ones(2, 1, dtype=torch.bool))
+    for captioner in (model, tiny_model("clip")):
+        with pytest.raises(ValueError, match=r"`frame_mask` must have a frame in each video, .* the videos \[1\]"):
+            captioner.get_video_features(noise(2, 2), torch.tensor([[True, True], [False, False]]))
 
 
 def test_a_copy_has_contextualizers_of_its_own():
@@ -577,7 +580,7 @@ def test_a_copy_has_contextualizers_of_its_own():
 
 
 @torch.no_grad()
-def test_an_offloaded_video_model_gives_what_it_gave():
+def test_an_offloaded_captionergives_what_it_gave():
     model = video_model()
     videos = noise(2, 3)
     expected = model.get_video_features(videos).pooler_output
