@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.utils import can_return_tuple
 
-from .input_checks import check_pixels, check_vision_features
+from .input_checks import check_pixels, check_token_places, check_vision_features
 from .model_outputs import EVLGenImageOutput
 from .soft_prompts import Encoded
 from .temporal import encode_images, encode_videos, frames_of_videos
@@ -179,11 +179,13 @@ class MediaFeaturesMixin:
                 For merged videos: seconds, row and column of each token. By default the tokens are those of an image.
 
         Raises:
-            ValueError: If `vision_features` has another shape, or grids or budgets do not fit.
+            ValueError: If `vision_features` or `token_places` has another shape, or grids or budgets do not fit.
         """
         grids = read_grids(image_grid_thw, len(vision_features))
         budgets = read_budgets("image", image_budgets, len(grids), None, self.config)
         tokens = self._normalize(vision_features)  # (tiles, num_vision_tokens, vision_hidden_size)
+        if token_places is not None:
+            check_token_places(token_places, vision_features)
         tokens = self.vision_projection(tokens)  # (tiles, num_vision_tokens, connector_dim)
         if self.time_embedding is not None:  # zero for images, so that under DDP each batch has its gradient
             times = tokens.new_zeros(1, 1) if token_places is None else token_places[..., 0]
@@ -232,6 +234,9 @@ class MediaFeaturesMixin:
             raise ValueError("Only one of `pixel_values`, `vision_features` and `mm_encoder_outputs` can be given.")
         if pixel_values_videos is not None and video is not None:
             raise ValueError("Only one of `pixel_values_videos` and `mm_encoder_outputs` can be given.")
+        for name, tensor in (("frame_mask", frame_mask), ("frame_times", frame_times)):
+            if tensor is not None and pixel_values_videos is None and video is None:
+                raise ValueError(f"`{name}` is for videos, but there are none.")
         images, config = pixel_values if vision_features is None else vision_features, self.config
         if images is not None:
             mask = None if input_ids is None else input_ids == config.image_token_id

@@ -661,6 +661,8 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(model.get_vision_features, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(videos), model.get_vision_features(videos))
     torch.testing.assert_close(compiled(videos.flip(0)), model.get_vision_features(videos.flip(0)))
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    torch.testing.assert_close(compiled(videos, mask), model.get_vision_features(videos, mask))
 
 
 def test_a_video_is_captioned_in_a_clean_process(tmp_path):

@@ -255,6 +255,26 @@ def test_a_bad_number_of_tokens_is_named_before_a_frame_is_read():
 
 
 @pytest.mark.attack
+def test_bad_places_of_tokens_are_named():
+    model = merging_model()
+    output = model.get_video_features(noise(2, 3))
+    features, places = output.last_hidden_state, output.token_places
+    for bad in (places[:1], places[:, 1:], places[..., 1:], places[0], [0.0]):
+        with pytest.raises(ValueError, match=r"`token_places` must be a tensor of shape \(2, 17, 3\), but"):
+            model.project_vision_features(features, token_places=bad)
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("name", ["frame_times", "frame_mask"])
+def test_times_and_masks_without_videos_are_named(name):
+    model = merging_model()
+    ids = torch.tensor([[5, 6, 7]])
+    for run in (model, model.generate):
+        with pytest.raises(ValueError, match=f"`{name}` is for videos, but there are none"):
+            run(input_ids=ids, **{name: torch.ones(1, 3)})
+
+
+@pytest.mark.attack
 def test_bad_times_are_named():
     model = merging_model()
     with pytest.raises(ValueError, match=r"`frame_times` must have shape \(2, 3\), but has \(2, 4\)"):
