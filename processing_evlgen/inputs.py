@@ -1,4 +1,4 @@
-"""Brings the processor's inputs into flat lists, and checks them.
+"""Lists the processor's arguments, brings its inputs into flat lists, and checks them.
 
 transformers' `make_flat_list_of_images` and `make_batched_videos` do not serve here. The first refuses paths and lists
 of different depth. The second drops `Path`s and rows of data sets, and refuses frames of different sizes.
@@ -8,6 +8,59 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, VideosKwargs
+
+
+class EVLGenImagesKwargs(ImagesKwargs, total=False):
+    max_pixels: int | None
+    max_tiles: Any  # the processor checks these, and names them
+    num_image_tokens: Any
+
+
+class EVLGenVideosKwargs(VideosKwargs, total=False):
+    max_pixels: int | None
+    num_video_tokens: Any
+    frame_sampling: str | None
+    num_frames: Any  # `FrameChoice` checks these, and names them
+    fps: Any
+
+
+class EVLGenProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: EVLGenImagesKwargs
+    videos_kwargs: EVLGenVideosKwargs
+    _defaults = {}  # transformers < 5.19 reads it
+
+
+def check_given(
+    images: Any,
+    text: Any,
+    suffix: Any,
+    videos: Any,
+    messages: Any,
+    vision_features: torch.Tensor | None,
+    image_grid_thw: torch.Tensor | None,
+    encoded_video: Any,
+) -> None:
+    """
+    Raises:
+        ValueError: If nothing is given, two arguments exclude each other, or grids do not fit the features.
+        TypeError: If `encoded_video` is no output of `encode_video`.
+    """
+    if all(given is None for given in (images, videos, text, messages, vision_features, encoded_video)):
+        raise ValueError(
+            "At least one of `images`, `videos`, `text`, `messages`, `vision_features` and `encoded_video` "
+            "must be given."
+        )
+    if messages is not None and (text is not None or suffix is not None):
+        raise ValueError("`messages` is given instead of `text` and `suffix`, not together with them.")
+    if images is not None and vision_features is not None:
+        raise ValueError("Only one of `images` and `vision_features` can be given.")
+    if image_grid_thw is not None:
+        check_grids(image_grid_thw, vision_features)
+    if videos is not None and encoded_video is not None:
+        raise ValueError("Only one of `videos` and `encoded_video` can be given.")
+    if encoded_video is not None and not hasattr(encoded_video, "pooler_output"):
+        raise TypeError(f"`encoded_video` must be an output of `encode_video`, but is {type(encoded_video).__name__}.")
 
 
 def list_strings(name: str, value: str | list[str]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack, VideosKwargs
+from transformers.processing_utils import MultiModalData, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
@@ -20,36 +20,17 @@ from .conversations import join_parts
 from .cut_tiles import MAX_TILES, choose_tile_grid, cut_tiles, tile_size
 from .images import MAX_PIXELS, load_rgb_image
 from .inputs import (
-    check_grids,
+    EVLGenProcessorKwargs,
+    EVLGenVideosKwargs,
+    check_given,
     check_token_range,
     count_images_per_text,
     flatten_images,
-    flatten_metadata,
-    flatten_videos,
 )
 from .prompts import PromptEncoder
 from .token_ids import pad
-from .videos import FrameChoice, VideoFrames, iterate_rgb_frames, load_rgb_frames
-
-
-class EVLGenImagesKwargs(ImagesKwargs, total=False):
-    max_pixels: int | None
-    max_tiles: Any  # the processor checks these, and names them
-    num_image_tokens: Any
-
-
-class EVLGenVideosKwargs(VideosKwargs, total=False):
-    max_pixels: int | None
-    num_video_tokens: Any
-    frame_sampling: str | None
-    num_frames: Any  # `FrameChoice` checks these, and names them
-    fps: Any
-
-
-class EVLGenProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: EVLGenImagesKwargs
-    videos_kwargs: EVLGenVideosKwargs
-    _defaults = {}  # transformers < 5.19 reads it
+from .video_inputs import load_videos, stack_videos
+from .videos import FrameChoice, iterate_rgb_frames
 
 
 class EVLGenProcessor(PromptEncoder):
@@ -231,30 +212,15 @@ class EVLGenProcessor(PromptEncoder):
                 an image cannot be read. If a suffix is empty or holds a special token.
             TypeError: If a text is not a string, or an image of no accepted type.
         """
-        if all(given is None for given in (images, videos, text, vision_features, messages, encoded_video)):
-            raise ValueError(
-                "At least one of `images`, `videos`, `text`, `messages`, `vision_features` and `encoded_video` "
-                "must be given."
-            )
-        if messages is not None and (text is not None or suffix is not None):
-            raise ValueError("`messages` is given instead of `text` and `suffix`, not together with them.")
-        if images is not None and vision_features is not None:
-            raise ValueError("Only one of `images` and `vision_features` can be given.")
-        if image_grid_thw is not None:
-            check_grids(image_grid_thw, vision_features)
-        if videos is not None and encoded_video is not None:
-            raise ValueError("Only one of `videos` and `encoded_video` can be given.")
-        if encoded_video is not None and not hasattr(encoded_video, "pooler_output"):
-            raise TypeError(
-                f"`encoded_video` must be an output of `encode_video`, but is {type(encoded_video).__name__}."
-            )
+        check_given(images, text, suffix, videos, messages, vision_features, image_grid_thw, encoded_video)
         arguments = self._merge_arguments(kwargs, has_labels=suffix is not None or messages is not None)
         images_arguments, text_arguments = arguments["images_kwargs"], arguments["text_kwargs"]
         max_tiles = images_arguments.pop("max_tiles", None)
         images_per_text = count_images_per_text(images)
         images = self._load_images(images, images_arguments)
         is_for_vllm = bool(text_arguments.get("return_text_replacement_offsets"))
-        videos = self._load_videos(videos, arguments["videos_kwargs"], samples_always=is_for_vllm)
+        frames = {"num_frames": self.num_frames} if self.fps is None else {"fps": self.fps}
+        videos = load_videos(videos, arguments["videos_kwargs"], frames, samples_always=is_for_vllm)
         num_images = len(images)
         if vision_features is not None:
             num_images = len(vision_features if image_grid_thw is None else image_grid_thw)
@@ -274,7 +240,8 @@ class EVLGenProcessor(PromptEncoder):
         if images:
             data.update(self._cut_images(images, max_tiles, images_arguments))
         if videos:
-            data.update(self._stack_videos(videos, images_arguments))
+            pixels = self._prepare_pixels([frame for video in videos for frame in video], images_arguments)
+            data.update(stack_videos(pixels, [video.times for video in videos]))
         if vision_features is not None:
             data["vision_features"] = vision_features
             if image_grid_thw is not None:
@@ -354,24 +321,6 @@ class EVLGenProcessor(PromptEncoder):
         images = [] if images is None else flatten_images(images)
         return [load_rgb_image(image, max_pixels=max_pixels) for image in images]
 
-    def _load_videos(self, videos: Any, arguments: dict[str, Any], samples_always: bool) -> list[VideoFrames]:
-        """The chosen frames of each video. vLLM takes many frames of each, and forbids to choose among them."""
-        videos, metadata = flatten_videos(videos), flatten_metadata(arguments.get("video_metadata"))
-        if metadata and len(metadata) != len(videos):
-            raise ValueError(f"`video_metadata` has {len(metadata)} entries for {len(videos)} videos.")
-        num_frames, fps = arguments.get("num_frames"), arguments.get("fps")
-        samples = samples_always or arguments.get("do_sample_frames") is not False
-        if num_frames is None and fps is None and samples:
-            num_frames, fps = (self.num_frames, None) if self.fps is None else (None, self.fps)
-        settings = {
-            "num_frames": num_frames,
-            "sampling": arguments.get("frame_sampling") or "uniform",
-            "max_pixels": arguments.get("max_pixels") or MAX_PIXELS,
-            "fps": fps,
-        }
-        metadata = metadata or [None] * len(videos)
-        return [load_rgb_frames(video, **settings, metadata=row) for video, row in zip(videos, metadata, strict=True)]
-
     def iterate_frames(
         self, video: Any, fps: float | None = None, max_pixels: int = MAX_PIXELS
     ) -> Iterator[tuple[torch.Tensor, float]]:
@@ -405,20 +354,6 @@ class EVLGenProcessor(PromptEncoder):
 
     def _prepare_pixels(self, images: list[Any], arguments: dict[str, Any]) -> torch.Tensor:
         return self.image_processor(images, **{**arguments, "return_tensors": "pt"})["pixel_values"]
-
-    def _stack_videos(self, videos: list[VideoFrames], images_arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Prepares all frames as images. Short videos are padded with zeros; then `frame_mask` marks real frames."""
-        lengths = [len(video) for video in videos]
-        frames = [frame for video in videos for frame in video]
-        pixels = self._prepare_pixels(frames, images_arguments)
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (videos, frames)
-        padded = pixels.new_zeros(*mask.shape, *pixels.shape[1:])  # (videos, frames, channels, height, width)
-        padded[mask] = pixels  # pixels: (frames of all videos, channels, height, width)
-        times = torch.zeros(mask.shape)  # (videos, frames)
-        # Subtracted in float64: a camera may count from 1970.
-        times[mask] = torch.tensor([time - video.times[0] for video in videos for time in video.times])
-        data = {"pixel_values_videos": padded, "frame_times": times}
-        return data if mask.all() else {**data, "frame_mask": mask}
 
     @property
     def model_input_names(self) -> list[str]:
