@@ -5,10 +5,9 @@ from typing import Self
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .vision_tower import find_image_size
+from .vision_tower import find_image_size, is_sharded
 from .whitening import whiten_inputs
 
 
@@ -72,8 +71,7 @@ def zero_of_trained_parts(model: PreTrainedModel) -> torch.Tensor:
     tower, config = model.vision_tower, model.config
     device = model.ln_vision.weight.device
     features = torch.zeros(1, config.num_vision_tokens, config.vision_hidden_size, device=device)
-    is_sharded = isinstance(next(tower.parameters()), DTensor)  # processes gather the weights together
-    if is_sharded or model.temporal is not None:
+    if is_sharded(tower) or model.temporal is not None:
         channels = getattr(tower.config, "num_channels", 3)
         pixels = torch.zeros(1, channels, *find_image_size(tower.config), device=device)
         features = features + 0 * model.get_vision_features(pixels).sum().to(features)

@@ -9,14 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .input_checks import check_finite
 from .temporal import FRAMES_AT_ONCE
 from .token_merging import TokenMerging, keep_all
-from .vision_tower import extract_vision_tokens
+from .vision_tower import extract_vision_tokens, is_sharded
 
 ROUNDS = 3  # of matching, within a frame and over time. Six keep no more, and take twice as long
 
@@ -212,9 +211,8 @@ def merge_videos(
     videos, frames, counts = videos[order], frames[order], steps.bincount().tolist()
     times = steps[order].float() if frame_times is None else _since_first(frame_times, mask)[videos, frames]
     pool, start = None, 0
-    # Processes that gather the weights of a tower together must call it equally often.
-    is_sharded = isinstance(next(vision_tower.parameters()), DTensor)
-    for counts_at_once in _batched(counts, len(counts) if is_sharded else max(1, FRAMES_AT_ONCE // len(mask))):
+    steps_at_once = len(counts) if is_sharded(vision_tower) else max(1, FRAMES_AT_ONCE // len(mask))
+    for counts_at_once in _batched(counts, steps_at_once):
         part = slice(start, start := start + sum(counts_at_once))
         pixels = pixel_values[videos[part], frames[part]]  # (frames of this part, channels, height, width)
         placed = place_frames(extract_vision_tokens(vision_tower, pixels), times[part], class_token)

@@ -4,6 +4,8 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, Blip2VisionModel, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -73,6 +75,11 @@ def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) ->
             f"but {type(tower).__name__} returns shape {tuple(features.shape)}."
         )
     return features
+
+
+def is_sharded(tower: nn.Module) -> bool:
+    """Whether the tower's weights are sharded. Then all processes must call it equally often, to gather them."""
+    return isinstance(next(tower.parameters()), DTensor)
 
 
 def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None) -> TowerShape:
