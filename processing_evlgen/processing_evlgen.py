@@ -357,7 +357,7 @@ class EVLGenProcessor(PromptEncoder):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "pixel_values_videos"]
+        return ["input_ids", "attention_mask", "pixel_values", "pixel_values_videos", "frame_times"]
 
     @property
     def video_processor(self) -> SimpleNamespace:
