@@ -23,10 +23,11 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 CURVES = Path(__file__).parents[2] / "docs" / "images" / "crowded.png"
 SEEDS = (0, 1, 2)
 FINALISTS = ("choose", "means", "Q-Former")
-CONTROLS = (VIEW, RANDOM, "merge", ALL_TOKENS)
+CONTROLS = (VIEW, RANDOM, ALL_TOKENS)
 PLAN = [
     *(BudgetRun(method, seed=seed) for seed in SEEDS for method in FINALISTS),
     *map(BudgetRun, CONTROLS),
+    *(BudgetRun(method, steps=200) for method in ("choose", "merge")),  # a step of the latter takes seconds
     *(BudgetRun("choose", seed=seed, budget=budget) for seed in SEEDS for budget in (16, 64)),
     *(BudgetRun(method, textured=False) for method in FINALISTS),
     *(BudgetRun(method, size=672) for method in FINALISTS),
@@ -47,9 +48,10 @@ def report() -> None:
     scenes = defaultdict(list)
     for run in PLAN:
         if run.name in results:
-            scenes[run.size, run.textured].append(results[run.name])
-    for (size, textured), group in scenes.items():
-        print(f"\n{size} x {size} pixels, {'textured' if textured else 'plain'}\n\n{cost_table(group)}")
+            scenes[run.size, run.textured, run.steps].append(results[run.name])
+    for (size, textured, steps), group in scenes.items():
+        background = "textured" if textured else "plain"
+        print(f"\n{size} x {size} pixels, {background}, {steps} steps\n\n{cost_table(group)}")
         for figure in FIGURES:
             print(f"\n{figure}\n\n{budget_table(group, figure)}")
         if table := overlooked_table(group, 16):
