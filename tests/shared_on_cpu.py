@@ -6,6 +6,7 @@ accelerate shares a model out where it finds GPUs alone, and trains by DDP elsew
 some, that they are CPUs, and that they talk through gloo.
 """
 
+import gc
 import os
 import runpy
 import sys
@@ -23,3 +24,6 @@ PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_
 del sys.argv[0]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
+# Threads of gloo that are still alive when Python ends may abort the process. The sharded model must be gone first.
+gc.collect()
+PartialState().destroy_process_group()
