@@ -61,7 +61,7 @@ def oldest_transformers_or_skip():
     return folder
 
 
-@pytest.mark.parametrize("video_mode", ["mean", "merge"])
+@pytest.mark.parametrize("video_mode", [pytest.param("mean", marks=pytest.mark.slow), "merge"])
 def test_a_checkpoint_gives_the_same_ids_on_the_oldest_transformers(video_mode, tmp_path):
     oldest = oldest_transformers_or_skip()
     vision, text = "siglip", "opt"
