@@ -1,10 +1,12 @@
 """Trains a list of runs, and keeps each result as a line of a file. Several processes may share the list."""
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -12,6 +14,22 @@ from filelock import FileLock, Timeout
 
 Run = Any  # a frozen dataclass with a property `name`
 Result = dict[str, Any]
+
+
+def train_and_report(
+    description: str,
+    plan: Sequence[Run],
+    results: Path,
+    train: Callable[[Run], Result],
+    report: Callable[[], None],
+    argv: list[str] | None,
+) -> None:
+    """The command of a comparison: trains all planned runs, and prints a report. `--report` does the latter alone."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="Print the tables of the finished runs.")
+    if not parser.parse_args(argv).report:
+        train_planned(plan, results, train)
+    report()
 
 
 def train_planned(plan: Sequence[Run], results: Path, train: Callable[[Run], Result]) -> None:
@@ -47,3 +65,9 @@ def read_results(results: Path) -> dict[str, Result]:
     """The results of the finished runs by name."""
     lines = results.read_text().splitlines() if results.exists() else []
     return {result["name"]: result for result in map(json.loads, lines)}
+
+
+def spread(shares: Sequence[float]) -> str:
+    """The mean share over seeds in %, with the lowest and the highest in brackets."""
+    low, middle, high = (f"{100 * share:.0f}" for share in (min(shares), mean(shares), max(shares)))
+    return middle if len(shares) == 1 else f"{middle} [{low}, {high}]"

@@ -112,7 +112,7 @@ class PositionEmbeddings(nn.Embedding):
 class TimeEmbedding(nn.Module):
     """A learned function of the time in seconds. It starts at zero, and stays zero at the time 0.
 
-    It is linear in `sin(w t)` and `cos(w t) - 1` for frequencies w from one radian in 2 minutes to 8 in a second.
+    It is linear in `sin(w t)` and `cos(w t) - 1` for frequencies w from one radian in 17 minutes to 8 in a second.
 
     Args:
         dim (`int`): Width of the tokens.

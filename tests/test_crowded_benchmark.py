@@ -1,6 +1,7 @@
 """The comparison of connectors on crowded scenes runs from end to end, on a few small scenes."""
 
 import json
+from functools import partial
 
 import pytest
 from huggingface_hub import constants
@@ -33,6 +34,8 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
     plan = [BudgetRun(method, size=96, steps=1) for method in TRAINED]
     plan.append(BudgetRun("choose", size=96, steps=1, budget=4))
     monkeypatch.setattr(crowded, "PLAN", plan)
+    monkeypatch.setattr(crowded, "BudgetRun", partial(BudgetRun, size=96))
+    monkeypatch.setattr(crowded, "ROUNDS", 1)
     crowded.main([])
     results = [json.loads(line) for line in crowded.RESULTS.read_text().splitlines()]
     assert [BudgetRun(**result["run"]) for result in results] == plan

@@ -2,20 +2,23 @@
 
     python -m benchmarks.crowded
 
-trains all runs below and prints their tables. A run takes 3 to 30 minutes on one core. Each finished run is a line of
+trains all runs below and prints their tables. A run takes some minutes on one core. Each finished run is a line of
 `benchmarks/crowded/results.jsonl`. A command that was stopped continues with the next run. Two commands side by side
-share the runs. `--report` prints the tables of the finished runs, and draws docs/images/crowded.png.
+share the runs. `--report` times a step of some methods side by side, prints the tables of the finished runs, and draws
+docs/images/crowded.png.
 
 One run serves all numbers of tokens: each batch of training draws one. A small reader in place of the language model
 answers questions from the tokens. Vision features are cached, so the tower's time is not included.
 """
 
-import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from ..planned_runs import read_results, train_planned
-from .budget_run import BudgetRun, train
+import torch
+
+from ..planned_runs import read_results, train_and_report
+from ..timing import markdown_table, take_turns
+from .budget_run import BudgetRun, reference_step, train
 from .budget_tables import FIGURES, budget_table, cost_table, draw_curves, overlooked_table
 from .connector_settings import ALL_TOKENS, RANDOM, VIEW
 
@@ -23,6 +26,7 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 CURVES = Path(__file__).parents[2] / "docs" / "images" / "crowded.png"
 SEEDS = (0, 1, 2)
 FINALISTS = ("choose", "means", "Q-Former")
+TIMED, ROUNDS = (*FINALISTS, "merge"), 5
 CONTROLS = (VIEW, RANDOM, ALL_TOKENS)
 PLAN = [
     *(BudgetRun(method, seed=seed) for seed in SEEDS for method in FINALISTS),
@@ -35,11 +39,7 @@ PLAN = [
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="Print the tables of the finished runs.")
-    if not parser.parse_args(argv).report:
-        train_planned(PLAN, RESULTS, train)
-    report()
+    train_and_report(__doc__, PLAN, RESULTS, train, report, argv)
 
 
 def report() -> None:
@@ -56,8 +56,18 @@ def report() -> None:
             print(f"\n{figure}\n\n{budget_table(group, figure)}")
         if table := overlooked_table(group, 16):
             print(f"\nWhat the view of 224 pixels gets wrong, at 16 tokens\n\n{table}")
+    print(f"\nForward and backward of 16 scenes at 16 tokens, side by side\n\n{time_table()}")
     if scenes:
         draw_curves(next(iter(scenes.values())), CURVES)
+
+
+def time_table() -> str:
+    """Markdown table of a step's time on one core, relative to that of `choose`."""
+    torch.set_num_threads(1)
+    seconds = take_turns({method: reference_step(BudgetRun(method)) for method in TIMED}, ROUNDS)
+    return markdown_table(
+        ["method", "time"], [[name, f"{value / seconds[TIMED[0]]:.2f}"] for name, value in seconds.items()]
+    )
 
 
 if __name__ == "__main__":

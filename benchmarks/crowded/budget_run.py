@@ -1,10 +1,10 @@
 """Trains a connector on crowded scenes with several numbers of tokens, and measures what it keeps at each of them."""
 
 import random
-import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import AutoModel, LlamaConfig, get_cosine_with_min_lr_schedule
 
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
-from common.data.feature_cache import FeatureDataset, cache_split
+from common.data.feature_cache import cache_split
 from common.demo.crowded_scenes import load_crowded_scenes
 from common.demo.towers import prepare_vision_tower
 from common.models import load_image_processor
@@ -80,15 +80,18 @@ def train(run: BudgetRun) -> dict[str, Any]:
     scenes = load_crowded_scenes(run.size, run.textured)
     model, reader = build(run)
     features = load_features(run, model, scenes)
-    model.whiten_vision_projection(
-        features["train"].take(range(0, len(scenes["train"]), max(1, len(scenes["train"]) // WHITENING_IMAGES)))
-    )
+    sample = features["train"][:: max(1, len(features["train"]) // WHITENING_IMAGES)]
+    model.whiten_vision_projection(torch.from_numpy(np.array(sample)).float())
     choice = patch.object(tomeformer, "keep_distinctive", keep_random) if run.method == RANDOM else nullcontext()
     with choice:
-        cost = fit(run, model, reader, features["train"], scenes["train"])
+        loss = fit(run, model, reader, features["train"], read_answers(scenes["train"]["caption"][:]))
         held_out = {budget: measure(model, reader, features["test"], scenes["test"], budget) for budget in run.budgets}
-    parameters = sum(weight.numel() for weight in model.connector.parameters())
-    return {"connector_parameters": parameters, **cost, "held_out": held_out}
+    return {
+        "connector_parameters": model.connector.num_parameters(),
+        "flops_per_step": count_flops(reference_step(run)),
+        "training_loss": loss,
+        "held_out": held_out,
+    }
 
 
 def build(run: BudgetRun) -> tuple[EVLGenForConditionalGeneration, QuestionReader]:
@@ -108,75 +111,72 @@ def build(run: BudgetRun) -> tuple[EVLGenForConditionalGeneration, QuestionReade
     return EVLGenForConditionalGeneration(config, vision_tower=tower), QuestionReader(READER_DIM)
 
 
-class SceneFeatures:
-    """The cached features of all scenes of a split, read from disk."""
-
-    def __init__(self, dataset: FeatureDataset):
-        self.dataset = dataset
-
-    def take(self, scenes: Iterable[int]) -> torch.Tensor:
-        """Features of some scenes, `(scenes, tokens, dim)`."""
-        rows = [self.dataset.features[scene, 0] for scene in scenes]
-        return torch.from_numpy(np.stack(rows)).float()
-
-
-def load_features(
-    run: BudgetRun, model: EVLGenForConditionalGeneration, scenes: DatasetDict
-) -> dict[str, SceneFeatures]:
-    """Runs the tower over all scenes, or finds their features on disk."""
+def load_features(run: BudgetRun, model: EVLGenForConditionalGeneration, scenes: DatasetDict) -> dict[str, np.ndarray]:
+    """Features of all scenes of each split on disk, `(scenes, tokens, dim)`. The tower runs if there are none."""
     image_processor = load_image_processor(prepare_vision_tower())
     image_processor.size = {"height": run.view_size, "width": run.view_size}
     # The cache uses a processor's images alone.
     views = CaptionCollator(SimpleNamespace(image_processor=image_processor, max_tiles=1), DataArguments(), False)
-    return {name: SceneFeatures(cache_split(model, rows, views)) for name, rows in scenes.items()}
+    return {name: cache_split(model, rows, views).features[:, 0] for name, rows in scenes.items()}
 
 
 def fit(
     run: BudgetRun,
     model: EVLGenForConditionalGeneration,
     reader: QuestionReader,
-    features: SceneFeatures,
-    scenes: Dataset,
-) -> dict[str, float]:
-    """Trains the connector and the reader with the demo's recipe. Returns what a step costs."""
-    answers = read_answers(scenes["caption"][:])
+    features: np.ndarray,
+    answers: Answers,
+) -> float:
+    """Trains the connector and the reader with the demo's recipe. Returns the loss of the last 50 steps."""
     trained = [weight for module in (model, reader) for weight in module.parameters() if weight.requires_grad]
-    decayed = [{"params": [w for w in trained if w.ndim > 1], "weight_decay": 0.05}]
-    optimizer = torch.optim.AdamW(
-        [*decayed, {"params": [w for w in trained if w.ndim < 2], "weight_decay": 0}], lr=1e-3
-    )
+    matrices = {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": 0.05}
+    vectors = {"params": [weight for weight in trained if weight.ndim < 2], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=1e-3)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 50, run.steps, min_lr_rate=0.03)
-    draw = random.Random(run.seed)
-
-    def step(rows: list[int], budget: int) -> torch.Tensor:
-        loss = reader.loss(read_prompts(model, features.take(rows), budget), answers.of(torch.tensor(rows)))
-        loss.backward()
-        return loss
-
-    budget = REFERENCE_BUDGET if REFERENCE_BUDGET in run.budgets else run.budgets[0]
-    flops = count_flops(lambda: step(list(range(min(BATCH, len(scenes)))), budget))
-    start, order, losses = time.process_time(), [], []
+    draw, order, losses = random.Random(run.seed), [], []
     progress = tqdm(range(run.steps), run.name, unit="step")
     for _ in progress:
         if len(order) < BATCH:
-            order = draw.sample(range(len(scenes)), len(scenes))
+            order = draw.sample(range(len(features)), len(features))
         rows, order = order[:BATCH], order[BATCH:]
         optimizer.zero_grad()
-        losses.append(step(rows, draw.choice(run.budgets)).item())
+        losses.append(backward(model, reader, features, answers, rows, draw.choice(run.budgets)))
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         progress.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}", refresh=False)
-    seconds = (time.process_time() - start) / run.steps
-    return {
-        "flops_per_step": flops,
-        "cpu_seconds_per_step": round(seconds, 3),
-        "training_loss": round(float(np.mean(losses[-50:])), 4),
-    }
+    return round(float(np.mean(losses[-50:])), 4)
 
 
-def read_prompts(model: EVLGenForConditionalGeneration, features: torch.Tensor, budget: int) -> torch.Tensor:
-    """The soft prompts of scenes, `(scenes, budget, dim)`."""
+def backward(
+    model: EVLGenForConditionalGeneration,
+    reader: QuestionReader,
+    features: np.ndarray,
+    answers: Answers,
+    rows: list[int],
+    budget: int,
+) -> float:
+    """Computes the gradient of the loss of some scenes. Returns the loss."""
+    prompts = read_prompts(model, features[rows], budget)
+    loss = reader.loss(prompts, answers.of(torch.tensor(rows)))
+    loss.backward()
+    return loss.item()
+
+
+def reference_step(run: BudgetRun) -> Callable[[], float]:
+    """Forward and backward pass of a fresh model, on random features of a batch."""
+    model, reader = build(run)
+    features = np.random.default_rng(0).standard_normal(
+        (BATCH, (run.view_size // STRIDE) ** 2, VISION_DIM), np.float32
+    )
+    budget = REFERENCE_BUDGET if REFERENCE_BUDGET in run.budgets else run.budgets[0]
+    answers = read_answers(["an owl and a bus"] * BATCH)
+    return partial(backward, model.train(), reader, features, answers, list(range(BATCH)), budget)
+
+
+def read_prompts(model: EVLGenForConditionalGeneration, features: np.ndarray, budget: int) -> torch.Tensor:
+    """The soft prompts of scenes with features `(scenes, tokens, dim)`, as `(scenes, budget, dim)`."""
+    features = torch.from_numpy(np.array(features)).float()  # from disk
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return model.project_vision_features(features, image_budgets=[budget] * len(features)).pooler_output.float()
 
@@ -185,13 +185,14 @@ def read_prompts(model: EVLGenForConditionalGeneration, features: torch.Tensor, 
 def measure(
     model: EVLGenForConditionalGeneration,
     reader: QuestionReader,
-    features: SceneFeatures,
+    features: np.ndarray,
     scenes: Dataset,
     budget: int,
 ) -> dict[str, Any]:
     """Held-out figures at a budget, and for each scene and question whether it is right, as a string of 0 and 1."""
     answers, asked = read_answers(scenes["caption"][:]), list_questions(scenes)
-    logits = [reader(read_prompts(model, features.take(rows), budget)) for rows in torch.arange(len(scenes)).split(50)]
+    parts = np.array_split(np.arange(len(scenes)), -(-len(scenes) // 50))
+    logits = [reader(read_prompts(model, features[part], budget)) for part in parts]
     given = Answers(*(torch.cat(parts).argmax(dim=-1) for parts in zip(*logits, strict=True)))
     found = torch.minimum(given.how_many, answers.how_many).sum()
     named = 2 * found / (given.how_many.sum() + answers.how_many.sum())

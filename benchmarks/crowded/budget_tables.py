@@ -3,10 +3,10 @@
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import matplotlib
 
+from ..planned_runs import Result, spread
 from ..timing import markdown_table
 from .connector_settings import VIEW
 from .scene_questions import KINDS
@@ -15,7 +15,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FIGURES = ("names", "exact", *KINDS)  # shares, printed in %
-Result = dict[str, Any]
 
 
 def group_by_method(results: list[Result]) -> dict[tuple[str, int | None], list[Result]]:
@@ -33,16 +32,8 @@ def budget_table(results: list[Result], figure: str) -> str:
     for (method, budget), seeds in group_by_method(results).items():
         name = method if budget is None else f"{method}, trained for {budget} alone"
         values = [[seed["held_out"].get(str(number), {}).get(figure) for seed in seeds] for number in budgets]
-        rows.append([name, len(seeds), *map(spread, values)])
+        rows.append([name, len(seeds), *("" if None in shares else spread(shares) for shares in values)])
     return markdown_table(["method", "seeds", *budgets], rows)
-
-
-def spread(shares: list[float | None]) -> str:
-    """The mean share over seeds in %, with the lowest and the highest in brackets. Empty without shares."""
-    if None in shares:
-        return ""
-    low, middle, high = (f"{100 * share:.0f}" for share in (min(shares), mean(shares), max(shares)))
-    return middle if len(shares) == 1 else f"{middle} [{low}, {high}]"
 
 
 def overlooked_table(results: list[Result], budget: int) -> str | None:
@@ -68,16 +59,14 @@ def _share_right(rights: list[str], overlooked: list[bool], of: bool) -> list[fl
 
 
 def cost_table(results: list[Result]) -> str:
-    """Markdown table of what a step costs: operations of all parts, and CPU seconds where one thread trains alone."""
+    """Markdown table of the connector's parameters, and the operations of a step with all its parts."""
     rows = []
-    for (method, budget), seeds in group_by_method(results).items():
+    for (method, budget), (first, *_) in group_by_method(results).items():
         if budget is None:
-            first = seeds[0]
-            flops, millions = first["flops_per_step"] / 1e9, first["connector_parameters"] / 1e6
             rows.append(
-                [method, f"{millions:.1f} M", f"{flops:.0f}", f"{mean(s['cpu_seconds_per_step'] for s in seeds):.2f}"]
+                [method, f"{first['connector_parameters'] / 1e6:.1f} M", f"{first['flops_per_step'] / 1e9:.0f}"]
             )
-    return markdown_table(["method", "connector", "GFLOP a step", "CPU seconds a step"], rows)
+    return markdown_table(["method", "connector", "GFLOP a step"], rows)
 
 
 def draw_curves(results: list[Result], path: Path) -> None:

@@ -122,8 +122,9 @@ class QuestionReader(nn.Module):
 
     def loss(self, prompts: torch.Tensor, answers: Answers) -> torch.Tensor:
         """The sum of the three kinds' mean cross-entropies."""
-        losses = [
-            F.cross_entropy(logits.float().flatten(0, 1), truth.flatten(), ignore_index=NO_ANSWER)
-            for logits, truth in zip(self(prompts), answers, strict=True)
-        ]
-        return torch.stack(losses).nansum()  # a batch may have no neighbours
+        losses = []
+        for logits, truth in zip(self(prompts), answers, strict=True):
+            options = {"ignore_index": NO_ANSWER, "reduction": "sum"}
+            total = F.cross_entropy(logits.float().flatten(0, 1), truth.flatten(), **options)
+            losses.append(total / (truth != NO_ANSWER).sum().clamp(min=1))  # a batch may have no neighbours
+        return torch.stack(losses).sum()

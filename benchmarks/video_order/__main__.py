@@ -12,12 +12,10 @@ connector turns them into 36 tokens. The contextualizer is not in the comparison
 the demo's tower is a CNN.
 """
 
-import argparse
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean
 
-from ..planned_runs import Result, read_results, train_planned
+from ..planned_runs import Result, read_results, spread, train_and_report
 from ..timing import markdown_table
 from .clip_pooling import METHODS
 from .order_run import OrderRun, train
@@ -29,11 +27,7 @@ PLAN = [OrderRun(method, seed) for seed in SEEDS for method in METHODS]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", action="store_true", help="Print the tables of the finished runs.")
-    if not parser.parse_args(argv).report:
-        train_planned(PLAN, RESULTS, train)
-    report()
+    train_and_report(__doc__, PLAN, RESULTS, train, report, argv)
 
 
 def report() -> None:
@@ -53,15 +47,9 @@ def accuracy_table(methods: dict[str, list[Result]], columns: dict[str, str]) ->
     """Markdown table of shares of right answers: a row for each method. `columns` has the kind for each header."""
     rows = []
     for method, seeds in methods.items():
-        shares = [_spread([seed["held_out"][kind] for seed in seeds]) for kind in columns.values()]
-        rows.append([method, len(seeds), *shares, f"{mean(seed['cpu_seconds_per_step'] for seed in seeds):.2f}"])
-    return markdown_table(["method", "seeds", *columns, "CPU seconds a step"], rows)
-
-
-def _spread(shares: list[float]) -> str:
-    """The mean over seeds in %, with the lowest and the highest in brackets."""
-    low, middle, high = (f"{100 * value:.0f}" for value in (min(shares), mean(shares), max(shares)))
-    return middle if len(shares) == 1 else f"{middle} [{low}, {high}]"
+        shares = [spread([seed["held_out"][kind] for seed in seeds]) for kind in columns.values()]
+        rows.append([method, len(seeds), *shares])
+    return markdown_table(["method", "seeds", *columns], rows)
 
 
 if __name__ == "__main__":

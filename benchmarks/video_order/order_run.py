@@ -1,7 +1,6 @@
 """Trains a captioner on ordered videos whose frames were pooled by one method, and measures it."""
 
 import itertools
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 from modeling_evlgen.labels import shift_labels
 from processing_evlgen import EVLGenProcessor
 
-from ..small_decoder import prepare_small_decoder, train_from_scratch
 from ..training_step import DEMO_VISION, encoder_fields
 from .clip_pooling import pool_clips
 from .emoji_frames import load_frames
 from .ordered_clips import Text, compose
+from .small_decoder import prepare_small_decoder, train_from_scratch
 
 TOKENS = 36  # of the soft prompt
 TRAINING_BATCH, TEST_BATCH = 16, 50
@@ -85,7 +84,7 @@ class ClipCollator:
 
 
 def train(run: OrderRun) -> dict[str, Any]:
-    """Trains a run. Returns its cost and the share of right answers of each kind in the test split."""
+    """Trains a run. Returns its loss and the share of right answers of each kind in the test split."""
     clips, texts = zip(*(compose(split) for split in ("train", "test")), strict=True)
     frames = load_frames()
     splits = {
@@ -98,15 +97,12 @@ def train(run: OrderRun) -> dict[str, Any]:
     features = splits["train"].pooled["features"]
     sample = features[:: max(1, len(features) // WHITENING_VIDEOS)].float()
     model.whiten_vision_projection(sample)
-    start = time.process_time()
     loss = optimize(model.train(), _endless(splits["train"], collator), run.steps)
-    seconds = time.process_time() - start
     right = find_right_answers(model.eval(), DataLoader(splits["test"], TEST_BATCH, collate_fn=collator))
     by_kind = defaultdict(list)
     for text, is_right in zip(texts[1], right, strict=True):
         by_kind[text["kind"]].append(is_right)
     return {
-        "cpu_seconds_per_step": round(seconds / run.steps, 3),
         "training_loss": round(loss, 4),
         "held_out": {kind: round(mean(values), 4) for kind, values in by_kind.items()},
     }
@@ -115,7 +111,7 @@ def train(run: OrderRun) -> dict[str, Any]:
 def build_captioner(splits: dict[str, ClipTexts]) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
     """A fresh captioner for pooled features. Its vision tower and image processor are never used."""
     all_texts = [text[name] for split in splits.values() for text in split.texts for name in ("question", "answer")]
-    decoder = prepare_small_decoder("video-order-decoder", all_texts)
+    decoder = prepare_small_decoder(all_texts)
     processor = EVLGenProcessor(CLIPImageProcessor(), AutoTokenizer.from_pretrained(decoder), num_image_tokens=TOKENS)
     pooled = splits["train"].pooled
     num_tokens = pooled["features"].shape[1]

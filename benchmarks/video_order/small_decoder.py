@@ -3,6 +3,7 @@
 It is trained with the connector, from random weights. What differs between runs is what the connectors keep.
 """
 
+import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,16 +17,12 @@ from common.demo.cache import prepare_once
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<eos>"]
 
 
-def words(text: str) -> list[str]:
-    """The words of a text, without punctuation. Texts with the same words count as the same answer."""
-    return re.findall(r"\w+", text)
-
-
-def prepare_small_decoder(name: str, texts: Iterable[str]) -> Path:
-    """Saves a decoder of 4 layers with a tokenizer of the words of all `texts` in the demo's cache, under `name`."""
+def prepare_small_decoder(texts: Iterable[str]) -> Path:
+    """Saves a decoder of 4 layers with a tokenizer of the words of all `texts` in the demo's cache."""
     tokens = {token for text in set(texts) for token in re.findall(r"\w+|[^\w\s]", text)}
     vocabulary = [*SPECIAL_TOKENS, *sorted(tokens)]
-    return prepare_once(f"{name}-{len(vocabulary)}", lambda folder: _write_decoder(vocabulary, folder))
+    digest = hashlib.sha256(" ".join(vocabulary).encode()).hexdigest()[:8]
+    return prepare_once(f"small-decoder-{digest}", lambda folder: _write_decoder(vocabulary, folder))
 
 
 def train_from_scratch(decoder: torch.nn.Module) -> None:
