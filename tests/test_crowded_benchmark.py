@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
@@ -11,9 +12,10 @@ from benchmarks.crowded import budget_run
 from benchmarks.crowded.budget_run import BudgetRun
 from benchmarks.crowded.connector_settings import ALL_TOKENS, VIEW
 from benchmarks.crowded.scene_questions import NO_ANSWER, list_questions, read_answers
+from benchmarks.planned_runs import read_results
 from common.demo import crowded_scenes
 
-from .helpers import demo_packages_or_skip
+from .helpers import demo_packages_or_skip, save_stamps
 
 TRAINED = ("choose", "means", VIEW, ALL_TOKENS)
 
@@ -24,6 +26,7 @@ def small_scenes(monkeypatch, tmp_path):
     demo_packages_or_skip(tmp_path / "hf")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr(crowded_scenes, "SPLITS", {"train": 8, "test": 4})
+    monkeypatch.setattr(crowded_scenes, "STAMPS", tmp_path / "stamps")
     monkeypatch.setattr(budget_run, "BUDGETS", (4, 9))
     monkeypatch.setattr(budget_run, "REFERENCE_BUDGET", 4)
     monkeypatch.setattr(crowded, "RESULTS", tmp_path / "results.jsonl")
@@ -31,35 +34,46 @@ def small_scenes(monkeypatch, tmp_path):
 
 
 def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, capsys):
+    save_stamps(crowded_scenes.STAMPS, 44)
     plan = [BudgetRun(method, size=96, steps=1) for method in TRAINED]
     plan.append(BudgetRun("choose", size=96, steps=1, budget=4))
+    plan.append(BudgetRun("choose", size=96, steps=1, stamps=True))
     monkeypatch.setattr(crowded, "PLAN", plan)
     monkeypatch.setattr(crowded, "BudgetRun", partial(BudgetRun, size=96))
     monkeypatch.setattr(crowded, "ROUNDS", 1)
     crowded.main([])
     results = [json.loads(line) for line in crowded.RESULTS.read_text().splitlines()]
     assert [BudgetRun(**result["run"]) for result in results] == plan
-    by_method = {result["run"]["method"]: result for result in results[:-1]}
+    by_method = {result["run"]["method"]: result for result in results[:-2]}
     assert by_method["choose"]["held_out"].keys() == by_method[VIEW]["held_out"].keys() == {"4", "9"}
     assert by_method[ALL_TOKENS]["held_out"].keys() == {"36"}
-    assert results[-1]["held_out"].keys() == {"4"}
+    assert results[-2]["held_out"].keys() == {"4"} and results[-1]["held_out"].keys() == {"4", "9"}
     printed = capsys.readouterr().out
-    assert all(f"| {method} | 1 |" in printed for method in TRAINED) and crowded.CURVES.stat().st_size > 0
+    assert all(f"| {method} | 1 |" in printed for method in TRAINED) and "96 pixels, textured, stamps, 1" in printed
+    assert crowded.CURVES.stat().st_size > 0
 
     monkeypatch.setattr(crowded, "train", pytest.fail)  # a finished run is not trained again
     crowded.main([])
 
 
-def test_answers_are_those_of_the_data_sets_questions(small_scenes):
-    scenes = crowded_scenes.load_crowded_scenes(96)["train"]
-    answers, asked = read_answers(scenes["caption"][:]), list_questions(scenes)
+def test_the_published_results_keep_their_names():
+    published = read_results(Path(crowded.__file__).parent / "results.jsonl")
+    assert published and all(BudgetRun(**result["run"]).name == name for name, result in published.items())
+    assert BudgetRun("choose", stamps=True).name not in published
+
+
+@pytest.mark.parametrize("stamps", [False, True])
+def test_answers_are_those_of_the_data_sets_questions(small_scenes, stamps):
+    save_stamps(crowded_scenes.STAMPS, 44)
+    scenes, things = crowded_scenes.load_crowded_scenes(96, stamps=stamps)["train"], crowded_scenes.list_things(stamps)
+    answers, asked = read_answers(scenes["caption"][:], things), list_questions(scenes, things)
     truths = [text["answer"] for row in scenes["questions"] for text in row]
     for kind, scene, place, truth in zip(*asked, truths, strict=True):
         if kind == "how many":
             assert crowded_scenes.NUMBERS[answers.how_many[scene, place]] == truth
         else:
             table = answers.left_of if kind == "left of" else answers.corner
-            assert crowded_scenes.CONCEPTS[table[scene, place]] == truth.split(" ", 1)[1]
+            assert things[table[scene, place]] == truth.split(" ", 1)[1]
 
 
 def test_a_thing_without_a_left_neighbour_has_no_answer():

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from common.demo.crowded_scenes import STAMPS
+
 from ..planned_runs import read_results, train_and_report
 from ..timing import markdown_table, take_turns
 from .budget_run import BudgetRun, reference_step, train
@@ -35,6 +37,7 @@ PLAN = [
     *(BudgetRun("choose", seed=seed, budget=budget) for seed in SEEDS for budget in (16, 64)),
     *(BudgetRun(method, textured=False) for method in FINALISTS),
     *(BudgetRun(method, size=672) for method in FINALISTS),
+    *(BudgetRun(method, stamps=True) for method in FINALISTS if STAMPS.is_dir()),
 ]
 
 
@@ -48,9 +51,9 @@ def report() -> None:
     scenes = defaultdict(list)
     for run in PLAN:
         if run.name in results:
-            scenes[run.size, run.textured, run.steps].append(results[run.name])
-    for (size, textured, steps), group in scenes.items():
-        background = "textured" if textured else "plain"
+            scenes[run.size, run.textured, run.stamps, run.steps].append(results[run.name])
+    for (size, textured, stamps, steps), group in scenes.items():
+        background = ("textured" if textured else "plain") + (", stamps" if stamps else "")
         print(f"\n{size} x {size} pixels, {background}, {steps} steps\n\n{cost_table(group)}")
         for figure in FIGURES:
             print(f"\n{figure}\n\n{budget_table(group, figure)}")

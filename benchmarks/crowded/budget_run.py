@@ -1,7 +1,7 @@
 """Trains a connector on crowded scenes with several numbers of tokens, and measures what it keeps at each of them."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from transformers import AutoModel, LlamaConfig, get_cosine_with_min_lr_schedule
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_split
-from common.demo.crowded_scenes import load_crowded_scenes
+from common.demo.crowded_scenes import list_things, load_crowded_scenes
 from common.demo.towers import prepare_vision_tower
 from common.models import load_image_processor
 from configuration_evlgen import EVLGenConfig
@@ -50,11 +50,12 @@ class BudgetRun:
     seed: int = 0
     budget: int | None = None  # None: each batch draws one of all budgets
     steps: int = 600
+    stamps: bool = False  # of Tux Paint, in place of OpenMoji's drawings
 
     @property
     def name(self) -> str:
-        background = "textured" if self.textured else "plain"
-        return f"{self.method}.{self.size}.{background}.budget-{self.budget or 'any'}.seed{self.seed}.{self.steps}"
+        scenes = ("textured" if self.textured else "plain") + (".stamps" if self.stamps else "")
+        return f"{self.method}.{self.size}.{scenes}.budget-{self.budget or 'any'}.seed{self.seed}.{self.steps}"
 
     @property
     def view_size(self) -> int:
@@ -77,15 +78,17 @@ def keep_random(x: torch.Tensor, num_output_tokens: int, class_token: bool = Fal
 def train(run: BudgetRun) -> dict[str, Any]:
     """Trains a run. Returns its cost and the held-out figures at each budget."""
     set_seed(run.seed)
-    scenes = load_crowded_scenes(run.size, run.textured)
+    scenes = load_crowded_scenes(run.size, run.textured, run.stamps)
+    things = list_things(run.stamps)
     model, reader = build(run)
     features = load_features(run, model, scenes)
     sample = features["train"][:: max(1, len(features["train"]) // WHITENING_IMAGES)]
     model.whiten_vision_projection(torch.from_numpy(np.array(sample)).float())
     choice = patch.object(tomeformer, "keep_distinctive", keep_random) if run.method == RANDOM else nullcontext()
     with choice:
-        loss = fit(run, model, reader, features["train"], read_answers(scenes["train"]["caption"][:]))
-        held_out = {budget: measure(model, reader, features["test"], scenes["test"], budget) for budget in run.budgets}
+        loss = fit(run, model, reader, features["train"], read_answers(scenes["train"]["caption"][:], things))
+        test = features["test"], scenes["test"], things
+        held_out = {budget: measure(model, reader, *test, budget) for budget in run.budgets}
     return {
         "connector_parameters": model.connector.num_parameters(),
         "flops_per_step": count_flops(reference_step(run)),
@@ -187,10 +190,11 @@ def measure(
     reader: QuestionReader,
     features: np.ndarray,
     scenes: Dataset,
+    things: Sequence[str],
     budget: int,
 ) -> dict[str, Any]:
     """Held-out figures at a budget, and for each scene and question whether it is right, as a string of 0 and 1."""
-    answers, asked = read_answers(scenes["caption"][:]), list_questions(scenes)
+    answers, asked = read_answers(scenes["caption"][:], things), list_questions(scenes, things)
     parts = np.array_split(np.arange(len(scenes)), -(-len(scenes) // 50))
     logits = [reader(read_prompts(model, features[part], budget)) for part in parts]
     given = Answers(*(torch.cat(parts).argmax(dim=-1) for parts in zip(*logits, strict=True)))

@@ -6,6 +6,7 @@ the connectors keep of an image.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -38,13 +39,13 @@ class Answers(NamedTuple):
         return Answers(*(answers[scenes] for answers in self))
 
 
-def read_answers(captions: list[str]) -> Answers:
-    """The answers to all questions about scenes with these captions."""
-    how_many = torch.zeros(len(captions), len(CONCEPTS), dtype=torch.long)
+def read_answers(captions: list[str], things: Sequence[str] = CONCEPTS) -> Answers:
+    """The answers to all questions about scenes of `things` with these captions."""
+    how_many = torch.zeros(len(captions), len(things), dtype=torch.long)
     left_of = torch.full_like(how_many, NO_ANSWER)
     corner = torch.zeros(len(captions), len(CORNERS), dtype=torch.long)
     for scene, caption in enumerate(captions):
-        rows = [[CONCEPTS.index(name) for name in _names(row)] for row in caption.split(" above ")]
+        rows = [[things.index(name) for name in _names(row)] for row in caption.split(" above ")]
         for concept, count in Counter(concept for row in rows for concept in row).items():
             how_many[scene, concept] = count
         for row in rows:
@@ -73,10 +74,10 @@ class AskedQuestions(NamedTuple):
     places: torch.Tensor
 
 
-def list_questions(scenes: Dataset) -> AskedQuestions:
+def list_questions(scenes: Dataset, things: Sequence[str] = CONCEPTS) -> AskedQuestions:
     """The questions of all scenes in their order."""
-    places = {f"How many {name_plural(name)} are there?": index for index, name in enumerate(CONCEPTS)}
-    places |= {f"What is left of the {name}?": index for index, name in enumerate(CONCEPTS)}
+    places = {f"How many {name_plural(name)} are there?": index for index, name in enumerate(things)}
+    places |= {f"What is left of the {name}?": index for index, name in enumerate(things)}
     places |= {f"What is at the {corner}?": index for index, corner in enumerate(CORNERS)}
     asked = [(scene, text) for scene, row in enumerate(scenes["questions"]) for text in row]
     return AskedQuestions(

@@ -42,8 +42,9 @@ class DataArguments(FrameArguments):
     num_frames: int | None = HfArg(default=4, help="Frames taken from each video, at most 512.")
     dataset: str | None = HfArg(
         default=None,
-        help="openmoji-scenes, crowded-scenes, easy-vqa, or what `datasets.load_dataset` takes: a folder with "
-        "metadata, a name on the Hub, or imagefolder, parquet, json, csv or webdataset together with data_files.",
+        help="openmoji-scenes, crowded-scenes, crowded-stamps, easy-vqa, or what `datasets.load_dataset` takes: a "
+        "folder with metadata, a name on the Hub, or imagefolder, parquet, json, csv or webdataset together with "
+        "data_files.",
     )
     data_files: dict[str, Any] | str | None = HfArg(
         default=None, help="Files or patterns of each split; JSON on the command line."
