@@ -11,6 +11,7 @@ from benchmarks.video_order import __main__ as video_order
 from benchmarks.video_order import order_run, ordered_clips
 from benchmarks.video_order.clip_pooling import PARTS_MEANS, TIMELESS, pool_merge
 from benchmarks.video_order.emoji_frames import EMOJI, FRAMES, TONES
+from benchmarks.video_order.frame_blocks import CONTEXTUALIZERS, POSITIONS, FrameBlocks
 from benchmarks.video_order.order_run import OrderRun
 from benchmarks.video_order.ordered_clips import MOMENT, MOMENTS_ORDER, compose
 from modeling_evlgen.video_merging import add_frames, place_frames
@@ -96,6 +97,37 @@ def test_videos_are_merged_as_the_model_merges_them():
         expected = add_frames(None, placed, [torch.tensor([0])] * 11, class_token=False)
         torch.testing.assert_close(features, expected.features[0].half())
         torch.testing.assert_close(places, expected.places[0])
+
+
+def test_contextualizers_are_trained_with_the_connector(few_videos, synthetic_frames, monkeypatch):
+    built = []
+    monkeypatch.setattr(order_run, "TRAINING_BATCH", 4)
+    monkeypatch.setattr(order_run, "FrameBlocks", lambda *args: built.append(FrameBlocks(*args)) or built[0])
+    result = order_run.train(OrderRun(POSITIONS, steps=2))
+    assert result["held_out"].keys() == {text["kind"] for text in compose("test")[1]}
+    assert all(contextualizer.alpha != 0 for contextualizer in built[0].temporal)
+
+
+def test_frame_blocks_start_as_the_mean_of_frames():
+    torch.manual_seed(0)
+    videos = [torch.randn(length, 4, 8) for length in (3, 5, 3, 200)]
+    means = torch.stack([video.mean(dim=0) for video in videos])
+    torch.testing.assert_close(FrameBlocks(torch.cat(videos), True)(videos), means)
+
+
+@pytest.mark.parametrize("method", CONTEXTUALIZERS)
+def test_frames_see_those_of_their_own_video_and_their_order_if_they_have_positions(method):
+    torch.manual_seed(0)
+    videos = [torch.randn(length, 4, 8) for length in (3, 5, 3, 200, 200)]
+    blocks = FrameBlocks(torch.cat(videos), method == POSITIONS)
+    for weight in blocks.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    with torch.no_grad():
+        together = blocks(videos)
+        alone = torch.cat([blocks([video]) for video in videos])
+        in_reverse = blocks([video.flip(0) for video in videos])
+    torch.testing.assert_close(together, alone)
+    assert torch.allclose(in_reverse, together, atol=1e-4) != (method == POSITIONS)
 
 
 def test_an_answer_is_right_if_greedy_generation_gives_it(few_videos, synthetic_frames):

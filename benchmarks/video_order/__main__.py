@@ -2,14 +2,14 @@
 
     python -m benchmarks.video_order
 
-trains all runs below and prints their tables. A run takes about 6 minutes on one core. The first run of a method also
-pools all videos, and merging them takes 10 minutes more. Each finished run is a line of
+trains all runs below and prints their tables. A run takes about 6 minutes on one core, or 30 with a contextualizer.
+The first run of a method also pools all videos, and merging them takes 10 minutes more. Each finished run is a line of
 `benchmarks/video_order/results.jsonl`. A command that was stopped continues with the next run. Two commands side by
 side share the runs. `--report` prints the tables alone.
 
 Videos are composed of the features of animated emoji, at one frame a second, and pooled to at most 196 tokens. A
-connector turns them into 36 tokens. The contextualizer is not in the comparison. It needs a vision transformer, but
-the demo's tower is a CNN.
+connector turns them into 36 tokens. The temporal contextualizer is part of a vision transformer, but the demo's tower
+is a CNN. So it is in two transformer blocks that are trained on the features of frames; see `frame_blocks.py`.
 """
 
 from collections import defaultdict
@@ -18,12 +18,13 @@ from pathlib import Path
 from ..planned_runs import Result, read_results, spread, train_and_report
 from ..timing import markdown_table
 from .clip_pooling import METHODS
+from .frame_blocks import CONTEXTUALIZERS
 from .order_run import OrderRun, train
 from .ordered_clips import BACKGROUND_VIDEOS, MOMENT, MOMENTS_ORDER, SHORT_KINDS
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 SEEDS = (0, 1, 2)
-PLAN = [OrderRun(method, seed) for seed in SEEDS for method in METHODS]
+PLAN = [OrderRun(method, seed) for seed in SEEDS for method in (*METHODS, *CONTEXTUALIZERS)]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -20,6 +21,7 @@ from processing_evlgen import EVLGenProcessor
 from ..training_step import DEMO_VISION, encoder_fields
 from .clip_pooling import pool_clips
 from .emoji_frames import load_frames
+from .frame_blocks import CONTEXTUALIZERS, POSITIONS, FrameBlocks, mean_and_frames
 from .ordered_clips import Text, compose
 from .small_decoder import prepare_small_decoder, train_from_scratch
 
@@ -80,6 +82,8 @@ class ClipCollator:
         batch = dict(self.processor(vision_features=features, **texts))
         if "places" in rows[0]:
             batch["places"] = torch.stack([row["places"] for row in rows])  # (batch, tokens, 3)
+        if "frames" in rows[0]:
+            batch["frames"] = [row["frames"] for row in rows]  # each (its length, tokens, dim)
         return batch
 
 
@@ -87,12 +91,14 @@ def train(run: OrderRun) -> dict[str, Any]:
     """Trains a run. Returns its loss and the share of right answers of each kind in the test split."""
     clips, texts = zip(*(compose(split) for split in ("train", "test")), strict=True)
     frames = load_frames()
+    pool = mean_and_frames if run.method in CONTEXTUALIZERS else partial(pool_clips, run.method)
     splits = {
-        split: ClipTexts(texts[i], pool_clips(run.method, split, clips[i], frames[split]))
-        for i, split in enumerate(("train", "test"))
+        split: ClipTexts(texts[i], pool(split, clips[i], frames[split])) for i, split in enumerate(("train", "test"))
     }
     set_seed(run.seed)
     model, processor = build_captioner(splits)
+    if run.method in CONTEXTUALIZERS:
+        model.frame_blocks = FrameBlocks(splits["train"].pooled["frames"].frames, run.method == POSITIONS)
     collator = ClipCollator(processor)
     features = splits["train"].pooled["features"]
     sample = features[:: max(1, len(features) // WHITENING_VIDEOS)].float()
@@ -159,6 +165,8 @@ def run_model(model: EVLGenForConditionalGeneration, batch: dict[str, torch.Tens
     batch = dict(batch)
     features, places = batch.pop("vision_features"), batch.pop("places", None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        if "frames" in batch:
+            features = model.frame_blocks(batch.pop("frames"))
         image = model.project_vision_features(features, token_places=places)
         return model(**limit_logits(batch), mm_encoder_outputs={"image": image})
 
