@@ -14,7 +14,7 @@ from modeling_evlgen import EVLGenImageOutput, target_positions
 
 Encoded = dict[str, EVLGenImageOutput]  # soft prompts, by "image" or "video"
 VISION_INPUTS = ("pixel_values", "pixel_values_videos", "frame_mask", "vision_features", "image_grid_thw")
-VISION_INPUTS += ("image_budgets", "video_budgets", "frame_times")
+VISION_INPUTS += ("image_budgets", "video_budgets", "frame_times", "token_places")
 
 
 class SCSTCollator(CaptionCollator):

@@ -31,7 +31,7 @@ class EVLGenGenerationMixin(GenerationMixin):
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
         """Turns images and videos into soft prompts once, before the first step."""
-        names = ("pixel_values", "vision_features", "pixel_values_videos", "frame_mask", *_LAYOUT)
+        names = ("pixel_values", "vision_features", "token_places", "pixel_values_videos", "frame_mask", *_LAYOUT)
         given = {name: model_kwargs.pop(name, None) for name in names}
         ids = model_kwargs.pop("_prompt_ids", None)
         outputs = self._encode(ids, **given, mm_encoder_outputs=model_kwargs.get("mm_encoder_outputs"))

@@ -54,15 +54,20 @@ def check_vision_features(vision_features: torch.Tensor, config: EVLGenConfig) -
         )
 
 
-def check_token_places(token_places: torch.Tensor, vision_features: torch.Tensor) -> None:
+def check_token_places(
+    token_places: torch.Tensor, vision_features: torch.Tensor, grids: list[tuple[int, int]]
+) -> None:
     """
     Raises:
-        ValueError: If `token_places` is no tensor of shape `(videos, num_vision_tokens, 3)`.
+        ValueError: If `token_places` is no tensor of shape `(videos, num_vision_tokens, 3)`, or a grid has several
+            tiles.
     """
     expected = (*vision_features.shape[:2], 3)
     if not torch.is_tensor(token_places) or tuple(token_places.shape) != expected:
         given = tuple(token_places.shape) if torch.is_tensor(token_places) else type(token_places).__name__
         raise ValueError(f"`token_places` must be a tensor of shape {expected}, but is {given}.")
+    if len(grids) != len(vision_features):
+        raise ValueError("`token_places` is for merged videos, but `image_grid_thw` has images of several tiles.")
 
 
 def check_length(length: int, cache: Any, config: EVLGenConfig) -> None:

@@ -179,13 +179,14 @@ class MediaFeaturesMixin:
                 For merged videos: seconds, row and column of each token. By default the tokens are those of an image.
 
         Raises:
-            ValueError: If `vision_features` or `token_places` has another shape, or grids or budgets do not fit.
+            ValueError: If `vision_features` or `token_places` has another shape, or grids or budgets do not fit. If
+                `token_places` are given for images of several tiles.
         """
         grids = read_grids(image_grid_thw, len(vision_features))
         budgets = read_budgets("image", image_budgets, len(grids), None, self.config)
         tokens = self._normalize(vision_features)  # (tiles, num_vision_tokens, vision_hidden_size)
         if token_places is not None:
-            check_token_places(token_places, vision_features)
+            check_token_places(token_places, vision_features, grids)
         tokens = self.vision_projection(tokens)  # (tiles, num_vision_tokens, connector_dim)
         if self.time_embedding is not None:  # zero for images, so that under DDP each batch has its gradient
             times = tokens.new_zeros(1, 1) if token_places is None else token_places[..., 0]
@@ -227,6 +228,7 @@ class MediaFeaturesMixin:
         image_budgets: torch.LongTensor | list[int] | None = None,
         video_budgets: torch.LongTensor | list[int] | None = None,
         frame_times: torch.Tensor | None = None,
+        token_places: torch.Tensor | None = None,
     ) -> Encoded:
         """The soft prompts of the images and of the videos, if there are any, each from the one argument given."""
         image, video = (mm_encoder_outputs or {}).get("image"), (mm_encoder_outputs or {}).get("video")
@@ -237,6 +239,8 @@ class MediaFeaturesMixin:
         for name, tensor in (("frame_mask", frame_mask), ("frame_times", frame_times)):
             if tensor is not None and pixel_values_videos is None and video is None:
                 raise ValueError(f"`{name}` is for videos, but there are none.")
+        if token_places is not None and vision_features is None:
+            raise ValueError("`token_places` is for `vision_features`, but there are none.")
         images, config = pixel_values if vision_features is None else vision_features, self.config
         if images is not None:
             mask = None if input_ids is None else input_ids == config.image_token_id
@@ -248,7 +252,7 @@ class MediaFeaturesMixin:
             if vision_features is None:
                 image = self.get_image_features(pixel_values, **tiles, return_dict=True)
             else:
-                image = self.project_vision_features(vision_features, **tiles)
+                image = self.project_vision_features(vision_features, **tiles, token_places=token_places)
         if pixel_values_videos is not None:
             mask = None if input_ids is None else input_ids == config.video_token_id
             budgets = read_budgets("video", video_budgets, len(pixel_values_videos), mask, config)

@@ -131,6 +131,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, MediaFeaturesMixin, P
         image_budgets: torch.LongTensor | list[int] | None = None,
         video_budgets: torch.LongTensor | list[int] | None = None,
         frame_times: torch.Tensor | None = None,
+        token_places: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> EVLGenModelOutputWithPast:
         """
@@ -146,7 +147,8 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, MediaFeaturesMixin, P
             frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
                 False for the frames that pad a short video.
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
-                Features of the images from [`get_vision_features`], instead of `pixel_values`.
+                Features of the images from [`get_vision_features`], instead of `pixel_values`. Features of videos take
+                the placeholders of images.
             inputs_embeds (`torch.Tensor` of shape `(batch, sequence, text_dim)`, *optional*):
                 Embedded text, instead of `input_ids`. Beside images or videos it holds the embeddings of their
                 placeholders, whose ids must lie inside the embedding.
@@ -162,6 +164,9 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, MediaFeaturesMixin, P
             frame_times (`torch.Tensor` of shape `(videos, frames)`, *optional*):
                 Seconds of each frame, counted from anywhere, for `config.video_mode` "merge". By default a frame has
                 one second.
+            token_places (`torch.FloatTensor` of shape `(videos, num_vision_tokens, 3)`, *optional*):
+                If `vision_features` are those of merged videos: seconds since the first frame, row and column of each
+                token, as [`get_video_features`] returns them.
             kwargs: Arguments of the language model (`cache`, `use_cache` …).
 
         Raises:
@@ -179,6 +184,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, MediaFeaturesMixin, P
             image_budgets=image_budgets,
             video_budgets=video_budgets,
             frame_times=frame_times,
+            token_places=token_places,
         )
         inputs = self._prepare_inputs(input_ids, inputs_embeds, encoded, position_ids, kwargs)
         outputs = self.get_decoder()(attention_mask=attention_mask, return_dict=True, **inputs)
@@ -253,13 +259,14 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
         image_budgets: torch.LongTensor | list[int] | None = None,
         video_budgets: torch.LongTensor | list[int] | None = None,
         frame_times: torch.Tensor | None = None,
+        token_places: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> EVLGenCausalLMOutputWithPast:
         """
         Args:
             input_ids, attention_mask, pixel_values, pixel_values_videos, frame_mask, vision_features, inputs_embeds,
-            position_ids, mm_encoder_outputs, image_grid_thw, image_budgets, video_budgets, frame_times:
+            position_ids, mm_encoder_outputs, image_grid_thw, image_budgets, video_budgets, frame_times, token_places:
                 As in [`EVLGenModel.forward`].
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 `input_ids` where the model learns to predict them, -100 elsewhere. They are shifted inside.
@@ -287,6 +294,7 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
             image_budgets=image_budgets,
             video_budgets=video_budgets,
             frame_times=frame_times,
+            token_places=token_places,
         )
         inputs = self._prepare_inputs(input_ids, inputs_embeds, encoded, position_ids, kwargs)
         keeps_all = "logits_to_keep" not in self._text_arguments

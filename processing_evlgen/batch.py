@@ -27,11 +27,11 @@ class EVLGenBatch(BatchFeature):
         super().__setitem__(name, value)
 
     def to(self, *args: Any, **kwargs: Any) -> "EVLGenBatch":
-        """As `BatchFeature.to`, but `frame_times` stay float32. In bfloat16, 300 and 301 seconds would be one time."""
-        times = self.get("frame_times")
+        """As `BatchFeature.to`, but times stay float32. In bfloat16, 300 and 301 seconds would be one time."""
+        kept = {name: self[name] for name in ("frame_times", "token_places") if torch.is_tensor(self.get(name))}
         super().to(*args, **kwargs)
-        if torch.is_tensor(times):
-            self["frame_times"] = times.to(self["frame_times"].device)
+        for name, tensor in kept.items():
+            self[name] = tensor.to(self[name].device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -265,6 +265,45 @@ def test_bad_places_of_tokens_are_named():
 
 
 @pytest.mark.attack
+def test_places_of_tokens_need_their_features():
+    model = merging_model()
+    ids, places = torch.full((1, 11), model.config.image_token_id), torch.zeros(1, 17, 3)
+    for run in (model, model.generate):
+        with pytest.raises(ValueError, match="`token_places` is for `vision_features`, but there are none"):
+            run(input_ids=ids, token_places=places)
+        with pytest.raises(
+            ValueError, match=r"`token_places` must be a tensor of shape \(1, 17, 3\), but is \(1, 3\)"
+        ):
+            run(input_ids=ids, vision_features=torch.zeros(1, 17, 16), token_places=places[:, 0])
+    features, grids = torch.zeros(2, 17, 16), torch.tensor([[1, 1, 2]])
+    with pytest.raises(ValueError, match="`token_places` is for merged videos, but `image_grid_thw` has images of"):
+        model.project_vision_features(features, grids, token_places=places.repeat(2, 1, 1))
+
+
+def test_places_stay_exact_where_a_batch_is_cast():
+    model = merging_model()
+    batch = tiny_processor(model)(vision_features=torch.zeros(1, 17, 16))
+    batch["token_places"] = torch.full((1, 17, 3), 300.7)
+    assert torch.equal(batch.to(torch.bfloat16)["token_places"], torch.full((1, 17, 3), 300.7))
+
+
+@torch.no_grad()
+def test_features_with_their_places_give_what_their_video_gives():
+    model = merging_model().eval()
+    processor = tiny_processor(model)
+    videos = processor(videos=[noise_images(3), noise_images(5)], suffix=["a cat", "a dog"])
+    plain = model(**videos)
+    features, places = plain.video_outputs.last_hidden_state, plain.video_outputs.token_places
+    stored = processor(vision_features=features, suffix=["a cat", "a dog"])
+    torch.testing.assert_close(model(**stored, token_places=places).loss, plain.loss)
+    assert not torch.allclose(model(**stored).loss, plain.loss)  # places count
+    prompts, images = processor(videos=[noise_images(3)] * 2), processor(vision_features=features[:1].repeat(2, 1, 1))
+    words = model.generate(**prompts, num_beams=2, max_new_tokens=5)[:, -5:]
+    places = places[:1].repeat(2, 1, 1)
+    assert torch.equal(model.generate(**images, token_places=places, num_beams=2, max_new_tokens=5)[:, -5:], words)
+
+
+@pytest.mark.attack
 @pytest.mark.parametrize("name", ["frame_times", "frame_mask"])
 def test_times_and_masks_without_videos_are_named(name):
     model = merging_model()

@@ -81,7 +81,7 @@ class ClipCollator:
         features = torch.stack([row["features"] for row in rows]).float()  # (batch, tokens, dim)
         batch = dict(self.processor(vision_features=features, **texts))
         if "places" in rows[0]:
-            batch["places"] = torch.stack([row["places"] for row in rows])  # (batch, tokens, 3)
+            batch["token_places"] = torch.stack([row["places"] for row in rows])  # (batch, tokens, 3)
         if "frames" in rows[0]:
             batch["frames"] = [row["frames"] for row in rows]  # each (its length, tokens, dim)
         return batch
@@ -162,13 +162,11 @@ def optimize(model: EVLGenForConditionalGeneration, batches: Iterator[dict[str, 
 
 def run_model(model: EVLGenForConditionalGeneration, batch: dict[str, torch.Tensor]) -> Any:
     """The model's output for a batch of [`ClipCollator`], in bfloat16. Logits are those of the answers' positions."""
-    batch = dict(batch)
-    features, places = batch.pop("vision_features"), batch.pop("places", None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         if "frames" in batch:
-            features = model.frame_blocks(batch.pop("frames"))
-        image = model.project_vision_features(features, token_places=places)
-        return model(**limit_logits(batch), mm_encoder_outputs={"image": image})
+            batch = dict(batch)
+            batch["vision_features"] = model.frame_blocks(batch.pop("frames"))
+        return model(**limit_logits(batch))
 
 
 @torch.no_grad()
