@@ -49,7 +49,7 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
     assert by_method[ALL_TOKENS]["held_out"].keys() == {"36"}
     assert results[-2]["held_out"].keys() == {"4"} and results[-1]["held_out"].keys() == {"4", "9"}
     printed = capsys.readouterr().out
-    assert all(f"| {method} | 1 |" in printed for method in TRAINED) and "96 pixels, textured, stamps, 1" in printed
+    assert all(f"| {method} | 1 |" in printed for method in TRAINED) and "96 pixels, stamps, textured, 1" in printed
     assert crowded.CURVES.stat().st_size > 0
 
     monkeypatch.setattr(crowded, "train", pytest.fail)  # a finished run is not trained again

@@ -50,12 +50,22 @@ class BudgetRun:
     seed: int = 0
     budget: int | None = None  # None: each batch draws one of all budgets
     steps: int = 600
+    learning_rate: float = 1e-3  # the demo's
     stamps: bool = False  # of Tux Paint, in place of OpenMoji's drawings
 
     @property
     def name(self) -> str:
         scenes = ("textured" if self.textured else "plain") + (".stamps" if self.stamps else "")
-        return f"{self.method}.{self.size}.{scenes}.budget-{self.budget or 'any'}.seed{self.seed}.{self.steps}"
+        rate = "" if self.learning_rate == 1e-3 else f".lr{self.learning_rate:g}"
+        return f"{self.method}.{self.size}.{scenes}.budget-{self.budget or 'any'}.seed{self.seed}.{self.steps}{rate}"
+
+    @property
+    def setting(self) -> str:
+        """The scenes and the training, which runs share if their figures are compared."""
+        drawings = "stamps" if self.stamps else "OpenMoji"
+        background = "textured" if self.textured else "plain"
+        training = f"{self.steps} steps, learning rate {self.learning_rate:g}"
+        return f"{self.size} x {self.size} pixels, {drawings}, {background}, {training}"
 
     @property
     def view_size(self) -> int:
@@ -134,7 +144,7 @@ def fit(
     trained = [weight for module in (model, reader) for weight in module.parameters() if weight.requires_grad]
     matrices = {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": 0.05}
     vectors = {"params": [weight for weight in trained if weight.ndim < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([matrices, vectors], lr=1e-3)
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=run.learning_rate)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 50, run.steps, min_lr_rate=0.03)
     draw, order, losses = random.Random(run.seed), [], []
     progress = tqdm(range(run.steps), run.name, unit="step")
