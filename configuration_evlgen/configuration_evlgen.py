@@ -227,11 +227,26 @@ class EVLGenConfig(CheckedConfig):
             raise ValueError(
                 '`video_mode` must be "mean" with `connector_config.pool_size`: merged tokens form no grid to pool.'
             )
+        self.check_square_grid('`video_mode` "merge"')
+
+    def check_square_grid(self, name: str) -> None:
+        """Checks that the patches of the vision tower form a square. `name` is what needs it, for the error.
+
+        The configuration of a vision transformer states its grid. Of other towers, and of timm's, only the number of
+        patches is known.
+
+        Raises:
+            ValueError: If the grid is not square, or the number of patches is no square number.
+        """
         patches = self.num_vision_tokens - int(self.connector_config.class_token)
-        if math.isqrt(patches) ** 2 != patches:
+        shown, is_square = str(patches), math.isqrt(patches) ** 2 == patches
+        if self.vision_config.model_type in _CLASS_TOKEN:
+            rows, columns = _patch_grid(self.vision_config)
+            if rows * columns == patches:  # otherwise the images have another size than the configuration's
+                shown, is_square = f"{rows} x {columns}", rows == columns
+        if not is_square:
             raise ValueError(
-                '`video_mode` "merge" needs a vision tower with a square grid of patches, but this one gives '
-                f"{patches} patches."
+                f"{name} needs a vision tower with a square grid of patches, but this one gives {shown} patches."
             )
 
     def _check_placeholders(self) -> None:
@@ -291,9 +306,14 @@ def _num_vision_tokens(vision_config: PreTrainedConfig) -> int | None:
             "`vision_config` must have an `image_size` and a `patch_size` of at least 1, but has "
             f"{sizes[0]} and {sizes[1]}."
         )
-    (height, width), (patch_height, patch_width) = map(_pair, sizes)
     prefix = int(_CLASS_TOKEN[vision_config.model_type]) + getattr(vision_config, "num_register_tokens", 0)
-    return (height // patch_height) * (width // patch_width) + prefix
+    return math.prod(_patch_grid(vision_config)) + prefix
+
+
+def _patch_grid(vision_config: PreTrainedConfig) -> tuple[int, int]:
+    """Returns the rows and columns of patches of an image of the configuration's size."""
+    (height, width), (patch_height, patch_width) = _pair(vision_config.image_size), _pair(vision_config.patch_size)
+    return height // patch_height, width // patch_width
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -184,6 +184,8 @@ class MediaFeaturesMixin:
         """
         grids = read_grids(image_grid_thw, len(vision_features))
         budgets = read_budgets("image", image_budgets, len(grids), None, self.config)
+        if len(grids) != len(vision_features):
+            self.config.check_square_grid("`image_grid_thw` with several tiles")
         tokens = self._normalize(vision_features)  # (tiles, num_vision_tokens, vision_hidden_size)
         if token_places is not None:
             check_token_places(token_places, vision_features, grids)

@@ -85,22 +85,16 @@ def join_tiles(tokens: torch.Tensor, grid: Grid, class_token: bool) -> torch.Ten
     """Puts the patches of an image's tiles in rows over the whole image. The class token is the mean of the tiles'.
 
     Args:
-        tokens (`torch.Tensor` of shape `(images, tiles, tokens, dim)`): Tokens of each tile, the tiles row by row.
+        tokens (`torch.Tensor` of shape `(images, tiles, tokens, dim)`):
+            Tokens of each tile, the tiles row by row. The patches of a tile are a square grid.
         grid (`tuple[int, int]`): Rows and columns of tiles.
         class_token (`bool`): Whether token 0 of each tile is a class token.
 
     Returns:
         `torch.Tensor` of shape `(images, class_token + tiles * patches, dim)`.
-
-    Raises:
-        ValueError: If a tile's patches are no square grid.
     """
     prefix, patches = tokens[:, :, : int(class_token)], tokens[:, :, int(class_token) :]
     side = math.isqrt(patches.shape[2])
-    if side**2 != patches.shape[2]:
-        raise ValueError(
-            f"Tiles need a vision tower with a square grid of patches, but this one gives {patches.shape[2]} patches."
-        )
     patches = patches.unflatten(2, (side, side)).unflatten(1, grid)  # (images, rows, columns, side, side, dim)
     patches = patches.transpose(2, 3).flatten(1, 4)  # (images, rows * side * columns * side, dim)
     return torch.cat([prefix.mean(dim=1), patches], dim=1)

@@ -216,3 +216,13 @@ def test_means_of_a_grid_need_a_square_number():
     config = PEERS["pooled"]
     with pytest.raises(ValueError, match="`num_output_tokens` must be a square, but is 5"):
         config.check_budget(5, 16)
+
+
+@pytest.mark.parametrize(("size", "shown"), [((32, 72), "4 x 9"), ((32, 24), "4 x 3")])
+def test_tiles_of_a_grid_that_is_not_square_are_named(size, shown):
+    vision = {"model_type": "vit", "image_size": size, "patch_size": 8, "hidden_size": 16}
+    with torch.device("meta"):
+        model = EVLGenForConditionalGeneration(EVLGenConfig(vision_config=vision))
+    features = torch.zeros(2, model.config.num_vision_tokens, 16, device="meta")
+    with pytest.raises(ValueError, match=f"`image_grid_thw` with several tiles needs .*, but this one gives {shown}"):
+        model.project_vision_features(features, torch.tensor([[1, 1, 2]]))

@@ -390,6 +390,10 @@ def test_mean_is_the_default_and_has_no_further_weights():
             {"video_mode": "merge", "connector_config": {"class_token": False}},
             "needs a vision tower with a square grid of patches, but this one gives 257 patches",
         ),
+        (
+            {"video_mode": "merge", "vision_config": {"model_type": "vit", "image_size": [32, 72], "patch_size": 8}},
+            "needs a vision tower with a square grid of patches, but this one gives 4 x 9 patches",
+        ),
     ],
 )
 def test_modes_that_cannot_work_are_refused(fields, message):
