@@ -2,7 +2,7 @@
 
     python -m benchmarks.video_order
 
-trains all runs below and prints their tables. A run takes about 6 minutes on one core, or 30 with a contextualizer.
+trains all runs below and prints their tables. A run takes about 6 minutes on one core, or 23 with a contextualizer.
 The first run of a method also pools all videos, and merging them takes 10 minutes more. Each finished run is a line of
 `benchmarks/video_order/results.jsonl`. A command that was stopped continues with the next run. Two commands side by
 side share the runs. `--report` prints the tables alone.
