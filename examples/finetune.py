@@ -72,10 +72,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     checkpoint = find_checkpoint(training_args)
 
     with training_args.main_process_first(desc="preparing model and data"):
+        processor = load_trainable(model_args.model, "model", EVLGenProcessor.from_pretrained)
+        data_args.complete_frames(processor)
         splits = load_datasets(data_args, training_args.seed)
         quantization = quantization_config(model_args.text_quantization)
         model = load_trainable(model_args.model, quantization_config=quantization)
-        processor = EVLGenProcessor.from_pretrained(model_args.model)
         allow_token_range(model, processor, model_args.image_token_range)
         model.to(training_args.device)
         train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)

@@ -23,6 +23,7 @@ from transformers.hf_argparser import HfArg
 from common.command_line import parse_arguments
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
+from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.demo.emoji_videos import EMOJI_VIDEOS, load_emoji_videos
 from common.evaluation.evaluation_arguments import GenerationArguments
@@ -65,7 +66,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with training_args.main_process_first(desc="preparing model and data"):
         if data_args.dataset == EMOJI_VIDEOS:
             data_args.dataset = str(load_emoji_videos())
-        train_dataset, eval_dataset = load_datasets(data_args, training_args.seed)
+        processor = load_trainable(model_args.image_model, "image_model", EVLGenProcessor.from_pretrained)
+        data_args.complete_frames(processor)
+        splits = load_datasets(data_args, training_args.seed)
         load, fields = EVLGenForConditionalGeneration.from_pretrained, {}
         if model_args.temporal_contextualizer:
             load = EVLGenForConditionalGeneration.from_image_model
@@ -74,8 +77,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if model_args.video_mode is not None:
             fields["video_mode"] = model_args.video_mode
         model = load_trainable(model_args.image_model, "image_model", load, **fields)
-        processor = EVLGenProcessor.from_pretrained(model_args.image_model)
-        processor.num_frames, processor.fps = data_args.num_frames, data_args.fps
+        model.to(training_args.device)
+        train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
 
     trainer = EVLGenTrainer(
         model=model,

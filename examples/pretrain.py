@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with training_args.main_process_first(desc="preparing models and data"):
         splits = load_datasets(data_args, training_args.seed)
         model, processor = build_model(model_args, processor_args)
+        data_args.complete_frames(processor)
         model.generation_config.max_new_tokens = generation_args.max_new_tokens
         model.to(training_args.device)
         train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)

@@ -58,11 +58,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     checkpoint = find_checkpoint(training_args)
 
     with training_args.main_process_first(desc="preparing model and data"):
+        processor = load_trainable(scst_args.model, "model", EVLGenProcessor.from_pretrained)
+        data_args.complete_frames(processor)
         splits = load_datasets(data_args, training_args.seed)
         reward = load_reward(splits[0], data_args)
         model = load_trainable(scst_args.model)
         model.to(training_args.device)
-        processor = EVLGenProcessor.from_pretrained(scst_args.model)
         train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
 
     trainer = SCSTTrainer(

@@ -3,12 +3,15 @@
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import finetune_video
 import pytest
 import torch
 import train_scst
+from huggingface_hub import constants
 
+from common.data import rows
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -42,6 +45,7 @@ def arguments(work, output, **changes):
         "dataset": work / "videos",
         "video_column": "video",
         "temporal_contextualizer": True,
+        "cache_features": False,
         "max_steps": 3,
         "per_device_train_batch_size": 2,
         "bf16": False,
@@ -93,6 +97,43 @@ def test_an_image_model_learns_merged_videos_with_their_times(work, tmp_path, mo
     assert EVLGenForConditionalGeneration.from_pretrained(tmp_path / "again").config.video_mode == "merge"
 
 
+def test_the_frames_are_those_of_the_model_and_cached_ones_train_without_the_tower(work, tmp_path, monkeypatch):
+    shutil.copytree(work / "image", tmp_path / "image")
+    processor = EVLGenProcessor.from_pretrained(tmp_path / "image")
+    processor.fps = 5.0
+    processor.save_pretrained(tmp_path / "image")
+    (tmp_path / "recipe.yaml").write_text("video_mode: merge\n")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
+    chosen, load = [], rows.load_rgb_frames
+    monkeypatch.setattr(
+        rows, "load_rgb_frames", lambda *args, **choice: chosen.append(choice) or load(*args, **choice)
+    )
+    changes = {"image_model": tmp_path / "image", "config": tmp_path / "recipe.yaml"}
+    changes |= {"temporal_contextualizer": False, "cache_features": True}
+    first = finetune_video.main(arguments(work, tmp_path / "model", **changes))
+    assert {choice.get("fps") for choice in chosen} == {5.0} and not any("num_frames" in choice for choice in chosen)
+
+    monkeypatch.setattr(EVLGenForConditionalGeneration, "_run_tower", lambda *_: pytest.fail("the tower ran"))
+    assert finetune_video.main(arguments(work, tmp_path / "again", **changes)) == first
+    monkeypatch.setattr(
+        train_scst,
+        "load_reward",
+        lambda *_: SimpleNamespace(score=lambda texts, _: [float(len(text)) for text in texts]),
+    )
+    options = {
+        "model": tmp_path / "model",
+        "dataset": work / "videos",
+        "video_column": "video",
+        "cache_features": True,
+        "max_steps": 1,
+        "max_new_tokens": 4,
+        "bf16": False,
+        "output_dir": tmp_path / "scst",
+    }
+    train_scst.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    assert EVLGenProcessor.from_pretrained(tmp_path / "scst").fps == 5.0
+
+
 def test_a_broken_video_is_named_or_skipped(work, tmp_path, capsys):
     shutil.copytree(work / "videos", tmp_path / "videos")
     (tmp_path / "videos" / "train" / "1.mp4").write_bytes(b"no video")
@@ -132,7 +173,8 @@ def test_the_papers_video_recipes_run(work, tmp_path):
         ({"num_frames": 1000}, "`num_frames` must be at most 512, but is 1000"),
         ({"fps": 0}, "`fps` must be a number above 0, but is 0.0"),
         ({"image_model": "/nowhere"}, "`image_model`='/nowhere' cannot be loaded"),
-        ({"cache_features": True}, "`cache_features` keeps views of an image, so it cannot be set for videos"),
+        ({"num_frames": 4, "fps": 5}, r"Only one of `num_frames` and `fps` can be given, but they are 4 and 5\.0"),
+        ({"cache_features": True}, "the `temporal_contextualizer` is trained inside the vision tower"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):

@@ -14,6 +14,8 @@ from transformers import HfArgumentParser
 def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path | None = None) -> tuple[Any, ...]:
     """Reads the YAML file given by `--config`, or `recipe`, and the command line, which overrides it.
 
+    `--fps` overrides the file's `num_frames` as well, and the other way round: only one of them can be given.
+
     Args:
         dataclass_types: What to fill.
         argv: The command line without the program's name; None for the process's.
@@ -36,6 +38,8 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise ValueError(f"{path.config} holds unknown arguments: {', '.join(unknown)}.")
+    if any(option.partition("=")[0] in ("--num_frames", "--fps") for option in argv):
+        settings = {name: value for name, value in settings.items() if name not in ("num_frames", "fps")}
     parser.set_defaults(**settings)
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     parsed = tuple(parsed[: len(dataclass_types)])

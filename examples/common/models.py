@@ -98,8 +98,11 @@ def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in fields.items() if name not in omitted}, "model_type": model_type}
 
 
-def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
-    """Loads a model by `load(name_or_path, **kwargs)`. A missing one raises a ValueError that names `argument`."""
+def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> Any:
+    """Loads a model or its processor by `load(name_or_path, **kwargs)`.
+
+    A missing one raises a ValueError that names `argument`.
+    """
     try:
         return load(name_or_path, **kwargs)
     except OSError as error:
@@ -112,10 +115,13 @@ def load_trainable(
     argument: str = "model",
     load: Callable = EVLGenForConditionalGeneration.from_pretrained,
     **kwargs: Any,
-) -> EVLGenForConditionalGeneration:
-    """Loads a trained model to train it further. An adapter would neither be trained nor saved, so it is refused."""
+) -> Any:
+    """Loads a trained model, or its processor, to train it further.
 
-    def load_unless_adapter(name_or_path: str, **kwargs: Any) -> EVLGenForConditionalGeneration:
+    An adapter would neither be trained nor saved, so it is refused.
+    """
+
+    def load_unless_adapter(name_or_path: str, **kwargs: Any) -> Any:
         if find_adapter_config_file(name_or_path) is not None:  # an OSError for a missing repository
             raise ValueError(
                 f"`{argument}`={name_or_path!r} is an adapter. Merge it into its model first: "

@@ -63,12 +63,14 @@ class CaptionCollator:
         return self.encode(self.read_examples(rows), with_labels=False)
 
     def read_examples(self, rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], Any]]:
-        """The good rows, each with its media: image(s), frames, or cached features.
+        """The good rows, each with its media: image(s), frames, or cached features by their names in the row.
 
-        Features have shape `(tokens, dim)`, or `(rows of tiles, columns of tiles, tokens, dim)`.
+        Features have shape `(tokens, dim)`, or `(rows of tiles, columns of tiles, tokens, dim)`. Merged videos have
+        `token_places` as well, of shape `(tokens, 3)`.
         """
         if "vision_features" in rows[0]:  # of all views, on disk
-            return [(row, row["vision_features"][self.epoch % len(row["vision_features"])]) for row in rows]
+            names = [name for name in ("vision_features", "token_places") if name in rows[0]]
+            return [(row, {name: row[name][self.epoch % len(row[name])] for name in names}) for row in rows]
         examples = [(row, self.read(row)) for row in rows]
         examples = [(row, media) for row, media in examples if media is not None]
         if not examples:
@@ -140,18 +142,34 @@ class CaptionCollator:
             inputs["messages"] = [row[self.data_args.messages_column] for row in rows]
         else:
             inputs |= {"text": self._prompts(rows), "suffix": [self._caption(row) for row in rows]}
+        if self.data_args.video_column and "vision_features" in inputs:
+            inputs |= {name: self._place_images(inputs[name]) for name in ("text", "messages") if name in inputs}
         batch = self.processor(**inputs)
+        if "token_places" in rows[0]:
+            batch["token_places"] = torch.from_numpy(np.stack([cached["token_places"] for cached in media]))
         if budget is not None:  # a compiled model does not count placeholders
-            kind = "video" if self.data_args.video_column else "image"
+            kind = "video" if "videos" in inputs else "image"
             batch[f"{kind}_budgets"] = [budget] * (len(media) if kind == "video" else sum(map(count_images, media)))
         return batch
 
+    def _place_images(self, value: Any) -> Any:
+        """A text or conversations with placeholders of images in place of videos. Cached features take these."""
+        if isinstance(value, str):
+            return value.replace(self.processor.video_token, self.processor.image_token)
+        if isinstance(value, list):
+            return [self._place_images(entry) for entry in value]
+        if isinstance(value, dict):
+            placed = {name: self._place_images(entry) for name, entry in value.items()}
+            return {**placed, "type": "image"} if value.get("type") == "video" else placed
+        return value
+
     def _media_inputs(self, media: list[Any]) -> dict[str, Any]:
-        if isinstance(media[0], np.ndarray):  # cached features
-            tiles = [features.reshape(-1, *features.shape[-2:]) for features in media]  # (tiles, tokens, dim) each
+        if isinstance(media[0], dict):  # cached features
+            images = [cached["vision_features"] for cached in media]
+            tiles = [features.reshape(-1, *features.shape[-2:]) for features in images]  # (tiles, tokens, dim) each
             inputs = {"vision_features": torch.from_numpy(np.concatenate(tiles)).float()}
-            if media[0].ndim == 4:
-                inputs["image_grid_thw"] = torch.tensor([(1, *features.shape[:2]) for features in media])
+            if images[0].ndim == 4:
+                inputs["image_grid_thw"] = torch.tensor([(1, *features.shape[:2]) for features in images])
             return inputs
         if self.data_args.video_column:
             return {"videos": media, "do_sample_frames": False}

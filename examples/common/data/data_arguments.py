@@ -23,23 +23,23 @@ class FrameArguments:
     def __post_init__(self) -> None:
         if self.num_frames is not None:
             check_count("num_frames", self.num_frames, 1)
-        FrameChoice(**self.frames)  # raises out of range
+        FrameChoice(num_frames=self.num_frames, fps=self.fps)  # raises out of range, or if both are given
 
     @property
-    def frames(self) -> dict[str, float | None]:
-        """Which frames of a video are read, as arguments of `load_rgb_frames`."""
-        return {"num_frames": self.num_frames} if self.fps is None else {"fps": self.fps}
+    def frames(self) -> dict[str, float]:
+        """Which frames of a video are read, as arguments of `load_rgb_frames`. By default 4, as a new processor's."""
+        return {"num_frames": self.num_frames or 4} if self.fps is None else {"fps": self.fps}
 
     def complete_frames(self, processor: EVLGenProcessor) -> None:
-        """Takes over the processor's choice of frames, if none is given."""
+        """Takes over the processor's choice of frames, if none is given. A given one becomes the processor's."""
         if self.num_frames is None and self.fps is None:
             self.fps = processor.fps
             self.num_frames = processor.num_frames if processor.fps is None else None
+        processor.fps, processor.num_frames = self.fps, self.num_frames or processor.num_frames
 
 
 @dataclass
 class DataArguments(FrameArguments):
-    num_frames: int | None = HfArg(default=4, help="Frames taken from each video, at most 512.")
     dataset: str | None = HfArg(
         default=None,
         help="openmoji-scenes, crowded-scenes, crowded-stamps, easy-vqa, or what `datasets.load_dataset` takes: a "
@@ -78,7 +78,10 @@ class DataArguments(FrameArguments):
     cache_features: bool = HfArg(
         default=False, help="Run the frozen vision tower over the data once; keep its features on disk."
     )
-    cached_views: int | None = HfArg(default=None, help="Crops and flips of each training image to keep in the cache.")
+    cached_views: int | None = HfArg(
+        default=None,
+        help="How many crops, flips and choices of num_frames of each training image or video to keep in the cache.",
+    )
     max_pixels: int = HfArg(
         default=MAX_PIXELS, help="Largest width times height of an image or frame; larger ones are bad."
     )
@@ -92,6 +95,12 @@ class DataArguments(FrameArguments):
         for name in ("max_train_samples", "max_test_samples"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1)
+
+    @property
+    def draws_views(self) -> bool:
+        """Whether training draws crops, flips or frames, so that an image or a video is another one in each epoch."""
+        draws_frames = self.video_column is not None and self.fps is None
+        return self.crop_scale is not None or self.horizontal_flip or draws_frames
 
     @property
     def used_columns(self) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 `Dataset.map` would start again at the first row after a kill, and would write float16 arrays as lists of Arrow, which
 are slow to read. So the features of all rows lie in one NumPy file, with the number of finished rows beside it. With a
 `processor.max_tiles` above 1, images differ in their number of tiles. Then the grids of all images are measured first,
-into a small NumPy file, and the features of all tiles follow each other.
+into a small NumPy file, and the features of all tiles follow each other. Merged videos have a second file, with the
+places of their tokens.
 """
 
 import hashlib
@@ -30,24 +31,32 @@ from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.cut_tiles import cut_tiles, tile_size
 from processing_evlgen.inputs import flatten_images
+from processing_evlgen.videos import VideoFrames
 
 logger = logging.get_logger(__name__)
 
 
 class FeatureDataset(torch.utils.data.Dataset):
-    """Good rows of a data set, with `vision_features` from a file in place of the image.
+    """Good rows of a data set, with `vision_features` from a file in place of the image or video.
 
     They have shape (views, tokens, dim). With `grids`, they are a list with an entry for each view, of shape
-    (rows of tiles, columns of tiles, tokens, dim).
+    (rows of tiles, columns of tiles, tokens, dim). Merged videos have `token_places` as well, (views, tokens, 3).
     """
 
     def __init__(
-        self, images: Dataset, path: Path, rows: list[int], image_column: str, grids: np.ndarray | None = None
+        self,
+        images: Dataset,
+        path: Path,
+        rows: list[int],
+        image_column: str,
+        grids: np.ndarray | None = None,
+        has_places: bool = False,
     ):
         self.images = images if len(rows) == len(images) else images.select(rows)
         self.texts = self.images.remove_columns(image_column)
         self.path = path
         self.features = _open(path)
+        self.places = _open(_places_path(path)) if has_places else None
         self.rows = rows
         self.grids = grids  # (rows, views, 2)
         self.starts = None if grids is None else _first_tiles(grids)
@@ -58,6 +67,8 @@ class FeatureDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
         features = self.features  # not read from disk yet
+        if self.places is not None:
+            return {**self.texts[index], "vision_features": features[row], "token_places": self.places[row]}
         if self.grids is None:
             return {**self.texts[index], "vision_features": features[row]}
         views = [
@@ -67,11 +78,12 @@ class FeatureDataset(torch.utils.data.Dataset):
         return {**self.texts[index], "vision_features": views}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker gets a pickled copy. It opens the file itself, and needs no images.
-        return {**vars(self), "features": None, "images": None}
+        # A worker gets a pickled copy. It opens the files itself, and needs no images.
+        return {**vars(self), "features": None, "places": self.places is not None, "images": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, features=_open(state["path"]))
+        path = state["path"]
+        vars(self).update(state, features=_open(path), places=_open(_places_path(path)) if state["places"] else None)
 
 
 def cache_features(
@@ -82,13 +94,21 @@ def cache_features(
     data_args: DataArguments,
     seed: int,
 ) -> tuple[Any, Any]:
-    """Runs the vision tower over both splits; over `cached_views` crops and flips of each training image.
+    """Runs the vision tower over both splits; over `cached_views` crops, flips and choices of frames in training.
 
     The views are those that the first epochs would draw without a cache. Without `cache_features` the splits are
     returned as they are.
+
+    Raises:
+        ValueError: If the model has a temporal contextualizer.
     """
     if not data_args.cache_features:
         return train, test
+    if model.temporal is not None:
+        raise ValueError(
+            "`cache_features` needs features that training does not change, but the `temporal_contextualizer` is "
+            "trained inside the vision tower."
+        )
     views = CaptionCollator(processor, data_args, training=True, seed=seed)
     train = cache_split(model, train, views, data_args.cached_views or 1)
     if test is None:
@@ -106,8 +126,9 @@ def cache_split(
     """Runs the vision tower over a split, or finds its features on disk.
 
     The features lie in `$HF_HOME/evlgen_features`. Each tower (weights included), image processor, augmentation, data
-    set and `max_tiles` has a file of its own. A run that was killed goes on where it stopped. A damaged file is
-    computed again. `views` opens an image, and gives another view of it in each `epoch`.
+    set and `max_tiles` has a file of its own, and for videos each choice of frames and `video_mode`. A run that was
+    killed goes on where it stopped. A damaged file is computed again. `views` opens an image or a video, and gives
+    another view of it in each `epoch`.
 
     Raises:
         ValueError: If a row is bad and not to be skipped, or a feature does not fit float16.
@@ -117,17 +138,20 @@ def cache_split(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{_key(model, dataset, views, num_views)}.npy"
     sizes = (model.config.num_vision_tokens, model.config.vision_hidden_size)
+    is_video = views.data_args.video_column is not None
+    batch_size = 1 if is_video else batch_size  # the frames of many videos would fill memory
+    has_places = is_video and model.config.video_mode == "merge"
     with FileLock(path.with_suffix(".lock")):  # another run may compute the same features
         grids, shape = None, (len(dataset), num_views, *sizes)
-        if views.processor.max_tiles > 1:
+        if views.processor.max_tiles > 1 and not is_video:
             grids = _measure_grids(path.with_suffix(".grids.npy"), dataset, views, num_views)
             shape = (int(grids.prod(axis=2).sum()), *sizes)
-        state = _read_state(path, shape, len(dataset))
+        state = _read_state(path, shape, len(dataset), has_places)
         if state is None or state["done"] < len(dataset):
             all_grids = np.ones((len(dataset), num_views, 2), np.int64) if grids is None else grids
-            state = _compute(path, shape, all_grids, model, dataset, views, batch_size)
+            state = _compute(path, shape, has_places, all_grids, model, dataset, views, batch_size)
         good = [row for row in range(len(dataset)) if str(row) not in state["bad_rows"]]
-        features = FeatureDataset(dataset, path, good, views.data_args.image_column, grids)
+        features = FeatureDataset(dataset, path, good, _media_column(views), grids, has_places)
     if bad_rows := state["bad_rows"]:
         message = f"{len(bad_rows)} of {len(dataset)} rows are bad, by number and caption: {bad_rows}"
         if not views.data_args.skip_bad_rows:
@@ -136,12 +160,26 @@ def cache_split(
     return features
 
 
-def _open(path: Path, mode: str = "r", shape: tuple[int, ...] | None = None) -> np.memmap:
-    """The features in a file, float16, `(rows, views, tokens, dim)` or `(tiles, tokens, dim)`.
+def _media_column(views: CaptionCollator) -> str:
+    return views.data_args.video_column or views.data_args.image_column
 
-    A pickle or an archive is refused.
+
+def _open(path: Path) -> np.memmap:
+    """The features or places in a file. A pickle or an archive is refused."""
+    return np.lib.format.open_memmap(path, mode="r")
+
+
+def _files(path: Path, shape: tuple[int, ...], has_places: bool) -> dict[Path, tuple[type, tuple[int, ...]]]:
+    """The files of the features at `path` and of their tokens' places, if any, with their types and shapes.
+
+    Features have shape `(rows, views, tokens, dim)` or `(tiles, tokens, dim)`.
     """
-    return np.lib.format.open_memmap(path, mode=mode, dtype=np.float16, shape=shape)
+    files: dict[Path, tuple[type, tuple[int, ...]]] = {path: (np.float16, shape)}
+    return {**files, _places_path(path): (np.float32, (*shape[:-1], 3))} if has_places else files
+
+
+def _places_path(path: Path) -> Path:
+    return path.with_suffix(".places.npy")
 
 
 def _first_tiles(grids: np.ndarray) -> np.ndarray:
@@ -181,35 +219,38 @@ def _measure_grids(path: Path, dataset: Dataset, views: CaptionCollator, num_vie
     return np.array(grids)
 
 
-def _read_view(row: dict[str, Any], views: CaptionCollator, view: int) -> Image.Image | None:
-    """One view of a row's image; None if the row is bad."""
+def _read_view(row: dict[str, Any], views: CaptionCollator, view: int) -> Image.Image | VideoFrames | None:
+    """One view of a row's image or video; None if the row is bad."""
     views.epoch = view
     media = views.read(row)
+    if isinstance(media, VideoFrames):
+        return media
     images = [] if media is None else flatten_images(media)  # of a conversation, a list
     if len(images) > 1:
         raise ValueError(f"`cache_features` keeps one image of a row, but a row holds {len(images)}.")
     return images[0] if images else None
 
 
-def _cut(image: Image.Image, processor: EVLGenProcessor) -> tuple[list[Image.Image], tuple[int, int]]:
-    """The tiles of an image and their grid."""
-    if processor.max_tiles == 1:
+def _cut(image: Image.Image | VideoFrames, processor: EVLGenProcessor) -> tuple[list[Any], tuple[int, int]]:
+    """The tiles of an image and their grid. A video is one tile."""
+    if processor.max_tiles == 1 or isinstance(image, VideoFrames):
         return [image], (1, 1)
     return cut_tiles(image, tile_size(processor.image_processor), processor.max_tiles)
 
 
-def _read_state(path: Path, shape: tuple[int, ...], num_rows: int) -> dict[str, Any] | None:
+def _read_state(path: Path, shape: tuple[int, ...], num_rows: int, has_places: bool) -> dict[str, Any] | None:
     """The number of finished rows and the captions of bad rows; None if the file is missing, or damaged (logged).
 
-    The shape is checked, since a file that is too short would be filled with zeros when it is opened for writing.
+    Shapes are checked, since a file that is too short would be filled with zeros when it is opened for writing.
     """
     if not path.exists():
         return None
     try:
         state = json.loads(_state_path(path).read_text(encoding="utf-8"))
-        features = _open(path)
-        if (features.dtype, features.shape) != (np.float16, shape):
-            raise ValueError(f"it holds {features.dtype} {features.shape}, not float16 {shape}")
+        for file, (dtype, wanted) in _files(path, shape, has_places).items():
+            array = _open(file)
+            if (array.dtype, array.shape) != (dtype, wanted):
+                raise ValueError(f"{file} holds {array.dtype} {array.shape}, not {dtype.__name__} {wanted}")
         if 0 <= state["done"] <= num_rows and isinstance(state["bad_rows"], dict):
             return state
         raise ValueError(f"its state is {state}")
@@ -225,6 +266,7 @@ def _state_path(path: Path) -> Path:
 def _compute(
     path: Path,
     shape: tuple[int, ...],
+    has_places: bool,
     grids: np.ndarray,
     model: EVLGenForConditionalGeneration,
     dataset: Dataset,
@@ -233,16 +275,19 @@ def _compute(
 ) -> dict[str, Any]:
     """Fills `path`, from the row on at which a killed run stopped; returns the state."""
     partial_path = path.with_suffix(".partial.npy")
-    state = _read_state(partial_path, shape, len(dataset))
+    state = _read_state(partial_path, shape, len(dataset), has_places)
     if state is None:
         state = {"done": 0, "bad_rows": {}}  # the captions of bad rows by row number
         write_whole(_state_path(path), json.dumps(state))
-    features = _open(partial_path, "r+" if state["done"] else "w+", shape)
-    _reserve_disk_space(partial_path, features)
-    tokens = features.reshape(grids.prod(axis=2).sum(), *shape[-2:])  # (tiles, tokens, dim)
+    files = _files(partial_path, shape, has_places)
+    arrays = []  # the features, (tiles, tokens, dim), and the places of their tokens, (tiles, tokens, 3)
+    for file, (dtype, size) in files.items():
+        array = np.lib.format.open_memmap(file, "r+" if state["done"] else "w+", dtype, size)
+        _reserve_disk_space(file, array)
+        arrays.append(array.reshape(grids.prod(axis=2).sum(), *size[-2:]))
     starts = _first_tiles(grids)
 
-    progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="image")
+    progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="row")
     while state["done"] < len(dataset):
         rows = range(state["done"], min(state["done"] + batch_size, len(dataset)))
         for view in range(grids.shape[1]):
@@ -259,13 +304,17 @@ def _compute(
             positions = list(tiles)
             for first in range(0, len(tiles), batch_size):
                 chosen = positions[first : first + batch_size]
-                tokens[chosen] = _run_tower(model, views.processor, [tiles[position] for position in chosen])
+                computed = _run_tower(model, views.processor, [tiles[position] for position in chosen])
+                for array, values in zip(arrays, computed, strict=True):
+                    array[chosen] = values
         state["done"] = rows.stop
-        features.flush()
+        for array in arrays:
+            array.flush()
         write_whole(_state_path(path), json.dumps(state))
         progress.update(len(rows))
     progress.close()
-    os.replace(partial_path, path)
+    for file, final in reversed(list(zip(files, _files(path, shape, has_places), strict=True))):
+        os.replace(file, final)  # the features last, since they show that all is there
     return state
 
 
@@ -289,28 +338,41 @@ def _reserve_disk_space(path: Path, features: np.memmap) -> None:
 
 @torch.no_grad()
 def _run_tower(
-    model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, images: list[Image.Image]
-) -> np.ndarray:
-    """Features of images, float16, `(images, tokens, dim)`."""
-    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    features = model.get_vision_features(pixel_values.to(model.vision_tower.device)).half().cpu()
+    model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, media: list[Image.Image] | list[VideoFrames]
+) -> list[np.ndarray]:
+    """Features of images or videos, float16, `(images or videos, tokens, dim)`.
+
+    For merged videos also the places of their tokens, float32, `(videos, tokens, 3)`.
+    """
+    device = model.vision_tower.device
+    if isinstance(media[0], VideoFrames):
+        inputs = processor(videos=media, do_sample_frames=False).to(device)
+        pixels = inputs["pixel_values_videos"], inputs.get("frame_mask"), inputs["frame_times"]
+    else:
+        pixels = processor.image_processor(media, return_tensors="pt")["pixel_values"].to(device), None, None
+    features, places = model._run_tower(*pixels)
+    features = features.half().cpu()
     if not features.isfinite().all():
         raise ValueError("The vision tower's features do not fit float16, so they cannot be cached.")
-    return features.numpy()
+    return [features.numpy()] if places is None else [features.numpy(), places.cpu().numpy()]
 
 
 def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: CaptionCollator, num_views: int) -> str:
     """Identifies the features by everything that they depend on."""
     data_args = views.data_args
-    augmentation = (views.seed, data_args.crop_scale, data_args.horizontal_flip) if views.augment else ()
+    draws = views.training and data_args.draws_views
+    augmentation = (views.seed, data_args.crop_scale, data_args.horizontal_flip) if draws else ()
     digest = hashlib.sha256(repr((num_views, *augmentation)).encode())
     digest.update(views.processor.image_processor.to_json_string().encode())
     digest.update(model.config.vision_config.to_json_string().encode())
     digest.update(hash_weights(model.vision_tower.state_dict()).encode())
     digest.update(dataset._fingerprint.encode())
-    if views.processor.max_tiles > 1:
+    if data_args.video_column:
+        class_token = model.config.video_mode == "merge" and model.config.connector_config.class_token
+        digest.update(repr(("video", data_args.frames, model.config.video_mode, class_token)).encode())
+    elif views.processor.max_tiles > 1:
         digest.update(f"max_tiles {views.processor.max_tiles}".encode())
-    column = data_args.image_column
+    column = _media_column(views)
     if dataset.features[column] == Value("string"):  # paths: the fingerprint does not cover the files behind them
         for file in filter(os.path.isfile, dataset[column]):
             status = os.stat(file)

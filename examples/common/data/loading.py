@@ -69,17 +69,18 @@ def check_arguments(data_args: DataArguments) -> None:
     """
     if data_args.cache_features and data_args.streaming:
         raise ValueError("`cache_features` needs the whole data set, so it cannot be set with `streaming`.")
-    augmented = bool(data_args.crop_scale or data_args.horizontal_flip)
-    views = data_args.cached_views
-    if data_args.cache_features and augmented and views is None:
-        raise ValueError("`cache_features` with `crop_scale` or `horizontal_flip` needs `cached_views`: how many.")
-    if views is not None and not (data_args.cache_features and augmented and views > 0):
+    views, draws = data_args.cached_views, data_args.draws_views
+    if data_args.cache_features and draws and views is None:
         raise ValueError(
-            f"`cached_views` is {views}: it must be 1 or more, and goes with `cache_features` and with `crop_scale` "
-            "or `horizontal_flip`."
+            "`cache_features` with `crop_scale`, `horizontal_flip` or the `num_frames` of videos needs "
+            "`cached_views`: how many."
         )
-    if data_args.cache_features and data_args.video_column:
-        raise ValueError("`cache_features` keeps views of an image, so it cannot be set for videos.")
+    # A recipe may have it, and the command line switch the cache off.
+    if data_args.cache_features and views is not None and not (draws and views > 0):
+        raise ValueError(
+            f"`cached_views` is {views}: it must be 1 or more, and goes with `cache_features` and with `crop_scale`, "
+            "`horizontal_flip` or the `num_frames` of videos."
+        )
     if data_args.streaming and data_args.test_split and data_args.max_test_samples is None:
         raise ValueError("`streaming` needs `max_test_samples`, or an empty `test_split`.")
     if not data_args.dataset and not data_args.mixture:

@@ -44,7 +44,7 @@ class WrongImages(Dataset):
 
     def __init__(self, dataset: Dataset, data_args: DataArguments):
         self.dataset = dataset
-        self.image_columns = {"vision_features", data_args.image_column, data_args.video_column}
+        self.image_columns = {"vision_features", "token_places", data_args.image_column, data_args.video_column}
         rows = [(true_captions(row, data_args), count_images(row.get(data_args.image_column))) for row in dataset]
         count = len(rows)
         self.donors = []
