@@ -143,7 +143,9 @@ class CaptionCollator:
         else:
             inputs |= {"text": self._prompts(rows), "suffix": [self._caption(row) for row in rows]}
         if self.data_args.video_column and "vision_features" in inputs:
-            inputs |= {name: self._place_images(inputs[name]) for name in ("text", "messages") if name in inputs}
+            inputs |= {
+                name: self._with_image_placeholders(inputs[name]) for name in ("text", "messages") if name in inputs
+            }
         batch = self.processor(**inputs)
         if "token_places" in rows[0]:
             batch["token_places"] = torch.from_numpy(np.stack([cached["token_places"] for cached in media]))
@@ -152,14 +154,14 @@ class CaptionCollator:
             batch[f"{kind}_budgets"] = [budget] * (len(media) if kind == "video" else sum(map(count_images, media)))
         return batch
 
-    def _place_images(self, value: Any) -> Any:
+    def _with_image_placeholders(self, value: Any) -> Any:
         """A text or conversations with placeholders of images in place of videos. Cached features take these."""
         if isinstance(value, str):
             return value.replace(self.processor.video_token, self.processor.image_token)
         if isinstance(value, list):
-            return [self._place_images(entry) for entry in value]
+            return [self._with_image_placeholders(entry) for entry in value]
         if isinstance(value, dict):
-            placed = {name: self._place_images(entry) for name, entry in value.items()}
+            placed = {name: self._with_image_placeholders(entry) for name, entry in value.items()}
             return {**placed, "type": "image"} if value.get("type") == "video" else placed
         return value
 
