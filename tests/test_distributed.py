@@ -229,7 +229,6 @@ def test_processes_whose_merged_videos_differ_in_length_wait_for_each_other(conf
         "video_column": "video",
         "test_split": "",
         "temporal_contextualizer": False,
-        "cache_features": False,
         "video_mode": "merge",
         "fps": 10,
         "max_steps": 2,

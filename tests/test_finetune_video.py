@@ -45,7 +45,6 @@ def arguments(work, output, **changes):
         "dataset": work / "videos",
         "video_column": "video",
         "temporal_contextualizer": True,
-        "cache_features": False,
         "max_steps": 3,
         "per_device_train_batch_size": 2,
         "bf16": False,
@@ -174,7 +173,7 @@ def test_the_papers_video_recipes_run(work, tmp_path):
         ({"fps": 0}, "`fps` must be a number above 0, but is 0.0"),
         ({"image_model": "/nowhere"}, "`image_model`='/nowhere' cannot be loaded"),
         ({"num_frames": 4, "fps": 5}, r"Only one of `num_frames` and `fps` can be given, but they are 4 and 5\.0"),
-        ({"cache_features": True}, "the `temporal_contextualizer` is trained inside the vision tower"),
+        ({"cache_features": True, "cached_views": 2}, "the `temporal_contextualizer` is trained inside the vision tower"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):

@@ -190,7 +190,6 @@ def test_cached_videos_stand_where_a_conversation_has_them(rows):
 def test_views_are_needed_where_training_draws_frames(changes, message):
     with pytest.raises(ValueError, match=message):
         check_arguments(arguments(dataset="videos", **changes))
-    check_arguments(arguments(dataset="videos", **changes, cache_features=False))
 
 
 def test_features_that_training_changes_are_not_cached(rows):

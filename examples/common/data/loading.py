@@ -75,8 +75,7 @@ def check_arguments(data_args: DataArguments) -> None:
             "`cache_features` with `crop_scale`, `horizontal_flip` or the `num_frames` of videos needs "
             "`cached_views`: how many."
         )
-    # A recipe may have it, and the command line switch the cache off.
-    if data_args.cache_features and views is not None and not (draws and views > 0):
+    if views is not None and not (data_args.cache_features and draws and views > 0):
         raise ValueError(
             f"`cached_views` is {views}: it must be 1 or more, and goes with `cache_features` and with `crop_scale`, "
             "`horizontal_flip` or the `num_frames` of videos."
