@@ -173,7 +173,7 @@ def test_the_papers_video_recipes_run(work, tmp_path):
         ({"fps": 0}, "`fps` must be a number above 0, but is 0.0"),
         ({"image_model": "/nowhere"}, "`image_model`='/nowhere' cannot be loaded"),
         ({"num_frames": 4, "fps": 5}, r"Only one of `num_frames` and `fps` can be given, but they are 4 and 5\.0"),
-        ({"cache_features": True, "cached_views": 2}, "the `temporal_contextualizer` is trained inside the vision tower"),
+        ({"cache_features": True, "cached_views": 2}, "the `temporal_contextualizer` is trained"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):
