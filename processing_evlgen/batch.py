@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 
+EXACT_INPUTS = ("frame_times", "token_places")  # they stay float32: in bfloat16, 300 and 301 seconds are one time
+
 
 class EVLGenBatch(BatchFeature):
     """A `BatchFeature` in which `labels` are -100 on placeholders, whoever sets them.
@@ -27,8 +29,8 @@ class EVLGenBatch(BatchFeature):
         super().__setitem__(name, value)
 
     def to(self, *args: Any, **kwargs: Any) -> "EVLGenBatch":
-        """As `BatchFeature.to`, but times stay float32. In bfloat16, 300 and 301 seconds would be one time."""
-        kept = {name: self[name] for name in ("frame_times", "token_places") if torch.is_tensor(self.get(name))}
+        """As `BatchFeature.to`, but times stay float32."""
+        kept = {name: self[name] for name in EXACT_INPUTS if torch.is_tensor(self.get(name))}
         super().to(*args, **kwargs)
         for name, tensor in kept.items():
             self[name] = tensor.to(self[name].device)

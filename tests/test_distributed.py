@@ -24,6 +24,7 @@ from transformers import Trainer
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.temporal import TemporalTower
+from processing_evlgen.batch import EVLGenBatch
 
 from .helpers import (
     PORT,
@@ -308,3 +309,15 @@ def test_a_temporal_contextualizer_is_not_partitioned(monkeypatch):
     video_model.temporal = TemporalTower(video_model.vision_tower, 16, 8, 2)
     with pytest.raises(ValueError, match=r"cannot partition scalars, such as temporal\.0\.alpha.*multi_gpu\.yaml"):
         EVLGenTrainer(model=video_model, **others)
+
+
+def test_deepspeed_does_not_round_times_to_bfloat16():
+    trainer = object.__new__(EVLGenTrainer)
+    trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device="cpu"), True
+    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    names = ("pixel_values_videos", "frame_times", "token_places")
+    prepared = trainer._prepare_inputs(EVLGenBatch({name: torch.full((1, 2, 3), 300.7) for name in names}))
+    assert prepared["pixel_values_videos"].dtype == torch.bfloat16
+    for name in names[1:]:
+        assert torch.equal(prepared[name], torch.full((1, 2, 3), 300.7))

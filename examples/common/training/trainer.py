@@ -25,6 +25,7 @@ from common.training.resume import RUN_NAME, check_settings_of_run, run_settings
 from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 from modeling_evlgen.adapters import save_base
 from modeling_evlgen.named_towers import choose_towers
+from processing_evlgen.batch import EXACT_INPUTS
 
 logger = logging.get_logger(__name__)
 
@@ -160,6 +161,11 @@ class EVLGenTrainer(Trainer):
     def autocast_smart_context_manager(self, *args: Any, **kwargs: Any) -> AbstractContextManager:
         # Under FSDP accelerate leaves autocast to the policy above; elsewhere it wraps the model's forward.
         return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Under DeepSpeed the Trainer casts all but whole numbers to bfloat16.
+        exact = {name: inputs[name].to(self.args.device) for name in EXACT_INPUTS if name in inputs}
+        return {**super()._prepare_inputs(inputs), **exact}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         record = json.loads(inputs.pop(RECORD, "{}"))
