@@ -17,8 +17,9 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from common.data.bad_rows import add_bad_rows, read_bad_rows
+from common.data.data_arguments import DataArguments
 from common.files import only_run_in
-from common.training.resume import find_checkpoint, find_problems
+from common.training.resume import check_settings_of_run, find_checkpoint, find_problems, run_settings
 from common.training.training_arguments import EVLGenTrainingArguments
 
 from .helpers import ROOT, save_image_folder, save_towers, tiny_model
@@ -130,6 +131,33 @@ def test_edited_captions_are_noticed_and_a_moved_data_set_is_not(work, run, tmp_
     metadata.write_text(metadata.read_text().replace("a red image", "a crimson image"))
     with pytest.raises(ValueError, match="`texts of the rows` was "):
         resume(work, run, max_steps=6, dataset=tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"num_frames": 4, "fps": None, "video_column": None}, {"fps": 1.0}),
+        ({"num_frames": 4, "fps": 2.0, "video_column": "video"}, {"fps": 2.0, "video_column": "video"}),
+    ],
+)
+def test_frames_that_were_not_read_are_no_other_settings(before, now, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"settings": before}))
+    model = tiny_model()
+    args = EVLGenTrainingArguments(output_dir=str(tmp_path))
+    settings = run_settings(args, (DataArguments(**now),), None, model.config)
+    check_settings_of_run(tmp_path, settings, model.config)
+
+
+@pytest.mark.parametrize("now", [{"fps": 2.0}, {"num_frames": 8}])
+def test_other_frames_of_videos_are_other_settings(now, tmp_path):
+    model, args = tiny_model(), EVLGenTrainingArguments(output_dir=str(tmp_path))
+    before, settings = (
+        run_settings(args, (DataArguments(video_column="video", **frames),), None, model.config)
+        for frames in ({"num_frames": 4}, now)
+    )
+    (tmp_path / "run.json").write_text(json.dumps({"settings": before}))
+    with pytest.raises(ValueError, match=f"`{next(iter(now))}` was .* and is {next(iter(now.values()))}"):
+        check_settings_of_run(tmp_path, settings, model.config)
 
 
 def test_a_longer_run_and_another_folder_are_no_other_settings(work, run, tmp_path):

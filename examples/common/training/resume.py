@@ -113,6 +113,11 @@ def run_settings(
         settings[name] = getattr(config, name)
     for arguments in script_args:
         settings |= {name: value for name, value in vars(arguments).items() if name not in IGNORED_ARGUMENTS}
+    # What does not choose any frames is not compared. Runs of earlier versions have a `num_frames` beside an `fps`.
+    if settings.get("video_column") is None:
+        settings.pop("fps", None)
+    if settings.get("fps") is not None or settings.get("video_column") is None:
+        settings.pop("num_frames", None)
     rows = train.images if isinstance(train, FeatureDataset) else train
     if isinstance(rows, Dataset):
         data_args = next(arguments for arguments in script_args if isinstance(arguments, DataArguments))
