@@ -195,6 +195,8 @@ def iterate_rgb_frames(
 
 
 def _iterate_list(source: Any, choice: FrameChoice, max_pixels: int, metadata: Any) -> Iterator[tuple[Any, float]]:
+    if source is None:
+        raise ValueError("`videos`: None is no video.")
     if not hasattr(source, "__len__"):
         raise TypeError(
             f"`videos` must hold files, URLs, arrays or lists of frames, but holds {type(source).__name__}."

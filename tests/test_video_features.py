@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub import constants
 
+from common.command_line import parse_arguments
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features, cache_split
@@ -135,6 +136,16 @@ def test_other_frames_and_modes_have_files_of_their_own(rows, monkeypatch):
     assert tower.images == len(settings) * len(rows)
 
 
+def test_frames_whose_files_were_replaced_are_cached_again(tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{index}.png") for index in range(3)]
+    for image, path in zip(noise_images(3), paths, strict=True):
+        image.save(path)
+    rows = Dataset.from_dict({"video": [paths], "caption": ["a cat"]})
+    tower, before = Tower(monkeypatch), values(cached(rows))
+    noise_images(1)[0].rotate(90).save(paths[1])
+    assert not np.array_equal(before[0][0], values(cached(rows))[0][0]) and tower.images == 2
+
+
 def test_a_broken_video_is_named_or_left_out(rows, caplog):
     with open(rows[1]["video"], "wb") as file:
         file.write(b"no video")
@@ -143,6 +154,13 @@ def test_a_broken_video_is_named_or_left_out(rows, caplog):
     dataset = cached(rows, skip_bad_rows=True)
     assert [row["caption"] for row in dataset] == ["a cat", "a red hat", "nothing"]
     assert "1 of 4 rows are bad, by number and caption: {'1': 'a dog'}" in caplog.text
+
+
+def test_a_row_without_a_video_is_named_or_left_out(rows):
+    rows = Dataset.from_dict({**rows.to_dict(), "video": [*rows["video"][:3], None]})
+    with pytest.raises(ValueError, match="the row with the caption 'nothing': `videos`: None is no video"):
+        cached(rows)
+    assert len(cached(rows, skip_bad_rows=True)) == 3
 
 
 def test_a_wrong_video_has_the_places_of_its_own_tokens(rows):
@@ -197,3 +215,10 @@ def test_features_that_training_changes_are_not_cached(rows):
     model.temporal = torch.nn.Identity()
     with pytest.raises(ValueError, match="the `temporal_contextualizer` is trained inside the vision tower"):
         cache_features(model, tiny_processor(model), rows, None, arguments(), seed=0)
+
+
+@pytest.mark.parametrize("given", [["--num_frames", "8"], ["--num_frames=8"], ["--num-frames", "8"]])
+def test_frames_of_the_command_line_replace_the_other_choice_of_a_file(given, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("fps: 2.0\n")
+    data_args, *_ = parse_arguments(DataArguments, argv=["--config", str(tmp_path / "recipe.yaml"), *given])
+    assert data_args.frames == {"num_frames": 8} and data_args.fps is None

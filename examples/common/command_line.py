@@ -38,7 +38,7 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path
     unknown = sorted(settings.keys() - known)
     if unknown:
         raise ValueError(f"{path.config} holds unknown arguments: {', '.join(unknown)}.")
-    if any(option.partition("=")[0] in ("--num_frames", "--fps") for option in argv):
+    if any(option.partition("=")[0] in ("--num_frames", "--num-frames", "--fps") for option in argv):
         settings = {name: value for name, value in settings.items() if name not in ("num_frames", "fps")}
     parser.set_defaults(**settings)
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset, List, Value
 from filelock import FileLock
 from huggingface_hub import constants
 from PIL import Image
@@ -372,9 +372,10 @@ def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: Caption
         digest.update(repr(("video", data_args.frames, model.config.video_mode, class_token)).encode())
     elif views.processor.max_tiles > 1:
         digest.update(f"max_tiles {views.processor.max_tiles}".encode())
-    column = _media_column(views)
-    if dataset.features[column] == Value("string"):  # paths: the fingerprint does not cover the files behind them
-        for file in filter(os.path.isfile, dataset[column]):
+    column, path = _media_column(views), Value("string")
+    if dataset.features[column] in (path, List(path)):  # the fingerprint does not cover the files behind paths
+        paths = filter(None, flatten_images(list(dataset[column])))
+        for file in filter(os.path.isfile, paths):
             status = os.stat(file)
             digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]
