@@ -59,8 +59,8 @@ def check_token_places(
 ) -> None:
     """
     Raises:
-        ValueError: If `token_places` is no tensor of shape `(videos, num_vision_tokens, 3)`, or a grid has several
-            tiles.
+        ValueError: If `token_places` is no tensor of shape `(videos, num_vision_tokens, 3)`, or is not finite, or a
+            grid has several tiles.
     """
     expected = (*vision_features.shape[:2], 3)
     if not torch.is_tensor(token_places) or tuple(token_places.shape) != expected:
@@ -68,6 +68,14 @@ def check_token_places(
         raise ValueError(f"`token_places` must be a tensor of shape {expected}, but is {given}.")
     if len(grids) != len(vision_features):
         raise ValueError("`token_places` is for merged videos, but `image_grid_thw` has images of several tiles.")
+    is_finite = token_places.isfinite().flatten(1).all(dim=1)  # (videos,)
+    torch_compilable_check(
+        is_finite.all(),
+        lambda: (
+            "`token_places` must be finite, but has NaN or infinity in the videos "
+            f"{(~is_finite).nonzero().flatten().tolist()}."
+        ),
+    )
 
 
 def check_length(length: int, cache: Any, config: EVLGenConfig) -> None:

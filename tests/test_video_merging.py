@@ -275,6 +275,10 @@ def test_places_of_tokens_need_their_features():
             ValueError, match=r"`token_places` must be a tensor of shape \(1, 17, 3\), but is \(1, 3\)"
         ):
             run(input_ids=ids, vision_features=torch.zeros(1, 17, 16), token_places=places[:, 0])
+        with pytest.raises(
+            ValueError, match=r"`token_places` must be finite, but has NaN or infinity in the videos \[0\]"
+        ):
+            run(input_ids=ids, vision_features=torch.zeros(1, 17, 16), token_places=places / 0)
     features, grids = torch.zeros(2, 17, 16), torch.tensor([[1, 1, 2]])
     with pytest.raises(ValueError, match="`token_places` is for merged videos, but `image_grid_thw` has images of"):
         model.project_vision_features(features, grids, token_places=places.repeat(2, 1, 1))
