@@ -14,6 +14,7 @@ from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features, cache_split
 from common.data.loading import check_arguments
 from common.evaluation.captions import WrongImages
+from modeling_evlgen import video_merging
 
 from .helpers import noise_images, tiny_model, tiny_processor
 from .test_features import Tower
@@ -161,6 +162,17 @@ def test_a_row_without_a_video_is_named_or_left_out(rows):
     with pytest.raises(ValueError, match="the row with the caption 'nothing': `videos`: None is no video"):
         cached(rows)
     assert len(cached(rows, skip_bad_rows=True)) == 3
+
+
+def test_a_video_that_was_too_large_is_cached_when_larger_ones_are_allowed(rows):
+    assert len(cached(rows, skip_bad_rows=True, max_pixels=1)) == 0
+    assert len(cached(rows, skip_bad_rows=True)) == 4
+
+
+def test_another_way_to_merge_computes_the_features_again(rows, monkeypatch):
+    before = cached(rows)
+    monkeypatch.setattr(video_merging, "TIME_WEIGHT", 4.0)
+    assert not equal(before, cached(rows))
 
 
 def test_a_wrong_video_has_the_places_of_its_own_tokens(rows):

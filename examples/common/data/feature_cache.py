@@ -26,10 +26,11 @@ from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.rows import start_of_text
 from common.files import write_whole
-from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen import EVLGenForConditionalGeneration, video_merging
 from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.cut_tiles import cut_tiles, tile_size
+from processing_evlgen.images import MAX_PIXELS
 from processing_evlgen.inputs import flatten_images
 from processing_evlgen.videos import VideoFrames
 
@@ -126,9 +127,9 @@ def cache_split(
     """Runs the vision tower over a split, or finds its features on disk.
 
     The features lie in `$HF_HOME/evlgen_features`. Each tower (weights included), image processor, augmentation, data
-    set and `max_tiles` has a file of its own, and for videos each choice of frames and `video_mode`. A run that was
-    killed goes on where it stopped. A damaged file is computed again. `views` opens an image or a video, and gives
-    another view of it in each `epoch`.
+    set, `max_pixels` and `max_tiles` has a file of its own, and for videos each choice of frames and `video_mode`. A
+    run that was killed goes on where it stopped. A damaged file is computed again. `views` opens an image or a video,
+    and gives another view of it in each `epoch`.
 
     Raises:
         ValueError: If a row is bad and not to be skipped, or a feature does not fit float16.
@@ -368,10 +369,13 @@ def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: Caption
     digest.update(hash_weights(model.vision_tower.state_dict()).encode())
     digest.update(dataset._fingerprint.encode())
     if data_args.video_column:
-        class_token = model.config.video_mode == "merge" and model.config.connector_config.class_token
-        digest.update(repr(("video", data_args.frames, model.config.video_mode, class_token)).encode())
+        mode, class_token = model.config.video_mode, model.config.connector_config.class_token
+        merging = mode == "merge" and (class_token, video_merging.ROUNDS, video_merging.TIME_WEIGHT)
+        digest.update(repr(("video", data_args.frames, mode, merging)).encode())
     elif views.processor.max_tiles > 1:
         digest.update(f"max_tiles {views.processor.max_tiles}".encode())
+    if data_args.max_pixels != MAX_PIXELS:  # it decides which rows are bad
+        digest.update(f"max_pixels {data_args.max_pixels}".encode())
     column, path = _media_column(views), Value("string")
     if dataset.features[column] in (path, List(path)):  # the fingerprint does not cover the files behind paths
         paths = filter(None, flatten_images(list(dataset[column])))
