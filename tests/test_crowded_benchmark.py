@@ -26,7 +26,8 @@ def small_scenes(monkeypatch, tmp_path):
     demo_packages_or_skip(tmp_path / "hf")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr(crowded_scenes, "SPLITS", {"train": 8, "test": 4})
-    monkeypatch.setattr(crowded_scenes, "STAMPS", tmp_path / "stamps")
+    for module in (crowded, crowded_scenes):
+        monkeypatch.setattr(module, "STAMPS", tmp_path / "stamps")
     monkeypatch.setattr(budget_run, "BUDGETS", (4, 9))
     monkeypatch.setattr(budget_run, "REFERENCE_BUDGET", 4)
     monkeypatch.setattr(crowded, "RESULTS", tmp_path / "results.jsonl")

@@ -17,14 +17,18 @@ from pathlib import Path
 
 from ..planned_runs import Result, read_results, spread, train_and_report
 from ..timing import markdown_table
-from .clip_pooling import METHODS
+from .clip_pooling import MERGE, METHODS, PARTS_MEANS
 from .frame_blocks import CONTEXTUALIZERS
 from .order_run import OrderRun, train
 from .ordered_clips import BACKGROUND_VIDEOS, MOMENT, MOMENTS_ORDER, SHORT_KINDS
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 SEEDS = (0, 1, 2)
-PLAN = [OrderRun(method, seed) for seed in SEEDS for method in (*METHODS, *CONTEXTUALIZERS)]
+PLAN = [
+    *(OrderRun(method, seed) for seed in SEEDS for method in (*METHODS, *CONTEXTUALIZERS)),
+    *(OrderRun(MERGE, seed, steps=1500) for seed in SEEDS),
+    OrderRun(PARTS_MEANS, steps=1500),
+]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,7 +41,7 @@ def report() -> None:
     methods = defaultdict(list)
     for run in PLAN:
         if run.name in results:
-            methods[run.method].append(results[run.name])
+            methods[f"{run.method}, {run.steps:,} steps"].append(results[run.name])
     print(f"\nShort videos\n\n{accuracy_table(methods, dict(zip(SHORT_KINDS, SHORT_KINDS, strict=True)))}")
     for kind in (MOMENT, MOMENTS_ORDER):
         columns = {f"{length} frames": f"{kind}, {length}" for length in BACKGROUND_VIDEOS["test"]}
