@@ -158,6 +158,7 @@ def test_memory_formats_of_a_cnn_tower_are_compared(monkeypatch, capsys):
     assert all(is_number(cell) for row in rows for cell in row[1:3]) and all(float(row[3]) < 1e-5 for row in rows)
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_compared(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     model = tiny_model()

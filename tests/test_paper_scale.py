@@ -18,6 +18,7 @@ def model():
     return paper_scale.build(EVLGenConfig())
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_page_are_those_that_the_benchmark_prints(capsys):
     page = (ROOT / "docs" / "paper_scale.md").read_text()
     paper_scale.main()

@@ -45,6 +45,7 @@ def test_users_choose_how_threads_wait():
     assert spin_count("pretrain", OMP_WAIT_POLICY="ACTIVE") == "None"
 
 
+@pytest.mark.slow
 def test_steps_beside_busy_processes_are_measured(monkeypatch, capsys):
     config = EVLGenConfig(
         vision_config=VISION_CONFIGS["clip"],

@@ -118,11 +118,8 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize(
-    "cache",
-    [pytest.param({}, marks=pytest.mark.slow), {"cache_features": True, "cached_views": 2}],
-    ids=["images", "cache"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [{}, {"cache_features": True, "cached_views": 2}], ids=["images", "cache"])
 def test_a_killed_run_goes_on_to_the_same_weights_and_captions_with_any_number_of_tokens(
     cache, work, tmp_path, budgets, monkeypatch
 ):
