@@ -246,7 +246,7 @@ def test_processes_whose_merged_videos_differ_in_length_wait_for_each_other(conf
     assert EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out").time_embedding.weight.any()
 
 
-@pytest.mark.parametrize("config", ["multi_gpu.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("config", ["multi_gpu.yaml", pytest.param("fsdp2.yaml", marks=pytest.mark.slow)])
 def test_a_batch_of_text_alone_does_not_hold_up_one_of_images(config, tmp_path):
     """Processes wait for each other. In two steps their mean gradients are those of one process with both batches."""
     model = tiny_model(**NO_DROPOUT).train()

@@ -91,7 +91,11 @@ def test_a_merging_models_graph_takes_images(tmp_path):
 
 @pytest.mark.parametrize(
     ("vision", "connector"),
-    [("siglip", "tomeformer that chooses"), pytest.param("timm_cnn", "qformer", marks=pytest.mark.slow), ("siglip", "mlp")],
+    [
+        ("siglip", "tomeformer that chooses"),
+        pytest.param("timm_cnn", "qformer", marks=pytest.mark.slow),
+        ("siglip", "mlp"),
+    ],
 )
 def test_onnxruntime_equals_the_model(vision, connector, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the export extra")
