@@ -321,6 +321,16 @@ def test_methods_are_compared_at_equal_seconds():
     assert lines[1] == "| qformer-two-stage | 1 of 2 | 1 of 2 | 0.3000 [0.2000, 0.4000] | 0.1000 | never |"
 
 
+def test_a_method_that_was_not_timed_is_drawn_without_its_seconds(tmp_path):
+    results = [curve_of(method, lambda t: 3 / t) for method in ("evlgen", "constant-r")]
+    for result in results:
+        result["run"]["stage_one_batch_size"] = 64
+        for point in result["curve"]:
+            point["cider"] = 500
+    tables.draw_curves(results, {"evlgen": 1.0}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("step_seconds", [0.7, 0.9, 1.0, 1.1, 1.5, 2.0])
 def test_a_method_that_learns_as_much_per_second_is_not_beaten(step_seconds):
     def loss_at(seconds):

@@ -63,7 +63,8 @@ def draw_curves(results: list[Result], step_seconds: dict[str, float] | None, pa
         for panel, axis in zip(row, axes, strict=True):
             for color, ((method, _), seeds) in enumerate(group_seeds(results).items()):
                 steps = [point["step"] for point in seeds[0]["curve"] if name in point]
-                x = [axis_value(seeds[0], step, axis, step_seconds) for step in steps]
+                # Without a value, as for a method that was not timed, nothing is drawn.
+                x = np.array([axis_value(seeds[0], step, axis, step_seconds) for step in steps], float)
                 values = np.array([[point[name] for point in seed["curve"] if name in point] for seed in seeds])
                 style = {"color": f"C{color}", "marker": "o", "markersize": 3}
                 panel.plot(x, values.mean(axis=0), label=f"{method} ({len(seeds)})", **style)
