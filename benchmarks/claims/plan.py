@@ -43,6 +43,9 @@ _EVLGEN = {
     "output_position_initializer_range": 1.0,
     "merge_metric": "hidden_states",
 }
+# The recipe for crowded images, at the number of tokens of the others.
+_CHOOSES = {name: value for name, value in _EVLGEN.items() if name != "merge_r"}
+_CHOOSES |= {"num_merged_tokens": 25, "distinctive_factor": 3}
 # Cross-attention in every second layer, as in BLIP-2. The smaller feed-forward makes the number of parameters equal.
 _QFORMER = {**_SIZE, "intermediate_size": 1024, "num_query_tokens": 25, "position_initializer_range": 0.1}
 _MLP = {"hidden_size": 384, "intermediate_size": 6912, "max_position_embeddings": 512}
@@ -57,10 +60,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "mean-pooling": {"connector": "mlp", "fields": {**_MLP, "pool_size": 5}},
     "mlp-all-tokens": {"connector": "mlp", "fields": _MLP},
     "random-pruning": {"connector": "tomeformer", "fields": _EVLGEN, "random_pruning": True},
+    "evlgen-chooses-first": {"connector": "tomeformer", "fields": _CHOOSES},
 }
 SWEPT = ("evlgen", "qformer", "mean-pooling")
-# These methods have no sweep. They take the settings of a method that is close to them.
-_SWEPT_RELATIVES = {"random-pruning": "evlgen", "mlp-all-tokens": "mean-pooling"}
+# These methods have no sweep. Apart from their fields, they take the settings of a method that is close to them.
+_SWEPT_RELATIVES = {"random-pruning": "evlgen", "mlp-all-tokens": "mean-pooling", "evlgen-chooses-first": "evlgen"}
 # Changes that compete with their method in its sweep.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "evlgen-paper-blocks": {
@@ -129,6 +133,7 @@ def plan() -> list[Run]:
     runs += _tenth_of_data(first) + _main_runs(("random-pruning",), first)
     runs += sweep("evlgen-paper-blocks") + _main_runs(("evlgen-paper-blocks",), first)
     runs += _tenth_of_data(others) + _main_runs(("mlp-all-tokens",), first, DATASETS[:1])
+    runs += _main_runs(("evlgen-chooses-first",), SEEDS, DATASETS[:1])
     return runs + ablations()
 
 
@@ -181,9 +186,7 @@ def best(method: str) -> Run | None:
     if not ranked:
         return None
     changes = {name: value for name, value in METHODS[method].items() if name != "fields"}
-    fields = dict(ranked[0].fields)
-    if method == "mlp-all-tokens":
-        fields.pop("pool_size")
+    fields = METHODS[method]["fields"] if method in _SWEPT_RELATIVES else ranked[0].fields
     return replace(ranked[0], method=method, fields=fields, **changes)
 
 
