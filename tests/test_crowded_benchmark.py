@@ -5,17 +5,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import constants
 
 from benchmarks.crowded import __main__ as crowded
-from benchmarks.crowded import budget_run
+from benchmarks.crowded import budget_run, caption_run
 from benchmarks.crowded.budget_run import BudgetRun
+from benchmarks.crowded.caption_run import CaptionRun, name_score
 from benchmarks.crowded.connector_settings import ALL_TOKENS, VIEW
 from benchmarks.crowded.scene_questions import NO_ANSWER, list_questions, read_answers
 from benchmarks.planned_runs import read_results
 from common.demo import crowded_scenes
 
-from .helpers import demo_packages_or_skip, save_stamps
+from .helpers import demo_packages_or_skip, save_stamps, save_towers
 
 TRAINED = ("choose", "means", VIEW, ALL_TOKENS)
 
@@ -42,6 +44,7 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
     monkeypatch.setattr(crowded, "PLAN", plan)
     monkeypatch.setattr(crowded, "BudgetRun", partial(BudgetRun, size=96))
     monkeypatch.setattr(crowded, "ROUNDS", 1)
+    monkeypatch.setattr(crowded, "CAPTION_PLAN", [])
     crowded.main([])
     results = [json.loads(line) for line in crowded.RESULTS.read_text().splitlines()]
     assert [BudgetRun(**result["run"]) for result in results] == plan
@@ -57,9 +60,34 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
     crowded.main([])
 
 
+def test_captions_of_the_language_model_are_trained_and_read(small_scenes, monkeypatch, tmp_path, capsys):
+    recipe = yaml.safe_load(caption_run.RECIPE.read_text())
+    recipe |= {"text_model": save_towers(tmp_path)["text_model"], "max_new_tokens": 4, "whitening_images": 8}
+    monkeypatch.setattr(caption_run, "RECIPE", tmp_path / "recipe.yaml")
+    caption_run.RECIPE.write_text(yaml.safe_dump(recipe))
+    plan = [CaptionRun(method, tokens=4, steps=1) for method in ("choose", "means", "Q-Former")]
+    monkeypatch.setattr(crowded, "PLAN", [])
+    monkeypatch.setattr(crowded, "CAPTION_PLAN", plan)
+    monkeypatch.setattr(crowded, "TIMED", ())
+    crowded.main([])
+    results = [json.loads(line) for line in crowded.RESULTS.read_text().splitlines()]
+    assert [CaptionRun(**result["run"]) for result in results] == plan
+    assert all(len(result["captions"]) == 4 and result["test_loss"] > 0 for result in results)
+    assert "| Q-Former, 4 tokens | 1 |" in capsys.readouterr().out
+
+
+def test_the_score_of_names_counts_each_drawing():
+    truths = ["an owl and an owl above a teddy bear", "a bus"]
+    assert name_score(truths, truths) == 1
+    # Found are an owl, a teddy bear and a bus of four drawings. The captions name five.
+    assert name_score(["an owl, a teddy bear and a crab", "a bus and a bus"], truths) == 6 / 9
+    assert name_score(["a bear and an owls", ""], truths) == 0
+
+
 def test_the_published_results_keep_their_names():
     published = read_results(Path(crowded.__file__).parent / "results.jsonl")
-    assert published and all(BudgetRun(**result["run"]).name == name for name, result in published.items())
+    kinds = {name: CaptionRun if name.startswith("captions") else BudgetRun for name in published}
+    assert published and all(kinds[name](**result["run"]).name == name for name, result in published.items())
     assert BudgetRun("choose", stamps=True).name not in published
 
 

@@ -8,11 +8,13 @@ share the runs. `--report` times a step of some methods side by side, prints the
 docs/images/crowded.png.
 
 One run serves all numbers of tokens: each batch of training draws one. A small reader in place of the language model
-answers questions from the tokens. Vision features are cached, so the tower's time is not included.
+answers questions from the tokens. The caption runs train with the language model, for one number of tokens. Vision
+features are cached, so the tower's time is not included.
 """
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,8 +22,10 @@ from common.demo.crowded_scenes import STAMPS
 
 from ..planned_runs import read_results, train_and_report
 from ..timing import markdown_table, take_turns
-from .budget_run import BudgetRun, reference_step, train
-from .budget_tables import FIGURES, budget_table, cost_table, draw_curves, overlooked_table
+from . import budget_run, caption_run
+from .budget_run import BudgetRun, reference_step
+from .budget_tables import FIGURES, budget_table, caption_table, cost_table, draw_curves, overlooked_table
+from .caption_run import CaptionRun
 from .connector_settings import ALL_TOKENS, RANDOM, VIEW
 
 RESULTS = Path(__file__).parent / "results.jsonl"
@@ -42,11 +46,16 @@ PLAN = [
     *(BudgetRun(method, size=672) for method in FINALISTS),
     *(BudgetRun(method, stamps=True) for method in FINALISTS),
 ]
+CAPTION_PLAN = [CaptionRun(method) for method in FINALISTS]
 
 
 def main(argv: list[str] | None = None) -> None:
     possible = [run for run in PLAN if STAMPS.is_dir() or not run.stamps]
-    train_and_report(__doc__, possible, RESULTS, train, report, argv)
+    train_and_report(__doc__, [*possible, *CAPTION_PLAN], RESULTS, train, report, argv)
+
+
+def train(run: BudgetRun | CaptionRun) -> dict[str, Any]:
+    return caption_run.train(run) if isinstance(run, CaptionRun) else budget_run.train(run)
 
 
 def report() -> None:
@@ -62,6 +71,8 @@ def report() -> None:
             print(f"\n{figure}\n\n{budget_table(group, figure)}")
         if table := overlooked_table(group, 16):
             print(f"\nWhat the view of 224 pixels gets wrong, at 16 tokens\n\n{table}")
+    if captions := [results[run.name] for run in CAPTION_PLAN if run.name in results]:
+        print(f"\nCaptions of the language model\n\n{caption_table(captions)}")
     print(f"\nForward and backward of 16 scenes at 16 tokens, side by side\n\n{time_table()}")
     if scenes:
         draw_curves(next(iter(scenes.values())), CURVES)

@@ -69,6 +69,21 @@ def cost_table(results: list[Result]) -> str:
     return markdown_table(["method", "connector", "GFLOP a step"], rows)
 
 
+def caption_table(results: list[Result]) -> str:
+    """Markdown table of the caption runs: losses in nats per token, named drawings (F1) and exact captions in %."""
+    names = ("test_loss", "test_loss_gap")
+    rows = [
+        [
+            f"{result['run']['method']}, {result['run']['tokens']} tokens",
+            result["run"]["steps"],
+            *(f"{result[name]:.2f}" for name in names),
+            *(spread([result[name]]) for name in ("names", "test_exact_captions")),
+        ]
+        for result in results
+    ]
+    return markdown_table(["method", "steps", "held-out loss", "more with wrong images", "names", "exact"], rows)
+
+
 def draw_curves(results: list[Result], path: Path) -> None:
     """Draws three figures against tokens: the mean over seeds, and a band of all seeds."""
     figure, panels = plt.subplots(1, 3, figsize=(15, 3.6), layout="constrained")

@@ -1,0 +1,105 @@
+"""Trains the recipe for crowded images with its language model, for one number of tokens, and reads its captions."""
+
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pretrain
+from transformers import set_seed
+
+from common.command_line import parse_arguments
+from common.data.collator import CaptionCollator
+from common.data.feature_cache import cache_features
+from common.data.loading import load_datasets
+from common.demo.crowded_scenes import CONCEPTS
+from common.evaluation.captions import evaluate_captions
+from common.models import build_model
+from common.training.trainer import EVLGenTrainer
+from common.training.whiten import whiten_vision_projection
+
+from .budget_run import STRIDE
+from .connector_settings import connector_fields
+
+RECIPE = Path(pretrain.__file__).parent / "configs" / "crowded.yaml"
+GRID_SIZE = 448 // STRIDE  # 448 is the recipe's `image_size`
+_NAME = re.compile(rf"\b(?:{'|'.join(CONCEPTS)})\b")
+
+
+@dataclass(frozen=True)
+class CaptionRun:
+    """The settings of one run. All others are the recipe's."""
+
+    method: str
+    tokens: int = 25  # of the soft prompt
+    steps: int = 400
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"captions.{self.method}.{self.tokens}-tokens.seed{self.seed}.{self.steps}"
+
+
+def train(run: CaptionRun) -> dict[str, Any]:
+    """Trains a run as `examples/pretrain.py` does. Returns its figures and captions of the test scenes."""
+    with tempfile.TemporaryDirectory() as folder:
+        model_args, processor_args, data_args, generation_args, training_args = parse(run, folder)
+        set_seed(run.seed)
+        splits = load_datasets(data_args, run.seed)
+        model, processor = build_model(model_args, processor_args)
+        train_dataset, test_dataset = cache_features(model, processor, *splits, data_args, run.seed)
+        whiten_vision_projection(model, processor, train_dataset, data_args, model_args.whitening_images)
+        trainer = EVLGenTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            data_collator=CaptionCollator(processor, data_args, training=True, seed=run.seed),
+            processing_class=processor,
+        )
+        trainer.train()
+        evaluation = data_args, generation_args, training_args.per_device_eval_batch_size
+        figures, captions = evaluate_captions(
+            model, processor, test_dataset, *evaluation, training_args.autocast_dtype
+        )
+    truths = [row[data_args.caption_column] for row in test_dataset.texts]
+    return {
+        "trained_parameters": model.num_parameters(only_trainable=True),
+        **{name: round(value, 4) for name, value in figures.items()},
+        "names": round(name_score(captions, truths), 4),
+        "captions": captions,
+    }
+
+
+def parse(run: CaptionRun, output_dir: str) -> tuple[Any, ...]:
+    """Parses the arguments that `examples/pretrain.py` would need for this run."""
+    fields = connector_fields(run.method, GRID_SIZE, run.tokens)
+    arguments = {
+        "connector": fields.pop("model_type", "evlgen_tomeformer").removeprefix("evlgen_"),
+        "connector_config": json.dumps(fields),
+        "max_steps": run.steps,
+        "seed": run.seed,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "output_dir": output_dir,
+    }
+    argv = [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
+    parsed = parse_arguments(*pretrain.ARGUMENTS, argv=argv, recipe=RECIPE)
+    parsed[1].image_token_range = None
+    return parsed
+
+
+def name_score(captions: Sequence[str], truths: Sequence[str]) -> float:
+    """F1 of the things that captions name, over all captions. A thing that is there twice counts twice."""
+    named, there = map(count_names, captions), map(count_names, truths)
+    pairs = list(zip(named, there, strict=True))
+    found = sum((mine & true).total() for mine, true in pairs)
+    return 2 * found / sum(mine.total() + true.total() for mine, true in pairs)
+
+
+def count_names(caption: str) -> Counter[str]:
+    """How often a caption names each thing."""
+    return Counter(_NAME.findall(caption))
