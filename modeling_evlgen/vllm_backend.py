@@ -56,6 +56,7 @@ def adapt_to_vllm(model: PreTrainedModel) -> None:
     if type(embeddings) is nn.Embedding:
         embeddings.__class__ = _PlaceholderEmbedding
     model.get_image_features = _list_soft_prompts(model.get_image_features)
+    model.get_video_features = _stack_frame_inputs(model.get_video_features)
     _count_only_words()
 
 
@@ -69,6 +70,19 @@ def _list_soft_prompts(encode: Callable[..., EVLGenImageOutput]) -> Callable[...
         return output
 
     return encode_images
+
+
+def _stack_frame_inputs(encode: Callable[..., EVLGenImageOutput]) -> Callable[..., EVLGenImageOutput]:
+    """Stacks times and masks of frames. vLLM gives them in lists if videos of concurrent requests differ in length."""
+
+    @wraps(encode)
+    def encode_videos(pixel_values_videos: torch.Tensor, *args: Any, **kwargs: Any) -> EVLGenImageOutput:
+        for name in ("frame_mask", "frame_times"):
+            if isinstance(kwargs.get(name), list):
+                kwargs[name] = torch.stack(kwargs[name]).to(pixel_values_videos.device)  # (videos, frames)
+        return encode(pixel_values_videos, *args, **kwargs)
+
+    return encode_videos
 
 
 class _PlaceholderEmbedding(nn.Embedding):

@@ -266,6 +266,8 @@ def test_merged_videos_are_served_with_the_times_of_their_frames(tmp_path):
     with Server(*checkpoint, tmp_path) as server:
         replies = [server.chat([video, "what is it?"]) for video in videos]
         assert replies == [server.expected([video, "what is it?"]) for video in videos]
+        with ThreadPoolExecutor(len(videos)) as pool:  # in a batch, though they differ in length
+            assert list(pool.map(lambda video: server.chat([video, "what is it?"]), videos)) == replies
         assert len(set(map(tuple, replies))) == 3
         image = noise_images(1)[0]
         assert server.chat([image, "what?"]) == server.expected([image, "what?"])
@@ -341,6 +343,22 @@ def test_vllm_gets_a_model_without_a_head():
     assert not [m for part in trained for m in part.modules() if isinstance(m, torch.nn.Linear)]
 
 
+@torch.no_grad()
+def test_concurrent_videos_of_different_lengths_are_encoded():
+    """vLLM gives each of them alone, with its times and its mask as a list of one tensor."""
+    config = tiny_config(video_mode="merge")
+    AttentionInterface.register("vllm", sdpa_attention_forward)
+    config.text_config._attn_implementation = "vllm"
+    model = EVLGenForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
+    video, times = torch.randn(1, 3, 3, IMAGE_SIZE, IMAGE_SIZE), torch.tensor([0.0, 5.0, 0.0])
+    mask = torch.tensor([True, True, False])
+    expected = model.get_video_features(video, frame_times=times[None], frame_mask=mask[None])
+    output = model.get_video_features(video, frame_times=[times], frame_mask=[mask])
+    assert output.token_places[..., 0].max() == 5
+    assert torch.equal(output.token_places, expected.token_places)
+    assert torch.equal(output.pooler_output, expected.pooler_output)
+
+
 def test_vllm_refuses_a_checkpoint_without_its_towers():
     config = tiny_config()
     config.text_config._attn_implementation = "vllm"
@@ -349,11 +367,12 @@ def test_vllm_refuses_a_checkpoint_without_its_towers():
         EVLGenForConditionalGeneration._from_config(config)
 
 
-def tiny_config():
+def tiny_config(**fields):
     tower, _ = tiny_towers("siglip")
     connector = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     return EVLGenConfig(
         vision_config=tower.config.to_dict(),
         text_config=TEXT_CONFIGS["llama"].to_dict(),
         connector_config={**connector, "merge_r": 2},
+        **fields,
     )
