@@ -207,7 +207,7 @@ class TomeFormerConfig(ConnectorConfig):
         Raises:
             ValueError: If `num_output_tokens` is out of range.
         """
-        target = num_output_tokens or self.num_merged_tokens
+        target = self.num_merged_tokens if num_output_tokens is None else num_output_tokens
         if target is None:
             return self._counts_by_merge_r(num_tokens)
         prefix = int(self.class_token)

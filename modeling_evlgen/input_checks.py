@@ -98,7 +98,7 @@ def check_finite(tensors: dict[str, torch.Tensor | tuple[torch.Tensor, ...] | No
     """
     for name, tensor in tensors.items():
         if isinstance(tensor, tuple):  # entries of different lengths
-            tensor = torch.stack([entry.sum() for entry in tensor])
+            tensor = torch.stack([entry.float().sum() for entry in tensor])
         entries = (
             []
             if tensor is None

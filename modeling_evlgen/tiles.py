@@ -20,10 +20,11 @@ def read_grids(image_grid_thw: torch.Tensor | None, num_rows: int) -> list[Grid]
     if image_grid_thw is None:
         return [(1, 1)] * num_rows
     grids = torch.as_tensor(image_grid_thw)
-    if grids.ndim != 2 or grids.shape[1] != 3 or (grids[:, 0] != 1).any() or (grids < 1).any():
+    has_shape = grids.ndim == 2 and grids.shape[1] == 3 and not grids.is_floating_point()
+    if not has_shape or (grids[:, 0] != 1).any() or (grids < 1).any():
         raise ValueError(
-            "`image_grid_thw` must have shape (images, 3), 1 in its first column and the rows and columns of tiles in "
-            f"the others, but is {grids.tolist()}."
+            "`image_grid_thw` must hold integers of shape (images, 3), 1 in its first column and the rows and columns "
+            f"of tiles in the others, but is {grids.tolist()}."
         )
     if int(grids.prod(dim=1).sum()) != num_rows:
         raise ValueError(f"`image_grid_thw` is {grids.tolist()}, but the images have {num_rows} tiles together.")
@@ -39,7 +40,9 @@ def read_budgets(
 ) -> list[int]:
     """The number of tokens of each image or video.
 
-    They are those given. Otherwise, a model that was trained with several budgets reads them from the placeholders.
+    They are those given. Otherwise, a model that was trained with several budgets reads them from the placeholders. A
+    compiled model does not, nor does one whose images follow each other without a token between them. There, all have
+    the default number.
 
     Args:
         name (`str`): `"image"` or `"video"`, for messages.
@@ -52,7 +55,9 @@ def read_budgets(
         ValueError: If a budget is out of range, or there is not one for each item.
     """
     if given is not None:
-        budgets = [int(budget) for budget in given]
+        budgets = given.tolist() if torch.is_tensor(given) else list(given)
+        if not all(isinstance(budget, int) for budget in budgets):
+            raise ValueError(f"`{name}_budgets` must hold integers, but is {budgets}.")
         if len(budgets) != num_items:
             raise ValueError(f"`{name}_budgets` holds {len(budgets)} numbers for {num_items} {name}s.")
     elif config.image_token_range is None or mask is None or torch.compiler.is_compiling():
@@ -68,17 +73,11 @@ def read_budgets(
 
 
 def _count_placeholders(mask: torch.Tensor, num_items: int) -> list[int] | None:
-    """Placeholders of each item: the length of each run, or an equal part of them all. None if neither fits.
-
-    Items that follow each other without a token between them share a run.
-    """
+    """Placeholders of each item: the length of each run. None if there is not a run for each item."""
     row_ends = torch.nn.functional.pad(mask, (1, 1)).int().diff(dim=1)  # (batch, sequence + 1)
     starts, ends = (row_ends == 1).nonzero()[:, 1], (row_ends == -1).nonzero()[:, 1]
     runs: list[int] = (ends - starts).tolist()
-    if len(runs) == num_items:
-        return runs
-    each, rest = divmod(sum(runs), max(1, num_items))
-    return [each] * num_items if each and not rest and not any(run % each for run in runs) else None
+    return runs if len(runs) == num_items else None
 
 
 def join_tiles(tokens: torch.Tensor, grid: Grid, class_token: bool) -> torch.Tensor:

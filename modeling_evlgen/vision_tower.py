@@ -99,7 +99,7 @@ def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None
             _, num_tokens, hidden_size = extract_vision_tokens(tower, pixel_values).shape
         except TypeError as error:
             raise ValueError(f"`vision_model`: {type(tower).__name__} needs more than pixels: {error}") from error
-        except ValueError as error:
+        except (ValueError, RuntimeError, AssertionError) as error:
             sides = "{} x {} pixels".format(*image_size)
             message = f"`image_size`: {type(tower).__name__} does not take images of {sides}: {error}"
             raise ValueError(message) from error

@@ -8,21 +8,26 @@ from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import get_image_size
 
-MAX_TILES = 100  # of one image; a request to a server may choose the number
-
 
 def tile_size(image_processor: Any) -> tuple[int, int]:
     """Height and width in pixels of the images that an image processor returns.
 
     Raises:
-        ValueError: If they depend on the image.
+        ValueError: If they depend on the image, or a tile of this size would be enlarged and cropped.
     """
     crop = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", None) else None
-    size = dict(crop or getattr(image_processor, "size", None) or {})
+    resized = dict(getattr(image_processor, "size", None) or {})
+    size = dict(crop or resized)
     height, width = (size.get(name) or size.get("shortest_edge") for name in ("height", "width"))
     if not height or not width or (not crop and size.get("shortest_edge")):
         raise ValueError(
             f"`max_tiles` needs an image processor with a fixed height and width, but its size is {size}."
+        )
+    shortest = resized.get("shortest_edge")
+    if crop and (shortest != min(height, width) if shortest else resized != size):
+        raise ValueError(
+            f"`max_tiles` needs an image processor that crops nothing from a tile, but it resizes to {resized} and "
+            f"crops {size}. Set its `size` to its `crop_size`."
         )
     return height, width
 
@@ -30,8 +35,9 @@ def tile_size(image_processor: Any) -> tuple[int, int]:
 def choose_tile_grid(height: int, width: int, tile: tuple[int, int], max_tiles: int) -> tuple[int, int]:
     """Chooses the rows and columns of tiles that an image is cut into.
 
-    It is the grid that keeps most of the image's pixels, without enlarging it. Of equal grids, it is the one with the
-    fewest tiles. So an image that fits into a tile is one tile. Source: the "any resolution" of LLaVA-NeXT.
+    It is the grid that keeps most of the image's pixels. Of equal grids, it is the one with the fewest tiles. So an
+    image that fits into a tile is one tile. Source: the "any resolution" of LLaVA-NeXT, which pads where this one
+    stretches.
 
     Args:
         height, width (`int`): The image's size in pixels.

@@ -39,7 +39,7 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
 
     Raises:
         ValueError: If the image cannot be read or has more than `max_pixels`; the message names it. If an array holds
-            NaN or infinite values, or has another number of dimensions than 3.
+            NaN or infinite values, or has another number of dimensions than 3. If there is no pixel.
         TypeError: If `source` is nothing of the above, or an array of no numbers.
     """
     if source is None:
@@ -52,6 +52,8 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
         image = source if isinstance(source, Image.Image) else _open(source, timeout)
         if isinstance(image, ImageFile.ImageFile):  # an image in memory has cost its memory already
             check_size(image.width, image.height, max_pixels)
+        if not image.width * image.height:
+            raise ValueError(f"it has {image.width} x {image.height} pixels")
         return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # PIL raises errors of many types for broken data
         # PIL's message has an address in memory in place of a path.
@@ -71,6 +73,8 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
 def _check_array(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     if array.ndim != 3:
         raise ValueError(f"`images`: an array must have 3 dimensions, but has the shape {tuple(array.shape)}.")
+    if 0 in array.shape:
+        raise ValueError(f"`images`: an array of shape {tuple(array.shape)} has no pixels.")
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "buif":
             raise TypeError(f"`images`: an array must hold numbers, but has the dtype {array.dtype}.")

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, VideosKwargs
 
+MAX_TILES = 100  # of one image; a request to a server may choose the number
+
 
 class EVLGenImagesKwargs(ImagesKwargs, total=False):
     max_pixels: int | None
@@ -106,6 +108,20 @@ def flatten_metadata(metadata: Any) -> list[Any]:
     return [] if metadata is None else [metadata]
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value is an integer of 1 or more. True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def check_max_tiles(max_tiles: Any) -> None:
+    """
+    Raises:
+        ValueError: If `max_tiles` is no integer from 1 to `MAX_TILES`.
+    """
+    if not is_count(max_tiles) or max_tiles > MAX_TILES:
+        raise ValueError(f"`max_tiles` must be an integer from 1 to {MAX_TILES}, but is {max_tiles!r}.")
+
+
 def check_token_range(image_token_range: Any) -> list[int] | None:
     """The smallest and the largest number of tokens of an image, as a list.
 
@@ -115,7 +131,7 @@ def check_token_range(image_token_range: Any) -> list[int] | None:
     if image_token_range is None:
         return None
     pair = list(image_token_range) if isinstance(image_token_range, list | tuple) else []
-    if len(pair) != 2 or not all(isinstance(number, int) for number in pair) or not 1 <= pair[0] <= pair[1]:
+    if len(pair) != 2 or not all(map(is_count, pair)) or pair[0] > pair[1]:
         raise ValueError(
             "`image_token_range` must hold the smallest and the largest number of tokens, integers of 1 or more, but "
             f"is {image_token_range!r}."
@@ -123,7 +139,7 @@ def check_token_range(image_token_range: Any) -> list[int] | None:
     return pair
 
 
-def check_grids(image_grid_thw: torch.Tensor, vision_features: torch.Tensor | None) -> None:
+def check_grids(image_grid_thw: torch.Tensor | list[list[int]], vision_features: torch.Tensor | None) -> None:
     """
     Raises:
         ValueError: If grids, `(images, 3)`, do not describe the tiles of `vision_features`, `(tiles, tokens, dim)`.
@@ -132,6 +148,7 @@ def check_grids(image_grid_thw: torch.Tensor, vision_features: torch.Tensor | No
         raise ValueError(
             "`image_grid_thw` is given beside `vision_features` alone. The processor cuts `images` itself."
         )
+    image_grid_thw = torch.as_tensor(image_grid_thw)
     shape = tuple(image_grid_thw.shape)
     if len(shape) != 2 or shape[1] != 3:
         raise ValueError(f"`image_grid_thw` must have shape (images, 3), but has {shape}.")

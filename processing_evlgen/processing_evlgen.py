@@ -17,15 +17,17 @@ from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
 
 from .batch import EVLGenBatch
 from .conversations import join_parts
-from .cut_tiles import MAX_TILES, choose_tile_grid, cut_tiles, tile_size
+from .cut_tiles import choose_tile_grid, cut_tiles, tile_size
 from .images import MAX_PIXELS, load_rgb_image
 from .inputs import (
     EVLGenProcessorKwargs,
     EVLGenVideosKwargs,
     check_given,
+    check_max_tiles,
     check_token_range,
     count_images_per_text,
     flatten_images,
+    is_count,
 )
 from .prompts import PromptEncoder
 from .token_ids import pad
@@ -93,10 +95,9 @@ class EVLGenProcessor(PromptEncoder):
         image_token_range: list[int] | None = None,
         fps: float | None = None,
     ):
-        if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
-            raise ValueError(f"`num_image_tokens` must be an integer of 1 or more, but is {num_image_tokens!r}.")
         self.image_token_range = check_token_range(image_token_range)
-        self._check_in_range("num_image_tokens", num_image_tokens, [num_image_tokens])
+        self._check_numbers("num_image_tokens", num_image_tokens, [num_image_tokens])
+        check_max_tiles(max_tiles)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"`tokenizer` must be a tokenizer, but is {type(tokenizer).__name__}.")
         if chat_template is None and tokenizer.chat_template is not None:
@@ -199,7 +200,8 @@ class EVLGenProcessor(PromptEncoder):
               labels.
             - `pixel_values`: float32, `(tiles, channels, height, width)`, if there are images; and `image_grid_thw`:
               int64, `(images, 3)`, 1 and the rows and columns of tiles, if `max_tiles` is above 1.
-            - `image_budgets`, `video_budgets`: int64, `(images,)` and `(videos,)`, if their numbers of tokens differ.
+            - `image_budgets`, `video_budgets`: int64, `(images,)` and `(videos,)`, if a number of tokens is not the
+              processor's own.
             - `pixel_values_videos`: float32, `(videos, frames, channels, height, width)`, if there are videos; and
               `frame_mask`: bool, `(videos, frames)`, if they differ in their number of frames; and `frame_times`:
               float32, `(videos, frames)`, the seconds of each frame since the first one, 0 for padding.
@@ -247,7 +249,7 @@ class EVLGenProcessor(PromptEncoder):
             if image_grid_thw is not None:
                 data["image_grid_thw"] = image_grid_thw
         counts = {"image_budgets": budgets[self.image_token_id], "video_budgets": budgets[self.video_token_id]}
-        data.update({name: row for name, row in counts.items() if len(set(row)) > 1})
+        data.update({name: row for name, row in counts.items() if set(row) - {self.num_image_tokens}})
         batch = EVLGenBatch(
             data,
             placeholder_ids=placeholder_ids,
@@ -303,15 +305,15 @@ class EVLGenProcessor(PromptEncoder):
         ):
             budget = self.num_image_tokens if budget is None else budget
             row = list(budget) if isinstance(budget, list | tuple) else [budget] * count
-            if not all(isinstance(number, int) and number > 0 for number in row):
-                raise ValueError(f"`{name}` must hold integers of 1 or more, but is {budget!r}.")
             if len(row) != count:
                 raise ValueError(f"`{name}` holds {len(row)} numbers, but there are {count} images or videos.")
-            self._check_in_range(name, budget, row)
+            self._check_numbers(name, budget, row)
             budgets[token_id] = row
         return budgets
 
-    def _check_in_range(self, name: str, given: int | list[int], row: list[int]) -> None:
+    def _check_numbers(self, name: str, given: Any, row: list[Any]) -> None:
+        if not all(map(is_count, row)):
+            raise ValueError(f"`{name}` must be an integer of 1 or more, or a list of these, but is {given!r}.")
         low, high = self.image_token_range or (1, sys.maxsize)
         if not all(low <= number <= high for number in row):
             raise ValueError(f"`{name}` must be from {low} to {high}, the `image_token_range`, but is {given}.")
@@ -342,10 +344,12 @@ class EVLGenProcessor(PromptEncoder):
     ) -> dict[str, torch.Tensor]:
         """Pixels of all tiles of the images, and the images' grids if they may have several tiles."""
         max_tiles = self.max_tiles if max_tiles is None else max_tiles
-        if not isinstance(max_tiles, int) or not 1 <= max_tiles <= MAX_TILES:
-            raise ValueError(f"`max_tiles` must be an integer from 1 to {MAX_TILES}, but is {max_tiles!r}.")
+        check_max_tiles(max_tiles)
         if max_tiles == 1:
             return {"pixel_values": self._prepare_pixels(images, arguments)}
+        for name in ("size", "crop_size"):
+            if arguments.get(name) is not None:
+                raise ValueError(f"`{name}` cannot be given with `max_tiles`: tiles have the image processor's own.")
         size = tile_size(self.image_processor)
         cut = [cut_tiles(image, size, max_tiles) for image in images]
         pixel_values = self._prepare_pixels([tile for tiles, _ in cut for tile in tiles], arguments)
@@ -393,6 +397,17 @@ class EVLGenProcessor(PromptEncoder):
         if video_sizes is not None:
             counts["num_video_tokens"] = [kwargs.get("num_video_tokens") or each] * len(video_sizes)
         return MultiModalData(**counts)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "EVLGenProcessor":
+        """Loads a processor. Arguments of [`EVLGenProcessor`] replace those that were saved, as in vLLM."""
+        # The tokenizer would pass it on to the model's configuration, which computes it.
+        number = kwargs.pop("num_image_tokens", None)
+        processor = super().from_pretrained(*args, **kwargs)
+        if number is not None:
+            processor._check_numbers("num_image_tokens", number, [number])
+            processor.num_image_tokens = number
+        return processor
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any

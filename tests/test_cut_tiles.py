@@ -89,7 +89,9 @@ def test_tiles_and_budgets_go_through_the_model():
     together = model.generate(**batch, max_new_tokens=4, min_new_tokens=4)[:, -4:]
     for row, (one, budget) in enumerate(zip(images, (5, 9), strict=True)):
         alone = processor(images=one, num_image_tokens=budget, max_tiles=4)
-        assert "image_budgets" not in alone  # the model counts the placeholders
+        assert alone["image_budgets"].tolist() == [budget]
+        assert torch.equal(model.generate(**alone, max_new_tokens=4, min_new_tokens=4)[0, -4:], together[row])
+        del alone["image_budgets"]  # the model counts the placeholders
         assert torch.equal(model.generate(**alone, max_new_tokens=4, min_new_tokens=4)[0, -4:], together[row])
 
 
@@ -103,9 +105,13 @@ def test_max_tiles_is_saved_with_the_processor(tmp_path):
 
 def test_a_loaded_processor_may_be_given_another_number_of_tokens(tmp_path):
     """As vLLM does with its `mm_processor_kwargs`."""
-    make_processor().save_pretrained(tmp_path)
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tiny_processor(model).save_pretrained(tmp_path)
     processor = EVLGenProcessor.from_pretrained(tmp_path, num_image_tokens=5)
     assert (processor(images=image(16, 16))["input_ids"] == processor.image_token_id).sum() == 5
+    with pytest.raises(ValueError, match="`num_image_tokens` must be an integer of 1 or more"):
+        EVLGenProcessor.from_pretrained(tmp_path, num_image_tokens=0)
 
 
 def test_each_image_has_as_many_placeholders_as_requested():
@@ -114,10 +120,9 @@ def test_each_image_has_as_many_placeholders_as_requested():
     counts = (batch["input_ids"] == processor.image_token_id).sum(dim=1)
     assert counts.tolist() == [5, 2] and batch["image_budgets"].tolist() == [1, 4, 2]
     same = processor(images=noise_images(2), num_image_tokens=4)
-    assert (same["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [
-        4,
-        4,
-    ] and "image_budgets" not in same
+    assert (same["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [4, 4]
+    assert same["image_budgets"].tolist() == [4, 4]
+    assert "image_budgets" not in processor(images=noise_images(2), num_image_tokens=processor.num_image_tokens)
 
 
 def test_labels_stay_on_the_caption_for_any_number_of_tokens():
@@ -178,13 +183,16 @@ def test_videos_take_budgets():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_image_tokens": 0}, "`num_image_tokens` must hold integers of 1 or more, but is 0"),
-        ({"num_image_tokens": [3, -1]}, r"`num_image_tokens` must hold integers of 1 or more, but is \[3, -1\]"),
-        ({"num_image_tokens": 2.5}, "`num_image_tokens` must hold integers of 1 or more, but is 2.5"),
+        ({"num_image_tokens": 0}, "`num_image_tokens` must be an integer of 1 or more, or a list of these, but is 0"),
+        ({"num_image_tokens": [3, -1]}, r"`num_image_tokens` must be .* or a list of these, but is \[3, -1\]"),
+        ({"num_image_tokens": [True, 3]}, r"`num_image_tokens` must be .* or a list of these, but is \[True, 3\]"),
+        ({"num_image_tokens": 2.5}, "`num_image_tokens` must be .* or a list of these, but is 2.5"),
         ({"num_image_tokens": [3]}, "`num_image_tokens` holds 1 numbers, but there are 2"),
         ({"max_tiles": 0}, "`max_tiles` must be an integer from 1 to 100, but is 0"),
         ({"max_tiles": 101}, "`max_tiles` must be an integer from 1 to 100, but is 101"),
         ({"max_tiles": "4"}, "`max_tiles` must be an integer from 1 to 100, but is '4'"),
+        ({"max_tiles": True}, "`max_tiles` must be an integer from 1 to 100, but is True"),
+        ({"max_tiles": 4, "size": {"height": 64, "width": 64}}, "`size` cannot be given with `max_tiles`"),
     ],
 )
 def test_bad_budgets_and_tiles_are_refused(arguments, message):
@@ -192,11 +200,21 @@ def test_bad_budgets_and_tiles_are_refused(arguments, message):
         make_processor()(images=noise_images(2), **arguments)
 
 
+def test_the_constructor_refuses_bad_tiles_and_ranges():
+    with pytest.raises(ValueError, match="`max_tiles` must be an integer from 1 to 100, but is 0"):
+        make_processor(max_tiles=0)
+    with pytest.raises(ValueError, match="`image_token_range` must hold"):
+        make_processor(image_token_range=[True, True])
+
+
 def test_tiles_have_the_size_of_the_image_processors_output():
-    assert tile_size(CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 30, "width": 30})) == (30, 30)
+    assert tile_size(CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 40, "width": 30})) == (40, 30)
     assert tile_size(SiglipImageProcessor(size={"height": 64, "width": 48})) == (64, 48)
     with pytest.raises(ValueError, match="`max_tiles` needs an image processor with a fixed height and width"):
         tile_size(CLIPImageProcessor(size={"shortest_edge": 40}, do_center_crop=False))
+    for larger in ({"shortest_edge": 40}, {"height": 40, "width": 40}):  # as DINOv2's
+        with pytest.raises(ValueError, match="crops nothing from a tile, but it resizes to"):
+            tile_size(CLIPImageProcessor(size=larger, crop_size={"height": 30, "width": 30}))
 
 
 def test_counts_for_vllm_follow_tiles_and_budgets():

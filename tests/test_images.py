@@ -76,6 +76,13 @@ def test_images_and_videos_of_another_type_or_shape_are_refused():
         make_processor()(videos=noise_images(4), num_frames=2.5)
 
 
+@pytest.mark.attack
+@pytest.mark.parametrize("image", [Image.new("RGB", (0, 10)), np.zeros((0, 10, 3), np.uint8), torch.zeros(3, 4, 0)])
+def test_images_without_pixels_are_refused(image):
+    with pytest.raises(ValueError, match=r"`images`: .*(has 0 x 10 pixels|has no pixels)"):
+        make_processor()(images=image, max_tiles=4)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_arrays_with_nan_or_infinite_values_are_refused(bad):
     array = np.zeros((8, 8, 3), dtype=np.float32)

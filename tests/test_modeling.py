@@ -21,6 +21,7 @@ from transformers import (
 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel, target_positions
+from modeling_evlgen.input_checks import check_finite
 from modeling_evlgen.vision_tower import extract_vision_tokens, measure_vision_tower
 
 from .helpers import TEXT_CONFIGS, VISION_CONFIGS, noise_images, save_towers, tiny_model, tiny_processor, tiny_towers
@@ -391,6 +392,16 @@ def test_nothing_is_generated_from_soft_prompts_that_are_not_finite():
         ValueError, match=r"The image soft prompt must be finite, but has NaN or infinity in entries \[0, 1\]"
     ):
         model.generate(**tiny_processor(model)(images=noise_images(2)), max_new_tokens=3)
+
+
+def test_soft_prompts_of_different_lengths_may_have_a_sum_above_float16():
+    check_finite({"prompt": (torch.full((144, 2048), 0.5, dtype=torch.float16), torch.zeros(9, 2048).half())})
+
+
+@pytest.mark.parametrize("vision", ["clip", "siglip", "eva", "timm_vit"])
+def test_a_tower_of_fixed_size_refuses_another_size_by_name(vision):
+    with pytest.raises(ValueError, match=r"`image_size`: .* does not take images of 64 x 64 pixels"):
+        measure_vision_tower(tiny_towers(vision)[0].config, 64)
 
 
 def test_images_and_videos_are_given_once():

@@ -84,10 +84,13 @@ def test_an_elastic_model_counts_the_placeholders_of_each_image():
 
 
 @torch.no_grad()
-def test_images_that_touch_share_their_placeholders_equally_unless_budgets_are_given():
+def test_images_that_touch_need_budgets_unless_they_have_the_default():
+    """Their placeholders cannot be told apart, so another row's image could take them."""
     model = elastic_model()
-    output = model(**ids(10), pixel_values=pixels(2))
-    assert output.image_outputs.pooler_output.shape[:2] == (2, 5)
+    with pytest.raises(ValueError, match="holds 10 image placeholders, but the images give 22 tokens"):
+        model(**ids(10), pixel_values=pixels(2))
+    output = model(**ids(22), pixel_values=pixels(2))
+    assert output.image_outputs.pooler_output.shape[:2] == (2, 11)
     output = model(**ids(10), pixel_values=pixels(2), image_budgets=[3, 7])
     assert [len(prompt) for prompt in output.image_outputs.pooler_output] == [3, 7]
 
@@ -150,7 +153,8 @@ def test_a_model_that_was_trained_with_one_budget_refuses_others():
     ("grid", "message"),
     [
         ([[1, 2, 2]], r"is \[\[1, 2, 2\]\], but the images have 3 tiles together"),
-        ([[1, 3]], "must have shape"),
+        ([[1, 3]], "must hold integers of shape"),
+        ([[1.0, 3.0, 1.0]], "must hold integers of shape"),
         ([[2, 3, 1]], "1 in its first column"),
         ([[1, 0, 3]], "but is"),
     ],
@@ -165,6 +169,8 @@ def test_budgets_and_placeholders_that_do_not_fit_are_refused():
     model = elastic_model()
     with pytest.raises(ValueError, match="`image_budgets` holds 1 numbers for 2 images"):
         model.get_image_features(pixels(2), image_budgets=[4])
+    with pytest.raises(ValueError, match=r"`image_budgets` must hold integers, but is \[4.7, 4.2\]"):
+        model.get_image_features(pixels(2), image_budgets=[4.7, 4.2])
     with pytest.raises(ValueError, match="holds 9 image placeholders, but the images give"):
         model(**ids(9), pixel_values=pixels(2))
     with pytest.raises(ValueError, match="holds 9 image placeholders, but the images give 8"):

@@ -16,8 +16,9 @@ from common.data.data_arguments import DataArguments
 from common.data.streams import EPOCH
 from common.models import build_model
 from common.training.training_arguments import ModelArguments, ProcessorArguments
+from configuration_evlgen import EVLGenConfig
 
-from .helpers import noise_images, save_towers
+from .helpers import noise_images, save_towers, tiny_model
 from .test_processing import make_processor
 
 LOW, HIGH = 4, 16
@@ -210,6 +211,23 @@ def test_means_of_a_grid_refuse_a_range_with_numbers_that_are_no_squares(tmp_pat
     fields = {"hidden_size": 32, "intermediate_size": 64, "pool_size": 3}
     with pytest.raises(ValueError, match="must be a square, but is 5"):
         build(tmp_path, "mlp", fields, vision="siglip", image_token_range=[4, 9])
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"connector_config": {"model_type": "evlgen_mlp"}}, "the connector takes no image of several tiles: .*pool_"),
+        (
+            {"vision_config": {"model_type": "vit", "image_size": [32, 72], "patch_size": 8}},
+            "this one gives 4 x 9 patc",
+        ),
+    ],
+)
+def test_a_model_that_takes_no_tiles_is_refused_at_the_start(fields, message):
+    with pytest.raises(ValueError, match=f"`max_tiles` above 1.*{message}"):
+        EVLGenConfig(**fields).check_tiles()
+    tiny_model().config.check_tiles()
 
 
 @pytest.mark.attack

@@ -57,5 +57,5 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path
 
 def check_count(name: str, value: Any, least: int) -> None:
     """Raises a ValueError if an argument is no integer of `least` or more. A YAML file may hold anything."""
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"`{name}` must be an integer of {least} or more, but is {value!r}.")

@@ -39,6 +39,8 @@ def build_model(
         text_revision=arguments.text_revision,
     )
     model.config.towers = arguments.towers
+    if text_format.max_tiles > 1:
+        model.config.check_tiles()
     tokenizer = AutoTokenizer.from_pretrained(text_model, revision=arguments.text_revision)
     # Some tokenizers allow longer texts than their language model has positions for.
     limit = getattr(model.config.text_config, "max_position_embeddings", None)

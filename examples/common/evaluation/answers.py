@@ -169,6 +169,8 @@ def load_answering_model(answer_args: AnswerArguments) -> tuple[EVLGenForConditi
         if getattr(answer_args, name) is not None:
             setattr(processor, name, getattr(answer_args, name))
     read_budgets("image", [processor.num_image_tokens], 1, None, model.config)  # raises out of range
+    if processor.max_tiles > 1:
+        model.config.check_tiles()
     return model, processor
 
 
