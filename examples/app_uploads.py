@@ -18,6 +18,7 @@ from processing_evlgen.videos import (
     VideoFrames,
     iterate_animated_image,
     iterate_container,
+    to_rgb_image,
 )
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -156,7 +157,7 @@ def _choose_frames(
     kept = KEPT_MEGAPIXELS if (choice.num_frames or MAX_FRAMES) <= 16 else KEPT_MEGAPIXELS_OF_MANY
     try:
         for frame, seconds in choice.select(_checked(timed, megapixels, deadline), total):
-            image = load_rgb_image(frame.to_image() if isinstance(frame, av.VideoFrame) else frame)
+            image = to_rgb_image(frame)
             factor = math.ceil(math.sqrt(image.width * image.height / (1e6 * kept)))
             frames.append((image.reduce(factor), seconds))
     except VideoEndsEarlyError:  # packets without a frame were counted

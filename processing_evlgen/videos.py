@@ -187,7 +187,7 @@ def iterate_rgb_frames(
     try:
         with _open_file(name, max_pixels, needs_total=choice.num_frames is not None) as (frames, total):
             for frame, time in choice.select(frames, total):
-                yield _to_image(frame), time
+                yield to_rgb_image(frame), time
     except ImportError:
         raise
     except Exception as error:  # FFmpeg and PIL raise errors of many types for broken files
@@ -246,7 +246,7 @@ def _iterate_row(
 def _open_file(
     name: str, max_pixels: int, needs_total: bool
 ) -> Iterator[tuple[Iterator[tuple[Any, float]], int | None]]:
-    """Opens a video. Gives its frames with their seconds, in a form that [`_to_image`] reads, and their number."""
+    """Opens a video. Gives its frames with their seconds, in a form that [`to_rgb_image`] reads, and their number."""
     if not is_url(name):
         check_regular_file(name)
         if not Path(name).exists():
@@ -293,8 +293,10 @@ def iterate_animated_image(image: Image.Image) -> Iterator[tuple[Image.Image, fl
         time += (image.info.get("duration") or 100) / 1000  # browsers show frames without a duration for 100 ms
 
 
-def _to_image(frame: Any) -> Image.Image:
-    """A frame of a container or an animated image as an image of its own, in RGB."""
+def to_rgb_image(frame: Any) -> Image.Image:
+    """A frame of [`iterate_container`] or [`iterate_animated_image`] as an upright image of its own, in RGB."""
     if isinstance(frame, Image.Image):
         return load_rgb_image(frame.copy())  # the next `seek` overwrites the pixels
-    return Image.fromarray(frame.to_ndarray(format="rgb24"))
+    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    # Phones store videos as the sensor lies, and how far players have to turn them.
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
