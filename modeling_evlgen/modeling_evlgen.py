@@ -159,10 +159,9 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, MediaFeaturesMixin, P
             image_grid_thw (`torch.LongTensor` of shape `(images, 3)`, *optional*):
                 1, and the rows and columns of tiles of each image. By default each image is one tile.
             image_budgets, video_budgets (`torch.LongTensor` of shape `(images,)` and `(videos,)`, *optional*):
-                The number of tokens of each image and video. The processor returns it if a number is not the default,
-                `config.num_image_tokens`. Without it, a model with a `config.image_token_range` counts the
-                placeholders of each image, unless it is compiled or images follow each other without a token between
-                them. Then all have the default number.
+                The number of tokens of each image and video, by default `config.num_image_tokens`. The processor of a
+                model with a `config.image_token_range` returns it. Without it, such a model counts the placeholders of
+                each image, unless it is compiled or images follow each other without a token between them.
             frame_times (`torch.Tensor` of shape `(videos, frames)`, *optional*):
                 Seconds of each frame, counted from anywhere, for `config.video_mode` "merge". By default a frame has
                 one second.

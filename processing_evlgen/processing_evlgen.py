@@ -200,8 +200,8 @@ class EVLGenProcessor(PromptEncoder):
               labels.
             - `pixel_values`: float32, `(tiles, channels, height, width)`, if there are images; and `image_grid_thw`:
               int64, `(images, 3)`, 1 and the rows and columns of tiles, if `max_tiles` is above 1.
-            - `image_budgets`, `video_budgets`: int64, `(images,)` and `(videos,)`, if a number of tokens is not the
-              processor's own.
+            - `image_budgets`, `video_budgets`: int64, `(images,)` and `(videos,)`, with an `image_token_range`, or if
+              a number of tokens is not `num_image_tokens`.
             - `pixel_values_videos`: float32, `(videos, frames, channels, height, width)`, if there are videos; and
               `frame_mask`: bool, `(videos, frames)`, if they differ in their number of frames; and `frame_times`:
               float32, `(videos, frames)`, the seconds of each frame since the first one, 0 for padding.
@@ -249,7 +249,10 @@ class EVLGenProcessor(PromptEncoder):
             if image_grid_thw is not None:
                 data["image_grid_thw"] = image_grid_thw
         counts = {"image_budgets": budgets[self.image_token_id], "video_budgets": budgets[self.video_token_id]}
-        data.update({name: row for name, row in counts.items() if set(row) - {self.num_image_tokens}})
+        for name, row in counts.items():
+            # `num_image_tokens` may differ from the model's, if there is a range.
+            if row and (self.image_token_range or set(row) != {self.num_image_tokens}):
+                data[name] = row
         batch = EVLGenBatch(
             data,
             placeholder_ids=placeholder_ids,
