@@ -17,6 +17,7 @@ from benchmarks import (
     export_speed,
     quantization_speed,
     timing,
+    token_numbers,
     training_step,
     video_speed,
 )
@@ -139,6 +140,14 @@ def test_quantised_weights_count_as_they_are_packed(tiny_candidates):
     models = quantization_speed.load_candidates(training_step.build(tiny_candidates["EVLGen, front-loaded"]))
     float32, bfloat16, int8, int4 = (quantization_speed.megabytes(models[name]) for name in models)
     assert bfloat16 == float32 / 2 and int4 < int8 < bfloat16
+
+
+def test_numbers_of_tokens_are_measured(monkeypatch, capsys):
+    monkeypatch.setattr(token_numbers, "TEXT", TEXT)
+    monkeypatch.setattr(token_numbers, "NUMBERS", (4, 9))
+    token_numbers.main(["--rounds", "1"])
+    rows = table(capsys)
+    assert [row[0] for row in rows] == ["4", "9"] and all(is_number(cell) for row in rows for cell in row)
 
 
 def test_videos_of_several_lengths_are_measured(in_this_process, monkeypatch, capsys):
