@@ -14,8 +14,10 @@ from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import (
     MAX_FRAMES,
     FrameChoice,
-    VideoEndsEarlyError,
+    TimedFrame,
+    TooFewFramesError,
     VideoFrames,
+    is_shown,
     iterate_animated_image,
     iterate_container,
     to_rgb_image,
@@ -84,16 +86,14 @@ def _read_video(path: Path, choice: FrameChoice) -> VideoFrames:
     with av.open(str(path), format=format) as container:
         stream = container.streams.video[0]
         # A packet holds a frame. Packets are counted, since the number in the file's head may be wrong.
-        packets = islice(container.demux(stream), FRAMES + 1)
-        count = sum(1 for packet in packets if packet.size)
-        _check_sizes(count, stream.width * stream.height, FRAME_MEGAPIXELS, VIDEO_MEGAPIXELS)
-        total = stream.frames if 0 < stream.frames <= count else count
+        shown = [is_shown(packet) for packet in islice(container.demux(stream), FRAMES + 1) if packet.size]
+        _check_sizes(len(shown), stream.width * stream.height, FRAME_MEGAPIXELS, VIDEO_MEGAPIXELS)
     with av.open(str(path), format=format) as container:
         stream = container.streams.video[0]
         # Frames may be larger than the file's head says.
         stream.codec_context.options = {"max_pixels": str(FRAME_MEGAPIXELS * 1_000_000)}
         timed = iterate_container(container, stream)
-        return _choose_frames(timed, total, choice, VIDEO_MEGAPIXELS, deadline)
+        return _choose_frames(timed, sum(shown), choice, VIDEO_MEGAPIXELS, deadline)
 
 
 def _read_image(path: Path, choice: FrameChoice) -> tuple[str, list[Image.Image]]:
@@ -146,7 +146,7 @@ def _check_time(deadline: float) -> None:
 
 
 def _choose_frames(
-    timed: Iterable[tuple[av.VideoFrame | Image.Image, float]],
+    timed: Iterable[TimedFrame],
     total: int,
     choice: FrameChoice,
     megapixels: int,
@@ -160,7 +160,7 @@ def _choose_frames(
             image = to_rgb_image(frame)
             factor = math.ceil(math.sqrt(image.width * image.height / (1e6 * kept)))
             frames.append((image.reduce(factor), seconds))
-    except VideoEndsEarlyError:  # packets without a frame were counted
+    except TooFewFramesError:  # packets without a frame were counted
         pass
     except ValueError as error:
         if len(frames) < MAX_FRAMES:
@@ -169,14 +169,12 @@ def _choose_frames(
     return VideoFrames(*zip(*frames, strict=True))
 
 
-def _checked(
-    timed: Iterable[tuple[av.VideoFrame | Image.Image, float]], megapixels: int, deadline: float
-) -> Iterator[tuple[av.VideoFrame | Image.Image, float]]:
-    """Yields frames with their seconds while they are within the limits."""
+def _checked(timed: Iterable[TimedFrame], megapixels: int, deadline: float) -> Iterator[TimedFrame]:
+    """Yields frames while they are within the limits."""
     pixels = 0
-    for frame, seconds in timed:
+    for frame, seconds, duration in timed:
         _check_time(deadline)
         pixels += frame.width * frame.height  # which may change from frame to frame
         if pixels > 1e6 * megapixels:
             raise TooMuchError(f"has over {megapixels} million pixels in all frames, more than are read")
-        yield frame, seconds
+        yield frame, seconds, duration

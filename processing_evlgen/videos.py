@@ -3,6 +3,7 @@
 import importlib
 import math
 import random
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from .images import MAX_PIXELS, check_regular_file, check_size, download, is_url
 MAX_FRAMES = 512  # of a video that is held in memory; a stream may have any number
 FRAME_SAMPLINGS = ("uniform", "headtail")
 _DOWNLOAD_SECONDS = 600.0
+_ROUNDING = 0.001  # seconds. WebM and MKV round times to milliseconds
 _ANIMATED_IMAGES = (".webp", ".gif", ".png", ".apng")  # FFmpeg does not read animated WebP
 
 
@@ -59,7 +61,15 @@ def _is_rate(fps: Any) -> bool:
 
 
 class VideoEndsEarlyError(ValueError):
-    """A video has fewer frames than it states."""
+    """A video ends well before the duration that it states."""
+
+
+class TooFewFramesError(ValueError):
+    """A video has fewer frames than were counted."""
+
+
+# A frame, its seconds, and for how many seconds it is shown; 0 if the file does not state it.
+TimedFrame = tuple[Any, float, float]
 
 
 class VideoFrames(list):
@@ -78,8 +88,8 @@ class FrameChoice:
         num_frames (`int`, *optional*): Number of frames, 1 to 512. By default all of them, at most 512.
         sampling (`str`, *optional*, defaults to `"uniform"`): As in [`sample_frames`], for a `num_frames`.
         fps (`float`, *optional*):
-            Frames for each second, instead of a number: the first one, and the next one at or after each multiple of
-            `1 / fps` seconds.
+            Frames for each second, instead of a number: those on screen at the first one, and at each multiple of
+            `1 / fps` seconds after it. A frame is taken once, for however long it stays.
         max_frames (`int`, *optional*, defaults to 512): Largest number of frames. None allows any.
 
     Raises:
@@ -102,35 +112,61 @@ class FrameChoice:
         if (self.num_frames or 0) > (self.max_frames or math.inf):
             raise ValueError(f"`num_frames` must be at most {self.max_frames}, but is {self.num_frames}.")
 
-    def select(self, frames: Iterable[tuple[Any, float]], total: int | None) -> Iterator[tuple[Any, float]]:
-        """Yields the chosen ones of all `frames`, pairs of a frame and its seconds.
+    def select(self, frames: Iterable[TimedFrame], total: int | None) -> Iterator[tuple[Any, float]]:
+        """Yields the chosen ones of all `frames`, each with its seconds.
 
         `total` is their number. It is needed for a `num_frames` alone.
 
         Raises:
-            VideoEndsEarlyError: If there are fewer frames than `total`.
+            TooFewFramesError: If there are fewer frames than `total`.
             ValueError: If there are none, or more would be chosen than are allowed.
         """
-        chosen = None if self.num_frames is None else sample_frames(total, self.num_frames, self.sampling)
-        start, due, taken, index = None, 0, 0, -1
-        for index, (frame, time) in enumerate(frames):
-            start = time if start is None else start
-            # A hair early, since times of containers are rounded.
-            ticks = index if self.fps is None else math.floor((time - start) * self.fps + 1e-3)
-            if (index not in chosen) if chosen is not None else (ticks < due):
-                continue
-            due, taken = ticks + 1, taken + 1
-            if taken > (self.max_frames or math.inf):
+        if total == 0:
+            raise ValueError("it has no frames")
+        if self.num_frames is not None:
+            frames = _at_indices(frames, sample_frames(total, self.num_frames, self.sampling), total)
+        elif self.fps is not None:
+            frames = _at_ticks(frames, self.fps)
+        count = 0
+        for count, (frame, time, _) in enumerate(frames, start=1):
+            if count > (self.max_frames or math.inf):
                 raise ValueError(
                     f"it has more than {self.max_frames} frames to take. Give a `num_frames`, or a lower `fps`"
                 )
             yield frame, time
-            if chosen is not None and index == chosen[-1]:
-                return
-        if index < 0:
+        if count == 0:
             raise ValueError("it has no frames")
-        if chosen is not None:
-            raise VideoEndsEarlyError(f"it ends after {index + 1} of its {total} frames")
+
+
+def _at_indices(frames: Iterable[TimedFrame], chosen: list[int], total: int) -> Iterator[TimedFrame]:
+    count = 0
+    for index, frame in enumerate(frames):
+        count = index + 1
+        if index in chosen:
+            yield frame
+        if index == chosen[-1]:
+            return
+    raise TooFewFramesError(f"it ends after {count} of its {total} frames")
+
+
+def _at_ticks(frames: Iterable[TimedFrame], fps: float) -> Iterator[TimedFrame]:
+    """Yields the frames that are on screen at a multiple of `1 / fps` seconds after the first one."""
+    start, held, index = 0.0, None, -1
+
+    def next_tick(time: float) -> int:
+        return math.ceil((time - start - _ROUNDING) * fps)
+
+    for index, frame in enumerate(frames):
+        if index == 0:
+            start = frame[1]
+        elif next_tick(held[1]) < next_tick(frame[1]):  # there is a tick before the next frame replaces it
+            yield held
+        held = frame
+    if held is not None:
+        _, time, duration = held
+        duration = duration or ((time - start) / index if index else 1 / fps)
+        if index == 0 or next_tick(time) < next_tick(time + duration):
+            yield held
 
 
 def load_rgb_frames(
@@ -205,7 +241,7 @@ def _iterate_list(source: Any, choice: FrameChoice, max_pixels: int, metadata: A
         raise ValueError("`videos` holds a video without frames.")
     times = _times_of_list(source, choice, metadata)
     try:
-        for frame, time in choice.select(zip(source, times, strict=True), len(source)):
+        for frame, time in choice.select(zip(source, times, [0.0] * len(source), strict=True), len(source)):
             yield load_rgb_image(frame, max_pixels=max_pixels), time
     except ValueError as error:
         message = str(error).replace("`images`", "`videos`", 1)
@@ -243,10 +279,8 @@ def _iterate_row(
 
 
 @contextmanager
-def _open_file(
-    name: str, max_pixels: int, needs_total: bool
-) -> Iterator[tuple[Iterator[tuple[Any, float]], int | None]]:
-    """Opens a video. Gives its frames with their seconds, in a form that [`to_rgb_image`] reads, and their number."""
+def _open_file(name: str, max_pixels: int, needs_total: bool) -> Iterator[tuple[Iterator[TimedFrame], int | None]]:
+    """Opens a video. Gives its frames, in a form that [`to_rgb_image`] reads, and their number if it is needed."""
     if not is_url(name):
         check_regular_file(name)
         if not Path(name).exists():
@@ -260,43 +294,86 @@ def _open_file(
             check_size(image.width, image.height, max_pixels)
             yield iterate_animated_image(image), getattr(image, "n_frames", 1)
         return
+    total = _count_frames(file, max_pixels) if needs_total else None
+    with _open_stream(file, max_pixels) as (container, stream):
+        yield iterate_container(container, stream), total
+
+
+@contextmanager
+def _open_stream(file: str | BytesIO, max_pixels: int) -> Iterator[tuple[Any, Any]]:
+    """Opens a file with PyAV. Gives the container and its stream of images."""
     # Not a plain import: the Hub's loader would require PyAV of all users of a checkpoint.
     av = importlib.import_module("av")
-    with av.open(file) as container:
-        stream = container.streams.video[0]
-        check_size(stream.width, stream.height, max_pixels)
-        total = stream.frames or None
-        if total is not None or not needs_total:
-            yield iterate_container(container, stream), total
-            return
-        total = sum(1 for _ in container.decode(stream))  # WebM, MKV and streams do not state it
     if isinstance(file, BytesIO):
         file.seek(0)
     with av.open(file) as container:
-        yield iterate_container(container, container.streams.video[0]), total
+        stream = container.streams.video[0]
+        check_size(stream.width, stream.height, max_pixels)
+        yield container, stream
 
 
-def iterate_container(container: Any, stream: Any) -> Iterator[tuple[Any, float]]:
-    """Decodes the frames of PyAV's stream. Yields each with its seconds."""
-    rate = float(stream.average_rate or 1)
+def _count_frames(file: str | BytesIO, max_pixels: int) -> int:
+    with _open_stream(file, max_pixels) as (container, stream):
+        # The stated number also counts packets that are empty, or that an editor has hidden. Then only decoding helps,
+        # as with WebM, MKV and streams, where no number is stated.
+        if stream.frames and stream.frames == sum(is_shown(packet) for packet in container.demux(stream)):
+            return stream.frames
+    with _open_stream(file, max_pixels) as (container, stream):
+        return sum(1 for _ in iterate_container(container, stream))
+
+
+def is_shown(packet: Any) -> bool:
+    """Whether a packet of PyAV holds a frame that players show."""
+    return packet.size > 0 and not packet.is_discard
+
+
+def iterate_container(container: Any, stream: Any) -> Iterator[TimedFrame]:
+    """Decodes the frames of PyAV's stream.
+
+    Raises:
+        VideoEndsEarlyError: After the last frame, if it is well before the duration that the stream states.
+    """
+    rate, first, index = float(stream.average_rate or 1), 0.0, -1
     for index, frame in enumerate(container.decode(stream)):
-        yield frame, index / rate if frame.time is None else frame.time
+        time = index / rate if frame.time is None else frame.time
+        first = time if index == 0 else first
+        duration = float((frame.duration or 0) * (frame.time_base or 0))
+        yield frame, time, duration
+    if index >= 0:
+        distance = (time - first) / index if index else duration
+        _check_end(stream, time - min(first, 0.0) + max(distance, duration), distance)
 
 
-def iterate_animated_image(image: Image.Image) -> Iterator[tuple[Image.Image, float]]:
-    """Yields an image at each of its frames, with the seconds of the frame."""
+def _check_end(stream: Any, end: float, distance: float) -> None:
+    """Compares the end of a video with the stated one. `distance` is the mean time between its frames."""
+    tag = re.match(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # of WebM and MKV
+    if stream.duration:
+        stated = float(stream.duration * stream.time_base)
+    elif tag is not None:
+        hours, minutes, seconds = map(float, tag.groups())
+        stated = 3600 * hours + 60 * minutes + seconds
+    else:  # the container's duration is no help, since its sound may be longer
+        return
+    # Healthy files are a few percent or a frame or two shorter than stated. So a cut in the last tenth goes unnoticed.
+    if stated - end > max(0.1 * stated, 2 * distance):
+        raise VideoEndsEarlyError(f"it ends after {end:.1f} of its {stated:.1f} seconds")
+
+
+def iterate_animated_image(image: Image.Image) -> Iterator[TimedFrame]:
+    """Yields copies of an image at each of its frames."""
     time = 0.0
     for index in range(getattr(image, "n_frames", 1)):
         image.seek(index)
         image.load()
-        yield image, time
-        time += (image.info.get("duration") or 100) / 1000  # browsers show frames without a duration for 100 ms
+        duration = (image.info.get("duration") or 100) / 1000  # browsers show frames without a duration for 100 ms
+        yield image.copy(), time, duration  # the next `seek` overwrites the pixels
+        time += duration
 
 
 def to_rgb_image(frame: Any) -> Image.Image:
-    """A frame of [`iterate_container`] or [`iterate_animated_image`] as an upright image of its own, in RGB."""
+    """A frame of [`iterate_container`] or [`iterate_animated_image`] as an upright image in RGB."""
     if isinstance(frame, Image.Image):
-        return load_rgb_image(frame.copy())  # the next `seek` overwrites the pixels
+        return load_rgb_image(frame)
     image = Image.fromarray(frame.to_ndarray(format="rgb24"))
     # Phones store videos as the sensor lies, and how far players have to turn them.
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image

@@ -106,12 +106,12 @@ def test_reads_frames_and_arrays():
 
 
 @pytest.mark.parametrize(("name", "codec"), [("video.mp4", "libx264"), ("video.webm", "libvpx")])
-def test_a_rate_takes_the_first_frame_at_or_after_each_tick(name, codec, tmp_path):
+def test_a_rate_takes_the_frame_that_is_on_screen_at_each_tick(name, codec, tmp_path):
     path = write_video(tmp_path / name, 20, codec)  # 10 frames a second
     frames = load_rgb_frames(path, fps=2.5)
     assert indices(frames) == [0, 4, 8, 12, 16]
     assert frames.times == pytest.approx([0.0, 0.4, 0.8, 1.2, 1.6])
-    assert indices(load_rgb_frames(path, fps=4)) == [0, 3, 5, 8, 10, 13, 15, 18]
+    assert indices(load_rgb_frames(path, fps=4)) == [0, 2, 5, 7, 10, 12, 15, 17]
     assert indices(load_rgb_frames(path, fps=100)) == list(range(20))
     assert load_rgb_frames(path, 4).times == pytest.approx([0.0, 0.5, 1.0, 1.5])
 
@@ -120,8 +120,8 @@ def test_frames_have_the_times_of_their_container(tmp_path):
     pts = [0, 1, 2, 3, 30, 31, 60, 61]
     path = write_video(tmp_path / "video.mkv", 8, pts=pts)
     assert load_rgb_frames(path).times == pytest.approx([index / 10 for index in pts])
-    frames = load_rgb_frames(path, fps=1)  # a pause takes one frame, and is not made up for
-    assert indices(frames) == [0, 4, 6] and frames.times == pytest.approx([0.0, 3.0, 6.0])
+    frames = load_rgb_frames(path, fps=1)  # a frame is taken once, though frame 3 is on screen at 1 s and at 2 s
+    assert indices(frames) == [0, 3, 4, 5, 6] and frames.times == pytest.approx([0.0, 0.3, 3.0, 3.1, 6.0])
 
 
 @pytest.mark.parametrize("name", ["video.webp", "video.gif", "video.png"])
@@ -130,7 +130,7 @@ def test_animated_images_have_the_times_of_their_durations(name, tmp_path):
     first.save(tmp_path / name, save_all=True, append_images=others, duration=[40, 40, 500, 40, 40], lossless=True)
     frames = load_rgb_frames(tmp_path / name)
     assert indices(frames) == [0, 1, 2, 3, 4] and frames.times == pytest.approx([0, 0.04, 0.08, 0.58, 0.62])
-    assert indices(load_rgb_frames(tmp_path / name, fps=10)) == [0, 3, 4]
+    assert indices(load_rgb_frames(tmp_path / name, fps=10)) == [0, 2, 3]
 
 
 def test_lists_of_frames_have_the_times_that_are_stated():
@@ -207,22 +207,9 @@ def test_bad_numbers_of_frames_are_named(tmp_path):
         processor(videos=[shades(2)], video_metadata=[{"fps": 1.0, "frames_indices": [0, 1, 2]}])
 
 
-@pytest.mark.attack
-def test_a_video_that_ends_early_is_named(tmp_path):
-    path = tmp_path / "video.mp4"
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:  # its header survives the cut
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        generator = np.random.default_rng(0)
-        for _ in range(40):
-            noise = generator.integers(0, 256, (32, 48, 3), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
-        container.mux(stream.encode(None))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"`videos`: '.*video\.mp4' cannot be read"):
-        load_rgb_frames(str(path), 40)
+def test_fewer_frames_than_were_counted_are_named():
     with pytest.raises(ValueError, match="it ends after 3 of its 9 frames"):
-        list(FrameChoice(9).select([(0, 0.0), (1, 1.0), (2, 2.0)], 9))
+        list(FrameChoice(9).select([(index, float(index), 1.0) for index in range(3)], 9))
 
 
 def test_a_video_that_cannot_be_read_is_named(tmp_path):

@@ -6,9 +6,9 @@ import struct
 import numpy as np
 import pytest
 
-from processing_evlgen.videos import load_rgb_frames
+from processing_evlgen.videos import FrameChoice, load_rgb_frames
 
-from .test_video import write_video
+from .test_video import indices, shades, write_video
 
 av = pytest.importorskip("av", reason="needs the video extra")
 
@@ -38,3 +38,84 @@ def test_a_video_of_a_phone_is_upright(tmp_path):
         assert frames[1].size == (32, 64)
         (red, _, _), (_, _, blue) = frames[1].getpixel((16, 5)), frames[1].getpixel((16, 60))
         assert red > 200 and blue > 200
+
+
+def write_noise(path, codec="mpeg4", count=40, pts=range(1000)):
+    """Noise takes as many bytes in each frame. The head of an MP4 comes first, so that it survives a cut."""
+    options = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
+    generator = np.random.default_rng(0)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for index in range(count):
+            noise = generator.integers(0, 256, (32, 48, 3), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(noise, format="rgb24")
+            frame.pts = pts[index]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def hide_start(source, target, start):
+    """Hides the frames before `start` by an edit list, as editors do that do not encode a video again."""
+    with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        from_stream = old.streams.video[0]
+        to_stream = new.add_stream_from_template(from_stream)
+        offset = int(start / 10 / from_stream.time_base)
+        for packet in old.demux(from_stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - offset, packet.dts - offset, to_stream
+                new.mux(packet)
+
+
+def test_empty_and_hidden_packets_are_no_frames(tmp_path):
+    """The head of these files states more frames than are shown: 39 instead of 20, and 40 instead of 10."""
+    write_video(tmp_path / "paused.avi", 20, "mpeg4", pts=range(0, 40, 2))
+    write_video(tmp_path / "whole.mp4", 24)
+    hide_start(tmp_path / "whole.mp4", tmp_path / "trimmed.mp4", 14)
+    for name, expected in (("paused.avi", [0, 5, 10, 15]), ("trimmed.mp4", [14, 16, 19, 21])):
+        assert indices(load_rgb_frames(tmp_path / name, 4)) == expected
+        assert indices(read_in_app(tmp_path / name, 4)) == expected
+        assert len(load_rgb_frames(tmp_path / name, 40)) == len(load_rgb_frames(tmp_path / name))
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("name", "codec"), [("v.mp4", "mpeg4"), ("v.avi", "mpeg4"), ("v.mkv", "mpeg4"), ("v.webm", "libvpx")]
+)
+def test_a_file_that_ends_early_is_refused_however_frames_are_chosen(name, codec, tmp_path):
+    path = tmp_path / name
+    write_noise(path, codec)
+    choices = ({"num_frames": 4}, {"num_frames": 40}, {"fps": 5}, {})
+    assert [len(load_rgb_frames(path, **choice)) for choice in choices] == [4, 40, 20, 40]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for choice in choices:
+        with pytest.raises(
+            ValueError, match=rf"'.*{name}' cannot be read: it ends after [012]\.\d of its [24]\.\d seconds"
+        ):
+            load_rgb_frames(path, **choice)
+
+
+def test_a_video_may_stand_still_at_its_end(tmp_path):
+    write_noise(tmp_path / "v.mp4", count=6, pts=[0, 1, 2, 3, 4, 90])
+    write_noise(tmp_path / "v.mkv", count=6, pts=[0, 1, 2, 3, 4, 90])
+    for name in ("v.mp4", "v.mkv"):
+        assert load_rgb_frames(tmp_path / name).times[-1] == pytest.approx(9)
+
+
+@pytest.mark.parametrize("name", ["video.webp", "video.gif"])
+def test_a_rate_takes_the_frames_that_stand_for_seconds(name, tmp_path):
+    first, *others = shades(6)
+    first.save(tmp_path / name, save_all=True, append_images=others, duration=[100, 1900, 20, 980, 20, 2000])
+    frames = load_rgb_frames(tmp_path / name, fps=1)
+    assert indices(frames) == [0, 1, 2, 4, 5] and frames.times == pytest.approx([0, 0.1, 2, 3, 3.02])
+    assert indices(load_rgb_frames(tmp_path / name, fps=0.25)) == [0, 5]
+
+
+@pytest.mark.parametrize("rate", [24, 25, 30, 50, 60])
+@pytest.mark.parametrize("digits", [3, 6])
+def test_a_rate_that_divides_that_of_the_video_takes_frames_at_equal_distances(rate, digits):
+    """Whether a container states milliseconds, as MKV and WebM do, or microseconds."""
+    frames = [(index, round(index / rate, digits), 0.0) for index in range(3 * rate)]
+    for step in (1, 2, 4, 5, 7):
+        chosen = [frame for frame, _ in FrameChoice(fps=rate / step).select(frames, None)]
+        assert chosen == list(range(0, 3 * rate, step))

@@ -371,7 +371,8 @@ def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: Caption
     if data_args.video_column:
         mode, class_token = model.config.video_mode, model.config.connector_config.class_token
         merging = mode == "merge" and (class_token, video_merging.ROUNDS, video_merging.TIME_WEIGHT)
-        digest.update(repr(("video", data_args.frames, mode, merging)).encode())
+        # The 2 is a version. It rises when the same choice reads other frames of a file.
+        digest.update(repr(("video", 2, data_args.frames, mode, merging)).encode())
     elif views.processor.max_tiles > 1:
         digest.update(f"max_tiles {views.processor.max_tiles}".encode())
     if data_args.max_pixels != MAX_PIXELS:  # it decides which rows are bad
