@@ -15,6 +15,7 @@ def check_pixels(
     Raises:
         ValueError: If pixels have neither the shape of images nor that of videos. If `frame_mask` or `frame_times` do
             not fit them, or a video has no frame.
+        TypeError: If `frame_mask` or `frame_times` is no tensor.
     """
     shape = tuple(pixel_values.shape)
     if len(shape) not in (4, 5):
@@ -22,7 +23,11 @@ def check_pixels(
             "`pixel_values` must have shape (images, channels, height, width) or (videos, frames, channels, height, "
             f"width), but has {shape}."
         )
+    if len(shape) == 5 and 0 in shape[:2]:
+        raise ValueError(f"`pixel_values` must hold a frame of a video, but has shape {shape}.")
     for name, tensor in (("frame_mask", frame_mask), ("frame_times", frame_times)):
+        if tensor is not None and not torch.is_tensor(tensor):
+            raise TypeError(f"`{name}` must be a tensor, but is a {type(tensor).__name__}.")
         if tensor is not None and len(shape) == 4:
             raise ValueError(f"`{name}` is for videos, but `pixel_values` holds images.")
         if tensor is not None and tuple(tensor.shape) != shape[:2]:

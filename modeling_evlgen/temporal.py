@@ -58,7 +58,8 @@ def frames_of_videos(num_frames: int, frame_mask: torch.Tensor | None = None) ->
         num_frames (`int`): Frames of each video.
         frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
     """
-    before, _call.frames = _call.frames, (num_frames, frame_mask)
+    # A mask of numbers would be added to the scores. vLLM casts masks to its dtype.
+    before, _call.frames = _call.frames, (num_frames, None if frame_mask is None else frame_mask.bool())
     try:
         yield
     finally:
@@ -100,8 +101,11 @@ class TemporalContextualizer(nn.Module):
         """
         inputs = hidden_states.to(self.query.weight.dtype).transpose(1, 2)  # (videos, tokens, frames, dim)
         if self.frame_positions is not None:
-            real = torch.ones_like(inputs[:, 0, :, 0]) if frame_mask is None else frame_mask  # (videos, frames)
-            inputs = inputs + self.frame_positions(real.cumsum(dim=1).unsqueeze(1) - 1)
+            # Counted in integers, since bfloat16 has no 257.
+            real = torch.ones_like(inputs[:, 0, :, 0], dtype=torch.bool) if frame_mask is None else frame_mask
+            inputs = inputs + self.frame_positions(
+                real.cumsum(dim=1).unsqueeze(1) - 1
+            )  # (videos, tokens, frames, dim)
         heads = (*inputs.shape[:3], self.num_heads, -1)
         query = self.query(inputs).view(heads).transpose(2, 3)  # (videos, tokens, heads, frames, head_dim)
         key = self.key(inputs).view(heads).transpose(2, 3)
@@ -204,6 +208,7 @@ def encode_videos(
     if frame_mask is None:
         weight = torch.full((videos, num_frames), 1 / num_frames, device=pixel_values.device)
     else:
+        frame_mask = frame_mask.bool()
         weight = frame_mask / frame_mask.sum(dim=1, keepdim=True)  # (videos, frames)
     if temporal is not None:
         with frames_of_videos(num_frames, frame_mask):

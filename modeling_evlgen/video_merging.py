@@ -5,6 +5,7 @@ order, space before time, far ahead of merging in both at once (arXiv 2507.07990
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -73,8 +74,17 @@ def place_frames(features: torch.Tensor, times: torch.Tensor, class_token: bool)
         features (`torch.Tensor` of shape `(frames, tokens, dim)`): The vision tower's output.
         times (`torch.FloatTensor` of shape `(frames,)`): Seconds since the first frame.
         class_token (`bool`): Whether token 0 is a class token. All others are a square grid of patches.
+
+    Raises:
+        ValueError: If the patches are no square grid.
     """
-    side = round((features.shape[1] - int(class_token)) ** 0.5)
+    num_patches = features.shape[1] - int(class_token)
+    side = math.isqrt(num_patches)
+    if side**2 != num_patches:
+        raise ValueError(
+            f"Merged videos need frames with a square grid of patches, but the vision tower gives {num_patches} "
+            "patches of a frame. The frames have another height and width than the tower was made for."
+        )
     patches = torch.cartesian_prod(*[torch.arange(float(side), device=features.device)] * 2).view(-1, 2)
     patches = F.pad(patches, (0, 0, int(class_token), 0))  # (tokens, 2)
     times = times.to(patches)[:, None, None].expand(-1, len(patches), 1)
@@ -254,7 +264,9 @@ def merge_stream(
     """
     pool, total, count = None, 0, 0
     for pixels, times in _read_in_parts(frames):
-        pixels = pixels.to(vision_tower.device, vision_tower.dtype)
+        # An offloaded tower is on the meta device until it runs. Then it takes the pixels to its device itself.
+        device = pixels.device if vision_tower.device.type == "meta" else vision_tower.device
+        pixels = pixels.to(device, vision_tower.dtype)
         tokens = extract_vision_tokens(vision_tower, pixels)  # (frames of the part, tokens, dim)
         if class_token is None:
             total, count = total + tokens.float().sum(dim=0, keepdim=True), count + len(tokens)

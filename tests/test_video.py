@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.temporal import TemporalContextualizer
 from modeling_evlgen.vision_tower import extract_vision_tokens
 from processing_evlgen.videos import FrameChoice, load_rgb_frames, sample_frames
 
@@ -474,6 +475,24 @@ def test_videos_of_different_lengths_give_what_each_gives_alone():
         model.generate(**processor(videos=[video]), **settings)[0, model.config.num_image_tokens :] for video in videos
     ]
     assert [row.tolist() for row in words] == [row.tolist() for row in alone]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.long])
+@torch.no_grad()
+def test_a_mask_of_numbers_is_that_of_their_truth(dtype):
+    """vLLM casts the inputs of videos to its dtype."""
+    model, videos, mask = video_model(alpha=2.0), noise(2, 6), torch.tensor([[True] * 3 + [False] * 3, [True] * 6])
+    expected = model.get_vision_features(videos, mask)
+    torch.testing.assert_close(model.get_vision_features(videos, mask.to(dtype)), expected)
+
+
+@torch.no_grad()
+def test_frame_positions_are_counted_exactly_in_bfloat16():
+    contextualizer = TemporalContextualizer(16, 8, 2, frame_positions=True).bfloat16()
+    contextualizer.alpha.fill_(1.0)
+    contextualizer.frame_positions.weight.normal_()
+    tokens = torch.randn(1, 300, 2, 16).bfloat16()
+    assert torch.equal(contextualizer(tokens), contextualizer(tokens, torch.ones(1, 300, dtype=torch.bool)))
 
 
 def test_images_and_videos_share_a_batch():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -192,6 +193,32 @@ def test_a_stream_gives_what_all_frames_give_at_once(mode, monkeypatch):
         processor(encoded_video=stream, videos=[noise_images(2)])
     with pytest.raises(TypeError, match="`encoded_video` must be an output of `encode_video`, but is list"):
         processor(encoded_video=[stream, stream])
+
+
+@torch.no_grad()
+def test_an_offloaded_model_encodes_a_stream():
+    model, video = merging_model(), noise(5)
+    expected = model.encode_video(video)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    stream = model.encode_video(video)
+    torch.testing.assert_close(stream.pooler_output, expected.pooler_output)
+    torch.testing.assert_close(stream.token_places, expected.token_places)
+
+
+@torch.no_grad()
+def test_frames_that_cannot_be_merged_are_named():
+    model = merging_model("convnext")
+    with pytest.raises(
+        ValueError, match="need frames with a square grid of patches, but the vision tower gives 8 patches"
+    ):
+        model.get_video_features(torch.randn(1, 2, 3, IMAGE_SIZE, 2 * IMAGE_SIZE))
+    for shape in ((0, 2), (1, 0)):
+        with pytest.raises(
+            ValueError, match=rf"`pixel_values` must hold a frame of a video, but has shape \({shape[0]}, "
+        ):
+            model.get_video_features(noise(*shape))
+    with pytest.raises(TypeError, match="`frame_times` must be a tensor, but is a list"):
+        model.get_video_features(noise(1, 2), frame_times=[[0.0, 1.0]])
 
 
 @torch.no_grad()
