@@ -103,9 +103,7 @@ class TemporalContextualizer(nn.Module):
         if self.frame_positions is not None:
             # Counted in integers, since bfloat16 has no 257.
             real = torch.ones_like(inputs[:, 0, :, 0], dtype=torch.bool) if frame_mask is None else frame_mask
-            inputs = inputs + self.frame_positions(
-                real.cumsum(dim=1).unsqueeze(1) - 1
-            )  # (videos, tokens, frames, dim)
+            inputs = inputs + self.frame_positions(real.cumsum(dim=1).unsqueeze(1) - 1)
         heads = (*inputs.shape[:3], self.num_heads, -1)
         query = self.query(inputs).view(heads).transpose(2, 3)  # (videos, tokens, heads, frames, head_dim)
         key = self.key(inputs).view(heads).transpose(2, 3)

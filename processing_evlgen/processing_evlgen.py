@@ -31,7 +31,7 @@ from .inputs import (
 )
 from .prompts import PromptEncoder
 from .token_ids import pad
-from .video_inputs import load_videos, stack_videos
+from .video_inputs import open_videos, prepare_videos
 from .videos import FrameChoice, iterate_rgb_frames
 
 
@@ -98,6 +98,7 @@ class EVLGenProcessor(PromptEncoder):
         self.image_token_range = check_token_range(image_token_range)
         self._check_numbers("num_image_tokens", num_image_tokens, [num_image_tokens])
         check_max_tiles(max_tiles)
+        FrameChoice(num_frames if fps is None else None, fps=fps)  # raises out of range
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"`tokenizer` must be a tokenizer, but is {type(tokenizer).__name__}.")
         if chat_template is None and tokenizer.chat_template is not None:
@@ -222,13 +223,15 @@ class EVLGenProcessor(PromptEncoder):
         images = self._load_images(images, images_arguments)
         is_for_vllm = bool(text_arguments.get("return_text_replacement_offsets"))
         frames = {"num_frames": self.num_frames} if self.fps is None else {"fps": self.fps}
-        videos = load_videos(videos, arguments["videos_kwargs"], frames, samples_always=is_for_vllm)
+        videos = open_videos(videos, arguments["videos_kwargs"], frames, samples_always=is_for_vllm)
         num_images = len(images)
         if vision_features is not None:
             num_images = len(vision_features if image_grid_thw is None else image_grid_thw)
         num_videos = len(videos)
         if encoded_video is not None:
             num_videos = len(encoded_video.pooler_output)
+            if arguments["videos_kwargs"].get("num_video_tokens") is not None:
+                raise ValueError("`num_video_tokens` cannot be given with `encoded_video`, which has its tokens.")
             arguments["videos_kwargs"]["num_video_tokens"] = [len(prompt) for prompt in encoded_video.pooler_output]
         budgets = self._budgets(num_images, num_videos, arguments)
         if messages is None:
@@ -242,8 +245,7 @@ class EVLGenProcessor(PromptEncoder):
         if images:
             data.update(self._cut_images(images, max_tiles, images_arguments))
         if videos:
-            pixels = self._prepare_pixels([frame for video in videos for frame in video], images_arguments)
-            data.update(stack_videos(pixels, [video.times for video in videos]))
+            data.update(prepare_videos(videos, lambda frames: self._prepare_pixels(frames, images_arguments)))
         if vision_features is not None:
             data["vision_features"] = vision_features
             if image_grid_thw is not None:

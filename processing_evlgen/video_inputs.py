@@ -1,18 +1,23 @@
 """Turns the videos of a call of the processor into one tensor of frames with their times."""
 
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 
 from .images import MAX_PIXELS
 from .inputs import flatten_metadata, flatten_videos
-from .videos import VideoFrames, load_rgb_frames
+from .videos import FrameChoice, iterate_rgb_frames
+
+# Frames that are prepared at a time. 64 frames of full HD took 950 MB at once, and take 300 MB by eights.
+FRAMES_AT_ONCE = 8
 
 
-def load_videos(
+def open_videos(
     videos: Any, arguments: dict[str, Any], default: dict[str, float], samples_always: bool
-) -> list[VideoFrames]:
-    """Loads the chosen frames of each video.
+) -> list[Iterator[tuple[Any, float]]]:
+    """Returns an iterator over the chosen frames of each video and their seconds. It reads the video as it goes.
 
     Args:
         videos: The processor's `videos`.
@@ -23,33 +28,45 @@ def load_videos(
             among them.
 
     Raises:
-        ValueError: If an argument is out of range, or a video cannot be read.
+        ValueError: If an argument is out of range.
     """
     videos, metadata = flatten_videos(videos), flatten_metadata(arguments.get("video_metadata"))
     if metadata and len(metadata) != len(videos):
         raise ValueError(f"`video_metadata` has {len(metadata)} entries for {len(videos)} videos.")
+    if not videos:
+        return []
     frames = {name: arguments[name] for name in ("num_frames", "fps") if arguments.get(name) is not None}
     if not frames and (samples_always or arguments.get("do_sample_frames") is not False):
         frames = default
-    settings = {
-        **frames,
-        "sampling": arguments.get("frame_sampling") or "uniform",
-        "max_pixels": arguments.get("max_pixels") or MAX_PIXELS,
-    }
+    choice = FrameChoice(**frames, sampling=arguments.get("frame_sampling") or "uniform")
+    max_pixels = arguments.get("max_pixels") or MAX_PIXELS
     metadata = metadata or [None] * len(videos)
-    return [load_rgb_frames(video, **settings, metadata=row) for video, row in zip(videos, metadata, strict=True)]
+    return [iterate_rgb_frames(video, choice, max_pixels, row) for video, row in zip(videos, metadata, strict=True)]
 
 
-def stack_videos(pixels: torch.Tensor, times: list[list[float]]) -> dict[str, torch.Tensor]:
+def prepare_videos(
+    videos: list[Iterator[tuple[Any, float]]], prepare: Callable[[list[Any]], torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Puts the frames of videos into one tensor. Short videos are padded with zeros.
 
     Args:
-        pixels (`torch.Tensor` of shape `(frames of all videos, channels, height, width)`): The prepared frames.
-        times (`list[list[float]]`): The seconds of each frame of each video, counted from anywhere.
+        videos (`list[Iterator]`): The frames of each video with their seconds, counted from anywhere.
+        prepare (`Callable`): Turns frames into pixels, `(frames, channels, height, width)`.
 
     Returns:
         `pixel_values_videos`, `frame_times`, and a `frame_mask` if there is padding, as the processor returns them.
+
+    Raises:
+        ValueError: If a video cannot be read.
     """
+    parts, times = [], []
+    for video in videos:
+        times.append([])
+        while part := list(islice(video, FRAMES_AT_ONCE)):
+            frames, seconds = zip(*part, strict=True)
+            parts.append(prepare(list(frames)))
+            times[-1] += seconds
+    pixels = torch.cat(parts)  # (frames of all videos, channels, height, width)
     lengths = [len(row) for row in times]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (videos, frames)
     padded = pixels.new_zeros(*mask.shape, *pixels.shape[1:])  # (videos, frames, channels, height, width)

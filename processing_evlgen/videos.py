@@ -266,11 +266,12 @@ def _iterate_row(
     row: dict[str, Any], choice: FrameChoice, max_pixels: int, metadata: Any
 ) -> Iterator[tuple[Any, float]]:
     if row.get("bytes") is None:
-        yield from iterate_rgb_frames(row["path"], choice, max_pixels, metadata)
+        yield from iterate_rgb_frames(row.get("path"), choice, max_pixels, metadata)
         return
     name = Path(row.get("path") or "video")
-    with tempfile.TemporaryDirectory() as folder:  # FFmpeg knows some formats by their suffix
-        path = Path(folder) / name.name
+    suffix = ".webp" if row["bytes"][8:12] == b"WEBP" else ""  # FFmpeg does not read them if animated
+    with tempfile.TemporaryDirectory() as folder:  # with a suffix, by which FFmpeg knows some formats
+        path = Path(folder) / f"{name.name}{suffix}"
         path.write_bytes(row["bytes"])
         try:
             yield from iterate_rgb_frames(path, choice, max_pixels)

@@ -19,6 +19,7 @@ from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.temporal import TemporalContextualizer
 from modeling_evlgen.vision_tower import extract_vision_tokens
+from processing_evlgen import EVLGenProcessor
 from processing_evlgen.videos import FrameChoice, load_rgb_frames, sample_frames
 
 from .helpers import IMAGE_SIZE, noise_images, run_clean, tiny_model, tiny_processor, tiny_towers
@@ -179,6 +180,20 @@ def test_a_long_video_is_read_frame_by_frame(tmp_path):
     assert sum(1 for _ in processor.iterate_frames([shades(1)[0]] * 600)) == 600
 
 
+def test_a_few_frames_are_prepared_at_a_time(monkeypatch):
+    """Frames of full HD have 6 MB, and while they are prepared several times as much."""
+    processor, videos = tiny_processor(tiny_model()), [noise_images(20), noise_images(3)]
+    frames = [frame for video in videos for frame in video]
+    at_once, together = processor.image_processor(frames, return_tensors="pt")["pixel_values"], []
+    prepare = processor._prepare_pixels
+    monkeypatch.setattr(
+        processor, "_prepare_pixels", lambda images, given: (together.append(len(images)), prepare(images, given))[1]
+    )
+    batch = processor(videos=videos, num_frames=20)
+    assert torch.equal(batch["pixel_values_videos"][batch["frame_mask"]], at_once)
+    assert sum(together) == 23 and max(together) <= 8
+
+
 def test_frames_may_change_their_size():
     frames = [frame.resize((20 + 10 * index, 40)) for index, frame in enumerate(shades(4))]
     assert tiny_processor(tiny_model())(videos=[frames])["pixel_values_videos"].shape == (1, 4, 3, 32, 32)
@@ -199,6 +214,9 @@ def test_bad_numbers_of_frames_are_named(tmp_path):
     with pytest.raises(ValueError, match="`videos` holds a list of frames: it has more than 512 frames to take"):
         processor(videos=[shades(1) * 513], do_sample_frames=False)
     assert len(load_rgb_frames(shades(1) * 513, 512)) == 512
+    for choice in ({"num_frames": 9999}, {"num_frames": 0}, {"fps": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(choice))}.* must be"):
+            EVLGenProcessor(processor.image_processor, processor.tokenizer, 11, **choice)
     with pytest.raises(ValueError, match="`video_metadata` has 2 entries for 1 videos"):
         processor(videos=[shades(2)], video_metadata=[{"fps": 1.0}] * 2)
     for fps in (-2.0, "2", float("nan")):

@@ -119,3 +119,17 @@ def test_a_rate_that_divides_that_of_the_video_takes_frames_at_equal_distances(r
     for step in (1, 2, 4, 5, 7):
         chosen = [frame for frame, _ in FrameChoice(fps=rate / step).select(frames, None)]
         assert chosen == list(range(0, 3 * rate, step))
+
+
+def test_animated_images_are_known_by_their_content(tmp_path):
+    first, *others = shades(3)
+    first.save(tmp_path / "video.webp", save_all=True, append_images=others, duration=1000, lossless=True)
+    content = (tmp_path / "video.webp").read_bytes()
+    for row in ({"bytes": content}, {"bytes": content, "path": None}, {"bytes": content, "path": "video"}):
+        assert load_rgb_frames(row).times == [0, 1, 2]
+
+
+@pytest.mark.parametrize("row", [{}, {"bytes": None}, {"bytes": None, "path": None}])
+def test_a_row_without_a_video_is_named(row):
+    with pytest.raises(ValueError, match="`videos`: None is no video"):
+        load_rgb_frames(row)

@@ -191,6 +191,10 @@ def test_a_stream_gives_what_all_frames_give_at_once(mode, monkeypatch):
     assert torch.equal(model.generate(**inputs, **settings), expected)
     with pytest.raises(ValueError, match="Only one of `videos` and `encoded_video` can be given"):
         processor(encoded_video=stream, videos=[noise_images(2)])
+    with pytest.raises(
+        ValueError, match="`num_video_tokens` cannot be given with `encoded_video`, which has its tokens"
+    ):
+        processor(encoded_video=stream, num_video_tokens=5)
     with pytest.raises(TypeError, match="`encoded_video` must be an output of `encode_video`, but is list"):
         processor(encoded_video=[stream, stream])
 
