@@ -264,10 +264,10 @@ def test_merged_videos_are_served_with_the_times_of_their_frames(tmp_path):
     checkpoint = save_checkpoint(tmp_path / "model", "siglip", "llama", video_mode="merge")
     videos = save_videos(tmp_path)
     with Server(*checkpoint, tmp_path) as server:
-        replies = [server.chat([video, "what is it?"]) for video in videos]
-        assert replies == [server.expected([video, "what is it?"]) for video in videos]
         with ThreadPoolExecutor(len(videos)) as pool:  # in a batch, though they differ in length
-            assert list(pool.map(lambda video: server.chat([video, "what is it?"]), videos)) == replies
+            replies = list(pool.map(lambda video: server.chat([video, "what is it?"]), videos))
+        assert replies == [server.expected([video, "what is it?"]) for video in videos]
+        assert [server.chat([video, "what is it?"]) for video in videos] == replies
         assert len(set(map(tuple, replies))) == 3
         image = noise_images(1)[0]
         assert server.chat([image, "what?"]) == server.expected([image, "what?"])
