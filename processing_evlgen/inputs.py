@@ -4,6 +4,7 @@ transformers' `make_flat_list_of_images` and `make_batched_videos` do not serve 
 of different depth. The second drops `Path`s and rows of data sets, and refuses frames of different sizes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -111,6 +112,26 @@ def flatten_metadata(metadata: Any) -> list[Any]:
 def is_count(value: Any) -> bool:
     """Whether a value is an integer of 1 or more. True and False are none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def list_budgets(
+    name: str, given: Any, count: int, default: int | None, image_token_range: list[int] | None
+) -> list[int]:
+    """The number of tokens of each of `count` images or videos: those given, or one number for all.
+
+    Raises:
+        ValueError: If `given`, the argument `name`, is out of range, or does not hold `count` numbers.
+    """
+    given = default if given is None else given
+    budgets = list(given) if isinstance(given, list | tuple) else [given] * count
+    if len(budgets) != count:
+        raise ValueError(f"`{name}` holds {len(budgets)} numbers, but there are {count} images or videos.")
+    if not all(map(is_count, budgets)):
+        raise ValueError(f"`{name}` must be an integer of 1 or more, or a list of these, but is {given!r}.")
+    low, high = image_token_range or (1, math.inf)
+    if not all(low <= budget <= high for budget in budgets):
+        raise ValueError(f"`{name}` must be from {low} to {high}, the `image_token_range`, but is {given}.")
+    return budgets
 
 
 def check_max_tiles(max_tiles: Any) -> None:

@@ -1,7 +1,6 @@
 """EVLGen's processor: images, videos and text in, model inputs and labels out."""
 
 import os
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +26,7 @@ from .inputs import (
     check_token_range,
     count_images_per_text,
     flatten_images,
-    is_count,
+    list_budgets,
 )
 from .prompts import PromptEncoder
 from .token_ids import pad
@@ -96,7 +95,7 @@ class EVLGenProcessor(PromptEncoder):
         fps: float | None = None,
     ):
         self.image_token_range = check_token_range(image_token_range)
-        self._check_numbers("num_image_tokens", num_image_tokens, [num_image_tokens])
+        list_budgets("num_image_tokens", num_image_tokens, 1, None, self.image_token_range)  # raises out of range
         check_max_tiles(max_tiles)
         FrameChoice(num_frames if fps is None else None, fps=fps)  # raises out of range
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -303,25 +302,11 @@ class EVLGenProcessor(PromptEncoder):
         for_videos = arguments["videos_kwargs"].get("num_video_tokens")
         if for_videos is None and isinstance(given, int):
             for_videos = given
-        budgets = {}
-        for name, token_id, count, budget in (
-            ("num_image_tokens", self.image_token_id, num_images, given),
-            ("num_video_tokens", self.video_token_id, num_videos, for_videos),
-        ):
-            budget = self.num_image_tokens if budget is None else budget
-            row = list(budget) if isinstance(budget, list | tuple) else [budget] * count
-            if len(row) != count:
-                raise ValueError(f"`{name}` holds {len(row)} numbers, but there are {count} images or videos.")
-            self._check_numbers(name, budget, row)
-            budgets[token_id] = row
-        return budgets
-
-    def _check_numbers(self, name: str, given: Any, row: list[Any]) -> None:
-        if not all(map(is_count, row)):
-            raise ValueError(f"`{name}` must be an integer of 1 or more, or a list of these, but is {given!r}.")
-        low, high = self.image_token_range or (1, sys.maxsize)
-        if not all(low <= number <= high for number in row):
-            raise ValueError(f"`{name}` must be from {low} to {high}, the `image_token_range`, but is {given}.")
+        rules = self.num_image_tokens, self.image_token_range
+        return {
+            self.image_token_id: list_budgets("num_image_tokens", given, num_images, *rules),
+            self.video_token_id: list_budgets("num_video_tokens", for_videos, num_videos, *rules),
+        }
 
     def _load_images(self, images: Any, arguments: dict[str, Any]) -> list[Any]:
         max_pixels = arguments.pop("max_pixels", None) or MAX_PIXELS
@@ -410,8 +395,9 @@ class EVLGenProcessor(PromptEncoder):
         number = kwargs.pop("num_image_tokens", None)
         processor = super().from_pretrained(*args, **kwargs)
         if number is not None:
-            processor._check_numbers("num_image_tokens", number, [number])
-            processor.num_image_tokens = number
+            (processor.num_image_tokens,) = list_budgets(
+                "num_image_tokens", number, 1, None, processor.image_token_range
+            )
         return processor
 
     def save_pretrained(
