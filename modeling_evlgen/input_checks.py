@@ -24,7 +24,7 @@ def check_pixels(
             f"width), but has {shape}."
         )
     if len(shape) == 5 and 0 in shape[:2]:
-        raise ValueError(f"`pixel_values` must hold a frame of a video, but has shape {shape}.")
+        raise ValueError(f"Pixels of videos must hold at least one frame of each video, but have shape {shape}.")
     for name, tensor in (("frame_mask", frame_mask), ("frame_times", frame_times)):
         if tensor is not None and not torch.is_tensor(tensor):
             raise TypeError(f"`{name}` must be a tensor, but is a {type(tensor).__name__}.")

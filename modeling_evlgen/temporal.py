@@ -58,7 +58,7 @@ def frames_of_videos(num_frames: int, frame_mask: torch.Tensor | None = None) ->
         num_frames (`int`): Frames of each video.
         frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
     """
-    # A mask of numbers would be added to the scores. vLLM casts masks to its dtype.
+    # A mask of numbers would be added to the scores.
     before, _call.frames = _call.frames, (num_frames, None if frame_mask is None else frame_mask.bool())
     try:
         yield

@@ -55,7 +55,8 @@ def read_budgets(
         ValueError: If a budget is out of range, or there is not one for each item.
     """
     if given is not None:
-        budgets = given.tolist() if torch.is_tensor(given) else list(given)
+        budgets = given.tolist() if hasattr(given, "tolist") else list(given)
+        budgets = [budget.item() if torch.is_tensor(budget) else budget for budget in budgets]
         if not all(isinstance(budget, int) for budget in budgets):
             raise ValueError(f"`{name}_budgets` must hold integers, but is {budgets}.")
         if len(budgets) != num_items:

@@ -24,7 +24,8 @@ def tile_size(image_processor: Any) -> tuple[int, int]:
             f"`max_tiles` needs an image processor with a fixed height and width, but its size is {size}."
         )
     shortest = resized.get("shortest_edge")
-    if crop and (shortest != min(height, width) if shortest else resized != size):
+    resizes = getattr(image_processor, "do_resize", True)
+    if crop and resizes and (shortest != min(height, width) if shortest else resized != size):
         raise ValueError(
             f"`max_tiles` needs an image processor that crops nothing from a tile, but it resizes to {resized} and "
             f"crops {size}. Set its `size` to its `crop_size`."

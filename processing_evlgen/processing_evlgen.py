@@ -95,7 +95,7 @@ class EVLGenProcessor(PromptEncoder):
         fps: float | None = None,
     ):
         self.image_token_range = check_token_range(image_token_range)
-        list_budgets("num_image_tokens", num_image_tokens, 1, None, self.image_token_range)  # raises out of range
+        list_budgets("num_image_tokens", [num_image_tokens], 1, None, self.image_token_range)  # raises out of range
         check_max_tiles(max_tiles)
         FrameChoice(num_frames if fps is None else None, fps=fps)  # raises out of range
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -396,7 +396,7 @@ class EVLGenProcessor(PromptEncoder):
         processor = super().from_pretrained(*args, **kwargs)
         if number is not None:
             (processor.num_image_tokens,) = list_budgets(
-                "num_image_tokens", number, 1, None, processor.image_token_range
+                "num_image_tokens", [number], 1, None, processor.image_token_range
             )
         return processor
 

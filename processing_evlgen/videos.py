@@ -13,7 +13,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from transformers.utils import is_av_available
 
 from .images import MAX_PIXELS, check_regular_file, check_size, download, is_url, load_rgb_image
@@ -154,7 +155,7 @@ def _at_ticks(frames: Iterable[TimedFrame], fps: float) -> Iterator[TimedFrame]:
     start, held, index = 0.0, None, -1
 
     def next_tick(time: float) -> int:
-        return math.ceil((time - start - _ROUNDING) * fps)
+        return math.ceil((time - start - min(_ROUNDING, 0.1 / fps)) * fps)
 
     for index, frame in enumerate(frames):
         if index == 0:
@@ -334,14 +335,18 @@ def iterate_container(container: Any, stream: Any) -> Iterator[TimedFrame]:
     Raises:
         VideoEndsEarlyError: After the last frame, if it is well before the duration that the stream states.
     """
-    rate, first, index = float(stream.average_rate or 1), 0.0, -1
-    for index, frame in enumerate(container.decode(stream)):
-        time = index / rate if frame.time is None else frame.time
-        first = time if index == 0 else first
-        duration = float((frame.duration or 0) * (frame.time_base or 0))
-        yield frame, time, duration
-    if index >= 0:
-        distance = (time - first) / index if index else duration
+    rate, first, count, packets = float(stream.average_rate or 1), 0.0, 0, 0
+    for packet in container.demux(stream):
+        packets += packet.size > 0
+        for frame in packet.decode():
+            time = count / rate if frame.time is None else frame.time
+            first, count = time if count == 0 else first, count + 1
+            duration = float((frame.duration or 0) * (frame.time_base or 0))
+            yield frame, time, duration
+    # The last frame may stand still for long. So a video is whole if all packets are there, or if their number is not
+    # stated and the last frame has no duration. The duration of an ASF file is that of its sound, too.
+    if count and container.format.name != "asf" and (packets < 0.9 * stream.frames if stream.frames else duration):
+        distance = (time - first) / (count - 1) if count > 1 else duration
         _check_end(stream, time - min(first, 0.0) + max(distance, duration), distance)
 
 
@@ -376,5 +381,10 @@ def to_rgb_image(frame: Any) -> Image.Image:
     if isinstance(frame, Image.Image):
         return load_rgb_image(frame)
     image = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    # Phones store videos as the sensor lies, and how far players have to turn them.
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return image
+    # Phones store videos as the sensor lies, and how players have to turn and mirror them.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    image = ImageOps.flip(image) if a * d < b * c else image
+    return image.rotate(math.degrees(math.atan2(-b, a)), expand=True)

@@ -70,7 +70,7 @@ def test_the_number_of_each_image_is_in_the_batch_for_compiled_models():
     (budget,) = set((batch["input_ids"] == collator.processor.image_token_id).sum(dim=1).tolist())
     assert batch["image_budgets"] == [budget] * 3
     held_out = CaptionCollator(processor_of(), DataArguments(), training=False)(rows_of(3))
-    assert held_out["image_budgets"].tolist() == [collator.processor.num_image_tokens] * 3
+    assert held_out["image_budgets"] == [collator.processor.num_image_tokens] * 3
 
 
 def test_draws_depend_on_seed_epoch_and_texts_alone():

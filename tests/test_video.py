@@ -498,7 +498,7 @@ def test_videos_of_different_lengths_give_what_each_gives_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.long])
 @torch.no_grad()
 def test_a_mask_of_numbers_is_that_of_their_truth(dtype):
-    """vLLM casts the inputs of videos to its dtype."""
+    """Callers may give 0 and 1."""
     model, videos, mask = video_model(alpha=2.0), noise(2, 6), torch.tensor([[True] * 3 + [False] * 3, [True] * 6])
     expected = model.get_vision_features(videos, mask)
     torch.testing.assert_close(model.get_vision_features(videos, mask.to(dtype)), expected)

@@ -18,7 +18,16 @@ def read_in_app(path, *args, **kwargs):
     return importlib.import_module("app_uploads").read_file(path, *args, max_mb=1, **kwargs)[1]
 
 
-def test_a_video_of_a_phone_is_upright(tmp_path):
+@pytest.mark.parametrize(
+    ("matrix", "red", "blue"),
+    [
+        ((0, 1, -1, 0), (16, 5), (16, 60)),  # a quarter turn
+        ((-1, 0, 0, 1), (60, 16), (5, 16)),  # a mirror
+        ((1, 0, 0, -1), (5, 16), (60, 16)),  # another one, which changes nothing here
+        ((-1, 0, 0, -1), (60, 16), (5, 16)),
+    ],
+)
+def test_a_video_of_a_phone_is_upright(matrix, red, blue, tmp_path):
     """A phone that is held upright stores frames that lie on their side, and a matrix in the head of the track."""
     path = tmp_path / "video.mp4"
     with av.open(str(path), "w") as container:
@@ -30,14 +39,14 @@ def test_a_video_of_a_phone_is_upright(tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(stored, format="rgb24")))
         container.mux(stream.encode(None))
     content = bytearray(path.read_bytes())
-    quarter_turn = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
+    a, b, c, d = (number << 16 for number in matrix)
+    stated = struct.pack(">9i", a, b, 0, c, d, 0, 32 << 16, 0, 1 << 30)
     start = content.find(b"tkhd") + 4 + 40
-    content[start : start + 36] = quarter_turn
+    content[start : start + 36] = stated
     path.write_bytes(content)
     for frames in (load_rgb_frames(path, 2), read_in_app(path, 2)):
-        assert frames[1].size == (32, 64)
-        (red, _, _), (_, _, blue) = frames[1].getpixel((16, 5)), frames[1].getpixel((16, 60))
-        assert red > 200 and blue > 200
+        assert frames[1].size == ((32, 64) if matrix[0] == 0 else (64, 32))
+        assert frames[1].getpixel(red)[0] > 200 and frames[1].getpixel(blue)[2] > 200
 
 
 def write_noise(path, codec="mpeg4", count=40, pts=range(1000)):
@@ -100,6 +109,22 @@ def test_a_video_may_stand_still_at_its_end(tmp_path):
     write_noise(tmp_path / "v.mkv", count=6, pts=[0, 1, 2, 3, 4, 90])
     for name in ("v.mp4", "v.mkv"):
         assert load_rgb_frames(tmp_path / name).times[-1] == pytest.approx(9)
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.webm"])
+def test_the_last_frame_may_stand_still(name, tmp_path):
+    """The head states its duration, but the decoder does not."""
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        packets = []
+        for image in shades(6):
+            packets += stream.encode(av.VideoFrame.from_image(image.resize((48, 32))))
+        packets += stream.encode(None)
+        packets[-1].duration = round(5 / packets[-1].time_base)
+        container.mux(packets)
+    choices = ({"num_frames": 4}, {"num_frames": 6}, {}, {"fps": 10})
+    assert [len(load_rgb_frames(tmp_path / name, **choice)) for choice in choices] == [4, 6, 6, 6]
 
 
 @pytest.mark.parametrize("name", ["video.webp", "video.gif"])

@@ -218,7 +218,7 @@ def test_frames_that_cannot_be_merged_are_named():
         model.get_video_features(torch.randn(1, 2, 3, IMAGE_SIZE, 2 * IMAGE_SIZE))
     for shape in ((0, 2), (1, 0)):
         with pytest.raises(
-            ValueError, match=rf"`pixel_values` must hold a frame of a video, but has shape \({shape[0]}, "
+            ValueError, match=rf"must hold at least one frame of each video, but have shape \({shape[0]}, "
         ):
             model.get_video_features(noise(*shape))
     with pytest.raises(TypeError, match="`frame_times` must be a tensor, but is a list"):

@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 from transformers import BatchFeature
 
 from common.data.data_arguments import DataArguments
-from common.data.rows import Media, count_images, read_row, skip_or_raise, true_captions
+from common.data.rows import Media, read_row, skip_or_raise, true_captions
 from common.data.streams import EPOCH
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.videos import VideoFrames
@@ -149,9 +149,9 @@ class CaptionCollator:
         batch = self.processor(**inputs)
         if "token_places" in rows[0]:
             batch["token_places"] = torch.from_numpy(np.stack([cached["token_places"] for cached in media]))
-        if budget is not None:  # a compiled model does not count placeholders
-            kind = "video" if "videos" in inputs else "image"
-            batch[f"{kind}_budgets"] = [budget] * (len(media) if kind == "video" else sum(map(count_images, media)))
+        for name in ("image_budgets", "video_budgets"):
+            if name in batch:  # a compiled model cannot read them from a tensor
+                batch[name] = batch[name].tolist()
         return batch
 
     def _with_image_placeholders(self, value: Any) -> Any:
