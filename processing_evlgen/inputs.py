@@ -134,6 +134,16 @@ def list_budgets(
     return budgets
 
 
+def check_num_image_tokens(number: Any, image_token_range: list[int] | None) -> None:
+    """
+    Raises:
+        ValueError: If `number` is no integer of 1 or more, or outside of the range.
+    """
+    if not is_count(number):
+        raise ValueError(f"`num_image_tokens` must be an integer of 1 or more, but is {number!r}.")
+    list_budgets("num_image_tokens", number, 1, None, image_token_range)
+
+
 def check_max_tiles(max_tiles: Any) -> None:
     """
     Raises:

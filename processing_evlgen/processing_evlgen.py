@@ -23,6 +23,7 @@ from .inputs import (
     EVLGenVideosKwargs,
     check_given,
     check_max_tiles,
+    check_num_image_tokens,
     check_token_range,
     count_images_per_text,
     flatten_images,
@@ -95,7 +96,7 @@ class EVLGenProcessor(PromptEncoder):
         fps: float | None = None,
     ):
         self.image_token_range = check_token_range(image_token_range)
-        list_budgets("num_image_tokens", [num_image_tokens], 1, None, self.image_token_range)  # raises out of range
+        check_num_image_tokens(num_image_tokens, self.image_token_range)
         check_max_tiles(max_tiles)
         FrameChoice(num_frames if fps is None else None, fps=fps)  # raises out of range
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -395,9 +396,8 @@ class EVLGenProcessor(PromptEncoder):
         number = kwargs.pop("num_image_tokens", None)
         processor = super().from_pretrained(*args, **kwargs)
         if number is not None:
-            (processor.num_image_tokens,) = list_budgets(
-                "num_image_tokens", [number], 1, None, processor.image_token_range
-            )
+            check_num_image_tokens(number, processor.image_token_range)
+            processor.num_image_tokens = number
         return processor
 
     def save_pretrained(

@@ -88,7 +88,7 @@ def test_the_published_results_keep_their_names():
     published = read_results(Path(crowded.__file__).parent / "results.jsonl")
     kinds = {name: CaptionRun if name.startswith("captions") else BudgetRun for name in published}
     assert published and all(kinds[name](**result["run"]).name == name for name, result in published.items())
-    assert BudgetRun("choose", stamps=True).name not in published
+    assert BudgetRun("choose", stamps=True).name != BudgetRun("choose").name
 
 
 @pytest.mark.parametrize("stamps", [False, True])
