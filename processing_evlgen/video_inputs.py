@@ -10,8 +10,7 @@ from .images import MAX_PIXELS
 from .inputs import flatten_metadata, flatten_videos
 from .videos import FrameChoice, iterate_rgb_frames
 
-# Frames that are prepared at a time. 64 frames of full HD took 950 MB at once, and take 300 MB by eights.
-FRAMES_AT_ONCE = 8
+FRAMES_AT_ONCE = 8  # that are prepared together; all decoded frames of a video may not fit into memory
 
 
 def open_videos(

@@ -61,10 +61,6 @@ def _is_rate(fps: Any) -> bool:
     return isinstance(fps, Real) and 0 < fps < math.inf
 
 
-class VideoEndsEarlyError(ValueError):
-    """A video ends well before the duration that it states."""
-
-
 class TooFewFramesError(ValueError):
     """A video has fewer frames than were counted."""
 
@@ -333,7 +329,7 @@ def iterate_container(container: Any, stream: Any) -> Iterator[TimedFrame]:
     """Decodes the frames of PyAV's stream.
 
     Raises:
-        VideoEndsEarlyError: After the last frame, if it is well before the duration that the stream states.
+        ValueError: After the last frame, if it is well before the duration that the stream states.
     """
     rate, first, count, packets = float(stream.average_rate or 1), 0.0, 0, 0
     for packet in container.demux(stream):
@@ -362,7 +358,7 @@ def _check_end(stream: Any, end: float, distance: float) -> None:
         return
     # Healthy files are a few percent or a frame or two shorter than stated. So a cut in the last tenth goes unnoticed.
     if stated - end > max(0.1 * stated, 2 * distance):
-        raise VideoEndsEarlyError(f"it ends after {end:.1f} of its {stated:.1f} seconds")
+        raise ValueError(f"it ends after {end:.1f} of its {stated:.1f} seconds")
 
 
 def iterate_animated_image(image: Image.Image) -> Iterator[TimedFrame]:

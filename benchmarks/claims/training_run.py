@@ -8,30 +8,24 @@ from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice, repeat
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import pretrain
 import torch
 from train_scst_reward import CiderDReward, count_ngrams
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
-from common.command_line import parse_arguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
-from common.data.feature_cache import FeatureDataset, cache_features
-from common.data.loading import load_datasets
+from common.data.feature_cache import FeatureDataset
 from common.data.rows import true_captions
 from common.demo.packages import DataPackage, fetch_package
 from common.evaluation.captions import WrongImages, caption_loss, generate_captions
-from common.evaluation.evaluation_arguments import GenerationArguments
-from common.models import build_model
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments
-from common.training.whiten import whiten_vision_projection
 from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 from modeling_evlgen.tomeformer import TomeFormerLayer
-from processing_evlgen import EVLGenProcessor
 
+from ..pretraining import Prepared, parse_recipe, prepare_training
 from ..timing import count_flops, take_turns
 from ..training_step import share_towers, training_step
 from .runs import Run, shared_recipe
@@ -74,41 +68,21 @@ def parse(run: Run, output_dir: str) -> tuple[Any, ...]:
         "warmup_steps": run.warmup_steps,
         "seed": run.seed,
         "logging_nan_inf_filter": "false",  # else the log would hold the mean of earlier losses in place of NaN
-        "eval_strategy": "no",
-        "save_strategy": "no",
         "output_dir": output_dir,
         "max_new_tokens": 20,
     }
-    argv = [str(word) for name, value in arguments.items() if value is not None for word in (f"--{name}", value)]
-    return parse_arguments(*pretrain.ARGUMENTS, argv=argv, recipe=pretrain.DEMO_RECIPE)
-
-
-class Prepared(NamedTuple):
-    """A new model with its data and arguments, ready for training."""
-
-    model: EVLGenForConditionalGeneration
-    processor: EVLGenProcessor
-    train_dataset: FeatureDataset
-    eval_dataset: FeatureDataset
-    data_args: DataArguments
-    generation_args: GenerationArguments
-    training_args: EVLGenTrainingArguments
+    return parse_recipe(arguments, pretrain.DEMO_RECIPE)
 
 
 def prepare(run: Run, output_dir: str) -> Prepared:
-    """Loads data and model as `examples/pretrain.py` does, and applies the changes that its arguments do not cover."""
-    model_args, processor_args, data_args, generation_args, training_args = parse(run, output_dir)
-    set_seed(training_args.seed)
-    splits = load_datasets(data_args, training_args.seed)
-    model, processor = build_model(model_args, processor_args)
-    train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
-    whiten_vision_projection(model, processor, train_dataset, data_args, model_args.whitening_images)
+    """Prepares a run as `examples/pretrain.py` does, and applies the changes that its arguments do not cover."""
+    prepared = prepare_training(parse(run, output_dir))
     if run.random_pruning:
-        for layer in model.connector.encoder.layer:
+        for layer in prepared.model.connector.encoder.layer:
             layer.__class__ = RandomPruningLayer
     with torch.no_grad():
-        model.language_projection.weight *= run.prompt_scale
-    return Prepared(model, processor, train_dataset, eval_dataset, data_args, generation_args, training_args)
+        prepared.model.language_projection.weight *= run.prompt_scale
+    return prepared
 
 
 class HeldOutCurve(TrainerCallback):

@@ -10,18 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pretrain
-from transformers import set_seed
 
-from common.command_line import parse_arguments
 from common.data.collator import CaptionCollator
-from common.data.feature_cache import cache_features
-from common.data.loading import load_datasets
 from common.demo.crowded_scenes import CONCEPTS
 from common.evaluation.captions import evaluate_captions
-from common.models import build_model
 from common.training.trainer import EVLGenTrainer
-from common.training.whiten import whiten_vision_projection
 
+from ..pretraining import parse_recipe, prepare_training
 from .budget_run import STRIDE
 from .connector_settings import connector_fields
 
@@ -47,24 +42,14 @@ class CaptionRun:
 def train(run: CaptionRun) -> dict[str, Any]:
     """Trains a run as `examples/pretrain.py` does. Returns its figures and captions of the test scenes."""
     with tempfile.TemporaryDirectory() as folder:
-        model_args, processor_args, data_args, generation_args, training_args = parse(run, folder)
-        set_seed(run.seed)
-        splits = load_datasets(data_args, run.seed)
-        model, processor = build_model(model_args, processor_args)
-        train_dataset, test_dataset = cache_features(model, processor, *splits, data_args, run.seed)
-        whiten_vision_projection(model, processor, train_dataset, data_args, model_args.whitening_images)
-        trainer = EVLGenTrainer(
-            model=model,
-            args=training_args,
-            train_dataset=train_dataset,
-            data_collator=CaptionCollator(processor, data_args, training=True, seed=run.seed),
-            processing_class=processor,
+        model, processor, train_dataset, test_dataset, data_args, generation_args, args = prepare_training(
+            parse(run, folder)
         )
-        trainer.train()
-        evaluation = data_args, generation_args, training_args.per_device_eval_batch_size
-        figures, captions = evaluate_captions(
-            model, processor, test_dataset, *evaluation, training_args.autocast_dtype
-        )
+        collator = CaptionCollator(processor, data_args, training=True, seed=run.seed)
+        data = {"train_dataset": train_dataset, "data_collator": collator, "processing_class": processor}
+        EVLGenTrainer(model=model, args=args, **data).train()
+        evaluation = data_args, generation_args, args.per_device_eval_batch_size, args.autocast_dtype
+        figures, captions = evaluate_captions(model, processor, test_dataset, *evaluation)
     truths = [row[data_args.caption_column] for row in test_dataset.texts]
     return {
         "trained_parameters": model.num_parameters(only_trainable=True),
@@ -82,12 +67,9 @@ def parse(run: CaptionRun, output_dir: str) -> tuple[Any, ...]:
         "connector_config": json.dumps(fields),
         "max_steps": run.steps,
         "seed": run.seed,
-        "eval_strategy": "no",
-        "save_strategy": "no",
         "output_dir": output_dir,
     }
-    argv = [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
-    parsed = parse_arguments(*pretrain.ARGUMENTS, argv=argv, recipe=RECIPE)
+    parsed = parse_recipe(arguments, RECIPE)
     parsed[1].image_token_range = None
     return parsed
 
