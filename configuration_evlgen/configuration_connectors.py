@@ -129,7 +129,8 @@ class TomeFormerConfig(ConnectorConfig):
         output_position_initializer_range (`float`, *optional*):
             If given, learned positions are added to the tokens after the last layer, and fresh ones have this standard
             deviation. The tokens themselves have about 1.0. Other patches are merged into a token for each image, so
-            positions identify the tokens to the language model, as the queries of a Q-Former do.
+            positions identify the tokens to the language model, as the queries of a Q-Former do. If the connector
+            chooses, each token gets the mean position of its patches instead, and `position_grid_size` counts.
         branch_initializer_range (`float`, *optional*):
             Standard deviation of fresh linear maps at the end of residual branches. By default `initializer_range`.
             With `pre_norm=True` and 0.0, the TomeFormer starts as pure token merging after the LayerNorm of its
@@ -146,8 +147,9 @@ class TomeFormerConfig(ConnectorConfig):
             Number of tokens to merge to, instead of `merge_r`. Every layer keeps about the same share of its tokens.
         distinctive_factor (`float`, *optional*):
             If given, the connector chooses first, and attention never sees all tokens. Of n output tokens, the first
-            is the mean of all tokens but the `distinctive_factor * (n - 1)` most distinctive ones. These are merged to
-            the others, before the attention of each layer. All tokens keep their order.
+            is the mean of all tokens but the `distinctive_factor * (n - 1)` most distinctive ones, which are least
+            similar to all tokens. These are merged to the others, before the attention of each layer. All tokens keep
+            their order.
         class_token (`bool`, defaults to `True`): Whether token 0 is a class token. It is never merged.
         pre_norm (`bool`, defaults to `False`):
             `False` is BERT's block, which normalises after each residual sum. `True` normalises the input of each

@@ -420,7 +420,8 @@ def test_the_page_in_a_browser(server, browser, folder):
     *_, (text, merging, _) = app.describe(model, processor, "images", noise_images(1), "", settings)
     wait(lambda: find("#text textarea, #text input")[0].get_attribute("value") == text != "")
     seen = browser.execute_script("return window.seen")
-    assert len(seen) > 3 and all(text.startswith(piece) for piece in seen)  # as it was streamed
+    # As it was streamed. A slow browser draws several pieces at once.
+    assert len(seen) > 1 and all(text.startswith(piece) for piece in seen)
     wait(lambda: re.search(r"17 11 [\d.]+ ms [\d.]+ ms [\d.]+ ms", find("#figures")[0].text))
 
     def drawn_layer(layer):
