@@ -4,8 +4,8 @@
 
 trains all runs below and prints their tables. A run takes some minutes on one core. Each finished run is a line of
 `benchmarks/crowded/results.jsonl`. A command that was stopped continues with the next run. Two commands side by side
-share the runs. `--report` times a step of some methods side by side, prints the tables of the finished runs, and draws
-docs/images/crowded.png.
+share the runs. `--report` prints the tables of the finished runs. It also measures the operations and the time of a
+step with each number of tokens side by side, in some minutes, and draws docs/images/crowded.png.
 
 One run serves all numbers of tokens: each batch of training draws one. A small reader in place of the language model
 answers questions from the tokens. The caption runs train with the language model, for one number of tokens. Vision
@@ -21,10 +21,19 @@ import torch
 from common.demo.crowded_scenes import STAMPS
 
 from ..planned_runs import read_results, train_and_report
-from ..timing import markdown_table, take_turns
+from ..timing import count_flops, take_turns
 from . import budget_run, caption_run
-from .budget_run import BudgetRun, reference_step
-from .budget_tables import FIGURES, budget_table, caption_table, cost_table, draw_curves, overlooked_table
+from .budget_run import BudgetRun, training_step
+from .budget_tables import (
+    FIGURES,
+    Cost,
+    budget_table,
+    caption_table,
+    draw_curves,
+    overlooked_table,
+    size_table,
+    step_table,
+)
 from .caption_run import CaptionRun
 from .connector_settings import ALL_TOKENS, RANDOM, VIEW
 
@@ -32,7 +41,7 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 CURVES = Path(__file__).parents[2] / "docs" / "images" / "crowded.png"
 SEEDS = (0, 1, 2)
 FINALISTS = ("choose", "means", "Q-Former")
-TIMED, ROUNDS = (*FINALISTS, "merge"), 5
+TIMED, ROUNDS = (*FINALISTS, VIEW, "merge"), 5
 CONTROLS = (VIEW, RANDOM)
 OTHER_RATES = (3e-4, 3e-3)  # learning rates
 PLAN = [
@@ -59,32 +68,36 @@ def train(run: BudgetRun | CaptionRun) -> dict[str, Any]:
 
 
 def report() -> None:
-    """Prints the tables of each setting, and draws the curves of the main one."""
+    """Prints the tables of each setting and of the steps, and draws the curves of the main setting."""
     results = read_results(RESULTS)
     scenes = defaultdict(list)
     for run in PLAN:
         if run.name in results:
             scenes[run.setting].append(results[run.name])
     for setting, group in scenes.items():
-        print(f"\n{setting}\n\n{cost_table(group)}")
+        print(f"\n{setting}\n\n{size_table(group)}")
         for figure in FIGURES:
             print(f"\n{figure}\n\n{budget_table(group, figure)}")
         if table := overlooked_table(group, 16):
             print(f"\nWhat the view of 224 pixels gets wrong, at 16 tokens\n\n{table}")
     if captions := [results[run.name] for run in CAPTION_PLAN if run.name in results]:
         print(f"\nCaptions of the language model\n\n{caption_table(captions)}")
-    print(f"\nForward and backward of 16 scenes at 16 tokens, side by side\n\n{time_table()}")
+    costs = measure_steps()
+    print(f"\nA training step of 16 scenes [GFLOP; relative time]\n\n{step_table(costs)}")
     if scenes:
-        draw_curves(next(iter(scenes.values())), CURVES)
+        draw_curves(next(iter(scenes.values())), costs, CURVES)
 
 
-def time_table() -> str:
-    """Markdown table of a step's time on one core, relative to that of `choose`."""
+def measure_steps() -> dict[str, dict[int, Cost]]:
+    """The cost of a forward and backward pass on one core, for each method and number of tokens, side by side."""
     torch.set_num_threads(1)
-    seconds = take_turns({method: reference_step(BudgetRun(method)) for method in TIMED}, ROUNDS)
-    return markdown_table(
-        ["method", "time"], [[name, f"{value / seconds[TIMED[0]]:.2f}"] for name, value in seconds.items()]
-    )
+    runs = {method: BudgetRun(method) for method in TIMED}
+    steps = {(method, budget): training_step(run, budget) for method, run in runs.items() for budget in run.budgets}
+    seconds = take_turns(steps, ROUNDS)
+    costs = defaultdict(dict)
+    for (method, budget), step in steps.items():
+        costs[method][budget] = Cost(count_flops(step), seconds[method, budget])
+    return costs
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from .scene_questions import KINDS, Answers, QuestionReader, list_questions, rea
 BATCH = 16  # scenes
 READER_DIM = 256
 VISION_DIM = 112  # of EfficientNet-Lite0's feature map
-REFERENCE_BUDGET = 16  # tokens of the step whose operations are counted
+REFERENCE_BUDGET = 16  # tokens
 WHITENING_IMAGES = 200
 STRIDE = 16  # pixels of a token along each side
 VIEW_SIZE = 224  # pixels
@@ -79,6 +79,11 @@ class BudgetRun:
             return ((self.size // STRIDE) ** 2,)
         return BUDGETS if self.budget is None else (self.budget,)
 
+    @property
+    def reference_budget(self) -> int:
+        """The number of tokens of the step whose operations are counted."""
+        return REFERENCE_BUDGET if REFERENCE_BUDGET in self.budgets else self.budgets[0]
+
 
 def keep_random(x: torch.Tensor, num_output_tokens: int, class_token: bool = False) -> TokenMerging:
     """Keeps random tokens, and the mean of all others."""
@@ -101,7 +106,7 @@ def train(run: BudgetRun) -> dict[str, Any]:
         held_out = {budget: measure(model, reader, *test, budget) for budget in run.budgets}
     return {
         "connector_parameters": model.connector.num_parameters(),
-        "flops_per_step": count_flops(reference_step(run)),
+        "flops_per_step": count_flops(training_step(run, run.reference_budget)),
         "training_loss": loss,
         "held_out": held_out,
     }
@@ -176,13 +181,12 @@ def backward(
     return loss.item()
 
 
-def reference_step(run: BudgetRun) -> Callable[[], float]:
-    """Forward and backward pass of a fresh model, on random features of a batch."""
+def training_step(run: BudgetRun, budget: int) -> Callable[[], float]:
+    """Forward and backward pass of a fresh model with a number of tokens, on random features of a batch."""
     model, reader = build(run)
     features = np.random.default_rng(0).standard_normal(
         (BATCH, (run.view_size // STRIDE) ** 2, VISION_DIM), np.float32
     )
-    budget = REFERENCE_BUDGET if REFERENCE_BUDGET in run.budgets else run.budgets[0]
     answers = read_answers(["an owl and a bus"] * BATCH)
     return partial(backward, model.train(), reader, features, answers, list(range(BATCH)), budget)
 

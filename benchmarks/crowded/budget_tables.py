@@ -1,10 +1,14 @@
 """Tables and curves of the finished runs. A result is a line of `results.jsonl`."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 
 from ..planned_runs import Result, spread
 from ..timing import markdown_table
@@ -15,6 +19,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FIGURES = ("names", "exact", *KINDS)  # shares, printed in %
+
+
+class Cost(NamedTuple):
+    """What a training step costs: operations, and seconds on one core."""
+
+    flops: int
+    seconds: float
 
 
 def group_by_method(results: list[Result]) -> dict[tuple[str, int | None], list[Result]]:
@@ -58,8 +69,8 @@ def _share_right(rights: list[str], overlooked: list[bool], of: bool) -> list[fl
     return [mean(int(r) for r, wrong in zip(right, overlooked, strict=True) if wrong == of) for right in rights]
 
 
-def cost_table(results: list[Result]) -> str:
-    """Markdown table of the connector's parameters, and the operations of a step with all its parts."""
+def size_table(results: list[Result]) -> str:
+    """Markdown table of the connector's parameters, and the operations of a step with all its parts at 16 tokens."""
     rows = []
     for (method, budget), (first, *_) in group_by_method(results).items():
         if budget is None:
@@ -67,6 +78,17 @@ def cost_table(results: list[Result]) -> str:
                 [method, f"{first['connector_parameters'] / 1e6:.1f} M", f"{first['flops_per_step'] / 1e9:.0f}"]
             )
     return markdown_table(["method", "connector", "GFLOP a step"], rows)
+
+
+def step_table(costs: dict[str, dict[int, Cost]]) -> str:
+    """Markdown table of steps: a row for each method, a column for each number of tokens.
+
+    Cells have the operations in GFLOP, and the time relative to the table's first.
+    """
+    cells = {method: [(cost.flops / 1e9, cost.seconds) for cost in steps.values()] for method, steps in costs.items()}
+    unit = next(iter(cells.values()))[0][1]
+    rows = [[method, *(f"{flops:.0f}; {time / unit:.2f}" for flops, time in row)] for method, row in cells.items()]
+    return markdown_table(["method", *next(iter(costs.values()))], rows)
 
 
 def caption_table(results: list[Result]) -> str:
@@ -84,22 +106,34 @@ def caption_table(results: list[Result]) -> str:
     return markdown_table(["method", "steps", "held-out loss", "more with wrong images", "names", "exact"], rows)
 
 
-def draw_curves(results: list[Result], path: Path) -> None:
-    """Draws three figures against tokens: the mean over seeds, and a band of all seeds."""
-    figure, panels = plt.subplots(1, 3, figsize=(15, 3.6), layout="constrained")
-    labels = {"names": "drawings named (F1) [%]", "exact": "all drawings right [%]", "left of": "left neighbours [%]"}
-    for panel, (name, label) in zip(panels, labels.items(), strict=True):
+def draw_curves(results: list[Result], costs: dict[str, dict[int, Cost]], path: Path) -> None:
+    """Draws figures against tokens, operations and time: the mean over seeds, and a band of all seeds."""
+    labels = {"names": "drawings named (F1) [%]", "exact": "all drawings right [%]"}
+    figure, panels = plt.subplots(len(labels), 3, figsize=(14, 6), layout="constrained", sharey="row")
+    for row, (name, label) in zip(panels, labels.items(), strict=True):
+        row[0].set_ylabel(label)
         for color, ((method, budget), seeds) in enumerate(group_by_method(results).items()):
-            if budget is not None or len(seeds[0]["held_out"]) == 1:
-                continue
-            x = [int(number) for number in seeds[0]["held_out"]]
-            values = [[100 * seed["held_out"][str(number)][name] for seed in seeds] for number in x]
-            panel.plot(x, [mean(v) for v in values], marker="o", color=f"C{color}", label=f"{method} ({len(seeds)})")
-            panel.fill_between(x, [min(v) for v in values], [max(v) for v in values], color=f"C{color}", alpha=0.2)
-        panel.set(xlabel="tokens of the soft prompt", ylabel=label, xscale="log", xticks=x, xticklabels=x)
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    lines, names = panels[0].get_legend_handles_labels()
+            if budget is None and method in costs:
+                steps = costs[method]
+                shares = [[100 * seed["held_out"][str(number)][name] for seed in seeds] for number in steps]
+                axes = zip(*((number, cost.flops / 1e9, cost.seconds) for number, cost in steps.items()), strict=True)
+                for panel, x in zip(row, axes, strict=True):
+                    _draw_band(panel, x, shares, f"C{color}", f"{method} ({len(seeds)})")
+        for panel in row:
+            panel.set(xscale="log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+    x_labels = ("tokens of the soft prompt", "GFLOP of a training step", "seconds of a training step, one core")
+    for panel, label in zip(panels[-1], x_labels, strict=True):
+        panel.set(xlabel=label)
+    lines, names = panels[0][0].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside right upper", title="method (seeds)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_band(panel: Axes, x: Sequence[float], shares: list[list[float]], color: str, label: str) -> None:
+    panel.plot(x, [mean(seeds) for seeds in shares], marker="o", color=color, label=label)
+    panel.fill_between(x, [min(seeds) for seeds in shares], [max(seeds) for seeds in shares], color=color, alpha=0.2)
