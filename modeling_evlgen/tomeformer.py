@@ -224,8 +224,7 @@ class TomeFormerModel(PreTrainedModel):
             config.max_position_embeddings,
             config.hidden_size,
             config.output_position_initializer_range,
-            # The output positions of a connector that chooses are those of places in the image.
-            grid_size=None if config.distinctive_factor is None else config.position_grid_size,
+            grid_size=config.position_grid_size if config.output_position_type == "place" else None,
             num_prefix_tokens=int(config.class_token),
         )
         self.post_init()
@@ -294,13 +293,12 @@ class TomeFormerModel(PreTrainedModel):
         tiles: tuple[int, int],
         places: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Adds positions to the output tokens `(batch, tokens, hidden_size)`: those of their indices.
+        """Adds positions to the output tokens, `(batch, tokens, hidden_size)`.
 
-        If the connector chooses, the index of a token does not tell its place. Then each output token gets the mean
-        position of the input tokens that it holds.
+        Those of places are the mean position of the input tokens that an output token holds.
         """
         positions = self.output_position_embeddings
-        if self.config.distinctive_factor is None or not isinstance(positions, PositionEmbeddings):
+        if self.config.output_position_type == "index":
             return positions(hidden_states)
         zeros = hidden_states.new_zeros(*output_index.shape, hidden_states.shape[2])  # (batch, input tokens, dim)
         merging = TokenMerging(output_index, hidden_states.shape[1])

@@ -264,11 +264,12 @@ def test_the_first_of_chosen_tokens_is_the_mean_of_all_but_the_distinctive_ones(
 
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize("where", ["one tile", "two tiles", "places"])
-def test_chosen_tokens_get_the_mean_position_of_their_patches(where, class_token):
+def test_output_tokens_get_the_mean_position_of_their_patches(where, class_token):
     """A position is a place in the image, whatever the tiles."""
     torch.manual_seed(0)
     fields = {"class_token": class_token, "num_merged_tokens": 7, "distinctive_factor": 1.5, "position_grid_size": 4}
-    model = TomeFormerModel(tiny_config(**fields, output_position_initializer_range=1.0)).eval()
+    fields |= {"output_position_initializer_range": 1.0, "output_position_type": "place"}
+    model = TomeFormerModel(tiny_config(**fields)).eval()
     prefix = int(class_token)
     places = torch.rand(2, 16, 2) * 3 if where == "places" else None
     tiles = (1, 2) if where == "two tiles" else (1, 1)
