@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import av
 from PIL import Image
@@ -17,6 +18,7 @@ from processing_evlgen.videos import (
     TimedFrame,
     TooFewFramesError,
     VideoFrames,
+    check_end,
     is_shown,
     iterate_animated_image,
     iterate_container,
@@ -80,20 +82,38 @@ def read_file(
         raise ValueError(f"The file {name} cannot be read; it is damaged, or not what its name says.") from error
 
 
+class _Packet(NamedTuple):
+    """What is kept of a packet of PyAV: whether its frame is shown, and when and how long in seconds."""
+
+    is_shown: bool
+    seconds: float
+    duration: float
+
+    @classmethod
+    def of(cls, packet: Any) -> "_Packet":
+        time, unit = packet.dts if packet.pts is None else packet.pts, packet.time_base or 0
+        return cls(is_shown(packet), float((time or 0) * unit), float((packet.duration or 0) * unit))
+
+
 def _read_video(path: Path, choice: FrameChoice) -> VideoFrames:
     """Chosen frames of a video."""
     format, deadline = VIDEOS[path.suffix.lower()], time.monotonic() + VIDEO_SECONDS
     with av.open(str(path), format=format) as container:
         stream = container.streams.video[0]
         # A packet holds a frame. Packets are counted, since the number in the file's head may be wrong.
-        shown = [is_shown(packet) for packet in islice(container.demux(stream), FRAMES + 1) if packet.size]
-        _check_sizes(len(shown), stream.width * stream.height, FRAME_MEGAPIXELS, VIDEO_MEGAPIXELS)
+        packets = [_Packet.of(packet) for packet in islice(container.demux(stream), FRAMES + 1) if packet.size]
+        _check_sizes(len(packets), stream.width * stream.height, FRAME_MEGAPIXELS, VIDEO_MEGAPIXELS)
+        if packets:
+            last = max(packets, key=lambda packet: packet.seconds)
+            first = min(packet.seconds for packet in packets)
+            check_end(container, stream, len(packets), (first, last.seconds), last.duration)
     with av.open(str(path), format=format) as container:
         stream = container.streams.video[0]
         # Frames may be larger than the file's head says.
         stream.codec_context.options = {"max_pixels": str(FRAME_MEGAPIXELS * 1_000_000)}
         timed = iterate_container(container, stream)
-        return _choose_frames(timed, sum(shown), choice, VIDEO_MEGAPIXELS, deadline)
+        total = sum(packet.is_shown for packet in packets)
+        return _choose_frames(timed, total, choice, VIDEO_MEGAPIXELS, deadline)
 
 
 def _read_image(path: Path, choice: FrameChoice) -> tuple[str, list[Image.Image]]:

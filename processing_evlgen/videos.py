@@ -339,15 +339,27 @@ def iterate_container(container: Any, stream: Any) -> Iterator[TimedFrame]:
             first, count = time if count == 0 else first, count + 1
             duration = float((frame.duration or 0) * (frame.time_base or 0))
             yield frame, time, duration
+    if count:
+        check_end(container, stream, packets, (first, time), duration)
+
+
+def check_end(container: Any, stream: Any, packets: int, times: tuple[float, float], duration: float) -> None:
+    """Compares the end of a video with the stated one.
+
+    Args:
+        packets (`int`): Number of packets that were read, at least 1.
+        times (`tuple[float, float]`): Seconds of the first and of the last frame.
+        duration (`float`): Seconds for which the last frame is shown; 0 if it is not stated.
+
+    Raises:
+        ValueError: If the last frame is well before the duration that the stream states.
+    """
     # The last frame may stand still for long. So a video is whole if all packets are there, or if their number is not
     # stated and the last frame has no duration. The duration of an ASF file is that of its sound, too.
-    if count and container.format.name != "asf" and (packets < 0.9 * stream.frames if stream.frames else duration):
-        distance = (time - first) / (count - 1) if count > 1 else duration
-        _check_end(stream, time - min(first, 0.0) + max(distance, duration), distance)
-
-
-def _check_end(stream: Any, end: float, distance: float) -> None:
-    """Compares the end of a video with the stated one. `distance` is the mean time between its frames."""
+    if container.format.name == "asf" or not (packets < 0.9 * stream.frames if stream.frames else duration):
+        return
+    distance = (times[1] - times[0]) / (packets - 1) if packets > 1 else duration  # between frames
+    end = times[1] - min(times[0], 0.0) + max(distance, duration)
     tag = re.match(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # of WebM and MKV
     if stream.duration:
         stated = float(stream.duration * stream.time_base)

@@ -103,12 +103,15 @@ def test_a_file_that_ends_early_is_refused_however_frames_are_chosen(name, codec
     write_noise(path, codec)
     choices = ({"num_frames": 4}, {"num_frames": 40}, {"fps": 5}, {})
     assert [len(load_rgb_frames(path, **choice)) for choice in choices] == [4, 40, 20, 40]
+    assert len(read_in_app(path, 4)) == 4
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     for choice in choices:
         with pytest.raises(
             ValueError, match=rf"'.*{name}' cannot be read: it ends after [012]\.\d of its [24]\.\d seconds"
         ):
             load_rgb_frames(path, **choice)
+    with pytest.raises(ValueError, match=f"The file '{name}' cannot be read; it is damaged"):
+        read_in_app(path, 4)
 
 
 def test_a_video_may_stand_still_at_its_end(tmp_path):
@@ -116,6 +119,7 @@ def test_a_video_may_stand_still_at_its_end(tmp_path):
     write_noise(tmp_path / "v.mkv", count=6, pts=[0, 1, 2, 3, 4, 90])
     for name in ("v.mp4", "v.mkv"):
         assert load_rgb_frames(tmp_path / name).times[-1] == pytest.approx(9)
+        assert len(read_in_app(tmp_path / name, 4)) == 4
 
 
 @pytest.mark.parametrize("name", ["v.mp4", "v.webm"])
@@ -132,6 +136,7 @@ def test_the_last_frame_may_stand_still(name, tmp_path):
         container.mux(packets)
     choices = ({"num_frames": 4}, {"num_frames": 6}, {}, {"fps": 10})
     assert [len(load_rgb_frames(tmp_path / name, **choice)) for choice in choices] == [4, 6, 6, 6]
+    assert len(read_in_app(tmp_path / name, 4)) == 4
 
 
 @pytest.mark.parametrize("name", ["video.webp", "video.gif"])
