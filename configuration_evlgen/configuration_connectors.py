@@ -130,10 +130,6 @@ class TomeFormerConfig(ConnectorConfig):
             If given, learned positions are added to the tokens after the last layer, and fresh ones have this standard
             deviation. The tokens themselves have about 1.0. Other patches are merged into a token for each image, so
             positions identify the tokens to the language model, as the queries of a Q-Former do.
-        output_position_type (`str`, defaults to `"index"`):
-            `"index"` gives the n-th output token the n-th position. `"place"` gives each output token the mean
-            position of its patches, and fresh positions are as smooth as `position_grid_size` says. If the connector
-            chooses, an index tells nothing about the place.
         branch_initializer_range (`float`, *optional*):
             Standard deviation of fresh linear maps at the end of residual branches. By default `initializer_range`.
             With `pre_norm=True` and 0.0, the TomeFormer starts as pure token merging after the LayerNorm of its
@@ -150,9 +146,8 @@ class TomeFormerConfig(ConnectorConfig):
             Number of tokens to merge to, instead of `merge_r`. Every layer keeps about the same share of its tokens.
         distinctive_factor (`float`, *optional*):
             If given, the connector chooses first, and attention never sees all tokens. Of n output tokens, the first
-            is the mean of all tokens but the `distinctive_factor * (n - 1)` most distinctive ones, which are least
-            similar to all tokens. These are merged to the others, before the attention of each layer. All tokens keep
-            their order.
+            is the mean of all tokens but the `distinctive_factor * (n - 1)` most distinctive ones. These are merged to
+            the others, before the attention of each layer. All tokens keep their order.
         class_token (`bool`, defaults to `True`): Whether token 0 is a class token. It is never merged.
         pre_norm (`bool`, defaults to `False`):
             `False` is BERT's block, which normalises after each residual sum. `True` normalises the input of each
@@ -178,7 +173,6 @@ class TomeFormerConfig(ConnectorConfig):
     position_initializer_range: float | int | None = None
     position_grid_size: int | None = None
     output_position_initializer_range: float | int | None = None
-    output_position_type: str = "index"
     branch_initializer_range: float | int | None = None
     merge_r: int | list[int] | tuple[int, float | int] | dict[str, float | int] = 19
     merge_metric: str = "keys"
@@ -195,12 +189,6 @@ class TomeFormerConfig(ConnectorConfig):
             raise ValueError(f"`merge_r` must hold integers of 0 or more, but is {self.merge_r}.")
         if self.merge_metric not in ("keys", "hidden_states"):
             raise ValueError(f'`merge_metric` must be "keys" or "hidden_states", but is {self.merge_metric!r}.')
-        if self.output_position_type not in ("index", "place"):
-            raise ValueError(
-                f'`output_position_type` must be "index" or "place", but is {self.output_position_type!r}.'
-            )
-        if self.output_position_type == "place" and self.output_position_initializer_range is None:
-            raise ValueError('`output_position_type` "place" needs `output_position_initializer_range`.')
         if len(requested) > self.num_hidden_layers:
             raise ValueError(f"`merge_r` has {len(requested)} entries for {self.num_hidden_layers} layers.")
 

@@ -129,17 +129,11 @@ class TimeEmbedding(nn.Module):
         return F.linear(waves.to(self.weight.dtype), self.weight)
 
 
-def build_output_positions(
-    num_positions: int,
-    dim: int,
-    initializer_range: float | None,
-    grid_size: int | None = None,
-    num_prefix_tokens: int = 0,
-) -> nn.Module:
+def build_output_positions(num_positions: int, dim: int, initializer_range: float | None) -> nn.Module:
     """Returns positions for the output tokens of a connector, or the identity if `initializer_range` is None."""
     if initializer_range is None:
         return nn.Identity()
-    return PositionEmbeddings(num_positions, dim, initializer_range, grid_size, num_prefix_tokens)
+    return PositionEmbeddings(num_positions, dim, initializer_range)
 
 
 class BranchLinear(nn.Linear):

@@ -184,8 +184,7 @@ def keep_all(x: torch.Tensor) -> TokenMerging:
 def keep_distinctive(x: torch.Tensor, num_output_tokens: int, class_token: bool = False) -> TokenMerging:
     """Keeps the most distinctive tokens. All others become one token, their mean.
 
-    The smaller a token's mean cosine similarity to all tokens of the image, the more distinctive it is. This is the
-    energy of PiToMe (Tran et al., NeurIPS 2024, arXiv 2405.16148) without its margin. So the cost is linear.
+    A token is as distinctive as its distance from the image's median token. The median is that of each channel.
 
     Args:
         x (`torch.Tensor` of shape `(batch, tokens, channels)`): Tokens of any floating dtype, without positions.
@@ -195,7 +194,8 @@ def keep_distinctive(x: torch.Tensor, num_output_tokens: int, class_token: bool 
         class_token (`bool`, *optional*, defaults to `False`): Whether token 0 is a class token. It stays first.
 
     Returns:
-        [`TokenMerging`]. The mean comes before the kept tokens, which are in their order. It has no gradient to `x`.
+        [`TokenMerging`]. The mean comes before the kept tokens, which are in their order. There is no mean if all
+        tokens are kept. It has no gradient to `x`.
 
     Raises:
         ValueError: If `num_output_tokens` is out of range.
@@ -204,10 +204,11 @@ def keep_distinctive(x: torch.Tensor, num_output_tokens: int, class_token: bool 
     mean = int(class_token)  # its index
     if not mean < num_output_tokens <= tokens:
         raise ValueError(f"`num_output_tokens` must be from {mean + 1} to {tokens}, but is {num_output_tokens}.")
+    if num_output_tokens == tokens:
+        return keep_all(x)
     patches = x[:, mean:].float()
-    directions = F.normalize(patches, dim=-1)
-    similarity = (directions * directions.mean(dim=1, keepdim=True)).sum(dim=-1)  # (batch, patches)
-    kept = similarity.topk(num_output_tokens - mean - 1, dim=1, largest=False).indices.sort(dim=1).values + mean
+    distance = (patches - patches.median(dim=1, keepdim=True).values).square().sum(dim=-1)  # (batch, patches)
+    kept = distance.topk(num_output_tokens - mean - 1, dim=1).indices.sort(dim=1).values + mean
     output_index = kept.new_full((batch, tokens), mean)
     output_index[:, :mean] = 0
     new_index = torch.arange(mean + 1, num_output_tokens, device=x.device)

@@ -14,7 +14,7 @@ from transformers.models.bert.modeling_bert import eager_attention_forward
 from configuration_evlgen.configuration_connectors import TomeFormerConfig
 
 from .connector_layers import BranchLinear, PositionEmbeddings, build_output_positions, init_connector_layer
-from .token_merging import TokenMerging, keep_all, keep_distinctive, match_in_rounds
+from .token_merging import keep_all, keep_distinctive, match_in_rounds
 
 ROUNDS = 6  # of merging in each layer of a connector that chooses
 
@@ -221,11 +221,7 @@ class TomeFormerModel(PreTrainedModel):
         self.embeddings = TomeFormerEmbeddings(config)
         self.encoder = TomeFormerEncoder(config)
         self.output_position_embeddings = build_output_positions(
-            config.max_position_embeddings,
-            config.hidden_size,
-            config.output_position_initializer_range,
-            grid_size=config.position_grid_size if config.output_position_type == "place" else None,
-            num_prefix_tokens=int(config.class_token),
+            config.max_position_embeddings, config.hidden_size, config.output_position_initializer_range
         )
         self.post_init()
 
@@ -280,26 +276,8 @@ class TomeFormerModel(PreTrainedModel):
             output_index = layer_index.gather(1, output_index)  # composes the layers' indices
             all_hidden_states, all_index = (*all_hidden_states, hidden_states), (*all_index, output_index)
         return TomeFormerOutput(
-            last_hidden_state=self._add_output_positions(hidden_states, output_index, tiles, places),
+            last_hidden_state=self.output_position_embeddings(hidden_states),
             output_index=output_index,
             layer_index=all_index,
             hidden_states=all_hidden_states if output_hidden_states else None,
         )
-
-    def _add_output_positions(
-        self,
-        hidden_states: torch.Tensor,
-        output_index: torch.Tensor,
-        tiles: tuple[int, int],
-        places: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Adds positions to the output tokens, `(batch, tokens, hidden_size)`.
-
-        Those of places are the mean position of the input tokens that an output token holds.
-        """
-        positions = self.output_position_embeddings
-        if self.config.output_position_type == "index":
-            return positions(hidden_states)
-        zeros = hidden_states.new_zeros(*output_index.shape, hidden_states.shape[2])  # (batch, input tokens, dim)
-        merging = TokenMerging(output_index, hidden_states.shape[1])
-        return hidden_states + merging.merge(positions(zeros, tiles, places))

@@ -347,6 +347,7 @@ def check_end(container: Any, stream: Any, packets: int, times: tuple[float, flo
     """Compares the end of a video with the stated one.
 
     Args:
+        container, stream: PyAV's, of an open file.
         packets (`int`): Number of packets that were read, at least 1.
         times (`tuple[float, float]`): Seconds of the first and of the last frame.
         duration (`float`): Seconds for which the last frame is shown; 0 if it is not stated.
@@ -357,6 +358,8 @@ def check_end(container: Any, stream: Any, packets: int, times: tuple[float, flo
     # The last frame may stand still for long. So a video is whole if all packets are there, or if their number is not
     # stated and the last frame has no duration. The duration of an ASF file is that of its sound, too.
     if container.format.name == "asf" or not (packets < 0.9 * stream.frames if stream.frames else duration):
+        return
+    if stream.frames >= 2**30:  # the placeholder of an AVI that was written to a pipe
         return
     distance = (times[1] - times[0]) / (packets - 1) if packets > 1 else duration  # between frames
     end = times[1] - min(times[0], 0.0) + max(distance, duration)

@@ -154,8 +154,6 @@ def test_fields_out_of_range_are_refused(config_class, fields, message):
         ),
         (QFormerConnectorConfig, {"query_initializer_range": -1}, "`query_initializer_range` must be at least 0"),
         (TomeFormerConfig, {"distinctive_factor": math.nan}, "`distinctive_factor` must be finite"),
-        (TomeFormerConfig, {"output_position_type": "grid"}, '`output_position_type` must be "index" or "place", but'),
-        (TomeFormerConfig, {"output_position_type": "place"}, "needs `output_position_initializer_range`"),
         (TomeFormerConfig, {"type_vocab_size": 0}, "`type_vocab_size` must be at least 1"),
         (MLPConnectorConfig, {"branch_initializer_range": -0.1}, "`branch_initializer_range` must be at least 0"),
         (

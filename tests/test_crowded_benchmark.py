@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from benchmarks.crowded import __main__ as crowded
 from benchmarks.crowded import budget_run, caption_run
 from benchmarks.crowded.budget_run import BudgetRun
+from benchmarks.crowded.budget_tables import Cost, step_table
 from benchmarks.crowded.caption_run import CaptionRun, name_score
 from benchmarks.crowded.connector_settings import ALL_TOKENS, VIEW
 from benchmarks.crowded.scene_questions import NO_ANSWER, list_questions, read_answers
@@ -75,6 +76,11 @@ def test_captions_of_the_language_model_are_trained_and_read(small_scenes, monke
     assert [CaptionRun(**result["run"]) for result in results] == plan
     assert all(len(result["captions"]) == 4 and result["test_loss"] > 0 for result in results)
     assert "| Q-Former, 4 tokens | 1 |" in capsys.readouterr().out
+
+
+def test_the_table_of_steps_has_operations_and_relative_times():
+    table = step_table({"a": {9: Cost(2e9, 0.5), 16: Cost(4e9, 1)}, "b": {9: Cost(6e9, 2), 16: Cost(7e9, 3)}})
+    assert table.splitlines()[2:] == ["| a | 2; 1.00 | 4; 2.00 |", "| b | 6; 4.00 | 7; 6.00 |"]
 
 
 def test_the_score_of_names_counts_each_drawing():

@@ -45,7 +45,7 @@ _EVLGEN = {
 }
 # The recipe for crowded images, at the number of tokens of the others.
 _CHOOSES = {name: value for name, value in _EVLGEN.items() if name != "merge_r"}
-_CHOOSES |= {"num_merged_tokens": 25, "distinctive_factor": 3, "output_position_type": "place"}
+_CHOOSES |= {"num_merged_tokens": 25, "distinctive_factor": 3}
 # Cross-attention in every second layer, as in BLIP-2. The smaller feed-forward makes the number of parameters equal.
 _QFORMER = {**_SIZE, "intermediate_size": 1024, "num_query_tokens": 25, "position_initializer_range": 0.1}
 _MLP = {"hidden_size": 384, "intermediate_size": 6912, "max_position_embeddings": 512}

@@ -106,7 +106,7 @@ def train(run: BudgetRun) -> dict[str, Any]:
         held_out = {budget: measure(model, reader, *test, budget) for budget in run.budgets}
     return {
         "connector_parameters": model.connector.num_parameters(),
-        "flops_per_step": count_flops(training_step(run, run.reference_budget)),
+        "flops_per_step": count_flops(partial(training_step(run), run.reference_budget)),
         "training_loss": loss,
         "held_out": held_out,
     }
@@ -181,14 +181,14 @@ def backward(
     return loss.item()
 
 
-def training_step(run: BudgetRun, budget: int) -> Callable[[], float]:
-    """Forward and backward pass of a fresh model with a number of tokens, on random features of a batch."""
+def training_step(run: BudgetRun) -> Callable[[int], float]:
+    """Forward and backward pass of a fresh model on random features of a batch, for a number of tokens."""
     model, reader = build(run)
     features = np.random.default_rng(0).standard_normal(
         (BATCH, (run.view_size // STRIDE) ** 2, VISION_DIM), np.float32
     )
     answers = read_answers(["an owl and a bus"] * BATCH)
-    return partial(backward, model.train(), reader, features, answers, list(range(BATCH)), budget)
+    return partial(backward, model.train(), reader, features, answers, list(range(BATCH)))
 
 
 def read_prompts(model: EVLGenForConditionalGeneration, features: np.ndarray, budget: int) -> torch.Tensor:

@@ -70,7 +70,7 @@ def _share_right(rights: list[str], overlooked: list[bool], of: bool) -> list[fl
 
 
 def size_table(results: list[Result]) -> str:
-    """Markdown table of the connector's parameters, and the operations of a step with all its parts at 16 tokens."""
+    """Markdown table of the connector's parameters, and the operations of a step at its `reference_budget`."""
     rows = []
     for (method, budget), (first, *_) in group_by_method(results).items():
         if budget is None:
@@ -107,7 +107,10 @@ def caption_table(results: list[Result]) -> str:
 
 
 def draw_curves(results: list[Result], costs: dict[str, dict[int, Cost]], path: Path) -> None:
-    """Draws figures against tokens, operations and time: the mean over seeds, and a band of all seeds."""
+    """Draws figures against tokens, operations and time: the mean over seeds, and a band of all seeds.
+
+    Methods without costs are left out.
+    """
     labels = {"names": "drawings named (F1) [%]", "exact": "all drawings right [%]"}
     figure, panels = plt.subplots(len(labels), 3, figsize=(14, 6), layout="constrained", sharey="row")
     for row, (name, label) in zip(panels, labels.items(), strict=True):
@@ -125,7 +128,7 @@ def draw_curves(results: list[Result], costs: dict[str, dict[int, Cost]], path: 
             panel.xaxis.set_major_formatter("{x:g}")
             panel.minorticks_off()
             panel.grid(alpha=0.3)
-    x_labels = ("tokens of the soft prompt", "GFLOP of a training step", "seconds of a training step, one core")
+    x_labels = ("tokens of the soft prompt", "GFLOP of a step, without the tower", "seconds of a step, one core")
     for panel, label in zip(panels[-1], x_labels, strict=True):
         panel.set(xlabel=label)
     lines, names = panels[0][0].get_legend_handles_labels()

@@ -14,7 +14,6 @@ _SIZE = encoder_fields(hidden_size=384, layers=3) | {"class_token": False, "max_
 _POSITIONS = {"position_initializer_range": 0.1, "position_grid_size": None}  # about the size of the tokens
 _START = {"pre_norm": True, "branch_initializer_range": 0.0, "output_position_initializer_range": 1.0}
 _TOMEFORMER = {**_SIZE, **_POSITIONS, **_START, "merge_metric": "hidden_states", "num_merged_tokens": None}
-_CHOOSE = {**_TOMEFORMER, "distinctive_factor": 3, "output_position_type": "place"}
 _QFORMER = {**_SIZE, **_POSITIONS, "model_type": "evlgen_qformer", "cross_attention_frequency": 1}
 _QFORMER |= {"intermediate_size": 768}
 _MLP = {
@@ -30,13 +29,13 @@ _MLP = {
 
 # The connector's configuration of each method. What depends on the image and the budgets follows.
 METHODS: dict[str, dict[str, Any]] = {
-    "choose": _CHOOSE,
+    "choose": {**_TOMEFORMER, "distinctive_factor": 3},
     "merge": {**_TOMEFORMER, "num_hidden_layers": 5},
     "means": {**_MLP, "pool_size": None},
     "Q-Former": {**_QFORMER, "num_query_tokens": None},
-    RANDOM: _CHOOSE,  # which keeps random tokens instead
+    RANDOM: {**_TOMEFORMER, "distinctive_factor": 3},  # which keeps random tokens instead
     ALL_TOKENS: _MLP,
-    VIEW: _CHOOSE,  # of the image at 224 pixels, 196 tokens
+    VIEW: {**_TOMEFORMER, "distinctive_factor": 3},  # of the image at 224 pixels, 196 tokens
 }
 
 
