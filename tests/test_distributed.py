@@ -171,23 +171,32 @@ def test_ddp_trains_as_one_process(work, tmp_path):
     assert_same_run(work / "one", tmp_path)
 
 
-def test_fsdp_trains_as_one_process_and_goes_on(work, tmp_path):
-    launch(work, tmp_path / "two", "fsdp2.yaml", towers="reference")
-    assert_same_run(work / "one", tmp_path / "two")
-    saved = load_file(tmp_path / "two" / "model.safetensors")
+@pytest.fixture(scope="module")
+def fsdp_run(work):
+    launch(work, work / "fsdp", "fsdp2.yaml", towers="reference")
+    return work / "fsdp"
+
+
+def test_fsdp_trains_as_one_process(work, fsdp_run):
+    assert_same_run(work / "one", fsdp_run)
+    saved = load_file(fsdp_run / "model.safetensors")
     assert {name.split(".")[0] for name in saved} == {
         "ln_vision",
         "vision_projection",
         "connector",
         "language_projection",
     }
-    checkpoint = tmp_path / "two" / "checkpoint-2"
+    checkpoint = fsdp_run / "checkpoint-2"
     assert (checkpoint / "pytorch_model_fsdp.bin").exists()  # or it was DDP
     assert json.loads((checkpoint / "config.json").read_text())["towers"] == "reference"
-    shutil.copytree(checkpoint, tmp_path / "resumed" / "checkpoint-2")
-    launch(work, tmp_path / "resumed", "fsdp2.yaml", towers="reference", resume_from_checkpoint=True)
-    assert logged(tmp_path / "resumed", "loss") == logged(tmp_path / "two", "loss")
-    assert_same_model(tmp_path / "two", tmp_path / "resumed", atol=0, rtol=0)
+
+
+@pytest.mark.slow
+def test_an_fsdp_run_goes_on(work, fsdp_run, tmp_path):
+    shutil.copytree(fsdp_run / "checkpoint-2", tmp_path / "checkpoint-2")
+    launch(work, tmp_path, "fsdp2.yaml", towers="reference", resume_from_checkpoint=True)
+    assert logged(tmp_path, "loss") == logged(fsdp_run, "loss")
+    assert_same_model(fsdp_run, tmp_path, atol=0, rtol=0)
 
 
 @pytest.mark.slow

@@ -118,7 +118,8 @@ def harness_run(python, work, harness):
     return figures, texts
 
 
-@pytest.mark.parametrize("harness", [pytest.param("lm_eval", marks=pytest.mark.slow), "lmms_eval"])
+@pytest.mark.slow
+@pytest.mark.parametrize("harness", ["lm_eval", "lmms_eval"])
 def test_a_harness_gives_our_scripts_texts_and_figures(harness, harness_python, work):
     figures, texts = harness_run(harness_python, work, harness)
     for task in FOLDERS:
