@@ -114,6 +114,34 @@ def test_a_file_that_ends_early_is_refused_however_frames_are_chosen(name, codec
         read_in_app(path, 4)
 
 
+class Pipe:
+    """A file that can only be written to, one part after the other."""
+
+    def __init__(self):
+        self.parts = []
+
+    def write(self, part):
+        self.parts.append(bytes(part))
+        return len(part)
+
+
+def test_an_avi_that_was_written_to_a_pipe_is_whole(tmp_path):
+    """Its head has a placeholder for the number of frames."""
+    pipe = Pipe()
+    with av.open(pipe, "w", format="avi") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for image in shades(6):
+            container.mux(stream.encode(av.VideoFrame.from_image(image.resize((64, 32)))))
+        container.mux(stream.encode(None))
+    (tmp_path / "v.avi").write_bytes(b"".join(pipe.parts))
+    with av.open(str(tmp_path / "v.avi")) as container:
+        assert container.streams.video[0].frames >= 2**30
+    for choice in ({"num_frames": 4}, {}):
+        assert len(load_rgb_frames(tmp_path / "v.avi", **choice)) == choice.get("num_frames", 6)
+    assert len(read_in_app(tmp_path / "v.avi", 4)) == 4
+
+
 def test_a_video_may_stand_still_at_its_end(tmp_path):
     write_noise(tmp_path / "v.mp4", count=6, pts=[0, 1, 2, 3, 4, 90])
     write_noise(tmp_path / "v.mkv", count=6, pts=[0, 1, 2, 3, 4, 90])
