@@ -135,18 +135,10 @@ def export_graph(prompt: SoftPrompt, image_size: tuple[int, int]) -> torch.expor
 
 def convert_to_onnx(program: torch.export.ExportedProgram) -> Any:
     """Converts the graph to a `torch.onnx.ONNXProgram`."""
-    program = program.run_decompositions({torch.ops.aten.median.dim: sorted_median})
     try:
         return torch.onnx.export(program, input_names=[PIXELS], output_names=[SOFT_PROMPT], verbose=False)
     except ImportError as error:
         raise ImportError('ONNX needs further packages. Install them with: pip install -e ".[export]"') from error
-
-
-def sorted_median(x: torch.Tensor, dim: int, keepdim: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes `x.median(dim, keepdim)` by sorting, since ONNX has no median."""
-    middle = (x.shape[dim] - 1) // 2
-    median, index = (part.narrow(dim, middle, 1) for part in x.sort(dim))
-    return (median, index) if keepdim else (median.squeeze(dim), index.squeeze(dim))
 
 
 @torch.no_grad()

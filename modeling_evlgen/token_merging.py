@@ -184,7 +184,9 @@ def keep_all(x: torch.Tensor) -> TokenMerging:
 def keep_distinctive(x: torch.Tensor, num_output_tokens: int, class_token: bool = False) -> TokenMerging:
     """Keeps the most distinctive tokens. All others become one token, their mean.
 
-    A token is as distinctive as its distance from the image's median token. The median is that of each channel.
+    The smaller a token's mean cosine similarity to all tokens of the image, the more distinctive it is. This is the
+    energy of PiToMe (Tran et al., NeurIPS 2024, arXiv 2405.16148) without its margin. Without the margin it is the
+    similarity to one mean direction, and so its cost is linear.
 
     Args:
         x (`torch.Tensor` of shape `(batch, tokens, channels)`): Tokens of any floating dtype, without positions.
@@ -207,8 +209,9 @@ def keep_distinctive(x: torch.Tensor, num_output_tokens: int, class_token: bool 
     if num_output_tokens == tokens:
         return keep_all(x)
     patches = x[:, mean:].float()
-    distance = (patches - patches.median(dim=1, keepdim=True).values).square().sum(dim=-1)  # (batch, patches)
-    kept = distance.topk(num_output_tokens - mean - 1, dim=1).indices.sort(dim=1).values + mean
+    directions = F.normalize(patches, dim=-1)
+    similarity = (directions * directions.mean(dim=1, keepdim=True)).sum(dim=-1)  # (batch, patches)
+    kept = similarity.topk(num_output_tokens - mean - 1, dim=1, largest=False).indices.sort(dim=1).values + mean
     output_index = kept.new_full((batch, tokens), mean)
     output_index[:, :mean] = 0
     new_index = torch.arange(mean + 1, num_output_tokens, device=x.device)

@@ -249,9 +249,10 @@ def test_the_first_of_chosen_tokens_is_the_mean_of_all_but_the_distinctive_ones(
     fields = {"class_token": False, "pre_norm": True, "branch_initializer_range": 0.0, "num_merged_tokens": 4}
     model = TomeFormerModel(tiny_config(**fields, distinctive_factor=1)).eval()
     torch.nn.init.zeros_(model.embeddings.position_embeddings.weight)
-    x = 0.01 * tokens(batch=1)
+    x = 1 + 0.1 * tokens(batch=1)  # directions count, so tokens far from the others in length alone are not chosen
+    x[0, 9] *= 5
     distinctive = torch.tensor([5, 6, 20])
-    x[0, distinctive] += 10 * tokens(batch=1, count=3, seed=1)[0]
+    x[0, distinctive] += 2 * tokens(batch=1, count=3, seed=1)[0]
     output = model(x, output_hidden_states=True)
     assert [index for index, group in enumerate(output.output_index[0].tolist()) if group] == distinctive.tolist()
     assert output.output_index[0, distinctive].tolist() == [1, 2, 3]
