@@ -69,5 +69,10 @@ def read_results(results: Path) -> dict[str, Result]:
 
 def spread(shares: Sequence[float]) -> str:
     """The mean share over seeds in %, with the lowest and the highest in brackets."""
-    low, middle, high = (f"{100 * share:.0f}" for share in (min(shares), mean(shares), max(shares)))
-    return middle if len(shares) == 1 else f"{middle} [{low}, {high}]"
+    return band([100 * share for share in shares], digits=0)
+
+
+def band(values: Sequence[float], digits: int) -> str:
+    """The mean over seeds, with the lowest and the highest in brackets."""
+    low, middle, high = (f"{value:.{digits}f}" for value in (min(values), mean(values), max(values)))
+    return middle if len(values) == 1 else f"{middle} [{low}, {high}]"

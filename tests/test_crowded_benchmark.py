@@ -76,7 +76,7 @@ def test_captions_of_the_language_model_are_trained_and_read(small_scenes, monke
     results = [json.loads(line) for line in crowded.RESULTS.read_text().splitlines()]
     assert [CaptionRun(**result["run"]) for result in results] == plan
     assert all(len(result["captions"]) == 4 and result["test_loss"] > 0 for result in results)
-    assert "| Q-Former, 4 tokens | 1 |" in capsys.readouterr().out
+    assert "| Q-Former, 4 tokens, 1 steps | 1 |" in capsys.readouterr().out
 
 
 def test_the_table_of_steps_has_operations_and_relative_times():

@@ -56,7 +56,7 @@ PLAN = [
     *(BudgetRun(method, size=672) for method in FINALISTS),
     *(BudgetRun(method, stamps=True) for method in FINALISTS),
 ]
-CAPTION_PLAN = [CaptionRun(method) for method in FINALISTS]
+CAPTION_PLAN = [CaptionRun(method, seed=seed) for seed in SEEDS for method in FINALISTS]
 
 
 def main(argv: list[str] | None = None) -> None:

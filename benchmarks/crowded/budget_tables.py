@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator
 
-from ..planned_runs import Result, spread
+from ..planned_runs import Result, band, spread
 from ..timing import markdown_table
 from .connector_settings import VIEW
 from .scene_questions import KINDS
@@ -93,17 +93,20 @@ def step_table(costs: dict[str, dict[int, Cost]]) -> str:
 
 def caption_table(results: list[Result]) -> str:
     """Markdown table of the caption runs: losses in nats per token, named drawings (F1) and exact captions in %."""
-    names = ("test_loss", "test_loss_gap")
+    methods = defaultdict(list)
+    for result in results:
+        run = result["run"]
+        methods[f"{run['method']}, {run['tokens']} tokens, {run['steps']} steps"].append(result)
     rows = [
         [
-            f"{result['run']['method']}, {result['run']['tokens']} tokens",
-            result["run"]["steps"],
-            *(f"{result[name]:.2f}" for name in names),
-            *(spread([result[name]]) for name in ("names", "test_exact_captions")),
+            method,
+            len(seeds),
+            *(band([seed[name] for seed in seeds], 2) for name in ("test_loss", "test_loss_gap")),
+            *(spread([seed[name] for seed in seeds]) for name in ("names", "test_exact_captions")),
         ]
-        for result in results
+        for method, seeds in methods.items()
     ]
-    return markdown_table(["method", "steps", "held-out loss", "more with wrong images", "names", "exact"], rows)
+    return markdown_table(["method", "seeds", "held-out loss", "more with wrong images", "names", "exact"], rows)
 
 
 def draw_curves(results: list[Result], costs: dict[str, dict[int, Cost]], path: Path) -> None:
