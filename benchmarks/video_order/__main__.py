@@ -17,18 +17,14 @@ from pathlib import Path
 
 from ..planned_runs import Result, read_results, spread, train_and_report
 from ..timing import markdown_table
-from .clip_pooling import MERGE, METHODS, PARTS_MEANS
+from .clip_pooling import METHODS
 from .frame_blocks import CONTEXTUALIZERS
 from .order_run import OrderRun, train
 from .ordered_clips import BACKGROUND_VIDEOS, MOMENT, MOMENTS_ORDER, SHORT_KINDS
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 SEEDS = (0, 1, 2)
-PLAN = [
-    *(OrderRun(method, seed) for seed in SEEDS for method in (*METHODS, *CONTEXTUALIZERS)),
-    *(OrderRun(MERGE, seed, steps=1500) for seed in SEEDS),
-    OrderRun(PARTS_MEANS, steps=1500),
-]
+PLAN = [OrderRun(method, seed) for seed in SEEDS for method in (*METHODS, *CONTEXTUALIZERS)]
 
 
 def main(argv: list[str] | None = None) -> None:
