@@ -13,14 +13,14 @@ from benchmarks.crowded import budget_run, caption_run
 from benchmarks.crowded.budget_run import BudgetRun
 from benchmarks.crowded.budget_tables import Cost, step_table
 from benchmarks.crowded.caption_run import CaptionRun, name_score
-from benchmarks.crowded.connector_settings import ALL_TOKENS, VIEW
+from benchmarks.crowded.connector_settings import ALL_TOKENS, TILES, VIEW
 from benchmarks.crowded.scene_questions import NO_ANSWER, list_questions, read_answers
 from benchmarks.planned_runs import read_results
 from common.demo import crowded_scenes
 
 from .helpers import demo_packages_or_skip, save_stamps, save_towers
 
-TRAINED = ("choose", "means", VIEW, ALL_TOKENS)
+TRAINED = ("choose", "means", VIEW, TILES, ALL_TOKENS)
 
 
 @pytest.fixture
@@ -31,6 +31,7 @@ def small_scenes(monkeypatch, tmp_path):
     monkeypatch.setattr(crowded_scenes, "SPLITS", {"train": 8, "test": 4})
     for module in (crowded, crowded_scenes):
         monkeypatch.setattr(module, "STAMPS", tmp_path / "stamps")
+    monkeypatch.setattr(budget_run, "VIEW_SIZE", 48)  # so four tiles of 9 tokens
     monkeypatch.setattr(budget_run, "BUDGETS", (4, 9))
     monkeypatch.setattr(budget_run, "REFERENCE_BUDGET", 4)
     monkeypatch.setattr(crowded, "RESULTS", tmp_path / "results.jsonl")
@@ -50,7 +51,7 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
     results = [json.loads(line) for line in crowded.RESULTS.read_text().splitlines()]
     assert [BudgetRun(**result["run"]) for result in results] == plan
     by_method = {result["run"]["method"]: result for result in results[:-2]}
-    assert by_method["choose"]["held_out"].keys() == by_method[VIEW]["held_out"].keys() == {"4", "9"}
+    assert all(by_method[method]["held_out"].keys() == {"4", "9"} for method in ("choose", VIEW, TILES))
     assert by_method[ALL_TOKENS]["held_out"].keys() == {"36"}
     assert results[-2]["held_out"].keys() == {"4"} and results[-1]["held_out"].keys() == {"4", "9"}
     printed = capsys.readouterr().out

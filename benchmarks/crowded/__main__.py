@@ -36,14 +36,14 @@ from .budget_tables import (
     step_table,
 )
 from .caption_run import CaptionRun
-from .connector_settings import ALL_TOKENS, RANDOM, VIEW
+from .connector_settings import ALL_TOKENS, RANDOM, TILES, VIEW
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 CURVES = Path(__file__).parents[2] / "docs" / "images" / "crowded.png"
 SEEDS = (0, 1, 2)
 FINALISTS = ("choose", "means", "Q-Former")
 TIMED, ROUNDS = (*FINALISTS, VIEW, "merge"), 5
-CONTROLS = (VIEW, RANDOM)
+CONTROLS = (VIEW, TILES, RANDOM)
 OTHER_RATES = (3e-4, 3e-3)  # learning rates
 PLAN = [
     *(BudgetRun(method, seed=seed) for seed in SEEDS for method in FINALISTS),

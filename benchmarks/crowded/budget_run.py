@@ -1,5 +1,6 @@
 """Trains a connector on crowded scenes with several numbers of tokens, and measures what it keeps at each of them."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -28,7 +29,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration, tomeformer
 from modeling_evlgen.token_merging import TokenMerging, keep_distinctive
 
 from ..timing import count_flops
-from .connector_settings import ALL_TOKENS, BUDGETS, RANDOM, VIEW, connector_fields
+from .connector_settings import ALL_TOKENS, BUDGETS, RANDOM, TILES, VIEW, connector_fields
 from .scene_questions import KINDS, Answers, QuestionReader, list_questions, read_answers
 
 BATCH = 16  # scenes
@@ -69,8 +70,13 @@ class BudgetRun:
 
     @property
     def view_size(self) -> int:
-        """Height and width of the images that the tower gets, in pixels."""
-        return VIEW_SIZE if self.method == VIEW else self.size
+        """Height and width of the images or tiles that the tower gets, in pixels."""
+        return VIEW_SIZE if self.method in (VIEW, TILES) else self.size
+
+    @property
+    def tiles(self) -> int:
+        """The number of tiles that an image is cut into."""
+        return (self.size // VIEW_SIZE) ** 2 if self.method == TILES else 1
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -98,7 +104,7 @@ def train(run: BudgetRun) -> dict[str, Any]:
     model, reader = build(run)
     features = load_features(run, model, scenes)
     sample = features["train"][:: max(1, len(features["train"]) // WHITENING_IMAGES)]
-    model.whiten_vision_projection(torch.from_numpy(np.array(sample)).float())
+    model.whiten_vision_projection(torch.from_numpy(np.array(sample)).float().flatten(0, 1))
     choice = patch.object(tomeformer, "keep_distinctive", keep_random) if run.method == RANDOM else nullcontext()
     with choice:
         loss = fit(run, model, reader, features["train"], read_answers(scenes["train"]["caption"][:], things))
@@ -130,12 +136,14 @@ def build(run: BudgetRun) -> tuple[EVLGenForConditionalGeneration, QuestionReade
 
 
 def load_features(run: BudgetRun, model: EVLGenForConditionalGeneration, scenes: DatasetDict) -> dict[str, np.ndarray]:
-    """Features of all scenes of each split on disk, `(scenes, tokens, dim)`. The tower runs if there are none."""
+    """Features of all scenes of each split, `(scenes, tiles, tokens, dim)`. They lie on disk, or the tower runs."""
     image_processor = load_image_processor(prepare_vision_tower())
     image_processor.size = {"height": run.view_size, "width": run.view_size}
     # The cache uses a processor's images alone.
-    views = CaptionCollator(SimpleNamespace(image_processor=image_processor, max_tiles=1), DataArguments(), False)
-    return {name: cache_split(model, rows, views).features[:, 0] for name, rows in scenes.items()}
+    processor = SimpleNamespace(image_processor=image_processor, max_tiles=run.tiles)
+    views = CaptionCollator(processor, DataArguments(), False)
+    features = {name: cache_split(model, rows, views).features for name, rows in scenes.items()}
+    return {name: tiles.reshape(len(scenes[name]), run.tiles, *tiles.shape[-2:]) for name, tiles in features.items()}
 
 
 def fit(
@@ -185,17 +193,19 @@ def training_step(run: BudgetRun) -> Callable[[int], float]:
     """Forward and backward pass of a fresh model on random features of a batch, for a number of tokens."""
     model, reader = build(run)
     features = np.random.default_rng(0).standard_normal(
-        (BATCH, (run.view_size // STRIDE) ** 2, VISION_DIM), np.float32
+        (BATCH, run.tiles, (run.view_size // STRIDE) ** 2, VISION_DIM), np.float32
     )
     answers = read_answers(["an owl and a bus"] * BATCH)
     return partial(backward, model.train(), reader, features, answers, list(range(BATCH)))
 
 
 def read_prompts(model: EVLGenForConditionalGeneration, features: np.ndarray, budget: int) -> torch.Tensor:
-    """The soft prompts of scenes with features `(scenes, tokens, dim)`, as `(scenes, budget, dim)`."""
-    features = torch.from_numpy(np.array(features)).float()  # from disk
+    """The soft prompts of scenes with features `(scenes, tiles, tokens, dim)`, as `(scenes, budget, dim)`."""
+    scenes, tiles = features.shape[:2]
+    grids = torch.tensor([(1, math.isqrt(tiles), math.isqrt(tiles))] * scenes)
+    features = torch.from_numpy(np.array(features)).float().flatten(0, 1)  # from disk
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return model.project_vision_features(features, image_budgets=[budget] * len(features)).pooler_output.float()
+        return model.project_vision_features(features, grids, [budget] * scenes).pooler_output.float()
 
 
 @torch.no_grad()

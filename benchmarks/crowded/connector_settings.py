@@ -7,6 +7,7 @@ from ..training_step import encoder_fields
 
 BUDGETS = (9, 16, 25, 36, 64, 144)  # tokens of the soft prompt; squares, as means lie on a square grid
 VIEW = "view of 224 pixels"
+TILES = "tiles of 224 pixels"
 RANDOM = "random tokens"
 ALL_TOKENS = "MLP on all tokens"
 
@@ -36,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     RANDOM: {**_TOMEFORMER, "distinctive_factor": 3},  # which keeps random tokens instead
     ALL_TOKENS: _MLP,
     VIEW: {**_TOMEFORMER, "distinctive_factor": 3},  # of the image at 224 pixels, 196 tokens
+    TILES: {**_TOMEFORMER, "distinctive_factor": 3},  # of 2 x 2 tiles of 448 pixels, 196 tokens each
 }
 
 
