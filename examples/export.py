@@ -13,14 +13,17 @@
 over 2 GB lie in a second file. In the language model's input a soft prompt replaces the embeddings of placeholders.
 EVLGen's `generate` takes it as `mm_encoder_outputs={"image": EVLGenImageOutput(pooler_output=soft_prompt)}`.
 
-A graph takes whole images, each as one tile, and makes one number of tokens of them, by default the checkpoint's.
-`--num_image_tokens 16` exports another number, for a checkpoint with an `image_token_range`.
+A graph makes one number of tokens of each image, by default the checkpoint's. `--num_image_tokens 16` exports another
+number, for a checkpoint with an `image_token_range`. Its images have one grid of tiles, by default one tile.
+`--tile_grid 2 3` exports a graph for images of 2 rows and 3 columns of tiles, `(images, 6, channels, height, width)`:
+the processor's `pixel_values.unflatten(0, (-1, 6))`.
 
 `--check true` compares both files with the model on 8 images, in batches of 1, 3 and 4. Differences are relative to
 the soft prompt's largest value. For torch.export they must be at most 1e-5, and for onnxruntime at most 1e-3. One
 image may exceed onnxruntime's limit: it sums in another order, and so may merge another of two equally similar pairs.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +37,7 @@ from common.command_line import parse_arguments
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.temporal import encode_images
-from modeling_evlgen.tiles import read_budgets
+from modeling_evlgen.tiles import join_tiles, read_budgets
 from processing_evlgen import EVLGenProcessor
 
 PIXELS, SOFT_PROMPT = "pixel_values", "soft_prompt"  # the ONNX graph's input and output
@@ -53,6 +56,7 @@ class ExportArguments:
     num_image_tokens: int | None = HfArg(
         default=None, help="Tokens of a soft prompt. By default the checkpoint's number."
     )
+    tile_grid: list[int] = HfArg(default_factory=lambda: [1, 1], help="Rows and columns of tiles of each image.")
     check: bool = HfArg(default=False, help="Compare the exported files with the model.")
 
 
@@ -63,14 +67,15 @@ def main(argv: list[str] | None = None) -> None:
     model = load_captioner("model", load, arguments.model, dtype=getattr(torch, arguments.dtype))
     processor = EVLGenProcessor.from_pretrained(arguments.model)
     image_processor = processor.image_processor
-    prompt = SoftPrompt(model, arguments.num_image_tokens)
-    image_size = image_processor.size["height"], image_processor.size["width"]
+    prompt = SoftPrompt(model, arguments.num_image_tokens, tuple(arguments.tile_grid))
+    tile_size = image_processor.size["height"], image_processor.size["width"]
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
     if processor.max_tiles > 1:
-        print(f"The processor cuts images into up to {processor.max_tiles} tiles. The graph takes each image as one.")
-    program = export_graph(prompt, image_size)
+        rows, columns = prompt.grid
+        print(f"The processor cuts images into up to {processor.max_tiles} tiles. The graph takes {rows} x {columns}.")
+    program = export_graph(prompt, tile_size)
     files = {name: folder / f"soft_prompt.{name}" for name in arguments.formats}
     if "pt2" in files:
         torch.export.save(program, files["pt2"], extra_files={SETTINGS: image_processor.to_json_string()})
@@ -81,14 +86,16 @@ def main(argv: list[str] | None = None) -> None:
     for name, path in files.items():
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
         if arguments.check:
-            compare(prompt, image_size, name, path)
+            compare(prompt, tile_size, name, path)
 
 
 def check_arguments(arguments: ExportArguments) -> None:
-    """Raises a ValueError if there is no such format or dtype, or onnxruntime does not support the dtype."""
+    """Raises a ValueError if there is no such format, dtype or grid, or onnxruntime does not support the dtype."""
     unknown = sorted(set(arguments.formats) - set(TOLERANCES))
     if unknown or not arguments.formats:
         raise ValueError(f"`formats` must be some of {', '.join(TOLERANCES)}, but is {arguments.formats}.")
+    if len(arguments.tile_grid) != 2 or min(arguments.tile_grid) < 1:
+        raise ValueError(f"`tile_grid` must be two numbers of 1 or more, but is {arguments.tile_grid}.")
     dtypes = ["float32"] if "onnx" in arguments.formats else ["float32", "bfloat16"]
     if arguments.dtype not in dtypes:
         dtypes, formats = " or ".join(dtypes), " ".join(arguments.formats)
@@ -99,38 +106,59 @@ class SoftPrompt(nn.Module):
     """Computes soft prompts from pixels with all parts of a model but its language model, which is removed from it.
 
     Each has `num_image_tokens` tokens, by default `config.num_image_tokens`. A number that the model was not trained
-    for raises a ValueError.
+    for raises a ValueError, and so does a `grid` of several tiles for a model that takes one.
     """
 
-    def __init__(self, model: EVLGenForConditionalGeneration, num_image_tokens: int | None = None):
+    def __init__(
+        self,
+        model: EVLGenForConditionalGeneration,
+        num_image_tokens: int | None = None,
+        grid: tuple[int, int] = (1, 1),
+    ):
         super().__init__()
         given = None if num_image_tokens is None else [num_image_tokens]
         (self.num_image_tokens,) = read_budgets("image", given, 1, None, model.config)
+        if grid != (1, 1):
+            model.config.check_tiles()
+        self.grid, self.tiles = grid, math.prod(grid)
         model.language_model = nn.Identity()
         self.model = model.eval().requires_grad_(False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Returns the `pooler_output` of [`get_image_features`], `(images, num_image_tokens, text_hidden_size)`."""
         model, tower = self.model, self.model.vision_tower
-        # (images, num_vision_tokens, vision_hidden_size)
+        images = pixel_values.shape[0]
+        if self.tiles > 1:
+            pixel_values = pixel_values.flatten(0, 1)  # (images * tiles, channels, height, width)
+        # (images * tiles, num_vision_tokens, vision_hidden_size)
         tokens = encode_images(tower, model.temporal, pixel_values.to(tower.dtype))
         # Not `project_vision_features`: it has lists of the images' grids, which would fix the number of images.
-        tokens = model.vision_projection(model._normalize(tokens))  # (images, num_vision_tokens, connector_dim)
-        return model._connect(tokens, (1, 1), self.num_image_tokens)[0]
+        tokens = model.vision_projection(
+            model._normalize(tokens)
+        )  # (images * tiles, num_vision_tokens, connector_dim)
+        if self.tiles > 1:
+            tokens = tokens.unflatten(0, (images, self.tiles))  # (images, tiles, num_vision_tokens, connector_dim)
+            tokens = join_tiles(tokens, self.grid, model.config.connector_config.class_token)
+        return model._connect(tokens, self.grid, self.num_image_tokens)[0]
 
 
-def example_pixels(prompt: SoftPrompt, image_size: tuple[int, int], images: int, seed: int = 0) -> torch.Tensor:
-    """Returns images of noise, `(images, channels, height, width)`, float32. No two of their tokens are alike."""
+def example_pixels(prompt: SoftPrompt, tile_size: tuple[int, int], images: int, seed: int = 0) -> torch.Tensor:
+    """Returns images of noise, `(images, channels, height, width)`, float32. No two of their tokens are alike.
+
+    Those of several tiles are `(images, tiles, channels, height, width)`.
+    """
     channels = getattr(prompt.model.config.vision_config, "num_channels", 3)
-    return torch.randn(images, channels, *image_size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    shape = (images, channels) if prompt.tiles == 1 else (images, prompt.tiles, channels)
+    return torch.randn(*shape, *tile_size, generator=generator)
 
 
-def export_graph(prompt: SoftPrompt, image_size: tuple[int, int]) -> torch.export.ExportedProgram:
-    """Exports the graph for any number of images of one height and width in pixels."""
+def export_graph(prompt: SoftPrompt, tile_size: tuple[int, int]) -> torch.export.ExportedProgram:
+    """Exports the graph for any number of images, whose tiles have one height and width in pixels."""
     shapes = ({0: torch.export.Dim("images", min=1)},)
     # Without gradients a temporal contextualizer splits its batch, and the graph would fix the number of parts.
     with torch.enable_grad():
-        return torch.export.export(prompt, (example_pixels(prompt, image_size, 2),), dynamic_shapes=shapes)
+        return torch.export.export(prompt, (example_pixels(prompt, tile_size, 2),), dynamic_shapes=shapes)
 
 
 def convert_to_onnx(program: torch.export.ExportedProgram) -> Any:
@@ -142,12 +170,12 @@ def convert_to_onnx(program: torch.export.ExportedProgram) -> Any:
 
 
 @torch.no_grad()
-def compare(prompt: SoftPrompt, image_size: tuple[int, int], name: str, path: Path) -> None:
+def compare(prompt: SoftPrompt, tile_size: tuple[int, int], name: str, path: Path) -> None:
     """Compares an exported file with the model. Soft prompts that differ raise a RuntimeError."""
     run = load_exported(name, path)
     differences = []
     for seed, images in enumerate(BATCH_SIZES):
-        pixel_values = example_pixels(prompt, image_size, images, seed)
+        pixel_values = example_pixels(prompt, tile_size, images, seed)
         expected = prompt(pixel_values)  # (images, num_image_tokens, text_hidden_size)
         largest = expected.abs().amax(dim=(1, 2))  # (images,)
         differences.append((expected - run(pixel_values)).abs().amax(dim=(1, 2)) / largest)

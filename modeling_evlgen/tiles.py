@@ -55,10 +55,12 @@ def read_budgets(
         ValueError: If a budget is out of range, or there is not one for each item.
     """
     if given is not None:
-        budgets = given.tolist() if hasattr(given, "tolist") else list(given)
-        budgets = [budget.item() if torch.is_tensor(budget) else budget for budget in budgets]
-        if not all(isinstance(budget, int) for budget in budgets):
-            raise ValueError(f"`{name}_budgets` must hold integers, but is {budgets}.")
+        budgets = given.tolist() if hasattr(given, "tolist") else given
+        if isinstance(budgets, list | tuple):
+            budgets = [budget.item() if torch.is_tensor(budget) else budget for budget in budgets]
+        is_list = isinstance(budgets, list)
+        if not is_list or any(isinstance(budget, bool) or not isinstance(budget, int) for budget in budgets):
+            raise ValueError(f"`{name}_budgets` must be a list of integers, but is {budgets!r}.")
         if len(budgets) != num_items:
             raise ValueError(f"`{name}_budgets` holds {len(budgets)} numbers for {num_items} {name}s.")
     elif config.image_token_range is None or mask is None or torch.compiler.is_compiling():

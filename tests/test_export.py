@@ -155,17 +155,25 @@ def test_a_graph_has_the_requested_number_of_tokens(connector):
     assert expected.shape[1] == 4 and torch.equal(run(pixels), expected)
 
 
-def test_a_checkpoint_with_tiles_exports_one_tile_and_states_it(tmp_path, capsys):
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3)])
+def test_a_checkpoint_with_tiles_exports_a_graph_for_one_grid(grid, tmp_path, capsys):
     model, processor = save(tmp_path / "model")
-    processor.max_tiles, model.config.image_token_range = 4, [2, 17]
+    processor.max_tiles, model.config.image_token_range = 6, [2, 17]
     processor.save_pretrained(tmp_path / "model")
     model.config.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
     given = ["--model", str(tmp_path / "model"), "--output_dir", str(out), "--num_image_tokens", "5"]
-    export.main([*given, "--check", "true"])
+    export.main([*given, "--check", "true", "--tile_grid", *map(str, grid)])
     printed = capsys.readouterr().out
-    assert "cuts images into up to 4 tiles. The graph takes each image as one." in printed and "checked" in printed
-    assert torch.export.load(out / "soft_prompt.pt2").module()(torch.randn(2, 3, *SIZE)).shape[:2] == (2, 5)
+    assert f"images into up to 6 tiles. The graph takes {grid[0]} x {grid[1]}." in printed
+    assert "checked" in printed
+    size = grid[1] * IMAGE_SIZE, grid[0] * IMAGE_SIZE
+    inputs = processor([image.resize(size) for image in noise_images()])
+    assert inputs["image_grid_thw"].tolist() == [[1, *grid]] * 2
+    with torch.no_grad():
+        expected = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], image_budgets=[5, 5])
+    tiles = inputs["pixel_values"] if grid == (1, 1) else inputs["pixel_values"].unflatten(0, (-1, 6))
+    torch.testing.assert_close(torch.export.load(out / "soft_prompt.pt2").module()(tiles), expected.pooler_output)
 
 
 @pytest.mark.parametrize("num_image_tokens", [0, 12])
@@ -196,6 +204,7 @@ def test_the_check_notices_another_result(tmp_path):
         ({"formats": ["pt2", "tflite"]}, r"`formats` must be some of pt2, onnx, but is \['pt2', 'tflite'\]"),
         ({"formats": ["onnx"], "dtype": "bfloat16"}, "`dtype` must be float32 with `formats` onnx, but is 'bfloat16'"),
         ({"dtype": "int8"}, "`dtype` must be float32 or bfloat16 with `formats` pt2, but is 'int8'"),
+        ({"tile_grid": ["2"]}, r"`tile_grid` must be two numbers of 1 or more, but is \[2\]"),
         ({"model": "/nowhere"}, "`model`='/nowhere' cannot be loaded"),
     ],
 )

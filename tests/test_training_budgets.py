@@ -235,7 +235,7 @@ def test_a_model_that_takes_no_tiles_is_refused_at_the_start(fields, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_tiles": 0}, "`max_tiles` must be an integer of 1 or more, but is 0"),
+        ({"max_tiles": 0}, "`max_tiles` must be an integer from 1 to 100, but is 0"),
         ({"image_token_range": [4]}, r"`image_token_range` must hold the smallest .* but is \[4\]"),
         ({"image_token_range": [9, 4]}, r"`image_token_range` must hold the smallest .* but is \[9, 4\]"),
     ],

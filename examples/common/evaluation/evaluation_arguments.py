@@ -6,6 +6,7 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 
 from common.command_line import check_count
+from processing_evlgen.inputs import check_max_tiles
 
 
 @dataclass
@@ -35,9 +36,10 @@ class AnswerArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("max_tiles", "num_image_tokens"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), 1)
+        if self.max_tiles is not None:
+            check_max_tiles(self.max_tiles)
+        if self.num_image_tokens is not None:
+            check_count("num_image_tokens", self.num_image_tokens, 1)
         check_count("batch_size", self.batch_size, 1)
         check_count("num_workers", self.num_workers, 0)
 

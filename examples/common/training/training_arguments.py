@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.command_line import check_count
-from processing_evlgen.inputs import check_token_range
+from processing_evlgen.inputs import check_max_tiles, check_token_range
 
 
 @dataclass
@@ -66,7 +66,7 @@ class ProcessorArguments:
     )
 
     def __post_init__(self):
-        check_count("max_tiles", self.max_tiles, 1)
+        check_max_tiles(self.max_tiles)
         check_token_range(self.image_token_range)
 
 
