@@ -46,7 +46,7 @@ def test_methods_are_trained_measured_and_compared(few_videos, synthetic_frames,
     kinds = {text["kind"] for text in compose("test")[1]}
     assert all(result["held_out"].keys() == kinds for result in results)
     printed = capsys.readouterr().out
-    assert all(printed.count(f"| {method}, 1 steps | 1 |") == 3 for method in TRAINED)
+    assert all(printed.count(f"| {method} | 1 |") == 3 for method in TRAINED)
 
     monkeypatch.setattr(video_order, "train", pytest.fail)  # a finished run is not trained again
     video_order.main([])

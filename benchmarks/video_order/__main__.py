@@ -37,7 +37,7 @@ def report() -> None:
     methods = defaultdict(list)
     for run in PLAN:
         if run.name in results:
-            methods[f"{run.method}, {run.steps:,} steps"].append(results[run.name])
+            methods[run.method].append(results[run.name])
     print(f"\nShort videos\n\n{accuracy_table(methods, dict(zip(SHORT_KINDS, SHORT_KINDS, strict=True)))}")
     for kind in (MOMENT, MOMENTS_ORDER):
         columns = {f"{length} frames": f"{kind}, {length}" for length in BACKGROUND_VIDEOS["test"]}
