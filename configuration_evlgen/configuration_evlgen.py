@@ -249,17 +249,18 @@ class EVLGenConfig(CheckedConfig):
                 f"{name} needs a vision tower with a square grid of patches, but this one gives {shown} patches."
             )
 
-    def check_tiles(self) -> None:
+    def check_tiles(self, name: str = "`max_tiles` above 1") -> None:
         """
         Raises:
-            ValueError: If the model cannot take images of several tiles, because of its vision tower or connector.
+            ValueError: If the model cannot take images of several tiles, because of its vision tower or connector. The
+                message starts with `name`.
         """
-        self.check_square_grid("`max_tiles` above 1")
+        self.check_square_grid(name)
         patches = self.num_vision_tokens - int(self.connector_config.class_token)
         try:
             self.connector_config.check_budget(self.num_image_tokens, self.num_vision_tokens + patches, (1, 2))
         except ValueError as error:
-            raise ValueError(f"`max_tiles` above 1: the connector takes no image of several tiles: {error}") from error
+            raise ValueError(f"{name}: the connector takes no image of several tiles: {error}") from error
 
     def _check_placeholders(self) -> None:
         if self.image_token_id is None:

@@ -39,6 +39,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.temporal import encode_images
 from modeling_evlgen.tiles import join_tiles, read_budgets
 from processing_evlgen import EVLGenProcessor
+from processing_evlgen.inputs import MAX_TILES, is_count
 
 PIXELS, SOFT_PROMPT = "pixel_values", "soft_prompt"  # the ONNX graph's input and output
 SETTINGS = "image_processor.json"
@@ -72,9 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
-    if processor.max_tiles > 1:
+    if max(processor.max_tiles, prompt.tiles) > 1:
         rows, columns = prompt.grid
-        print(f"The processor cuts images into up to {processor.max_tiles} tiles. The graph takes {rows} x {columns}.")
+        print(
+            f"The graph takes images of {rows} x {columns} tiles. The processor's max_tiles is {processor.max_tiles}."
+        )
     program = export_graph(prompt, tile_size)
     files = {name: folder / f"soft_prompt.{name}" for name in arguments.formats}
     if "pt2" in files:
@@ -94,8 +97,11 @@ def check_arguments(arguments: ExportArguments) -> None:
     unknown = sorted(set(arguments.formats) - set(TOLERANCES))
     if unknown or not arguments.formats:
         raise ValueError(f"`formats` must be some of {', '.join(TOLERANCES)}, but is {arguments.formats}.")
-    if len(arguments.tile_grid) != 2 or min(arguments.tile_grid) < 1:
-        raise ValueError(f"`tile_grid` must be two numbers of 1 or more, but is {arguments.tile_grid}.")
+    grid = arguments.tile_grid
+    if not (isinstance(grid, list) and len(grid) == 2 and all(map(is_count, grid)) and math.prod(grid) <= MAX_TILES):
+        raise ValueError(
+            f"`tile_grid` must be two integers of 1 or more, for at most {MAX_TILES} tiles, but is {grid}."
+        )
     dtypes = ["float32"] if "onnx" in arguments.formats else ["float32", "bfloat16"]
     if arguments.dtype not in dtypes:
         dtypes, formats = " or ".join(dtypes), " ".join(arguments.formats)
@@ -118,9 +124,9 @@ class SoftPrompt(nn.Module):
         super().__init__()
         given = None if num_image_tokens is None else [num_image_tokens]
         (self.num_image_tokens,) = read_budgets("image", given, 1, None, model.config)
-        if grid != (1, 1):
-            model.config.check_tiles()
         self.grid, self.tiles = grid, math.prod(grid)
+        if self.tiles > 1:
+            model.config.check_tiles(f"`tile_grid` of {self.tiles} tiles")
         model.language_model = nn.Identity()
         self.model = model.eval().requires_grad_(False)
 

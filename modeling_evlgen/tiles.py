@@ -56,10 +56,10 @@ def read_budgets(
     """
     if given is not None:
         budgets = given.tolist() if hasattr(given, "tolist") else given
-        if isinstance(budgets, list | tuple):
+        is_sequence = isinstance(budgets, Sequence) and not isinstance(budgets, str)
+        if is_sequence:
             budgets = [budget.item() if torch.is_tensor(budget) else budget for budget in budgets]
-        is_list = isinstance(budgets, list)
-        if not is_list or any(isinstance(budget, bool) or not isinstance(budget, int) for budget in budgets):
+        if not is_sequence or any(isinstance(budget, bool) or not isinstance(budget, int) for budget in budgets):
             raise ValueError(f"`{name}_budgets` must be a list of integers, but is {budgets!r}.")
         if len(budgets) != num_items:
             raise ValueError(f"`{name}_budgets` holds {len(budgets)} numbers for {num_items} {name}s.")

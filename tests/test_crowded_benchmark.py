@@ -52,6 +52,7 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
     assert [BudgetRun(**result["run"]) for result in results] == plan
     by_method = {result["run"]["method"]: result for result in results[:-2]}
     assert all(by_method[method]["held_out"].keys() == {"4", "9"} for method in ("choose", VIEW, TILES))
+    assert by_method[TILES]["flops_per_step"] > by_method[VIEW]["flops_per_step"]  # of four times as many tokens
     assert by_method[ALL_TOKENS]["held_out"].keys() == {"36"}
     assert results[-2]["held_out"].keys() == {"4"} and results[-1]["held_out"].keys() == {"4", "9"}
     printed = capsys.readouterr().out

@@ -323,6 +323,7 @@ def test_a_folder_that_cannot_be_made_is_named(work, tmp_path):
         ({"min_new_tokens": 12}, "`max_new_tokens` must be an integer of 12 or more, but is 10"),
         ({"min_new_tokens": -1}, "`min_new_tokens` must be an integer of 0 or more, but is -1"),
         ({"num_workers": -1}, "`num_workers` must be an integer of 0 or more, but is -1"),
+        ({"max_tiles": 101}, "`max_tiles` must be an integer from 1 to 100, but is 101"),
         ({"batch_size": 1.5}, "`batch_size` must be an integer of 1 or more, but is 1.5"),
     ],
 )

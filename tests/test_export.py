@@ -165,7 +165,7 @@ def test_a_checkpoint_with_tiles_exports_a_graph_for_one_grid(grid, tmp_path, ca
     given = ["--model", str(tmp_path / "model"), "--output_dir", str(out), "--num_image_tokens", "5"]
     export.main([*given, "--check", "true", "--tile_grid", *map(str, grid)])
     printed = capsys.readouterr().out
-    assert f"images into up to 6 tiles. The graph takes {grid[0]} x {grid[1]}." in printed
+    assert f"The graph takes images of {grid[0]} x {grid[1]} tiles. The processor's max_tiles is 6." in printed
     assert "checked" in printed
     size = grid[1] * IMAGE_SIZE, grid[0] * IMAGE_SIZE
     inputs = processor([image.resize(size) for image in noise_images()])
@@ -174,6 +174,13 @@ def test_a_checkpoint_with_tiles_exports_a_graph_for_one_grid(grid, tmp_path, ca
         expected = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], image_budgets=[5, 5])
     tiles = inputs["pixel_values"] if grid == (1, 1) else inputs["pixel_values"].unflatten(0, (-1, 6))
     torch.testing.assert_close(torch.export.load(out / "soft_prompt.pt2").module()(tiles), expected.pooler_output)
+
+
+def test_a_model_that_takes_one_tile_exports_no_grid():
+    model = build(connector="mlp")
+    model.config.connector_config.pool_size = None
+    with pytest.raises(ValueError, match="`tile_grid` of 6 tiles: the connector takes no image of several tiles"):
+        SoftPrompt(model, grid=(2, 3))
 
 
 @pytest.mark.parametrize("num_image_tokens", [0, 12])
@@ -204,7 +211,8 @@ def test_the_check_notices_another_result(tmp_path):
         ({"formats": ["pt2", "tflite"]}, r"`formats` must be some of pt2, onnx, but is \['pt2', 'tflite'\]"),
         ({"formats": ["onnx"], "dtype": "bfloat16"}, "`dtype` must be float32 with `formats` onnx, but is 'bfloat16'"),
         ({"dtype": "int8"}, "`dtype` must be float32 or bfloat16 with `formats` pt2, but is 'int8'"),
-        ({"tile_grid": ["2"]}, r"`tile_grid` must be two numbers of 1 or more, but is \[2\]"),
+        ({"tile_grid": ["2"]}, r"`tile_grid` must be two integers of 1 or more, .* but is \[2\]"),
+        ({"tile_grid": ["11", "10"]}, r"for at most 100 tiles, but is \[11, 10\]"),
         ({"model": "/nowhere"}, "`model`='/nowhere' cannot be loaded"),
     ],
 )

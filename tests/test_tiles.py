@@ -169,8 +169,10 @@ def test_budgets_and_placeholders_that_do_not_fit_are_refused():
     model = elastic_model()
     with pytest.raises(ValueError, match="`image_budgets` holds 1 numbers for 2 images"):
         model.get_image_features(pixels(2), image_budgets=[4])
-    with pytest.raises(ValueError, match=r"`image_budgets` must be a list of integers, but is \[4.7, 4.2\]"):
-        model.get_image_features(pixels(2), image_budgets=[4.7, 4.2])
+    for budgets in ([4.7, 4.2], [True, True], 4, torch.tensor(4), "44"):
+        with pytest.raises(ValueError, match="`image_budgets` must be a list of integers, but is "):
+            model.get_image_features(pixels(2), image_budgets=budgets)
+    assert len(model.get_image_features(pixels(2), image_budgets=range(3, 5)).pooler_output) == 2
     with pytest.raises(ValueError, match="holds 9 image placeholders, but the images give"):
         model(**ids(9), pixel_values=pixels(2))
     with pytest.raises(ValueError, match="holds 9 image placeholders, but the images give 8"):

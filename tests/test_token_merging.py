@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_evlgen import bipartite_soft_matching
-from modeling_evlgen.token_merging import TokenMerging
+from modeling_evlgen.token_merging import TokenMerging, keep_distinctive
 
 from .helpers import FIXTURES
 
@@ -120,3 +120,17 @@ def _groups(merging, row):
     return [
         (merging.output_index[row] == index).nonzero().flatten().tolist() for index in range(merging.num_output_tokens)
     ]
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_kept_tokens_have_the_smallest_mean_cosine_similarity(class_token):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 41, 8, generator=generator) * torch.rand(2, 41, 1, generator=generator) + 0.5
+    x[:, 0] = -9.0  # a class token does not count
+    directions = torch.nn.functional.normalize(x[:, class_token:], dim=-1)
+    similarity = (directions @ directions.transpose(1, 2)).mean(dim=2)  # (batch, patches)
+    expected = similarity.argsort(dim=1)[:, :9].sort(dim=1).values + class_token
+    merging = keep_distinctive(x, 10 + class_token, class_token)
+    kept = [(row > class_token).nonzero().flatten().tolist() for row in merging.output_index]
+    assert kept == expected.tolist()
+    assert merging.output_index[:, 0].tolist() == ([0, 0] if class_token else [1, 1])  # without one, it is kept

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from ..planned_runs import band
 from ..timing import markdown_table
 
 matplotlib.use("Agg")
@@ -86,7 +87,7 @@ def table(results: list[Result], step_seconds: dict[str, float] | None) -> str:
         seconds = axis_value(seeds[0], last, "seconds", step_seconds)
         flops = axis_value(seeds[0], last, "flops", None)
         cost = ["?" if seconds is None else f"{seconds:.0f}", f"{flops / 1e15:.3f}"]
-        figures = [_spread([seed["curve"][-1][name] for seed in seeds], digits) for name, digits in _DIGITS.items()]
+        figures = [band([seed["curve"][-1][name] for seed in seeds], digits) for name, digits in _DIGITS.items()]
         rows.append([method, len(seeds), rates, steps, *cost, *figures])
     header = ["method", "seeds", "learning rate", "steps", "seconds", "PFLOP"]
     return markdown_table([*header, "held-out loss", "gap", "CIDEr-D", "exact"], rows)
@@ -98,16 +99,11 @@ def curve_table(results: list[Result]) -> str:
     halfway = next(index for index, point in enumerate(results[0]["curve"]) if "exact" in point)
     rows = []
     for (method, _), seeds in group_seeds(results).items():
-        losses = [_spread([seed["curve"][index]["loss"] for seed in seeds], 3) for index in range(len(steps))]
+        losses = [band([seed["curve"][index]["loss"] for seed in seeds], 3) for index in range(len(steps))]
         exact = [f"{mean(seed['curve'][index]['exact'] for seed in seeds):.1%}" for index in (halfway, -1)]
         rows.append([method, *losses, *exact])
     exact_header = [f"exact after {steps[halfway]}", f"exact after {steps[-1]}"]
     return markdown_table(["held-out loss after", *steps, *exact_header], rows)
-
-
-def _spread(values: list[float], digits: int) -> str:
-    middle = f"{mean(values):.{digits}f}"
-    return middle if len(values) == 1 else f"{middle} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
 
 
 def comparison(results: list[Result], step_seconds: dict[str, float], method: str) -> str:
@@ -123,7 +119,7 @@ def comparison(results: list[Result], step_seconds: dict[str, float], method: st
         if other == method or axis_value(other_results[0], 1, "seconds", step_seconds) is None:
             continue
         other_curves = [_curve(result, step_seconds) for result in other_results]
-        ends = [_spread([np.exp(curve["log loss"][-1]) for curve in seeds], 4) for seeds in (curves, other_curves)]
+        ends = [band([np.exp(curve["log loss"][-1]) for curve in seeds], 4) for seeds in (curves, other_curves)]
         rows.append([other, *_checkpoints_won(curves, other_curves), *ends, _reached(curves, other_curves)])
     header = [f"{method} against", "checkpoints won: held-out loss", "gap", "held-out loss at the end", "the other's"]
     return markdown_table([*header, "the other's lowest loss is reached after"], rows)
