@@ -133,17 +133,12 @@ class SoftPrompt(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Returns the `pooler_output` of [`get_image_features`], `(images, num_image_tokens, text_hidden_size)`."""
         model, tower = self.model, self.model.vision_tower
-        images = pixel_values.shape[0]
-        if self.tiles > 1:
-            pixel_values = pixel_values.flatten(0, 1)  # (images * tiles, channels, height, width)
-        # (images * tiles, num_vision_tokens, vision_hidden_size)
-        tokens = encode_images(tower, model.temporal, pixel_values.to(tower.dtype))
+        tiles = pixel_values.flatten(0, -4).to(tower.dtype)  # (images * tiles, channels, height, width)
+        tokens = encode_images(tower, model.temporal, tiles)  # (images * tiles, num_vision_tokens, vision_hidden_size)
         # Not `project_vision_features`: it has lists of the images' grids, which would fix the number of images.
-        tokens = model.vision_projection(
-            model._normalize(tokens)
-        )  # (images * tiles, num_vision_tokens, connector_dim)
+        tokens = model.vision_projection(model._normalize(tokens))  # (images * tiles, num_vision_tokens, dim)
         if self.tiles > 1:
-            tokens = tokens.unflatten(0, (images, self.tiles))  # (images, tiles, num_vision_tokens, connector_dim)
+            tokens = tokens.unflatten(0, pixel_values.shape[:2])  # (images, tiles, num_vision_tokens, dim)
             tokens = join_tiles(tokens, self.grid, model.config.connector_config.class_token)
         return model._connect(tokens, self.grid, self.num_image_tokens)[0]
 
