@@ -49,14 +49,13 @@ PLAN = [
     *(BudgetRun(method, seed=seed) for seed in SEEDS for method in FINALISTS),
     *map(BudgetRun, CONTROLS),
     *(BudgetRun(method, learning_rate=rate) for method in FINALISTS for rate in OTHER_RATES),
-    # A step of the latter two takes seconds.
-    *(BudgetRun(method, steps=200) for method in ("choose", "merge", ALL_TOKENS)),
+    *(BudgetRun(method, steps=200) for method in ("merge", ALL_TOKENS)),  # a step takes seconds
     *(BudgetRun("choose", seed=seed, budget=budget) for seed in SEEDS for budget in (16, 64)),
     *(BudgetRun(method, textured=False) for method in FINALISTS),
     *(BudgetRun(method, size=672) for method in FINALISTS),
     *(BudgetRun(method, stamps=True) for method in FINALISTS),
 ]
-CAPTION_PLAN = [CaptionRun(method, seed=seed) for seed in SEEDS for method in FINALISTS]
+CAPTION_PLAN = [*(CaptionRun(method, seed=seed) for seed in SEEDS for method in FINALISTS), CaptionRun("merge")]
 
 
 def main(argv: list[str] | None = None) -> None:
