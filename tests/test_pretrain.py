@@ -14,6 +14,7 @@ from pathlib import Path
 import pretrain
 import pytest
 import torch
+import yaml
 from datasets import Dataset, load_dataset
 from huggingface_hub import constants
 from PIL import Image
@@ -402,7 +403,8 @@ def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):
 
 def test_a_tower_of_any_size_takes_larger_images(work, tmp_path):
     tower = save_towers(tmp_path / "towers", vision="timm_cnn")["vision_model"]
-    changes = {"vision_model": tower, "image_size": 64, "connector_config": '{"merge_r": 0}', "max_steps": 1}
+    small = json.dumps({**SIZES, "merge_r": 0})
+    changes = {"vision_model": tower, "image_size": 64, "connector_config": small, "max_steps": 1}
     pretrain.main(arguments(work, tmp_path / "run", **changes))
     model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "run")
     processor = EVLGenProcessor.from_pretrained(tmp_path / "run")
@@ -454,11 +456,14 @@ def test_the_papers_recipes_run(recipe, text, work, tmp_path):
 
 
 def test_the_recipe_for_one_gpu_runs(tmp_path, monkeypatch):
-    """The recipe as it is, but shorter. The names in it are folders with tiny models and rows of the same columns."""
+    """The recipe as it is, but small. The names in it are folders with tiny models and rows of the same columns."""
     save_one_gpu_sources(tmp_path)
     monkeypatch.chdir(tmp_path)
     recipe = ROOT / "examples" / "configs" / "one-gpu.yaml"
-    short = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    connector = yaml.safe_load(recipe.read_text())["connector_config"]
+    connector |= {name: SIZES[name] for name in ("hidden_size", "num_attention_heads", "intermediate_size")}
+    short = {"connector_config": json.dumps(connector)}
+    short |= {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     short |= {"dataloader_num_workers": 0, "warmup_steps": 0, "whitening_images": 4}
     options = [text for name, value in short.items() for text in (f"--{name}", str(value))]
     metrics = pretrain.main(["--config", str(recipe), *options])
