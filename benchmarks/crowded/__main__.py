@@ -45,12 +45,17 @@ FINALISTS = ("choose", "means", "Q-Former")
 TIMED, ROUNDS = (*FINALISTS, VIEW, "merge"), 5
 CONTROLS = (VIEW, TILES, RANDOM)
 OTHER_RATES = (3e-4, 3e-3)  # learning rates
+LONG = 1800  # steps
 PLAN = [
     *(BudgetRun(method, seed=seed) for seed in SEEDS for method in FINALISTS),
     *map(BudgetRun, CONTROLS),
     *(BudgetRun(method, learning_rate=rate) for method in FINALISTS for rate in OTHER_RATES),
     *(BudgetRun(method, steps=200) for method in ("merge", ALL_TOKENS)),  # a step takes seconds
-    *(BudgetRun("choose", seed=seed, budget=budget) for seed in SEEDS for budget in (16, 64)),
+    *(BudgetRun("choose", seed=seed, budget=16) for seed in SEEDS),
+    BudgetRun("choose", budget=64),
+    *(BudgetRun(method, seed=seed, steps=LONG) for seed in SEEDS for method in ("choose", "means")),
+    *(BudgetRun("choose", seed=seed, budget=16, steps=LONG) for seed in SEEDS),
+    BudgetRun("Q-Former", steps=LONG),
     *(BudgetRun(method, textured=False) for method in FINALISTS),
     *(BudgetRun(method, size=672) for method in FINALISTS),
     *(BudgetRun(method, stamps=True) for method in FINALISTS),

@@ -117,16 +117,15 @@ class CaptionCollator:
     def draw_budget(self, rows: list[dict[str, Any]]) -> int | None:
         """The number of tokens of each image or video of a training batch; None for the processor's own.
 
-        It is the largest, the smallest, or one drawn log-uniformly between them, each with a chance of 1/3. A resumed
-        run draws it again, and so does one with cached features, whose rows have the same texts.
+        It is drawn log-uniformly from the range. A resumed run draws it again, and so does one with cached features,
+        whose rows have the same texts.
         """
         if not self.training or self.processor.image_token_range is None:
             return None
         low, high = self.processor.image_token_range
         texts = [[row[getattr(self.data_args, name)] for name in self.data_args.used_columns[1:]] for row in rows]
         with self.seeded(rows[0], texts):
-            between = round(low * (high / low) ** random.random())
-            return random.choice([low, between, high])
+            return min(high, int(low * ((high + 1) / low) ** random.random()))
 
     def encode(
         self, examples: list[tuple[dict[str, Any], Any]], with_labels: bool = True, budget: int | None = None
