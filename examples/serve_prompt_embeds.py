@@ -28,12 +28,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.hf_argparser import HfArg
 from transformers.utils import find_adapter_config_file, logging
 
-from common.command_line import parse_arguments
+from common.command_line import check_count, parse_arguments
 from common.models import load_captioner
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.soft_prompts import embed_ids
 from processing_evlgen import EVLGenProcessor
+from processing_evlgen.inputs import check_max_tiles
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +54,18 @@ class ServeArguments:
         default=None, help="Tokens of each image or video, if the model was trained with several numbers."
     )
     timeout: float = HfArg(default=120.0, help="Seconds to wait for a reply of the server.")
+
+    def __post_init__(self) -> None:
+        if bool(self.images) == bool(self.videos):
+            raise ValueError("Exactly one of `images` and `videos` must be given.")
+        check_count("max_new_tokens", self.max_new_tokens, 1)
+        check_count("batch_size", self.batch_size, 1)
+        if self.max_tiles is not None:
+            check_max_tiles(self.max_tiles)
+        if self.num_image_tokens is not None:
+            check_count("num_image_tokens", self.num_image_tokens, 1)
+        if not self.timeout > 0:
+            raise ValueError(f"`timeout` must be above 0, but is {self.timeout}.")
 
 
 class PromptEmbedder(EVLGenForConditionalGeneration):
@@ -138,13 +151,6 @@ def caption(
 
 def main(argv: list[str] | None = None) -> list[str]:
     (arguments,) = parse_arguments(ServeArguments, argv=argv)
-    if bool(arguments.images) == bool(arguments.videos):
-        raise ValueError("Exactly one of `images` and `videos` must be given.")
-    for name in ("max_new_tokens", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"`{name}` must be 1 or more, but is {getattr(arguments, name)}.")
-    if not arguments.timeout > 0:
-        raise ValueError(f"`timeout` must be above 0, but is {arguments.timeout}.")
     modality, sources = ("images", arguments.images) if arguments.images else ("videos", arguments.videos)
     server = connect(arguments.server, arguments.served_model, arguments.timeout)
     model, processor = load_prompt_embedder(arguments.model)

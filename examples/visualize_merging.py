@@ -50,7 +50,7 @@ def image_row(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor,
     image = load_rgb_image(source)
     batch = processor(images=image).to(model.device)
     grid = batch.get("image_grid_thw")
-    layers = merged_tokens(model, batch["pixel_values"], grid)
+    layers = merged_tokens(model, batch["pixel_values"], grid, num_image_tokens=processor.num_image_tokens)
     tiles = (1, 1) if grid is None else tuple(grid[0, 1:].tolist())
     return Row(resize_to_side(image), "image", patch_groups(model, layers, tiles), token_counts(layers))
 
@@ -60,7 +60,8 @@ def video_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
     choice = {"num_frames": processor.num_frames} if processor.fps is None else {"fps": processor.fps}
     frames = load_rgb_frames(source, **choice)
     inputs = processor(videos=[frames], do_sample_frames=False).to(model.device)
-    layers = merged_tokens(model, inputs["pixel_values_videos"], frame_times=inputs["frame_times"])
+    pixels, times = inputs["pixel_values_videos"], inputs["frame_times"]
+    layers = merged_tokens(model, pixels, frame_times=times, num_image_tokens=processor.num_image_tokens)
     groups, counts = patch_groups(model, layers), token_counts(layers)
     rows = []
     for number, (frame, seconds) in enumerate(zip(frames, frames.times, strict=True)):
@@ -98,12 +99,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="outputs/demo", help="Captioner: a folder or a name on the Hub.")
     parser.add_argument("--images", nargs="+", default=[], help="Images: paths or URLs.")
     parser.add_argument("--videos", nargs="+", default=[], help="Videos: paths or URLs.")
+    parser.add_argument(
+        "--num_image_tokens", type=int, help="Tokens after the last layer. Default: the model's number."
+    )
     parser.add_argument("--output", type=Path, default=Path("merging.png"), help="PNG file to write.")
     arguments = parser.parse_args(argv)
     if not arguments.images and not arguments.videos:
         parser.error("at least one of --images and --videos must be given")
     model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, arguments.model)
     processor = EVLGenProcessor.from_pretrained(arguments.model)
+    if arguments.num_image_tokens is not None:
+        processor.num_image_tokens = arguments.num_image_tokens
     draw_merging(model, processor, arguments.images, arguments.videos, arguments.output)
     print(f"Drew {len(arguments.images)} images and {len(arguments.videos)} videos to {arguments.output}.")
 

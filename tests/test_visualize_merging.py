@@ -115,6 +115,19 @@ def test_draws_a_row_for_each_image_and_each_frame(captioner):
     assert np.array_equal(rows[1][2], expected)
 
 
+def test_a_model_with_a_range_is_drawn_with_any_number_of_tokens(captioner, tmp_path):
+    model = EVLGenForConditionalGeneration.from_pretrained(captioner)
+    model.config.image_token_range = [2, 17]
+    model.save_pretrained(tmp_path)
+    tiny_processor(model).save_pretrained(tmp_path)
+    sources = ["--images", str(captioner / "0.png"), "--videos", str(captioner / "video.webp")]
+    for row in draw(tmp_path, *sources, "--num_image_tokens", "17"):  # nothing is merged
+        own = merging_overlay.draw_groups(Image.fromarray(row[0]), np.arange(1, 17).reshape(4, 4))
+        assert np.array_equal(row[1], own) and np.array_equal(row[2], own)
+    with pytest.raises(ValueError, match=r"from 2 to 17, as the model was trained, but is \[18\]"):
+        draw(tmp_path, *sources, "--num_image_tokens", "18")
+
+
 def test_without_images_or_videos_there_is_nothing_to_draw(captioner, capsys):
     with pytest.raises(SystemExit):
         visualize_merging.main(["--model", str(captioner)])

@@ -48,15 +48,18 @@ def merged_tokens(
     pixel_values: torch.Tensor,
     image_grid_thw: torch.Tensor | None = None,
     frame_times: torch.Tensor | None = None,
+    num_image_tokens: int | None = None,
 ) -> list[torch.Tensor]:
     """Runs tower and connector on the processor's image or video, and returns the list of [`recorded_merging`].
 
+    `num_image_tokens` is the number of tokens after the last layer, by default the model's own.
     The frames of a video share one merging, if they are averaged to one set of tokens before the connector. With
     `config.video_mode` "merge" each frame has its own, `(frames, num_vision_tokens)`.
     """
     features, places, index = trace_frames(model, pixel_values, frame_times)
+    budgets = None if num_image_tokens is None else [num_image_tokens]
     with recorded_merging(model) as layers:
-        model.project_vision_features(features, image_grid_thw, None, places)
+        model.project_vision_features(features, image_grid_thw, budgets, places)
     return layers if index is None else [layer[0, index] for layer in layers]
 
 
