@@ -7,6 +7,7 @@ in its errors.
 import base64
 import os
 import time
+from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,14 @@ def download(url: str, timeout: float = 30.0) -> BytesIO:
                 raise ValueError(f"the server has not sent the whole file in {timeout:g} seconds")
     content.seek(0)
     return content
+
+
+def is_animated_image(file: str | BytesIO) -> bool:
+    """Whether a file holds WebP, GIF or PNG, by its first bytes. FFmpeg does not read animated WebP."""
+    with nullcontext(file) if isinstance(file, BytesIO) else open(file, "rb") as content:
+        start = content.read(12)
+        content.seek(0)
+    return start[8:] == b"WEBP" or start.startswith((b"GIF8", b"\x89PNG"))
 
 
 def check_regular_file(path: str | Path) -> None:

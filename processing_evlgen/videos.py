@@ -17,13 +17,12 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers.utils import is_av_available
 
-from .images import MAX_PIXELS, check_regular_file, check_size, download, is_url, load_rgb_image
+from .images import MAX_PIXELS, check_regular_file, check_size, download, is_animated_image, is_url, load_rgb_image
 
 MAX_FRAMES = 512  # of a video that is held in memory; a stream may have any number
 FRAME_SAMPLINGS = ("uniform", "headtail")
 _DOWNLOAD_SECONDS = 600.0
 _ROUNDING = 0.001  # seconds. WebM and MKV round times to milliseconds
-_ANIMATED_IMAGES = (".webp", ".gif", ".png", ".apng")  # FFmpeg does not read animated WebP
 
 
 def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> list[int]:
@@ -266,9 +265,8 @@ def _iterate_row(
         yield from iterate_rgb_frames(row.get("path"), choice, max_pixels, metadata)
         return
     name = Path(row.get("path") or "video")
-    suffix = ".webp" if row["bytes"][8:12] == b"WEBP" else ""  # FFmpeg does not read them if animated
-    with tempfile.TemporaryDirectory() as folder:  # with a suffix, by which FFmpeg knows some formats
-        path = Path(folder) / f"{name.name}{suffix}"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name.name  # with a suffix, by which FFmpeg knows some formats
         path.write_bytes(row["bytes"])
         try:
             yield from iterate_rgb_frames(path, choice, max_pixels)
@@ -283,15 +281,14 @@ def _open_file(name: str, max_pixels: int, needs_total: bool) -> Iterator[tuple[
         check_regular_file(name)
         if not Path(name).exists():
             raise FileNotFoundError("there is no such file")
-    is_animated_image = Path(name.partition("?")[0]).suffix.lower() in _ANIMATED_IMAGES
-    if not is_animated_image and not is_av_available():
-        raise ImportError('Reading videos needs PyAV. Install it with: pip install "av>=18.1"')
     file = download(name, _DOWNLOAD_SECONDS) if is_url(name) else name
-    if is_animated_image:
+    if is_animated_image(file):
         with Image.open(file) as image:
             check_size(image.width, image.height, max_pixels)
             yield iterate_animated_image(image), getattr(image, "n_frames", 1)
         return
+    if not is_av_available():
+        raise ImportError('Reading videos needs PyAV. Install it with: pip install "av>=18.1"')
     total = _count_frames(file, max_pixels) if needs_total else None
     with _open_stream(file, max_pixels) as (container, stream):
         yield iterate_container(container, stream), total

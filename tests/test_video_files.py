@@ -190,6 +190,8 @@ def test_animated_images_are_known_by_their_content(tmp_path):
     first, *others = shades(3)
     first.save(tmp_path / "video.webp", save_all=True, append_images=others, duration=1000, lossless=True)
     content = (tmp_path / "video.webp").read_bytes()
+    (tmp_path / "video").write_bytes(content)
+    assert load_rgb_frames(tmp_path / "video").times == [0, 1, 2]
     for row in ({"bytes": content}, {"bytes": content, "path": None}, {"bytes": content, "path": "video"}):
         assert load_rgb_frames(row).times == [0, 1, 2]
 
