@@ -56,8 +56,6 @@ class ServeArguments:
     timeout: float = HfArg(default=120.0, help="Seconds to wait for a reply of the server.")
 
     def __post_init__(self) -> None:
-        if bool(self.images) == bool(self.videos):
-            raise ValueError("Exactly one of `images` and `videos` must be given.")
         check_count("max_new_tokens", self.max_new_tokens, 1)
         check_count("batch_size", self.batch_size, 1)
         if self.max_tiles is not None:
@@ -151,6 +149,8 @@ def caption(
 
 def main(argv: list[str] | None = None) -> list[str]:
     (arguments,) = parse_arguments(ServeArguments, argv=argv)
+    if bool(arguments.images) == bool(arguments.videos):
+        raise ValueError("Exactly one of `images` and `videos` must be given.")
     modality, sources = ("images", arguments.images) if arguments.images else ("videos", arguments.videos)
     server = connect(arguments.server, arguments.served_model, arguments.timeout)
     model, processor = load_prompt_embedder(arguments.model)

@@ -107,9 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.images and not arguments.videos:
         parser.error("at least one of --images and --videos must be given")
     model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, arguments.model)
-    processor = EVLGenProcessor.from_pretrained(arguments.model)
-    if arguments.num_image_tokens is not None:
-        processor.num_image_tokens = arguments.num_image_tokens
+    own = {} if arguments.num_image_tokens is None else {"num_image_tokens": arguments.num_image_tokens}
+    processor = EVLGenProcessor.from_pretrained(arguments.model, **own)
     draw_merging(model, processor, arguments.images, arguments.videos, arguments.output)
     print(f"Drew {len(arguments.images)} images and {len(arguments.videos)} videos to {arguments.output}.")
 

@@ -123,8 +123,8 @@ def download(url: str, timeout: float = 30.0) -> BytesIO:
     return content
 
 
-def is_animated_image(file: str | BytesIO) -> bool:
-    """Whether a file holds WebP, GIF or PNG, by its first bytes. FFmpeg does not read animated WebP."""
+def is_webp_gif_or_png(file: str | BytesIO) -> bool:
+    """Whether a file is WebP, GIF or PNG, by its first bytes. A `BytesIO` is left at its start."""
     with nullcontext(file) if isinstance(file, BytesIO) else open(file, "rb") as content:
         start = content.read(12)
         content.seek(0)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers.utils import is_av_available
 
-from .images import MAX_PIXELS, check_regular_file, check_size, download, is_animated_image, is_url, load_rgb_image
+from .images import MAX_PIXELS, check_regular_file, check_size, download, is_url, is_webp_gif_or_png, load_rgb_image
 
 MAX_FRAMES = 512  # of a video that is held in memory; a stream may have any number
 FRAME_SAMPLINGS = ("uniform", "headtail")
@@ -282,13 +282,13 @@ def _open_file(name: str, max_pixels: int, needs_total: bool) -> Iterator[tuple[
         if not Path(name).exists():
             raise FileNotFoundError("there is no such file")
     file = download(name, _DOWNLOAD_SECONDS) if is_url(name) else name
-    if is_animated_image(file):
+    if is_webp_gif_or_png(file):  # FFmpeg does not read animated WebP
         with Image.open(file) as image:
             check_size(image.width, image.height, max_pixels)
             yield iterate_animated_image(image), getattr(image, "n_frames", 1)
         return
     if not is_av_available():
-        raise ImportError('Reading videos needs PyAV. Install it with: pip install "av>=18.1"')
+        raise ImportError(f'Reading {name} needs PyAV. Install it with: pip install "av>=18.1"')
     total = _count_frames(file, max_pixels) if needs_total else None
     with _open_stream(file, max_pixels) as (container, stream):
         yield iterate_container(container, stream), total

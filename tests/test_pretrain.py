@@ -4,11 +4,9 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pretrain
@@ -40,7 +38,6 @@ from processing_evlgen import EVLGenProcessor
 
 from .helpers import (
     ROOT,
-    TWO_PROCESSES,
     demo_packages_or_skip,
     run_clean,
     save_image_folder,
@@ -48,7 +45,9 @@ from .helpers import (
     save_towers,
 )
 from .hub_server import HubServer
+from .test_streaming import kill_after, start
 
+SCRIPT = ROOT / "examples" / "pretrain.py"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -138,35 +137,23 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(work, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "accumulated", atol=1e-4, rtol=1e-3)
 
 
-def launch(arguments, *launcher, **kwargs):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "examples" / "pretrain.py")]
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, **kwargs)
-
-
 def test_a_killed_run_goes_on_to_the_same_weights(work, tmp_path):
     steps = {"max_steps": 6, "save_steps": 2, "crop_scale": [0.5, 1.0], "horizontal_flip": True}
     steps["connector_config"] = json.dumps({**SIZES, "merge_r": 3})  # with dropout
-    assert launch(arguments(work, tmp_path / "unbroken", **steps)).wait(timeout=120) == 0
+    pretrain.main(arguments(work, tmp_path / "unbroken", **steps))
+    broken = tmp_path / "broken"
     # `max_steps` sets the learning rate's schedule, so the run is cut off from outside.
-    process = launch(arguments(work, tmp_path / "broken", **steps), start_new_session=True)
-    deadline = time.time() + 120
-    while not (tmp_path / "broken" / "checkpoint-2" / "trainer_state.json").exists():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for late in sorted((tmp_path / "broken").glob("checkpoint-[!2]")):  # whatever it did before the signal came
-        shutil.rmtree(late)
-    (tmp_path / "broken" / "checkpoint-4").mkdir()  # and a checkpoint that was being written
-    assert launch(arguments(work, tmp_path / "broken", **steps, resume_from_checkpoint=True)).wait(timeout=120) == 0
-    assert_same_weights(tmp_path / "unbroken", tmp_path / "broken", atol=0, rtol=0)
+    kill_after(start(SCRIPT, arguments(work, broken, **steps)), broken / "checkpoint-2")
+    (broken / "checkpoint-4").mkdir()  # a checkpoint that was being written
+    assert start(SCRIPT, arguments(work, broken, **steps, resume_from_checkpoint=True)).wait(timeout=120) == 0
+    assert_same_weights(tmp_path / "unbroken", broken, atol=0, rtol=0)
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(work, tmp_path):
     pretrain.main(arguments(work, tmp_path / "one", eval_strategy="steps", eval_steps=2))
     two = arguments(work, tmp_path / "two", per_device_train_batch_size=2, eval_strategy="steps", eval_steps=2)
-    process = launch(two, *TWO_PROCESSES)
+    process = start(SCRIPT, two, two=True)
     assert process.wait(timeout=240) == 0
     assert_same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, rtol=1e-3)
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
@@ -179,7 +166,7 @@ def test_two_processes_share_a_stream(work, tmp_path):
     changes = {"streaming": True, "test_split": "", "max_steps": 2, "clean_captions": True, "shuffle_buffer": 1}
     pretrain.main(arguments(work, tmp_path / "one", **changes))
     two = arguments(work, tmp_path / "two", **changes, per_device_train_batch_size=2)
-    process = launch(two, *TWO_PROCESSES)
+    process = start(SCRIPT, two, two=True)
     assert process.wait(timeout=240) == 0
     assert_same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, rtol=1e-3)
 
@@ -189,7 +176,7 @@ def test_a_run_can_publish_its_model(work, tmp_path):
         changes = {"push_to_hub": True, "hub_model_id": "user/captioner", "max_steps": 2, "test_split": ""}
         command = [
             sys.executable,
-            str(ROOT / "examples" / "pretrain.py"),
+            str(SCRIPT),
             *arguments(work, tmp_path / "out", **changes),
         ]
         subprocess.run(command, env=hub.client_env(tmp_path / "hf_home"), cwd=ROOT, check=True, timeout=240)
@@ -509,7 +496,7 @@ import runpy, sys
 sys.path.insert(0, {str(ROOT / "examples")!r})
 from common.demo import scenes
 scenes.TRAIN_SCENES, scenes.TEST_SCENES = 64, 16
-runpy.run_path({str(ROOT / "examples" / "pretrain.py")!r}, run_name="__main__")
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", str(script), *little, "--output_dir", str(tmp_path)]

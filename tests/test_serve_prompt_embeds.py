@@ -243,11 +243,6 @@ def test_embeddings_narrower_than_the_language_model_are_refused(tmp_path):
         ({"max_model_len": None}, [], ValueError, "does not give the `max_model_len`"),
         ({}, ["--served_model", "other"], ValueError, "`served_model` is 'other', but .* serves 'text-model'"),
         ({}, ["--prompts", "a", "b"], ValueError, "`prompts` holds 2 prompts for 1 images. Give one, or one for each"),
-        ({}, ["--max_new_tokens", "0"], ValueError, "`max_new_tokens` must be an integer of 1 or more"),
-        ({}, ["--batch_size", "0"], ValueError, "`batch_size` must be an integer of 1 or more"),
-        ({}, ["--max_tiles", "0"], ValueError, "`max_tiles` must be"),
-        ({}, ["--num_image_tokens", "0"], ValueError, "`num_image_tokens` must be an integer of 1 or more"),
-        ({}, ["--timeout", "0"], ValueError, "`timeout` must be above 0, but is 0"),
         ({}, ["--videos", "a.mp4"], ValueError, "Exactly one of `images` and `videos` must be given"),
     ],
 )
@@ -258,6 +253,21 @@ def test_what_a_server_or_a_setting_lacks_is_named(settings, arguments, error, m
         pytest.raises(error, match=message),
     ):
         run(tmp_path, server, "--images", paths[0], *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("max_new_tokens", "must be an integer of 1 or more, but is 0"),
+        ("batch_size", "must be an integer of 1 or more, but is 0"),
+        ("max_tiles", "must be an integer from 1 to 100, but is 0"),
+        ("num_image_tokens", "must be an integer of 1 or more, but is 0"),
+        ("timeout", "must be above 0, but is 0"),
+    ],
+)
+def test_a_wrong_number_is_named_before_a_server_is_asked(name, message):
+    with pytest.raises(ValueError, match=f"`{name}` {message}"):
+        serve_prompt_embeds.main(["--images", "a.png", "--server", "http://127.0.0.1:1/v1", f"--{name}", "0"])
 
 
 def test_an_api_key_comes_from_the_environment(captioner, tmp_path, monkeypatch):

@@ -234,7 +234,9 @@ def test_fewer_frames_than_were_counted_are_named():
 def test_a_video_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "empty.mp4").write_bytes(b"")
-    (tmp_path / "broken.webp").write_bytes(b"no video")
+    first, *others = shades(3)
+    first.save(tmp_path / "whole.webp", save_all=True, append_images=others)
+    (tmp_path / "broken.webp").write_bytes((tmp_path / "whole.webp").read_bytes()[:100])
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
@@ -556,11 +558,11 @@ def test_apply_chat_template_reads_videos(tmp_path):
     torch.testing.assert_close(batch["pixel_values_videos"], direct["pixel_values_videos"])
 
 
-@pytest.mark.parametrize(("name", "codec"), [("video.mp4", "libx264"), ("video.webm", "libvpx"), ("video.webp", None)])
+@pytest.mark.parametrize(("name", "codec"), [("video.mp4", "libx264"), ("video.webm", "libvpx"), ("video", None)])
 def test_reads_urls(name, codec, tmp_path):
     if codec is None:
         first, *others = shades(16)
-        first.save(tmp_path / name, save_all=True, append_images=others, lossless=True)
+        first.save(tmp_path / name, "WEBP", save_all=True, append_images=others, lossless=True)
     else:
         write_video(tmp_path / name, 16, codec)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)

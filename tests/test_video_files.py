@@ -190,10 +190,19 @@ def test_animated_images_are_known_by_their_content(tmp_path):
     first, *others = shades(3)
     first.save(tmp_path / "video.webp", save_all=True, append_images=others, duration=1000, lossless=True)
     content = (tmp_path / "video.webp").read_bytes()
-    (tmp_path / "video").write_bytes(content)
-    assert load_rgb_frames(tmp_path / "video").times == [0, 1, 2]
     for row in ({"bytes": content}, {"bytes": content, "path": None}, {"bytes": content, "path": "video"}):
         assert load_rgb_frames(row).times == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "GIF", "PNG"])
+def test_animated_images_need_neither_a_suffix_nor_pyav(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("processing_evlgen.videos.is_av_available", lambda: False)
+    first, *others = shades(3)
+    first.save(tmp_path / "video", kind, save_all=True, append_images=others, duration=1000)
+    assert load_rgb_frames(tmp_path / "video").times == [0, 1, 2]
+    (tmp_path / "video.mp4").write_bytes(b"no video")
+    with pytest.raises(ImportError, match=r"Reading .*video\.mp4 needs PyAV"):
+        load_rgb_frames(tmp_path / "video.mp4")
 
 
 @pytest.mark.parametrize("row", [{}, {"bytes": None}, {"bytes": None, "path": None}])

@@ -119,12 +119,19 @@ def test_a_model_with_a_range_is_drawn_with_any_number_of_tokens(captioner, tmp_
     model = EVLGenForConditionalGeneration.from_pretrained(captioner)
     model.config.image_token_range = [2, 17]
     model.save_pretrained(tmp_path)
-    tiny_processor(model).save_pretrained(tmp_path)
+    processor = tiny_processor(model)
+    processor.image_token_range = [2, 17]
+    processor.save_pretrained(tmp_path)
     sources = ["--images", str(captioner / "0.png"), "--videos", str(captioner / "video.webp")]
     for row in draw(tmp_path, *sources, "--num_image_tokens", "17"):  # nothing is merged
         own = merging_overlay.draw_groups(Image.fromarray(row[0]), np.arange(1, 17).reshape(4, 4))
         assert np.array_equal(row[1], own) and np.array_equal(row[2], own)
-    with pytest.raises(ValueError, match=r"from 2 to 17, as the model was trained, but is \[18\]"):
+    processor.num_image_tokens = 5
+    row = visualize_merging.image_row(model, processor, str(captioner / "0.png"))
+    assert row.counts[-1] == 5 and row.groups[-1].max() == 4
+    with pytest.raises(
+        ValueError, match="`num_image_tokens` must be from 2 to 17, the `image_token_range`, but is 18"
+    ):
         draw(tmp_path, *sources, "--num_image_tokens", "18")
 
 

@@ -125,7 +125,8 @@ class CaptionCollator:
         low, high = self.processor.image_token_range
         texts = [[row[getattr(self.data_args, name)] for name in self.data_args.used_columns[1:]] for row in rows]
         with self.seeded(rows[0], texts):
-            return min(high, int(low * ((high + 1) / low) ** random.random()))
+            number = int(low * ((high + 1) / low) ** random.random())  # n in proportion to log((n + 1) / n)
+            return min(number, high)
 
     def encode(
         self, examples: list[tuple[dict[str, Any], Any]], with_labels: bool = True, budget: int | None = None

@@ -52,7 +52,7 @@ def merged_tokens(
 ) -> list[torch.Tensor]:
     """Runs tower and connector on the processor's image or video, and returns the list of [`recorded_merging`].
 
-    `num_image_tokens` is the number of tokens after the last layer, by default the model's own.
+    `num_image_tokens` is the number of tokens of one image or video after the last layer, by default the model's own.
     The frames of a video share one merging, if they are averaged to one set of tokens before the connector. With
     `config.video_mode` "merge" each frame has its own, `(frames, num_vision_tokens)`.
     """
