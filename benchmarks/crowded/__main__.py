@@ -53,6 +53,7 @@ PLAN = [
     *(BudgetRun(method, steps=200) for method in ("merge", ALL_TOKENS)),  # a step takes seconds
     *(BudgetRun("choose", seed=seed, budget=16) for seed in SEEDS),
     BudgetRun("choose", budget=64),
+    BudgetRun("Q-Former", budget=16),
     *(BudgetRun(method, seed=seed, steps=LONG) for seed in SEEDS for method in ("choose", "means")),
     *(BudgetRun("choose", seed=seed, budget=16, steps=LONG) for seed in SEEDS),
     BudgetRun("Q-Former", steps=LONG),
