@@ -1,4 +1,4 @@
-"""The connectors of the comparison, with the demo's settings. They have about as many parameters."""
+"""The connectors of the comparison, with the demo's settings. They have about as many parameters, and `merge` half as many again."""
 
 import math
 from typing import Any
