@@ -2,10 +2,11 @@
 
     python -m benchmarks.crowded
 
-trains all runs below and prints their tables. A run takes some minutes on one core, the longest half an hour. Each finished run is a line of
-`benchmarks/crowded/results.jsonl`. A command that was stopped continues with the next run. Two commands side by side
-share the runs. `--report` prints the tables of the finished runs. It also measures the operations and the time of a
-step with each number of tokens side by side, in some minutes, and draws docs/images/crowded.png.
+trains all runs below and prints their tables. A run takes some minutes on one core, the longest half an hour. Each
+finished run is a line of `benchmarks/crowded/results.jsonl`. A command that was stopped continues with the next run.
+Two commands side by side share the runs. `--report` prints the tables of the finished runs. It also measures the
+operations and the time of a step with each number of tokens side by side, in some minutes, and draws
+docs/images/crowded.png.
 
 Most runs serve all numbers of tokens: each batch of training draws one. A small reader in place of the language model
 answers questions from the tokens. The caption runs train with the language model, for one number of tokens. Vision

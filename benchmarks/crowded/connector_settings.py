@@ -1,4 +1,7 @@
-"""The connectors of the comparison, with the demo's settings. They have about as many parameters, and `merge` half as many again."""
+"""The connectors of the comparison, with the demo's settings.
+
+They have about as many parameters, but `merge` has half as many again.
+"""
 
 import math
 from typing import Any
