@@ -174,11 +174,7 @@ def test_two_processes_share_a_stream(work, tmp_path):
 def test_a_run_can_publish_its_model(work, tmp_path):
     with HubServer() as hub:
         changes = {"push_to_hub": True, "hub_model_id": "user/captioner", "max_steps": 2, "test_split": ""}
-        command = [
-            sys.executable,
-            str(SCRIPT),
-            *arguments(work, tmp_path / "out", **changes),
-        ]
+        command = [sys.executable, str(SCRIPT), *arguments(work, tmp_path / "out", **changes)]
         subprocess.run(command, env=hub.client_env(tmp_path / "hf_home"), cwd=ROOT, check=True, timeout=240)
         published = hub.files("user/captioner")
     assert {

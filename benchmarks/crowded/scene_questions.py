@@ -1,8 +1,8 @@
 """Questions about crowded scenes, and a small reader that answers all of them from the tokens of a soft prompt.
 
 The reader takes the place of the frozen language model. A caption gives a connector one signal for each image. The
-reader asks about every thing and every corner at once, so a run takes minutes. Its figures depend on what
-the connectors keep of an image, and on how well it can read their tokens.
+reader asks about every thing and every corner at once, so a run takes minutes. Its figures depend on what the
+connectors keep of an image, and on how well it can read their tokens.
 """
 
 from collections import Counter
