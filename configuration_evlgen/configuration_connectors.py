@@ -10,6 +10,7 @@ from .checked_config import CheckedConfig
 # The smallest and the largest value of each numeric field. No connector has all of these fields.
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _COUNTS += ("type_vocab_size", "num_query_tokens", "cross_attention_frequency", "pool_size", "num_merged_tokens")
+_COUNTS += ("num_distinctive_tokens",)
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 _DEVIATIONS = ("initializer_range", "position_initializer_range", "output_position_initializer_range")
 _DEVIATIONS += ("branch_initializer_range", "query_initializer_range", "layer_norm_eps")
@@ -253,6 +254,10 @@ class QFormerConnectorConfig(ConnectorConfig):
             If given, learned positions are added to the visual tokens, and fresh ones have this standard deviation.
             BLIP-2 has none: the tokens of a ViT contain their positions. Those of a CNN do not.
         position_grid_size (`int`, *optional*): As in [`TomeFormerConfig`]. Needs `position_initializer_range`.
+        num_distinctive_tokens (`int`, *optional*):
+            If given, queries attend to this many of the most distinctive visual tokens of an image, and to the mean of
+            all others. The smaller a token's mean cosine similarity to all tokens, the more distinctive it is. By
+            default queries attend to all tokens, as in BLIP-2.
         num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, hidden_dropout_prob,
         attention_probs_dropout_prob, layer_norm_eps, initializer_range: As in [`TomeFormerConfig`].
 
@@ -268,6 +273,7 @@ class QFormerConnectorConfig(ConnectorConfig):
     cross_attention_frequency: int = 2
     position_initializer_range: float | int | None = None
     position_grid_size: int | None = None
+    num_distinctive_tokens: int | None = None
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072

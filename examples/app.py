@@ -5,7 +5,7 @@
 The page streams the text and lists tokens and milliseconds of each part of the model. The server listens on this
 machine only, unless `--host` is given. Except for a model from the Hub, neither the server nor the page contacts
 another machine. Needs `.[app]`. `--model` may be an adapter's folder, from finetune.py. The model's connector must be
-a TomeFormer, since other connectors merge no tokens.
+a TomeFormer, or a Q-Former that chooses tokens: others have nothing to show.
 
 A Space on the Hub consists of this script, the code that it imports, and the model. `examples/space` has the Space's
 `requirements.txt` and its `README.md`. The first lines of that file give the Hub the versions of Gradio and Python and
@@ -32,7 +32,7 @@ from app_model import PROMPT_CHARACTERS, SHOWN_FRAMES, Merging, describe, genera
 from app_uploads import MB, read_file
 from PIL import Image
 
-from common.evaluation.merging_overlay import SIDE, draw_groups, patch_grid, recorded_merging
+from common.evaluation.merging_overlay import SIDE, count_layers, draw_groups, patch_grid
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -67,7 +67,7 @@ def figures(merging: Merging, milliseconds: dict[str, float]) -> str:
     frames = merging.num_frames
     cells = {
         "vision tokens": f"{merging.counts[0]}" if frames == 1 else f"{frames} frames x {merging.counts[0]}",
-        "soft-prompt tokens": f"{merging.counts[-1]}",
+        "soft-prompt tokens": f"{merging.num_image_tokens}",
     }
     for part in ("tower", "connector", "language model"):
         cells[part] = f"{milliseconds[part]:.1f} ms" if part in milliseconds else "…"
@@ -119,9 +119,7 @@ def make_preview(frame: Image.Image) -> Image.Image:
 def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, max_mb: float) -> gr.Blocks:
     """Builds the page for files of up to `max_mb`. A ValueError names a connector or tower that it cannot show."""
     patch_grid(model)
-    with recorded_merging(model):  # raises for other connectors
-        connector = model.config.connector_config
-        num_layers = connector.num_hidden_layers + (connector.distinctive_factor is not None)
+    num_layers = count_layers(model)
 
     @shown_errors()
     def preview(path: str | None) -> tuple[Merging | None, list, str, str]:

@@ -39,12 +39,14 @@ class Merging:
     `groups` and `counts` have an entry before the connector and one after each of its layers: the token that each
     patch belongs to, of shape `(rows, columns)` or, if frames differ, `(frames, rows, columns)`, and the number of
     tokens. They are empty before the model has run. `num_frames` counts the frames that are not shown, too.
+    `num_image_tokens` is the length of the soft prompt.
     """
 
     frames: list[Image.Image]
     groups: list[np.ndarray] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     num_frames: int = 1
+    num_image_tokens: int = 0
 
 
 @contextmanager
@@ -147,7 +149,7 @@ def describe(
     if index is not None:
         layers = [layer[0, index[shown]] for layer in layers]  # (shown frames, tokens) each
     groups = patch_groups(model, layers, tiles)
-    merging = Merging([resize_to_side(frames[number]) for number in shown], groups, counts, len(frames))
+    merging = Merging([resize_to_side(frames[number]) for number in shown], groups, counts, len(frames), budgets[0])
     yield "", merging, milliseconds
     inputs = {**inputs, "mm_encoder_outputs": {modality.removesuffix("s"): soft_prompt}}
     text = ""

@@ -5,10 +5,11 @@
 
 Each row shows an image as the model receives it, and its patches after each layer of the connector. Patches of one
 token share a colour and a number, the token's position after that layer. After the last layer it is the position in
-the soft prompt. The frames of a video are averaged to one set of tokens before the connector, so they share one
-merging. It is drawn over each of them. With `video_mode` "merge" a token lives through some frames: it has its number
-and its colour in each of them. `--model` may be an adapter's folder, from finetune.py. Videos need
-`.[video]`.
+the soft prompt. Of a Q-Former that chooses tokens, it shows which ones the queries attend to.
+
+The frames of a video are averaged to one set of tokens before the connector, so they share one merging. It is drawn
+over each of them. With `video_mode` "merge" a token lives through some frames: it has its number and its colour in
+each of them. `--model` may be an adapter's folder, from finetune.py. Videos need `.[video]`.
 """
 
 import argparse

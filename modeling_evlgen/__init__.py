@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig, TomeFormerConfig
 
-from .connectors import MLPConnector, QFormerConnector
+from .connectors import MLPConnector, QFormerConnector, QFormerConnectorOutput
 from .labels import limit_logits, target_positions
 from .modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput, EVLGenModel
 from .token_merging import TokenMerging, bipartite_soft_matching
@@ -31,6 +31,7 @@ __all__ = [
     "EVLGenModel",
     "MLPConnector",
     "QFormerConnector",
+    "QFormerConnectorOutput",
     "TokenMerging",
     "TomeFormerModel",
     "TomeFormerOutput",

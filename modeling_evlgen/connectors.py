@@ -6,6 +6,7 @@ tokens. It returns an output with `last_hidden_state`, (batch, output tokens, di
 
 import math
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from configuration_evlgen.configuration_connectors import (
 )
 
 from .connector_layers import BranchLinear, PositionEmbeddings, build_output_positions, init_connector_layer
+from .token_merging import keep_distinctive
 from .tomeformer import TomeFormerModel
 
 
@@ -61,8 +63,23 @@ def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorCon
     )
 
 
+@dataclass
+class QFormerConnectorOutput(BaseModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, queries, hidden_size)`): The queries after the last layer.
+        layer_index (`tuple[torch.LongTensor]`, *optional*):
+            If the connector chooses, one tensor of shape `(batch, tokens)`: the index of each visual token among those
+            that the queries attend to. The mean of the others comes first, after a class token.
+    """
+
+    layer_index: tuple[torch.Tensor, ...] | None = None
+
+
 class QFormerConnector(PreTrainedModel):
-    """BLIP-2's Q-Former: learned queries that attend to the visual tokens. The layers are transformers' own.
+    """BLIP-2's Q-Former: learned queries that attend to the visual tokens, or to the most distinctive of them.
+
+    The layers are transformers' own.
 
     Args:
         config ([`QFormerConnectorConfig`]): The configuration.
@@ -133,7 +150,7 @@ class QFormerConnector(PreTrainedModel):
         tiles: tuple[int, int] = (1, 1),
         num_output_tokens: int | None = None,
         places: torch.Tensor | None = None,
-    ) -> BaseModelOutput:
+    ) -> QFormerConnectorOutput:
         """Lets the queries attend to visual tokens.
 
         Args:
@@ -144,15 +161,20 @@ class QFormerConnector(PreTrainedModel):
             places (`torch.FloatTensor` of shape `(batch, patches, 2)`, *optional*): As in [`TomeFormerModel`].
 
         Returns:
-            `BaseModelOutput` with `last_hidden_state` of shape `(batch, num_query_tokens, hidden_size)`.
+            [`QFormerConnectorOutput`]
         """
         self.config.check_inputs(inputs_embeds.shape, tiles)
         if num_output_tokens is not None:
             self.config.check_budget(num_output_tokens, inputs_embeds.shape[1], tiles)
         tokens = self.embed_tokens(inputs_embeds, tiles, places)
+        layer_index = None
+        if self.config.num_distinctive_tokens is not None:
+            num_kept = min(int(self.config.class_token) + 1 + self.config.num_distinctive_tokens, tokens.shape[1])
+            choice = keep_distinctive(inputs_embeds, num_kept, self.config.class_token)  # compared without positions
+            tokens, layer_index = choice.merge(tokens), (choice.output_index,)  # (batch, read tokens, dim)
         queries = self.query_tokens[:, :num_output_tokens].expand(tokens.shape[0], -1, -1)  # (batch, queries, dim)
         output = self.qformer(query_embeds=queries, encoder_hidden_states=tokens)
-        return BaseModelOutput(last_hidden_state=output.last_hidden_state)
+        return QFormerConnectorOutput(last_hidden_state=output.last_hidden_state, layer_index=layer_index)
 
 
 class MLPConnector(PreTrainedModel):

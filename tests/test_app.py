@@ -115,6 +115,7 @@ def test_tiles_and_the_number_of_tokens_change_the_merging(captioner):
     finally:
         processor.max_tiles = 1
     assert merging.groups[-1].shape == (8, 8) and merging.counts[0] == 65 and merging.counts[-1] == 6
+    assert merging.num_image_tokens == 6
 
 
 @pytest.mark.attack
@@ -254,7 +255,7 @@ def test_a_visitor_who_leaves_stops_the_model(captioner):
 def test_draws_each_frame_beside_what_a_layer_leaves_of_it():
     grey, white = (Image.new("RGB", (448, 448), color) for color in ("grey", "white"))
     groups = [np.array([[0, 1], [2, 3]]), np.zeros((2, 2), dtype=int)]
-    merging = app.Merging([grey, white], groups, [4, 1], num_frames=2)
+    merging = app.Merging([grey, white], groups, [4, 1], num_frames=2, num_image_tokens=1)
     images, captions = zip(*app.draw_layer(merging, 1), strict=True)
     assert captions == ("frame 1", "frame 1, layer 1: 1 tokens", "frame 2", "frame 2, layer 1: 1 tokens")
     expected = [grey, draw_groups(grey, groups[1]), white, draw_groups(white, groups[1])]
@@ -292,7 +293,9 @@ def test_other_connectors_are_refused_before_there_is_a_page():
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
         *tiny_towers(), connector_config=mlp, image_size=IMAGE_SIZE, image_token_id=300
     )
-    with pytest.raises(ValueError, match="connector must be a TomeFormer, but is a MLPConnector"):
+    with pytest.raises(
+        ValueError, match=r"must be a TomeFormer or a Q-Former with `num_distinctive_tokens`, but is a 'evlgen_mlp'"
+    ):
         app.build_page(model, tiny_processor(model), 1)
 
 

@@ -117,6 +117,31 @@ def test_the_qformer_is_transformers_own_with_queries_and_positions():
 
 
 @pytest.mark.parametrize("class_token", [True, False])
+def test_queries_attend_to_the_most_distinctive_tokens_and_the_mean_of_the_others(class_token):
+    torch.manual_seed(0)
+    fields = {**SIZES, **PEERS["qformer"], "position_initializer_range": 1.0, "class_token": class_token}
+    connector = AutoModel.from_config(QFormerConnectorConfig(**fields, num_distinctive_tokens=3)).eval()
+    tokens = 1 + 0.1 * torch.randn(1, 20, 32)
+    tokens[0, 9] *= 5  # directions count, not lengths
+    distinctive = [4, 6, 17]
+    tokens[0, distinctive] = torch.randn(3, 32)
+    embedded, prefix = connector.embed_tokens(tokens), int(class_token)
+    others = [index for index in range(prefix, 20) if index not in distinctive]
+    read = [embedded[:, :prefix], embedded[:, others].mean(dim=1, keepdim=True), embedded[:, distinctive]]
+    queries = connector.query_tokens[:, :2]
+    expected = connector.qformer(query_embeds=queries, encoder_hidden_states=torch.cat(read, dim=1)).last_hidden_state
+    output = connector(tokens, num_output_tokens=2)
+    torch.testing.assert_close(output.last_hidden_state, expected)
+    (index,) = output.layer_index
+    assert index[0, distinctive].tolist() == [prefix + 1, prefix + 2, prefix + 3]
+    assert set(index[0, others].tolist()) == {prefix}
+    plain = AutoModel.from_config(QFormerConnectorConfig(**fields)).eval()
+    plain.load_state_dict(connector.state_dict())
+    few = tokens[:, : 3 + prefix]  # all of them are kept
+    torch.testing.assert_close(connector(few).last_hidden_state, plain(few).last_hidden_state)
+
+
+@pytest.mark.parametrize("class_token", [True, False])
 def test_pooling_takes_the_mean_of_neighbouring_patches(class_token):
     config = MLPConnectorConfig(**SIZES, pool_size=2, residual=True, class_token=class_token)
     connector = MLPConnector(config)
@@ -172,6 +197,7 @@ def test_a_mean_is_weighted_by_size():
         ({"model_type": "evlgen_mlp", "pool_size": 20}, "`pool_size` 20 needs a square grid of at least as many"),
         ({"model_type": "evlgen_mlp", "pool_size": 0}, "`pool_size` must be at least 1, but is 0"),
         ({"model_type": "evlgen_qformer", "num_query_tokens": 0}, "`num_query_tokens` must be at least 1, but is 0"),
+        ({"model_type": "evlgen_qformer", "num_distinctive_tokens": 0}, "`num_distinctive_tokens` must be at least 1"),
         (
             {"model_type": "evlgen_qformer", "num_attention_heads": 7},
             r"`hidden_size` \(768\) must be a multiple of `num_attention_heads` \(7\)",

@@ -155,8 +155,21 @@ def test_other_connectors_are_refused():
         image_size=IMAGE_SIZE,
         image_token_id=300,
     )
-    with pytest.raises(ValueError, match="connector must be a TomeFormer, but is a MLPConnector"):
+    with pytest.raises(ValueError, match=r"must be a TomeFormer or a Q-Former with .*, but is a 'evlgen_mlp'"):
         merging_overlay.merged_tokens(model, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+
+
+def test_the_tokens_that_queries_attend_to_are_shown():
+    """Each chosen patch has a number of its own, and all others have the mean's."""
+    fields = {"model_type": "evlgen_qformer", "num_hidden_layers": 1, "num_attention_heads": 4}
+    fields |= {"hidden_size": 32, "intermediate_size": 64, "num_query_tokens": 5, "num_distinctive_tokens": 4}
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        *tiny_towers(), connector_config=fields, image_size=IMAGE_SIZE, image_token_id=300
+    )
+    layers = merging_overlay.merged_tokens(model, torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+    assert merging_overlay.count_layers(model) == 1 and merging_overlay.token_counts(layers) == [6]
+    (groups,) = merging_overlay.patch_groups(model, layers)
+    assert sorted(groups.flatten().tolist()) == [1] * 12 + [2, 3, 4, 5]  # 0 is the class token
 
 
 def test_an_adapters_merging_is_drawn(captioner, tmp_path):

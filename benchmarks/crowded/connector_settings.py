@@ -13,6 +13,7 @@ VIEW = "view of 224 pixels"
 TILES = "tiles of 224 pixels"
 RANDOM = "random tokens"
 ALL_TOKENS = "MLP on all tokens"
+CHOOSING_QFORMER = "choosing Q-Former"
 
 _SIZE = encoder_fields(hidden_size=384, layers=3) | {"class_token": False, "max_position_embeddings": 2048}
 _POSITIONS = {"position_initializer_range": 0.1, "position_grid_size": None}  # about the size of the tokens
@@ -37,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "merge": {**_TOMEFORMER, "num_hidden_layers": 5},
     "means": {**_MLP, "pool_size": None},
     "Q-Former": {**_QFORMER, "num_query_tokens": None},
+    CHOOSING_QFORMER: {**_QFORMER, "num_query_tokens": None, "num_distinctive_tokens": 100},
     RANDOM: {**_TOMEFORMER, "distinctive_factor": 3},  # which keeps random tokens instead
     ALL_TOKENS: _MLP,
     VIEW: {**_TOMEFORMER, "distinctive_factor": 3},  # of the image at 224 pixels, 196 tokens

@@ -1,4 +1,4 @@
-"""Records how the connector merges tokens, and draws the merged patches over an image or a video's frames."""
+"""Records how the connector merges or chooses tokens, and draws it over an image or a video's frames."""
 
 import colorsys
 import math
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from modeling_evlgen import EVLGenForConditionalGeneration, TomeFormerModel
+from configuration_evlgen import QFormerConnectorConfig, TomeFormerConfig
+from modeling_evlgen import EVLGenForConditionalGeneration, QFormerConnector, TomeFormerModel
 from modeling_evlgen.video_merging import FRAMES_AT_ONCE, match_over_time, match_within_frames, place_frames
 from modeling_evlgen.vision_tower import extract_vision_tokens
 
@@ -17,19 +18,34 @@ SIDE = 448  # width and height in pixels of a drawn image
 TINT = 0.6  # opacity of a token's colour over the image, 0 to 1
 
 
+def count_layers(model: EVLGenForConditionalGeneration) -> int:
+    """Counts the entries of [`recorded_merging`]: the connector's layers that merge, and a choice before them.
+
+    A connector that neither merges nor chooses tokens raises a ValueError.
+    """
+    config = model.config.connector_config
+    if isinstance(config, TomeFormerConfig):
+        return config.num_hidden_layers + (config.distinctive_factor is not None)
+    if isinstance(config, QFormerConnectorConfig) and config.num_distinctive_tokens is not None:
+        return 1
+    raise ValueError(
+        "The model's connector must be a TomeFormer or a Q-Former with `num_distinctive_tokens`, but is a "
+        f"{config.model_type!r}."
+    )
+
+
 @contextmanager
 def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[torch.Tensor]]:
-    """Records the merging of the connector's next forward pass. A connector that does not merge raises a ValueError.
+    """Records the merging of the connector's next forward pass. Raises as [`count_layers`] does.
 
     Yields:
-        An empty list. The forward pass adds the `layer_index` of [`TomeFormerOutput`]: for each layer a tensor of
-        shape `(images, num_vision_tokens)`.
+        An empty list. The forward pass adds the `layer_index` of [`TomeFormerOutput`] or [`QFormerConnectorOutput`]:
+        for each layer a tensor of shape `(images, num_vision_tokens)`.
     """
+    count_layers(model)
     # PEFT's wrapper holds two connectors, the base model's and the trained one. Only one of them runs.
-    connectors = [module for module in model.connector.modules() if isinstance(module, TomeFormerModel)]
-    if not connectors:
-        connector = getattr(model.connector, "original_module", model.connector)  # within PEFT's wrapper
-        raise ValueError(f"The model's connector must be a TomeFormer, but is a {type(connector).__name__}.")
+    kinds = TomeFormerModel, QFormerConnector
+    connectors = [module for module in model.connector.modules() if isinstance(module, kinds)]
     layers: list[torch.Tensor] = []
     hooks = [
         connector.register_forward_hook(lambda module, arguments, output: layers.extend(output.layer_index))
