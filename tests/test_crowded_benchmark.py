@@ -13,7 +13,7 @@ from benchmarks.crowded import budget_run, caption_run
 from benchmarks.crowded.budget_run import BudgetRun
 from benchmarks.crowded.budget_tables import Cost, step_table
 from benchmarks.crowded.caption_run import CaptionRun, name_score
-from benchmarks.crowded.connector_settings import ALL_TOKENS, TILES, VIEW
+from benchmarks.crowded.connector_settings import ALL_TOKENS, CHOOSING_QFORMER, TILES, VIEW
 from benchmarks.crowded.scene_questions import NO_ANSWER, list_questions, read_answers
 from benchmarks.planned_runs import read_results
 from common.demo import crowded_scenes
@@ -67,9 +67,12 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
 def test_captions_of_the_language_model_are_trained_and_read(small_scenes, monkeypatch, tmp_path, capsys):
     recipe = yaml.safe_load(caption_run.RECIPE.read_text())
     recipe |= {"text_model": save_towers(tmp_path)["text_model"], "max_new_tokens": 4, "whitening_images": 8}
+    recipe["image_token_range"] = [9, 16]
     monkeypatch.setattr(caption_run, "RECIPE", tmp_path / "recipe.yaml")
     caption_run.RECIPE.write_text(yaml.safe_dump(recipe))
-    plan = [CaptionRun(method, tokens=4, steps=1) for method in ("choose", "means", "Q-Former")]
+    plan = [CaptionRun(method, tokens=4, steps=1) for method in ("choose", "means", CHOOSING_QFORMER)]
+    plan.append(CaptionRun(CHOOSING_QFORMER, tokens=None, steps=1))
+    monkeypatch.setattr(caption_run, "BUDGETS", (9, 16))
     monkeypatch.setattr(crowded, "PLAN", [])
     monkeypatch.setattr(crowded, "CAPTION_PLAN", plan)
     monkeypatch.setattr(crowded, "TIMED", ("means",))
@@ -77,8 +80,12 @@ def test_captions_of_the_language_model_are_trained_and_read(small_scenes, monke
     crowded.main([])
     results = [json.loads(line) for line in crowded.RESULTS.read_text().splitlines()]
     assert [CaptionRun(**result["run"]) for result in results] == plan
-    assert all(len(result["captions"]) == 4 and result["test_loss"] > 0 for result in results)
-    assert "| Q-Former, 4 tokens, 1 steps | 1 |" in capsys.readouterr().out
+    assert [list(result["held_out"]) for result in results] == [["4"], ["4"], ["4"], ["9", "16"]]
+    figures = [figures for result in results for figures in result["held_out"].values()]
+    assert all(len(each["captions"]) == 4 and each["test_loss"] > 0 for each in figures)
+    printed = capsys.readouterr().out
+    assert f"| {CHOOSING_QFORMER} | 1 | 4 | it alone | 1 |" in printed
+    assert f"| {CHOOSING_QFORMER} | 1 | 16 | any number | 1 |" in printed
 
 
 def test_the_table_of_steps_has_operations_and_relative_times():

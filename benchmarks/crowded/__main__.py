@@ -9,7 +9,7 @@ operations and the time of a step with each number of tokens side by side, in so
 docs/images/crowded.png.
 
 Most runs serve all numbers of tokens: each batch of training draws one. A small reader in place of the language model
-answers questions from the tokens. The caption runs train with the language model, for one number of tokens. Vision
+answers questions from the tokens. The caption runs train with the language model, most of them for 25 tokens. Vision
 features are cached, so the tower's time is not included.
 """
 
@@ -37,7 +37,7 @@ from .budget_tables import (
     step_table,
 )
 from .caption_run import CaptionRun
-from .connector_settings import ALL_TOKENS, RANDOM, TILES, VIEW
+from .connector_settings import ALL_TOKENS, CHOOSING_QFORMER, RANDOM, TILES, VIEW
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 CURVES = Path(__file__).parents[2] / "docs" / "images" / "crowded.png"
@@ -62,7 +62,11 @@ PLAN = [
     *(BudgetRun(method, size=672) for method in FINALISTS),
     *(BudgetRun(method, stamps=True) for method in FINALISTS),
 ]
-CAPTION_PLAN = [*(CaptionRun(method, seed=seed) for seed in SEEDS for method in FINALISTS), CaptionRun("merge")]
+CAPTION_PLAN = [
+    *(CaptionRun(method, seed=seed) for seed in SEEDS for method in (CHOOSING_QFORMER, *FINALISTS)),
+    CaptionRun("merge"),
+    CaptionRun(CHOOSING_QFORMER, tokens=None),
+]
 
 
 def main(argv: list[str] | None = None) -> None:

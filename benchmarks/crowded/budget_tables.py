@@ -93,20 +93,23 @@ def step_table(costs: dict[str, dict[int, Cost]]) -> str:
 
 def caption_table(results: list[Result]) -> str:
     """Markdown table of the caption runs: losses in nats per token, named drawings (F1) and exact captions in %."""
-    methods = defaultdict(list)
+    groups = defaultdict(list)
     for result in results:
         run = result["run"]
-        methods[f"{run['method']}, {run['tokens']} tokens, {run['steps']} steps"].append(result)
+        trained = "any number" if run["tokens"] is None else "it alone"
+        for tokens, figures in result["held_out"].items():
+            groups[run["method"], run["steps"], tokens, trained].append(figures)
     rows = [
         [
-            method,
+            *group,
             len(seeds),
             *(band([seed[name] for seed in seeds], 2) for name in ("test_loss", "test_loss_gap")),
             *(spread([seed[name] for seed in seeds]) for name in ("names", "test_exact_captions")),
         ]
-        for method, seeds in methods.items()
+        for group, seeds in groups.items()
     ]
-    return markdown_table(["method", "seeds", "held-out loss", "more with wrong images", "names", "exact"], rows)
+    header = ["method", "steps", "tokens", "trained for", "seeds", "held-out loss", "more with wrong images"]
+    return markdown_table([*header, "names", "exact"], rows)
 
 
 def draw_curves(results: list[Result], costs: dict[str, dict[int, Cost]], path: Path) -> None:

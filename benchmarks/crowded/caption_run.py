@@ -1,4 +1,4 @@
-"""Trains the recipe for crowded images with its language model, for one number of tokens, and reads its captions."""
+"""Trains the recipe for crowded images with its language model, and reads its captions."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from common.training.trainer import EVLGenTrainer
 
 from ..pretraining import parse_recipe, prepare_training
 from .budget_run import STRIDE
-from .connector_settings import connector_fields
+from .connector_settings import BUDGETS, connector_fields
 
 RECIPE = Path(pretrain.__file__).parent / "configs" / "crowded.yaml"
 GRID_SIZE = 448 // STRIDE  # 448 is the recipe's `image_size`
@@ -30,17 +30,17 @@ class CaptionRun:
     """The settings of one run. All others are the recipe's."""
 
     method: str
-    tokens: int = 25  # of the soft prompt
+    tokens: int | None = 25  # of the soft prompt. None: any number, as the recipe trains, measured at `BUDGETS`
     steps: int = 400
     seed: int = 0
 
     @property
     def name(self) -> str:
-        return f"captions.{self.method}.{self.tokens}-tokens.seed{self.seed}.{self.steps}"
+        return f"captions.{self.method}.{self.tokens or 'any'}-tokens.seed{self.seed}.{self.steps}"
 
 
 def train(run: CaptionRun) -> dict[str, Any]:
-    """Trains a run as `examples/pretrain.py` does. Returns its figures and captions of the test scenes."""
+    """Trains a run as `examples/pretrain.py` does. Returns figures and captions of the test scenes by tokens."""
     with tempfile.TemporaryDirectory() as folder:
         model, processor, train_dataset, test_dataset, data_args, generation_args, args = prepare_training(
             parse(run, folder)
@@ -49,19 +49,19 @@ def train(run: CaptionRun) -> dict[str, Any]:
         data = {"train_dataset": train_dataset, "data_collator": collator, "processing_class": processor}
         EVLGenTrainer(model=model, args=args, **data).train()
         evaluation = data_args, generation_args, args.per_device_eval_batch_size, args.autocast_dtype
-        figures, captions = evaluate_captions(model, processor, test_dataset, *evaluation)
-    truths = [row[data_args.caption_column] for row in test_dataset.texts]
-    return {
-        "trained_parameters": model.num_parameters(only_trainable=True),
-        **{name: round(value, 4) for name, value in figures.items()},
-        "names": round(name_score(captions, truths), 4),
-        "captions": captions,
-    }
+        truths = [row[data_args.caption_column] for row in test_dataset.texts]
+        held_out = {}
+        for tokens in BUDGETS if run.tokens is None else (run.tokens,):
+            processor.num_image_tokens = tokens
+            figures, captions = evaluate_captions(model, processor, test_dataset, *evaluation)
+            figures["names"] = name_score(captions, truths)
+            held_out[tokens] = {name: round(value, 4) for name, value in figures.items()} | {"captions": captions}
+    return {"trained_parameters": model.num_parameters(only_trainable=True), "held_out": held_out}
 
 
 def parse(run: CaptionRun, output_dir: str) -> tuple[Any, ...]:
     """Parses the arguments that `examples/pretrain.py` would need for this run."""
-    fields = connector_fields(run.method, GRID_SIZE, run.tokens)
+    fields = connector_fields(run.method, GRID_SIZE, run.tokens or max(BUDGETS))
     arguments = {
         "connector": fields.pop("model_type", "evlgen_tomeformer").removeprefix("evlgen_"),
         "connector_config": json.dumps(fields),
@@ -70,7 +70,8 @@ def parse(run: CaptionRun, output_dir: str) -> tuple[Any, ...]:
         "output_dir": output_dir,
     }
     parsed = parse_recipe(arguments, RECIPE)
-    parsed[1].image_token_range = None
+    if run.tokens is not None:
+        parsed[1].image_token_range = None
     return parsed
 
 
