@@ -43,11 +43,14 @@ _EVLGEN = {
     "output_position_initializer_range": 1.0,
     "merge_metric": "hidden_states",
 }
-# The recipe for crowded images, at the number of tokens of the others.
+# A TomeFormer that chooses first, at the number of tokens of the others.
 _CHOOSES = {name: value for name, value in _EVLGEN.items() if name != "merge_r"}
 _CHOOSES |= {"num_merged_tokens": 25, "distinctive_factor": 3}
 # Cross-attention in every second layer, as in BLIP-2. The smaller feed-forward makes the number of parameters equal.
 _QFORMER = {**_SIZE, "intermediate_size": 1024, "num_query_tokens": 25, "position_initializer_range": 0.1}
+# The recipe for crowded images, at the number of tokens of the others.
+_CHOOSING_QFORMER = {**_QFORMER, "intermediate_size": 768, "cross_attention_frequency": 1, "position_grid_size": 14}
+_CHOOSING_QFORMER |= {"num_distinctive_tokens": 100}
 _MLP = {"hidden_size": 384, "intermediate_size": 6912, "max_position_embeddings": 512}
 _MLP |= {"residual": True, "branch_initializer_range": 0.0, "output_position_initializer_range": 1.0}
 
@@ -61,10 +64,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "mlp-all-tokens": {"connector": "mlp", "fields": _MLP},
     "random-pruning": {"connector": "tomeformer", "fields": _EVLGEN, "random_pruning": True},
     "evlgen-chooses-first": {"connector": "tomeformer", "fields": _CHOOSES},
+    "qformer-chooses-first": {"connector": "qformer", "fields": _CHOOSING_QFORMER},
 }
 SWEPT = ("evlgen", "qformer", "mean-pooling")
 # These methods have no sweep. Apart from their fields, they take the settings of a method that is close to them.
-_SWEPT_RELATIVES = {"random-pruning": "evlgen", "mlp-all-tokens": "mean-pooling", "evlgen-chooses-first": "evlgen"}
+_SWEPT_RELATIVES = {"random-pruning": "evlgen", "mlp-all-tokens": "mean-pooling"}
+_SWEPT_RELATIVES |= {"evlgen-chooses-first": "evlgen", "qformer-chooses-first": "qformer"}
 # Changes that compete with their method in its sweep.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "evlgen-paper-blocks": {
@@ -133,7 +138,7 @@ def plan() -> list[Run]:
     runs += _tenth_of_data(first) + _main_runs(("random-pruning",), first)
     runs += sweep("evlgen-paper-blocks") + _main_runs(("evlgen-paper-blocks",), first)
     runs += _tenth_of_data(others) + _main_runs(("mlp-all-tokens",), first, DATASETS[:1])
-    runs += _main_runs(("evlgen-chooses-first",), SEEDS, DATASETS[:1])
+    runs += _main_runs(("evlgen-chooses-first", "qformer-chooses-first"), SEEDS, DATASETS[:1])
     return runs + ablations()
 
 
