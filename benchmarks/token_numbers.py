@@ -1,4 +1,4 @@
-"""Measures what the number of tokens costs: one model that chooses first makes 4 to 196 tokens of 784.
+"""Measures what the number of tokens costs: one model that chooses makes 4 to 196 tokens of 784.
 
     python -m benchmarks.token_numbers
 
@@ -14,7 +14,7 @@ import torch
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .crowded.connector_settings import connector_fields
+from .crowded.connector_settings import CHOOSING_QFORMER, connector_fields
 from .timing import argument_parser, markdown_table, take_turns
 from .training_step import CAPTION, LITE0, PROMPT, TEXT, build
 
@@ -27,7 +27,7 @@ def build_model() -> EVLGenForConditionalGeneration:
         vision_config=LITE0,
         num_vision_tokens=GRID**2,
         vision_hidden_size=112,
-        connector_config=connector_fields("choose", GRID, max(NUMBERS)),
+        connector_config=connector_fields(CHOOSING_QFORMER, GRID, max(NUMBERS)),
         text_config=TEXT,
         image_token_range=[min(NUMBERS), max(NUMBERS)],
     )

@@ -255,9 +255,9 @@ class QFormerConnectorConfig(ConnectorConfig):
             BLIP-2 has none: the tokens of a ViT contain their positions. Those of a CNN do not.
         position_grid_size (`int`, *optional*): As in [`TomeFormerConfig`]. Needs `position_initializer_range`.
         num_distinctive_tokens (`int`, *optional*):
-            If given, queries attend to this many of the most distinctive visual tokens of an image, and to the mean of
-            all others. The smaller a token's mean cosine similarity to all tokens, the more distinctive it is. By
-            default queries attend to all tokens, as in BLIP-2.
+            If given, queries attend to this many of the most distinctive visual tokens of an image, to the mean of
+            all others and to a class token. The smaller a token's mean cosine similarity to all tokens, the more
+            distinctive it is. By default, and in images with fewer tokens, queries attend to all tokens, as in BLIP-2.
         num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, hidden_dropout_prob,
         attention_probs_dropout_prob, layer_norm_eps, initializer_range: As in [`TomeFormerConfig`].
 

@@ -36,10 +36,10 @@ _MERGING_LOCK = Lock()
 class Merging:
     """The frames of an image or some frames of a video, and their merging, as the page shows them.
 
-    `groups` and `counts` have an entry before the connector and one after each of its layers: the token that each
-    patch belongs to, of shape `(rows, columns)` or, if frames differ, `(frames, rows, columns)`, and the number of
-    tokens. They are empty before the model has run. `num_frames` counts the frames that are not shown, too.
-    `num_image_tokens` is the length of the soft prompt.
+    `groups` and `counts` have an entry before the connector, and one for each entry of [`recorded_merging`]. They hold
+    the token that each patch belongs to, of shape `(rows, columns)` or, if frames differ, `(frames, rows, columns)`,
+    and the number of tokens. They are empty before the model has run. `num_frames` counts the frames that are not
+    shown, too. `num_image_tokens` is the length of the soft prompt.
     """
 
     frames: list[Image.Image]

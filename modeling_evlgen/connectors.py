@@ -1,4 +1,4 @@
-"""The peers of the TomeFormer, to compare it with: BLIP-2's Q-Former and an MLP.
+"""The peers of the TomeFormer: BLIP-2's Q-Former, which may choose tokens, and an MLP.
 
 A connector takes `inputs_embeds`, (batch, tokens, dim), the grid of tiles that they come from, and a number of output
 tokens. It returns an output with `last_hidden_state`, (batch, output tokens, dim).
@@ -70,7 +70,8 @@ class QFormerConnectorOutput(BaseModelOutput):
         last_hidden_state (`torch.Tensor` of shape `(batch, queries, hidden_size)`): The queries after the last layer.
         layer_index (`tuple[torch.LongTensor]`, *optional*):
             If the connector chooses, one tensor of shape `(batch, tokens)`: the index of each visual token among those
-            that the queries attend to. The mean of the others comes first, after a class token.
+            that the queries attend to. Tokens that were not chosen have the index of their mean, which comes first,
+            after a class token. If all were chosen, there is no mean.
     """
 
     layer_index: tuple[torch.Tensor, ...] | None = None

@@ -255,7 +255,7 @@ def test_a_visitor_who_leaves_stops_the_model(captioner):
 def test_draws_each_frame_beside_what_a_layer_leaves_of_it():
     grey, white = (Image.new("RGB", (448, 448), color) for color in ("grey", "white"))
     groups = [np.array([[0, 1], [2, 3]]), np.zeros((2, 2), dtype=int)]
-    merging = app.Merging([grey, white], groups, [4, 1], num_frames=2, num_image_tokens=1)
+    merging = app.Merging([grey, white], groups, [4, 1], num_frames=2, num_image_tokens=3)
     images, captions = zip(*app.draw_layer(merging, 1), strict=True)
     assert captions == ("frame 1", "frame 1, layer 1: 1 tokens", "frame 2", "frame 2, layer 1: 1 tokens")
     expected = [grey, draw_groups(grey, groups[1]), white, draw_groups(white, groups[1])]
@@ -267,7 +267,7 @@ def test_draws_each_frame_beside_what_a_layer_leaves_of_it():
         with pytest.raises(ValueError, match=rf"`layer` must be a whole number of 0 to 1, but is {layer!r}\."):
             app.draw_layer(merging, layer)
     table = app.figures(merging, {"tower": 1.25, "connector": 0.5})
-    assert table.splitlines()[2] == "| 2 frames x 4 | 1 | 1.2 ms | 0.5 ms | … |"
+    assert table.splitlines()[2] == "| 2 frames x 4 | 3 | 1.2 ms | 0.5 ms | … |"
 
 
 def test_an_adapter_has_a_page(folder, tmp_path):
@@ -288,14 +288,27 @@ def test_an_adapter_has_a_page(folder, tmp_path):
     assert len(merging.groups) == 3
 
 
+def test_a_qformer_that_chooses_has_a_page():
+    """It shows what was chosen, and the length of the soft prompt is the number of queries."""
+    fields = {"model_type": "evlgen_qformer", "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 32}
+    fields |= {"intermediate_size": 64, "num_query_tokens": 5, "num_distinctive_tokens": 3}
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
+        *tiny_towers(), connector_config=fields, image_size=IMAGE_SIZE, image_token_id=300
+    )
+    processor = tiny_processor(model)
+    app.build_page(model, processor, 1)
+    settings = app.generation_settings(1, 0, 1, 2)
+    *_, (_, merging, times) = app.describe(model, processor, "images", noise_images(1), "", settings)
+    assert merging.counts == [17, 5] and app.figures(merging, times).splitlines()[2].startswith("| 17 | 5 |")
+    assert sorted(merging.groups[1].flatten().tolist()) == [1] * 13 + [2, 3, 4]  # 0 is the class token
+
+
 def test_other_connectors_are_refused_before_there_is_a_page():
     mlp = {"model_type": "evlgen_mlp", "hidden_size": 32, "intermediate_size": 64}
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
         *tiny_towers(), connector_config=mlp, image_size=IMAGE_SIZE, image_token_id=300
     )
-    with pytest.raises(
-        ValueError, match=r"must be a TomeFormer or a Q-Former with `num_distinctive_tokens`, but is a 'evlgen_mlp'"
-    ):
+    with pytest.raises(ValueError, match="`model_type` is 'evlgen_mlp', and it neither merges nor chooses"):
         app.build_page(model, tiny_processor(model), 1)
 
 

@@ -13,7 +13,14 @@ from benchmarks.crowded import budget_run, caption_run
 from benchmarks.crowded.budget_run import BudgetRun
 from benchmarks.crowded.budget_tables import Cost, step_table
 from benchmarks.crowded.caption_run import CaptionRun, name_score
-from benchmarks.crowded.connector_settings import ALL_TOKENS, CHOOSING_QFORMER, TILES, VIEW
+from benchmarks.crowded.connector_settings import (
+    ALL_TOKENS,
+    BUDGETS,
+    CHOOSING_QFORMER,
+    TILES,
+    VIEW,
+    connector_fields,
+)
 from benchmarks.crowded.scene_questions import NO_ANSWER, list_questions, read_answers
 from benchmarks.planned_runs import read_results
 from common.demo import crowded_scenes
@@ -70,7 +77,7 @@ def test_captions_of_the_language_model_are_trained_and_read(small_scenes, monke
     recipe["image_token_range"] = [9, 16]
     monkeypatch.setattr(caption_run, "RECIPE", tmp_path / "recipe.yaml")
     caption_run.RECIPE.write_text(yaml.safe_dump(recipe))
-    plan = [CaptionRun(method, tokens=4, steps=1) for method in ("choose", CHOOSING_QFORMER)]
+    plan = [CaptionRun(method, tokens=4, steps=1) for method in ("means", CHOOSING_QFORMER)]
     plan.append(CaptionRun(CHOOSING_QFORMER, tokens=None, steps=1))
     monkeypatch.setattr(caption_run, "BUDGETS", (9, 16))
     monkeypatch.setattr(crowded, "PLAN", [])
@@ -84,8 +91,16 @@ def test_captions_of_the_language_model_are_trained_and_read(small_scenes, monke
     figures = [figures for result in results for figures in result["held_out"].values()]
     assert all(len(each["captions"]) == 4 and each["test_loss"] > 0 for each in figures)
     printed = capsys.readouterr().out
-    assert f"| {CHOOSING_QFORMER} | 1 | 4 | it alone | 1 |" in printed
+    assert f"| {CHOOSING_QFORMER} | 1 | 4 | this number | 1 |" in printed
     assert f"| {CHOOSING_QFORMER} | 1 | 16 | any number | 1 |" in printed
+
+
+def test_the_recipe_has_the_connector_of_the_comparison():
+    recipe = yaml.safe_load(caption_run.RECIPE.read_text())
+    fields = {**recipe["connector_config"], "model_type": f"evlgen_{recipe['connector']}", "class_token": False}
+    compared = connector_fields(CHOOSING_QFORMER, caption_run.GRID_SIZE, max(BUDGETS))
+    assert {**fields, "max_position_embeddings": 2048} == compared
+    assert recipe["image_token_range"] == [min(BUDGETS), max(BUDGETS)]
 
 
 def test_the_table_of_steps_has_operations_and_relative_times():

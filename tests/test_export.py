@@ -17,7 +17,13 @@ LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
 CONNECTORS = {
     "tomeformer": {**LAYERS, "merge_r": 3},
     "tomeformer that chooses": {**LAYERS, "num_merged_tokens": 6, "distinctive_factor": 2},
-    "qformer": {**LAYERS, "model_type": "evlgen_qformer", "num_query_tokens": 5, "num_distinctive_tokens": 7},
+    "qformer": {**LAYERS, "model_type": "evlgen_qformer", "num_query_tokens": 5},
+    "qformer that chooses": {
+        **LAYERS,
+        "model_type": "evlgen_qformer",
+        "num_query_tokens": 5,
+        "num_distinctive_tokens": 7,
+    },
     "mlp": {"model_type": "evlgen_mlp", "pool_size": 2},
 }
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -52,6 +58,7 @@ def assert_same(prompt, run, **tolerance):
         *((vision, "tomeformer") for vision in TOWERS),
         ("clip", "tomeformer that chooses"),
         ("eva", "qformer"),
+        ("clip", "qformer that chooses"),
         ("timm_cnn", "mlp"),
     ],
 )

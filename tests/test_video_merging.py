@@ -17,8 +17,12 @@ CONNECTORS = {
     "tomeformer": {**CONNECTOR, "merge_r": 3},
     "chooser": {**CONNECTOR, "num_merged_tokens": 6, "distinctive_factor": 2},
     "qformer": QFormerConnectorConfig(**CONNECTOR, num_query_tokens=5, class_token=False),
-    "qformer-positions": QFormerConnectorConfig(
-        **CONNECTOR, num_query_tokens=5, class_token=False, position_initializer_range=0.1
+    "choosing qformer": QFormerConnectorConfig(
+        **CONNECTOR,
+        num_query_tokens=5,
+        class_token=False,
+        position_initializer_range=0.1,
+        num_distinctive_tokens=9,
     ),
     "mlp": MLPConnectorConfig(hidden_size=32, intermediate_size=64, class_token=False),
 }

@@ -155,7 +155,7 @@ def test_other_connectors_are_refused():
         image_size=IMAGE_SIZE,
         image_token_id=300,
     )
-    with pytest.raises(ValueError, match=r"must be a TomeFormer or a Q-Former with .*, but is a 'evlgen_mlp'"):
+    with pytest.raises(ValueError, match="`model_type` is 'evlgen_mlp', and it neither merges nor chooses"):
         merging_overlay.merged_tokens(model, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
 
 

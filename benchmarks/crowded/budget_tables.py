@@ -96,7 +96,7 @@ def caption_table(results: list[Result]) -> str:
     groups = defaultdict(list)
     for result in results:
         run = result["run"]
-        trained = "any number" if run["tokens"] is None else "it alone"
+        trained = "any number" if run["tokens"] is None else "this number"
         for tokens, figures in result["held_out"].items():
             groups[run["method"], run["steps"], tokens, trained].append(figures)
     rows = [

@@ -40,7 +40,7 @@ class CaptionRun:
 
 
 def train(run: CaptionRun) -> dict[str, Any]:
-    """Trains a run as `examples/pretrain.py` does. Returns figures and captions of the test scenes by tokens."""
+    """Trains a run as `examples/pretrain.py` does. Returns figures and captions for each number of tokens."""
     with tempfile.TemporaryDirectory() as folder:
         model, processor, train_dataset, test_dataset, data_args, generation_args, args = prepare_training(
             parse(run, folder)

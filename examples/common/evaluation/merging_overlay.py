@@ -29,8 +29,8 @@ def count_layers(model: EVLGenForConditionalGeneration) -> int:
     if isinstance(config, QFormerConnectorConfig) and config.num_distinctive_tokens is not None:
         return 1
     raise ValueError(
-        "The model's connector must be a TomeFormer or a Q-Former with `num_distinctive_tokens`, but is a "
-        f"{config.model_type!r}."
+        "The model's connector must be a TomeFormer or a Q-Former with `num_distinctive_tokens`, but its `model_type` "
+        f"is {config.model_type!r}, and it neither merges nor chooses tokens."
     )
 
 

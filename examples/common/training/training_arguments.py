@@ -17,7 +17,7 @@ class ModelArguments:
     vision_model: str | None = HfArg(default=None, help="Vision tower: a folder or a name on the Hub.")
     text_model: str | None = HfArg(default=None, help="Language model: a folder or a name on the Hub.")
     connector: Literal["tomeformer", "qformer", "mlp"] = HfArg(
-        default="tomeformer", help="Connector; qformer and mlp are there for comparison."
+        default="tomeformer", help="Connector: a TomeFormer, a Q-Former or an MLP."
     )
     connector_model: str | None = HfArg(
         default=None, help="BERT checkpoint to start a TomeFormer or a Q-Former from, e.g. bert-base-uncased."
