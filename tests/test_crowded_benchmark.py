@@ -74,7 +74,7 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
 def test_captions_of_the_language_model_are_trained_and_read(small_scenes, monkeypatch, tmp_path, capsys):
     recipe = yaml.safe_load(caption_run.RECIPE.read_text())
     recipe |= {"text_model": save_towers(tmp_path)["text_model"], "max_new_tokens": 4, "whitening_images": 8}
-    recipe["image_token_range"] = [9, 16]
+    recipe |= {"image_token_range": [9, 16], "num_image_tokens": 9}
     monkeypatch.setattr(caption_run, "RECIPE", tmp_path / "recipe.yaml")
     caption_run.RECIPE.write_text(yaml.safe_dump(recipe))
     plan = [CaptionRun(method, tokens=4, steps=1) for method in ("means", CHOOSING_QFORMER)]

@@ -189,6 +189,7 @@ def run(command: Command, work: Path, monkeypatch) -> None:
     if CROWDED_RECIPE in command.arguments:
         fields = yaml.safe_load(Path(CROWDED_RECIPE).read_text(encoding="utf-8"))["connector_config"]
         fields |= {"num_query_tokens": 16, "num_distinctive_tokens": 9, "position_grid_size": 4}
+        arguments += ["--num_image_tokens", "9"]
         arguments += ["--connector_config", json.dumps(fields)]
     if CROWDED_RECIPE in command.arguments or "--image_token_range" in arguments:  # the tiny tower gives 17 tokens
         arguments += ["--image_token_range", "4", "16"]

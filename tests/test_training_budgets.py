@@ -188,7 +188,9 @@ def build(tmp_path, connector="tomeformer", fields=CONNECTOR, vision="clip", **a
 def test_a_new_model_and_its_processor_have_the_tiles_and_the_range(tmp_path):
     model, processor = build(tmp_path, max_tiles=4, image_token_range=[4, 17])
     assert model.config.image_token_range == processor.image_token_range == [4, 17]
-    assert processor.max_tiles == 4
+    assert processor.max_tiles == 4 and processor.num_image_tokens == model.config.num_image_tokens == 11
+    _, processor = build(tmp_path, image_token_range=[4, 17], num_image_tokens=6)
+    assert processor.num_image_tokens == 6
     model, processor = build(tmp_path)
     assert model.config.image_token_range is processor.image_token_range is None and processor.max_tiles == 1
 
@@ -238,6 +240,8 @@ def test_a_model_that_takes_no_tiles_is_refused_at_the_start(fields, message):
         ({"max_tiles": 0}, "`max_tiles` must be an integer from 1 to 100, but is 0"),
         ({"image_token_range": [4]}, r"`image_token_range` must hold the smallest .* but is \[4\]"),
         ({"image_token_range": [9, 4]}, r"`image_token_range` must hold the smallest .* but is \[9, 4\]"),
+        ({"num_image_tokens": 9}, "`num_image_tokens` needs `image_token_range`"),
+        ({"num_image_tokens": 3, "image_token_range": [4, 9]}, "`num_image_tokens` must be from 4 to 9, .* but is 3"),
     ],
 )
 def test_arguments_out_of_range_are_refused_before_anything_is_loaded(arguments, message):

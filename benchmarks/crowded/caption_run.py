@@ -71,7 +71,7 @@ def parse(run: CaptionRun, output_dir: str) -> tuple[Any, ...]:
     }
     parsed = parse_recipe(arguments, RECIPE)
     if run.tokens is not None:
-        parsed[1].image_token_range = None
+        parsed[1].image_token_range = parsed[1].num_image_tokens = None
     return parsed
 
 

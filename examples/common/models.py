@@ -57,6 +57,8 @@ def build_model(
         max_tiles=text_format.max_tiles,
     )
     allow_token_range(model, processor, text_format.image_token_range)
+    if text_format.num_image_tokens is not None:
+        processor.num_image_tokens = text_format.num_image_tokens
     model.generation_config.eos_token_id = processor.end_of_text_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, processor

@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.command_line import check_count
-from processing_evlgen.inputs import check_max_tiles, check_token_range
+from processing_evlgen.inputs import check_max_tiles, check_num_image_tokens, check_token_range
 
 
 @dataclass
@@ -64,10 +64,20 @@ class ProcessorArguments:
         help="Train for any number of tokens of an image, from the first number to the second: each batch draws one. "
         "Default: the connector's number alone.",
     )
+    num_image_tokens: int | None = HfArg(
+        default=None,
+        help="Tokens of an image if no number is requested, in `image_token_range`. Default: the connector's number.",
+    )
 
     def __post_init__(self):
         check_max_tiles(self.max_tiles)
         check_token_range(self.image_token_range)
+        if self.num_image_tokens is not None:
+            if self.image_token_range is None:
+                raise ValueError(
+                    "`num_image_tokens` needs `image_token_range`: without it the connector's number holds."
+                )
+            check_num_image_tokens(self.num_image_tokens, self.image_token_range)
 
 
 @dataclass
