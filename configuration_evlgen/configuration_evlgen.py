@@ -70,6 +70,9 @@ class EVLGenConfig(CheckedConfig):
         image_token_range (`list[int]`, *optional*):
             The smallest and the largest number of tokens of an image or video, if the model was trained with several.
             By default each has `num_image_tokens`.
+        default_num_image_tokens (`int`, *optional*):
+            Tokens of an image or video if no number is requested, in `image_token_range`. By default those that the
+            connector's configuration gives.
         vision_hidden_size (`int`, *optional*): Width Dv of these tokens. Needed for the same towers.
         vision_model_name_or_path, vision_model_revision, text_model_name_or_path, text_model_revision (`str`,
         *optional*):
@@ -105,6 +108,7 @@ class EVLGenConfig(CheckedConfig):
     num_vision_tokens: int | None = None
     vision_hidden_size: int | None = None
     image_token_range: list[int] | None = None
+    default_num_image_tokens: int | None = None
     vision_model_name_or_path: str | None = None
     vision_model_revision: str | None = None
     text_model_name_or_path: str | None = None
@@ -200,6 +204,8 @@ class EVLGenConfig(CheckedConfig):
 
     def _check_image_token_range(self) -> None:
         if self.image_token_range is None:
+            if self.default_num_image_tokens is not None:
+                raise ValueError("`default_num_image_tokens` needs `image_token_range`, the numbers in training.")
             return
         if len(self.image_token_range) != 2 or not self.image_token_range[0] <= self.image_token_range[1]:
             raise ValueError(
@@ -210,6 +216,12 @@ class EVLGenConfig(CheckedConfig):
                 self.connector_config.check_budget(budget, self.num_vision_tokens)
             except ValueError as error:
                 raise ValueError(f"`image_token_range` is {self.image_token_range}: {error}") from error
+        low, high = self.image_token_range
+        if not low <= self.num_image_tokens <= high:
+            raise ValueError(
+                f"`image_token_range` is {self.image_token_range}, but must hold {self.num_image_tokens}, the number "
+                "of tokens without a request."
+            )
 
     def _check_video_mode(self) -> None:
         if self.video_mode not in ("mean", "merge"):
@@ -280,7 +292,9 @@ class EVLGenConfig(CheckedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens of the soft prompt for one image: the output tokens of the connector."""
+        """Tokens of the soft prompt for one image, if no number is requested."""
+        if self.default_num_image_tokens is not None:
+            return self.default_num_image_tokens
         return self.connector_config.num_output_tokens(self.num_vision_tokens)
 
     def to_dict(self) -> dict[str, Any]:

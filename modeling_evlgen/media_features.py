@@ -207,7 +207,8 @@ class MediaFeaturesMixin:
         self, tokens: torch.Tensor, grid: tuple[int, int], budget: int, patches: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs the connector over images of one grid, `(images, tokens, connector_dim)`."""
-        is_default = grid == (1, 1) and budget == self.config.num_image_tokens
+        own = self.config.connector_config.num_output_tokens(self.config.num_vision_tokens)
+        is_default = grid == (1, 1) and budget == own
         places = {} if patches is None else {"places": patches}
         connected = self.connector(tokens, grid, None if is_default else budget, **places)
         prompts = self.language_projection(connected.last_hidden_state)  # (images, budget, text_dim)

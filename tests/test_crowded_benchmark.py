@@ -72,13 +72,14 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
 
 
 def test_captions_of_the_language_model_are_trained_and_read(small_scenes, monkeypatch, tmp_path, capsys):
+    save_stamps(crowded_scenes.STAMPS, 44)
     recipe = yaml.safe_load(caption_run.RECIPE.read_text())
     recipe |= {"text_model": save_towers(tmp_path)["text_model"], "max_new_tokens": 4, "whitening_images": 8}
     recipe |= {"image_token_range": [9, 16], "num_image_tokens": 9}
     monkeypatch.setattr(caption_run, "RECIPE", tmp_path / "recipe.yaml")
     caption_run.RECIPE.write_text(yaml.safe_dump(recipe))
     plan = [CaptionRun(method, tokens=4, steps=1) for method in ("means", CHOOSING_QFORMER)]
-    plan.append(CaptionRun(CHOOSING_QFORMER, tokens=None, steps=1))
+    plan.append(CaptionRun(CHOOSING_QFORMER, tokens=None, steps=1, stamps=True))
     monkeypatch.setattr(caption_run, "BUDGETS", (9, 16))
     monkeypatch.setattr(crowded, "PLAN", [])
     monkeypatch.setattr(crowded, "CAPTION_PLAN", plan)
@@ -91,8 +92,8 @@ def test_captions_of_the_language_model_are_trained_and_read(small_scenes, monke
     figures = [figures for result in results for figures in result["held_out"].values()]
     assert all(len(each["captions"]) == 4 and each["test_loss"] > 0 for each in figures)
     printed = capsys.readouterr().out
-    assert f"| {CHOOSING_QFORMER} | 1 | 4 | this number | 1 |" in printed
-    assert f"| {CHOOSING_QFORMER} | 1 | 16 | any number | 1 |" in printed
+    assert f"| {CHOOSING_QFORMER} | OpenMoji | 1 | 4 | this number | 1 |" in printed
+    assert f"| {CHOOSING_QFORMER} | stamps | 1 | 16 | any number | 1 |" in printed
 
 
 def test_the_recipe_has_the_connector_of_the_comparison():
@@ -110,10 +111,11 @@ def test_the_table_of_steps_has_operations_and_relative_times():
 
 def test_the_score_of_names_counts_each_drawing():
     truths = ["an owl and an owl above a teddy bear", "a bus"]
-    assert name_score(truths, truths) == 1
+    things = ["bear", "bus", "crab", "owl", "teddy bear"]
+    assert name_score(truths, truths, things) == 1
     # Found are an owl, a teddy bear and a bus of four drawings. The captions name five.
-    assert name_score(["an owl, a teddy bear and a crab", "a bus and a bus"], truths) == 6 / 9
-    assert name_score(["a bear and an owls", ""], truths) == 0
+    assert name_score(["an owl, a teddy bear and a crab", "a bus and a bus"], truths, things) == 6 / 9
+    assert name_score(["a bear and an owls", ""], truths, things) == 0
 
 
 def test_the_published_results_keep_their_names():

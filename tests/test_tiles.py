@@ -220,6 +220,32 @@ def test_peers_take_budgets_and_tiles(connector):
         model.get_image_features(pixels(1), image_budgets=[10])
 
 
+@torch.no_grad()
+def test_a_model_has_a_number_of_its_own_for_images_without_a_request(tmp_path):
+    fields = {"connector_config": PEERS["qformer"], "image_token_range": [2, 9], "default_num_image_tokens": 4}
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(*tiny_towers("siglip"), **fields)
+    model.save_pretrained(tmp_path)
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path).eval()
+    prompt = model.get_image_features(pixels(1)).pooler_output
+    torch.testing.assert_close(prompt, model.get_image_features(pixels(1), image_budgets=[4]).pooler_output)
+    assert model(**ids(4), pixel_values=pixels(1)).image_outputs.pooler_output.shape[1] == 4
+    assert torch.compile(model, backend="eager")(**ids(4), pixel_values=pixels(1)).logits.shape[1] == 5
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"default_num_image_tokens": 9}, "`default_num_image_tokens` needs `image_token_range`"),
+        ({"default_num_image_tokens": 3, "image_token_range": [4, 9]}, r"is \[4, 9\], but must hold 3, the number of"),
+        ({"image_token_range": [2, 3]}, "must hold 11, the number of tokens without a request"),
+    ],
+)
+def test_a_number_that_does_not_fit_the_range_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        EVLGenConfig.from_dict({**tiny_model().config.to_dict(), **fields})
+
+
 def test_means_of_a_grid_need_a_square_number():
     config = PEERS["pooled"]
     with pytest.raises(ValueError, match="`num_output_tokens` must be a square, but is 5"):

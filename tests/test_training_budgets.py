@@ -189,8 +189,8 @@ def test_a_new_model_and_its_processor_have_the_tiles_and_the_range(tmp_path):
     model, processor = build(tmp_path, max_tiles=4, image_token_range=[4, 17])
     assert model.config.image_token_range == processor.image_token_range == [4, 17]
     assert processor.max_tiles == 4 and processor.num_image_tokens == model.config.num_image_tokens == 11
-    _, processor = build(tmp_path, image_token_range=[4, 17], num_image_tokens=6)
-    assert processor.num_image_tokens == 6
+    model, processor = build(tmp_path, image_token_range=[4, 9], num_image_tokens=6)  # 11 by `merge_r`
+    assert processor.num_image_tokens == model.config.num_image_tokens == 6
     model, processor = build(tmp_path)
     assert model.config.image_token_range is processor.image_token_range is None and processor.max_tiles == 1
 

@@ -66,12 +66,13 @@ CAPTION_PLAN = [
     *(CaptionRun(method, seed=seed) for seed in SEEDS for method in (CHOOSING_QFORMER, *FINALISTS)),
     CaptionRun("merge"),
     CaptionRun(CHOOSING_QFORMER, tokens=None),
+    *(CaptionRun(method, stamps=True) for method in (CHOOSING_QFORMER, "Q-Former")),
 ]
 
 
 def main(argv: list[str] | None = None) -> None:
-    possible = [run for run in PLAN if STAMPS.is_dir() or not run.stamps]
-    train_and_report(__doc__, [*possible, *CAPTION_PLAN], RESULTS, train, report, argv)
+    possible = [run for run in (*PLAN, *CAPTION_PLAN) if STAMPS.is_dir() or not run.stamps]
+    train_and_report(__doc__, possible, RESULTS, train, report, argv)
 
 
 def train(run: BudgetRun | CaptionRun) -> dict[str, Any]:

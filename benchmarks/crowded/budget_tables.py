@@ -98,7 +98,8 @@ def caption_table(results: list[Result]) -> str:
         run = result["run"]
         trained = "any number" if run["tokens"] is None else "this number"
         for tokens, figures in result["held_out"].items():
-            groups[run["method"], run["steps"], tokens, trained].append(figures)
+            drawings = "stamps" if run.get("stamps") else "OpenMoji"
+            groups[run["method"], drawings, run["steps"], tokens, trained].append(figures)
     rows = [
         [
             *group,
@@ -108,7 +109,7 @@ def caption_table(results: list[Result]) -> str:
         ]
         for group, seeds in groups.items()
     ]
-    header = ["method", "steps", "tokens", "trained for", "seeds", "held-out loss", "more with wrong images"]
+    header = ["method", "drawings", "steps", "tokens", "trained for", "seeds", "held-out loss", "gap"]
     return markdown_table([*header, "names", "exact"], rows)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pretrain
 
 from common.data.collator import CaptionCollator
-from common.demo.crowded_scenes import CONCEPTS
+from common.demo.crowded_scenes import list_things
 from common.evaluation.captions import evaluate_captions
 from common.training.trainer import EVLGenTrainer
 
@@ -22,7 +22,6 @@ from .connector_settings import BUDGETS, connector_fields
 
 RECIPE = Path(pretrain.__file__).parent / "configs" / "crowded.yaml"
 GRID_SIZE = 448 // STRIDE  # 448 is the recipe's `image_size`
-_NAME = re.compile(rf"\b(?:{'|'.join(CONCEPTS)})\b")
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,12 @@ class CaptionRun:
     tokens: int | None = 25  # of the soft prompt. None: any number, as the recipe trains, measured at `BUDGETS`
     steps: int = 400
     seed: int = 0
+    stamps: bool = False  # of Tux Paint, in place of OpenMoji's drawings
 
     @property
     def name(self) -> str:
-        return f"captions.{self.method}.{self.tokens or 'any'}-tokens.seed{self.seed}.{self.steps}"
+        stamps = ".stamps" if self.stamps else ""
+        return f"captions.{self.method}.{self.tokens or 'any'}-tokens.seed{self.seed}.{self.steps}{stamps}"
 
 
 def train(run: CaptionRun) -> dict[str, Any]:
@@ -50,11 +51,11 @@ def train(run: CaptionRun) -> dict[str, Any]:
         EVLGenTrainer(model=model, args=args, **data).train()
         evaluation = data_args, generation_args, args.per_device_eval_batch_size, args.autocast_dtype
         truths = [row[data_args.caption_column] for row in test_dataset.texts]
-        held_out = {}
+        held_out, things = {}, list_things(run.stamps)
         for tokens in BUDGETS if run.tokens is None else (run.tokens,):
             processor.num_image_tokens = tokens
             figures, captions = evaluate_captions(model, processor, test_dataset, *evaluation)
-            figures["names"] = name_score(captions, truths)
+            figures["names"] = name_score(captions, truths, things)
             held_out[tokens] = {name: round(value, 4) for name, value in figures.items()} | {"captions": captions}
     return {"trained_parameters": model.num_parameters(only_trainable=True), "held_out": held_out}
 
@@ -68,6 +69,7 @@ def parse(run: CaptionRun, output_dir: str) -> tuple[Any, ...]:
         "max_steps": run.steps,
         "seed": run.seed,
         "output_dir": output_dir,
+        **({"dataset": "crowded-stamps"} if run.stamps else {}),
     }
     parsed = parse_recipe(arguments, RECIPE)
     if run.tokens is not None:
@@ -75,14 +77,11 @@ def parse(run: CaptionRun, output_dir: str) -> tuple[Any, ...]:
     return parsed
 
 
-def name_score(captions: Sequence[str], truths: Sequence[str]) -> float:
+def name_score(captions: Sequence[str], truths: Sequence[str], things: Sequence[str]) -> float:
     """F1 of the things that captions name, over all captions. A thing that is there twice counts twice."""
-    named, there = map(count_names, captions), map(count_names, truths)
+    longest_first = sorted(map(re.escape, things), key=len, reverse=True)
+    name = re.compile(rf"\b(?:{'|'.join(longest_first)})\b")
+    named, there = (map(Counter, map(name.findall, texts)) for texts in (captions, truths))
     pairs = list(zip(named, there, strict=True))
     found = sum((mine & true).total() for mine, true in pairs)
     return 2 * found / sum(mine.total() + true.total() for mine, true in pairs)
-
-
-def count_names(caption: str) -> Counter[str]:
-    """How often a caption names each thing."""
-    return Counter(_NAME.findall(caption))

@@ -56,21 +56,25 @@ def build_model(
         bos_label=text_format.bos_label,
         max_tiles=text_format.max_tiles,
     )
-    allow_token_range(model, processor, text_format.image_token_range)
-    if text_format.num_image_tokens is not None:
-        processor.num_image_tokens = text_format.num_image_tokens
+    allow_token_range(model, processor, text_format.image_token_range, text_format.num_image_tokens)
     model.generation_config.eos_token_id = processor.end_of_text_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, processor
 
 
 def allow_token_range(
-    model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, image_token_range: list[int] | None
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    image_token_range: list[int] | None,
+    num_image_tokens: int | None = None,
 ) -> None:
     """Lets a model serve any number of tokens of an image in a range, after a training that draws from it.
 
+    `num_image_tokens` is the number without a request, by default the model's own.
+
     Raises:
-        ValueError: If the connector cannot make each of these numbers, or the model's own number is not among them.
+        ValueError: If the connector cannot make each of these numbers, or the number without a request is not among
+            them.
     """
     if image_token_range is None:
         return
@@ -80,12 +84,15 @@ def allow_token_range(
             model.config.connector_config.check_budget(budget, model.config.num_vision_tokens)
     except ValueError as error:
         raise ValueError(f"`image_token_range` is {image_token_range}: {error}") from error
-    if not low <= model.config.num_image_tokens <= high:
+    number = model.config.num_image_tokens if num_image_tokens is None else num_image_tokens
+    if not low <= number <= high:
         raise ValueError(
-            f"`image_token_range` is {image_token_range}, but must hold {model.config.num_image_tokens}, the number "
-            "of tokens without a request."
+            f"`image_token_range` is {image_token_range}, but must hold {number}, the number of tokens without a "
+            "request."
         )
     model.config.image_token_range = processor.image_token_range = [low, high]
+    if num_image_tokens is not None:
+        model.config.default_num_image_tokens = processor.num_image_tokens = num_image_tokens
 
 
 def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
