@@ -146,7 +146,8 @@ class TomeFormerConfig(ConnectorConfig):
         num_merged_tokens (`int`, *optional*):
             Number of tokens to merge to, instead of `merge_r`. Every layer keeps about the same share of its tokens.
         distinctive_factor (`float`, *optional*):
-            If given, the connector chooses first, and attention never sees all tokens. Of n output tokens, the first
+            If given, the connector chooses first, and attention never sees all tokens. It needs `num_merged_tokens`,
+            and `merge_metric` has no effect. Of n output tokens, the first
             is the mean of all tokens but the `distinctive_factor * (n - 1)` most distinctive ones. Those have the
             smallest mean cosine similarity to all tokens. They are merged to the other output tokens, before the
             attention of each layer. All tokens keep their order.
@@ -186,6 +187,8 @@ class TomeFormerConfig(ConnectorConfig):
         super().__post_init__(**kwargs)
         if isinstance(self.merge_r, tuple | dict):
             self.merge_r = _linear_schedule(self.merge_r, self.num_hidden_layers)
+        if self.distinctive_factor is not None and self.num_merged_tokens is None:
+            raise ValueError("`distinctive_factor` needs `num_merged_tokens`, the number of tokens to merge to.")
         requested = self.merge_r if isinstance(self.merge_r, list) else [self.merge_r]
         if any(r < 0 for r in requested):
             raise ValueError(f"`merge_r` must hold integers of 0 or more, but is {self.merge_r}.")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
-from transformers.image_utils import get_image_size
+from transformers.image_utils import ChannelDimension, get_image_size, infer_channel_dimension_format
 
 
 def tile_size(image_processor: Any) -> tuple[int, int]:
@@ -64,7 +64,7 @@ def cut_tiles(image: Any, tile: tuple[int, int], max_tiles: int) -> tuple[list[A
     Raises:
         ValueError: If an array that needs several tiles does not hold 8-bit values.
     """
-    size = (image.height, image.width) if isinstance(image, Image.Image) else get_image_size(image)
+    size = (image.height, image.width) if isinstance(image, Image.Image) else get_image_size(image, _layout(image))
     rows, columns = choose_tile_grid(*size, tile, max_tiles)
     if (rows, columns) == (1, 1):
         return [image], (1, 1)
@@ -74,12 +74,16 @@ def cut_tiles(image: Any, tile: tuple[int, int], max_tiles: int) -> tuple[list[A
     return [image.crop((left, top, left + width, top + height)) for left, top in corners], (rows, columns)
 
 
+def _layout(array: Any) -> ChannelDimension:
+    return infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+
+
 def _to_image(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     array = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
     if array.dtype != np.uint8:
         raise ValueError(f"`images`: an array of several tiles must be uint8, but is {array.dtype}.")
-    if array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):  # (channels, height, width)
+    if _layout(array) == ChannelDimension.FIRST:
         array = array.transpose(1, 2, 0)
     return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).convert("RGB")

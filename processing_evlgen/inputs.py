@@ -123,15 +123,16 @@ def list_budgets(
         ValueError: If `given`, the argument `name`, is out of range, or does not hold `count` numbers.
     """
     given = default if given is None else given
-    budgets = list(given) if isinstance(given, list | tuple) else [given] * count
-    if len(budgets) != count:
-        raise ValueError(f"`{name}` holds {len(budgets)} numbers, but there are {count} images or videos.")
-    if not all(map(is_count, budgets)):
+    is_list = isinstance(given, list | tuple)
+    numbers = list(given) if is_list else [given]
+    if is_list and len(numbers) != count:
+        raise ValueError(f"`{name}` holds {len(numbers)} numbers, but there are {count} images or videos.")
+    if not all(map(is_count, numbers)):
         raise ValueError(f"`{name}` must be an integer of 1 or more, or a list of these, but is {given!r}.")
     low, high = image_token_range or (1, math.inf)
-    if not all(low <= budget <= high for budget in budgets):
+    if not all(low <= number <= high for number in numbers):
         raise ValueError(f"`{name}` must be from {low} to {high}, the `image_token_range`, but is {given}.")
-    return budgets
+    return numbers if is_list else numbers * count
 
 
 def check_num_image_tokens(number: Any, image_token_range: list[int] | None) -> None:

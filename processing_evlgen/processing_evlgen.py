@@ -301,7 +301,7 @@ class EVLGenProcessor(PromptEncoder):
         """By placeholder id, the number of tokens of each image or video."""
         given = arguments["images_kwargs"].pop("num_image_tokens", None)
         for_videos = arguments["videos_kwargs"].get("num_video_tokens")
-        if for_videos is None and isinstance(given, int):
+        if for_videos is None and not isinstance(given, list | tuple):  # a list is for images alone
             for_videos = given
         rules = self.num_image_tokens, self.image_token_range
         return {
@@ -378,15 +378,17 @@ class EVLGenProcessor(PromptEncoder):
     ) -> MultiModalData:
         """Counts placeholders and rows of `pixel_values` for vLLM. `kwargs` are the engine's `mm_processor_kwargs`."""
         counts: dict[str, list[int]] = {}
-        each = kwargs.get("num_image_tokens") or self.num_image_tokens
+        images, videos = image_sizes or [], video_sizes or []
+        budgets = self._budgets(len(images), len(videos), {"images_kwargs": {**kwargs}, "videos_kwargs": kwargs})
         if image_sizes is not None:
-            counts["num_image_tokens"] = [each] * len(image_sizes)
-            max_tiles = kwargs.get("max_tiles") or self.max_tiles
+            counts["num_image_tokens"] = budgets[self.image_token_id]
+            max_tiles = self.max_tiles if kwargs.get("max_tiles") is None else kwargs["max_tiles"]
+            check_max_tiles(max_tiles)
             size = None if max_tiles == 1 else tile_size(self.image_processor)
             grids = [choose_tile_grid(*image, size, max_tiles) if size else (1, 1) for image in image_sizes]
             counts["num_image_patches"] = [rows * columns for rows, columns in grids]
         if video_sizes is not None:
-            counts["num_video_tokens"] = [kwargs.get("num_video_tokens") or each] * len(video_sizes)
+            counts["num_video_tokens"] = budgets[self.video_token_id]
         return MultiModalData(**counts)
 
     @classmethod

@@ -154,6 +154,7 @@ def test_fields_out_of_range_are_refused(config_class, fields, message):
         ),
         (QFormerConnectorConfig, {"query_initializer_range": -1}, "`query_initializer_range` must be at least 0"),
         (TomeFormerConfig, {"distinctive_factor": math.nan}, "`distinctive_factor` must be finite"),
+        (TomeFormerConfig, {"distinctive_factor": 3}, "`distinctive_factor` needs `num_merged_tokens`"),
         (TomeFormerConfig, {"type_vocab_size": 0}, "`type_vocab_size` must be at least 1"),
         (MLPConnectorConfig, {"branch_initializer_range": -0.1}, "`branch_initializer_range` must be at least 0"),
         (
@@ -169,7 +170,7 @@ def test_fields_that_only_some_connectors_have_are_checked(config_class, fields,
 
 
 def test_whole_numbers_are_numbers():
-    config = TomeFormerConfig(hidden_dropout_prob=0, branch_initializer_range=0, distinctive_factor=1)
+    config = TomeFormerConfig(hidden_dropout_prob=0, num_merged_tokens=9, distinctive_factor=1)
     assert config.hidden_dropout_prob == 0
 
 

@@ -51,10 +51,14 @@ def test_tiles_are_the_parts_of_the_image_row_by_row():
         assert np.array_equal(np.asarray(tile), expected)
 
 
-@pytest.mark.parametrize("kind", ["array", "tensor", "channels first"])
+@pytest.mark.parametrize("kind", ["array", "tensor", "channels first", "alpha", "alpha first"])
 def test_arrays_are_cut_as_images(kind):
     pixels = np.asarray(image(64, 32))
-    given = {"array": pixels, "tensor": torch.tensor(pixels), "channels first": pixels.transpose(2, 0, 1)}[kind]
+    given = torch.tensor(pixels) if kind == "tensor" else pixels
+    if kind.startswith("alpha"):
+        given = np.concatenate([given, np.full_like(given[..., :1], 255)], axis=-1)
+    if kind.endswith("first"):
+        given = given.transpose(2, 0, 1)
     tiles, grid = cut_tiles(given, TILE, max_tiles=4)
     assert grid == (2, 1) and np.array_equal(np.asarray(tiles[1]), pixels[32:])
     with pytest.raises(ValueError, match="an array of several tiles must be uint8, but is float32"):
@@ -168,6 +172,19 @@ def test_vllm_is_refused_numbers_of_tokens_that_the_model_does_not_make():
     message = "`num_image_tokens` must be 3 for a processor without an `image_token_range`, but is"
     with pytest.raises(ValueError, match=message):
         processor(**vllm, num_image_tokens=4)
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("given", ["auto", 2.5, 0])
+def test_a_bad_number_of_tokens_is_refused_without_an_image_too(given):
+    processor, message = make_processor(), "`num_image_tokens` must be an integer of 1 or more, or a list"
+    for inputs in ({"text": "a"}, {"videos": [noise_images(2)]}):
+        with pytest.raises(ValueError, match=message):
+            processor(**inputs, num_image_tokens=given)
+    with pytest.raises(ValueError, match=message):
+        processor._get_num_multimodal_tokens([(64, 64)], num_image_tokens=given)  # vLLM calls it first
+    with pytest.raises(ValueError, match="`max_tiles` must be an integer from 1 to 100, but is"):
+        processor._get_num_multimodal_tokens([(64, 64)], max_tiles=given)
 
 
 def test_videos_take_budgets():

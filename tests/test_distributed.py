@@ -320,6 +320,18 @@ def test_a_temporal_contextualizer_is_not_partitioned(monkeypatch):
         EVLGenTrainer(model=video_model, **others)
 
 
+def test_tiles_are_not_trained_by_a_partitioned_connector(monkeypatch):
+    """The connector runs once for each grid. Processes with other grids would wait for each other."""
+
+    def under_fsdp(trainer, model, **kwargs):
+        trainer.model, trainer.is_fsdp_enabled = model, True
+
+    monkeypatch.setattr(Trainer, "__init__", under_fsdp)
+    collator = SimpleNamespace(processor=SimpleNamespace(max_tiles=4))
+    with pytest.raises(ValueError, match=r"cannot train with `max_tiles` 4, but only with 1.*multi_gpu\.yaml"):
+        EVLGenTrainer(model=tiny_model(), args=SimpleNamespace(), data_collator=collator, train_dataset=None)
+
+
 def test_deepspeed_does_not_round_times_to_bfloat16():
     trainer = object.__new__(EVLGenTrainer)
     trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device="cpu"), True

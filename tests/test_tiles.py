@@ -180,6 +180,20 @@ def test_budgets_and_placeholders_that_do_not_fit_are_refused():
 
 
 @pytest.mark.attack
+@pytest.mark.parametrize("rows", [[[3], [9]], [[3, 9]], [[4], [8]]])
+def test_a_soft_prompt_does_not_go_on_in_another_place(rows):
+    """As many placeholders as tokens, but an image would end in another row, or after a word."""
+    model, images = elastic_model(), {"pixel_values": pixels(2), "image_budgets": [9, 3]}
+    rows = [[token for n in row for token in [IMAGE] * n + [5]] for row in rows]
+    with pytest.raises(ValueError, match=r"holds runs of .* image placeholders, but the images give \[9, 3\] tokens"):
+        model(**ids(*rows), **images)
+    model(**ids(12), **images)  # images side by side
+    videos = {"pixel_values_videos": pixels(4).unflatten(0, (2, 2)), "video_budgets": [9, 3]}
+    with pytest.raises(ValueError, match=r"runs of \[3, 9\] video placeholders, but the videos give \[9, 3\] tokens"):
+        model(torch.tensor([[VIDEO] * 3 + [5] + [VIDEO] * 9]), **videos)
+
+
+@pytest.mark.attack
 @pytest.mark.parametrize("given", [[4], [9, 4], [1, 9], [4, 18]])
 def test_a_range_that_the_connector_cannot_make_is_refused(given):
     fields = tiny_model().config.to_dict()

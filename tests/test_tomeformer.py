@@ -223,7 +223,7 @@ def test_bad_input_is_named():
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize("factor", [None, 1, 2.5, 100])
 def test_any_number_of_output_tokens_can_be_requested(factor, class_token):
-    config = tiny_config(distinctive_factor=factor, class_token=class_token, merge_r=5)
+    config = tiny_config(distinctive_factor=factor, class_token=class_token, num_merged_tokens=5)
     model = TomeFormerModel(config).eval()
     lowest = 2 if class_token else 1
     for budget in (lowest, 3, 9, 32, 33):

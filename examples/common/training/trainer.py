@@ -37,7 +37,8 @@ class EVLGenTrainer(Trainer):
         script_args (`tuple`): Dataclasses of the script's other arguments. A resumed run must share them.
 
     Raises:
-        ValueError: If the model could not be saved, or FSDP or DeepSpeed is to partition a temporal contextualizer.
+        ValueError: If the model could not be saved, or FSDP or DeepSpeed is to partition a temporal contextualizer or
+            to train with images of several tiles.
     """
 
     def __init__(
@@ -71,6 +72,12 @@ class EVLGenTrainer(Trainer):
             raise ValueError(
                 f"FSDP and DeepSpeed cannot partition scalars, such as {scalars[0]}. Launch the training with "
                 "examples/accelerate_configs/multi_gpu.yaml."
+            )
+        max_tiles = getattr(getattr(data_collator, "processor", None), "max_tiles", 1)
+        if max_tiles > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(  # the connector runs once for each grid of a batch, and processes would wait for others
+                f"FSDP and DeepSpeed cannot train with `max_tiles` {max_tiles}, but only with 1. Launch the training "
+                "with examples/accelerate_configs/multi_gpu.yaml."
             )
         # Of a stream, after the last batch: whose turn it is, and the state of each reader of this process.
         self.positions: dict[str, Any] = {"next_reader": 0, "states": {}}
