@@ -17,6 +17,7 @@ from benchmarks.crowded.connector_settings import (
     ALL_TOKENS,
     BUDGETS,
     CHOOSING_QFORMER,
+    CHOOSING_TOMEFORMER,
     TILES,
     VIEW,
     connector_fields,
@@ -27,7 +28,7 @@ from common.demo import crowded_scenes
 
 from .helpers import demo_packages_or_skip, save_stamps, save_towers
 
-TRAINED = ("choose", "means", VIEW, TILES, ALL_TOKENS)
+TRAINED = (CHOOSING_TOMEFORMER, "means", VIEW, TILES, ALL_TOKENS)
 
 
 @pytest.fixture
@@ -48,8 +49,8 @@ def small_scenes(monkeypatch, tmp_path):
 def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, capsys):
     save_stamps(crowded_scenes.STAMPS, 44)
     plan = [BudgetRun(method, size=96, steps=1) for method in TRAINED]
-    plan.append(BudgetRun("choose", size=96, steps=1, budget=4))
-    plan.append(BudgetRun("choose", size=96, steps=1, stamps=True))
+    plan.append(BudgetRun(CHOOSING_TOMEFORMER, size=96, steps=1, budget=4))
+    plan.append(BudgetRun(CHOOSING_TOMEFORMER, size=96, steps=1, stamps=True))
     monkeypatch.setattr(crowded, "PLAN", plan)
     monkeypatch.setattr(crowded, "BudgetRun", partial(BudgetRun, size=96))
     monkeypatch.setattr(crowded, "ROUNDS", 1)
@@ -58,7 +59,7 @@ def test_methods_are_trained_measured_and_compared(small_scenes, monkeypatch, ca
     results = [json.loads(line) for line in crowded.RESULTS.read_text().splitlines()]
     assert [BudgetRun(**result["run"]) for result in results] == plan
     by_method = {result["run"]["method"]: result for result in results[:-2]}
-    assert all(by_method[method]["held_out"].keys() == {"4", "9"} for method in ("choose", VIEW, TILES))
+    assert all(by_method[method]["held_out"].keys() == {"4", "9"} for method in (CHOOSING_TOMEFORMER, VIEW, TILES))
     assert by_method[TILES]["flops_per_step"] > by_method[VIEW]["flops_per_step"]  # of four times as many tokens
     assert by_method[ALL_TOKENS]["held_out"].keys() == {"36"}
     assert results[-2]["held_out"].keys() == {"4"} and results[-1]["held_out"].keys() == {"4", "9"}
@@ -122,7 +123,7 @@ def test_the_published_results_keep_their_names():
     published = read_results(Path(crowded.__file__).parent / "results.jsonl")
     kinds = {name: CaptionRun if name.startswith("captions") else BudgetRun for name in published}
     assert published and all(kinds[name](**result["run"]).name == name for name, result in published.items())
-    assert BudgetRun("choose", stamps=True).name != BudgetRun("choose").name
+    assert BudgetRun(CHOOSING_TOMEFORMER, stamps=True).name != BudgetRun(CHOOSING_TOMEFORMER).name
 
 
 @pytest.mark.parametrize("stamps", [False, True])

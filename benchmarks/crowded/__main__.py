@@ -37,13 +37,21 @@ from .budget_tables import (
     step_table,
 )
 from .caption_run import CaptionRun
-from .connector_settings import ALL_TOKENS, CHOOSING_QFORMER, RANDOM, TILES, VIEW
+from .connector_settings import (
+    ALL_TOKENS,
+    CHOOSING_QFORMER,
+    CHOOSING_TOMEFORMER,
+    MERGING_TOMEFORMER,
+    RANDOM,
+    TILES,
+    VIEW,
+)
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 CURVES = Path(__file__).parents[2] / "docs" / "images" / "crowded.png"
 SEEDS = (0, 1, 2)
-FINALISTS = ("choose", "means", "Q-Former")
-TIMED, ROUNDS = (*FINALISTS, CHOOSING_QFORMER, VIEW, "merge"), 5
+FINALISTS = (CHOOSING_TOMEFORMER, "means", "Q-Former")
+TIMED, ROUNDS = (*FINALISTS, CHOOSING_QFORMER, VIEW, MERGING_TOMEFORMER), 5
 CONTROLS = (VIEW, TILES, RANDOM)
 OTHER_RATES = (3e-4, 3e-3)  # learning rates
 LONG = 1800  # steps
@@ -51,12 +59,12 @@ PLAN = [
     *(BudgetRun(method, seed=seed) for seed in SEEDS for method in FINALISTS),
     *map(BudgetRun, CONTROLS),
     *(BudgetRun(method, learning_rate=rate) for method in FINALISTS for rate in OTHER_RATES),
-    *(BudgetRun(method, steps=200) for method in ("merge", ALL_TOKENS)),  # a step takes seconds
-    *(BudgetRun("choose", seed=seed, budget=16) for seed in SEEDS),
-    BudgetRun("choose", budget=64),
+    *(BudgetRun(method, steps=200) for method in (MERGING_TOMEFORMER, ALL_TOKENS)),  # a step takes seconds
+    *(BudgetRun(CHOOSING_TOMEFORMER, seed=seed, budget=16) for seed in SEEDS),
+    BudgetRun(CHOOSING_TOMEFORMER, budget=64),
     BudgetRun("Q-Former", budget=16),
-    *(BudgetRun(method, seed=seed, steps=LONG) for seed in SEEDS for method in ("choose", "means")),
-    *(BudgetRun("choose", seed=seed, budget=16, steps=LONG) for seed in SEEDS),
+    *(BudgetRun(method, seed=seed, steps=LONG) for seed in SEEDS for method in (CHOOSING_TOMEFORMER, "means")),
+    *(BudgetRun(CHOOSING_TOMEFORMER, seed=seed, budget=16, steps=LONG) for seed in SEEDS),
     BudgetRun("Q-Former", steps=LONG),
     *(BudgetRun(method, textured=False) for method in FINALISTS),
     *(BudgetRun(method, size=672) for method in FINALISTS),
@@ -64,7 +72,7 @@ PLAN = [
 ]
 CAPTION_PLAN = [
     *(CaptionRun(method, seed=seed) for seed in SEEDS for method in (CHOOSING_QFORMER, *FINALISTS)),
-    CaptionRun("merge"),
+    CaptionRun(MERGING_TOMEFORMER),
     CaptionRun(CHOOSING_QFORMER, tokens=None),
     *(CaptionRun(method, stamps=True) for method in (CHOOSING_QFORMER, "Q-Former")),
 ]

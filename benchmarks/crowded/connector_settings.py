@@ -1,6 +1,6 @@
 """The connectors of the comparison, with the demo's settings.
 
-They have about as many parameters, but `merge` has half as many again.
+They have about as many parameters, but the merging TomeFormer has half as many again.
 """
 
 import math
@@ -14,6 +14,7 @@ TILES = "tiles of 224 pixels"
 RANDOM = "random tokens"
 ALL_TOKENS = "MLP on all tokens"
 CHOOSING_QFORMER = "choosing Q-Former"
+CHOOSING_TOMEFORMER, MERGING_TOMEFORMER = "choosing TomeFormer", "merging TomeFormer"
 
 _SIZE = encoder_fields(hidden_size=384, layers=3) | {"class_token": False, "max_position_embeddings": 2048}
 _POSITIONS = {"position_initializer_range": 0.1, "position_grid_size": None}  # about the size of the tokens
@@ -34,8 +35,8 @@ _MLP = {
 
 # The connector's configuration of each method. What depends on the image and the budgets follows.
 METHODS: dict[str, dict[str, Any]] = {
-    "choose": {**_TOMEFORMER, "distinctive_factor": 3},
-    "merge": {**_TOMEFORMER, "num_hidden_layers": 5},
+    CHOOSING_TOMEFORMER: {**_TOMEFORMER, "distinctive_factor": 3},
+    MERGING_TOMEFORMER: {**_TOMEFORMER, "num_hidden_layers": 5},
     "means": {**_MLP, "pool_size": None},
     "Q-Former": {**_QFORMER, "num_query_tokens": None},
     CHOOSING_QFORMER: {**_QFORMER, "num_query_tokens": None, "num_distinctive_tokens": 100},
