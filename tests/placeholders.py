@@ -35,7 +35,7 @@ LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
 CONNECTOR = {**LAYERS, "merge_r": 3}
 TEMPORAL = {"temporal_hidden_size": 8, "temporal_num_attention_heads": 2}
 IMAGE_MODELS = ("outputs/demo", "outputs/mine", "outputs/mine/checkpoint-200", "outputs/opt-2.7b", "path/to/model")
-IMAGE_MODELS += ("path/to/image/model", "weak", "outputs/one-gpu", "outputs/tiles")
+IMAGE_MODELS += ("path/to/image/model", "weak", "outputs/one-gpu", "outputs/tiles", "outputs/crowded")
 VIDEO_MODELS = ("outputs/demo-video", "outputs/video-opt-2.7b", "path/to/video/model")
 
 

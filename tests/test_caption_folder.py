@@ -135,7 +135,7 @@ def test_tiles_and_tokens_can_be_chosen(model, tmp_path):
     caption_folder.main(options(tmp_path / "model", tmp_path / "out", tmp_path / "in", **changes))
     for row, image in zip(read(tmp_path / "out" / "captions.jsonl"), images, strict=True):
         assert row["text"] == caption(tmp_path / "model", images=image, **changes)
-    with pytest.raises(ValueError, match="configuration"):
+    with pytest.raises(ValueError, match="other settings: num_image_tokens was 6 and is 11"):
         caption_folder.main(options(tmp_path / "model", tmp_path / "out", tmp_path / "in", max_tiles=4))
     with pytest.raises(ValueError, match="`num_image_tokens` must be from 11 to 11"):
         caption_folder.main(options(model, tmp_path / "other", tmp_path / "in", num_image_tokens=6))

@@ -182,10 +182,12 @@ def answering_settings(
 ) -> dict[str, Any]:
     """All that answers depend on, except the rows and their prompts."""
     parts = [part.to_dict() for part in (model.config, model.generation_config, processor)]
+    requested = {name: parts[-1].pop(name) for name in ("max_tiles", "num_image_tokens")}
     return {
         "weights": hash_weights(model.state_dict()),
         # With the same weights a model may merge other tokens, or its processor may crop images in another way.
         "configuration": checksum([part | {"transformers_version": None} for part in parts]),
+        **requested,
         **vars(generation_args),
         "batch_size": answer_args.batch_size,
         "dtype": answer_args.dtype,
