@@ -32,7 +32,7 @@ from app_model import PROMPT_CHARACTERS, SHOWN_FRAMES, Merging, describe, genera
 from app_uploads import MB, read_file
 from PIL import Image
 
-from common.evaluation.merging_overlay import SIDE, count_layers, draw_groups, patch_grid
+from common.evaluation.merging_overlay import SIDE, draw_groups, layer_names, patch_grid
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -119,7 +119,7 @@ def make_preview(frame: Image.Image) -> Image.Image:
 def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, max_mb: float) -> gr.Blocks:
     """Builds the page for files of up to `max_mb`. A ValueError names a connector or tower that it cannot show."""
     patch_grid(model)
-    num_layers = count_layers(model)
+    names = layer_names(model)
 
     @shown_errors()
     def preview(path: str | None) -> tuple[Merging | None, list, str, str]:
@@ -151,7 +151,7 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
                 shown = {"visible": low < high, "elem_id": "tokens"}
                 num_tokens = gr.Slider(low, max(high, low + 1), processor.num_image_tokens, step=1, **texts, **shown)
             with gr.Column(scale=2):
-                text, table, layer, gallery = output_column(num_layers)
+                text, table, layer, gallery = output_column(names)
         file.change(preview, file, [merging, gallery, text, table])
         layer.release(shown_errors()(draw_layer), [merging, layer], gallery)
         inputs, outputs = [file, prompt, layer, num_tokens, *options], [text, table, merging, gallery]
@@ -176,12 +176,13 @@ def input_column(max_mb: float, max_new_tokens: int | None) -> tuple[Any, ...]:
     return file, prompt, start, stop, options
 
 
-def output_column(num_layers: int) -> tuple[gr.Textbox, gr.Markdown, gr.Slider, gr.Gallery]:
+def output_column(names: list[str]) -> tuple[gr.Textbox, gr.Markdown, gr.Slider, gr.Gallery]:
     """Creates the outputs: text, figures, the slider of layers, and the gallery of frames."""
     text = gr.Textbox(label="Text", elem_id="text", interactive=False)
     table = gr.Markdown(elem_id="figures")
-    texts = {"label": "Layer of the connector", "info": "0 is before the first layer."}
-    layer = gr.Slider(0, num_layers, num_layers, step=1, **texts, elem_id="layer")
+    info = "0 is before the choice of tokens, 1 after it." if "choice" in names else "0 is before the first layer."
+    shown = {"label": "Layer of the connector", "info": info, "elem_id": "layer"}
+    layer = gr.Slider(0, len(names), len(names), step=1, **shown)
     layout = {"columns": 2, "fit_columns": False, "height": "auto", "buttons": ["download", "fullscreen"]}
     gallery = gr.Gallery(label="Patches of one token share a number", **layout, format="png", elem_id="gallery")
     return text, table, layer, gallery

@@ -5,7 +5,7 @@
 
 Each row shows an image as the model receives it, and its patches after each layer of the connector. Patches of one
 token share a colour and a number, the token's position after that layer. After a TomeFormer's last layer it is the
-position in the soft prompt. For a Q-Former that chooses, "layer 1" shows the tokens that the queries attend to.
+position in the soft prompt. For a Q-Former that chooses, "choice" shows the tokens that the queries attend to.
 
 The frames of a video are averaged to one set of tokens before the connector, so they share one merging. It is drawn
 over each of them. With `video_mode` "merge" a token lives through some frames: it has its number and its colour in
@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from common.evaluation.merging_overlay import (
     SIDE,
     draw_groups,
+    layer_names,
     merged_tokens,
     patch_groups,
     resize_to_side,
@@ -85,8 +86,8 @@ def draw_merging(
     for number, row in enumerate(rows):
         patches = " x ".join(map(str, row.groups[0].shape))
         panels = [(f"{row.name}, {patches} patches", row.image)]
-        for layer, (groups, count) in enumerate(zip(row.groups, row.counts, strict=True), start=1):
-            panels.append((f"layer {layer}: {count} tokens", draw_groups(row.image, groups)))
+        for name, groups, count in zip(layer_names(model), row.groups, row.counts, strict=True):
+            panels.append((f"{name}: {count} tokens", draw_groups(row.image, groups)))
         top = number * (TITLE + SIDE + GAP)
         for column, (title, panel) in enumerate(panels):
             left = column * (SIDE + GAP)

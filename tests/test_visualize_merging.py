@@ -167,7 +167,7 @@ def test_the_tokens_that_queries_attend_to_are_shown():
         *tiny_towers(), connector_config=fields, image_size=IMAGE_SIZE, image_token_id=300
     )
     layers = merging_overlay.merged_tokens(model, torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    assert merging_overlay.count_layers(model) == 1 and merging_overlay.token_counts(layers) == [6]
+    assert merging_overlay.layer_names(model) == ["choice"] and merging_overlay.token_counts(layers) == [6]
     (groups,) = merging_overlay.patch_groups(model, layers)
     assert sorted(groups.flatten().tolist()) == [1] * 12 + [2, 3, 4, 5]  # 0 is the class token
 

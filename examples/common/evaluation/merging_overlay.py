@@ -18,16 +18,17 @@ SIDE = 448  # width and height in pixels of a drawn image
 TINT = 0.6  # opacity of a token's colour over the image, 0 to 1
 
 
-def count_layers(model: EVLGenForConditionalGeneration) -> int:
-    """Counts the entries of [`recorded_merging`]: the connector's layers that merge, and a choice before them.
+def layer_names(model: EVLGenForConditionalGeneration) -> list[str]:
+    """Names the entries of [`recorded_merging`]: a choice of tokens, if the connector has one, and layers that merge.
 
     A connector that neither merges nor chooses tokens raises a ValueError.
     """
     config = model.config.connector_config
     if isinstance(config, TomeFormerConfig):
-        return config.num_hidden_layers + (config.distinctive_factor is not None)
+        layers = [f"layer {number}" for number in range(1, config.num_hidden_layers + 1)]
+        return layers if config.distinctive_factor is None else ["choice", *layers]
     if isinstance(config, QFormerConnectorConfig) and config.num_distinctive_tokens is not None:
-        return 1
+        return ["choice"]
     raise ValueError(
         "The model's connector must be a TomeFormer or a Q-Former with `num_distinctive_tokens`, but its `model_type` "
         f"is {config.model_type!r}, and it neither merges nor chooses tokens."
@@ -36,13 +37,13 @@ def count_layers(model: EVLGenForConditionalGeneration) -> int:
 
 @contextmanager
 def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[torch.Tensor]]:
-    """Records the merging of the connector's next forward pass. Raises as [`count_layers`] does.
+    """Records the merging of the connector's next forward pass. Raises as [`layer_names`] does.
 
     Yields:
         An empty list. The forward pass adds the `layer_index` of [`TomeFormerOutput`] or [`QFormerConnectorOutput`]:
         for each layer a tensor of shape `(images, num_vision_tokens)`.
     """
-    count_layers(model)
+    layer_names(model)
     # PEFT's wrapper holds two connectors, the base model's and the trained one. Only one of them runs.
     kinds = TomeFormerModel, QFormerConnector
     connectors = [module for module in model.connector.modules() if isinstance(module, kinds)]
