@@ -146,11 +146,11 @@ class TomeFormerConfig(ConnectorConfig):
         num_merged_tokens (`int`, *optional*):
             Number of tokens to merge to, instead of `merge_r`. Every layer keeps about the same share of its tokens.
         distinctive_factor (`float`, *optional*):
-            If given, the connector chooses first, and attention never sees all tokens. It needs `num_merged_tokens`,
-            and `merge_metric` has no effect. Of n output tokens, the first
+            If given, the connector chooses first, and attention never sees all tokens. Of n output tokens, the first
             is the mean of all tokens but the `distinctive_factor * (n - 1)` most distinctive ones. Those have the
             smallest mean cosine similarity to all tokens. They are merged to the other output tokens, before the
-            attention of each layer. All tokens keep their order.
+            attention of each layer. All tokens keep their order. It needs `num_merged_tokens`. Then `merge_metric` has
+            no effect.
         class_token (`bool`, defaults to `True`): Whether token 0 is a class token. It is never merged.
         pre_norm (`bool`, defaults to `False`):
             `False` is BERT's block, which normalises after each residual sum. `True` normalises the input of each

@@ -8,7 +8,7 @@ from transformers.utils import can_return_tuple
 
 from .input_checks import check_pixels, check_token_places, check_vision_features
 from .model_outputs import EVLGenImageOutput
-from .soft_prompts import Encoded
+from .soft_prompts import Encoded, check_runs
 from .temporal import encode_images, encode_videos, frames_of_videos
 from .tiles import connect, read_budgets, read_grids
 from .trained_parts import is_frozen
@@ -248,10 +248,9 @@ class MediaFeaturesMixin:
         if images is not None:
             mask = None if input_ids is None else input_ids == config.image_token_id
             num_images = len(images) if image_grid_thw is None else len(image_grid_thw)
-            tiles = {
-                "image_grid_thw": image_grid_thw,
-                "image_budgets": read_budgets("image", image_budgets, num_images, mask, config),
-            }
+            budgets = read_budgets("image", image_budgets, num_images, mask, config)
+            check_runs("image", mask, budgets)
+            tiles = {"image_grid_thw": image_grid_thw, "image_budgets": budgets}
             if vision_features is None:
                 image = self.get_image_features(pixel_values, **tiles, return_dict=True)
             else:
@@ -259,5 +258,6 @@ class MediaFeaturesMixin:
         if pixel_values_videos is not None:
             mask = None if input_ids is None else input_ids == config.video_token_id
             budgets = read_budgets("video", video_budgets, len(pixel_values_videos), mask, config)
+            check_runs("video", mask, budgets)
             video = self.get_video_features(pixel_values_videos, frame_mask, budgets, frame_times, return_dict=True)
         return {"image": image, "video": video}

@@ -20,7 +20,7 @@ def embed_ids(
     """Embeds token ids and fills the soft prompts in, `(batch, sequence, text_dim)`.
 
     Raises:
-        ValueError: If the placeholders are not as many as the tokens of the soft prompts, or not as long as these.
+        ValueError: If placeholders and tokens of the soft prompts differ in number.
     """
     masks = {name: input_ids == getattr(config, f"{name}_token_id") for name in encoded}  # (batch, sequence) each
     # Placeholders may lie beyond the embedding, so another id is looked up in their place.
@@ -36,7 +36,7 @@ def fill_embedded(
     """Fills the soft prompts in where embedded text holds the embedding of a placeholder.
 
     Raises:
-        ValueError: If the placeholders have no embedding, or do not fit the soft prompts.
+        ValueError: If the placeholders have no embedding, or differ from the soft prompts in number.
     """
     for name, outputs in encoded.items():
         if outputs is None:
@@ -53,42 +53,59 @@ def fill_embedded(
     return inputs_embeds
 
 
+def check_runs(name: str, mask: torch.Tensor | None, lengths: list[int]) -> None:
+    """Checks that no soft prompt would go on behind other text, or in another row.
+
+    Args:
+        name (`str`): `"image"` or `"video"`, for the message.
+        mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): True for placeholders, if there are ids.
+        lengths (`list[int]`): Number of tokens of each soft prompt.
+
+    Raises:
+        ValueError: If a run of placeholders ends within a soft prompt. Other numbers in all are left to [`embed_ids`].
+    """
+    if mask is None:
+        return
+    total = sum(lengths)
+    may_end = torch.zeros(total + 1, dtype=torch.bool, device=mask.device)
+    may_end[list(itertools.accumulate(lengths))] = True
+    ends = mask & ~nn.functional.pad(mask[:, 1:], (0, 1))  # (batch, sequence), the last placeholder of each run
+    so_far = mask.flatten().cumsum(0)  # placeholders up to each token
+    torch_compilable_check(
+        (may_end[so_far.clamp(max=total)] | ~ends.flatten()).all() | (so_far[-1] != total),
+        lambda: (
+            f"`input_ids` holds runs of {_run_lengths(so_far, ends)} {name} placeholders, but the {name}s give "
+            f"{lengths} tokens, in this order."
+        ),
+    )
+
+
+def _run_lengths(so_far: torch.Tensor, ends: torch.Tensor) -> list[int]:
+    until_ends = [0, *so_far[ends.flatten()].tolist()]
+    return [end - start for start, end in itertools.pairwise(until_ends)]
+
+
 def _fill(
     name: str, mask: torch.Tensor, outputs: EVLGenImageOutput | None, inputs_embeds: torch.Tensor
 ) -> torch.Tensor:
-    lengths = [] if outputs is None else [len(prompt) for prompt in outputs.pooler_output]
     num_placeholders = mask.sum()
+    num_features = 0 if outputs is None else len(outputs.soft_tokens)
     torch_compilable_check(
-        num_placeholders == sum(lengths),
+        num_placeholders == num_features,
         lambda: (
-            f"`input_ids` holds {int(num_placeholders)} {name} placeholders, but the {name}s give {sum(lengths)} "
-            f"tokens, {lengths[0] if len({*lengths}) == 1 else lengths} each."
+            f"`input_ids` holds {int(num_placeholders)} {name} placeholders, but {_describe_prompts(name, outputs)}."
         ),
     )
     if outputs is None:
         return inputs_embeds
-    if not torch.compiler.is_compiling():  # the number of runs would break the graph
-        _check_runs(name, mask, lengths)
     soft_prompts = outputs.soft_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
     return inputs_embeds.masked_scatter(mask.unsqueeze(2).to(inputs_embeds.device), soft_prompts)
 
 
-def _check_runs(name: str, mask: torch.Tensor, lengths: list[int]) -> None:
-    """Checks that each run of placeholders holds whole soft prompts. Otherwise a prompt would go on in another place.
-
-    Args:
-        name (`str`): `"image"` or `"video"`, for the message.
-        mask (`torch.BoolTensor` of shape `(batch, sequence)`): True for placeholders.
-        lengths (`list[int]`): Number of tokens of each soft prompt, as many in all as placeholders.
-
-    Raises:
-        ValueError: If a run ends within a soft prompt.
-    """
-    is_end = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))  # (batch, sequence)
-    ends = mask.flatten().cumsum(0)[is_end.flatten()].tolist()  # placeholders up to the end of each run
-    if not {*ends} <= {*itertools.accumulate(lengths)}:
-        runs = [end - start for start, end in itertools.pairwise([0, *ends])]
-        raise ValueError(
-            f"`input_ids` holds runs of {runs} {name} placeholders, but the {name}s give {lengths} tokens, in this "
-            "order."
-        )
+def _describe_prompts(name: str, outputs: EVLGenImageOutput | None) -> str:
+    if outputs is None:
+        return f"there are no {name}s"
+    prompts, total = outputs.pooler_output, len(outputs.soft_tokens)
+    if isinstance(prompts, tuple | list):
+        return f"the {name}s give {total} tokens, {[len(prompt) for prompt in prompts]}"
+    return f"the {name}s give {total} tokens, {prompts.shape[-2]} each"

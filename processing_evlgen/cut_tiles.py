@@ -8,6 +8,8 @@ from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 from transformers.image_utils import ChannelDimension, get_image_size, infer_channel_dimension_format
 
+from .images import to_rgb
+
 
 def tile_size(image_processor: Any) -> tuple[int, int]:
     """Height and width in pixels of the images that an image processor returns.
@@ -75,7 +77,8 @@ def cut_tiles(image: Any, tile: tuple[int, int], max_tiles: int) -> tuple[list[A
 
 
 def _layout(array: Any) -> ChannelDimension:
-    return infer_channel_dimension_format(array, num_channels=(1, 3, 4))
+    has_alpha = not {1, 3} & {array.shape[0], array.shape[-1]}
+    return infer_channel_dimension_format(array, num_channels=(4,) if has_alpha else (1, 3))
 
 
 def _to_image(image: Any) -> Image.Image:
@@ -86,4 +89,4 @@ def _to_image(image: Any) -> Image.Image:
         raise ValueError(f"`images`: an array of several tiles must be uint8, but is {array.dtype}.")
     if _layout(array) == ChannelDimension.FIRST:
         array = array.transpose(1, 2, 0)
-    return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array).convert("RGB")
+    return to_rgb(Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array))

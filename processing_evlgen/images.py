@@ -55,7 +55,7 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
             check_size(image.width, image.height, max_pixels)
         if not image.width * image.height:
             raise ValueError(f"it has {image.width} x {image.height} pixels")
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # PIL raises errors of many types for broken data
         # PIL's message has an address in memory in place of a path.
         reason = "it is no image that PIL knows" if isinstance(error, UnidentifiedImageError) else error
@@ -147,7 +147,7 @@ def _describe(source: Image.Image | str | Path | dict) -> str:
     return repr(name if name is None or len(name) <= 200 else name[:200] + "…")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16") or image.mode == "I":  # PIL would clip all values above 255

@@ -378,17 +378,18 @@ class EVLGenProcessor(PromptEncoder):
     ) -> MultiModalData:
         """Counts placeholders and rows of `pixel_values` for vLLM. `kwargs` are the engine's `mm_processor_kwargs`."""
         counts: dict[str, list[int]] = {}
-        images, videos = image_sizes or [], video_sizes or []
-        budgets = self._budgets(len(images), len(videos), {"images_kwargs": {**kwargs}, "videos_kwargs": kwargs})
+        each = kwargs.get("num_image_tokens")
+        rules = self.num_image_tokens, self.image_token_range
         if image_sizes is not None:
-            counts["num_image_tokens"] = budgets[self.image_token_id]
+            counts["num_image_tokens"] = list_budgets("num_image_tokens", each, len(image_sizes), *rules)
             max_tiles = self.max_tiles if kwargs.get("max_tiles") is None else kwargs["max_tiles"]
             check_max_tiles(max_tiles)
             size = None if max_tiles == 1 else tile_size(self.image_processor)
             grids = [choose_tile_grid(*image, size, max_tiles) if size else (1, 1) for image in image_sizes]
             counts["num_image_patches"] = [rows * columns for rows, columns in grids]
         if video_sizes is not None:
-            counts["num_video_tokens"] = budgets[self.video_token_id]
+            for_videos = each if kwargs.get("num_video_tokens") is None else kwargs["num_video_tokens"]
+            counts["num_video_tokens"] = list_budgets("num_video_tokens", for_videos, len(video_sizes), *rules)
         return MultiModalData(**counts)
 
     @classmethod

@@ -61,6 +61,9 @@ def test_arrays_are_cut_as_images(kind):
         given = given.transpose(2, 0, 1)
     tiles, grid = cut_tiles(given, TILE, max_tiles=4)
     assert grid == (2, 1) and np.array_equal(np.asarray(tiles[1]), pixels[32:])
+    if kind == "alpha":
+        tiles, _ = cut_tiles(np.zeros_like(given), TILE, max_tiles=4)
+        assert np.asarray(tiles[0]).min() == 255  # what is transparent is white, as in an image
     with pytest.raises(ValueError, match="an array of several tiles must be uint8, but is float32"):
         cut_tiles(pixels.astype(np.float32), TILE, max_tiles=4)
 

@@ -21,6 +21,8 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from train_scst_trainer import SCSTTrainer
 from transformers import Trainer
 
+from common.data.collator import CaptionCollator
+from common.data.data_arguments import DataArguments
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.temporal import TemporalTower
@@ -327,9 +329,13 @@ def test_tiles_are_not_trained_by_a_partitioned_connector(monkeypatch):
         trainer.model, trainer.is_fsdp_enabled = model, True
 
     monkeypatch.setattr(Trainer, "__init__", under_fsdp)
-    collator = SimpleNamespace(processor=SimpleNamespace(max_tiles=4))
-    with pytest.raises(ValueError, match=r"cannot train with `max_tiles` 4, but only with 1.*multi_gpu\.yaml"):
-        EVLGenTrainer(model=tiny_model(), args=SimpleNamespace(), data_collator=collator, train_dataset=None)
+    processor = tiny_processor(tiny_model())
+    processor.max_tiles = 4
+    others = {"model": tiny_model(), "args": SimpleNamespace(), "train_dataset": None}
+    with pytest.raises(ValueError, match=r"cannot train on images of several tiles, .* is 4.*multi_gpu\.yaml"):
+        EVLGenTrainer(data_collator=CaptionCollator(processor, DataArguments(), True), **others)
+    videos = DataArguments(video_column="video")  # they are not cut
+    EVLGenTrainer(data_collator=CaptionCollator(processor, videos, True), **others)
 
 
 def test_deepspeed_does_not_round_times_to_bfloat16():

@@ -343,6 +343,14 @@ def test_captions_are_greedy_even_if_the_language_model_samples_in_chats():
     assert model.generation_config.eos_token_id == 2
 
 
+@torch.no_grad()
+def test_a_prompt_may_be_prefilled_in_chunks():
+    model = tiny_model()
+    batch = tiny_processor(model)(images=noise_images(2), text=PROMPTS)
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(**batch, prefill_chunk_size=8, **settings), model.generate(**batch, **settings))
+
+
 def test_bad_input_is_named():
     model = tiny_model()
     batch = tiny_processor(model)(images=noise_images(2), text=PROMPTS)
@@ -351,6 +359,8 @@ def test_bad_input_is_named():
         (ValueError, RuntimeError), match=r"holds 22 image placeholders, but the images give 11 tokens"
     ):
         model(**one_image)
+    with pytest.raises((ValueError, RuntimeError), match="holds 22 image placeholders, but there are no images"):
+        model(input_ids=batch["input_ids"])
     with pytest.raises(ValueError, match=r"`pixel_values` must have shape \(images, channels, height, width\)"):
         model(**{**batch, "pixel_values": batch["pixel_values"][0]})
     with pytest.raises(ValueError, match=r"`vision_features` must have shape \(images, 17, 16\)"):

@@ -139,7 +139,7 @@ def plan() -> list[Run]:
     runs += sweep("evlgen-paper-blocks") + _main_runs(("evlgen-paper-blocks",), first)
     runs += _tenth_of_data(others) + _main_runs(("mlp-all-tokens",), first, DATASETS[:1])
     runs += _main_runs(("evlgen-chooses-first",), SEEDS, DATASETS[:1])
-    runs += _main_runs(("qformer-chooses-first",), first, DATASETS[:1])
+    runs += _main_runs(("qformer-chooses-first",), SEEDS)
     return runs + ablations()
 
 

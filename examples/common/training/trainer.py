@@ -73,16 +73,23 @@ class EVLGenTrainer(Trainer):
                 f"FSDP and DeepSpeed cannot partition scalars, such as {scalars[0]}. Launch the training with "
                 "examples/accelerate_configs/multi_gpu.yaml."
             )
-        max_tiles = getattr(getattr(data_collator, "processor", None), "max_tiles", 1)
-        if max_tiles > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(  # the connector runs once for each grid of a batch, and processes would wait for others
-                f"FSDP and DeepSpeed cannot train with `max_tiles` {max_tiles}, but only with 1. Launch the training "
-                "with examples/accelerate_configs/multi_gpu.yaml."
-            )
+        if isinstance(data_collator, CaptionCollator) and data_collator.data_args.video_column is None:
+            self._check_tiles(data_collator.processor.max_tiles)
         # Of a stream, after the last batch: whose turn it is, and the state of each reader of this process.
         self.positions: dict[str, Any] = {"next_reader": 0, "states": {}}
         if isinstance(train_dataset, CaptionStream):
             self.add_callback(CountStreamEpoch())
+
+    def _check_tiles(self, max_tiles: int) -> None:
+        partitions = self.is_fsdp_enabled
+        if self.is_deepspeed_enabled:
+            partitions = self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        if partitions and max_tiles > 1:
+            # The connector runs once for each grid of a batch. Processes with other grids would wait for each other.
+            raise ValueError(
+                f"FSDP and ZeRO-3 cannot train on images of several tiles, but `max_tiles` is {max_tiles}. Launch the "
+                "training with examples/accelerate_configs/multi_gpu.yaml."
+            )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
         """Trains, or goes on from what [`find_checkpoint`] returns, to the same weights as an unbroken run.
