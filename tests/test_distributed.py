@@ -326,9 +326,10 @@ def test_tiles_are_not_trained_by_a_partitioned_connector(monkeypatch):
     """The connector runs once for each grid. Processes with other grids would wait for each other."""
 
     def under_fsdp(trainer, model, **kwargs):
-        trainer.model, trainer.is_fsdp_enabled = model, True
+        trainer.model, trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = model, True, False
 
     monkeypatch.setattr(Trainer, "__init__", under_fsdp)
+    monkeypatch.setattr(Trainer, "add_callback", lambda *_: None)
     processor = tiny_processor(tiny_model())
     processor.max_tiles = 4
     others = {"model": tiny_model(), "args": SimpleNamespace(), "train_dataset": None}

@@ -57,6 +57,7 @@ OTHER_RATES = (3e-4, 3e-3)  # learning rates
 LONG = 1800  # steps
 PLAN = [
     *(BudgetRun(method, seed=seed) for seed in SEEDS for method in FINALISTS),
+    *(BudgetRun(CHOOSING_QFORMER, seed=seed) for seed in SEEDS[:2]),
     *map(BudgetRun, CONTROLS),
     *(BudgetRun(method, learning_rate=rate) for method in FINALISTS for rate in OTHER_RATES),
     *(BudgetRun(method, steps=200) for method in (MERGING_TOMEFORMER, ALL_TOKENS)),  # a step takes seconds
@@ -65,7 +66,7 @@ PLAN = [
     BudgetRun("Q-Former", budget=16),
     *(BudgetRun(method, seed=seed, steps=LONG) for seed in SEEDS for method in (CHOOSING_TOMEFORMER, "means")),
     *(BudgetRun(CHOOSING_TOMEFORMER, seed=seed, budget=16, steps=LONG) for seed in SEEDS),
-    BudgetRun("Q-Former", steps=LONG),
+    *(BudgetRun(method, steps=LONG) for method in ("Q-Former", CHOOSING_QFORMER)),
     *(BudgetRun(method, textured=False) for method in FINALISTS),
     *(BudgetRun(method, size=672) for method in FINALISTS),
     *(BudgetRun(method, stamps=True) for method in FINALISTS),
