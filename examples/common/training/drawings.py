@@ -52,7 +52,9 @@ def draw_contact_sheet(dataset: Dataset, captions: list[str], data_args: DataArg
         right = caption in references
         text = caption if right else f"{caption}\n(true: {references[0]})"
         wrapped = "\n".join(textwrap.fill(line, 30) for line in text.splitlines())
-        panel.set_title(wrapped, fontsize=8.5, color=RIGHT if right else WRONG, y=-0.02, va="top", parse_math=False)
+        panel.set_title(
+            wrapped, fontsize=8.5, color=RIGHT if right else WRONG, y=0, va="top", pad=-3, parse_math=False
+        )
     if data_args.dataset in DEMO_CREDITS:  # the drawing is published with model cards
         figure.supxlabel(DEMO_CREDITS[data_args.dataset], fontsize=7, color="gray")
     figure.savefig(path, dpi=110)
