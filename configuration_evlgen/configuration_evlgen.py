@@ -136,7 +136,7 @@ class EVLGenConfig(CheckedConfig):
         self._complete("vision_hidden_size", getattr(self.vision_config, "hidden_size", None))
         self._fit_connector(class_token_is_given)
         self._check_placeholders()
-        self._check_image_token_range()
+        self.check_image_token_range()
         self._check_video_mode()
         if self.towers not in (None, "include", "reference"):
             raise ValueError(f'`towers` must be "include" or "reference", but is {self.towers!r}.')
@@ -202,7 +202,12 @@ class EVLGenConfig(CheckedConfig):
             )
         connector.num_output_tokens(tokens)  # raises where tokens cannot be pooled
 
-    def _check_image_token_range(self) -> None:
+    def check_image_token_range(self) -> None:
+        """
+        Raises:
+            ValueError: If the connector cannot make both ends of the range, or the number of tokens without a request
+                is not in it.
+        """
         if self.image_token_range is None:
             if self.default_num_image_tokens is not None:
                 raise ValueError("`default_num_image_tokens` needs `image_token_range`, the numbers in training.")

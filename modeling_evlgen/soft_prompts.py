@@ -72,7 +72,7 @@ def check_runs(name: str, mask: torch.Tensor | None, lengths: list[int]) -> None
     ends = mask & ~nn.functional.pad(mask[:, 1:], (0, 1))  # (batch, sequence), the last placeholder of each run
     so_far = mask.flatten().cumsum(0)  # placeholders up to each token
     torch_compilable_check(
-        (may_end[so_far.clamp(max=total)] | ~ends.flatten()).all() | (so_far[-1] != total),
+        (may_end[so_far.clamp(max=total)] | ~ends.flatten()).all() | (mask.sum() != total),
         lambda: (
             f"`input_ids` holds runs of {_run_lengths(so_far, ends)} {name} placeholders, but the {name}s give "
             f"{lengths} tokens, in this order."

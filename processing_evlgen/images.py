@@ -148,6 +148,7 @@ def _describe(source: Image.Image | str | Path | dict) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode in RGB. What is transparent becomes white."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16") or image.mode == "I":  # PIL would clip all values above 255

@@ -84,15 +84,10 @@ def allow_token_range(
             model.config.connector_config.check_budget(budget, model.config.num_vision_tokens)
     except ValueError as error:
         raise ValueError(f"`image_token_range` is {image_token_range}: {error}") from error
-    number = model.config.num_image_tokens if num_image_tokens is None else num_image_tokens
-    if not low <= number <= high:
-        raise ValueError(
-            f"`image_token_range` is {image_token_range}, but must hold {number}, the number of tokens without a "
-            "request."
-        )
     model.config.image_token_range = processor.image_token_range = [low, high]
     if num_image_tokens is not None:
         model.config.default_num_image_tokens = processor.num_image_tokens = num_image_tokens
+    model.config.check_image_token_range()
 
 
 def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -37,8 +37,8 @@ class EVLGenTrainer(Trainer):
         script_args (`tuple`): Dataclasses of the script's other arguments. A resumed run must share them.
 
     Raises:
-        ValueError: If the model could not be saved, or FSDP or DeepSpeed is to partition a temporal contextualizer or
-            to train with images of several tiles.
+        ValueError: If the model could not be saved, FSDP or DeepSpeed is to partition a temporal contextualizer, or
+            FSDP or ZeRO-3 is to train on images of several tiles.
     """
 
     def __init__(
