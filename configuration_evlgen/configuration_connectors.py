@@ -9,8 +9,7 @@ from .checked_config import CheckedConfig
 
 # The smallest and the largest value of each numeric field. No connector has all of these fields.
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-_COUNTS += ("type_vocab_size", "num_query_tokens", "cross_attention_frequency", "pool_size", "num_merged_tokens")
-_COUNTS += ("num_distinctive_tokens",)
+_COUNTS += ("type_vocab_size", "num_query_tokens", "cross_attention_frequency", "pool_size", "num_distinctive_tokens")
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 _DEVIATIONS = ("initializer_range", "position_initializer_range", "output_position_initializer_range")
 _DEVIATIONS += ("branch_initializer_range", "query_initializer_range", "layer_norm_eps")
@@ -18,8 +17,9 @@ _RANGES = {
     **dict.fromkeys(_COUNTS, (1, math.inf)),
     **dict.fromkeys(_PROBABILITIES, (0, 1)),
     **dict.fromkeys(_DEVIATIONS, (0, math.inf)),
-    "distinctive_factor": (1, math.inf),
 }
+# Options that connectors had. Each is refused where it is set, since its weights would give other words without it.
+_DELETED = ("distinctive_factor", "num_merged_tokens", "size_weighting", "keep_order")
 
 
 class ConnectorConfig(CheckedConfig):
@@ -44,6 +44,13 @@ class ConnectorConfig(CheckedConfig):
     class_token: bool = True
 
     def __post_init__(self, **kwargs: Any):
+        for name in _DELETED:
+            value = kwargs.pop(name, None)
+            if value not in (None, False):
+                raise ValueError(
+                    f"`connector_config` sets `{name}` to {value!r}, but EVLGen no longer has this option. Load the "
+                    "checkpoint with the code that it holds, `trust_remote_code=True` without EVLGen installed."
+                )
         super().__post_init__(**kwargs)
         fields = self.field_names()
         for name, (low, high) in _RANGES.items():
@@ -143,14 +150,6 @@ class TomeFormerConfig(ConnectorConfig):
             Vectors whose similarity decides what is merged. `"keys"` are those of the layer's attention, averaged over
             its heads (ToMe, section 3, and the paper). `"hidden_states"` are the whole input of the attention. Fresh
             keys are narrow random projections, so they blur similarity.
-        num_merged_tokens (`int`, *optional*):
-            Number of tokens to merge to, instead of `merge_r`. Every layer keeps about the same share of its tokens.
-        distinctive_factor (`float`, *optional*):
-            If given, the connector chooses first, and attention never sees all tokens. Of n output tokens, the first
-            is the mean of all tokens but the `distinctive_factor * (n - 1)` most distinctive ones. Those have the
-            smallest mean cosine similarity to all tokens. They are merged to the other output tokens, before the
-            attention of each layer. All tokens keep their order. It needs `num_merged_tokens`. Then `merge_metric` has
-            no effect.
         class_token (`bool`, defaults to `True`): Whether token 0 is a class token. It is never merged.
         pre_norm (`bool`, defaults to `False`):
             `False` is BERT's block, which normalises after each residual sum. `True` normalises the input of each
@@ -179,16 +178,12 @@ class TomeFormerConfig(ConnectorConfig):
     branch_initializer_range: float | int | None = None
     merge_r: int | list[int] | tuple[int, float | int] | dict[str, float | int] = 19
     merge_metric: str = "keys"
-    num_merged_tokens: int | None = None
-    distinctive_factor: float | int | None = None
     pre_norm: bool = False
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
         if isinstance(self.merge_r, tuple | dict):
             self.merge_r = _linear_schedule(self.merge_r, self.num_hidden_layers)
-        if self.distinctive_factor is not None and self.num_merged_tokens is None:
-            raise ValueError("`distinctive_factor` needs `num_merged_tokens`, the number of tokens to merge to.")
         requested = self.merge_r if isinstance(self.merge_r, list) else [self.merge_r]
         if any(r < 0 for r in requested):
             raise ValueError(f"`merge_r` must hold integers of 0 or more, but is {self.merge_r}.")
@@ -204,7 +199,8 @@ class TomeFormerConfig(ConnectorConfig):
 
         Args:
             num_tokens (`int`): Number of input tokens.
-            num_output_tokens (`int`, *optional*): Tokens after the last layer, by default those of the configuration.
+            num_output_tokens (`int`, *optional*):
+                Tokens after the last layer, instead of those by `merge_r`. Each layer keeps about the same share.
 
         Returns:
             `list[int]` with `num_hidden_layers + 1` entries.
@@ -212,16 +208,11 @@ class TomeFormerConfig(ConnectorConfig):
         Raises:
             ValueError: If `num_output_tokens` is out of range.
         """
-        target = self.num_merged_tokens if num_output_tokens is None else num_output_tokens
-        if target is None:
+        if num_output_tokens is None:
             return self._counts_by_merge_r(num_tokens)
-        prefix = int(self.class_token)
-        self.check_budget(target, num_tokens)
-        kept = num_tokens
-        if self.distinctive_factor is not None:
-            kept = min(num_tokens, prefix + 1 + round(self.distinctive_factor * (target - prefix - 1)))
-        layers = range(1, self.num_hidden_layers + 1)
-        return [kept, *(round(kept * (target / kept) ** (layer / self.num_hidden_layers)) for layer in layers)]
+        self.check_budget(num_output_tokens, num_tokens)
+        share, layers = num_output_tokens / num_tokens, self.num_hidden_layers
+        return [round(num_tokens * share ** (layer / layers)) for layer in range(layers + 1)]
 
     def check_budget(self, num_output_tokens: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
         lowest = int(self.class_token) + 1

@@ -40,7 +40,10 @@ class TokenMerging:
         Raises:
             ValueError: If `x` does not have the tokens that were matched.
         """
-        batch, tokens, channels = self._check("x", x, self.output_index.shape[1])
+        batch, tokens = self.output_index.shape
+        if x.ndim != 3 or x.shape[:2] != (batch, tokens):
+            raise ValueError(f"`x` must have shape ({batch}, {tokens}, channels), but has {tuple(x.shape)}.")
+        channels = x.shape[2]
         if tokens == self.num_output_tokens:  # nothing is merged, and the order is kept
             return x
         # All batches in one list of rows: `index_add` of whole rows is several times as fast as `scatter_add` with an
@@ -73,31 +76,8 @@ class TokenMerging:
         """
         return size.new_zeros(size.shape[0], self.num_output_tokens).scatter_add(1, self.output_index, size)
 
-    def unmerge(self, x: torch.Tensor) -> torch.Tensor:
-        """Gives every input token the merged token that it became part of.
 
-        Args:
-            x (`torch.Tensor` of shape `(batch, num_output_tokens, channels)`): Merged tokens.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, tokens, channels)`.
-
-        Raises:
-            ValueError: If `x` does not have `num_output_tokens` tokens.
-        """
-        channels = self._check("x", x, self.num_output_tokens)[2]
-        return x.gather(1, self.output_index.unsqueeze(2).expand(-1, -1, channels))
-
-    def _check(self, name: str, x: torch.Tensor, tokens: int) -> tuple[int, int, int]:
-        batch = self.output_index.shape[0]
-        if x.ndim != 3 or x.shape[:2] != (batch, tokens):
-            raise ValueError(f"`{name}` must have shape ({batch}, {tokens}, channels), but has {tuple(x.shape)}.")
-        return x.shape
-
-
-def bipartite_soft_matching(
-    metric: torch.Tensor, r: int, class_token: bool = False, keep_order: bool = False
-) -> TokenMerging:
+def bipartite_soft_matching(metric: torch.Tensor, r: int, class_token: bool = False) -> TokenMerging:
     """Matches the `r` most similar pairs of a token with an even index and a token with an odd index.
 
     Tokens with even indices are sources, those with odd indices are destinations. Each source is linked to the
@@ -105,7 +85,7 @@ def bipartite_soft_matching(
 
     In the output, the kept sources come first, then all destinations in their order. With a class token, kept sources
     are in ascending order, so that it stays first. Without one they are in descending order of their similarity. This
-    is the original's order. With `keep_order`, all tokens keep their order, and a merged token has its destination's.
+    is the original's order.
 
     Args:
         metric (`torch.Tensor` of shape `(batch, tokens, channels)`):
@@ -116,7 +96,6 @@ def bipartite_soft_matching(
             that may be merged. At 0 all tokens stay, in their order.
         class_token (`bool`, *optional*, defaults to `False`):
             Whether token 0 is a class token. It is never merged, and no token is merged into it.
-        keep_order (`bool`, *optional*, defaults to `False`): Whether tokens keep their order.
 
     Returns:
         [`TokenMerging`]. It carries no gradient to `metric`.
@@ -138,8 +117,6 @@ def bipartite_soft_matching(
         best, destination = similarity.max(dim=-1)  # (batch, sources)
         order = best.argsort(dim=-1, descending=True)
         merged, kept = order[:, :r], order[:, r:]
-        if keep_order:
-            return TokenMerging(_index_in_order(merged, destination.gather(1, merged), tokens), tokens - r)
         if class_token:
             kept = kept.sort(dim=-1).values
 
@@ -153,16 +130,6 @@ def bipartite_soft_matching(
         output_index[:, ::2] = source_index
         output_index[:, 1::2] = num_kept + torch.arange(tokens // 2, device=metric.device)
     return TokenMerging(output_index, tokens - r)
-
-
-def _index_in_order(merged: torch.Tensor, destination: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Returns the output index of each token if tokens keep their order, `(batch, tokens)`.
-
-    `merged` counts sources, `destination` counts destinations, both `(batch, r)`.
-    """
-    stays = merged.new_ones(merged.shape[0], tokens).scatter(1, 2 * merged, 0)
-    index = stays.cumsum(dim=1) - 1  # (batch, tokens)
-    return index.scatter(1, 2 * merged, index.gather(1, 2 * destination + 1))
 
 
 def _cosine_similarity(metric: torch.Tensor, class_token: bool) -> torch.Tensor:
@@ -218,35 +185,21 @@ def keep_distinctive(x: torch.Tensor, num_output_tokens: int, class_token: bool 
     return TokenMerging(output_index.scatter_(1, kept, new_index.expand(batch, -1)), num_output_tokens)
 
 
-def match_in_rounds(
-    metric: torch.Tensor,
-    num_output_tokens: int,
-    size: torch.Tensor | None = None,
-    rounds: int = 1,
-    class_token: bool = False,
-    keep_order: bool = False,
-) -> TokenMerging:
-    """Matches tokens in rounds of [`bipartite_soft_matching`] until `num_output_tokens` are left.
+def match_down_to(metric: torch.Tensor, num_output_tokens: int, class_token: bool = False) -> TokenMerging:
+    """Matches tokens by [`bipartite_soft_matching`] until `num_output_tokens` are left.
 
-    A round matches half of the tokens with the other half. If many tokens are merged at once, a token whose best
-    partner is in its own half is merged with another one. With several rounds it can wait.
+    One round removes half of the tokens at most. So fewer tokens than that need several rounds.
 
     Args:
         metric (`torch.Tensor` of shape `(batch, tokens, channels)`): Vectors whose similarity counts.
         num_output_tokens (`int`): Number of tokens to merge to, at least 1, or 2 with a class token.
-        size (`torch.Tensor` of shape `(batch, tokens)`, *optional*): Weights of the tokens in the means of each round.
-        rounds (`int`, *optional*, defaults to 1):
-            Rounds of about equally many merges. Further ones follow if a round may not merge as many.
-        class_token, keep_order (`bool`, *optional*, defaults to `False`): As in [`bipartite_soft_matching`].
+        class_token (`bool`, *optional*, defaults to `False`): As in [`bipartite_soft_matching`].
 
     Returns:
         [`TokenMerging`]. It carries no gradient to `metric`.
     """
     merging, metric = keep_all(metric), metric.detach()
-    at_once = -(-(metric.shape[1] - num_output_tokens) // rounds)
     while merging.num_output_tokens > num_output_tokens:
-        r = min(at_once, merging.num_output_tokens - num_output_tokens)
-        matched = bipartite_soft_matching(metric, r, class_token, keep_order)
-        metric, size = matched.merge(metric, size), None if size is None else matched.sum_sizes(size)
-        merging = merging.then(matched)
+        matched = bipartite_soft_matching(metric, merging.num_output_tokens - num_output_tokens, class_token)
+        metric, merging = matched.merge(metric), merging.then(matched)
     return merging

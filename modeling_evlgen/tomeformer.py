@@ -14,9 +14,7 @@ from transformers.models.bert.modeling_bert import eager_attention_forward
 from configuration_evlgen.configuration_connectors import TomeFormerConfig
 
 from .connector_layers import BranchLinear, PositionEmbeddings, build_output_positions, init_connector_layer
-from .token_merging import keep_all, keep_distinctive, match_in_rounds
-
-ROUNDS = 6  # of merging in each layer of a connector that chooses
+from .token_merging import keep_all, match_down_to
 
 
 @dataclass
@@ -28,9 +26,9 @@ class TomeFormerOutput(ModelOutput):
         output_index (`torch.LongTensor` of shape `(batch, tokens)`):
             The index in `last_hidden_state` of the token that each input token became part of.
         layer_index (`tuple[torch.LongTensor]`, each of shape `(batch, tokens)`):
-            The same for the tokens after the first choice, if there is one, and after each layer.
+            The same for the tokens after each layer.
         hidden_states (`tuple[torch.Tensor]`, *optional*):
-            The embedded tokens, the chosen ones if there is a choice, and each layer's output. Each has fewer tokens.
+            The embedded tokens and each layer's output. Each has fewer tokens.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -148,7 +146,7 @@ class TomeFormerIntermediate(nn.Module):
 
 
 class TomeFormerLayer(GradientCheckpointingLayer):
-    """One BERT layer with a merge between its two residual branches; before both, if the connector chooses."""
+    """One BERT layer with a merge between its two residual branches."""
 
     def __init__(self, config: TomeFormerConfig):
         super().__init__()
@@ -157,31 +155,17 @@ class TomeFormerLayer(GradientCheckpointingLayer):
         self.intermediate = TomeFormerIntermediate(config)
         self.output = TomeFormerBranchOutput(config, config.intermediate_size)
 
-    def forward(
-        self, hidden_states: torch.Tensor, num_tokens: int, size: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Runs the layer and merges tokens until `num_tokens` are left.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, tokens, dim)`): The tokens.
-            num_tokens (`int`): Number of tokens after the layer.
-            size (`torch.Tensor` of shape `(batch, tokens)`, *optional*):
-                The number of inputs merged into each token, if the connector chooses.
+    def forward(self, hidden_states: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the layer over `(batch, tokens, dim)` and merges tokens until `num_tokens` are left.
 
         Returns:
-            The tokens, `(batch, num_tokens, dim)`. The output index of each input token, `(batch, tokens)`. The sizes
-            of the tokens, `(batch, num_tokens)`, if sizes were given.
+            The tokens, `(batch, num_tokens, dim)`. The output index of each input token, `(batch, tokens)`.
         """
-        if size is None:
-            hidden_states, metric = self.attention(hidden_states)
-            merging = match_in_rounds(metric, num_tokens, class_token=self.class_token)
-            hidden_states = merging.merge(hidden_states)  # (batch, num_tokens, dim)
-        else:
-            merging = match_in_rounds(hidden_states, num_tokens, size, ROUNDS, self.class_token, keep_order=True)
-            hidden_states, size = merging.merge(hidden_states, size), merging.sum_sizes(size)
-            hidden_states, _ = self.attention(hidden_states)  # (batch, num_tokens, dim)
+        hidden_states, metric = self.attention(hidden_states)
+        merging = match_down_to(metric, num_tokens, self.class_token)
+        hidden_states = merging.merge(hidden_states)  # (batch, num_tokens, dim)
         normed = self.output.LayerNorm(hidden_states) if self.output.pre_norm else hidden_states
-        return self.output(self.intermediate(normed), hidden_states), merging.output_index, size
+        return self.output(self.intermediate(normed), hidden_states), merging.output_index
 
 
 class TomeFormerEncoder(nn.Module):
@@ -261,18 +245,12 @@ class TomeFormerModel(PreTrainedModel):
                 or `num_output_tokens` is out of range.
         """
         self.config.check_inputs(inputs_embeds.shape, tiles)
-        batch, tokens, _ = inputs_embeds.shape
-        counts = self.config.token_counts(tokens, num_output_tokens)
+        counts = self.config.token_counts(inputs_embeds.shape[1], num_output_tokens)
         hidden_states = self.embeddings(inputs_embeds, tiles, places)
         all_hidden_states, all_index = (hidden_states,), ()
-        output_index, size = keep_all(hidden_states).output_index, None
-        if self.config.distinctive_factor is not None:
-            choice = keep_distinctive(inputs_embeds, counts[0], self.config.class_token)
-            hidden_states, output_index = choice.merge(hidden_states), choice.output_index
-            size = choice.sum_sizes(inputs_embeds.new_ones(batch, tokens, dtype=torch.float32))  # (batch, chosen)
-            all_hidden_states, all_index = (*all_hidden_states, hidden_states), (output_index,)
+        output_index = keep_all(hidden_states).output_index
         for layer, num_tokens in zip(self.encoder.layer, counts[1:], strict=True):
-            hidden_states, layer_index, size = layer(hidden_states, num_tokens, size)
+            hidden_states, layer_index = layer(hidden_states, num_tokens)
             output_index = layer_index.gather(1, output_index)  # composes the layers' indices
             all_hidden_states, all_index = (*all_hidden_states, hidden_states), (*all_index, output_index)
         return TomeFormerOutput(

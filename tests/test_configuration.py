@@ -153,8 +153,7 @@ def test_fields_out_of_range_are_refused(config_class, fields, message):
             "`attention_probs_dropout_prob` must be betw",
         ),
         (QFormerConnectorConfig, {"query_initializer_range": -1}, "`query_initializer_range` must be at least 0"),
-        (TomeFormerConfig, {"distinctive_factor": math.nan}, "`distinctive_factor` must be finite"),
-        (TomeFormerConfig, {"distinctive_factor": 3}, "`distinctive_factor` needs `num_merged_tokens`"),
+        (TomeFormerConfig, {"initializer_range": math.nan}, "`initializer_range` must be finite"),
         (TomeFormerConfig, {"type_vocab_size": 0}, "`type_vocab_size` must be at least 1"),
         (MLPConnectorConfig, {"branch_initializer_range": -0.1}, "`branch_initializer_range` must be at least 0"),
         (
@@ -170,8 +169,21 @@ def test_fields_that_only_some_connectors_have_are_checked(config_class, fields,
 
 
 def test_whole_numbers_are_numbers():
-    config = TomeFormerConfig(hidden_dropout_prob=0, num_merged_tokens=9, distinctive_factor=1)
-    assert config.hidden_dropout_prob == 0
+    assert TomeFormerConfig(hidden_dropout_prob=0).hidden_dropout_prob == 0
+
+
+@pytest.mark.parametrize("field", ["distinctive_factor", "num_merged_tokens", "size_weighting", "keep_order"])
+def test_a_deleted_option_is_named_where_a_checkpoint_sets_it(field, tmp_path):
+    EVLGenConfig().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for value in (None, False):  # as older checkpoints hold it that do not use it
+        config["connector_config"][field] = value
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert EVLGenConfig.from_pretrained(tmp_path).connector_config.hidden_size == 768
+    config["connector_config"][field] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"sets `{field}` to 3.*Load the checkpoint with the code that it holds"):
+        EVLGenConfig.from_pretrained(tmp_path)
 
 
 CLIP = {"model_type": "clip_vision_model"}

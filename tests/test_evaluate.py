@@ -346,7 +346,7 @@ def test_another_model_of_the_same_name_is_noticed(work, tmp_path, monkeypatch):
             evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))
     shutil.copytree(work / "model", tmp_path / "model", dirs_exist_ok=True)
     config = read_json(tmp_path / "model" / "config.json")
-    config["connector_config"]["keep_order"] = True  # the same weights, but other answers
+    config["connector_config"]["merge_r"] = 2  # the same weights, but other answers
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"settings: configuration was '.*' and is '.*'\. "):
         evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))

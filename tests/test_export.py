@@ -16,7 +16,6 @@ TOWERS = ["clip", "eva", "siglip", "dinov2", "timm_cnn"]
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
 CONNECTORS = {
     "tomeformer": {**LAYERS, "merge_r": 3},
-    "tomeformer that chooses": {**LAYERS, "num_merged_tokens": 6, "distinctive_factor": 2},
     "qformer": {**LAYERS, "model_type": "evlgen_qformer", "num_query_tokens": 5},
     "qformer that chooses": {
         **LAYERS,
@@ -56,7 +55,6 @@ def assert_same(prompt, run, **tolerance):
     ("vision", "connector"),
     [
         *((vision, "tomeformer") for vision in TOWERS),
-        ("clip", "tomeformer that chooses"),
         ("eva", "qformer"),
         ("clip", "qformer that chooses"),
         ("timm_cnn", "mlp"),
@@ -99,7 +97,6 @@ def test_a_merging_models_graph_takes_images(tmp_path):
 @pytest.mark.parametrize(
     ("vision", "connector"),
     [
-        ("siglip", "tomeformer that chooses"),
         pytest.param("timm_cnn", "qformer", marks=pytest.mark.slow),
         ("siglip", "mlp"),
     ],
@@ -151,7 +148,7 @@ def test_generate_takes_an_exported_soft_prompt(tmp_path):
     assert torch.equal(words, expected)
 
 
-@pytest.mark.parametrize("connector", ["tomeformer", "tomeformer that chooses", "qformer"])
+@pytest.mark.parametrize("connector", ["tomeformer", "qformer"])
 def test_a_graph_has_the_requested_number_of_tokens(connector):
     model = build("siglip", connector)
     model.config.image_token_range = [1, 9] if connector != "qformer" else [1, 5]

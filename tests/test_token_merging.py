@@ -37,7 +37,6 @@ def test_merges_the_most_similar_pair_by_plain_mean():
     merging = bipartite_soft_matching(metric, r=1)
     assert merging.output_index.tolist() == [[0, 1, 1, 2]]
     assert merging.merge(x).tolist() == [[[1.0], [3.0], [8.0]]]
-    assert merging.unmerge(merging.merge(x)).tolist() == [[[1.0], [3.0], [3.0], [8.0]]]
 
 
 @pytest.mark.parametrize("class_token", [True, False])
@@ -87,8 +86,6 @@ def test_bad_input_is_named():
     merging = bipartite_soft_matching(torch.randn(1, 4, 4), r=1)
     with pytest.raises(ValueError, match=r"`x` must have shape \(1, 4, channels\), but has \(1, 3, 4\)"):
         merging.merge(torch.zeros(1, 3, 4))
-    with pytest.raises(ValueError, match=r"`x` must have shape \(1, 3, channels\)"):
-        merging.unmerge(torch.zeros(1, 4, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -96,30 +93,6 @@ def test_many_half_precision_tokens_that_become_one_keep_their_mean(dtype):
     merging = TokenMerging(torch.zeros(1, 577, dtype=torch.long), 1)
     tokens = torch.full((1, 577, 4), 1.1, dtype=dtype)
     assert torch.equal(merging.merge(tokens), tokens[:, :1])
-
-
-@pytest.mark.parametrize("class_token", [False, True])
-def test_tokens_can_keep_their_order(class_token):
-    generator = torch.Generator().manual_seed(0)
-    metric, x = torch.randn(2, 13, 8, generator=generator), torch.randn(2, 13, 5, generator=generator)
-    plain = bipartite_soft_matching(metric, 4, class_token)
-    ordered = bipartite_soft_matching(metric, 4, class_token, keep_order=True)
-    for row in range(2):
-        plain_groups = {frozenset(g) for g in _groups(plain, row)}
-        assert plain_groups == {frozenset(g) for g in _groups(ordered, row)}  # the same tokens are merged
-        # A merged token has the index of its destination, which is odd.
-        indices = [next((index for index in group if index % 2), group[0]) for group in _groups(ordered, row)]
-        assert indices == sorted(indices)
-    assert ordered.merge(x).shape == (2, 9, 5)
-    if class_token:
-        assert torch.equal(ordered.merge(x)[:, 0], x[:, 0])
-
-
-def _groups(merging, row):
-    """Returns the input tokens of each output token, in the output's order."""
-    return [
-        (merging.output_index[row] == index).nonzero().flatten().tolist() for index in range(merging.num_output_tokens)
-    ]
 
 
 @pytest.mark.parametrize("class_token", [False, True])

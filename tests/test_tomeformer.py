@@ -165,14 +165,14 @@ def test_tokens_can_be_matched_by_their_hidden_states():
 
 
 def test_saves_and_loads(tmp_path):
-    model = TomeFormerModel(tiny_config(pre_norm=True, distinctive_factor=2, num_merged_tokens=7)).eval()
+    model = TomeFormerModel(tiny_config(pre_norm=True)).eval()
     model.save_pretrained(tmp_path)
     again = TomeFormerModel.from_pretrained(tmp_path)
     assert again.config.to_diff_dict() == model.config.to_diff_dict()
     assert torch.equal(again(tokens()).last_hidden_state, model(tokens()).last_hidden_state)
 
 
-@pytest.mark.parametrize("options", [{}, {"pre_norm": True}, {"distinctive_factor": 2, "num_merged_tokens": 7}])
+@pytest.mark.parametrize("options", [{}, {"pre_norm": True}])
 def test_compiles_without_a_graph_break_and_only_once(options):
     model = TomeFormerModel(tiny_config(**options)).eval()
     torch.compiler.reset()
@@ -184,14 +184,11 @@ def test_compiles_without_a_graph_break_and_only_once(options):
             torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
 
 
-@pytest.mark.parametrize("options", [{}, {"distinctive_factor": 2, "num_merged_tokens": 7}])
-def test_gradient_checkpointing_gives_the_same_gradients(options):
+def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = TomeFormerModel(
-            tiny_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **options)
-        ).train()
+        model = TomeFormerModel(tiny_config(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
         if checkpointing:
             model.activation_checkpointing_enable()
         model(tokens().requires_grad_()).last_hidden_state.square().mean().backward()
@@ -221,10 +218,8 @@ def test_bad_input_is_named():
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-@pytest.mark.parametrize("factor", [None, 1, 2.5, 100])
-def test_any_number_of_output_tokens_can_be_requested(factor, class_token):
-    config = tiny_config(distinctive_factor=factor, class_token=class_token, num_merged_tokens=5)
-    model = TomeFormerModel(config).eval()
+def test_any_number_of_output_tokens_can_be_requested(class_token):
+    model = TomeFormerModel(tiny_config(class_token=class_token)).eval()
     lowest = 2 if class_token else 1
     for budget in (lowest, 3, 9, 32, 33):
         output = model(tokens(), num_output_tokens=budget)
@@ -234,44 +229,6 @@ def test_any_number_of_output_tokens_can_be_requested(factor, class_token):
         if budget:
             with pytest.raises(ValueError, match=f"`num_output_tokens` must be from {lowest} to 33.*is {budget}"):
                 model(tokens(), num_output_tokens=budget)
-
-
-def test_a_configured_number_of_tokens_replaces_merge_r():
-    config = tiny_config(num_merged_tokens=6)
-    assert config.num_output_tokens(33) == 6 and config.num_output_tokens(9) == 6
-    assert TomeFormerModel(config).eval()(tokens()).last_hidden_state.shape[1] == 6
-    with pytest.raises(ValueError, match="from 2 to 5, the number of tokens before merging, but is 6"):
-        config.num_output_tokens(5)
-
-
-def test_the_first_of_chosen_tokens_is_the_mean_of_all_but_the_distinctive_ones():
-    """With pure merging, distinctive tokens that have no similar one come through as they are."""
-    fields = {"class_token": False, "pre_norm": True, "branch_initializer_range": 0.0, "num_merged_tokens": 4}
-    model = TomeFormerModel(tiny_config(**fields, distinctive_factor=1)).eval()
-    torch.nn.init.zeros_(model.embeddings.position_embeddings.weight)
-    x = 1 + 0.1 * tokens(batch=1)  # directions count, so tokens far from the others in length alone are not chosen
-    x[0, 9] *= 5
-    distinctive = torch.tensor([5, 6, 20])
-    x[0, distinctive] += 2 * tokens(batch=1, count=3, seed=1)[0]
-    output = model(x, output_hidden_states=True)
-    assert [index for index, group in enumerate(output.output_index[0].tolist()) if group] == distinctive.tolist()
-    assert output.output_index[0, distinctive].tolist() == [1, 2, 3]
-    embedded = model.embeddings(x)[0]
-    others = [index for index in range(33) if index not in distinctive.tolist()]
-    torch.testing.assert_close(output.last_hidden_state[0, 0], embedded[others].mean(0))
-    torch.testing.assert_close(output.last_hidden_state[0, 1:], embedded[distinctive])
-
-
-@pytest.mark.parametrize("factor", [4, 100])  # the latter keeps all tokens
-def test_means_of_chosen_tokens_are_weighted_by_size(factor):
-    fields = {"class_token": False, "pre_norm": True, "branch_initializer_range": 0.0, "num_merged_tokens": 5}
-    model = TomeFormerModel(tiny_config(**fields, distinctive_factor=factor)).eval()
-    output = model(tokens(), output_hidden_states=True)
-    embedded = model.embeddings(tokens())
-    for row in range(2):
-        for index in range(5):
-            expected = embedded[row, output.output_index[row] == index].mean(0)
-            torch.testing.assert_close(output.last_hidden_state[row, index], expected)
 
 
 @pytest.mark.parametrize("class_token", [True, False])

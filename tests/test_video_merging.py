@@ -15,7 +15,6 @@ from .helpers import IMAGE_SIZE, noise_images, run_clean, tiny_model, tiny_proce
 CONNECTOR = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 CONNECTORS = {
     "tomeformer": {**CONNECTOR, "merge_r": 3},
-    "chooser": {**CONNECTOR, "num_merged_tokens": 6, "distinctive_factor": 2},
     "qformer": QFormerConnectorConfig(**CONNECTOR, num_query_tokens=5, class_token=False),
     "choosing qformer": QFormerConnectorConfig(
         **CONNECTOR,
@@ -78,7 +77,7 @@ def test_one_frame_gives_exactly_what_the_image_gives(vision):
 @pytest.mark.parametrize("connector", CONNECTORS)
 @torch.no_grad()
 def test_every_connector_makes_one_budget_of_a_video_and_sees_the_order_of_its_frames(connector):
-    vision = "clip" if connector in ("tomeformer", "chooser") else "siglip"
+    vision = "clip" if connector == "tomeformer" else "siglip"
     model = merging_model(vision, connector)
     videos = noise(1, 5)
     prompt = model.get_video_features(videos).pooler_output

@@ -25,8 +25,7 @@ def layer_names(model: EVLGenForConditionalGeneration) -> list[str]:
     """
     config = model.config.connector_config
     if isinstance(config, TomeFormerConfig):
-        layers = [f"layer {number}" for number in range(1, config.num_hidden_layers + 1)]
-        return layers if config.distinctive_factor is None else ["choice", *layers]
+        return [f"layer {number}" for number in range(1, config.num_hidden_layers + 1)]
     if isinstance(config, QFormerConnectorConfig) and config.num_distinctive_tokens is not None:
         return ["choice"]
     raise ValueError(
