@@ -1,11 +1,15 @@
-"""Configurations of the connectors: the TomeFormer and its peers, a Q-Former and an MLP."""
+"""Configurations of the connectors: the TomeFormer, and its peers, a Q-Former and an MLP. All fields are checked."""
 
+import inspect
 import math
+import os
+from collections.abc import Sequence
 from typing import Any
 
+from huggingface_hub.dataclasses import type_validator
 from transformers.activations import ACT2FN
-
-from .checked_config import CheckedConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import CONFIG_NAME
 
 # The smallest and the largest value of each numeric field. No connector has all of these fields.
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -18,8 +22,66 @@ _RANGES = {
     **dict.fromkeys(_PROBABILITIES, (0, 1)),
     **dict.fromkeys(_DEVIATIONS, (0, math.inf)),
 }
-# Options that connectors had. Each is refused where it is set, since its weights would give other words without it.
+# Options that connectors had. Each is refused where it is set, since the model would give other words without it.
 _DELETED = ("distinctive_factor", "num_merged_tokens", "size_weighting", "keep_order")
+
+
+class CheckedConfig(PreTrainedConfig):
+    """A configuration that checks the types of its fields.
+
+    Raises:
+        TypeError: If a field does not have the type of its annotation.
+    """
+
+    def __post_init__(self, **kwargs: Any):
+        for name in self.field_names():
+            annotation, value = self.__dataclass_fields__[name].type, getattr(self, name)
+            try:
+                type_validator(name, value, annotation)
+            except TypeError:
+                expected = inspect.formatannotation(annotation)
+                raise TypeError(f"`{name}` must be of type {expected}, but is {value!r}.") from None
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Returns the names of the fields that only this configuration has, not every one in transformers."""
+        return [name for name in cls.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads config.json as [`~PreTrainedConfig.get_config_dict`] does.
+
+        Raises:
+            ValueError: If there is none that names a model. transformers would silently build the defaults.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not isinstance(config_dict, dict) or "model_type" not in config_dict:
+            raise ValueError(f"{str(pretrained_model_name_or_path)!r} has no {CONFIG_NAME} with a `model_type`.")
+        return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CheckedConfig":
+        # transformers sets the fields in `kwargs` after all checks, so they join the others here. Whole parts stay: it
+        # merges those with the parts in `config_dict`.
+        names = [name for name in cls.field_names() if name in kwargs and name not in cls.sub_configs]
+        return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in names}}, **kwargs)
+
+    def _check_range(self, name: str, low: float, high: float = math.inf) -> None:
+        """
+        Raises:
+            ValueError: If a field is neither None nor a finite number from `low` to `high`.
+        """
+        value = getattr(self, name)
+        if value is None:
+            return
+        if not math.isfinite(value):
+            raise ValueError(f"`{name}` must be finite, but is {value}.")
+        if not low <= value <= high:
+            expected = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"`{name}` must be {expected}, but is {value}.")
 
 
 class ConnectorConfig(CheckedConfig):
@@ -49,7 +111,7 @@ class ConnectorConfig(CheckedConfig):
             if value not in (None, False):
                 raise ValueError(
                     f"`connector_config` sets `{name}` to {value!r}, but EVLGen no longer has this option. Load the "
-                    "checkpoint with the code that it holds, `trust_remote_code=True` without EVLGen installed."
+                    "checkpoint with the code that it holds: `trust_remote_code=True` without EVLGen installed."
                 )
         super().__post_init__(**kwargs)
         fields = self.field_names()
@@ -63,17 +125,22 @@ class ConnectorConfig(CheckedConfig):
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
-        if "position_grid_size" in fields and self.position_grid_size is not None:
-            self._check_grid()
+        grid = getattr(self, "position_grid_size", None)
+        if grid is not None and not 2 <= grid <= math.sqrt((self.max_position_embeddings or 0) - self.class_token):
+            raise ValueError(
+                "`position_grid_size` must be 2 or more, and its patches must fit `max_position_embeddings` "
+                f"({self.max_position_embeddings}), but it is {grid}."
+            )
 
-    def num_output_tokens(self, num_tokens: int) -> int:
-        """Returns how many tokens the connector makes of `num_tokens` input tokens."""
+    def default_budget(self, num_tokens: int) -> int:
+        """Returns how many tokens the connector makes of `num_tokens` input tokens, if no number is requested."""
         raise NotImplementedError
 
-    def check_budget(self, num_output_tokens: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
+    def check_budget(self, budget: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
         """
         Raises:
-            ValueError: If the connector cannot make `num_output_tokens` tokens of `num_tokens` tokens from `tiles`.
+            ValueError: If the connector cannot make `budget` tokens of `num_tokens` input tokens, which come from
+                `tiles`, rows and columns of them.
         """
         raise NotImplementedError
 
@@ -100,40 +167,47 @@ class ConnectorConfig(CheckedConfig):
                 "tiles have none."
             )
 
-    def _check_grid(self) -> None:
-        grid, positions = self.position_grid_size, self.max_position_embeddings
-        if grid < 2 or grid**2 + int(self.class_token) > (positions or 0):
-            raise ValueError(
-                "`position_grid_size` must be 2 or more, and its patches must fit `max_position_embeddings` "
-                f"({positions}), but it is {grid}."
-            )
 
-
-class TomeFormerConfig(ConnectorConfig):
-    r"""
-    Configuration of the TomeFormer, a BERT encoder that merges similar tokens in every layer (EVLGen, section 3.2).
-
-    The fields of BERT have BERT's names and `bert-base-uncased`'s defaults.
+class TransformerConnectorConfig(ConnectorConfig):
+    """The fields of BERT that the TomeFormer and the Q-Former share, with BERT's names and `bert-base-uncased`'s values.
 
     Args:
-        hidden_size (`int`, defaults to 768): Width D of the tokens.
         num_hidden_layers (`int`, defaults to 12): Number of layers L.
         num_attention_heads (`int`, defaults to 12): Heads of each layer. Must divide `hidden_size`.
         intermediate_size (`int`, defaults to 3072): Width of the feed-forward part.
         hidden_act (`str`, defaults to `"gelu"`): Activation of the feed-forward part, a key of transformers' `ACT2FN`.
         hidden_dropout_prob (`float`, defaults to 0.1): Dropout after the embeddings and in both residual branches.
         attention_probs_dropout_prob (`float`, defaults to 0.1): Dropout of the attention probabilities.
-        max_position_embeddings (`int`, defaults to 512): Largest number of input tokens.
-        type_vocab_size (`int`, defaults to 2): Rows of the token-type table. Only the first is used.
         layer_norm_eps (`float`, defaults to 1e-12): Epsilon of the LayerNorms.
         initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
-        position_initializer_range (`float`, *optional*):
-            Standard deviation of fresh position embeddings. By default `initializer_range`. With positions about as
-            large as the tokens, a fresh connector learns positions sooner.
+        position_initializer_range (`float`, *optional*): Standard deviation of fresh positions of the input tokens.
         position_grid_size (`int`, *optional*):
-            Patches along each side of the vision tower's square grid. If given, fresh position embeddings are smooth
-            over the grid. So the mean position of a merged token still shows where it is, and neighbours are more
-            alike. By default all positions start independent of each other.
+            Patches along each side of the vision tower's square grid. If given, fresh positions are smooth over the
+            grid. So the mean position of a merged token still shows where it is, and neighbours are more alike. By
+            default all positions start independent of each other.
+    """
+
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    layer_norm_eps: float | int = 1e-12
+    initializer_range: float | int = 0.02
+    position_initializer_range: float | int | None = None
+    position_grid_size: int | None = None
+
+
+class TomeFormerConfig(TransformerConnectorConfig):
+    r"""
+    Configuration of the TomeFormer, a BERT encoder that merges similar tokens in every layer (EVLGen, section 3.2).
+
+    Args:
+        position_initializer_range (`float`, *optional*):
+            By default `initializer_range`. With positions about as large as the tokens, a fresh connector learns
+            positions sooner.
+        type_vocab_size (`int`, defaults to 2): Rows of the token-type table. Only the first is used.
         output_position_initializer_range (`float`, *optional*):
             If given, learned positions are added to the tokens after the last layer, and fresh ones have this standard
             deviation. The tokens themselves have about 1.0. Other patches are merged into a token for each image, so
@@ -154,6 +228,7 @@ class TomeFormerConfig(ConnectorConfig):
         pre_norm (`bool`, defaults to `False`):
             `False` is BERT's block, which normalises after each residual sum. `True` normalises the input of each
             residual branch instead. Then the residual path only merges tokens.
+        others: As in [`ConnectorConfig`] and [`TransformerConnectorConfig`].
 
     Raises:
         TypeError: If a field has a wrong type; the message names it.
@@ -162,18 +237,8 @@ class TomeFormerConfig(ConnectorConfig):
 
     model_type = "tomeformer"
 
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float | int = 0.1
-    attention_probs_dropout_prob: float | int = 0.1
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
-    layer_norm_eps: float | int = 1e-12
-    initializer_range: float | int = 0.02
-    position_initializer_range: float | int | None = None
-    position_grid_size: int | None = None
     output_position_initializer_range: float | int | None = None
     branch_initializer_range: float | int | None = None
     merge_r: int | list[int] | tuple[int, float | int] | dict[str, float | int] = 19
@@ -192,49 +257,38 @@ class TomeFormerConfig(ConnectorConfig):
         if len(requested) > self.num_hidden_layers:
             raise ValueError(f"`merge_r` has {len(requested)} entries for {self.num_hidden_layers} layers.")
 
-    def token_counts(self, num_tokens: int, num_output_tokens: int | None = None) -> list[int]:
+    def token_counts(self, num_tokens: int, budget: int | None = None) -> list[int]:
         """Returns how many of `num_tokens` input tokens enter the first layer, and how many each layer leaves.
 
-        With `merge_r` no layer merges more than half of its tokens.
-
-        Args:
-            num_tokens (`int`): Number of input tokens.
-            num_output_tokens (`int`, *optional*):
-                Tokens after the last layer, instead of those by `merge_r`. Each layer keeps about the same share.
-
-        Returns:
-            `list[int]` with `num_hidden_layers + 1` entries.
+        With `merge_r` no layer merges more than half of its tokens. To a requested `budget`, each layer keeps about
+        the same share of its tokens.
 
         Raises:
-            ValueError: If `num_output_tokens` is out of range.
+            ValueError: If `budget` is out of range.
         """
-        if num_output_tokens is None:
-            return self._counts_by_merge_r(num_tokens)
-        self.check_budget(num_output_tokens, num_tokens)
-        share, layers = num_output_tokens / num_tokens, self.num_hidden_layers
-        return [round(num_tokens * share ** (layer / layers)) for layer in range(layers + 1)]
-
-    def check_budget(self, num_output_tokens: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
-        lowest = int(self.class_token) + 1
-        if not lowest <= num_output_tokens <= num_tokens:
-            raise ValueError(
-                f"`num_output_tokens` must be from {lowest} to {num_tokens}, the number of tokens before merging, but "
-                f"is {num_output_tokens}."
-            )
-
-    def _counts_by_merge_r(self, num_tokens: int) -> list[int]:
+        if budget is not None:
+            self.check_budget(budget, num_tokens)
+            share, layers = budget / num_tokens, self.num_hidden_layers
+            return [round(num_tokens * share ** (layer / layers)) for layer in range(layers + 1)]
         requested = self.merge_r if isinstance(self.merge_r, list) else [self.merge_r] * self.num_hidden_layers
         counts = [num_tokens]
         for r in requested + [0] * (self.num_hidden_layers - len(requested)):
             counts.append(counts[-1] - min(r, (counts[-1] - int(self.class_token)) // 2))
         return counts
 
-    def num_output_tokens(self, num_tokens: int) -> int:
-        """Returns how many of `num_tokens` input tokens are left after the last layer."""
+    def check_budget(self, budget: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
+        lowest = int(self.class_token) + 1
+        if not lowest <= budget <= num_tokens:
+            raise ValueError(
+                f"`num_image_tokens` must be from {lowest} to {num_tokens}, the number of tokens before merging, but "
+                f"is {budget}."
+            )
+
+    def default_budget(self, num_tokens: int) -> int:
         return self.token_counts(num_tokens)[-1]
 
 
-class QFormerConnectorConfig(ConnectorConfig):
+class QFormerConnectorConfig(TransformerConnectorConfig):
     r"""
     Configuration of BLIP-2's Q-Former (Li et al., ICML 2023) as a connector. Learned queries attend to the visual
     tokens in transformers' own `Blip2QFormerModel`. The fields have that model's names and BLIP-2's values.
@@ -245,15 +299,14 @@ class QFormerConnectorConfig(ConnectorConfig):
         cross_attention_frequency (`int`, defaults to 2):
             Queries attend to visual tokens in every layer whose index is a multiple of this.
         position_initializer_range (`float`, *optional*):
-            If given, learned positions are added to the visual tokens, and fresh ones have this standard deviation.
-            BLIP-2 has none: the tokens of a ViT contain their positions. Those of a CNN do not.
-        position_grid_size (`int`, *optional*): As in [`TomeFormerConfig`]. Needs `position_initializer_range`.
+            If given, learned positions are added to the visual tokens. BLIP-2 has none: the tokens of a ViT contain
+            their positions. Those of a CNN do not.
+        position_grid_size (`int`, *optional*): Needs `position_initializer_range`.
         num_distinctive_tokens (`int`, *optional*):
             If given, queries attend to this many of the most distinctive visual tokens of an image, to the mean of
             all others and to a class token. The smaller a token's mean cosine similarity to all tokens, the more
             distinctive it is. By default, and in images with fewer tokens, queries attend to all tokens, as in BLIP-2.
-        num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, hidden_dropout_prob,
-        attention_probs_dropout_prob, layer_norm_eps, initializer_range: As in [`TomeFormerConfig`].
+        others: As in [`ConnectorConfig`] and [`TransformerConnectorConfig`].
 
     Raises:
         TypeError: If a field has a wrong type; the message names it.
@@ -265,17 +318,7 @@ class QFormerConnectorConfig(ConnectorConfig):
     num_query_tokens: int = 32
     query_initializer_range: float | int = 0.02
     cross_attention_frequency: int = 2
-    position_initializer_range: float | int | None = None
-    position_grid_size: int | None = None
     num_distinctive_tokens: int | None = None
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float | int = 0.1
-    attention_probs_dropout_prob: float | int = 0.1
-    layer_norm_eps: float | int = 1e-12
-    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
@@ -286,15 +329,13 @@ class QFormerConnectorConfig(ConnectorConfig):
         if self.position_initializer_range is not None and self.max_position_embeddings is None:
             raise ValueError("`position_initializer_range` needs `max_position_embeddings`, the number of positions.")
 
-    def num_output_tokens(self, num_tokens: int) -> int:
-        """Returns the number of queries, whatever the number of visual tokens."""
+    def default_budget(self, num_tokens: int) -> int:
         return self.num_query_tokens
 
-    def check_budget(self, num_output_tokens: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
-        if not 1 <= num_output_tokens <= self.num_query_tokens:
+    def check_budget(self, budget: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
+        if not 1 <= budget <= self.num_query_tokens:
             raise ValueError(
-                f"`num_output_tokens` must be from 1 to `num_query_tokens` ({self.num_query_tokens}), but is "
-                f"{num_output_tokens}."
+                f"`num_image_tokens` must be from 1 to `num_query_tokens` ({self.num_query_tokens}), but is {budget}."
             )
 
 
@@ -318,7 +359,7 @@ class MLPConnectorConfig(ConnectorConfig):
         branch_initializer_range (`float`, *optional*):
             Standard deviation of a fresh `dense_2`. By default `initializer_range`. With 0.0, a residual MLP starts as
             the identity.
-        layer_norm_eps, initializer_range: As in [`TomeFormerConfig`].
+        layer_norm_eps, initializer_range: As in [`TransformerConnectorConfig`].
 
     Raises:
         TypeError: If a field has a wrong type; the message names it.
@@ -344,38 +385,36 @@ class MLPConnectorConfig(ConnectorConfig):
         if self.output_position_initializer_range is not None and self.max_position_embeddings is None:
             self.max_position_embeddings = 512
 
-    def num_output_tokens(self, num_tokens: int) -> int:
-        """Returns the number of tokens, or of those of the pooled grid.
+    def default_budget(self, num_tokens: int) -> int:
+        """The number of tokens, or of those of the pooled grid.
 
         Raises:
             ValueError: If tokens are pooled, but are not a square grid of at least `pool_size` tokens a side.
         """
         if self.pool_size is None:
             return num_tokens
-        num_output_tokens = self.pool_size**2 + int(self.class_token)
-        self.check_budget(num_output_tokens, num_tokens)
-        return num_output_tokens
+        budget = self.pool_size**2 + int(self.class_token)
+        self.check_budget(budget, num_tokens)
+        return budget
 
-    def check_budget(self, num_output_tokens: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
+    def check_budget(self, budget: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
         prefix = int(self.class_token)
         if self.pool_size is None:
-            if num_output_tokens != num_tokens:
+            if budget != num_tokens:
                 raise ValueError(
-                    f"`num_output_tokens` must be {num_tokens}, one for each token, as there is no `pool_size`, but "
-                    f"is {num_output_tokens}."
+                    f"`num_image_tokens` must be {num_tokens}, one for each token, as there is no `pool_size`, but "
+                    f"is {budget}."
                 )
             return
         num_tiles = math.prod(tiles)
-        side, pooled = math.isqrt((num_tokens - prefix) // num_tiles), math.isqrt(max(0, num_output_tokens - prefix))
+        side, pooled = math.isqrt((num_tokens - prefix) // num_tiles), math.isqrt(max(0, budget - prefix))
         if side**2 * num_tiles != num_tokens - prefix or side * min(tiles) < pooled:
             raise ValueError(
                 f"`pool_size` {pooled} needs a square grid of at least as many tokens a side, but there are "
                 f"{num_tokens - prefix} patch tokens."
             )
-        if pooled < 1 or pooled**2 != num_output_tokens - prefix:
-            raise ValueError(
-                f"`num_output_tokens` must be a square{' and a class token' * prefix}, but is {num_output_tokens}."
-            )
+        if pooled < 1 or pooled**2 != budget - prefix:
+            raise ValueError(f"`num_image_tokens` must be a square{' and a class token' * prefix}, but is {budget}.")
 
 
 CONNECTOR_CONFIGS = {
@@ -396,6 +435,35 @@ def connector_config_class(fields: dict[str, Any]) -> type[ConnectorConfig]:
             f"`connector_config`'s `model_type` must be one of {', '.join(CONNECTOR_CONFIGS)}, but is {model_type!r}."
         )
     return CONNECTOR_CONFIGS[model_type]
+
+
+def read_budgets(
+    name: str, given: Any, count: int, default: int | None, image_token_range: Sequence[float] | None
+) -> list[int]:
+    """The number of tokens of each of `count` images or videos: those given, or one number for all.
+
+    Args:
+        name (`str`): The argument's name, for the message.
+        given (`int`, `Sequence[int]` or integer tensor, *optional*): One number, or one for each.
+        count (`int`): Number of images or videos.
+        default (`int`, *optional*): The number where none is given.
+        image_token_range (`Sequence`, *optional*): The smallest and the largest number allowed, by default any.
+
+    Raises:
+        ValueError: If a number is no integer, below 1 or out of the range, or there is not one for each.
+    """
+    budgets = given.tolist() if hasattr(given, "tolist") else given  # a tensor
+    budgets = default if budgets is None else budgets
+    is_sequence = isinstance(budgets, list | tuple)
+    numbers = [n.item() if hasattr(n, "item") else n for n in budgets] if is_sequence else [budgets]
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 1 for number in numbers):
+        raise ValueError(f"`{name}` must be an integer of 1 or more, or a list of these, but is {budgets!r}.")
+    if is_sequence and len(numbers) != count:
+        raise ValueError(f"`{name}` holds {len(numbers)} numbers, but there are {count} images or videos.")
+    low, high = image_token_range or (1, math.inf)
+    if not all(low <= number <= high for number in numbers):
+        raise ValueError(f"`{name}` must be from {low} to {high}, as the model was trained, but is {budgets}.")
+    return numbers if is_sequence else numbers * count
 
 
 def _linear_schedule(merge_r: tuple[int, float] | dict[str, float], num_layers: int) -> list[int]:

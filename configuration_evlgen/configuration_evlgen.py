@@ -9,8 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .checked_config import CheckedConfig
-from .configuration_connectors import TomeFormerConfig, connector_config_class
+from .configuration_connectors import CheckedConfig, TomeFormerConfig, connector_config_class
 from .hub_code import AUTO_MAP, CUSTOM_PIPELINES, Pipelines, save_hub_code
 
 # The paper's towers. The default configuration of transformers for the first is EVA ViT-g.
@@ -67,12 +66,12 @@ class EVLGenConfig(CheckedConfig):
             Number of tokens N of the vision tower for one image. Needed for towers with feature maps and for timm,
             whose `vision_config` does not determine it.
             [`EVLGenForConditionalGeneration.from_vision_text_pretrained`] measures it.
+        num_image_tokens (`int`, *optional*):
+            Tokens of the soft prompt of an image or video, if no number is requested. By default those that the
+            connector's configuration gives. Another number needs an `image_token_range`.
         image_token_range (`list[int]`, *optional*):
             The smallest and the largest number of tokens of an image or video, if the model was trained with several.
             By default each has `num_image_tokens`.
-        default_num_image_tokens (`int`, *optional*):
-            Tokens of an image or video if no number is requested, in `image_token_range`. By default those that the
-            connector's configuration gives.
         vision_hidden_size (`int`, *optional*): Width Dv of these tokens. Needed for the same towers.
         vision_model_name_or_path, vision_model_revision, text_model_name_or_path, text_model_revision (`str`,
         *optional*):
@@ -92,7 +91,6 @@ class EVLGenConfig(CheckedConfig):
     """
 
     model_type = "evlgen"
-    # Older releases of transformers do not have `sub_configs_defaults`, by which newer ones would build the parts.
     sub_configs = {"vision_config": AutoConfig, "connector_config": TomeFormerConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -107,8 +105,8 @@ class EVLGenConfig(CheckedConfig):
     video_mode: str = "mean"
     num_vision_tokens: int | None = None
     vision_hidden_size: int | None = None
+    num_image_tokens: int | None = None
     image_token_range: list[int] | None = None
-    default_num_image_tokens: int | None = None
     vision_model_name_or_path: str | None = None
     vision_model_revision: str | None = None
     text_model_name_or_path: str | None = None
@@ -136,7 +134,7 @@ class EVLGenConfig(CheckedConfig):
         self._complete("vision_hidden_size", getattr(self.vision_config, "hidden_size", None))
         self._fit_connector(class_token_is_given)
         self._check_placeholders()
-        self.check_image_token_range()
+        self.check_num_image_tokens()
         self._check_video_mode()
         if self.towers not in (None, "include", "reference"):
             raise ValueError(f'`towers` must be "include" or "reference", but is {self.towers!r}.')
@@ -200,33 +198,34 @@ class EVLGenConfig(CheckedConfig):
                 f"{'a' if connector.class_token else 'no'} class token. Give this tower's grid, or null for positions "
                 "that start independent of each other."
             )
-        connector.num_output_tokens(tokens)  # raises where tokens cannot be pooled
+        connector.default_budget(tokens)  # raises where tokens cannot be pooled
 
-    def check_image_token_range(self) -> None:
-        """
+    def check_num_image_tokens(self) -> None:
+        """Sets `num_image_tokens` where it is None.
+
         Raises:
-            ValueError: If the connector cannot make both ends of the range, or the number of tokens without a request
-                is not in it.
+            ValueError: If the connector cannot make this number or an end of the range, or the range does not hold it.
         """
+        own = self.connector_config.default_budget(self.num_vision_tokens)
+        self.num_image_tokens = own if self.num_image_tokens is None else self.num_image_tokens
         if self.image_token_range is None:
-            if self.default_num_image_tokens is not None:
-                raise ValueError("`default_num_image_tokens` needs `image_token_range`, the numbers in training.")
+            if self.num_image_tokens != own:
+                raise ValueError(
+                    f"`num_image_tokens` is {self.num_image_tokens}, but the connector makes {own} tokens of an image. "
+                    "Another number needs an `image_token_range`."
+                )
             return
-        if len(self.image_token_range) != 2 or not self.image_token_range[0] <= self.image_token_range[1]:
+        low, high = self.image_token_range if len(self.image_token_range) == 2 else (1, 0)
+        if not low <= self.num_image_tokens <= high:
             raise ValueError(
-                f"`image_token_range` must hold the smallest and the largest number, but is {self.image_token_range}."
+                "`image_token_range` must hold the smallest and the largest number of tokens, with "
+                f"`num_image_tokens` ({self.num_image_tokens}) between them, but is {self.image_token_range}."
             )
-        for budget in self.image_token_range:
+        for budget in (low, self.num_image_tokens, high):
             try:
                 self.connector_config.check_budget(budget, self.num_vision_tokens)
             except ValueError as error:
                 raise ValueError(f"`image_token_range` is {self.image_token_range}: {error}") from error
-        low, high = self.image_token_range
-        if not low <= self.num_image_tokens <= high:
-            raise ValueError(
-                f"`image_token_range` is {self.image_token_range}, but must hold {self.num_image_tokens}, the number "
-                "of tokens without a request."
-            )
 
     def _check_video_mode(self) -> None:
         if self.video_mode not in ("mean", "merge"):
@@ -295,19 +294,14 @@ class EVLGenConfig(CheckedConfig):
         """Whether the model has parts for videos. A model without them takes videos as the mean of their frames."""
         return self.temporal_contextualizer or self.video_mode == "merge"
 
-    @property
-    def num_image_tokens(self) -> int:
-        """Tokens of the soft prompt for one image, if no number is requested."""
-        if self.default_num_image_tokens is not None:
-            return self.default_num_image_tokens
-        return self.connector_config.num_output_tokens(self.num_vision_tokens)
-
     def to_dict(self) -> dict[str, Any]:
         # transformers adds only the class that is saved to `auto_map`, so the whole map is written here. These are
         # copies, as `pipeline` changes what it reads.
         config = super().to_dict()
         for part in ("vision_config", "text_config"):
             config[part].pop("_name_or_path", None)  # `vision_model_name_or_path` and its peer name the base models
+        if self.image_token_range is None:  # the connector's configuration has it, and may be changed
+            config.pop("num_image_tokens", None)
         return {**config, "auto_map": dict(AUTO_MAP), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
     @classmethod
@@ -315,6 +309,9 @@ class EVLGenConfig(CheckedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(f"The checkpoint's `model_type` is {model_type!r}, but an {cls.model_type!r} is wanted.")
+        if "default_num_image_tokens" in config_dict:  # the name in older checkpoints
+            config_dict = {"num_image_tokens": config_dict["default_num_image_tokens"], **config_dict}
+            config_dict.pop("default_num_image_tokens")
         # `EVLGenConfig()` fills missing parts with the paper's. A checkpoint without one is damaged.
         missing = [name for name in cls.sub_configs if {**config_dict, **kwargs}.get(name) is None]
         if missing:

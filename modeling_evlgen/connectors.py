@@ -149,7 +149,7 @@ class QFormerConnector(PreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         tiles: tuple[int, int] = (1, 1),
-        num_output_tokens: int | None = None,
+        budget: int | None = None,
         places: torch.Tensor | None = None,
     ) -> QFormerConnectorOutput:
         """Lets the queries attend to visual tokens.
@@ -157,7 +157,7 @@ class QFormerConnector(PreTrainedModel):
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Visual tokens.
             tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): Rows and columns of tiles of each image.
-            num_output_tokens (`int`, *optional*):
+            budget (`int`, *optional*):
                 Number of queries, the first ones, by default all (Matryoshka Query Transformer, Hu et al., 2024).
             places (`torch.FloatTensor` of shape `(batch, patches, 2)`, *optional*): As in [`TomeFormerModel`].
 
@@ -165,15 +165,15 @@ class QFormerConnector(PreTrainedModel):
             [`QFormerConnectorOutput`]
         """
         self.config.check_inputs(inputs_embeds.shape, tiles)
-        if num_output_tokens is not None:
-            self.config.check_budget(num_output_tokens, inputs_embeds.shape[1], tiles)
+        if budget is not None:
+            self.config.check_budget(budget, inputs_embeds.shape[1], tiles)
         tokens = self.embed_tokens(inputs_embeds, tiles, places)
         layer_index = None
         if self.config.num_distinctive_tokens is not None:
             num_kept = min(int(self.config.class_token) + 1 + self.config.num_distinctive_tokens, tokens.shape[1])
             choice = keep_distinctive(inputs_embeds, num_kept, self.config.class_token)  # compared without positions
             tokens, layer_index = choice.merge(tokens), (choice.output_index,)  # (batch, read tokens, dim)
-        queries = self.query_tokens[:, :num_output_tokens].expand(tokens.shape[0], -1, -1)  # (batch, queries, dim)
+        queries = self.query_tokens[:, :budget].expand(tokens.shape[0], -1, -1)  # (batch, queries, dim)
         output = self.qformer(query_embeds=queries, encoder_hidden_states=tokens)
         return QFormerConnectorOutput(last_hidden_state=output.last_hidden_state, layer_index=layer_index)
 
@@ -214,7 +214,7 @@ class MLPConnector(PreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         tiles: tuple[int, int] = (1, 1),
-        num_output_tokens: int | None = None,
+        budget: int | None = None,
         places: torch.Tensor | None = None,
     ) -> BaseModelOutput:
         """Runs the MLP.
@@ -222,27 +222,27 @@ class MLPConnector(PreTrainedModel):
         Args:
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Visual tokens.
             tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): Rows and columns of tiles of each image.
-            num_output_tokens (`int`, *optional*): Number of tokens to average to, by default the configuration's.
+            budget (`int`, *optional*): Number of tokens to average to, by default the configuration's.
             places (*optional*): Not used. The MLP runs on each token alone.
 
         Returns:
             `BaseModelOutput` with `last_hidden_state` of shape `(batch, output_tokens, hidden_size)`.
         """
         self.config.check_inputs(inputs_embeds.shape, tiles)
-        if num_output_tokens is not None:
-            self.config.check_budget(num_output_tokens, inputs_embeds.shape[1], tiles)
-        tokens = self.LayerNorm(self._pool(inputs_embeds, tiles, num_output_tokens))
+        if budget is not None:
+            self.config.check_budget(budget, inputs_embeds.shape[1], tiles)
+        tokens = self.LayerNorm(self._pool(inputs_embeds, tiles, budget))
         output = self.dense_2(self.activation(self.dense_1(tokens)))  # (batch, output_tokens, dim)
         output = tokens + output if self.config.residual else output
         return BaseModelOutput(last_hidden_state=self.output_position_embeddings(output))
 
-    def _pool(self, tokens: torch.Tensor, tiles: tuple[int, int], num_output_tokens: int | None) -> torch.Tensor:
+    def _pool(self, tokens: torch.Tensor, tiles: tuple[int, int], budget: int | None) -> torch.Tensor:
         if self.config.pool_size is None:
             return tokens
         prefix = int(self.config.class_token)
         patches = tokens[:, prefix:]
         side = math.isqrt(patches.shape[1] // math.prod(tiles))
-        pooled = self.config.pool_size if num_output_tokens is None else math.isqrt(num_output_tokens - prefix)
+        pooled = self.config.pool_size if budget is None else math.isqrt(budget - prefix)
         grid = patches.transpose(1, 2).unflatten(2, [count * side for count in tiles])  # (batch, dim, height, width)
         means = F.adaptive_avg_pool2d(grid, pooled).flatten(2).transpose(1, 2)  # (batch, output patches, dim)
         return torch.cat([tokens[:, :prefix], means], dim=1)

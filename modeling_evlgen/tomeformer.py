@@ -222,7 +222,7 @@ class TomeFormerModel(PreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         tiles: tuple[int, int] = (1, 1),
-        num_output_tokens: int | None = None,
+        budget: int | None = None,
         output_hidden_states: bool = False,
         places: torch.Tensor | None = None,
     ) -> TomeFormerOutput:
@@ -231,7 +231,7 @@ class TomeFormerModel(PreTrainedModel):
             inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`):
                 Tokens to merge, the class token first if there is one.
             tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): Rows and columns of tiles of each image.
-            num_output_tokens (`int`, *optional*): Number of tokens to merge to. By default the configuration's.
+            budget (`int`, *optional*): Number of tokens to merge to. By default the configuration's.
             output_hidden_states (`bool`, *optional*, defaults to `False`):
                 Whether to return all hidden states.
             places (`torch.FloatTensor` of shape `(batch, patches, 2)`, *optional*):
@@ -242,10 +242,10 @@ class TomeFormerModel(PreTrainedModel):
 
         Raises:
             ValueError: If `inputs_embeds` has a wrong shape or more tokens in a tile than `max_position_embeddings`,
-                or `num_output_tokens` is out of range.
+                or `budget` is out of range.
         """
         self.config.check_inputs(inputs_embeds.shape, tiles)
-        counts = self.config.token_counts(inputs_embeds.shape[1], num_output_tokens)
+        counts = self.config.token_counts(inputs_embeds.shape[1], budget)
         hidden_states = self.embeddings(inputs_embeds, tiles, places)
         all_hidden_states, all_index = (hidden_states,), ()
         output_index = keep_all(hidden_states).output_index

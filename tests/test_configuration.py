@@ -37,7 +37,7 @@ def test_merge_schedules(merge_r, tokens, class_token, schedule):
     config = TomeFormerConfig(num_hidden_layers=4, merge_r=merge_r, class_token=class_token)
     counts = config.token_counts(tokens)
     assert [before - after for before, after in pairwise(counts)] == schedule and counts[0] == tokens
-    assert config.num_output_tokens(tokens) == tokens - sum(schedule)
+    assert config.default_budget(tokens) == tokens - sum(schedule)
 
 
 def test_a_pair_works_for_one_layer():

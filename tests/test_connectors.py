@@ -130,7 +130,7 @@ def test_queries_attend_to_the_most_distinctive_tokens_and_the_mean_of_the_other
     read = [embedded[:, :prefix], embedded[:, others].mean(dim=1, keepdim=True), embedded[:, distinctive]]
     queries = connector.query_tokens[:, :2]
     expected = connector.qformer(query_embeds=queries, encoder_hidden_states=torch.cat(read, dim=1)).last_hidden_state
-    output = connector(tokens, num_output_tokens=2)
+    output = connector(tokens, budget=2)
     torch.testing.assert_close(output.last_hidden_state, expected)
     (index,) = output.layer_index
     assert index[0, distinctive].tolist() == [prefix + 1, prefix + 2, prefix + 3]
@@ -151,7 +151,7 @@ def test_pooling_takes_the_mean_of_neighbouring_patches(class_token):
     grid = tokens[:, int(class_token) :].view(1, 4, 4, 32)
     torch.testing.assert_close(output[:, -4], layer_norm(grid[:, :2, :2].mean(dim=(1, 2)), (32,), eps=1e-12))
     torch.testing.assert_close(output[:, -1], layer_norm(grid[:, 2:, 2:].mean(dim=(1, 2)), (32,), eps=1e-12))
-    assert output.shape[1] == config.num_output_tokens(16 + class_token) == 4 + class_token
+    assert output.shape[1] == config.default_budget(16 + class_token) == 4 + class_token
     if class_token:
         torch.testing.assert_close(output[:, 0], layer_norm(tokens[:, 0], (32,), eps=1e-12))
 

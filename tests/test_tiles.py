@@ -240,7 +240,7 @@ def test_peers_take_budgets_and_tiles(connector):
 
 @torch.no_grad()
 def test_a_model_has_a_number_of_its_own_for_images_without_a_request(tmp_path):
-    fields = {"connector_config": PEERS["qformer"], "image_token_range": [2, 9], "default_num_image_tokens": 4}
+    fields = {"connector_config": PEERS["qformer"], "image_token_range": [2, 9], "num_image_tokens": 4}
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(*tiny_towers("siglip"), **fields)
     model.save_pretrained(tmp_path)
     model = EVLGenForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -254,9 +254,12 @@ def test_a_model_has_a_number_of_its_own_for_images_without_a_request(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"default_num_image_tokens": 9}, "`default_num_image_tokens` needs `image_token_range`"),
-        ({"default_num_image_tokens": 3, "image_token_range": [4, 9]}, r"is \[4, 9\], but must hold 3, the number of"),
-        ({"image_token_range": [2, 3]}, "must hold 11, the number of tokens without a request"),
+        (
+            {"num_image_tokens": 9},
+            "`num_image_tokens` is 9, but the connector makes 11.* needs an `image_token_range`",
+        ),
+        ({"num_image_tokens": 3, "image_token_range": [4, 9]}, r"`num_image_tokens` \(3\) .*but is \[4, 9\]"),
+        ({"image_token_range": [2, 3]}, r"`num_image_tokens` \(11\) .*but is \[2, 3\]"),
     ],
 )
 def test_a_number_that_does_not_fit_the_range_is_refused(fields, message):
@@ -266,7 +269,7 @@ def test_a_number_that_does_not_fit_the_range_is_refused(fields, message):
 
 def test_means_of_a_grid_need_a_square_number():
     config = PEERS["pooled"]
-    with pytest.raises(ValueError, match="`num_output_tokens` must be a square, but is 5"):
+    with pytest.raises(ValueError, match="`num_image_tokens` must be a square, but is 5"):
         config.check_budget(5, 16)
 
 

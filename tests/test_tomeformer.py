@@ -54,7 +54,7 @@ def test_output_index_is_composed_over_the_layers():
     x = tokens()
     output = model(x, output_hidden_states=True)
     embedded = output.hidden_states[0]
-    assert output.last_hidden_state.shape == (2, config.num_output_tokens(33), 32) == (2, 18, 32)
+    assert output.last_hidden_state.shape == (2, config.default_budget(33), 32) == (2, 18, 32)
     for index in range(18):
         for row in range(2):
             members = embedded[row, output.output_index[row] == index]
@@ -222,13 +222,13 @@ def test_any_number_of_output_tokens_can_be_requested(class_token):
     model = TomeFormerModel(tiny_config(class_token=class_token)).eval()
     lowest = 2 if class_token else 1
     for budget in (lowest, 3, 9, 32, 33):
-        output = model(tokens(), num_output_tokens=budget)
+        output = model(tokens(), budget=budget)
         assert output.last_hidden_state.shape == (2, budget, 32)
         assert all(set(row.tolist()) == set(range(budget)) for row in output.output_index)
     for budget in (lowest - 1, 34, -3):
         if budget:
-            with pytest.raises(ValueError, match=f"`num_output_tokens` must be from {lowest} to 33.*is {budget}"):
-                model(tokens(), num_output_tokens=budget)
+            with pytest.raises(ValueError, match=f"`num_image_tokens` must be from {lowest} to 33.*is {budget}"):
+                model(tokens(), budget=budget)
 
 
 @pytest.mark.parametrize("class_token", [True, False])

@@ -199,8 +199,8 @@ def test_a_new_model_and_its_processor_have_the_tiles_and_the_range(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([4, 18], r"`image_token_range` is \[4, 18\]: `num_output_tokens` must be from 2 to 17"),
-        ([1, 17], r"`image_token_range` is \[1, 17\]: `num_output_tokens` must be from 2 to 17"),
+        ([4, 18], r"`image_token_range` is \[4, 18\]: `num_image_tokens` must be from 2 to 17"),
+        ([1, 17], r"`image_token_range` is \[1, 17\]: `num_image_tokens` must be from 2 to 17"),
         ([2, 5], r"`image_token_range` is \[2, 5\], but must hold 11, the number of tokens without a request"),
     ],
 )

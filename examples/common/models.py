@@ -86,8 +86,8 @@ def allow_token_range(
         raise ValueError(f"`image_token_range` is {image_token_range}: {error}") from error
     model.config.image_token_range = processor.image_token_range = [low, high]
     if num_image_tokens is not None:
-        model.config.default_num_image_tokens = processor.num_image_tokens = num_image_tokens
-    model.config.check_image_token_range()
+        model.config.num_image_tokens = processor.num_image_tokens = num_image_tokens
+    model.config.check_num_image_tokens()
 
 
 def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
