@@ -16,51 +16,16 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
-from configuration_evlgen.configuration_connectors import (
-    ConnectorConfig,
-    MLPConnectorConfig,
-    QFormerConnectorConfig,
-    TomeFormerConfig,
-)
+from configuration_evlgen.configuration_connectors import ConnectorConfig, MLPConnectorConfig, QFormerConnectorConfig
 
-from .connector_layers import BranchLinear, PositionEmbeddings, build_output_positions, init_connector_layer
 from .token_merging import keep_distinctive
-from .tomeformer import TomeFormerModel
-
-
-def build_connector(config: ConnectorConfig) -> PreTrainedModel:
-    """Builds the connector of a configuration, with fresh weights."""
-    model_classes = {
-        TomeFormerConfig.model_type: TomeFormerModel,
-        QFormerConnectorConfig.model_type: QFormerConnector,
-        MLPConnectorConfig.model_type: MLPConnector,
-    }
-    return model_classes[config.model_type]._from_config(config)
-
-
-def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorConfig) -> PreTrainedModel:
-    """Builds a connector that starts from a BERT checkpoint, in float32.
-
-    A Q-Former takes BERT's self-attention, and BERT's feed-forward for the queries, as in BLIP-2 (salesforce/LAVIS,
-    lavis/models/blip2_models). Its queries and its cross-attention are fresh.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): A folder or a repository's name.
-        config ([`ConnectorConfig`]): The connector's configuration.
-
-    Raises:
-        ValueError: If the connector cannot start from BERT.
-        OSError: If there is no such checkpoint.
-    """
-    if config.model_type == TomeFormerConfig.model_type:
-        return TomeFormerModel.from_pretrained(name_or_path, config=config, dtype=torch.float32)
-    if config.model_type == QFormerConnectorConfig.model_type:
-        return QFormerConnector.from_pretrained(
-            name_or_path, config=config, dtype=torch.float32, key_mapping=QFormerConnector.bert_names
-        )
-    raise ValueError(
-        f"`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is for {config.model_type!r}."
-    )
+from .tomeformer import (
+    BranchLinear,
+    ConnectorPreTrainedModel,
+    PositionEmbeddings,
+    TomeFormerModel,
+    build_output_positions,
+)
 
 
 @dataclass
@@ -77,7 +42,7 @@ class QFormerConnectorOutput(BaseModelOutput):
     layer_index: tuple[torch.Tensor, ...] | None = None
 
 
-class QFormerConnector(PreTrainedModel):
+class QFormerConnector(ConnectorPreTrainedModel):
     """BLIP-2's Q-Former: learned queries that attend to the visual tokens, or to the most distinctive of them.
 
     The layers are transformers' own.
@@ -88,8 +53,6 @@ class QFormerConnector(PreTrainedModel):
 
     config: QFormerConnectorConfig
     base_model_prefix = "qformer"
-    main_input_name = "inputs_embeds"
-    input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _keys_to_ignore_on_load_unexpected = [r"^(bert\.)?embeddings\.", r"pooler\.", r"cls\."]
@@ -126,13 +89,9 @@ class QFormerConnector(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if not init_connector_layer(module):
-            super()._init_weights(module)
+        super()._init_weights(module)
         if isinstance(module, QFormerConnector):
             init.normal_(module.query_tokens, std=self.config.query_initializer_range)
-
-    def get_input_embeddings(self) -> nn.Module:
-        raise NotImplementedError("A Q-Former reads `inputs_embeds`; it has no input embeddings.")
 
     def embed_tokens(
         self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1), places: torch.Tensor | None = None
@@ -178,7 +137,7 @@ class QFormerConnector(PreTrainedModel):
         return QFormerConnectorOutput(last_hidden_state=output.last_hidden_state, layer_index=layer_index)
 
 
-class MLPConnector(PreTrainedModel):
+class MLPConnector(ConnectorPreTrainedModel):
     """An MLP on each visual token, as in LLaVA. With `pool_size`, on the means of a grid of them.
 
     Args:
@@ -187,8 +146,6 @@ class MLPConnector(PreTrainedModel):
 
     config: MLPConnectorConfig
     base_model_prefix = "mlp"
-    main_input_name = "inputs_embeds"
-    input_modalities = ("image",)
 
     def __init__(self, config: MLPConnectorConfig):
         super().__init__(config)
@@ -201,14 +158,6 @@ class MLPConnector(PreTrainedModel):
             config.max_position_embeddings, config.hidden_size, config.output_position_initializer_range
         )
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if not init_connector_layer(module):
-            super()._init_weights(module)
-
-    def get_input_embeddings(self) -> nn.Module:
-        raise NotImplementedError("An MLP reads `inputs_embeds`; it has no input embeddings.")
 
     def forward(
         self,
@@ -246,3 +195,33 @@ class MLPConnector(PreTrainedModel):
         grid = patches.transpose(1, 2).unflatten(2, [count * side for count in tiles])  # (batch, dim, height, width)
         means = F.adaptive_avg_pool2d(grid, pooled).flatten(2).transpose(1, 2)  # (batch, output patches, dim)
         return torch.cat([tokens[:, :prefix], means], dim=1)
+
+
+# By the `model_type` of their configurations.
+CONNECTORS = {
+    model_class.config_class.model_type: model_class
+    for model_class in (TomeFormerModel, QFormerConnector, MLPConnector)
+}
+
+
+def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorConfig) -> PreTrainedModel:
+    """Builds a connector that starts from a BERT checkpoint, in float32.
+
+    A Q-Former takes BERT's self-attention, and BERT's feed-forward for the queries, as in BLIP-2 (salesforce/LAVIS,
+    lavis/models/blip2_models). Its queries and its cross-attention are fresh.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): A folder or a repository's name.
+        config ([`ConnectorConfig`]): The connector's configuration.
+
+    Raises:
+        ValueError: If the connector cannot start from BERT.
+        OSError: If there is no such checkpoint.
+    """
+    if config.model_type == MLPConnectorConfig.model_type:
+        raise ValueError(
+            f"`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is for {config.model_type!r}."
+        )
+    model_class = CONNECTORS[config.model_type]
+    names = getattr(model_class, "bert_names", None)
+    return model_class.from_pretrained(name_or_path, config=config, dtype=torch.float32, key_mapping=names)

@@ -1,17 +1,196 @@
-"""Puts soft prompts in the place of the `<image>` and `<video>` placeholders of a text."""
+"""Soft prompts: the model's outputs, tiles that become one image, placeholders that soft prompts take, and labels."""
 
 import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import torch_compilable_check
 
 from configuration_evlgen import EVLGenConfig
 
-from .model_outputs import EVLGenImageOutput
+Grid = tuple[int, int]  # rows and columns of tiles
+
+
+@dataclass
+class EVLGenImageOutput(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(tiles, num_vision_tokens, vision_hidden_size)`):
+            The frozen vision tower's tokens.
+        pooler_output (`torch.Tensor` of shape `(batch, num_image_tokens, text_hidden_size)`):
+            The soft prompt: merged tokens in the language model's embedding space. A tuple with a tensor for each
+            image, if images differ in their number of tokens.
+        output_index (`torch.LongTensor` of shape `(batch, num_vision_tokens)`):
+            For each vision token, the index of the soft prompt's token that it was merged into. A tuple, if images
+            differ in their tiles or their number of tokens. The patches of several tiles are in rows over the whole
+            image. None from a connector that does not merge.
+        token_places (`torch.FloatTensor` of shape `(videos, num_vision_tokens, 3)`, *optional*):
+            For merged videos: seconds since the first frame, row and column in the grid of patches of each token of
+            `last_hidden_state`.
+    """
+
+    output_index: torch.Tensor | tuple[torch.Tensor, ...] | None = None
+    token_places: torch.Tensor | None = None
+
+    @property
+    def soft_tokens(self) -> torch.Tensor:
+        """The tokens of all soft prompts in one tensor, `(tokens, text_hidden_size)`."""
+        prompts = self.pooler_output
+        return torch.cat(prompts) if isinstance(prompts, tuple | list) else prompts.reshape(-1, prompts.shape[-1])
+
 
 # The encoded images and the encoded videos, under "image" and "video".
 Encoded = dict[str, EVLGenImageOutput | None]
+
+
+@dataclass
+class EVLGenModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, sequence, dim)`): The input of the language model's head.
+        image_outputs, video_outputs ([`EVLGenImageOutput`], *optional*): The encoded images and videos, if any.
+    """
+
+    image_outputs: EVLGenImageOutput | None = None
+    video_outputs: EVLGenImageOutput | None = None
+
+
+@dataclass
+class EVLGenCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    Args:
+        loss (`torch.Tensor`, *optional*): The mean cross-entropy of the targets, if there are labels.
+        logits (`torch.Tensor` of shape `(batch, sequence, vocab)`):
+            Scores of the next token; for a `logits_to_keep` of shape `(batch, sequence)`, of shape `(kept, vocab)`.
+        image_outputs, video_outputs ([`EVLGenImageOutput`], *optional*): The encoded images and videos, if any.
+    """
+
+    image_outputs: EVLGenImageOutput | None = None
+    video_outputs: EVLGenImageOutput | None = None
+
+
+def read_grids(image_grid_thw: torch.Tensor | None, num_tiles: int) -> list[Grid]:
+    """The grid of each image; one tile for each of `num_tiles` images if no grids are given.
+
+    Raises:
+        ValueError: If the grids have another number of tiles than `num_tiles`, or another shape than `(images, 3)`.
+    """
+    if image_grid_thw is None:
+        return [(1, 1)] * num_tiles
+    grids = torch.as_tensor(image_grid_thw)
+    has_shape = grids.ndim == 2 and grids.shape[1] == 3 and not grids.is_floating_point()
+    if not has_shape or (grids[:, 0] != 1).any() or (grids < 1).any():
+        raise ValueError(
+            "`image_grid_thw` must hold integers of shape (images, 3), 1 in its first column and the rows and columns "
+            f"of tiles in the others, but is {grids.tolist()}."
+        )
+    if int(grids.prod(dim=1).sum()) != num_tiles:
+        raise ValueError(f"`image_grid_thw` is {grids.tolist()}, but the images have {num_tiles} tiles together.")
+    return [(rows, columns) for _, rows, columns in grids.tolist()]
+
+
+def join_tiles(tokens: torch.Tensor, grid: Grid, class_token: bool) -> torch.Tensor:
+    """Puts the patches of an image's tiles in rows over the whole image. The class token is the mean of the tiles'.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(images, tiles, tokens, dim)`):
+            Tokens of each tile, the tiles row by row. The patches of a tile are a square grid.
+        grid (`tuple[int, int]`): Rows and columns of tiles.
+        class_token (`bool`): Whether token 0 of each tile is a class token.
+
+    Returns:
+        `torch.Tensor` of shape `(images, class_token + tiles * patches, dim)`.
+    """
+    prefix, patches = tokens[:, :, : int(class_token)], tokens[:, :, int(class_token) :]
+    side = math.isqrt(patches.shape[2])
+    patches = patches.unflatten(2, (side, side)).unflatten(1, grid)  # (images, rows, columns, side, side, dim)
+    patches = patches.transpose(2, 3).flatten(1, 4)  # (images, rows * side * columns * side, dim)
+    return torch.cat([prefix.mean(dim=1), patches], dim=1)
+
+
+def connect(
+    tokens: torch.Tensor,
+    grids: list[Grid],
+    budgets: list[int],
+    class_token: bool,
+    run: Callable[[torch.Tensor, Grid, int, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]],
+    places: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor | tuple[torch.Tensor, ...] | None]:
+    """Runs a connector over images, those with the same grid and budget together.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(tiles of all images, tokens, dim)`): Tokens of each tile.
+        grids, budgets (`list`): One for each image.
+        class_token (`bool`): Whether token 0 of each tile is a class token.
+        run (`Callable`): Returns the soft prompts of images, and their output indices if tokens are merged.
+        places (`torch.Tensor` of shape `(images, patches, 2)`, *optional*): Goes to `run`, for images of one tile.
+
+    Returns:
+        The soft prompts, `(images, budget, text_dim)`, or a tuple with an entry for each image if budgets differ. The
+        output indices, `(images, tokens of all tiles)`, or a tuple if grids or budgets differ; None without merging.
+    """
+    groups: dict[tuple[Grid, int], list[int]] = defaultdict(list)
+    for image, key in enumerate(zip(grids, budgets, strict=True)):
+        groups[key].append(image)
+    tiles = tokens.split([math.prod(grid) for grid in grids])
+    results: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    for (grid, budget), images in groups.items():
+        stacked = torch.stack([tiles[image] for image in images]) if len(groups) > 1 else tokens
+        stacked = stacked.view(len(images), math.prod(grid), *tokens.shape[1:])  # (images, tiles, tokens, dim)
+        joined = stacked.squeeze(1) if grid == (1, 1) else join_tiles(stacked, grid, class_token)
+        prompts, index = run(joined, grid, budget, None if places is None else places[images])
+        if len(groups) == 1:
+            return prompts, index
+        indices = [None] * len(images) if index is None else index
+        results |= zip(images, zip(prompts, indices, strict=True), strict=True)
+    prompts, indices = zip(*(results[image] for image in range(len(grids))), strict=True)
+    return torch.stack(prompts) if len(set(budgets)) == 1 else prompts, None if indices[0] is None else indices
+
+
+def count_placeholders(mask: torch.Tensor, num_items: int) -> list[int] | None:
+    """Placeholders of each image or video: the length of each run. None if there is not a run for each.
+
+    `mask`, `(batch, sequence)`, is True for placeholders.
+    """
+    row_ends = nn.functional.pad(mask, (1, 1)).int().diff(dim=1)  # (batch, sequence + 1)
+    starts, ends = (row_ends == 1).nonzero()[:, 1], (row_ends == -1).nonzero()[:, 1]
+    runs: list[int] = (ends - starts).tolist()
+    return runs if len(runs) == num_items else None
+
+
+def check_runs(name: str, mask: torch.Tensor, budgets: list[int]) -> None:
+    """Checks that no soft prompt would go on behind other text, or in another row.
+
+    Args:
+        name (`str`): `"image"` or `"video"`, for the message.
+        mask (`torch.BoolTensor` of shape `(batch, sequence)`): True for placeholders.
+        budgets (`list[int]`): Number of tokens of each soft prompt.
+
+    Raises:
+        ValueError: If a run of placeholders ends within a soft prompt. Other numbers in all are left to [`embed_ids`].
+    """
+    total = sum(budgets)
+    may_end = torch.zeros(total + 1, dtype=torch.bool, device=mask.device)
+    may_end[list(itertools.accumulate(budgets))] = True
+    ends = mask & ~nn.functional.pad(mask[:, 1:], (0, 1))  # (batch, sequence), the last placeholder of each run
+    so_far = mask.flatten().cumsum(0)  # placeholders up to each token
+
+    def describe() -> str:
+        until_ends = [0, *so_far[ends.flatten()].tolist()]
+        runs = [end - start for start, end in itertools.pairwise(until_ends)]
+        return (
+            f"`input_ids` holds runs of {runs} {name} placeholders, but the {name}s give {budgets} tokens, in this "
+            "order."
+        )
+
+    is_whole = (may_end[so_far.clamp(max=total)] | ~ends.flatten()).all()
+    torch_compilable_check(is_whole | (mask.sum() != total), describe)
 
 
 def embed_ids(
@@ -53,59 +232,86 @@ def fill_embedded(
     return inputs_embeds
 
 
-def check_runs(name: str, mask: torch.Tensor | None, lengths: list[int]) -> None:
-    """Checks that no soft prompt would go on behind other text, or in another row.
-
-    Args:
-        name (`str`): `"image"` or `"video"`, for the message.
-        mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): True for placeholders, if there are ids.
-        lengths (`list[int]`): Number of tokens of each soft prompt.
-
-    Raises:
-        ValueError: If a run of placeholders ends within a soft prompt. Other numbers in all are left to [`embed_ids`].
-    """
-    if mask is None:
-        return
-    total = sum(lengths)
-    may_end = torch.zeros(total + 1, dtype=torch.bool, device=mask.device)
-    may_end[list(itertools.accumulate(lengths))] = True
-    ends = mask & ~nn.functional.pad(mask[:, 1:], (0, 1))  # (batch, sequence), the last placeholder of each run
-    so_far = mask.flatten().cumsum(0)  # placeholders up to each token
-    torch_compilable_check(
-        (may_end[so_far.clamp(max=total)] | ~ends.flatten()).all() | (mask.sum() != total),
-        lambda: (
-            f"`input_ids` holds runs of {_run_lengths(so_far, ends)} {name} placeholders, but the {name}s give "
-            f"{lengths} tokens, in this order."
-        ),
-    )
-
-
-def _run_lengths(so_far: torch.Tensor, ends: torch.Tensor) -> list[int]:
-    until_ends = [0, *so_far[ends.flatten()].tolist()]
-    return [end - start for start, end in itertools.pairwise(until_ends)]
-
-
 def _fill(
     name: str, mask: torch.Tensor, outputs: EVLGenImageOutput | None, inputs_embeds: torch.Tensor
 ) -> torch.Tensor:
     num_placeholders = mask.sum()
     num_features = 0 if outputs is None else len(outputs.soft_tokens)
-    torch_compilable_check(
-        num_placeholders == num_features,
-        lambda: (
-            f"`input_ids` holds {int(num_placeholders)} {name} placeholders, but {_describe_prompts(name, outputs)}."
-        ),
-    )
+
+    def describe() -> str:
+        if outputs is None:
+            given = f"there are no {name}s"
+        else:
+            prompts = outputs.pooler_output
+            is_tuple = isinstance(prompts, tuple | list)
+            each = [len(prompt) for prompt in prompts] if is_tuple else f"{prompts.shape[-2]} each"
+            given = f"the {name}s give {num_features} tokens, {each}"
+        return f"`input_ids` holds {int(num_placeholders)} {name} placeholders, but {given}."
+
+    torch_compilable_check(num_placeholders == num_features, describe)
     if outputs is None:
         return inputs_embeds
-    soft_prompts = outputs.soft_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
-    return inputs_embeds.masked_scatter(mask.unsqueeze(2).to(inputs_embeds.device), soft_prompts)
+    soft_tokens = outputs.soft_tokens.to(inputs_embeds.device, inputs_embeds.dtype)  # (tokens, text_dim)
+    return inputs_embeds.masked_scatter(mask.unsqueeze(2).to(inputs_embeds.device), soft_tokens)
 
 
-def _describe_prompts(name: str, outputs: EVLGenImageOutput | None) -> str:
-    if outputs is None:
-        return f"there are no {name}s"
-    prompts, total = outputs.pooler_output, len(outputs.soft_tokens)
-    if isinstance(prompts, tuple | list):
-        return f"the {name}s give {total} tokens, {[len(prompt) for prompt in prompts]}"
-    return f"the {name}s give {total} tokens, {prompts.shape[-2]} each"
+def mask_labels(
+    labels: torch.LongTensor, placeholder_ids: Sequence[int], attention_mask: torch.Tensor | None
+) -> torch.LongTensor:
+    """Returns labels that are -100 on placeholders, on padding, and on the first token after padding.
+
+    So a copy of `input_ids` can serve as labels. No token is predicted from padding. Both tensors are `(batch,
+    sequence)`. A mask of another shape marks no padding.
+    """
+    ignored = torch.isin(labels, labels.new_tensor(placeholder_ids))  # (batch, sequence)
+    if torch.is_tensor(attention_mask) and attention_mask.shape == labels.shape:
+        is_padding = attention_mask.to(labels.device) == 0
+        ignored = ignored | is_padding | nn.functional.pad(is_padding[:, :-1], (1, 0))
+    return labels.masked_fill(ignored, -100)
+
+
+def shift_labels(labels: torch.LongTensor) -> torch.LongTensor:
+    """Returns the target of each position: the label of the next. Both are `(batch, sequence)`."""
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def target_positions(labels: torch.LongTensor) -> torch.BoolTensor:
+    """Returns True where the model has a target, `(batch, sequence)`.
+
+    As `logits_to_keep`, it limits logits to these positions. Most positions of a training batch are images, prompts
+    and padding.
+    """
+    return shift_labels(labels) != -100
+
+
+def limit_logits(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Adds a `logits_to_keep` for the positions with a target to a model's inputs that have labels but none yet."""
+    if "labels" not in inputs or "logits_to_keep" in inputs:
+        return inputs
+    return {**inputs, "logits_to_keep": target_positions(inputs["labels"])}
+
+
+def select_positions(targets: torch.LongTensor, logits_to_keep: int | torch.Tensor) -> torch.LongTensor:
+    """Returns the targets of the positions that have logits: of `(batch, sequence)` those in `(batch, positions)`.
+
+    `logits_to_keep` is the number of last positions, 0 for all; or indices, `(positions,)`; or a mask, `(batch,
+    sequence)`, for which the result is `(positions,)`.
+    """
+    if isinstance(logits_to_keep, int):
+        return targets[:, -logits_to_keep:]  # -0 is the first
+    return targets[:, logits_to_keep] if logits_to_keep.ndim == 1 else targets[logits_to_keep]
+
+
+def check_finite(tensors: dict[str, torch.Tensor | tuple[torch.Tensor, ...] | None]) -> None:
+    """
+    Raises:
+        ValueError: If a value is NaN or infinite; the message names the tensor, and its entries counted from 0.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if isinstance(tensor, tuple):  # entries of different lengths
+            tensor = torch.stack([entry.float().sum() for entry in tensor])
+        entries = (~tensor.isfinite()).reshape(len(tensor), -1).any(dim=1).nonzero().flatten().tolist()
+        if entries:
+            raise ValueError(f"{name} must be finite, but has NaN or infinity in entries {entries}.")

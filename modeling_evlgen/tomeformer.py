@@ -1,10 +1,16 @@
-"""TomeFormer: a BERT encoder over visual tokens that merges similar ones in every layer (EVLGen, section 3.2)."""
+"""TomeFormer: a BERT encoder over visual tokens that merges similar ones in every layer (EVLGen, section 3.2).
 
+The positions and the ends of residual branches come first. Its peers in `connectors.py` have them, too.
+"""
+
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
@@ -13,8 +19,145 @@ from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from configuration_evlgen.configuration_connectors import TomeFormerConfig
 
-from .connector_layers import BranchLinear, PositionEmbeddings, build_output_positions, init_connector_layer
 from .token_merging import keep_all, match_down_to
+
+
+def smooth_positions(grid_size: int, dim: int, length: float = 0.25) -> torch.Tensor:
+    """Draws a random vector for each patch of a square grid. The closer two patches are, the more alike they are.
+
+    Each channel is a cosine over the grid with a random direction, wavelength and phase. These are random Fourier
+    features (Rahimi and Recht, NeurIPS 2007; for positions Tancik et al., NeurIPS 2020) of the kernel
+    `exp(-d^2 / (2 length^2))`, where d is the distance of two patches.
+
+    Args:
+        grid_size (`int`): Patches along each side, at least 2.
+        dim (`int`): Channels.
+        length (`float`, *optional*, defaults to 0.25):
+            The distance, in sides of the grid, at which two patches have a correlation of `exp(-1/2)`.
+
+    Returns:
+        `torch.Tensor` of shape `(grid_size**2, dim)`, row by row. Each channel has mean 0. All values together have
+        standard deviation 1.
+    """
+    side = torch.linspace(0, 1, grid_size)
+    patches = torch.cartesian_prod(side, side)  # (patches, 2)
+    phases = patches @ torch.randn(2, dim) / length + 2 * torch.pi * torch.rand(dim)  # (patches, dim)
+    waves = phases.cos()
+    waves = waves - waves.mean(dim=0)
+    return waves / waves.std()
+
+
+class PositionEmbeddings(nn.Embedding):
+    """Learned positions that are added to tokens.
+
+    Args:
+        num_positions (`int`): Largest number of tokens.
+        dim (`int`): Width of the tokens.
+        initializer_range (`float`): Standard deviation of fresh positions.
+        grid_size (`int`, *optional*):
+            Patches along each side of a square grid. If given, the positions of the grid start smooth over it.
+        num_prefix_tokens (`int`, *optional*, defaults to 0): Tokens before the first patch.
+    """
+
+    def __init__(
+        self,
+        num_positions: int,
+        dim: int,
+        initializer_range: float,
+        grid_size: int | None = None,
+        num_prefix_tokens: int = 0,
+    ):
+        super().__init__(num_positions, dim)
+        self.initializer_range = initializer_range
+        self.grid_size = grid_size
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def draw(self) -> torch.Tensor:
+        """Returns fresh weights, `(positions, dim)`."""
+        weight = torch.randn(self.num_embeddings, self.embedding_dim)
+        if self.grid_size is not None:
+            grid = smooth_positions(self.grid_size, self.embedding_dim)  # (patches, dim)
+            weight[self.num_prefix_tokens : self.num_prefix_tokens + len(grid)] = grid
+        return weight * self.initializer_range
+
+    def forward(
+        self, tokens: torch.Tensor, tiles: tuple[int, int] = (1, 1), places: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Adds the positions to tokens.
+
+        A position is a place in the whole image. So the positions of more tiles, and those of merged patches, lie
+        between those of one.
+
+        Args:
+            tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Prefix tokens, then patches row by row.
+            tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
+                Rows and columns of tiles that the patches cover. Each tile has a square grid of patches.
+            places (`torch.FloatTensor` of shape `(batch, patches, 2)`, *optional*):
+                Row and column of each patch in the square grid of one tile, if patches are not row by row.
+        """
+        if places is not None:
+            prefix = self.weight[: self.num_prefix_tokens].expand(len(tokens), -1, -1)
+            return tokens + torch.cat([prefix, self._interpolate(places)], dim=1)
+        if tiles == (1, 1):
+            return tokens + self.weight[: tokens.shape[1]]  # (batch, tokens, dim)
+        prefix = self.num_prefix_tokens
+        side = math.isqrt((tokens.shape[1] - prefix) // math.prod(tiles))
+        grid = self.weight[prefix : prefix + side**2].T.unflatten(1, (side, side))  # (dim, side, side)
+        grid = F.interpolate(grid.unsqueeze(0), size=[count * side for count in tiles], mode="bilinear")
+        return tokens + torch.cat([self.weight[:prefix], grid[0].flatten(1).T])
+
+    def _interpolate(self, places: torch.Tensor) -> torch.Tensor:
+        """The positions of places in the grid, `(batch, patches, dim)`: bilinear, and exact on grid points."""
+        side = math.isqrt(places.shape[1])
+        low = places.floor().clamp(0, max(0, side - 2)).long()  # (batch, patches, 2)
+        high = (low + 1).clamp(max=side - 1)
+        share = places - low
+        positions = 0
+        for rows, row_share in ((low[..., 0], 1 - share[..., 0]), (high[..., 0], share[..., 0])):
+            for columns, column_share in ((low[..., 1], 1 - share[..., 1]), (high[..., 1], share[..., 1])):
+                corner = F.embedding(self.num_prefix_tokens + rows * side + columns, self.weight)
+                positions = positions + (row_share * column_share).unsqueeze(-1) * corner
+        return positions.to(self.weight.dtype)
+
+
+def build_output_positions(num_positions: int, dim: int, initializer_range: float | None) -> nn.Module:
+    """Returns positions for the output tokens of a connector, or the identity if `initializer_range` is None."""
+    if initializer_range is None:
+        return nn.Identity()
+    return PositionEmbeddings(num_positions, dim, initializer_range)
+
+
+class BranchLinear(nn.Linear):
+    """The linear map at the end of a residual branch.
+
+    Args:
+        in_features, out_features (`int`): As in `nn.Linear`.
+        initializer_range (`float`): Standard deviation of fresh weights.
+    """
+
+    def __init__(self, in_features: int, out_features: int, initializer_range: float):
+        super().__init__(in_features, out_features)
+        self.initializer_range = initializer_range
+
+
+class ConnectorPreTrainedModel(PreTrainedModel):
+    """What all connectors share: they read visual tokens, and start the layers above."""
+
+    main_input_name = "inputs_embeds"
+    input_modalities = ("image",)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, PositionEmbeddings):
+            init.copy_(module.weight, module.draw())
+        elif isinstance(module, BranchLinear):
+            init.normal_(module.weight, std=module.initializer_range)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError(f"A {type(self).__name__} reads `inputs_embeds`; it has no input embeddings.")
 
 
 @dataclass
@@ -174,7 +317,7 @@ class TomeFormerEncoder(nn.Module):
         self.layer = nn.ModuleList(TomeFormerLayer(config) for _ in range(config.num_hidden_layers))
 
 
-class TomeFormerModel(PreTrainedModel):
+class TomeFormerModel(ConnectorPreTrainedModel):
     """The connector of EVLGen. It takes `(batch, tokens, hidden_size)` and returns fewer tokens of the same width.
 
     The names of its weights are BERT's, as in the original implementation (yiren-jian/EVLGen, `VLconnector.*`). So
@@ -187,8 +330,6 @@ class TomeFormerModel(PreTrainedModel):
 
     config: TomeFormerConfig
     base_model_prefix = "bert"
-    main_input_name = "inputs_embeds"
-    input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -208,15 +349,6 @@ class TomeFormerModel(PreTrainedModel):
             config.max_position_embeddings, config.hidden_size, config.output_position_initializer_range
         )
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if init_connector_layer(module):
-            return
-        super()._init_weights(module)
-
-    def get_input_embeddings(self) -> nn.Module:
-        raise NotImplementedError("A TomeFormer reads `inputs_embeds`; it has no input embeddings.")
 
     def forward(
         self,

@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .input_checks import check_finite
-from .temporal import FRAMES_AT_ONCE
+from .soft_prompts import check_finite
 from .token_merging import TokenMerging, keep_all
+from .video import FRAMES_AT_ONCE
 from .vision_tower import extract_vision_tokens, is_sharded
 
 ROUNDS = 3  # of matching, within a frame and over time. Six keep no more, and take twice as long

@@ -1,4 +1,4 @@
-"""The temporal contextualizer. It turns a frozen image tower into a video tower (EVLGen, section 3.3)."""
+"""Videos as the mean of their frames, which the temporal contextualizer lets attend to each other (EVLGen, section 3.3)."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .connector_layers import TimeEmbedding
 from .vision_tower import extract_vision_tokens
 
 # Without a gradient, this many frames run through the tower, or through one part of it, at a time.
 FRAMES_AT_ONCE = 32
+
+# Frequencies of the time embedding in radians per second. Their periods are 0.8 seconds to 1.8 hours.
+_FREQUENCIES = tuple(2.0**exponent for exponent in range(3, -11, -1))
 
 # Scores of the temporal attention that are computed at a time: pairs of frames, times tokens.
 SCORES_AT_ONCE = 2**20
@@ -64,6 +66,26 @@ def frames_of_videos(num_frames: int, frame_mask: torch.Tensor | None = None) ->
         yield
     finally:
         _call.frames = before
+
+
+class TimeEmbedding(nn.Module):
+    """A learned function of the time in seconds. It starts at zero, and stays zero at the time 0.
+
+    It is linear in `sin(w t)` and `cos(w t) - 1` for frequencies w from one radian in 17 minutes to 8 in a second.
+
+    Args:
+        dim (`int`): Width of the tokens.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, 2 * len(_FREQUENCIES)))
+
+    def forward(self, times: torch.Tensor) -> torch.Tensor:
+        """Embeds times of any shape, as `(*shape, dim)`."""
+        phases = times.float().unsqueeze(-1) * times.new_tensor(_FREQUENCIES, dtype=torch.float32)
+        waves = torch.cat([phases.sin(), phases.cos() - 1], dim=-1)  # (*shape, 2 * frequencies)
+        return F.linear(waves.to(self.weight.dtype), self.weight)
 
 
 class TemporalContextualizer(nn.Module):
