@@ -11,8 +11,9 @@ weights (`freezing`). It compiles once for each batch size and needs a C++ compi
 import copy
 
 import torch
+from transformers import AutoModel
 
-from modeling_evlgen.vision_tower import build_vision_tower, extract_vision_tokens
+from modeling_evlgen.vision_tower import extract_vision_tokens
 
 from .timing import argument_parser, markdown_table, take_turns
 from .training_step import LITE0
@@ -24,7 +25,7 @@ SHAPE = (16, 3, 224, 224)  # images, channels, height and width
 def main(argv: list[str] | None = None) -> None:
     rounds = argument_parser(__doc__, rounds=9).parse_args(argv).rounds
     torch.manual_seed(0)
-    tower = build_vision_tower(LITE0).eval().requires_grad_(False)
+    tower = AutoModel.from_config(LITE0).eval().requires_grad_(False)
     pixel_values = torch.randn(SHAPE)
     channels_last = copy.deepcopy(tower).to(memory_format=torch.channels_last)
     compiled = torch.compile(extract_vision_tokens, options={"freezing": True})

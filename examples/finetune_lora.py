@@ -14,10 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.fingerprints import TRAINED_PARTS
 
 TOWERS = {"text": ("language_model",), "vision": ("vision_tower",), "both": ("language_model", "vision_tower")}
-# What is trained in full, and saved with the adapter.
-TRAINED = ("ln_vision", "vision_projection", "connector", "language_projection", "temporal", "time_embedding")
 LINEAR = (nn.Linear, Conv1D)  # the layers of quantised models are subclasses; GPT-2 has Conv1D
 
 
@@ -65,7 +64,8 @@ def add_lora(model: EVLGenForConditionalGeneration, arguments: LoraArguments) ->
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=target_modules(model, arguments.lora),
-        modules_to_save=[name for name in TRAINED if getattr(model, name) is not None],
+        # Trained in full, and saved with the adapter.
+        modules_to_save=[name for name in TRAINED_PARTS if getattr(model, name) is not None],
     )
     return get_peft_model(model, config)
 

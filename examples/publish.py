@@ -41,8 +41,7 @@ from common.evaluation.answers import DTYPES
 from common.models import load_captioner
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.adapters import BASE_MODEL, check_base, find_adapter
-from modeling_evlgen.fingerprints import TOWERS, hash_weights, is_on_hub
+from modeling_evlgen.fingerprints import BASE_MODEL, TOWERS, check_base, find_adapter, hash_weights, is_on_hub
 from processing_evlgen import EVLGenProcessor
 
 SHEET = "captions.png"  # the contact sheet that pretrain.py writes beside its model

@@ -25,5 +25,6 @@ def _run(layer: GradientCheckpointingLayer, forward: Any, *args: Any, **kwargs: 
     # A second forward pass would write to a cache again.
     has_cache = any(isinstance(argument, Cache) for argument in (*args, *kwargs.values()))
     if layer.gradient_checkpointing and not layer.training and torch.is_grad_enabled() and not has_cache:
+        # The user's `activation_checkpointing_kwargs` are in this function alone.
         return layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
     return forward(*args, **kwargs)

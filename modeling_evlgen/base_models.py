@@ -1,29 +1,37 @@
-"""Builds a new model from base models: any vision tower, any causal language model, and perhaps a BERT."""
+"""Builds models from base models: a new one, or that of a checkpoint which only names its towers."""
 
 import copy
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.integrations.accelerate import get_max_memory
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file, logging
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from configuration_evlgen import EVLGenConfig
 from configuration_evlgen.configuration_connectors import ConnectorConfig, connector_config_class
 
 from .connectors import load_bert_as_connector
-from .fingerprints import INERT_FIELDS, TOWERS, Identity, find_name, identify, remember_tower
-from .vision_tower import measure_vision_tower
+from .fingerprints import HUB_ARGUMENTS, INERT_FIELDS, TOWERS, compare_configs, find_name, hash_weights, identify
+from .vision_tower import load_vision_tower, measure_vision_tower
 
 logger = logging.get_logger(__name__)
+
+# Arguments that transformers' Auto classes and pipelines add, without a meaning here. `config` has been read by then.
+_IGNORED_ARGUMENTS = {"_commit_hash", "_from_auto", "_from_pipeline", "code_revision", "config"}
+_IGNORED_ARGUMENTS |= {"trust_remote_code", "use_safetensors", "weights_only"}
 
 
 class BaseModel(NamedTuple):
     """A tower, and how it can be loaded again."""
 
     tower: PreTrainedModel
-    identity: Identity
+    identity: dict[str, str | None]  # fields of the configuration
     is_named: bool  # its name alone brings back the tower as it is now
     hub_arguments: dict[str, Any]
 
@@ -36,47 +44,84 @@ def load_tower(
     Raises:
         ValueError: If the tower cannot be loaded, or cannot become part of a checkpoint; the message names `argument`.
     """
-    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in kwargs}
-    tower = model if isinstance(model, PreTrainedModel) else load_base_model(argument, load, model, kwargs)
-    check_tower(argument, tower)
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    tower = model if isinstance(model, PreTrainedModel) else _load(argument, load, model, kwargs)
+    if type(tower.config).__module__.startswith("transformers_modules"):
+        raise ValueError(
+            f"`{argument}` is a {type(tower).__name__}, which brings code of its own. Only models whose code is in "
+            "transformers can become part of a checkpoint."
+        )
+    if getattr(tower, "peft_config", None):
+        # It would be trained and saved by other rules than a base model.
+        raise ValueError(
+            f"`{argument}` is a {type(tower).__name__} with an adapter. Merge it first: "
+            "`PeftModel.from_pretrained(base_model, adapter).merge_and_unload().save_pretrained(folder)`."
+        )
     if tower is model:
         # The user may have changed it since it was loaded, so its name does not bring it back.
-        return BaseModel(tower, Identity(find_name(tower.name_or_path)[0]), False, hub)
+        return BaseModel(tower, {f"{argument}_name_or_path": find_name(tower.name_or_path)[0]}, False, hub)
     # `from_pretrained` also takes fields of the configuration, as in `text_rms_norm_eps=1e-5`.
     has_other_fields = any(hasattr(tower.config, name) for name in kwargs.keys() - INERT_FIELDS)
-    return BaseModel(tower, identify(tower.name_or_path, **hub), not has_other_fields, hub)
+    return BaseModel(tower, identify(argument, tower.name_or_path, **hub), not has_other_fields, hub)
 
 
-def load_base_model(
-    argument: str, load: Callable, name_or_path: str | os.PathLike, kwargs: dict[str, Any]
-) -> PreTrainedModel:
-    """Calls `load(name_or_path, **kwargs)`.
-
-    Raises:
-        ValueError: If there is no such model; the message names `argument`.
-    """
+def _load(argument: str, load: Callable, name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Any:
+    """Calls `load(name_or_path, **kwargs)`. If there is no such model, the `ValueError` names `argument`."""
     try:
         return load(name_or_path, **kwargs)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
 
 
-def check_tower(argument: str, tower: PreTrainedModel) -> None:
-    """
+def build(
+    model_class: type[PreTrainedModel],
+    vision: BaseModel,
+    text: BaseModel,
+    connector_model: str | os.PathLike | None,
+    connector_config: ConnectorConfig | dict | None,
+    image_size: int | None,
+    fields: dict[str, Any],
+) -> PreTrainedModel:
+    """Builds a new model around its towers, with some `fields` of its configuration set.
+
     Raises:
-        ValueError: If a tower brings code that a checkpoint of ours could not load again, or has an adapter, which
-            would be trained and saved by other rules than a base model.
+        ValueError: If the parts do not fit each other, or the connector cannot be built.
     """
-    if type(tower.config).__module__.startswith("transformers_modules"):
+    if vision.tower.dtype != text.tower.dtype:
         raise ValueError(
-            f"`{argument}` is a {type(tower).__name__}, which brings code of its own. Only models whose code is in "
-            "transformers can become part of a checkpoint."
+            f"`vision_model` is {vision.tower.dtype}, but `text_model` is {text.tower.dtype}: the frozen towers "
+            "must have one dtype."
         )
-    if getattr(tower, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            f"`{argument}` is a {type(tower).__name__} with an adapter. Merge it first: "
-            "`PeftModel.from_pretrained(base_model, adapter).merge_and_unload().save_pretrained(folder)`."
-        )
+    shape = measure_vision_tower(vision.tower.config, image_size)
+    connector_config, connector = load_connector(connector_model, connector_config, shape.class_token)
+    image_token_id, video_token_id = placeholder_ids(text)
+    defaults = {
+        "image_token_id": image_token_id,
+        # Beside an `<image>` of the user's choice, `<video>` is the next id.
+        "video_token_id": video_token_id if "image_token_id" not in fields else None,
+        "num_vision_tokens": shape.num_tokens,
+        "vision_hidden_size": shape.hidden_size,
+        **vision.identity,
+        **text.identity,
+    }
+    config = EVLGenConfig(
+        vision_config=copy_config(vision.tower),
+        connector_config=copy.deepcopy(connector_config),
+        text_config=copy_config(text.tower),
+        **{**defaults, **fields},
+    )
+    model = model_class(config, vision_tower=vision.tower, language_model=text.tower)
+    if connector is not None:
+        model.connector.load_state_dict(connector.state_dict())
+    # The language model's defaults for sampling are meant for chats, not for captions.
+    special_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(
+        **{id_: getattr(text.tower.generation_config, id_) for id_ in special_ids}
+    )
+    for base_model, tower in zip((vision, text), TOWERS.values(), strict=True):
+        if base_model.is_named:
+            model.tower_hashes[tower] = hash_weights(base_model.tower.state_dict())
+    return model
 
 
 def load_connector(
@@ -98,50 +143,11 @@ def load_connector(
         return connector_config, None
     fields = connector_config if isinstance(connector_config, dict) else connector_config.to_dict()
     config_class = connector_config_class(fields)
-    config_dict = load_base_model("connector_model", config_class.get_config_dict, name_or_path, {})[0]
+    config_dict = _load("connector_model", config_class.get_config_dict, name_or_path, {})[0]
     known = {**config_dict, **fields}
     config = config_class(**{name: known[name] for name in config_class.field_names() if name in known})
-    connector = load_base_model("connector_model", load_bert_as_connector, name_or_path, {"config": config})
+    connector = _load("connector_model", load_bert_as_connector, name_or_path, {"config": config})
     return connector.config, connector
-
-
-def configure(
-    vision: BaseModel,
-    text: BaseModel,
-    connector_model: str | os.PathLike | None,
-    connector_config: ConnectorConfig | dict | None,
-    image_size: int | None,
-    fields: dict[str, Any],
-) -> tuple[EVLGenConfig, PreTrainedModel | None]:
-    """Returns the configuration of a model with some `fields` set, and the connector that it starts from, if any.
-
-    Raises:
-        ValueError: If the parts do not fit each other.
-    """
-    if vision.tower.dtype != text.tower.dtype:
-        raise ValueError(
-            f"`vision_model` is {vision.tower.dtype}, but `text_model` is {text.tower.dtype}: the frozen towers "
-            "must have one dtype."
-        )
-    shape = measure_vision_tower(vision.tower.config, image_size)
-    connector_config, connector = load_connector(connector_model, connector_config, shape.class_token)
-    image_token_id, video_token_id = placeholder_ids(text)
-    defaults = {
-        "image_token_id": image_token_id,
-        # Beside an `<image>` of the user's choice, `<video>` is the next id.
-        "video_token_id": video_token_id if "image_token_id" not in fields else None,
-        "num_vision_tokens": shape.num_tokens,
-        "vision_hidden_size": shape.hidden_size,
-        **identity_fields("vision_model", vision.identity),
-        **identity_fields("text_model", text.identity),
-    }
-    config = EVLGenConfig(
-        vision_config=copy_config(vision.tower),
-        connector_config=copy.deepcopy(connector_config),
-        text_config=copy_config(text.tower),
-        **{**defaults, **fields},
-    )
-    return config, connector
 
 
 def placeholder_ids(text: BaseModel) -> tuple[int, int]:
@@ -159,11 +165,6 @@ def placeholder_ids(text: BaseModel) -> tuple[int, int]:
     return image_token_id, known.get("<video>", free + ("<image>" not in known))
 
 
-def identity_fields(argument: str, identity: Identity) -> dict[str, str | None]:
-    """The fields of the configuration that name the base model of `argument`."""
-    return {f"{argument}_{field}": value for field, value in identity._asdict().items()}
-
-
 def copy_config(tower: PreTrainedModel) -> PreTrainedConfig:
     """A copy of a tower's configuration, which an [`EVLGenConfig`] may change."""
     config = copy.deepcopy(tower.config)
@@ -172,29 +173,140 @@ def copy_config(tower: PreTrainedModel) -> PreTrainedConfig:
     return config
 
 
-def build(
+def load_with_named_towers(
     model_class: type[PreTrainedModel],
+    name_or_path: str | os.PathLike,
     config: EVLGenConfig,
-    vision: BaseModel,
-    text: BaseModel,
-    connector: PreTrainedModel | None,
-) -> PreTrainedModel:
-    """Builds the model of a configuration with the weights of the towers, and perhaps of a connector."""
-    model = model_class(config, vision_tower=vision.tower, language_model=text.tower)
-    if connector is not None:
-        model.connector.load_state_dict(connector.state_dict())
-    # The language model's defaults for sampling are meant for chats, not for captions.
-    special_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    model.generation_config = GenerationConfig(
-        **{id_: getattr(text.tower.generation_config, id_) for id_ in special_ids}
+    adapter: str | None,
+    kwargs: dict[str, Any],
+) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
+    """Builds a model from a checkpoint, the base models that it names, and perhaps an adapter.
+
+    `kwargs` are the other arguments of `from_pretrained`. Those that are not about files go to the towers.
+
+    Raises:
+        ValueError: If a base model cannot be loaded, or is not the one that the model was trained on.
+        TypeError: If there are arguments without a meaning for a tower.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if name not in _IGNORED_ARGUMENTS}
+    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+    adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+    adapter_kwargs.pop("_adapter_model_path", None)  # see `find_adapter`
+    wants_info = kwargs.pop("output_loading_info", False)
+    weights = _load_weights(name_or_path, hub)
+    hub_of_all = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+    towers = _load_towers(model_class, config, hub_of_all | kwargs, sum(t.nbytes for t in weights.values()))
+    model = model_class(config, *towers)
+    model.config.name_or_path = name_or_path
+    model.name_or_path = str(name_or_path)
+    model.tower_hashes = {tower: hash_weights(getattr(model, tower).state_dict()) for tower in TOWERS.values()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    for names, problem in ((missing, "start afresh, since the checkpoint lacks them"), (unexpected, "are left out")):
+        if names:
+            logger.warning(f"Some weights {problem}: {', '.join(names)}.")
+    _place_trained_parts(model)
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub)
+    except OSError:
+        logger.info("The checkpoint has no generation_config.json.")
+    if adapter is not None:
+        model.load_adapter(adapter, adapter_kwargs={**hub_of_all, **adapter_kwargs})
+    model.eval()
+    info = {"missing_keys": set(missing), "unexpected_keys": set(unexpected), "mismatched_keys": set()}
+    return (model, info) if wants_info else model
+
+
+def _load_weights(name_or_path: str | os.PathLike, hub: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Loads a checkpoint's tensors, from one file or several."""
+    if has_file(name_or_path, os.path.join(hub.get("subfolder", ""), SAFE_WEIGHTS_NAME), **hub):
+        return load_file(cached_file(name_or_path, SAFE_WEIGHTS_NAME, **hub))
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **hub)
+    paths, _ = get_checkpoint_shard_files(name_or_path, index, **hub)
+    return {name: tensor for path in paths for name, tensor in load_file(path).items()}
+
+
+def _load_towers(
+    model_class: type[PreTrainedModel], config: EVLGenConfig, kwargs: dict[str, Any], trained_bytes: int
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Loads the vision tower, and the language model into the memory that it and the trained weights leave."""
+    dtype = kwargs.pop("torch_dtype", None) if kwargs.get("dtype") is None else kwargs["dtype"]
+    kwargs["dtype"] = config.dtype if dtype in (None, "auto") else dtype
+    vision_tower = _load_tower("vision_model", load_vision_tower, config, {**kwargs, "quantization_config": None})
+    if kwargs.get("max_memory") is not None:
+        left = get_max_memory(kwargs["max_memory"])  # in bytes, of each device
+        taken = [(parameter.device, parameter.nbytes) for parameter in vision_tower.parameters()]
+        for device, num_bytes in [*taken, (_find_device(vision_tower), trained_bytes)]:
+            key = device.index if device.index in left else device.type
+            if key in left:
+                left[key] = max(0, left[key] - num_bytes)
+        kwargs["max_memory"] = left
+    return vision_tower, _load_tower("text_model", model_class.load_language_model, config, kwargs)
+
+
+def _load_tower(argument: str, load: Callable, config: EVLGenConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Loads a tower that `config` names, and writes into it which one it is.
+
+    Raises:
+        ValueError: If it cannot be loaded, or has other weights or another configuration than the one that the model
+            was trained on.
+    """
+    name, revision, wanted = (
+        getattr(config, f"{argument}_{field}") for field in ("name_or_path", "revision", "fingerprint")
     )
-    for base_model, tower in zip((vision, text), TOWERS.values(), strict=True):
-        if base_model.is_named:
-            remember_tower(model, tower)
-    return model
+    if name is None:
+        raise ValueError(
+            f"The checkpoint does not hold its towers, and its configuration has no `{argument}_name_or_path`."
+        )
+    kwargs = {**kwargs, "revision": revision}
+    if isinstance(kwargs.get("device_map"), dict):
+        kwargs["device_map"] = _select_part(kwargs["device_map"], TOWERS[argument])
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    tower = _load(f"{argument}_name_or_path", load, name, kwargs)
+    found = identify(argument, name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
+    part = argument.replace("model", "config")
+    changes = compare_configs(tower.config, getattr(config, part))
+    if found[f"{argument}_fingerprint"] != wanted:
+        changes.insert(0, f"the fingerprint of its weights is {found[f'{argument}_fingerprint']}, not {wanted}")
+    if wanted is None:  # any tower will do
+        setattr(config, part, copy_config(tower))
+    elif changes:
+        where = f"folder {os.path.abspath(name)}" if os.path.isdir(name) else f"revision {revision or 'main'}"
+        raise ValueError(
+            f"{name!r} ({where}) is not the base model that the checkpoint was trained on: {'; '.join(changes)}. "
+            f"Name the right one by `{argument}_name_or_path` and `{argument}_revision`, or take this one with "
+            f"`{argument}_fingerprint=None`."
+        )
+    for field, value in found.items():  # with the commit, where a branch was named
+        setattr(config, field, value)
+    return tower
 
 
-def pop_prefixed(kwargs: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Takes arguments with a prefix out of `kwargs`, except fields of the configuration (`vision_hidden_size` …)."""
-    names = [name for name in kwargs if name.startswith(prefix) and name not in EVLGenConfig.__dataclass_fields__]
-    return {name.removeprefix(prefix): kwargs.pop(name) for name in names}
+def _select_part(device_map: dict[str, Any], part: str) -> dict[str, Any]:
+    """The entries of a device map for one part of the model, without the part's name."""
+    entries = {
+        name.removeprefix(part).removeprefix("."): device
+        for name, device in device_map.items()
+        if name == part or name.startswith(f"{part}.")
+    }
+    if not entries and "" not in device_map:
+        raise ValueError(f'`device_map` must have an entry for {part!r}, or for all by "", but is {device_map}.')
+    return entries or {"": device_map[""]}
+
+
+def _find_device(tower: PreTrainedModel) -> torch.device:
+    """The device that a tower computes on."""
+    devices = (parameter.device for parameter in tower.parameters())
+    # Weights that are offloaded to the disk are on the meta device until they are needed.
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def _place_trained_parts(model: PreTrainedModel) -> None:
+    """Moves what is trained to the vision tower's device, and sets `model.hf_device_map` if a tower has one."""
+    device_map: dict[str, Any] = {}
+    for name, part in model.named_children():
+        if name not in TOWERS.values():
+            part.to(_find_device(model.vision_tower))
+        entries = getattr(part, "hf_device_map", None) or {"": next(part.parameters()).device}
+        device_map |= {f"{name}.{key}".rstrip("."): place for key, place in entries.items()}
+    if any(hasattr(getattr(model, tower), "hf_device_map") for tower in TOWERS.values()):
+        model.hf_device_map = device_map

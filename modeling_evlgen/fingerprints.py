@@ -1,4 +1,4 @@
-"""Identifies a frozen tower: by its name and commit, by its weight files on disk, and by its weights in memory."""
+"""Identifies what a model was trained on: base models by name, commit and weights; the model of an adapter."""
 
 import hashlib
 import json
@@ -6,15 +6,16 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -23,27 +24,27 @@ from transformers.utils import (
     cached_file,
     extract_commit_hash,
     flatten_dict,
+    has_file,
+    logging,
 )
+
+from configuration_evlgen import EVLGenConfig
+
+logger = logging.get_logger(__name__)
 
 # The towers by the arguments that name their base models.
 TOWERS = {"vision_model": "vision_tower", "text_model": "language_model"}
+# The other parts of a model. It may lack the last two.
+TRAINED_PARTS = ("ln_vision", "vision_projection", "connector", "language_projection", "temporal", "time_embedding")
+
+# Arguments of `from_pretrained` that say where files are.
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
+BASE_MODEL = "base_model.json"  # beside an adapter: fields of the model that it was trained on
 
 # Fields of a tower's configuration that do not change what it computes. Names with a leading underscore do not either.
 INERT_FIELDS = {"architectures", "transformers_version", "dtype", "torch_dtype", "quantization_config"}
 INERT_FIELDS |= {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "initializer_range"}
 INERT_FIELDS |= {"bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type"}
-
-# The base model was loaded just now, so its files are on disk, or it has none of that name.
-_QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-_LOCAL = {"local_files_only": True, "force_download": False, **_QUIET}
-
-
-class Identity(NamedTuple):
-    """Names a base model. Each field is one of the configuration's, behind `vision_model_` or `text_model_`."""
-
-    name_or_path: str | None = None
-    revision: str | None = None
-    fingerprint: str | None = None
 
 
 def is_on_hub(name: str | None) -> bool:
@@ -68,39 +69,53 @@ def find_name(name_or_path: str | os.PathLike | None) -> tuple[str | None, str |
     return (cached[1].replace("--", "/"), cached[2]) if cached else (folder, None)
 
 
-def identify(name_or_path: str | os.PathLike, **hub_arguments: Any) -> Identity:
-    """The identity of a base model that has just been loaded, with its commit where a branch or tag was named."""
+def identify(argument: str, name_or_path: str | os.PathLike, **hub_arguments: Any) -> dict[str, str | None]:
+    """The fields of the configuration that name a base model which has just been loaded.
+
+    Where a branch or tag was named, its commit is found. `argument` is `"vision_model"` or `"text_model"`.
+    """
     name, commit = find_name(name_or_path)
-    fingerprint = fingerprint_files(name_or_path, **hub_arguments)
     if not os.path.isdir(name_or_path):
-        config = cached_file(name_or_path, CONFIG_NAME, **{**hub_arguments, **_LOCAL})
+        config = _find_file(name_or_path, CONFIG_NAME, **hub_arguments)
         commit = extract_commit_hash(config, None) or hub_arguments.get("revision")
-    return Identity(name, commit, fingerprint)
+    fingerprint = fingerprint_files(name_or_path, **hub_arguments)
+    fields = {"name_or_path": name, "revision": commit, "fingerprint": fingerprint}
+    return {f"{argument}_{field}": value for field, value in fields.items()}
 
 
 def fingerprint_files(name_or_path: str | os.PathLike, **hub_arguments: Any) -> str | None:
-    """SHA-256 over the SHA-256 sums of a base model's weight files, in 64 hexadecimal digits.
+    """SHA-256 over the SHA-256 sums of weight files, in 64 hexadecimal digits; None if there are no such files.
 
-    Args:
-        name_or_path (`str` or `os.PathLike`): A folder, or the name of a repository whose weights are in the cache.
-        hub_arguments: `revision`, `cache_dir` … of `from_pretrained`.
-
-    Returns:
-        `str`, or None if no weight files are found.
+    They are in a folder, or in the Hub's cache. `hub_arguments` are `revision`, `cache_dir` … of `from_pretrained`.
     """
-    arguments = {**hub_arguments, **_LOCAL}
     cache = Path(hub_arguments.get("cache_dir") or constants.HF_HUB_CACHE).resolve()
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        path = cached_file(name_or_path, name, **arguments)
+        path = _find_file(name_or_path, name, **hub_arguments)
         if path is None:
             continue
         paths = [path]
         if name.endswith(".json"):
-            with open(path, encoding="utf-8") as index:
-                shards = sorted(set(json.load(index)["weight_map"].values()))
-            paths = [cached_file(name_or_path, shard, **arguments) for shard in shards]
+            shards = sorted(set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()))
+            paths = [_find_file(name_or_path, shard, **hub_arguments) for shard in shards]
         return hashlib.sha256("\n".join(_hash_file(path, cache) for path in paths).encode()).hexdigest()
     return None
+
+
+def _find_file(
+    name_or_path: str | os.PathLike,
+    file_name: str,
+    cache_dir: str | os.PathLike | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
+    **_: Any,
+) -> str | None:
+    """A file in a folder or in the Hub's cache. The base model was loaded just now, so its files are on disk."""
+    file_name = os.path.join(subfolder, file_name)
+    if os.path.isdir(name_or_path):
+        path = os.path.join(name_or_path, file_name)
+        return path if os.path.isfile(path) else None
+    path = try_to_load_from_cache(str(name_or_path), file_name, cache_dir, revision)
+    return path if isinstance(path, str) else None
 
 
 def _hash_file(path: str, cache: Path) -> str:
@@ -119,9 +134,6 @@ def hash_weights(state_dict: Mapping[str, torch.Tensor]) -> str | None:
     The layout in memory and the device do not matter. Quantised weights of torchao count by the values that they stand
     for. One CPU core hashes 1 to 2 GB each second. Threads were no faster on two busy cores.
 
-    Args:
-        state_dict: Tensors of any dtype and shape, by their names.
-
     Returns:
         `str` of 64 hexadecimal digits; None if a tensor is on the meta device.
     """
@@ -130,7 +142,7 @@ def hash_weights(state_dict: Mapping[str, torch.Tensor]) -> str | None:
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         plain = tensor.detach()
-        plain = plain.dequantize() if is_traceable_wrapper_subclass(plain) else plain
+        plain = plain.dequantize() if hasattr(plain, "__tensor_flatten__") else plain  # it wraps other tensors
         digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
         # NumPy lacks some of torch's dtypes, but not their bytes. A scalar can only be seen as bytes once it is flat.
         digest.update(plain.cpu().flatten().view(torch.uint8).numpy())
@@ -146,6 +158,124 @@ def compare_configs(found: PreTrainedConfig, wanted: PreTrainedConfig) -> list[s
     return [f"`{name}` is {found.get(name)!r}, not {wanted.get(name)!r}" for name in names if name not in inert]
 
 
-def remember_tower(model: PreTrainedModel, tower: str) -> None:
-    """Stores the hash of a tower's present weights in `model.tower_hashes`."""
-    model.tower_hashes[tower] = hash_weights(getattr(model, tower).state_dict())
+def choose_towers(
+    model: PreTrainedModel, requested: str | None, weights: Mapping[str, torch.Tensor] | None = None
+) -> str:
+    """Decides whether a checkpoint holds the towers: `"include"` or `"reference"`; see `save_pretrained`.
+
+    `weights` are all weights of the model, if it holds only a share of them itself, as under FSDP.
+
+    Raises:
+        ValueError: If `requested` is neither of the two, or cannot be done.
+    """
+    if requested not in (None, "include", "reference"):
+        raise ValueError(f'`towers` must be "include" or "reference", but is {requested!r}.')
+    names = {tower: getattr(model.config, f"{argument}_name_or_path") for argument, tower in TOWERS.items()}
+    on_hub = all(is_on_hub(name) for name in names.values())
+    chosen = requested or model.config.towers or ("reference" if on_hub else "include")
+    if chosen == "reference":
+        weights = model.state_dict() if weights is None else weights
+        problems = [problem for tower, name in names.items() if (problem := _problem(model, tower, name, weights))]
+        if problems and requested == "reference":
+            raise ValueError(f'`towers` cannot be "reference": {"; ".join(problems)}.')
+        if problems:
+            logger.warning(f"The checkpoint holds its towers: {'; '.join(problems)}.")
+            chosen = "include"
+    if chosen == "include" and getattr(model.language_model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            '`towers` cannot be "include" with a quantised language model. A checkpoint that only names its towers, '
+            'saved with `towers="reference"`, can be loaded quantised, trained and saved; so can an adapter.'
+        )
+    return chosen
+
+
+def _problem(model: PreTrainedModel, tower: str, name: str | None, weights: Mapping[str, torch.Tensor]) -> str | None:
+    """The reason why a tower cannot be named instead of saved, if there is one."""
+    if name is None:
+        return f"{tower} has no name"
+    before, prefix = model.tower_hashes.get(tower), f"{tower}."
+    if before is None:  # a tower from a checkpoint, given as a model, offloaded, or loaded with other fields
+        return f"{tower} cannot be compared with {name!r}"
+    now = hash_weights({key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)})
+    return None if now == before else f"{tower} differs from {name!r}"
+
+
+def find_adapter(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[str | os.PathLike, str | None]:
+    """Returns the name of the model to load, and that of the adapter to put on it, or None.
+
+    In the `kwargs` of `from_pretrained`, `revision` and `subfolder` of an adapter move into `adapter_kwargs`.
+    """
+    adapter_kwargs = dict(kwargs.get("adapter_kwargs") or {})
+    adapter = adapter_kwargs.get("_adapter_model_path")  # the key by which AutoModel tells what it has found already
+    if adapter is not None:
+        return name_or_path, adapter
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    adapter, base, _ = maybe_load_adapters(name_or_path, hub, **adapter_kwargs)
+    if adapter is None:
+        return name_or_path, None
+    kwargs["adapter_kwargs"] = {**adapter_kwargs, "_adapter_model_path": adapter}
+    if base != name_or_path:
+        kwargs["adapter_kwargs"] |= {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
+        base = _find_base(base, adapter)
+    return base, adapter
+
+
+def _find_base(base: str, adapter: str | os.PathLike) -> str:
+    """The folder or name of an adapter's model. A relative path may start in any folder above the adapter.
+
+    Raises:
+        ValueError: If there is no such folder.
+    """
+    if os.path.isdir(base) or not os.path.isdir(adapter):
+        return base
+    folder = Path(adapter).resolve()
+    above = [parent / base for parent in (folder, *folder.parents)]
+    found = next((path for path in above if (path / CONFIG_NAME).is_file()), None)
+    if found is not None:
+        return str(found)
+    if not is_on_hub(base):
+        raise ValueError(
+            f"The adapter in {adapter} is for the model in {base}, which is not there. Write where it is as "
+            f"`base_model_name_or_path` into {Path(adapter, ADAPTER_CONFIG_NAME)}."
+        )
+    return base
+
+
+def save_base(config: EVLGenConfig, folder: str | os.PathLike) -> None:
+    """Writes a description of the model that an adapter was trained on into the adapter's folder."""
+    Path(folder, BASE_MODEL).write_text(json.dumps(_describe(config), indent=2) + "\n", encoding="utf-8")
+
+
+def check_base(config: EVLGenConfig, adapter: str | os.PathLike, kwargs: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: If a model's configuration is not that of the model that an adapter was trained on. The connector's
+            weights may differ, since the adapter has its own.
+    """
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    if not has_file(adapter, os.path.join(hub.get("subfolder", ""), BASE_MODEL), **hub):
+        return  # saved by another script than ours
+    path = cached_file(adapter, BASE_MODEL, **hub)
+    wanted, found = json.loads(Path(path).read_text(encoding="utf-8")), _describe(config)
+    # A fingerprint that either side lacks proves nothing.
+    changed = [
+        f"`{name}` is {found[name]!r}, not {value!r}"
+        for name, value in wanted.items()
+        if name in found and None not in (value, found[name]) and found[name] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"The adapter {str(adapter)!r} was trained on another model than {config.name_or_path!r}: "
+            f"{'; '.join(changed)}. Write the right one as `base_model_name_or_path` into the adapter's "
+            f"{ADAPTER_CONFIG_NAME}."
+        )
+
+
+def _describe(config: EVLGenConfig) -> dict[str, Any]:
+    """The fields by which models are compared, as JSON holds them."""
+    connector = config.connector_config
+    names = [f"{argument}_fingerprint" for argument in TOWERS]
+    names += ["temporal_contextualizer", "temporal_frame_positions", "video_mode"]
+    description = {name: getattr(config, name) for name in names} | {"connector": connector.model_type}
+    description |= {f"connector_config.{name}": getattr(connector, name) for name in sorted(connector.field_names())}
+    return json.loads(json.dumps(description))

@@ -11,8 +11,8 @@ from .model_outputs import EVLGenImageOutput
 from .soft_prompts import Encoded, check_runs
 from .temporal import encode_images, encode_videos, frames_of_videos
 from .tiles import connect, read_budgets, read_grids
-from .trained_parts import is_frozen
 from .video_merging import merge_stream, merge_videos
+from .vision_tower import is_frozen
 
 
 class MediaFeaturesMixin:

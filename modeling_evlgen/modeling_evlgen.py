@@ -5,33 +5,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from configuration_evlgen import EVLGenConfig
 
 from .activation_checkpointing import checkpoint_frozen_layers
+from .checkpoints import EVLGenPreTrainedModel, allow_missing_towers, zero_of_trained_parts
 from .connector_layers import TimeEmbedding
 from .connectors import build_connector
+from .fingerprints import TRAINED_PARTS
 from .generation import EVLGenGenerationMixin
 from .input_checks import check_length
 from .labels import mask_labels, select_positions, shift_labels
 from .media_features import MediaFeaturesMixin
 from .model_outputs import EVLGenCausalLMOutputWithPast, EVLGenImageOutput, EVLGenModelOutputWithPast
-from .named_towers import allow_missing_towers
 from .soft_prompts import Encoded, embed_ids, fill_embedded
 from .temporal import TemporalContextualizer, TemporalTower
-from .tower_checkpoints import TowerCheckpointMixin
-from .trained_parts import TrainedPartsMixin, zero_of_trained_parts
-from .vision_tower import build_vision_tower
 from .vllm_backend import adapt_to_vllm, check_checkpoint, is_built_by_vllm
 
-# The keys and values of earlier tokens are an argument with another name in releases of transformers before 5.20.
-_CACHE = "cache" if "cache" in EVLGenCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-
-class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, MediaFeaturesMixin, PreTrainedModel):
+class EVLGenModel(EVLGenPreTrainedModel, MediaFeaturesMixin):
     """Vision tower → LayerNorm, Linear → TomeFormer → Linear → language model, up to its last hidden state.
 
     The language model is whole, so checkpoints are those of [`EVLGenForConditionalGeneration`]. Only its head does not
@@ -48,9 +43,9 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, MediaFeaturesMixin, P
     main_input_name = "input_ids"
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
+    # transformers lets model classes declare what they can do by names with an underscore alone.
     # Trained weights stay in float32, in which small steps of the optimizer are not lost to rounding.
-    _keep_in_fp32_modules_strict = ["ln_vision", "vision_projection", "connector", "language_projection", "temporal"]
-    _keep_in_fp32_modules_strict += ["time_embedding"]
+    _keep_in_fp32_modules_strict = list(TRAINED_PARTS)
     _supports_sdpa = True
     _supports_flash_attn = True
     _can_compile_fullgraph = True  # with a language model that can
@@ -64,8 +59,9 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, MediaFeaturesMixin, P
         super().__init__(config)
         for tower in (vision_tower, language_model):
             for module in tower.modules() if tower is not None else ():
-                module._is_hf_initialized = True  # or `post_init` would draw its weights anew
-        self.vision_tower = build_vision_tower(config.vision_config) if vision_tower is None else vision_tower
+                # Or `post_init` would draw its weights anew. `no_init_weights`, which is public, is for all or none.
+                module._is_hf_initialized = True
+        self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
@@ -83,7 +79,8 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, MediaFeaturesMixin, P
         # Not every language model takes `logits_to_keep` and `position_ids`.
         self._text_arguments = set(inspect.signature(self.language_model.forward).parameters)
         self.post_init()
-        # FSDP looks for each of these layers, and the towers' lists name some that this model does not have.
+        # FSDP looks for each of these layers, and the towers' lists name some that this model does not have. There is
+        # no public name for the list.
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
         self.freeze_towers()
         self.register_load_state_dict_post_hook(allow_missing_towers)
@@ -215,7 +212,7 @@ class EVLGenModel(TowerCheckpointMixin, TrainedPartsMixin, MediaFeaturesMixin, P
             inputs_embeds = fill_embedded(self.get_input_embeddings(), inputs_embeds, encoded, self.config)
         if zero is not None:
             inputs_embeds = inputs_embeds + zero.to(inputs_embeds)
-        check_length(inputs_embeds.shape[1], kwargs.get(_CACHE), self.config)
+        check_length(inputs_embeds.shape[1], kwargs.get("cache"), self.config)
         if position_ids is not None and "position_ids" in self._text_arguments:
             kwargs["position_ids"] = position_ids
         if self.training:
@@ -314,7 +311,7 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
                 vocab_size=outputs.logits.shape[-1],
                 num_items_in_batch=num_items_in_batch,
             )
-        fields = {name: outputs.get(name) for name in ("logits", _CACHE, "hidden_states", "attentions")}
+        fields = {name: outputs.get(name) for name in ("logits", "cache", "hidden_states", "attentions")}
         return EVLGenCausalLMOutputWithPast(
             loss=loss, image_outputs=encoded["image"], video_outputs=encoded["video"], **fields
         )

@@ -1,13 +1,15 @@
-"""Loads any vision tower of transformers or timm, and turns its output into tokens."""
+"""Loads any vision tower of transformers or timm, turns its output into tokens, and whitens what reads them."""
 
 import os
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModel, Blip2VisionModel, PreTrainedModel
-from transformers.configuration_utils import PreTrainedConfig
+from transformers import AutoConfig, AutoModel, Blip2VisionConfig, Blip2VisionModel, PreTrainedConfig, PreTrainedModel
+
+AutoModel.register(Blip2VisionConfig, Blip2VisionModel, exist_ok=True)  # EVA ViT-g, which `AutoModel` does not know
 
 
 class TowerShape(NamedTuple):
@@ -16,13 +18,6 @@ class TowerShape(NamedTuple):
     num_tokens: int
     hidden_size: int
     class_token: bool
-
-
-def build_vision_tower(config: PreTrainedConfig) -> PreTrainedModel:
-    """Builds a vision tower with fresh weights."""
-    if config.model_type == "blip_2_vision_model":
-        return Blip2VisionModel._from_config(config)  # EVA ViT-g, which `AutoModel` does not know
-    return AutoModel.from_config(config)
 
 
 def load_vision_tower(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
@@ -36,7 +31,6 @@ def load_vision_tower(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrai
     config = getattr(config, "vision_config", config)
     if config.model_type == "blip_2_vision_model":
         kwargs["key_mapping"] = {r"^vision_model\.": ""}
-        return Blip2VisionModel.from_pretrained(name_or_path, config=config, **kwargs)
     return AutoModel.from_pretrained(name_or_path, config=config, **kwargs)
 
 
@@ -57,7 +51,7 @@ def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) ->
         ValueError: If the tower returns neither tokens nor a feature map.
     """
     # Convolutions take over the memory format of the pixels. On a CPU this made EfficientNet-Lite0 1.5 times as fast.
-    # The weights are saved and hashed as they are, and converting them gains nothing more (benchmarks.cnn_tower).
+    # The weights are saved and hashed as they are, and converting them gains nothing more.
     pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
     if tower.config.model_type == "blip_2_vision_model":
         return tower.encoder(inputs_embeds=tower.embeddings(pixel_values)).last_hidden_state  # (batch, tokens, dim)
@@ -82,6 +76,11 @@ def is_sharded(tower: nn.Module) -> bool:
     return isinstance(next(tower.parameters()), DTensor)
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether no parameter of a module has a gradient."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
 def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None) -> TowerShape:
     """Measures the output of a tower by a dry run on the meta device, without weights or arithmetic.
 
@@ -93,7 +92,7 @@ def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None
     """
     image_size = find_image_size(config, image_size)
     with torch.device("meta"), torch.no_grad():
-        tower = build_vision_tower(config).eval()
+        tower = AutoModel.from_config(config).eval()
         pixel_values = torch.empty(1, getattr(config, "num_channels", 3), *image_size)
         try:
             _, num_tokens, hidden_size = extract_vision_tokens(tower, pixel_values).shape
@@ -126,3 +125,66 @@ def _has_class_token(tower: PreTrainedModel, num_tokens: int, image_size: tuple[
 def _timm_image_size(config: PreTrainedConfig) -> int | tuple[int, int] | None:
     input_size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", ())  # channels, height, width
     return (getattr(config, "model_args", None) or {}).get("img_size") or tuple(input_size[1:]) or None
+
+
+@torch.no_grad()
+def whiten_inputs(linear: nn.Linear, batches: Iterable[torch.Tensor]) -> None:
+    """Changes a fresh linear map with a bias so that it whitens its inputs, batches of `(tokens, dim)`, first.
+
+    Its outputs then have mean 0, and all directions of the inputs count about the same in them. With weight W, the
+    matrix M of [`whitening_matrix`] and the inputs' mean m, the weight becomes W M and the bias -W M m. Source of
+    data-dependent starts: Krähenbühl et al., "Data-dependent initializations of convolutional neural networks", 2016.
+
+    Raises:
+        ValueError: If the inputs have no covariance, as in [`moments`].
+    """
+    mean, covariance = moments(batches)
+    if linear.weight.is_meta:
+        # accelerate offloaded it, and would bring the old weights back. So it stays loaded from now on. accelerate's
+        # public `align_module_device` loads it for a while, and drops what is written.
+        linear._hf_hook.pre_forward(linear)
+        linear._hf_hook.offload = False
+    weight = linear.weight.cpu().double() @ whitening_matrix(covariance)  # (out_dim, dim)
+    linear.weight.copy_(weight)
+    linear.bias.copy_(-weight @ mean)
+
+
+def moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `(dim,)` and covariance `(dim, dim)` of batches of `(tokens, dim)`, in float64 on the CPU.
+
+    Raises:
+        ValueError: If there are fewer than two tokens, or they are not finite or do not vary.
+    """
+    count, total, products = 0, 0.0, 0.0
+    for tokens in batches:
+        tokens = tokens.detach().cpu().double()  # some accelerators have no float64
+        count += len(tokens)
+        total = total + tokens.sum(dim=0)  # (dim,)
+        products = products + tokens.T @ tokens  # (dim, dim)
+    if count < 2:
+        raise ValueError(f"A covariance needs 2 tokens or more, but there are {count}.")
+    mean = total / count  # (dim,)
+    covariance = products / count - torch.outer(mean, mean)  # (dim, dim)
+    if not covariance.isfinite().all():
+        raise ValueError("The tokens must be finite.")
+    if not covariance.diagonal().mean() > 1e-12 * mean.square().mean():  # less is rounding error
+        raise ValueError("The tokens must vary, but are all the same.")
+    return mean, covariance
+
+
+def whitening_matrix(covariance: torch.Tensor, shrinkage: float = 0.1) -> torch.Tensor:
+    """The matrix that makes the directions of tokens uncorrelated, and their variances nearly 1.
+
+    With covariance C and shrinkage s it is ((1 - s) C + s tr(C) / dim I)^(-1/2). This is ZCA whitening (Bell and
+    Sejnowski, "The independent components of natural scenes are edge filters", 1997). The covariance is shrunk towards
+    a multiple of the identity (Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance
+    matrices", 2004). Without the shrinkage, directions of little variance would be blown up.
+
+    Args:
+        covariance (`torch.Tensor` of shape `(dim, dim)`): The tokens' covariance, in float64.
+        shrinkage (`float`, *optional*, defaults to 0.1): Above 0 and at most 1, which scales all directions alike.
+    """
+    values, vectors = torch.linalg.eigh(covariance)  # (dim,), (dim, dim)
+    # Rounding makes some of the smallest eigenvalues negative.
+    values = (1 - shrinkage) * values.clamp(min=0) + shrinkage * covariance.diagonal().mean()
+    return (vectors * values.rsqrt()) @ vectors.T

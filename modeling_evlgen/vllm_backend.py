@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 
 from configuration_evlgen import EVLGenConfig
 
+from .fingerprints import TRAINED_PARTS
 from .model_outputs import EVLGenImageOutput
 
 
 def is_built_by_vllm(config: EVLGenConfig) -> bool:
     """Whether vLLM builds a model. It sets its own attention for the language model before."""
-    return str(getattr(config.text_config, "_attn_implementation", None)).startswith("vllm")
+    attention = getattr(config.text_config, "_attn_implementation", None)  # where vLLM writes it; there is no other
+    return str(attention).startswith("vllm")
 
 
 def check_checkpoint(config: EVLGenConfig) -> None:
@@ -46,7 +48,7 @@ def adapt_to_vllm(model: PreTrainedModel) -> None:
         model ([`EVLGenModel`]): The model, without weights. The names of its weights stay.
     """
     model.language_model.set_output_embeddings(nn.Identity())  # vLLM has its own, and loads the weights there
-    for name in model._keep_in_fp32_modules_strict:
+    for name in TRAINED_PARTS:
         if getattr(model, name) is not None:
             setattr(model, name, _keep_linear_maps(getattr(model, name)))
     for module in model.vision_tower.modules():

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel
 
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.adapters import save_base
+from modeling_evlgen.fingerprints import save_base
 from processing_evlgen import EVLGenProcessor
 
 from .helpers import (

@@ -237,8 +237,9 @@ def test_what_is_on_the_hub(tmp_path, monkeypatch):
     save_towers(tmp_path / "hub" / "models--user--llm" / "snapshots" / commit)
     snapshot = tmp_path / "hub" / "models--user--llm" / "snapshots" / commit
     (snapshot / "text" / "model.safetensors").rename(snapshot / "model.safetensors")
-    assert identify(snapshot)[:2] == ("user/llm", commit)
-    assert identify(snapshot / "text")[:2] == (str(snapshot / "text"), None)
+    for folder, name, revision in ((snapshot, "user/llm", commit), (snapshot / "text", str(snapshot / "text"), None)):
+        found = identify("text_model", folder)
+        assert (found["text_model_name_or_path"], found["text_model_revision"]) == (name, revision)
     assert [name for name in ("gpt2", "facebook/opt-2.7b", "/a/b", "./b", "a/b/c", "", None) if is_on_hub(name)] == [
         "gpt2",
         "facebook/opt-2.7b",

@@ -14,8 +14,7 @@ from publish_card import is_edited, model_card, read_results, sign
 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.adapters import save_base
-from modeling_evlgen.fingerprints import hash_weights
+from modeling_evlgen.fingerprints import hash_weights, save_base
 
 from .helpers import noise_images, save_towers, tiny_model, tiny_processor
 from .hub_server import HubError, HubServer, Repo

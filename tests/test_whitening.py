@@ -16,7 +16,7 @@ from common.models import build_model
 from common.training.training_arguments import ModelArguments
 from common.training.whiten import whiten_vision_projection
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.whitening import moments, whitening_matrix
+from modeling_evlgen.vision_tower import moments, whitening_matrix
 
 from .helpers import save_image_folder, save_towers, tiny_model
 
