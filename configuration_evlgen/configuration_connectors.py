@@ -169,7 +169,7 @@ class ConnectorConfig(CheckedConfig):
 
 
 class TransformerConnectorConfig(ConnectorConfig):
-    """The fields of BERT that the TomeFormer and the Q-Former share, with BERT's names and `bert-base-uncased`'s values.
+    """The fields that the TomeFormer and the Q-Former share, with BERT's names and `bert-base-uncased`'s values.
 
     Args:
         num_hidden_layers (`int`, defaults to 12): Number of layers L.

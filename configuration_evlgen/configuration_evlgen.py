@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .configuration_connectors import CheckedConfig, TomeFormerConfig, connector_config_class
+from .configuration_connectors import CheckedConfig, TomeFormerConfig, connector_config_class, read_budgets
 from .hub_code import AUTO_MAP, CUSTOM_PIPELINES, Pipelines, save_hub_code
 
 # The paper's towers. The default configuration of transformers for the first is EVA ViT-g.
@@ -211,8 +211,8 @@ class EVLGenConfig(CheckedConfig):
         if self.image_token_range is None:
             if self.num_image_tokens != own:
                 raise ValueError(
-                    f"`num_image_tokens` is {self.num_image_tokens}, but the connector makes {own} tokens of an image. "
-                    "Another number needs an `image_token_range`."
+                    f"`num_image_tokens` is {self.num_image_tokens}, but the connector makes {own} tokens. Another number "
+                    "needs an `image_token_range`."
                 )
             return
         low, high = self.image_token_range if len(self.image_token_range) == 2 else (1, 0)
@@ -226,6 +226,11 @@ class EVLGenConfig(CheckedConfig):
                 self.connector_config.check_budget(budget, self.num_vision_tokens)
             except ValueError as error:
                 raise ValueError(f"`image_token_range` is {self.image_token_range}: {error}") from error
+
+    def read_budgets(self, name: str, given: Any, count: int) -> list[int]:
+        """The number of tokens of each of `count` images or videos, as [`read_budgets`] reads the argument `name`."""
+        limits = self.image_token_range or [self.num_image_tokens] * 2
+        return read_budgets(name, given, count, self.num_image_tokens, limits)
 
     def _check_video_mode(self) -> None:
         if self.video_mode not in ("mean", "merge"):

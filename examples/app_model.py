@@ -22,7 +22,6 @@ from common.evaluation.merging_overlay import (
     trace_frames,
 )
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.tiles import read_budgets
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.videos import sample_frames
 
@@ -131,7 +130,7 @@ def describe(
     budgets = [processor.num_image_tokens if num_image_tokens is None else num_image_tokens]
     if not isinstance(budgets[0], int):  # through the API it may be anything that JSON holds
         raise TypeError(f"`num_image_tokens` must be a whole number, but is {num_image_tokens!r}.")
-    read_budgets("image", budgets, 1, None, model.config)  # raises out of range
+    model.config.read_budgets("num_image_tokens", budgets, 1)  # raises out of range
     sampling = {"do_sample_frames": False} if modality == "videos" else {}
     inputs = processor(**{modality: frames}, text=prompt, num_image_tokens=budgets[0], **sampling).to(model.device)
     grid = inputs.pop("image_grid_thw", None)

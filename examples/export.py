@@ -36,8 +36,8 @@ from transformers.hf_argparser import HfArg
 from common.command_line import parse_arguments
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.temporal import encode_images
-from modeling_evlgen.tiles import join_tiles, read_budgets
+from modeling_evlgen.soft_prompts import join_tiles
+from modeling_evlgen.video import encode_images
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.inputs import MAX_TILES, is_count
 
@@ -123,7 +123,7 @@ class SoftPrompt(nn.Module):
     ):
         super().__init__()
         given = None if num_image_tokens is None else [num_image_tokens]
-        (self.num_image_tokens,) = read_budgets("image", given, 1, None, model.config)
+        (self.num_image_tokens,) = model.config.read_budgets("num_image_tokens", given, 1)
         self.grid, self.tiles = grid, math.prod(grid)
         if self.tiles > 1:
             model.config.check_tiles(f"`tile_grid` of {self.tiles} tiles")

@@ -92,7 +92,7 @@ class PromptEmbedder(EVLGenForConditionalGeneration):
         All inputs are the processor's; `vision` are pixels, the grids of tiles and the mask of frames. Returns a
         tensor of shape `(tokens, hidden)` for each prompt, without padding.
         """
-        encoded = self._encode(input_ids, **vision)
+        encoded = self.encode(input_ids, **vision)
         embeds = embed_ids(self.get_input_embeddings(), input_ids, encoded, self.config)  # (batch, sequence, hidden)
         return [row[mask] for row, mask in zip(embeds, attention_mask.bool(), strict=True)]
 

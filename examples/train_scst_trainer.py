@@ -86,7 +86,7 @@ class SCSTTrainer(EVLGenTrainer):
         evlgen = self.accelerator.unwrap_model(model)
         # Soft prompts with gradient, computed once for all samples of an image.
         vision = {name: inputs.pop(name) for name in VISION_INPUTS if name in inputs}
-        encoded = evlgen._encode(inputs["input_ids"], **vision)
+        encoded = evlgen.encode(inputs["input_ids"], **vision)
         encoded = {name: output for name, output in encoded.items() if output is not None}
         sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": self.num_samples}
         sampled = self._generate(evlgen, inputs, encoded, **sampling)

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig, TomeFormerConfig
 
 from .connectors import MLPConnector, QFormerConnector, QFormerConnectorOutput
-from .labels import limit_logits, target_positions
-from .modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput, EVLGenModel
+from .modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel
+from .soft_prompts import EVLGenImageOutput, limit_logits, target_positions
 from .token_merging import TokenMerging, bipartite_soft_matching
 from .tomeformer import TomeFormerModel, TomeFormerOutput
 

@@ -220,7 +220,7 @@ def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorCon
     """
     if config.model_type == MLPConnectorConfig.model_type:
         raise ValueError(
-            f"`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is for {config.model_type!r}."
+            f"`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is for a {config.model_type!r}"
         )
     model_class = CONNECTORS[config.model_type]
     names = getattr(model_class, "bert_names", None)

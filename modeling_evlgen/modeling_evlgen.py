@@ -1,32 +1,47 @@
 """EVLGen: a frozen vision tower, a TomeFormer and a frozen language model, trained by the caption loss alone."""
 
-import inspect
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers import initialization as init
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.utils import can_return_tuple
 
 from configuration_evlgen import EVLGenConfig
 
 from .activation_checkpointing import checkpoint_frozen_layers
-from .checkpoints import EVLGenPreTrainedModel, allow_missing_towers, zero_of_trained_parts
-from .connector_layers import TimeEmbedding
-from .connectors import build_connector
+from .checkpoints import zero_of_trained_parts
 from .fingerprints import TRAINED_PARTS
-from .generation import EVLGenGenerationMixin
-from .input_checks import check_length
-from .labels import mask_labels, select_positions, shift_labels
-from .media_features import MediaFeaturesMixin
-from .model_outputs import EVLGenCausalLMOutputWithPast, EVLGenImageOutput, EVLGenModelOutputWithPast
-from .soft_prompts import Encoded, embed_ids, fill_embedded
-from .temporal import TemporalContextualizer, TemporalTower
+from .media import EVLGenMediaModel
+from .soft_prompts import (
+    Encoded,
+    EVLGenCausalLMOutputWithPast,
+    EVLGenImageOutput,
+    EVLGenModelOutputWithPast,
+    check_finite,
+    embed_ids,
+    fill_embedded,
+    mask_labels,
+    select_positions,
+    shift_labels,
+)
 from .vllm_backend import adapt_to_vllm, check_checkpoint, is_built_by_vllm
 
+# The keys and values of earlier tokens have another name in transformers 5.19, which vLLM 0.33 needs.
+_CACHE = "cache" if "cache" in EVLGenCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-class EVLGenModel(EVLGenPreTrainedModel, MediaFeaturesMixin):
+# The inputs of images and videos: those with numbers, and those that say what belongs together.
+_VALUES = ("pixel_values", "vision_features", "token_places", "pixel_values_videos")
+_LAYOUT = ("frame_mask", "frame_times", "image_grid_thw", "image_budgets", "video_budgets")
+
+
+class EVLGenModel(EVLGenMediaModel):
     """Vision tower → LayerNorm, Linear → TomeFormer → Linear → language model, up to its last hidden state.
 
     The language model is whole, so checkpoints are those of [`EVLGenForConditionalGeneration`]. Only its head does not
@@ -49,58 +64,6 @@ class EVLGenModel(EVLGenPreTrainedModel, MediaFeaturesMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _can_compile_fullgraph = True  # with a language model that can
-
-    def __init__(
-        self,
-        config: EVLGenConfig,
-        vision_tower: PreTrainedModel | None = None,
-        language_model: PreTrainedModel | None = None,
-    ):
-        super().__init__(config)
-        for tower in (vision_tower, language_model):
-            for module in tower.modules() if tower is not None else ():
-                # Or `post_init` would draw its weights anew. `no_init_weights`, which is public, is for all or none.
-                module._is_hf_initialized = True
-        self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower
-        self.language_model = (
-            AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
-        )
-        connector_dim = config.connector_config.hidden_size
-        text_dim = self.language_model.get_input_embeddings().weight.shape[1]
-        self.temporal = None
-        if config.temporal_contextualizer:
-            sizes = config.vision_hidden_size, config.temporal_hidden_size, config.temporal_num_attention_heads
-            self.temporal = TemporalTower(self.vision_tower, *sizes, config.temporal_frame_positions)
-        self.ln_vision = nn.LayerNorm(config.vision_hidden_size)
-        self.vision_projection = nn.Linear(config.vision_hidden_size, connector_dim)
-        self.time_embedding = TimeEmbedding(connector_dim) if config.video_mode == "merge" else None
-        self.connector = build_connector(config.connector_config)
-        self.language_projection = nn.Linear(connector_dim, text_dim)
-        # Not every language model takes `logits_to_keep` and `position_ids`.
-        self._text_arguments = set(inspect.signature(self.language_model.forward).parameters)
-        self.post_init()
-        # FSDP looks for each of these layers, and the towers' lists name some that this model does not have. There is
-        # no public name for the list.
-        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
-        self.freeze_towers()
-        self.register_load_state_dict_post_hook(allow_missing_towers)
-        self.tower_hashes = {}
-
-    @classmethod
-    def _from_config(cls, config: EVLGenConfig, **kwargs: Any) -> "EVLGenModel":
-        model = super()._from_config(config, **kwargs)
-        for name in cls._keep_in_fp32_modules_strict:  # transformers does so in `from_pretrained` alone
-            if getattr(model, name, None) is not None:
-                getattr(model, name).float()
-        return model
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, TemporalContextualizer):
-            init.zeros_(module.alpha)
-        elif isinstance(module, TimeEmbedding):
-            init.zeros_(module.weight)
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
@@ -171,7 +134,7 @@ class EVLGenModel(EVLGenPreTrainedModel, MediaFeaturesMixin):
             ValueError: If inputs contradict each other, placeholders and images differ in number, or the text is
                 longer than the language model allows.
         """
-        encoded = self._encode(
+        encoded = self.encode(
             input_ids,
             pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos,
@@ -212,7 +175,7 @@ class EVLGenModel(EVLGenPreTrainedModel, MediaFeaturesMixin):
             inputs_embeds = fill_embedded(self.get_input_embeddings(), inputs_embeds, encoded, self.config)
         if zero is not None:
             inputs_embeds = inputs_embeds + zero.to(inputs_embeds)
-        check_length(inputs_embeds.shape[1], kwargs.get("cache"), self.config)
+        _check_length(inputs_embeds.shape[1], kwargs.get(_CACHE), self.config)
         if position_ids is not None and "position_ids" in self._text_arguments:
             kwargs["position_ids"] = position_ids
         if self.training:
@@ -220,7 +183,7 @@ class EVLGenModel(EVLGenPreTrainedModel, MediaFeaturesMixin):
         return {"inputs_embeds": inputs_embeds, **kwargs}
 
 
-class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
+class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
     """[`EVLGenModel`] with the language model's head: generates text from images and videos, and computes the loss."""
 
     @property
@@ -281,7 +244,7 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
             ValueError: As [`EVLGenModel.forward`] does.
         """
         num_items_in_batch, targets = kwargs.pop("num_items_in_batch", None), kwargs.pop("shift_labels", None)
-        encoded = self._encode(
+        encoded = self.encode(
             input_ids,
             pixel_values=pixel_values,
             pixel_values_videos=pixel_values_videos,
@@ -311,7 +274,69 @@ class EVLGenForConditionalGeneration(EVLGenModel, EVLGenGenerationMixin):
                 vocab_size=outputs.logits.shape[-1],
                 num_items_in_batch=num_items_in_batch,
             )
-        fields = {name: outputs.get(name) for name in ("logits", "cache", "hidden_states", "attentions")}
+        fields = {name: outputs.get(name) for name in ("logits", _CACHE, "hidden_states", "attentions")}
         return EVLGenCausalLMOutputWithPast(
             loss=loss, image_outputs=encoded["image"], video_outputs=encoded["video"], **fields
         )
+
+    @torch.no_grad()
+    @wraps(GenerationMixin.generate)
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Turns images and videos into soft prompts once, and generates as [`~GenerationMixin.generate`] does."""
+        given = {name: kwargs.pop(name, None) for name in (*_VALUES, *_LAYOUT)}
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        ids = ids if kwargs.get("inputs_embeds") is None else None  # which hold the whole prompt
+        outputs = self.encode(ids, **given, mm_encoder_outputs=kwargs.pop("mm_encoder_outputs", None))
+        # Copies: with beams, transformers repeats the prompts in them, and they may be the user's.
+        outputs = {name: type(output)(**output) for name, output in outputs.items() if output is not None}
+        # Words from NaN look like any others. `forward` does not check this: it would make the CPU wait for the GPU in
+        # every step of a training, where the loss shows it. Soft prompts alone would not do, since some towers clamp
+        # infinity; inputs alone would not either, since weights may be NaN, or overflow in half precision.
+        check_finite({f"`{name}`": given[name] for name in _VALUES})
+        check_finite({f"The {name} soft prompt": output.pooler_output for name, output in outputs.items()})
+        return super().generate(inputs, *args, mm_encoder_outputs=outputs, **kwargs)
+
+    # transformers has no public hook that sees the settings of `generate` after they are merged with the defaults.
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[GenerationConfig, dict[str, Any]]:
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        num_beams = generation_config.num_beams
+        if num_beams is not None and (not isinstance(num_beams, int) or num_beams < 1):
+            raise ValueError(f"`num_beams` must be a whole number, 1 or more, but is {num_beams!r}.")
+        for name in ("encoder_repetition_penalty", "prompt_lookup_num_tokens"):
+            if getattr(generation_config, name, None) not in (None, 1.0):
+                raise ValueError(
+                    f"`{name}` is not supported: it reads the prompt's ids, and those of images are no words."
+                )
+        return generation_config, model_kwargs
+
+    # Nor one for the processors that it makes of them.
+    def _get_logits_processor(self, generation_config: GenerationConfig, **kwargs: Any) -> LogitsProcessorList:
+        """Never generates placeholders. A repetition penalty counts generated tokens alone, as in the original."""
+        processors = super()._get_logits_processor(generation_config, **kwargs)
+        for processor in processors:
+            if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+                processor.prompt_ignore_length = kwargs.get("input_ids_seq_length") or 0
+        placeholders = [self.config.image_token_id, self.config.video_token_id]
+        processors.append(SuppressTokensLogitsProcessor(placeholders, device=kwargs.get("device")))
+        return processors
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads the names of its arguments
+    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict:
+        if not is_first_iteration and kwargs.get("next_sequence_length") != 1:
+            # The draft of assisted decoding starts with the prompt, but transformers does not mark this as the first.
+            cache = kwargs.get(_CACHE)
+            is_first_iteration = cache is None or cache.get_seq_length() == 0
+        return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+
+
+def _check_length(length: int, cache: Any, config: EVLGenConfig) -> None:
+    """
+    Raises:
+        ValueError: If new tokens, after those in the cache, are more than the language model has positions.
+    """
+    limit = getattr(config.text_config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:  # a model without positions, whose cache may not know its length
+        return
+    length += cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    if isinstance(limit, int) and isinstance(length, int) and length > limit:  # in a graph, lengths may be symbols
+        raise ValueError(f"`input_ids` has {length} tokens, but the language model has places for {limit}.")

@@ -1,4 +1,4 @@
-"""Videos as the mean of their frames, which the temporal contextualizer lets attend to each other (EVLGen, section 3.3)."""
+"""Videos as the mean of their frames, and the contextualizer by which frames see each other (EVLGen, section 3.3)."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -85,7 +85,7 @@ class TimeEmbedding(nn.Module):
         """Embeds times of any shape, as `(*shape, dim)`."""
         phases = times.float().unsqueeze(-1) * times.new_tensor(_FREQUENCIES, dtype=torch.float32)
         waves = torch.cat([phases.sin(), phases.cos() - 1], dim=-1)  # (*shape, 2 * frequencies)
-        return F.linear(waves.to(self.weight.dtype), self.weight)
+        return nn.functional.linear(waves.to(self.weight.dtype), self.weight)
 
 
 class TemporalContextualizer(nn.Module):

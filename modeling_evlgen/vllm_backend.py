@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from configuration_evlgen import EVLGenConfig
 
 from .fingerprints import TRAINED_PARTS
-from .model_outputs import EVLGenImageOutput
+from .soft_prompts import EVLGenImageOutput
 
 
 def is_built_by_vllm(config: EVLGenConfig) -> bool:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.temporal import TemporalContextualizer
+from modeling_evlgen.video import TemporalContextualizer
 from processing_evlgen import EVLGenProcessor
 
 from .helpers import FIXTURES, noise_images, run_clean

@@ -25,7 +25,7 @@ from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.temporal import TemporalTower
+from modeling_evlgen.video import TemporalTower
 from processing_evlgen.batch import EVLGenBatch
 
 from .helpers import (

@@ -21,7 +21,7 @@ from transformers import (
 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel, target_positions
-from modeling_evlgen.input_checks import check_finite
+from modeling_evlgen.soft_prompts import check_finite
 from modeling_evlgen.vision_tower import extract_vision_tokens, measure_vision_tower
 
 from .helpers import TEXT_CONFIGS, VISION_CONFIGS, noise_images, save_towers, tiny_model, tiny_processor, tiny_towers

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel
 
 from configuration_evlgen import TomeFormerConfig
 from modeling_evlgen import TomeFormerModel
-from modeling_evlgen.connector_layers import smooth_positions
+from modeling_evlgen.tomeformer import smooth_positions
 
 from .helpers import FIXTURES
 

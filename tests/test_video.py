@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.temporal import TemporalContextualizer
+from modeling_evlgen.video import TemporalContextualizer
 from modeling_evlgen.vision_tower import extract_vision_tokens
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.videos import FrameChoice, load_rgb_frames, sample_frames

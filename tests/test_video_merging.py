@@ -6,7 +6,8 @@ from accelerate import cpu_offload
 
 from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.connector_layers import PositionEmbeddings, TimeEmbedding
+from modeling_evlgen.tomeformer import PositionEmbeddings
+from modeling_evlgen.video import TimeEmbedding
 from modeling_evlgen.video_merging import VideoTokens, add_frames, merge_over_time, place_frames
 from processing_evlgen.pipeline_evlgen import EVLGenVideoToTextPipeline
 
@@ -182,7 +183,7 @@ def test_a_stream_gives_what_all_frames_give_at_once(mode, monkeypatch):
     video, times = noise(11), torch.arange(11) / 3
     largest = []
     model.vision_tower.register_forward_hook(lambda _, inputs, output: largest.append(len(output.last_hidden_state)))
-    stream = model.encode_video(((frame, 1e6 + i / 3) for i, frame in enumerate(video)), num_tokens=5)
+    stream = model.encode_video(((frame, 1e6 + i / 3) for i, frame in enumerate(video)), num_image_tokens=5)
     assert max(largest) == 4 and sum(largest) == 11
     at_once = model.get_video_features(video.unsqueeze(0), None, [5], times.unsqueeze(0))
     torch.testing.assert_close(stream.pooler_output, at_once.pooler_output, atol=1e-4, rtol=1e-4)
@@ -281,7 +282,7 @@ def test_bad_streams_are_named():
 def test_a_bad_number_of_tokens_is_named_before_a_frame_is_read():
     model, never = merging_model(), iter(lambda: pytest.fail("a frame was read"), None)
     with pytest.raises(ValueError, match="`num_video_tokens` must be from"):
-        model.encode_video(never, num_tokens=99)
+        model.encode_video(never, num_image_tokens=99)
     with pytest.raises(ValueError, match="`num_video_tokens` must be from"):
         model.get_video_features(noise(1, 3), video_budgets=[99])
     with pytest.raises(ValueError, match="`video_budgets` holds 2 numbers for 1 videos"):

@@ -34,7 +34,6 @@ from common.models import load_captioner
 from common.processes import use_all_cores
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import hash_weights
-from modeling_evlgen.tiles import read_budgets
 from processing_evlgen import EVLGenProcessor
 
 # Arguments that give the origin of the rows. Answers do not depend on the annotations.
@@ -168,7 +167,7 @@ def load_answering_model(answer_args: AnswerArguments) -> tuple[EVLGenForConditi
     for name in ("max_tiles", "num_image_tokens"):
         if getattr(answer_args, name) is not None:
             setattr(processor, name, getattr(answer_args, name))
-    read_budgets("image", [processor.num_image_tokens], 1, None, model.config)  # raises out of range
+    model.config.read_budgets("num_image_tokens", processor.num_image_tokens, 1)  # raises out of range
     if processor.max_tiles > 1:
         model.config.check_tiles()
     return model, processor
