@@ -29,12 +29,10 @@ from .documents import (
     METRIC_CARDS,
     PAGES,
     SCRIPTS,
-    Block,
     Command,
     anchors,
     blocks_of_page,
     code_spans,
-    commands_of,
     commands_of_docstring,
     commands_of_page,
     known_options,
@@ -90,8 +88,12 @@ FOREIGN_OPTIONS = {
     "--trust-request-mm-kwargs",
 }
 FOREIGN_OPTIONS |= {"--apply_chat_template", "--device", "--model_args"}  # of the harnesses
-ONE_GPU_RECIPE = "examples/configs/one-gpu.yaml"
+# Recipes that keep their connector, with fields that suit the tiny tower: it gives 17 tokens.
 CROWDED_RECIPE = "examples/configs/crowded.yaml"
+OWN_CONNECTOR = {
+    "examples/configs/one-gpu.yaml": {},
+    CROWDED_RECIPE: {"num_query_tokens": 16, "num_distinctive_tokens": 9, "position_grid_size": 4},
+}
 PLACEHOLDER_FILES = {"my_mixture.yaml"}
 
 COMMANDS = [command for page in [*PAGES, *METRIC_CARDS] for command in commands_of_page(page)]
@@ -183,17 +185,14 @@ def run(command: Command, work: Path, monkeypatch) -> None:
     folder = FOLDERS.get(command.name, "")
     arguments = [word.replace("path/to/folder", folder) for word in command.arguments]
     arguments += [word.replace("{number}", number) for word in RUN[command.name]]
-    if ONE_GPU_RECIPE in command.arguments:  # its tower gives as many tokens as the real one
-        recipe = yaml.safe_load(Path(ONE_GPU_RECIPE).read_text(encoding="utf-8"))
-        arguments += ["--connector_config", json.dumps(recipe["connector_config"])]
+    for recipe in OWN_CONNECTOR.keys() & set(command.arguments):
+        fields = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))["connector_config"]
+        arguments += ["--connector_config", json.dumps(fields | OWN_CONNECTOR[recipe])]
     if CROWDED_RECIPE in command.arguments:
-        fields = yaml.safe_load(Path(CROWDED_RECIPE).read_text(encoding="utf-8"))["connector_config"]
-        fields |= {"num_query_tokens": 16, "num_distinctive_tokens": 9, "position_grid_size": 4}
-        arguments += ["--num_image_tokens", "9"]
-        arguments += ["--connector_config", json.dumps(fields)]
-    if CROWDED_RECIPE in command.arguments or "--image_token_range" in arguments:  # the tiny tower gives 17 tokens
+        arguments += ["--num_image_tokens", "9", "--image_token_range", "4", "16", "--image_size", "32"]
+    if "--image_token_range" in command.arguments:
         arguments += ["--image_token_range", "4", "16"]
-    if CROWDED_RECIPE in command.arguments or "--image_size" in arguments:
+    if "--image_size" in command.arguments:
         arguments += ["--image_size", "32"]
     main = main_of(command.kind, command.name)
     if command.name == "app":
@@ -280,14 +279,3 @@ def test_every_extra_that_the_pages_name_is_in_setup_py():
     for page in PAGES:
         named = set(re.findall(r"\.\[(\w+)\]", page.read_text(encoding="utf-8")))
         assert named <= extras, f"{page.name} names {named - extras}, which setup.py does not have"
-
-
-def test_commands_are_read_as_a_shell_reads_them():
-    code = "# first\nA=1 .venv/bin/python -m benchmarks.claims --time && accelerate launch --num_processes 2 \\\n"
-    commands = commands_of(Block("bash", code + "    examples/pretrain.py --prompt 'a b'  # last\n", "page"))
-    assert commands == [
-        Command("benchmark", "claims", ("--time",), "page"),
-        Command("script", "pretrain", ("--prompt", "a b"), "page"),
-    ]
-    (unknown,) = commands_of(Block("bash", "accelerate launch --nowhere 2 examples/pretrain.py", "page"))
-    assert unknown == Command("foreign", "accelerate launch --nowhere 2 examples/pretrain.py", (), "page")
