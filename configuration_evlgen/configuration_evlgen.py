@@ -211,8 +211,8 @@ class EVLGenConfig(CheckedConfig):
         if self.image_token_range is None:
             if self.num_image_tokens != own:
                 raise ValueError(
-                    f"`num_image_tokens` is {self.num_image_tokens}, but the connector makes {own} tokens. Another number "
-                    "needs an `image_token_range`."
+                    f"`num_image_tokens` is {self.num_image_tokens}, but the connector makes {own} tokens. Another "
+                    "number needs an `image_token_range`."
                 )
             return
         low, high = self.image_token_range if len(self.image_token_range) == 2 else (1, 0)

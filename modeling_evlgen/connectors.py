@@ -219,9 +219,7 @@ def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorCon
         OSError: If there is no such checkpoint.
     """
     if config.model_type == MLPConnectorConfig.model_type:
-        raise ValueError(
-            f"`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is for a {config.model_type!r}"
-        )
+        raise ValueError("`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is for an MLP.")
     model_class = CONNECTORS[config.model_type]
     names = getattr(model_class, "bert_names", None)
     return model_class.from_pretrained(name_or_path, config=config, dtype=torch.float32, key_mapping=names)
