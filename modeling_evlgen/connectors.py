@@ -111,17 +111,9 @@ class QFormerConnector(ConnectorPreTrainedModel):
         budget: int | None = None,
         places: torch.Tensor | None = None,
     ) -> QFormerConnectorOutput:
-        """Lets the queries attend to visual tokens.
+        """Lets the queries attend to visual tokens. Arguments and errors are those of [`TomeFormerModel.forward`].
 
-        Args:
-            inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Visual tokens.
-            tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): Rows and columns of tiles of each image.
-            budget (`int`, *optional*):
-                Number of queries, the first ones, by default all (Matryoshka Query Transformer, Hu et al., 2024).
-            places (`torch.FloatTensor` of shape `(batch, patches, 2)`, *optional*): As in [`TomeFormerModel`].
-
-        Returns:
-            [`QFormerConnectorOutput`]
+        With a `budget` the first queries run alone (Matryoshka Query Transformer, Hu et al., 2024).
         """
         self.config.check_inputs(inputs_embeds.shape, tiles)
         if budget is not None:
@@ -166,16 +158,9 @@ class MLPConnector(ConnectorPreTrainedModel):
         budget: int | None = None,
         places: torch.Tensor | None = None,
     ) -> BaseModelOutput:
-        """Runs the MLP.
+        """Runs the MLP on each token. Arguments and errors are those of [`TomeFormerModel.forward`].
 
-        Args:
-            inputs_embeds (`torch.Tensor` of shape `(batch, tokens, hidden_size)`): Visual tokens.
-            tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`): Rows and columns of tiles of each image.
-            budget (`int`, *optional*): Number of tokens to average to, by default the configuration's.
-            places (*optional*): Not used. The MLP runs on each token alone.
-
-        Returns:
-            `BaseModelOutput` with `last_hidden_state` of shape `(batch, output_tokens, hidden_size)`.
+        With a `pool_size`, a `budget` is the number of means. `places` do not matter to an MLP.
         """
         self.config.check_inputs(inputs_embeds.shape, tiles)
         if budget is not None:
