@@ -6,7 +6,7 @@ prints the tables of docs/paper_scale.md, and that of the recipe for one GPU, ex
 
 The paper's model is that of `EVLGenConfig()`, on fake tensors: they have a shape and a dtype, but no content. A
 training step runs all operations of its forward and backward pass in seconds and needs no memory. Its floating-point
-operations and living bytes are counted.
+operations and living bytes are counted. PyTorch has fake tensors and dispatch modes in private modules alone.
 """
 
 import weakref
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .timing import markdown_table
+from .results import markdown_table
 
 # Jian et al., ACL 2024, section 4: image-text pairs, pairs per step, GPUs (A100-80G), and hours by number of steps.
 PAIRS, BATCH, GPUS = 104_000_000, 1600, 8
@@ -167,6 +167,16 @@ def peak_activations(model: EVLGenForConditionalGeneration, caption_tokens: int,
     return alive.peak
 
 
+def measure_peaks(model: EVLGenForConditionalGeneration, sizes: Iterable[int], recomputed: Iterable[int]) -> list[int]:
+    """Peak bytes of activations of batches of these sizes, and of others with `--activation_checkpointing true`."""
+    peaks = [peak_activations(model, CAPTION_TOKENS, size) for size in sizes]
+    # Fake tensors have no random state that could be preserved.
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    peaks += [peak_activations(model, CAPTION_TOKENS, size) for size in recomputed]
+    model.activation_checkpointing_disable()
+    return peaks
+
+
 def nbytes(parameters: Iterable[torch.Tensor]) -> int:
     return sum(parameter.nbytes for parameter in parameters)
 
@@ -203,8 +213,8 @@ def parameters_table(model: EVLGenForConditionalGeneration) -> str:
         count = sum(parameter.numel() for parameter in part.parameters())
         kind = "float32, trained" if next(part.parameters()).requires_grad else "bfloat16, frozen"
         size = f"{count / 1e6:.1f} M" if count > 1e5 else f"{count / 1e3:.1f} K"
-        rows.append([f"`{name}`", size, kind, f"{nbytes(part.parameters()) / 1e6:,.0f} MB"])
-    return markdown_table(["part", "parameters", "kind", "weights"], rows)
+        rows.append([f"`{name}`", size, kind])
+    return markdown_table(["part", "parameters", "kind"], rows)
 
 
 def arithmetic_table(flops: dict[str, float]) -> str:
@@ -226,11 +236,7 @@ def hours_table(flops_per_pair: float) -> str:
 
 
 def memory_table(model: EVLGenForConditionalGeneration) -> str:
-    peaks = [peak_activations(model, CAPTION_TOKENS, size) for size in MICRO_BATCHES]
-    # Fake tensors have no random state that could be preserved.
-    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    peaks += [peak_activations(model, CAPTION_TOKENS, size) for size in MICRO_BATCHES]
-    model.activation_checkpointing_disable()
+    peaks = measure_peaks(model, MICRO_BATCHES, MICRO_BATCHES)
     rows = []
     for name, parts in plan_memory(model, GPUS).items():
         totals = [f"{(sum(parts) + peak) / 1e9:.0f}" for peak in peaks]
@@ -244,11 +250,8 @@ def features_table(model: EVLGenForConditionalGeneration, tower_flops: float) ->
     size = 2 * model.config.num_vision_tokens * model.config.vision_hidden_size  # bytes of float16
     step = 3600 * PUBLISHED_HOURS[STEPS] / STEPS  # seconds
     rows = [
-        ["one view of an image", f"{size / 1e6:.2f} MB"],
         ["one view of all images", f"{size * PAIRS / 1e12:.0f} TB"],
-        ["GPU hours to compute them once", f"{gpu_hours(tower_flops * PAIRS):.0f}"],
-        ["GPU hours saved of those above", f"{gpu_hours(tower_flops * (BATCH * STEPS - PAIRS)):.0f}"],
-        ["a step, published", f"{step:.1f} s"],
+        ["GPU hours saved", f"{gpu_hours(tower_flops * (BATCH * STEPS - PAIRS)):.0f}"],
         ["images to decode", f"{BATCH / step:.0f} per second"],
         ["or features to read", f"{size * BATCH / step / 1e9:.1f} GB per second"],
     ]
@@ -268,17 +271,15 @@ def one_gpu_table() -> str:
     # Weights, gradients and AdamW's two moments. One process has no second copy of the gradients, as DDP has.
     static = nbytes(model.parameters()) + 3 * 4 * trained
     sizes = (micro_batch, micro_batch // 4)
-    totals = [(static + peak_activations(model, CAPTION_TOKENS, size)) / 1e9 for size in sizes]
-    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    totals += [(static + peak_activations(model, CAPTION_TOKENS, micro_batch)) / 1e9]
+    totals = [f"{(static + peak) / 1e9:.1f}" for peak in measure_peaks(model, sizes, sizes[:1])]
     rows = [
         ["parameters; trained of them", f"{model.num_parameters() / 1e6:.0f} M; {trained / 1e6:.1f} M"],
         ["GFLOP for each pair; of them the vision tower", f"{per_pair / 1e9:.0f}; {tower / 1e9:.0f}"],
         ["pairs", f"{pairs / 1e6:.2f} M"],
         ["hours", f"{hours:.1f}"],
         ["cost", f"{hours * ONE_GPU_PRICE:.1f} US dollars"],
-        [f"GB of memory, batch {sizes[0]}; batch {sizes[1]}", "; ".join(f"{total:.1f}" for total in totals[:2])],
-        [f"GB of memory, batch {sizes[0]}, recomputing", f"{totals[2]:.1f}"],
+        [f"GB of memory, batch {sizes[0]}; batch {sizes[1]}", "; ".join(totals[:2])],
+        [f"GB of memory, batch {sizes[0]}, recomputing", totals[2]],
         ["images to decode", f"{pairs / hours / 3600:.0f} per second"],
     ]
     return markdown_table(["one GPU", ""], rows)

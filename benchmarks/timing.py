@@ -1,10 +1,9 @@
-"""Measures candidates (seconds, operations and peak memory) and prints tables for README and docs."""
+"""Measures candidates: seconds, floating-point operations and peak memory."""
 
-import argparse
 import random
 import resource
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -13,13 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-
-
-def argument_parser(description: str, rounds: int) -> argparse.ArgumentParser:
-    """Returns the parser of a benchmark with its first argument, `--rounds`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help="Rounds over which medians are taken.")
-    return parser
 
 
 def measure(run: Callable[[], Any]) -> float:
@@ -63,9 +55,3 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def peak_megabytes() -> float:
     """The most memory that this process has held so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def markdown_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows)]
-    lines.insert(1, f"{'|---' * len(header)}|")
-    return "\n".join(lines)

@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from huggingface_hub import constants
-from PIL import Image, ImageDraw
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
@@ -234,26 +234,6 @@ def save_image_folder(folder: Path, train: int = 16, test: int = 8) -> str:
             rows.append(json.dumps({"file_name": f"{index}.png", "caption": f"a {color} image"}))
         (folder / split / "metadata.jsonl").write_text("\n".join(rows))
     return str(folder)
-
-
-def save_stamp(folder: Path, name: str, color: str, description: str, options: str = "", size: int = 100) -> None:
-    """Saves a stamp as Tux Paint has it: a disc of one colour on a transparent square, its description and options."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stamp = Image.new("RGBA", (size, size))
-    ImageDraw.Draw(stamp).ellipse((0, 0, size - 1, size - 1), fill=color)
-    stamp.save(folder / f"{name}.png")
-    (folder / f"{name}.txt").write_text(f"{description}\nfr.utf8=Une chose.\n")
-    if options:
-        (folder / f"{name}.dat").write_text(options)
-
-
-def save_stamps(folder: Path, count: int) -> list[str]:
-    """Saves stamps of different colours in two categories. Returns their names in the order of paths."""
-    names = [f"{first}o{last}" for first in "bdfglmp" for last in "bdgklmnprt"][:count]
-    for index, name in enumerate(names):
-        category = folder / ("animals", "town")[index >= count // 2]
-        save_stamp(category, f"{index:02}", f"hsl({360 * index // count}, 100%, 50%)", f"A {name}.")
-    return names
 
 
 def run_clean(code: str, folder: Path, environment: dict[str, str] | None = None) -> str:

@@ -164,7 +164,7 @@ class ParsedError(Exception):
 
 
 def parse(command: Command, monkeypatch) -> None:
-    """Starts a benchmark and stops it behind its parser. test_benchmark_modules.py runs all at tiny sizes."""
+    """Starts a benchmark and stops it behind its parser. test_speed.py and others run all at tiny sizes."""
 
     def stop(*args):
         raise ParsedError

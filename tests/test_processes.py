@@ -1,16 +1,12 @@
 """examples/common/processes.py: threads that wait do not keep other processes from running."""
 
 import os
-import re
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks import busy_machine
-from configuration_evlgen import EVLGenConfig
-
-from .helpers import ROOT, TEXT_CONFIGS, VISION_CONFIGS
+from .helpers import ROOT
 
 # Prints how OpenMP's threads will wait, when PyTorch would load OpenMP, and stops.
 CODE = """
@@ -43,16 +39,3 @@ def test_threads_sleep_soon_while_they_wait(script):
 def test_users_choose_how_threads_wait():
     assert spin_count("pretrain", GOMP_SPINCOUNT="5") == "5"
     assert spin_count("pretrain", OMP_WAIT_POLICY="ACTIVE") == "None"
-
-
-@pytest.mark.slow
-def test_steps_beside_busy_processes_are_measured(monkeypatch, capsys):
-    config = EVLGenConfig(
-        vision_config=VISION_CONFIGS["clip"],
-        text_config=TEXT_CONFIGS["llama"],
-        connector_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "merge_r": 3},
-    )
-    monkeypatch.setattr(busy_machine, "SETTINGS", {"OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"}})
-    monkeypatch.setattr(busy_machine, "OTHERS", (0, 1))
-    busy_machine.compare(config, rounds=1)
-    assert re.search(r"\| OMP_NUM_THREADS=1 \| [\d.]+ \(1\.00\) \| [\d.]+ \(1\.00\) \|", capsys.readouterr().out)

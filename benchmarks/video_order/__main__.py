@@ -4,19 +4,19 @@
 
 trains all runs below and prints their tables. A run takes about 6 minutes on one core, or 23 with a contextualizer.
 The first run of a method also pools all videos, and merging them takes 10 minutes more. Each finished run is a line of
-`benchmarks/video_order/results.jsonl`. A command that was stopped continues with the next run. Two commands side by
-side share the runs. `--report` prints the tables alone.
+`benchmarks/video_order/results.jsonl`. A command that was stopped continues with the next run.
+`--report` prints the tables alone.
 
 Videos are composed of the features of animated emoji, at one frame a second, and pooled to at most 196 tokens. A
 connector turns them into 36 tokens. The temporal contextualizer is part of a vision transformer, but the demo's tower
 is a CNN. So it is in two transformer blocks that are trained on the features of frames; see `frame_blocks.py`.
 """
 
+import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from ..planned_runs import Result, read_results, spread, train_and_report
-from ..timing import markdown_table
+from ..results import Result, markdown_table, read_results, spread, train_missing
 from .clip_pooling import METHODS
 from .frame_blocks import CONTEXTUALIZERS
 from .order_run import OrderRun, train
@@ -28,7 +28,11 @@ PLAN = [OrderRun(method, seed) for seed in SEEDS for method in (*METHODS, *CONTE
 
 
 def main(argv: list[str] | None = None) -> None:
-    train_and_report(__doc__, PLAN, RESULTS, train, report, argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="Print the tables of the finished runs.")
+    if not parser.parse_args(argv).report:
+        train_missing(PLAN, RESULTS, train)
+    report()
 
 
 def report() -> None:

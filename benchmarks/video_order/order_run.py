@@ -18,7 +18,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 from modeling_evlgen.labels import shift_labels
 from processing_evlgen import EVLGenProcessor
 
-from ..training_step import DEMO_VISION, encoder_fields
+from ..models import DEMO_VISION, encoder_fields
 from .clip_pooling import pool_clips
 from .emoji_frames import load_frames
 from .frame_blocks import CONTEXTUALIZERS, POSITIONS, FrameBlocks, mean_and_frames

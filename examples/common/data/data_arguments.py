@@ -42,7 +42,7 @@ class FrameArguments:
 class DataArguments(FrameArguments):
     dataset: str | None = HfArg(
         default=None,
-        help="openmoji-scenes, crowded-scenes, crowded-stamps, easy-vqa, or what `datasets.load_dataset` takes: a "
+        help="openmoji-scenes, crowded-scenes, easy-vqa, or what `datasets.load_dataset` takes: a "
         "folder with metadata, a name on the Hub, or imagefolder, parquet, json, csv or webdataset together with "
         "data_files.",
     )

@@ -4,14 +4,11 @@ The drawings stand in rows. The caption of two rows is "an owl and a crab above 
 sizes, so a view of 224 x 224 pixels shows some of them only as a few pixels. The test split shows only combinations
 that contain a pair of things that training never shows together.
 
-The drawings and their licence are those of `scenes.py`. A second set, crowded-stamps, shows stamps of Tux Paint in
-the same layouts: 44 drawings and photos (see `stamps.py`).
+The drawings and their licence are those of `scenes.py`.
 """
 
-import hashlib
 import io
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,6 @@ from common.demo.cache import prepare_once
 from common.demo.captioned_images import with_article
 from common.demo.scenes import CONCEPTS as DEMO_CONCEPTS
 from common.demo.scenes import HELD_OUT_STEPS, rasterise
-from common.demo.stamps import load_stamps
 
 CONCEPTS = (
     *DEMO_CONCEPTS,
@@ -32,10 +28,10 @@ CONCEPTS = (
     *("parrot", "peacock", "hedgehog", "strawberry", "watermelon", "carrot", "mushroom", "bicycle", "helicopter"),
     *("umbrella", "violin", "trumpet", "cactus", "crown", "candle"),
 )
-STAMPS = Path("/usr/share/tuxpaint/stamps")
 NUMBERS = ("zero", "one", "two", "three", "four")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 
+SIZE = 448  # height and width of a scene in pixels
 DRAWING_SIZES = (12, 90)  # smallest and largest longer side of a drawing, in pixels
 MAX_DRAWINGS = 8
 SPLITS = {"train": 2400, "test": 200}  # scenes
@@ -43,77 +39,47 @@ SPLITS = {"train": 2400, "test": 200}  # scenes
 RECIPE = 1  # of the cached folder; raise it with every change to images or texts
 
 
-def load_crowded_scenes(size: int = 448, textured: bool = True, stamps: bool = False) -> DatasetDict:
+def load_crowded_scenes() -> DatasetDict:
     """Loads splits "train" and "test" with a row for each scene.
 
-    The columns are `image` (RGB, size x size), `caption` (str) and `questions`, a list of dicts with the keys `kind`
+    The columns are `image` (RGB, 448 x 448), `caption` (str) and `questions`, a list of dicts with the keys `kind`
     ("left of", "how many" or "corner"), `question` and `answer` (str).
-
-    Args:
-        size (`int`): Height and width of the images in pixels.
-        textured (`bool`): Whether the background has a texture. Otherwise it is plain.
-        stamps (`bool`): Whether the scenes show the stamps of Tux Paint that are installed in `STAMPS`.
-
-    Raises:
-        ValueError: If fewer stamps are installed than scenes need.
     """
-    arguments = {"size": size, "textured": textured}
-    kind = "scenes"
-    if stamps:  # other installed stamps make another data set
-        contents = b"".join(name.encode() + stamp.tobytes() for name, stamp in load_installed_stamps().items())
-        arguments["stamps"] = hashlib.sha256(contents).hexdigest()[:8]
-        kind = f"stamps-{arguments['stamps']}"
-    name = f"data/crowded-{kind}-{size}-{'textured' if textured else 'plain'}-v{RECIPE}"
-    return load_from_disk(prepare_once(name, partial(_write, arguments)))
+    return load_from_disk(prepare_once(f"data/crowded-scenes-{SIZE}-textured-v{RECIPE}", _write))
 
 
-def load_installed_stamps() -> dict[str, PILImage.Image]:
-    """The installed stamps by name, as many as there are concepts."""
-    return load_stamps(STAMPS, len(CONCEPTS), DRAWING_SIZES[1])
-
-
-def list_things(stamps: bool) -> Sequence[str]:
-    """The names of all things that scenes of OpenMoji drawings or of stamps show."""
-    return list(load_installed_stamps()) if stamps else CONCEPTS
-
-
-def _write(arguments: dict[str, Any], folder: Path) -> None:
+def _write(folder: Path) -> None:
     text = Value("string")
     questions_type = List({"kind": text, "question": text, "answer": text})
     features = Features({"image": Image(), "caption": text, "questions": questions_type})
     splits = DatasetDict()
     for split in SPLITS:
         options = {"features": features, "cache_dir": str(folder.parent / "generated"), "split": NamedSplit(split)}
-        splits[split] = Dataset.from_generator(_rows, gen_kwargs={"split": split, **arguments}, **options)
+        splits[split] = Dataset.from_generator(_rows, gen_kwargs={"split": split}, **options)
     splits.save_to_disk(folder)
 
 
-def _rows(split: str, size: int, textured: bool, stamps: str = "") -> Iterator[dict[str, Any]]:
-    things = list_things(bool(stamps))
-    for scene, (image, rows) in enumerate(draw_crowds(split, SPLITS[split], size, textured, bool(stamps))):
-        yield {"image": {"bytes": image}, "caption": caption(rows), "questions": questions(rows, scene, things)}
+def _rows(split: str) -> Iterator[dict[str, Any]]:
+    for scene, (image, rows) in enumerate(draw_crowds(split, SPLITS[split])):
+        yield {"image": {"bytes": image}, "caption": caption(rows), "questions": questions(rows, scene)}
 
 
-def draw_crowds(
-    split: str, count: int, size: int, textured: bool, stamps: bool = False
-) -> Iterator[tuple[bytes, list[list[str]]]]:
+def draw_crowds(split: str, count: int) -> Iterator[tuple[bytes, list[list[str]]]]:
     """Draws the first `count` scenes of a split as PNG bytes, each with the things of its rows of drawings.
 
-    They are the same in every run. Scenes of all sizes and backgrounds show the same things. Scenes of stamps have a
-    stamp in place of each concept.
+    They are the same in every run.
     """
-    things, draw = list_things(stamps), load_installed_stamps().__getitem__ if stamps else rasterise
     seed = ("train", "test").index(split)
-    layouts, pixels = np.random.default_rng((seed, 0)), np.random.default_rng((seed, size, textured))
+    # One generator draws what is shown, and another one how. The 1 is part of the seed of all published scenes.
+    layouts, pixels = np.random.default_rng((seed, 0)), np.random.default_rng((seed, SIZE, 1))
     for _ in range(count):
-        rows = draw_layout(layouts, held_out=split == "test", things=things)
+        rows = draw_layout(layouts, held_out=split == "test")
         image = io.BytesIO()
-        drawings = [[draw(thing) for thing in row] for row in rows]
-        draw_crowd(drawings, size, textured, pixels).save(image, format="PNG")
+        draw_crowd([[rasterise(thing) for thing in row] for row in rows], pixels).save(image, format="PNG")
         yield image.getvalue(), rows
 
 
-def draw_layout(rng: np.random.Generator, held_out: bool, things: Sequence[str] = CONCEPTS) -> list[list[str]]:
+def draw_layout(rng: np.random.Generator, held_out: bool) -> list[list[str]]:
     """Draws the things of each row: 1 to 8 in all, in rows of 1 to 4. One in four scenes shows a thing twice."""
     number = int(rng.integers(1, MAX_DRAWINGS, endpoint=True))
     twins = number > 2 and rng.random() < 0.25
@@ -129,18 +95,16 @@ def draw_layout(rng: np.random.Generator, held_out: bool, things: Sequence[str] 
     while sum(lengths) < number:
         lengths.append(min(int(rng.integers(1, 4, endpoint=True)), number - sum(lengths)))
     ends = np.cumsum(lengths).tolist()
-    return [[things[i] for i in concepts[end - length : end]] for length, end in zip(lengths, ends, strict=True)]
+    return [[CONCEPTS[i] for i in concepts[end - length : end]] for length, end in zip(lengths, ends, strict=True)]
 
 
-def draw_crowd(
-    rows: list[list[PILImage.Image]], size: int, textured: bool, rng: np.random.Generator
-) -> PILImage.Image:
+def draw_crowd(rows: list[list[PILImage.Image]], rng: np.random.Generator) -> PILImage.Image:
     """Draws rows of drawings. Sizes, places and directions of the drawings are random; no two of them touch."""
-    scene = PILImage.fromarray(draw_background(size, textured, rng))
-    height = min(size // len(rows), 2 * DRAWING_SIZES[1])
-    top = rng.integers(0, size - height * len(rows), endpoint=True)
+    scene = PILImage.fromarray(draw_background(rng))
+    height = min(SIZE // len(rows), 2 * DRAWING_SIZES[1])
+    top = rng.integers(0, SIZE - height * len(rows), endpoint=True)
     for row, drawings in enumerate(rows):
-        width = size // len(drawings)
+        width = SIZE // len(drawings)
         for column, drawing in enumerate(drawings):
             # Small and large drawings are equally frequent on a logarithmic scale.
             longest = min(np.exp(rng.uniform(*np.log(DRAWING_SIZES))), 0.9 * min(width, height))
@@ -155,15 +119,12 @@ def draw_crowd(
     return scene
 
 
-def draw_background(size: int, textured: bool, rng: np.random.Generator) -> np.ndarray:
-    """Draws a pale colour, or a texture of coloured spots of many sizes, as uint8 of shape (size, size, 3)."""
-    colour = rng.integers(190, 256, size=3)
-    if not textured:
-        return np.broadcast_to(colour, (size, size, 3)).astype(np.uint8)
-    background = np.broadcast_to(colour.astype(np.float32), (size, size, 3)).copy()
+def draw_background(rng: np.random.Generator) -> np.ndarray:
+    """Draws a pale texture of coloured spots of many sizes, as uint8 of shape (448, 448, 3)."""
+    background = np.broadcast_to(rng.integers(190, 256, size=3).astype(np.float32), (SIZE, SIZE, 3)).copy()
     for spots in (4, 12, 36, 108):  # along each side
         noise = PILImage.fromarray(rng.integers(0, 256, (spots, spots, 3), dtype=np.uint8))
-        background += np.asarray(noise.resize((size, size), PILImage.Resampling.BICUBIC), np.float32) / 6 - 21
+        background += np.asarray(noise.resize((SIZE, SIZE), PILImage.Resampling.BICUBIC), np.float32) / 6 - 21
     return background.clip(0, 255).astype(np.uint8)
 
 
@@ -172,7 +133,7 @@ def caption(rows: list[list[str]]) -> str:
     return " above ".join(_enumerate([with_article(concept) for concept in row]) for row in rows)
 
 
-def questions(rows: list[list[str]], scene: int, things: Sequence[str] = CONCEPTS) -> list[dict[str, str]]:
+def questions(rows: list[list[str]], scene: int) -> list[dict[str, str]]:
     """Draws a question of each kind, with its answer. A scene without neighbours has none of "left of"."""
     rng = np.random.default_rng((scene, len(rows)))
     drawings = [concept for row in rows for concept in row]
@@ -183,7 +144,7 @@ def questions(rows: list[list[str]], scene: int, things: Sequence[str] = CONCEPT
         left, right = pairs[rng.integers(len(pairs))]
         asked.append(("left of", f"What is left of the {right}?", with_article(left)))
     # Every second time of a thing that the scene shows; of one that it shows twice, if there is one.
-    concept = things[rng.integers(len(things))]
+    concept = CONCEPTS[rng.integers(len(CONCEPTS))]
     if rng.random() < 0.5:
         concept = max(rng.permutation(drawings).tolist(), key=drawings.count)
     asked.append(("how many", f"How many {name_plural(concept)} are there?", NUMBERS[drawings.count(concept)]))

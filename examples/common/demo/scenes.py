@@ -24,7 +24,6 @@ from common.demo.packages import OPENMOJI, fetch_package, require_libraries
 
 # Printed on figures that show drawings of these data sets.
 DEMO_CREDITS = dict.fromkeys(("openmoji-scenes", "crowded-scenes"), "Drawings: OpenMoji (openmoji.org), CC BY-SA 4.0")
-DEMO_CREDITS["crowded-stamps"] = "Images: Tux Paint Stamps (tuxpaint.org), GPL-2"
 
 # English names of the `emoji` package. Each reads naturally after "a" or "an". No drawing has letters, so each can be
 # mirrored. A linear probe on the demo's vision tower separates the drawings.

@@ -62,7 +62,7 @@ class StageOne(nn.Module):
         self.ln_vision, self.vision_projection = model.ln_vision, model.vision_projection
         self.connector = connector
         config = Blip2QFormerConfig(**{**connector.qformer.config.to_dict(), "use_qformer_text_input": True})
-        self.qformer = Blip2QFormerModel._from_config(config)
+        self.qformer = Blip2QFormerModel(config)
         self.qformer.layernorm = connector.qformer.layernorm
         for layer, shared in zip(self.qformer.encoder.layer, connector.qformer.encoder.layer, strict=True):
             for name, part in shared.named_children():  # all except the feed-forward of the text
@@ -80,7 +80,7 @@ class StageOne(nn.Module):
             nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, vision_features: torch.Tensor, text_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns the sum of the losses, each loss, and the share of images whose most similar caption is right.
+        """Returns the sum of the losses, and each loss.
 
         Shapes are `(batch, num_vision_tokens, vision_hidden_size)` and `(batch, tokens)`.
         """
@@ -90,13 +90,11 @@ class StageOne(nn.Module):
         similarity, contrast = self._contrast(tokens, text_ids, same)
         matching = self._matching(tokens, text_ids, similarity, same)
         captioning = self._captioning(tokens, text_ids)
-        best = similarity.argmax(dim=1, keepdim=True)  # (batch, 1): the most similar caption of each image
         return {
             "loss": contrast + matching + captioning,
             "contrast": contrast.detach(),
             "matching": matching.detach(),
             "captioning": captioning.detach(),
-            "recall@1": same.gather(1, best).float().mean(),
         }
 
     def _contrast(

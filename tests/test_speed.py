@@ -1,0 +1,127 @@
+"""benchmarks/speed.py: every stopwatch runs from end to end at tiny sizes, and docs/speed.md shows its command."""
+
+import json
+import re
+
+import pretrain
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import LlamaConfig
+
+from benchmarks import models, speed, timing
+from benchmarks.models import DEMO_VISION, candidates
+
+from .documents import commands_of_page
+from .helpers import ROOT, save_image_folder, save_towers, tiny_model, tiny_processor
+
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TEXT = LlamaConfig(**TINY, vocab_size=100, pad_token_id=2)
+
+
+@pytest.fixture
+def tiny_sizes(monkeypatch):
+    """Tiny models, and this process in place of a new one, as each of these takes seconds to start."""
+    demo = candidates(DEMO_VISION, hidden_size=64, layers=2, front_loaded=[98, 49], r=57, queries=9, text=TEXT)
+    changed = {"SIZES": {"demo": demo}, "SMOLLM2_135M": TEXT, "NUMBERS": (4, 9), "FRAMES": (1, 3)}
+    changed |= {"SHAPE": (2, 3, 64, 64), "VIT_S": TINY, "FRONT_LOADED": {257: [128, 64]}}
+    for name, value in changed.items():
+        monkeypatch.setattr(speed, name, value)
+    monkeypatch.setattr(models, "BERT_BASE", TINY)
+    monkeypatch.setattr(speed, "in_new_process", lambda function, *arguments: function(*arguments))
+
+
+def measure(capsys, *arguments):
+    """The rows of the table that a stopwatch prints, without their names, as numbers."""
+    with torch.compiler.set_stance("force_eager"):  # compilation takes a minute
+        speed.main([*arguments, "--rounds", "1"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert set(lines[1]) <= set("|-") and len({len(row) for row in rows}) == 1
+    return [[float(re.fullmatch(r"([\d.e+-]+)( ?(ms|s|MB|x|%))?", cell)[1]) for cell in row[1:]] for row in rows[2:]]
+
+
+@pytest.mark.parametrize(
+    "what, tokens", [("connectors", [219, 65, 32, 257]), ("steps", [49, 82, 9, 25, 196]), ("changes", None)]
+)
+def test_candidates_are_compared_with_the_first(tiny_sizes, capsys, what, tokens):
+    rows = measure(capsys, what)
+    assert tokens is None or [row[0] for row in rows] == tokens
+    assert rows[0][-1] == 1 and all(min(row) > 0 for row in rows)
+
+
+@pytest.mark.parametrize("what, columns", [("tokens", 2), ("videos", 6)])
+def test_lengths_are_compared(tiny_sizes, capsys, what, columns):
+    assert [len(row) for row in measure(capsys, what)] == [columns, columns]
+
+
+def test_layouts_of_a_tower_give_the_same_tokens(tiny_sizes, capsys):
+    rows = measure(capsys, "tower")
+    assert len(rows) == 4 and rows[0] == [1, 0] and all(row[1] < 1e-5 for row in rows)
+
+
+def test_quantised_language_models_are_compared_as_they_are_packed(tiny_sizes, capsys):
+    float32, bfloat16, int8, int4 = measure(capsys, "quantization")
+    assert float32[1:] == [1, 1] and float32[0] > bfloat16[0] > int8[0] > int4[0]
+
+
+@pytest.mark.slow
+def test_an_exported_model_is_compared(tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tiny_processor(model).save_pretrained(tmp_path)
+    rows = measure(capsys, "export", "--model", str(tmp_path))
+    assert len(rows) == 2 and all(row[0] == 1 and len(row) == 3 for row in rows)
+
+
+def test_steps_from_cached_features_are_compared(tiny_sizes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    settings = {
+        "text_model": save_towers(tmp_path)["text_model"],
+        "dataset": save_image_folder(tmp_path / "images"),
+        "connector_config": {**TINY, **dropout, "merge_r": [98, 49]},
+        "cache_features": True,
+        "per_device_train_batch_size": 4,
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    monkeypatch.setattr(pretrain, "DEMO_RECIPE", tmp_path / "recipe.yaml")
+    rows = measure(capsys, "cached-features")
+    assert len(rows) == 2 and all(row[0] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_steps_beside_busy_processes_are_measured(monkeypatch, tiny_sizes, capsys):
+    monkeypatch.setattr(speed, "OTHERS", (0, 1))
+    rows = measure(capsys, "busy-machine")
+    assert len(rows) == 2 and all(len(row) == 2 and min(row) > 0 for row in rows)
+
+
+def test_the_page_shows_the_command_of_every_stopwatch():
+    shown = {
+        command.arguments[0] for command in commands_of_page(ROOT / "docs" / "speed.md") if command.name == "speed"
+    }
+    assert shown == set(speed.STOPWATCHES)
+
+
+def test_candidates_take_turns_and_the_median_counts(monkeypatch):
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = {"a": [9, 1, 10, 2], "b": [9, 30, 60, 3]}  # of a round to warm up, and of three more
+
+    def measure(run):
+        run()
+        return seconds[order[-1]][order.count(order[-1]) - 1]
+
+    monkeypatch.setattr(timing, "measure", measure)
+    assert timing.take_turns(runs, rounds=3) == {"a": 2, "b": 30}
+    assert all(set(order[turn : turn + 2]) == {"a", "b"} for turn in range(0, 8, 2))
+
+
+def test_operations_of_a_forward_are_those_of_its_matrix_products(tiny_sizes):
+    model = models.bert_base_connectors(257, [128])["BERT, no merging"]
+    tokens, dim, layers = 257, 64, 2
+    layer = 2 * tokens * 4 * dim**2 + 4 * tokens**2 * dim + 2 * tokens * 2 * dim * 64
+    flops = timing.count_flops(lambda: model(torch.randn(1, 257, 1408)))
+    assert flops == 2 * tokens * 1408 * dim + layers * layer
