@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ def build(
     shape = measure_vision_tower(vision.tower.config, image_size)
     connector_config, connector = load_connector(connector_model, connector_config, shape.class_token)
     image_token_id, video_token_id = placeholder_ids(text)
-    defaults = {
+    known_fields = {
         "image_token_id": image_token_id,
         # Beside an `<image>` of the user's choice, `<video>` is the next id.
         "video_token_id": video_token_id if "image_token_id" not in fields else None,
@@ -108,16 +109,14 @@ def build(
         vision_config=copy_config(vision.tower),
         connector_config=copy.deepcopy(connector_config),
         text_config=copy_config(text.tower),
-        **{**defaults, **fields},
+        **{**known_fields, **fields},
     )
     model = model_class(config, vision_tower=vision.tower, language_model=text.tower)
     if connector is not None:
         model.connector.load_state_dict(connector.state_dict())
     # The language model's defaults for sampling are meant for chats, not for captions.
-    special_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    model.generation_config = GenerationConfig(
-        **{id_: getattr(text.tower.generation_config, id_) for id_ in special_ids}
-    )
+    special_ids, defaults = ("bos_token_id", "eos_token_id", "pad_token_id"), text.tower.generation_config
+    model.generation_config = GenerationConfig(**{name: getattr(defaults, name) for name in special_ids})
     for base_model, tower in zip((vision, text), TOWERS.values(), strict=True):
         if base_model.is_named:
             model.tower_hashes[tower] = hash_weights(base_model.tower.state_dict())
@@ -205,10 +204,8 @@ def load_with_named_towers(
         if names:
             logger.warning(f"Some weights {problem}: {', '.join(names)}.")
     _place_trained_parts(model)
-    try:
+    with suppress(OSError):  # there may be no generation_config.json
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub)
-    except OSError:
-        logger.info("The checkpoint has no generation_config.json.")
     if adapter is not None:
         model.load_adapter(adapter, adapter_kwargs={**hub_of_all, **adapter_kwargs})
     model.eval()

@@ -4,7 +4,7 @@ import copy
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +33,7 @@ class EVLGenPreTrainedModel(PreTrainedModel):
     language_model: PreTrainedModel
     ln_vision: nn.LayerNorm
     vision_projection: nn.Linear
+    _normalize: Callable[..., torch.Tensor]  # checks vision features, and runs `ln_vision` over them
     # Hashes of the towers as they were loaded from the base models that `config` names.
     tower_hashes: dict[str, str | None]
 

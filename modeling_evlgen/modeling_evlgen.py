@@ -58,7 +58,7 @@ class EVLGenModel(EVLGenMediaModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "video", "text")
     supports_gradient_checkpointing = True
-    # transformers lets model classes declare what they can do by names with an underscore alone.
+    # transformers wants model classes to set and override names with an underscore, here and below.
     # Trained weights stay in float32, in which small steps of the optimizer are not lost to rounding.
     _keep_in_fp32_modules_strict = list(TRAINED_PARTS)
     _supports_sdpa = True

@@ -4,13 +4,9 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from modeling_evlgen import EVLGenForConditionalGeneration
+from .helpers import TEXT_CONFIGS, noise_images, tiny_model, tiny_processor
 
-from .helpers import TEXT_CONFIGS, noise_images, tiny_processor, tiny_towers
-
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "merge_r": 3}
 # 8 layers that would drop something out if they were in training.
 DEEP = {
     "opt": {"num_hidden_layers": 8, "dropout": 0.5, "layerdrop": 0.5},
@@ -20,17 +16,16 @@ DEEP = {
 }
 
 
+@pytest.fixture(autouse=True)
+def deep_language_models(monkeypatch):
+    for name, config in TEXT_CONFIGS.items():
+        monkeypatch.setitem(TEXT_CONFIGS, name, type(config)(**{**config.to_dict(), **DEEP[name]}))
+
+
 def build(text, **connector):
-    config = TEXT_CONFIGS[text]
-    vision_tower, _ = tiny_towers("clip", text)
-    language_model = AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), **DEEP[text]}))
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        vision_tower, language_model, connector_config={**SIZES, **connector}, image_size=32, image_token_id=300
-    )
-    batch = tiny_processor(model)(
-        images=noise_images(2), text=["what is it?", "what?"], suffix=["a red circle", "a cat"]
-    )
-    return model, batch
+    model = tiny_model(text=text, num_hidden_layers=1, **connector)
+    captions = {"text": ["what is it?", "what?"], "suffix": ["a red circle", "a cat"]}
+    return model, tiny_processor(model)(images=noise_images(2), **captions)
 
 
 def training_step(model, batch):

@@ -6,6 +6,7 @@ Tests of a server need EVLGEN_VLLM_PYTHON, the name of a Python that has vLLM.
 import base64
 import contextlib
 import io
+import itertools
 import json
 import os
 import socket
@@ -35,6 +36,13 @@ TEXT_CONFIGS = {
     "qwen2": Qwen2Config(**SIZES, intermediate_size=64, num_key_value_heads=1, tie_word_embeddings=True),
     "opt": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=64),
 }
+CONNECTOR = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "merge_r": 3,
+}
 TOKENS = 8
 
 
@@ -45,25 +53,16 @@ def save_checkpoint(folder, vision, text, image_token_range=None, max_tiles=1, *
         for parameter in language_model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=0.3)
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "merge_r": 3,
-    }
     tokenizer = tiny_tokenizer(bos=text == "opt", chat=text != "opt")
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        tower, language_model, connector_config=sizes, image_size=IMAGE_SIZE, image_token_id=len(tokenizer), **fields
-    )
+    fields |= {"connector_config": CONNECTOR, "image_size": IMAGE_SIZE, "image_token_id": len(tokenizer)}
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(tower, language_model, **fields)
     model.config.image_token_range = image_token_range
     with torch.no_grad():
         model.language_projection.weight.normal_(std=0.3)
         if model.time_embedding is not None:
             model.time_embedding.weight.normal_()
-    num_image_tokens = model.config.num_image_tokens
     settings = {"image_token_range": image_token_range, "max_tiles": max_tiles}
-    processor = EVLGenProcessor(tiny_image_processor(), tokenizer, num_image_tokens, **settings)
+    processor = EVLGenProcessor(tiny_image_processor(), tokenizer, model.config.num_image_tokens, **settings)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor
@@ -114,11 +113,7 @@ class Server:
 
     def chat(self, *turns, **settings):
         """The token ids of the reply. Turns hold texts, images and paths of videos, of user and assistant in turn."""
-        messages = [
-            {"role": ("user", "assistant")[index % 2], "content": [content(part) for part in turn]}
-            for index, turn in enumerate(turns)
-        ]
-        status, reply = self.post({"messages": messages, "return_token_ids": True, **settings})
+        status, reply = self.post({"messages": as_messages(turns, content), "return_token_ids": True, **settings})
         assert status == 200, reply
         return json.loads(reply)["choices"][0]["token_ids"]
 
@@ -126,23 +121,11 @@ class Server:
         """The token ids of `generate` for the same turns. Settings are those of the processor."""
         media = {"image": [], "video": []}
         for part in (part for turn in turns for part in turn if not isinstance(part, str)):
-            media[kind(part)].append(part)
-        messages = [
-            {
-                "role": ("user", "assistant")[index % 2],
-                "content": [{"type": kind(part)} | ({"text": part} if kind(part) == "text" else {}) for part in turn],
-            }
-            for index, turn in enumerate(turns)
-        ]
-        given = {f"{name}s": [*map(as_given, parts)] for name, parts in media.items() if parts}
-        return self.generate(**given, text=self.prompt(messages), **settings)
-
-    def prompt(self, messages):
-        """The text of a conversation, as the server writes it."""
-        template = None
-        if self.processor.chat_template is None:
-            template = (ROOT / "examples" / "plain_chat_template.jinja").read_text()
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, chat_template=template)
+            media[kind(part)].append(str(part) if isinstance(part, Path) else part)
+        messages = as_messages(turns, lambda part: content(part) if kind(part) == "text" else {"type": kind(part)})
+        template = self.processor.chat_template or (ROOT / "examples" / "plain_chat_template.jinja").read_text()
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, chat_template=template)
+        return self.generate(**{f"{name}s": parts for name, parts in media.items() if parts}, text=text, **settings)
 
     def generate(self, **inputs):
         """The token ids that `generate` adds."""
@@ -155,8 +138,9 @@ def kind(part):
     return "text" if isinstance(part, str) else "video" if isinstance(part, Path) else "image"
 
 
-def as_given(part):
-    return str(part) if isinstance(part, Path) else part
+def as_messages(turns, content):
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": [*map(content, turn)]} for role, turn in zip(roles, turns, strict=False)]
 
 
 def content(part):
@@ -219,17 +203,6 @@ def test_replies_are_those_of_generate(server):
     assert [server.chat(*turns) for turns in conversations] == expected
     with ThreadPoolExecutor(len(conversations)) as pool:  # in batches
         assert list(pool.map(lambda turns: server.chat(*turns), conversations)) == expected
-
-
-@needs_vllm
-def test_a_reply_is_streamed(server):
-    messages = [{"role": "user", "content": [content(noise_images(1)[0]), content("what is it?")]}]
-    _, whole = server.post({"messages": messages})
-    status, stream = server.post({"messages": messages, "stream": True})
-    events = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
-    pieces = [event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"]]
-    assert status == 200 and len(events) > 2
-    assert "".join(pieces) == json.loads(whole)["choices"][0]["message"]["content"]
 
 
 @needs_vllm
@@ -369,10 +342,9 @@ def test_vllm_refuses_a_checkpoint_without_its_towers():
 
 def tiny_config(**fields):
     tower, _ = tiny_towers("siglip")
-    connector = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     return EVLGenConfig(
         vision_config=tower.config.to_dict(),
         text_config=TEXT_CONFIGS["llama"].to_dict(),
-        connector_config={**connector, "merge_r": 2},
+        connector_config=CONNECTOR,
         **fields,
     )

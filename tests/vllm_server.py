@@ -23,31 +23,28 @@ FIELDS |= {"repetition_penalty", "stop_token_ids", "ignore_eos", "return_token_i
 class VLLMServer:
     """
     Args:
-        language_model, tokenizer: The model to serve.
-        name: Its name in requests.
+        language_model, tokenizer: The model to serve, as `text-model`.
         prompt_embeds: Whether the server was started with `--enable-prompt-embeds`.
         token_ids: Whether replies hold token ids, as vLLM's do since 0.10.2.
         max_model_len: Largest number of tokens in a prompt and its answer together.
         api_key: The server's `--api-key`.
-        **entry: Changes of the model's entry in `/v1/models`; None leaves a field out.
+        root: The folder or repository that the server loaded the model from.
     """
 
     def __init__(
         self,
         language_model,
         tokenizer,
-        name="text-model",
         prompt_embeds=True,
         token_ids=True,
         max_model_len=128,
         api_key=None,
-        **entry,
+        root="text-model",
     ):
-        self.language_model, self.tokenizer, self.name = language_model, tokenizer, name
+        self.language_model, self.tokenizer = language_model, tokenizer
         self.prompt_embeds, self.token_ids = prompt_embeds, token_ids
         self.max_model_len, self.api_key = max_model_len, api_key
-        entry = {"id": name, "object": "model", "root": name, "max_model_len": max_model_len} | entry
-        self.entry = {field: value for field, value in entry.items() if value is not None}
+        self.entry = {"id": "text-model", "object": "model", "root": root, "max_model_len": max_model_len}
         self.requests = []
 
     def __enter__(self):
@@ -62,8 +59,6 @@ class VLLMServer:
 
     def complete(self, body):
         """Returns the status and the reply to a request."""
-        if body["model"] != self.name:
-            return _error(404, f"The model `{body['model']}` does not exist.", "NotFoundError")
         if not self.prompt_embeds:
             return _error(400, "You must set `--enable-prompt-embeds` to input `prompt_embeds`.")
         if body.keys() - FIELDS or body.get("prompt") is not None:
@@ -72,14 +67,14 @@ class VLLMServer:
             torch.load(BytesIO(base64.b64decode(prompt, validate=True)), weights_only=True)
             for prompt in body["prompt_embeds"]
         ]
-        self.requests.append(body | {"payload": body["prompt_embeds"], "prompt_embeds": prompts})
+        self.requests.append(body | {"prompt_embeds": prompts})
         for prompt in prompts:
             if prompt.ndim != 2 or prompt.shape[1] != self.language_model.config.hidden_size:
                 return _error(400, f"`prompt_embeds` has shape {tuple(prompt.shape)}.")
             if len(prompt) > self.max_model_len:
                 return _error(400, f"This model's maximum context length is {self.max_model_len} tokens.")
         choices = [{"index": index, **self.generate(prompt, body)} for index, prompt in enumerate(prompts)]
-        return 200, {"id": "cmpl-0", "object": "text_completion", "model": self.name, "choices": choices[::-1]}
+        return 200, {"id": "cmpl-0", "object": "text_completion", "model": body["model"], "choices": choices[::-1]}
 
     @torch.no_grad()
     def generate(self, prompt, body):
