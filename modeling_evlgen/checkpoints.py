@@ -20,7 +20,7 @@ from configuration_evlgen.configuration_connectors import ConnectorConfig
 
 from .base_models import build, load_tower, load_with_named_towers
 from .fingerprints import HUB_ARGUMENTS, TOWERS, TRAINED_PARTS, check_base, choose_towers, find_adapter
-from .vision_tower import find_image_size, is_frozen, is_sharded, load_vision_tower, whiten_inputs
+from .vision_tower import is_frozen, load_vision_tower, whiten_inputs
 
 logger = logging.get_logger(__name__)
 
@@ -226,22 +226,6 @@ def allow_missing_towers(model: PreTrainedModel, keys: tuple[list[str], list[str
     # Parameters alone: a BatchNorm that was saved by an old PyTorch may lack a buffer.
     if {name for name, _ in model.named_parameters() if _is_towers(name)} <= set(keys[0]):
         keys[0][:] = [name for name in keys[0] if not _is_towers(name)]
-
-
-def zero_of_trained_parts(model: PreTrainedModel) -> torch.Tensor:
-    """Returns a zero whose gradient reaches all trained parts, as that of images does.
-
-    Under DDP and FSDP, processes wait for each other's gradients. One whose batch has no image would let the others
-    wait forever.
-    """
-    tower, config = model.vision_tower, model.config
-    device = model.ln_vision.weight.device
-    features = torch.zeros(1, config.num_vision_tokens, config.vision_hidden_size, device=device)
-    if is_sharded(tower) or model.temporal is not None:
-        channels = getattr(tower.config, "num_channels", 3)
-        pixels = torch.zeros(1, channels, *find_image_size(tower.config), device=device)
-        features = features + 0 * model.get_vision_features(pixels).sum().to(features)
-    return 0 * model.project_vision_features(features).pooler_output.sum()
 
 
 def _read_config(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> EVLGenConfig:

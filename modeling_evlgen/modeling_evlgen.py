@@ -1,22 +1,21 @@
 """EVLGen: a frozen vision tower, a TomeFormer and a frozen language model, trained by the caption loss alone."""
 
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
 from configuration_evlgen import EVLGenConfig
 
-from .activation_checkpointing import checkpoint_frozen_layers
-from .checkpoints import zero_of_trained_parts
 from .fingerprints import TRAINED_PARTS
 from .media import EVLGenMediaModel
 from .soft_prompts import (
@@ -31,6 +30,7 @@ from .soft_prompts import (
     select_positions,
     shift_labels,
 )
+from .vision_tower import find_image_size, is_sharded
 from .vllm_backend import adapt_to_vllm, check_checkpoint, is_built_by_vllm
 
 # The keys and values of earlier tokens have another name in transformers 5.19, which vLLM 0.33 needs.
@@ -67,7 +67,7 @@ class EVLGenModel(EVLGenMediaModel):
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
-        checkpoint_frozen_layers(self.language_model)
+        _checkpoint_frozen_layers(self.language_model)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
@@ -168,7 +168,7 @@ class EVLGenModel(EVLGenMediaModel):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         has_media = any(outputs is not None for outputs in encoded.values())
         # Before the embedding: under FSDP all processes gather the weights of all parts in the same order.
-        zero = zero_of_trained_parts(self) if self.training and torch.is_grad_enabled() and not has_media else None
+        zero = _zero_of_trained_parts(self) if self.training and torch.is_grad_enabled() and not has_media else None
         if inputs_embeds is None:
             inputs_embeds = embed_ids(self.get_input_embeddings(), input_ids, encoded, self.config)
         else:
@@ -340,3 +340,40 @@ def _check_length(length: int, cache: Any, config: EVLGenConfig) -> None:
     length += cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     if isinstance(limit, int) and isinstance(length, int) and length > limit:  # in a graph, lengths may be symbols
         raise ValueError(f"`input_ids` has {length} tokens, but the language model has places for {limit}.")
+
+
+def _zero_of_trained_parts(model: EVLGenMediaModel) -> torch.Tensor:
+    """Returns a zero whose gradient reaches all trained parts, as that of images does.
+
+    Under DDP and FSDP, processes wait for each other's gradients. One whose batch has no image would let the others
+    wait forever.
+    """
+    tower, config = model.vision_tower, model.config
+    device = model.ln_vision.weight.device
+    features = torch.zeros(1, config.num_vision_tokens, config.vision_hidden_size, device=device)
+    if is_sharded(tower) or model.temporal is not None:
+        channels = getattr(tower.config, "num_channels", 3)
+        pixels = torch.zeros(1, channels, *find_image_size(tower.config), device=device)
+        features = features + 0 * model.get_vision_features(pixels).sum().to(features)
+    return 0 * model.project_vision_features(features).pooler_output.sum()
+
+
+def _checkpoint_frozen_layers(tower: nn.Module) -> None:
+    """Computes the layers of a frozen tower again in the backward pass, instead of keeping their activations.
+
+    A frozen tower has activations to keep if a gradient passes through to its inputs. transformers checkpoints a layer
+    only if its `training` is True, which may switch on its dropout as well. Here a layer stays in evaluation mode, in
+    both forward passes. `activation_checkpointing_enable` switches it on.
+    """
+    for layer in tower.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and getattr(layer.forward, "func", None) is not _run_frozen:
+            layer.forward = partial(_run_frozen, layer, layer.forward)
+
+
+def _run_frozen(layer: GradientCheckpointingLayer, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    # A second forward pass would write to a cache again.
+    has_cache = any(isinstance(argument, Cache) for argument in (*args, *kwargs.values()))
+    if layer.gradient_checkpointing and not layer.training and torch.is_grad_enabled() and not has_cache:
+        # The user's `activation_checkpointing_kwargs` are in this function alone.
+        return layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
+    return forward(*args, **kwargs)
