@@ -217,7 +217,7 @@ def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
         ({"test_split": "testing"}, r"`test_split` is 'testing', but .* has \['restval', 'test', 'train', 'val'\]"),
         ({"metrics": "clip"}, r"`metrics` must be some of cider, .*, spice, bleu, but is \['clip'\]"),
         ({"model": "/nowhere"}, "`model`='/nowhere' cannot be loaded"),
-        ({"dtype": "float8"}, "`dtype` must be one of float32, bfloat16, but is 'float8'"),
+        ({"dtype": "float8"}, "`dtype` must be float32 or bfloat16, but is 'float8'"),
         ({"num_beam": 3}, r"Unknown argument --num_beam\. Did you mean --num_beams\?"),
         (
             {"benchmark": "msr-vtt"},

@@ -336,7 +336,7 @@ def test_other_settings_do_not_mix_with_old_captions(changes, message, model, tm
         (["in"], {"column": "id"}, r"`column` 'id' of .*z\.parquet must hold bytes, paths or .* not int64"),
         (["in"], {"batch_size": 0}, "`batch_size` must be an integer of 1 or more, but is 0"),
         (["in"], {"num_frames": 0}, "`num_frames` must be an integer of 1 or more, but is 0"),
-        (["in"], {"dtype": "float8"}, "`dtype` must be one of float32, bfloat16, but is 'float8'"),
+        (["in"], {"dtype": "float8"}, "`dtype` must be float32 or bfloat16, but is 'float8'"),
         (["in"], {"prompt": "a long prompt " * 30}, "has .* tokens, but at most 128 are allowed"),
         (["in"], {"max_new_tokens": 120}, "tokens and `max_new_tokens` is 120, but the language model takes at most"),
         (["in"], {"model": "/none"}, "`model`='/none' cannot be loaded"),

@@ -55,6 +55,8 @@ class AnswerArguments(CaptionerArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("num_workers", self.num_workers, 0)
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"`dtype` must be float32 or bfloat16, but is {self.dtype!r}.")
 
 
 @dataclass
