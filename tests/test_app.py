@@ -118,14 +118,10 @@ def test_tiles_and_the_number_of_tokens_change_the_merging(captioner):
     assert shown.merging.counts[0] == 65 and shown.merging.counts[-1] == shown.merging.num_image_tokens == 6
 
 
-@pytest.mark.attack
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [(10**9, "must be from 11 to 11"), (0, "must be from 11 to 11"), (2.5, "must be a whole number, but is 2.5")],
-)
-def test_a_number_of_tokens_that_the_model_does_not_serve_is_refused(tokens, message, captioner):
+@pytest.mark.parametrize("tokens", [10**9, 0, 2.5])
+def test_a_number_of_tokens_that_the_model_does_not_serve_is_refused(tokens, captioner):
     settings = app.generation_settings(1, 0, 1, 6)
-    with pytest.raises((ValueError, TypeError), match=f"`num_image_tokens` {message}"):
+    with pytest.raises((ValueError, TypeError), match=f"`num_image_tokens` must be .* but is .*{tokens}"):
         next(app.describe(*captioner, "images", noise_images(1), "", settings, tokens))
 
 
@@ -183,20 +179,15 @@ def test_a_refused_file_is_deleted_at_once_and_others_are_kept(captioner, folder
 
 
 def test_errors_are_shown_as_text_and_the_next_visitor_is_served(captioner):
-    model, processor = captioner
     settings = app.generation_settings(1, 0, 1, 8)
-    with pytest.raises(gr.Error) as shown, app.shown_errors():
-        list(app.describe(model, processor, "images", noise_images(1), "<image><image>", settings))
-    assert shown.value.message == (
-        "`text` holds 2 &lt;image&gt; placeholders, but `images` holds 1 images. "
-        "The number of &lt;image&gt; tokens in the prompts should be the same as the number of images."
-    )
+    with pytest.raises(gr.Error, match="2 &lt;image&gt; placeholders"), app.shown_errors():
+        list(app.describe(*captioner, "images", noise_images(1), "<image><image>", settings))
     with pytest.raises(ValueError, match="the language model has places for 128"):  # in the middle of a text
-        last_text(model, processor, 1, 0, 1, 300)
-    assert last_text(model, processor, 1, 0, 1, 8)
-    with pytest.raises(gr.Error) as shown, app.shown_errors():
+        last_text(*captioner, 1, 0, 1, 300)
+    assert last_text(*captioner, 1, 0, 1, 8)
+    with pytest.raises(gr.Error, match="RuntimeError: out of memory") as shown, app.shown_errors():
         raise RuntimeError("out of memory")
-    assert shown.value.message == "RuntimeError: out of memory" and shown.value.print_exception
+    assert shown.value.print_exception
 
 
 def test_threads_that_are_left_behind_do_not_mix_mergings(captioner):

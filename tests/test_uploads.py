@@ -24,6 +24,7 @@ def files(tmp_path_factory):
     first, *rest = noise_images(6)
     first.save(folder / "image.PNG")
     first.save(folder / "video.webp", save_all=True, append_images=rest, lossless=True)
+    first.save(folder / "pages.tiff", save_all=True, append_images=rest)
     (folder / "notes.txt").write_text("no image")
     (folder / "broken.png").write_text("no image")
     (folder / "broken.mp4").write_text("no video")
@@ -38,13 +39,7 @@ def test_reads_images_and_videos(files):
     assert all(np.array_equal(frame, noise_images(6)[2 * index]) for index, frame in enumerate(frames))
     frames = uploads.read_file(files / "video.webp", 3, 1, fps=5)[1]
     assert frames.times == pytest.approx([0, 0.2, 0.4])  # a frame has 100 ms
-
-
-def test_the_pages_of_a_file_are_no_video(tmp_path):
-    first, *rest = noise_images(3)
-    first.save(tmp_path / "pages.tiff", save_all=True, append_images=rest)
-    kind, frames = uploads.read_file(tmp_path / "pages.tiff", 4, 1)
-    assert kind == "images" and np.array_equal(frames[0], first)
+    assert uploads.read_file(files / "pages.tiff", 4, 1)[0] == "images"  # pages of a file are no video
 
 
 @pytest.mark.parametrize(
@@ -54,6 +49,7 @@ def test_the_pages_of_a_file_are_no_video(tmp_path):
         ("image.PNG", 0.001, r"^The file 'image.PNG' has 0.0 MB, but at most 0.001 MB are read\.$"),
         ("broken.png", 1, r"^The file 'broken.png' cannot be read; it is damaged, or not what its name says\.$"),
         ("broken.mp4", 1, r"^The file 'broken.mp4' cannot be read; it is damaged, or not what its name says\.$"),
+        ("gone.png", 1, r"^The file 'gone\.png' is no longer on the server\. Upload it again\.$"),
     ],
 )
 def test_other_files_are_refused_by_their_name(files, name, max_mb, message):
@@ -183,11 +179,6 @@ def test_large_frames_are_shrunk_and_images_are_not(tmp_path, monkeypatch):
     first.save(tmp_path / "video.webp", save_all=True, append_images=rest)
     sizes = [uploads.read_file(tmp_path / name, 4, 1)[1][0].size for name in ("video.mp4", "video.webp", "image.png")]
     assert sizes == [(22, 22), (20, 20), (40, 40)]
-
-
-def test_a_file_that_is_gone_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"^The file 'gone\.png' is no longer on the server\. Upload it again\.$"):
-        uploads.read_file(tmp_path / "gone.png", 4, 1)
 
 
 def test_the_frames_are_those_of_the_processor(tmp_path):
