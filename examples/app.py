@@ -21,7 +21,6 @@ If the model is on the Hub already, omit the third line and set the Space's vari
 
 import argparse
 import html
-import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,7 @@ from threading import Event, Lock
 from typing import Any
 
 import torch
-from app_uploads import MB, read_file
+from app_uploads import read_file
 from PIL import Image
 from transformers import TextIteratorStreamer
 
@@ -55,9 +54,9 @@ import gradio as gr
 
 QUEUE_SIZE = 16  # requests that may wait; one is served at a time
 SESSIONS = 64  # visitors whose frames are kept in memory, for the slider
-
-
 SHOWN_FRAMES = 16  # of a video
+# Of a slider. Gradio itself rounds the value on the server, and refuses one out of range.
+WHOLE = {"step": 1, "precision": 0}
 PROMPT_CHARACTERS = 10_000  # checked before the prompt is tokenised: 20 MB take 26 s
 # A visitor who presses Stop may leave a thread behind. Hooks belong to the model, so they would record both threads.
 _MERGING_LOCK = Lock()
@@ -113,22 +112,8 @@ def stream_text(
 
 
 def generation_settings(num_beams: int, temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:
-    """Returns the visitor's options as arguments of `generate`. A temperature of 0 takes the likeliest token.
-
-    A ValueError names an option that is out of range, and a TypeError one that is not a number.
-    """
-    options = {"num_beams": num_beams, "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-    for name, value in options.items():  # through the API they may be anything that JSON holds
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"`{name}` must be a number, but is {value!r}.")
-    for name in ("num_beams", "max_new_tokens"):
-        if options[name] < 1 or options[name] % 1:
-            raise ValueError(f"`{name}` must be a whole number of 1 or more, but is {options[name]}.")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"`temperature` must be 0 or more, but is {temperature}.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"`top_p` must be above 0 and at most 1, but is {top_p}.")
-    settings = {"num_beams": int(num_beams), "max_new_tokens": int(max_new_tokens), "do_sample": temperature > 0}
+    """Returns the sliders' values as arguments of `generate`. A temperature of 0 takes the likeliest token."""
+    settings = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     return settings | ({"temperature": temperature, "top_p": top_p} if temperature > 0 else {})
 
 
@@ -150,8 +135,6 @@ def describe(
     if len(prompt) > PROMPT_CHARACTERS:
         raise ValueError(f"The prompt has {len(prompt)} characters, but at most {PROMPT_CHARACTERS} are read.")
     budget = processor.num_image_tokens if num_image_tokens is None else num_image_tokens
-    if not isinstance(budget, int):  # through the API it may be anything that JSON holds
-        raise TypeError(f"`num_image_tokens` must be a whole number, but is {num_image_tokens!r}.")
     model.config.read_budgets("num_image_tokens", [budget], 1)  # raises out of range
     sampling = {"do_sample_frames": False} if modality == "videos" else {}
     inputs = processor(**{modality: frames}, text=prompt, num_image_tokens=budget, **sampling).to(model.device)
@@ -173,15 +156,13 @@ def draw_layer(shown: Shown | None, layer: int) -> list[tuple[Image.Image, str]]
     if shown is None:
         return []
     merging = shown.merging
-    if merging is not None and layer not in range(len(merging.groups)):  # through the API it may be 1.5
-        raise ValueError(f"`layer` must be a whole number of 0 to {len(merging.groups) - 1}, but is {layer!r}.")
     drawn = []
     for number, frame in enumerate(shown.frames):
         name = "image" if len(shown.frames) == 1 else f"frame {number + 1}"
         drawn.append((frame, name))
         if merging is not None:
-            title = f"{name}, layer {layer}: {merging.counts[int(layer)]} tokens"
-            drawn.append((draw_groups(frame, merging.of_frame(int(layer), number)), title))
+            title = f"{name}, layer {layer}: {merging.counts[layer]} tokens"
+            drawn.append((draw_groups(frame, merging.of_frame(layer, number)), title))
     return drawn
 
 
@@ -224,12 +205,12 @@ def uploads_only(file: gr.File) -> gr.File:
     return file
 
 
-def read_upload(path: str | None, processor: EVLGenProcessor, max_mb: float) -> tuple[str, list[Image.Image]]:
+def read_upload(path: str | None, processor: EVLGenProcessor) -> tuple[str, list[Image.Image]]:
     """Reads an uploaded file as [`read_file`] does, and deletes a file that is refused."""
     if path is None:
         raise ValueError("There is no image or video yet.")
     try:
-        return read_file(path, processor.num_frames, max_mb, processor.fps)
+        return read_file(path, processor.num_frames, processor.fps)
     except ValueError:
         Path(path).unlink(missing_ok=True)  # Gradio itself would keep it for an hour
         raise
@@ -251,7 +232,7 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
     def preview(path: str | None) -> tuple[Shown | None, list, str, str]:
         if path is None:
             return None, [], "", ""
-        _, frames = read_upload(path, processor, max_mb)
+        _, frames = read_upload(path, processor)
         shown = Shown([make_preview(frames[number]) for number in shown_frames(len(frames))])
         return shown, draw_layer(shown, 0), "", ""
 
@@ -260,7 +241,7 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
     ) -> Iterator[tuple[Any, ...]]:
         with shown_errors():  # as a decorator it would end before the first step
             settings = generation_settings(*options)
-            modality, frames = read_upload(path, processor, max_mb)
+            modality, frames = read_upload(path, processor)
             drawn = None
             steps = describe(model, processor, modality, frames, prompt or "", settings, num_tokens)
             for text, shown in steps:
@@ -275,7 +256,7 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
                 low, high = model.config.image_token_range or [processor.num_image_tokens] * 2
                 texts = {"label": "Tokens of the soft prompt", "info": "Fewer are faster, more show more."}
                 layout = {"visible": low < high, "elem_id": "tokens"}
-                num_tokens = gr.Slider(low, max(high, low + 1), processor.num_image_tokens, step=1, **texts, **layout)
+                num_tokens = gr.Slider(low, max(high, low + 1), processor.num_image_tokens, **WHOLE, **texts, **layout)
             with gr.Column(scale=2):
                 text, table, layer, gallery = output_column(names)
         file.change(preview, file, [shown, gallery, text, table])
@@ -294,10 +275,10 @@ def input_column(max_mb: float, max_new_tokens: int | None) -> tuple[Any, ...]:
         start = gr.Button("Describe", variant="primary", elem_id="start")
         stop = gr.Button("Stop", elem_id="stop")
     options = [
-        gr.Slider(1, 10, 1, step=1, label="Beams", info="Text is streamed with 1."),
+        gr.Slider(1, 10, 1, **WHOLE, label="Beams", info="Text is streamed with 1."),
         gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 takes the likeliest token."),
         gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="For temperatures above 0."),
-        gr.Slider(1, 256, min(max_new_tokens or 30, 256), step=1, label="Max new tokens"),
+        gr.Slider(1, 256, min(max_new_tokens or 30, 256), **WHOLE, label="Max new tokens"),
     ]
     return file, prompt, start, stop, options
 
@@ -308,7 +289,7 @@ def output_column(names: list[str]) -> tuple[gr.Textbox, gr.Markdown, gr.Slider,
     table = gr.Markdown(elem_id="figures")
     info = "0 is before the choice of tokens, 1 after it." if "choice" in names else "0 is before the first layer."
     shown = {"label": "Layer of the connector", "info": info, "elem_id": "layer"}
-    layer = gr.Slider(0, len(names), len(names), step=1, **shown)
+    layer = gr.Slider(0, len(names), len(names), **WHOLE, **shown)
     layout = {"columns": 2, "fit_columns": False, "height": "auto", "buttons": ["download", "fullscreen"]}
     gallery = gr.Gallery(label="Patches of one token share a number", **layout, format="png", elem_id="gallery")
     return text, table, layer, gallery
@@ -332,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         share=False,
         server_name=arguments.host,
         server_port=arguments.port,
-        max_file_size=int(MB * arguments.max_mb),
+        max_file_size=int(2**20 * arguments.max_mb),
         show_error=True,
         run_history=False,
         state_session_capacity=SESSIONS,

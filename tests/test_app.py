@@ -5,7 +5,6 @@ import http.client
 import importlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -118,10 +117,10 @@ def test_tiles_and_the_number_of_tokens_change_the_merging(captioner):
     assert shown.merging.counts[0] == 65 and shown.merging.counts[-1] == shown.merging.num_image_tokens == 6
 
 
-@pytest.mark.parametrize("tokens", [10**9, 0, 2.5])
+@pytest.mark.parametrize("tokens", [10**9, 0])
 def test_a_number_of_tokens_that_the_model_does_not_serve_is_refused(tokens, captioner):
     settings = app.generation_settings(1, 0, 1, 6)
-    with pytest.raises((ValueError, TypeError), match=f"`num_image_tokens` must be .* but is .*{tokens}"):
+    with pytest.raises(ValueError, match=f"`num_image_tokens` must be .* but is .*{tokens}"):
         next(app.describe(*captioner, "images", noise_images(1), "", settings, tokens))
 
 
@@ -140,26 +139,6 @@ def test_sampling_draws_as_generate_does(captioner):
     assert drawn == expected != last_text(model, processor, 1, 0, 1, 12)
 
 
-@pytest.mark.parametrize(
-    ("position", "value", "error", "name"),
-    [
-        *((0, value, ValueError, "num_beams") for value in (0, 2.5)),
-        *((1, value, ValueError, "temperature") for value in (-1, math.nan, math.inf)),
-        (2, 1.5, ValueError, "top_p"),
-        *((3, value, ValueError, "max_new_tokens") for value in (0, 7.5)),
-        *((0, value, TypeError, "num_beams") for value in ("3", None, True, [3])),
-        (3, "8", TypeError, "max_new_tokens"),
-    ],
-)
-def test_options_that_are_no_numbers_or_out_of_range_are_named(position, value, error, name):
-    options = [1, 0, 1, 30]
-    options[position] = value
-    with pytest.raises(error, match=re.escape(f"`{name}` must be ") + ".*" + re.escape(f"but is {value!r}.")):
-        app.generation_settings(*options)
-    whole = {"num_beams": 2, "max_new_tokens": 8, "do_sample": False}
-    assert app.generation_settings(2.0, 0, 1, 8.0) == whole  # a slider may give floats
-
-
 def test_a_long_prompt_is_refused_before_it_is_tokenised(captioner, monkeypatch):
     model, processor = captioner
     monkeypatch.setattr(EVLGenProcessor, "__call__", None)
@@ -171,10 +150,10 @@ def test_a_long_prompt_is_refused_before_it_is_tokenised(captioner, monkeypatch)
 def test_a_refused_file_is_deleted_at_once_and_others_are_kept(captioner, folder, tmp_path):
     for name in ("image.PNG", "notes.txt", "broken.png"):
         shutil.copy(folder / name, tmp_path / name)
-    assert app.read_upload(str(tmp_path / "image.PNG"), captioner[1], 1)[0] == "images"
+    assert app.read_upload(str(tmp_path / "image.PNG"), captioner[1])[0] == "images"
     for name in ("notes.txt", "broken.png"):
         with pytest.raises(ValueError, match=name):
-            app.read_upload(str(tmp_path / name), captioner[1], 1)
+            app.read_upload(str(tmp_path / name), captioner[1])
     assert [path.name for path in tmp_path.iterdir()] == ["image.PNG"]
 
 
@@ -233,9 +212,6 @@ def test_draws_each_frame_beside_what_a_layer_leaves_of_it():
     assert all(np.array_equal(image, frame) for image, frame in zip(images, expected, strict=True))
     assert app.draw_layer(app.Shown([white], 1, merging), 0)[1][1] == "image, layer 0: 4 tokens"
     assert app.draw_layer(app.Shown([white]), 1) == [(white, "image")] and app.draw_layer(None, 1) == []
-    for layer in (2, 0.5, -1, "1"):
-        with pytest.raises(ValueError, match=rf"`layer` must be a whole number of 0 to 1, but is {layer!r}\."):
-            app.draw_layer(shown, layer)
     assert app.figures(shown).splitlines()[2] == "| 2 frames x 4 | 3 | 1.2 ms | 0.5 ms | … |"
 
 
@@ -469,7 +445,8 @@ def test_a_client_without_the_page_gets_named_errors(server, folder, tmp_path):
     assert "The file 'refused.png' is no longer on the server" in call(address, 0, [refused])
     image = upload(address, folder / "image.PNG")
     for prompt, options, message in (
-        ("", [2.5, 0, 1, 8], "`num_beams` must be a whole number of 1 or more, but is 2.5."),
+        ("", [11, 0, 1, 8], "Value 11 is greater than maximum value 10."),
+        ("", [1, -1, 1, 8], "Value -1 is less than minimum value 0."),
         ("a" * 10_001, [1, 0, 1, 8], "The prompt has 10001 characters, but at most 10000 are read."),
         (None, [1, 0, 1, 8], "soft-prompt tokens"),
     ):
