@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx  # it brings this library
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.hf_argparser import HfArg

@@ -17,7 +17,6 @@ from common.demo import scenes
 from common.demo.easy_vqa import easy_vqa_questions
 from common.evaluation import answers
 from common.evaluation.answer_folder import read_answers
-from common.evaluation.answers import pending_batches
 from common.files import only_run_in
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -310,13 +309,6 @@ def test_a_broken_image_and_a_broken_line_are_named(work, tmp_path):
     (tmp_path / "out" / "answers.jsonl").write_text('{"id": 1, "text": ""}\n')
     with pytest.raises(ValueError, match=r"`output_dir`: .*answers\.jsonl answers the row 1, which is none"):
         evaluate_vqa.main(given)
-
-
-def test_batches_begin_at_the_same_rows_in_a_resumed_run():
-    batches = [range(3), range(3, 6), range(6, 7)]
-    assert pending_batches([False] * 7, 3) == batches
-    assert pending_batches([True] * 4 + [False] * 3, 3) == batches[1:]
-    assert pending_batches([True] * 7, 3) == []
 
 
 def test_arguments_come_from_a_yaml_file_too(work, tmp_path, monkeypatch):

@@ -217,7 +217,10 @@ def answer_pending(
     answered = find_answers([path], ids)[:, 0] >= 0
     if state.is_main_process and answered.any():
         print(f"{answered.sum()} of {len(ids)} rows have been answered before.")
-    batches = pending_batches(answered, answer_args.batch_size)
+    # Batches always begin at the same rows.
+    size = answer_args.batch_size
+    batches = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
+    batches = [batch for batch in batches if not answered[batch.start : batch.stop].all()]
     start, end = (len(batches) * (state.process_index + step) // state.num_processes for step in (0, 1))
     share = batches[start:end]  # neighbours, which often lie in the same file
     loader = DataLoader(rows, batch_sampler=share, collate_fn=collate, num_workers=answer_args.num_workers)
@@ -252,10 +255,3 @@ def write_part(
                     bar.write(f"Left out: {detail['error']}", file=sys.stderr)
             file.flush()
             bar.update(len(indices))
-
-
-def pending_batches(answered: Sequence[bool], batch_size: int) -> list[range]:
-    """Row indices of each batch in which an answer is missing. Batches always begin at the same rows."""
-    starts = range(0, len(answered), batch_size)
-    batches = [range(start, min(start + batch_size, len(answered))) for start in starts]
-    return [batch for batch in batches if not all(answered[batch.start : batch.stop])]
