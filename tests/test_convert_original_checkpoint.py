@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.video import TemporalContextualizer
 from processing_evlgen import EVLGenProcessor
 
 from .helpers import FIXTURES, noise_images, run_clean
@@ -222,20 +221,6 @@ def test_generates_the_same_words(case):
     assert torch.equal(generate(case, eos_token_id=stop_id(case)), expected["gen_stop.ids"])
     if "gen_reppen.ids" in expected:
         assert torch.equal(generate(case, repetition_penalty=1.5), expected["gen_reppen.ids"])
-
-
-def test_the_temporal_contextualizer_alone():
-    for variant in ("alpha_nonzero", "alpha_zero"):
-        _, state, _, expected = read(f"video_opt/{variant}")
-        contextualizer = TemporalContextualizer(64, 256, 8)
-        prefix = "visual_encoder.blocks.0.temporal_merge."
-        contextualizer.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        tokens = expected["temporal_0_in"].unflatten(0, (2, 4))
-        close(
-            tokens + contextualizer(tokens),
-            expected["temporal_0_out"].unflatten(0, (2, 4)),
-            {"atol": 1e-4, "rtol": 1e-4},
-        )
 
 
 @pytest.mark.parametrize("name", ["image_opt", "image_llama", "video_opt/alpha_nonzero"])
