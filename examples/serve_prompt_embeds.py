@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None) -> list[str]:
     model.set_output_embeddings(None)
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     processor = EVLGenProcessor.from_pretrained(arguments.model, **arguments.layout)
+    model.config.read_budgets("num_image_tokens", processor.num_image_tokens, 1)  # raises out of range
     trained_on = Path(model.config.text_model_name_or_path or served["root"])
     if trained_on.name != Path(served["root"]).name:
         warnings.warn(f"The server serves {served['root']}, but the model was trained on {trained_on}.", stacklevel=2)
