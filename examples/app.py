@@ -23,54 +23,158 @@ import argparse
 import html
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Lock
 from typing import Any
 
 import torch
-from app_model import PROMPT_CHARACTERS, SHOWN_FRAMES, Merging, describe, generation_settings
-from app_uploads import MB, read_file
+from app_uploads import read_file
 from PIL import Image
+from transformers import TextIteratorStreamer
 
-from common.evaluation.merging_overlay import SIDE, draw_groups, layer_names, patch_grid
+from common.evaluation.merging_overlay import (
+    SIDE,
+    Merging,
+    draw_groups,
+    layer_names,
+    patch_grid,
+    resize_to_side,
+    timed,
+    trace_merging,
+)
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
-from processing_evlgen.videos import sample_frames
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: no telemetry, no check for newer versions
 import gradio as gr
 
 QUEUE_SIZE = 16  # requests that may wait; one is served at a time
 SESSIONS = 64  # visitors whose frames are kept in memory, for the slider
+SHOWN_FRAMES = 16  # of a video
+# Of a slider. Gradio itself rounds the value on the server, and refuses one out of range.
+WHOLE = {"step": 1, "precision": 0}
+PROMPT_CHARACTERS = 10_000  # checked before the prompt is tokenised: 20 MB take 26 s
+# A visitor who presses Stop may leave a thread behind. Hooks belong to the model, so they would record both threads.
+_MERGING_LOCK = Lock()
 
 
-def draw_layer(merging: Merging | None, layer: int) -> list[tuple[Image.Image, str]]:
+@dataclass
+class Shown:
+    """What the page shows of an image or video: some of its frames and, once the model has run, their merging."""
+
+    frames: list[Image.Image]
+    num_frames: int = 1  # with those that are not shown
+    merging: Merging | None = None
+
+
+def shown_frames(total: int) -> list[int]:
+    """Indices of the frames that are shown, at equal distances."""
+    count = min(total, SHOWN_FRAMES)
+    return [index * total // count for index in range(count)]
+
+
+def stream_text(
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    inputs: dict[str, Any],
+    settings: dict[str, Any],
+    milliseconds: dict[str, float],
+) -> Iterator[str]:
+    """Generates text and yields it as it grows; with several beams it yields only the whole text.
+
+    `inputs` and `settings` are arguments of `generate`. `milliseconds` receives the time of the `"language model"`.
+    """
+
+    def generate(**arguments: Any) -> torch.Tensor:
+        with timed(milliseconds, "language model"):
+            return model.generate(**inputs, **settings, **arguments)
+
+    if settings["num_beams"] > 1:
+        yield processor.decode(generate()[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        return
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stop, text = Event(), ""
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        generation = executor.submit(generate, streamer=streamer, stopping_criteria=[lambda *_, **__: stop.is_set()])
+        # If `generate` fails, it does not end the stream, and the loop below would wait for ever.
+        generation.add_done_callback(lambda _: streamer.on_finalized_text("", stream_end=True))
+        try:
+            for piece in streamer:
+                text += piece
+                yield text.strip()
+            generation.result()
+        finally:  # also reached when the visitor has left
+            stop.set()
+
+
+def generation_settings(num_beams: int, temperature: float, top_p: float, max_new_tokens: int) -> dict[str, Any]:
+    """Returns the sliders' values as arguments of `generate`. A temperature of 0 takes the likeliest token."""
+    settings = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    return settings | ({"temperature": temperature, "top_p": top_p} if temperature > 0 else {})
+
+
+@torch.no_grad()
+def describe(
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    modality: str,
+    frames: list[Image.Image],
+    prompt: str,
+    settings: dict[str, Any],
+    num_image_tokens: int | None = None,
+) -> Iterator[tuple[str, Shown]]:
+    """Runs the captioner part by part on the frames from [`read_file`], with [`generation_settings`].
+
+    Yields the text so far, at first empty, and what is shown. At the end `merging.milliseconds` has an entry for the
+    `"language model"` too. A ValueError names a prompt that is too long or does not fit the frames.
+    """
+    if len(prompt) > PROMPT_CHARACTERS:
+        raise ValueError(f"The prompt has {len(prompt)} characters, but at most {PROMPT_CHARACTERS} are read.")
+    budget = processor.num_image_tokens if num_image_tokens is None else num_image_tokens
+    model.config.read_budgets("num_image_tokens", [budget], 1)  # raises out of range
+    sampling = {"do_sample_frames": False} if modality == "videos" else {}
+    inputs = processor(**{modality: frames}, text=prompt, num_image_tokens=budget, **sampling).to(model.device)
+    numbers = shown_frames(len(frames))
+    with _MERGING_LOCK:
+        soft_prompt, merging = trace_merging(model, inputs, budget, numbers)
+    shown = Shown([resize_to_side(frames[number]) for number in numbers], len(frames), merging)
+    yield "", shown
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    inputs["mm_encoder_outputs"] = {modality.removesuffix("s"): soft_prompt}
+    text = ""
+    for text in stream_text(model, processor, inputs, settings, merging.milliseconds):
+        yield text, shown
+    yield text, shown
+
+
+def draw_layer(shown: Shown | None, layer: int) -> list[tuple[Image.Image, str]]:
     """Returns each frame with a title and, once the model has run, the frame with a layer's tokens drawn over it."""
-    if merging is None:
+    if shown is None:
         return []
-    if merging.groups and layer not in range(len(merging.groups)):  # through the API it may be 1.5
-        raise ValueError(f"`layer` must be a whole number of 0 to {len(merging.groups) - 1}, but is {layer!r}.")
+    merging = shown.merging
     drawn = []
-    for number, frame in enumerate(merging.frames, start=1):
-        name = "image" if len(merging.frames) == 1 else f"frame {number}"
+    for number, frame in enumerate(shown.frames):
+        name = "image" if len(shown.frames) == 1 else f"frame {number + 1}"
         drawn.append((frame, name))
-        if merging.groups:
-            title = f"{name}, layer {layer}: {merging.counts[int(layer)]} tokens"
-            groups = merging.groups[int(layer)]
-            drawn.append((draw_groups(frame, groups if groups.ndim == 2 else groups[number - 1]), title))
+        if merging is not None:
+            title = f"{name}, layer {layer}: {merging.counts[layer]} tokens"
+            drawn.append((draw_groups(frame, merging.of_frame(layer, number)), title))
     return drawn
 
 
-def figures(merging: Merging, milliseconds: dict[str, float]) -> str:
+def figures(shown: Shown) -> str:
     """Returns a Markdown table of tokens and of the milliseconds of each part."""
-    frames = merging.num_frames
+    frames, merging = shown.num_frames, shown.merging
     cells = {
         "vision tokens": f"{merging.counts[0]}" if frames == 1 else f"{frames} frames x {merging.counts[0]}",
         "soft-prompt tokens": f"{merging.num_image_tokens}",
     }
     for part in ("tower", "connector", "language model"):
-        cells[part] = f"{milliseconds[part]:.1f} ms" if part in milliseconds else "…"
+        cells[part] = f"{merging.milliseconds[part]:.1f} ms" if part in merging.milliseconds else "…"
     return "\n".join(f"| {' | '.join(row)} |" for row in (cells, ["---"] * len(cells), cells.values()))
 
 
@@ -86,7 +190,10 @@ def shown_errors() -> Iterator[None]:
 
 
 def uploads_only(file: gr.File) -> gr.File:
-    """Accepts uploaded files only. Gradio would also fetch a URL, whatever the size of its content."""
+    """Accepts uploaded files only. Gradio would also fetch a URL, whatever the size of its content.
+
+    Gradio fetches before it calls any function of a page, and has no setting against it, so its method is replaced.
+    """
     move = file.async_move_resource_to_block_cache
 
     async def move_upload(path: str | Path | None) -> str | None:
@@ -98,12 +205,12 @@ def uploads_only(file: gr.File) -> gr.File:
     return file
 
 
-def read_upload(path: str | None, processor: EVLGenProcessor, max_mb: float) -> tuple[str, list[Image.Image]]:
+def read_upload(path: str | None, processor: EVLGenProcessor) -> tuple[str, list[Image.Image]]:
     """Reads an uploaded file as [`read_file`] does, and deletes a file that is refused."""
     if path is None:
         raise ValueError("There is no image or video yet.")
     try:
-        return read_file(path, processor.num_frames, max_mb, processor.fps)
+        return read_file(path, processor.num_frames, processor.fps)
     except ValueError:
         Path(path).unlink(missing_ok=True)  # Gradio itself would keep it for an hour
         raise
@@ -122,39 +229,39 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
     names = layer_names(model)
 
     @shown_errors()
-    def preview(path: str | None) -> tuple[Merging | None, list, str, str]:
+    def preview(path: str | None) -> tuple[Shown | None, list, str, str]:
         if path is None:
             return None, [], "", ""
-        _, frames = read_upload(path, processor, max_mb)
-        merging = Merging([make_preview(frames[index]) for index in sample_frames(len(frames), SHOWN_FRAMES)])
-        return merging, draw_layer(merging, 0), "", ""
+        _, frames = read_upload(path, processor)
+        shown = Shown([make_preview(frames[number]) for number in shown_frames(len(frames))])
+        return shown, draw_layer(shown, 0), "", ""
 
     def answer(
         path: str | None, prompt: str | None, layer: int, num_tokens: int, *options: Any
     ) -> Iterator[tuple[Any, ...]]:
         with shown_errors():  # as a decorator it would end before the first step
             settings = generation_settings(*options)
-            modality, frames = read_upload(path, processor, max_mb)
+            modality, frames = read_upload(path, processor)
             drawn = None
             steps = describe(model, processor, modality, frames, prompt or "", settings, num_tokens)
-            for text, merging, milliseconds in steps:
-                drawn = draw_layer(merging, layer) if drawn is None else gr.skip()
-                yield text, figures(merging, milliseconds), merging, drawn
+            for text, shown in steps:
+                drawn = draw_layer(shown, layer) if drawn is None else gr.skip()
+                yield text, figures(shown), shown, drawn
 
     with gr.Blocks(title="EVLGen", delete_cache=(3600, 3600)) as page:
-        merging = gr.State()
+        shown = gr.State()
         with gr.Row():
             with gr.Column():
                 file, prompt, start, stop, options = input_column(max_mb, model.generation_config.max_new_tokens)
                 low, high = model.config.image_token_range or [processor.num_image_tokens] * 2
                 texts = {"label": "Tokens of the soft prompt", "info": "Fewer are faster, more show more."}
-                shown = {"visible": low < high, "elem_id": "tokens"}
-                num_tokens = gr.Slider(low, max(high, low + 1), processor.num_image_tokens, step=1, **texts, **shown)
+                layout = {"visible": low < high, "elem_id": "tokens"}
+                num_tokens = gr.Slider(low, max(high, low + 1), processor.num_image_tokens, **WHOLE, **texts, **layout)
             with gr.Column(scale=2):
                 text, table, layer, gallery = output_column(names)
-        file.change(preview, file, [merging, gallery, text, table])
-        layer.release(shown_errors()(draw_layer), [merging, layer], gallery)
-        inputs, outputs = [file, prompt, layer, num_tokens, *options], [text, table, merging, gallery]
+        file.change(preview, file, [shown, gallery, text, table])
+        layer.release(shown_errors()(draw_layer), [shown, layer], gallery)
+        inputs, outputs = [file, prompt, layer, num_tokens, *options], [text, table, shown, gallery]
         running = gr.on([start.click, prompt.submit], answer, inputs, outputs)
         stop.click(None, cancels=running)
     return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
@@ -168,10 +275,10 @@ def input_column(max_mb: float, max_new_tokens: int | None) -> tuple[Any, ...]:
         start = gr.Button("Describe", variant="primary", elem_id="start")
         stop = gr.Button("Stop", elem_id="stop")
     options = [
-        gr.Slider(1, 10, 1, step=1, label="Beams", info="Text is streamed with 1."),
+        gr.Slider(1, 10, 1, **WHOLE, label="Beams", info="Text is streamed with 1."),
         gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 takes the likeliest token."),
         gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="For temperatures above 0."),
-        gr.Slider(1, 256, min(max_new_tokens or 30, 256), step=1, label="Max new tokens"),
+        gr.Slider(1, 256, min(max_new_tokens or 30, 256), **WHOLE, label="Max new tokens"),
     ]
     return file, prompt, start, stop, options
 
@@ -182,7 +289,7 @@ def output_column(names: list[str]) -> tuple[gr.Textbox, gr.Markdown, gr.Slider,
     table = gr.Markdown(elem_id="figures")
     info = "0 is before the choice of tokens, 1 after it." if "choice" in names else "0 is before the first layer."
     shown = {"label": "Layer of the connector", "info": info, "elem_id": "layer"}
-    layer = gr.Slider(0, len(names), len(names), step=1, **shown)
+    layer = gr.Slider(0, len(names), len(names), **WHOLE, **shown)
     layout = {"columns": 2, "fit_columns": False, "height": "auto", "buttons": ["download", "fullscreen"]}
     gallery = gr.Gallery(label="Patches of one token share a number", **layout, format="png", elem_id="gallery")
     return text, table, layer, gallery
@@ -206,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         share=False,
         server_name=arguments.host,
         server_port=arguments.port,
-        max_file_size=int(MB * arguments.max_mb),
+        max_file_size=int(2**20 * arguments.max_mb),
         show_error=True,
         run_history=False,
         state_session_capacity=SESSIONS,

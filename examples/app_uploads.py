@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import av
 from PIL import Image
@@ -31,7 +30,6 @@ ANIMATED = (".png", ".webp", ".gif")  # several images in a TIFF or a JPEG are n
 # FFmpeg's names. Without a name FFmpeg guesses, and would also open a playlist of other files.
 VIDEOS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".webm": "webm", ".mkv": "matroska", ".avi": "avi"}
 VIDEOS |= {".mpg": "mpeg", ".mpeg": "mpeg"}
-MB = 2**20  # bytes, as Gradio counts them
 
 # A file of a few KB can hold images that fill the memory, so the size of a file is no limit. In millions of pixels:
 IMAGE_MEGAPIXELS = 64
@@ -49,12 +47,10 @@ class TooMuchError(ValueError):
     """A file exceeds a limit. The message is the predicate of a sentence about the file."""
 
 
-def read_file(
-    path: str | Path, num_frames: int, max_mb: float, fps: float | None = None
-) -> tuple[str, list[Image.Image]]:
+def read_file(path: str | Path, num_frames: int, fps: float | None = None) -> tuple[str, list[Image.Image]]:
     """Reads an uploaded file: returns `"images"` and the image, or `"videos"` and [`VideoFrames`] of a video.
 
-    These are `num_frames` frames, or `fps` frames of each second.
+    These are `num_frames` frames, or `fps` frames of each second. Gradio has limited the size of the file.
 
     A ValueError names a file that is missing, damaged, of another kind, or over a limit, without the server's folder.
     Pixels and frames are checked before any are decoded.
@@ -67,9 +63,6 @@ def read_file(
         raise ValueError(f"The file {name} is neither an image ({images}) nor a video ({videos}).")
     if not path.is_file():
         raise ValueError(f"The file {name} is no longer on the server. Upload it again.")
-    megabytes = path.stat().st_size / MB
-    if megabytes > max_mb:
-        raise ValueError(f"The file {name} has {megabytes:.1f} MB, but at most {max_mb:g} MB are read.")
     try:
         if suffix in VIDEOS:
             return "videos", _read_video(path, choice)
@@ -82,38 +75,27 @@ def read_file(
         raise ValueError(f"The file {name} cannot be read; it is damaged, or not what its name says.") from error
 
 
-class _Packet(NamedTuple):
-    """What is kept of a packet of PyAV: whether its frame is shown, and when and how long in seconds."""
-
-    is_shown: bool
-    seconds: float
-    duration: float
-
-    @classmethod
-    def of(cls, packet: Any) -> "_Packet":
-        time, unit = packet.dts if packet.pts is None else packet.pts, packet.time_base or 0
-        return cls(is_shown(packet), float((time or 0) * unit), float((packet.duration or 0) * unit))
-
-
 def _read_video(path: Path, choice: FrameChoice) -> VideoFrames:
     """Chosen frames of a video."""
     format, deadline = VIDEOS[path.suffix.lower()], time.monotonic() + VIDEO_SECONDS
     with av.open(str(path), format=format) as container:
         stream = container.streams.video[0]
         # A packet holds a frame. Packets are counted, since the number in the file's head may be wrong.
-        packets = [_Packet.of(packet) for packet in islice(container.demux(stream), FRAMES + 1) if packet.size]
+        packets, shown = [], 0  # the seconds and the duration of each
+        for packet in islice(container.demux(stream), FRAMES + 1):
+            stamp, unit = packet.dts if packet.pts is None else packet.pts, packet.time_base or 0
+            packets += [(float((stamp or 0) * unit), float((packet.duration or 0) * unit))] if packet.size else []
+            shown += is_shown(packet)
         _check_sizes(len(packets), stream.width * stream.height, FRAME_MEGAPIXELS, VIDEO_MEGAPIXELS)
         if packets:
-            last = max(packets, key=lambda packet: packet.seconds)
-            first = min(packet.seconds for packet in packets)
-            check_end(container, stream, len(packets), (first, last.seconds), last.duration)
+            (first, _), (last, duration) = min(packets), max(packets)
+            check_end(container, stream, len(packets), (first, last), duration)
     with av.open(str(path), format=format) as container:
         stream = container.streams.video[0]
         # Frames may be larger than the file's head says.
         stream.codec_context.options = {"max_pixels": str(FRAME_MEGAPIXELS * 1_000_000)}
         timed = iterate_container(container, stream)
-        total = sum(packet.is_shown for packet in packets)
-        return _choose_frames(timed, total, choice, VIDEO_MEGAPIXELS, deadline)
+        return _choose_frames(timed, shown, choice, VIDEO_MEGAPIXELS, deadline)
 
 
 def _read_image(path: Path, choice: FrameChoice) -> tuple[str, list[Image.Image]]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-from caption_folder_items import ITEM, find_changed, list_items, read_item, update_items
+from caption_folder_items import ITEM, check_shards, is_current, list_items, read_item
 from datasets import Dataset
 from PIL import Image
 from pyarrow import parquet as pq
@@ -85,16 +85,10 @@ class ItemCollator:
         self.stand_in = white if folder_args.media == "image" else [white]
 
     def __call__(self, items: list[dict[str, Any]]) -> BatchFeature:
-        args, errors, sources = self.folder_args, [], []
-        for item in items:
-            try:
-                sources.append(read_item(item, args.media, args.column, args.frames, args.max_pixels))
-                errors.append(None)
-            except ValueError as error:
-                sources.append(self.stand_in)
-                errors.append(str(error).encode(errors="backslashreplace").decode())  # names need not be UTF-8
-        batch = self.prompts(sources)
-        batch["errors"] = errors
+        args = self.folder_args
+        read = [read_item(item, args.media, args.column, args.frames, args.max_pixels) for item in items]
+        batch = self.prompts([self.stand_in if media is None else media for media, _ in read])
+        batch["details"] = [details for _, details in read]
         return batch
 
     def prompts(self, sources: list[Any]) -> BatchFeature:
@@ -124,6 +118,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
                 **answering_settings(model, processor, generation_args, folder_args),
             }
             check_settings(folder, settings)  # before answers are dropped
+            check_shards(items)
             drop_changed(items, folder)
         ids = range(len(items))
         answer_pending(items, ids, collate, model, processor, generation_args, folder_args, folder, state)
@@ -167,15 +162,19 @@ def load_items(path: Path, folder_args: FolderArguments, is_new: bool) -> Datase
 
 
 def drop_changed(items: Dataset, folder: Path) -> None:
-    """Removes the answers to files that were replaced since they were listed, so that they are captioned again."""
-    changed = find_changed(items)
-    if not changed:
-        return
-    names = [items[index]["file"] for index in islice(changed, MAX_NAMES)]
-    print(f"{len(changed)} files changed and are captioned again: {shortened(names, len(changed))}")
-    join_answers(folder, range(len(items)), dropped=changed)
-    with replacing(folder / ITEMS) as partial_path:
-        update_items(folder / ITEMS, partial_path, changed)
+    """Removes the answers to files that were replaced since they were read, so that they are captioned again."""
+    changed: list[int] = []
+
+    def keep(answer: dict[str, Any]) -> bool:
+        current = is_current(answer.get("source"))
+        if not current:
+            changed.append(answer["id"])
+        return current
+
+    join_answers(folder, range(len(items)), keep)
+    if changed:
+        names = [items[index]["file"] for index in sorted(changed[:MAX_NAMES])]
+        print(f"{len(changed)} files changed and are captioned again: {shortened(names, len(changed))}")
 
 
 def shortened(names: list[str], count: int) -> str:
@@ -204,8 +203,7 @@ def write_captions(items: Dataset, folder: Path, file_type: str) -> dict[str, in
             counts["broken" if "error" in answer else "captioned"] += 1
             if "error" in answer and len(broken_names) < MAX_NAMES:
                 broken_names.append(item["file"])
-            del answer["id"]
-            yield {"file": item["file"], **answer}
+            yield {"file": item["file"], **{name: answer[name] for name in ("text", "error") if name in answer}}
 
     written = tqdm(rows(), "Writing", len(items))
     with replacing(path) as partial_path:

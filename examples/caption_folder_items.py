@@ -30,19 +30,15 @@ ITEM = pa.schema(
     {
         "file": pa.string(),  # the name: a path, or a shard's path and the name or row in the shard
         "path": pa.binary(),  # the file on disk; its name need not be UTF-8
-        "file_size": pa.int64(),  # of the file on disk, in bytes; null if it could not be looked at
-        "file_time": pa.int64(),  # of its last change, in nanoseconds since 1970
+        "shard_size": pa.int64(),  # of a shard, in bytes
+        "shard_time": pa.int64(),  # of its last change, in nanoseconds since 1970
         "offset": pa.int64(),  # in a .tar: first byte and number of bytes
         "size": pa.int64(),
         "row_group": pa.int32(),  # in a .parquet: row group, and row in it
         "row": pa.int32(),
-        "named_path": pa.binary(),  # the file that a row of a .parquet names, if it does
-        "named_size": pa.int64(),
-        "named_time": pa.int64(),
         "error": pa.string(),  # the reason, if it is known already that the item cannot be read
     }
 )
-BATCH = 10_000  # items that are looked at together
 
 
 def list_items(inputs: list[str], media: Media, column: str, left_out: Counter) -> Iterator[dict[str, Any]]:
@@ -90,20 +86,19 @@ def _items_of(path: str, media: Media, column: str) -> Iterator[dict[str, Any]]:
     else:
         items = [{"file": path}]
     common = dict.fromkeys(ITEM.names) | {"path": os.fsencode(os.path.abspath(path))}
-    common["file_size"], common["file_time"] = _file_state(common["path"])
+    if suffix in SHARDS:
+        common["shard_size"], common["shard_time"] = file_state(path) or (None, None)
     for item in items:
-        if item.get("named_path"):
-            item["named_size"], item["named_time"] = _file_state(item["named_path"])
         yield {**common, **item, "file": os.fsencode(item["file"]).decode(errors="backslashreplace")}
 
 
-def _file_state(path: bytes) -> tuple[int | None, int | None]:
+def file_state(path: str | bytes) -> list[int] | None:
     """Size and time of the last change, by which a replaced file is noticed; None for a file that is missing."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):  # the name may be no possible one
-        return None, None
-    return status.st_size, status.st_mtime_ns
+        return None
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _tar_items(path: str, media: Media) -> Iterator[dict[str, Any]]:
@@ -140,83 +135,50 @@ def _parquet_items(path: str, column: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"`column` {column!r} of {path} must hold bytes, paths or `datasets`' images, not {dtype}.")
     index = 0
     for group, size in enumerate(sizes):
-        named_paths = _named_paths(path, group, column, dtype)
-        if len(named_paths) != size:  # it names none, or is damaged
-            named_paths = [None] * size
-        for row, named_path in enumerate(named_paths):
-            yield {"file": f"{path}/{index}", "row_group": group, "row": row, "named_path": named_path}
+        for row in range(size):
+            yield {"file": f"{path}/{index}", "row_group": group, "row": row}
             index += 1
 
 
-def _named_paths(path: str, row_group: int, column: str, dtype: pa.DataType) -> list[bytes | None]:
-    """The files that the rows of a row group name; empty for a column of bytes, or if it cannot be read."""
-    is_struct = pa.types.is_struct(dtype)
-    if dtype in (pa.binary(), pa.large_binary()) or (is_struct and dtype.get_field_index("path") < 0):
-        return []
-    try:
-        with pq.ParquetFile(path) as file:  # without the bytes beside the path
-            values = file.read_row_group(row_group, columns=[f"{column}.path" if is_struct else column]).column(0)
-    except (OSError, pa.ArrowException):
-        return []  # each row will have an error of its own
-    names = [value.get("path") if isinstance(value, dict) else value for value in values.to_pylist()]
-    no_files = ("http://", "https://", "data:")
-    return [os.fsencode(name) if name and not name.startswith(no_files) else None for name in names]
-
-
-def find_changed(items: Dataset) -> dict[int, dict[str, int]]:
-    """Finds files that were replaced since they were listed: their new size and time, by the index of the item.
-
-    A file that is gone counts as unchanged. A shard that was replaced is refused, since the positions of its items may
-    be others now.
-    """
-    changed, changed_shards, index = {}, set(), 0
-    state_of = lru_cache(maxsize=1)(_file_state)  # the items of a shard are neighbours
-    columns = ["path", "file_size", "file_time", "named_path", "named_size", "named_time"]
-    for batch in items.select_columns(columns).iter(batch_size=BATCH):
-        for path, *state, named_path, named_size, named_time in zip(*(batch[name] for name in columns), strict=True):
-            now = state_of(path)
-            if now not in (tuple(state), (None, None)):
-                if Path(os.fsdecode(path)).suffix.lower() in SHARDS:
-                    changed_shards.add(os.fsdecode(path))
-                else:
-                    changed[index] = dict(zip(("file_size", "file_time"), now, strict=True))
-            now = _file_state(named_path) if named_path else (None, None)
-            if now not in ((named_size, named_time), (None, None)):
-                changed[index] = dict(zip(("named_size", "named_time"), now, strict=True))
-            index += 1
-    if changed_shards:
-        names = ", ".join(sorted(changed_shards))
+def check_shards(items: Dataset) -> None:
+    """Refuses shards that were replaced since they were listed: the positions of their items may be others now."""
+    shards: set[tuple[bytes, int, int]] = set()
+    for batch in items.select_columns(["path", "shard_size", "shard_time"]).iter(batch_size=10_000):
+        shards.update(row for row in zip(*batch.values(), strict=True) if row[1] is not None)
+    changed = [os.fsdecode(path) for path, *state in shards if file_state(path) not in (state, None)]
+    if changed:
+        names = ", ".join(sorted(changed))
         raise ValueError(f"`inputs`: {names} changed since the items were listed. Name another `output_dir`.")
-    return changed
-
-
-def update_items(path: Path, partial_path: Path, changed: dict[int, dict[str, int]]) -> None:
-    """Copies a list with the present size and time of replaced files."""
-    index = 0
-    with pa.ipc.open_stream(path) as reader, pa.ipc.new_stream(partial_path, ITEM) as writer:
-        for batch in reader:
-            rows = batch.to_pylist()
-            for row in rows:
-                row.update(changed.get(index, {}))
-                index += 1
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=ITEM))
 
 
 def read_item(
     item: dict[str, Any], media: Media, column: str, frames: dict[str, float], max_pixels: int
-) -> Image.Image | list[Image.Image]:
-    """Opens an item's image, or frames of its video, in RGB. An unreadable or too large one raises a ValueError."""
-    if item["error"] is not None:
-        raise ValueError(item["error"])
+) -> tuple[Image.Image | list[Image.Image] | None, dict[str, Any]]:
+    """Opens an item's image, or frames of its video, in RGB; None if it is unreadable or too large.
+
+    With it comes what is kept beside its answer: the `"error"`, if there is one; and as `"source"` path, size and time
+    of change of a file that holds this item alone, for [`is_current`].
+    """
+    details: dict[str, Any] = {}
     try:
+        if item["error"] is not None:
+            raise ValueError(item["error"])
         source = _source(item, column)
+        path = source["path"] if isinstance(source, dict) and source.get("bytes") is None else source
+        if isinstance(path, str) and (state := file_state(path)):
+            details["source"] = [path, *state]
         if media == "image":
-            return load_rgb_image(source, max_pixels=max_pixels)
-        return load_rgb_frames(source, **frames, max_pixels=max_pixels)
+            return load_rgb_image(source, max_pixels=max_pixels), details
+        return load_rgb_frames(source, **frames, max_pixels=max_pixels), details
     # An IndexError comes from a row group with fewer rows than were listed.
     except (OSError, ValueError, IndexError, pa.ArrowException) as error:
-        message = str(error)
-        raise ValueError(message if item["file"] in message else f"{item['file']}: {message}") from error
+        message = str(error) if item["file"] in str(error) else f"{item['file']}: {error}"
+        return None, details | {"error": message.encode(errors="backslashreplace").decode()}  # names need not be UTF-8
+
+
+def is_current(source: list[Any] | None) -> bool:
+    """Whether a file is as it was when [`read_item`] read it. A file that is gone counts as unchanged."""
+    return source is None or file_state(source[0]) in (source[1:], None)
 
 
 def _source(item: dict[str, Any], column: str) -> Any:

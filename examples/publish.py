@@ -13,31 +13,27 @@ names. With `--merge true` it is published as one complete model.
 """
 
 import copy
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from publish_card import is_edited, model_card, read_results, sign
 from safetensors.torch import load_file
 from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
-from common.evaluation.answers import DTYPES
 from common.models import load_captioner
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -46,6 +42,9 @@ from processing_evlgen import EVLGenProcessor
 
 SHEET = "captions.png"  # the contact sheet that pretrain.py writes beside its model
 CARD = "README.md"
+CONNECTORS = {"tomeformer": "a TomeFormer", "evlgen_qformer": "a Q-Former", "evlgen_mlp": "an MLP"}
+DECODING = ("num_beams", "min_new_tokens", "max_new_tokens", "length_penalty", "prompt")  # settings in the card
+_SIGNATURE = "\n<!-- Written by EVLGen's examples/publish.py: sha256 {} -->\n"
 # Files of an earlier publication that are deleted. Loaded beside the new ones, they would give another model.
 STALE = ["*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG, BASE_MODEL, SHEET]
 # Runs without this repository's code. An installed EVLGen, too, would be used instead of the published code.
@@ -122,11 +121,31 @@ def check_arguments(arguments: PublishArguments) -> None:
         raise ValueError(f"`folder` must differ from the model's folder, but both are {arguments.folder}.")
 
 
+def read_results(paths: list[str]) -> list[dict[str, Any]]:
+    """Reads results.json files of `evaluate_captioning.py` and `evaluate_vqa.py`; a ValueError names a bad one."""
+    results = []
+    for path in paths:
+        try:
+            entry = json.loads(Path(path).read_text(encoding="utf-8"))
+            kept = {name: entry[name] for name in ("task", "dataset", "metrics", "num_rows", "settings", "model")}
+            if not {"weights", "dtype"} <= kept["settings"].keys():  # they identify the model
+                raise ValueError("its settings lack weights and dtype")
+            decoding = ", ".join(f"{name} {value}" for name, value in entry["settings"].items() if name in DECODING)
+            # `task`, `dataset` and `metrics` hold arguments of `EvalResult`.
+            shared = {f"{part}_{name}": value for part in ("task", "dataset") for name, value in entry[part].items()}
+            metrics = [{f"metric_{name}": value for name, value in metric.items()} for metric in entry["metrics"]]
+            shown = [EvalResult(**shared, **metric) for metric in metrics]
+            results.append(kept | {"notes": entry.get("notes", []), "decoding": decoding, "eval_results": shown})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"`results`: {path} is not the results.json of an evaluation: {error!r}") from error
+    return results
+
+
 def check_results(results: list[dict[str, Any]], arguments: PublishArguments) -> None:
     """Raises a ValueError if results were not measured with the weights that are published."""
     for path, entry in zip(arguments.results, results, strict=True):
-        load = partial(EVLGenForConditionalGeneration.from_pretrained, dtype=DTYPES[entry["settings"]["dtype"]])
-        weights = hash_weights(load_captioner("model", load, arguments.model).state_dict())
+        load, dtype = EVLGenForConditionalGeneration.from_pretrained, entry["settings"]["dtype"]
+        weights = hash_weights(load_captioner("model", load, arguments.model, dtype=dtype).state_dict())
         if weights != entry["settings"]["weights"] or arguments.merge:
             raise ValueError(
                 f"`results`: {path} was measured on {entry['model']}, whose weights differ from the published ones."
@@ -168,11 +187,57 @@ def write_model(folder: Path, arguments: PublishArguments, results: list[dict[st
         save_model(model, folder, arguments.towers)
         described.towers = EVLGenConfig.from_pretrained(folder).towers
     EVLGenProcessor.from_pretrained(arguments.model).save_pretrained(folder)
-    has_sheet = (source / SHEET).exists()
-    if has_sheet:
+    if (source / SHEET).exists():
         shutil.copy(source / SHEET, folder / SHEET)
-    facts = (described, trained, results, arguments.license, arguments.datasets, has_sheet, adapter_of)
-    return str(model_card(arguments.repo_id, *facts))
+    return str(model_card(arguments, described, trained, results, adapter_of))
+
+
+def model_card(
+    arguments: PublishArguments,
+    config: EVLGenConfig,
+    trained_parameters: int,
+    results: list[dict[str, Any]],
+    adapter_of: str | None = None,
+) -> ModelCard:
+    """Fills in the card. `results` come from [`read_results`]; `adapter_of` names an adapter's model on the Hub."""
+    name = arguments.repo_id.split("/")[-1]
+    bases = [name for name in (config.vision_model_name_or_path, config.text_model_name_or_path) if is_on_hub(name)]
+    data = ModelCardData(
+        base_model=[adapter_of] if adapter_of else bases or None,
+        datasets=arguments.datasets or None,
+        eval_results=[result for entry in results for result in entry["eval_results"]] or None,
+        language="en",
+        library_name="peft" if adapter_of else "transformers",
+        license=arguments.license,
+        model_name=name if results else None,
+        pipeline_tag="video-to-text" if config.is_for_videos else "image-to-text",
+        tags=["evlgen", "image-captioning", "vision-language", "arxiv:2310.03291"],
+    )
+    return ModelCard.from_template(  # the template also gets the fields of `data`
+        data,
+        template_path=str(Path(__file__).with_name("publish_card.md")),
+        repo_id=arguments.repo_id,
+        config=config,
+        connector=CONNECTORS[config.connector_config.model_type],
+        is_video=config.is_for_videos,
+        trained_parameters=trained_parameters,
+        results=results,
+        has_sheet=Path(arguments.model, SHEET).exists(),
+        adapter_of=adapter_of,
+        is_on_hub=is_on_hub,
+        Path=Path,
+    )
+
+
+def sign(card: str) -> str:
+    """Appends a hash of the card. With it [`is_edited`] detects later changes."""
+    return card + _SIGNATURE.format(hashlib.sha256(card.encode()).hexdigest())
+
+
+def is_edited(card: str) -> bool:
+    """Returns whether a card differs from what [`sign`] returned."""
+    written, _, _ = card.partition(_SIGNATURE.partition("{")[0])
+    return card != sign(written)
 
 
 def save_model(model: EVLGenForConditionalGeneration, folder: Path, towers: str | None) -> None:
@@ -239,33 +304,14 @@ def list_files(folder: Path) -> list[str]:
 
 
 def upload(folder: Path, arguments: PublishArguments) -> None:
-    """Uploads in one commit. If that fails, a repository that this call created is deleted."""
+    """Uploads in one commit, to a new repository or over an earlier publication."""
     api = HfApi()
-    first_commit = create_repository(api, arguments)
-    try:
-        title = "Model, processor, code and card"
-        commit = api.upload_folder(
-            repo_id=arguments.repo_id, folder_path=folder, commit_message=title, delete_patterns=STALE
-        )
-    except BaseException:  # also Ctrl-C
-        if first_commit is not None:
-            with suppress(Exception):  # the user needs the first error
-                if api.repo_info(arguments.repo_id).sha == first_commit:  # nobody else has written to it
-                    api.delete_repo(arguments.repo_id)
-        raise
+    api.create_repo(arguments.repo_id, private=arguments.private, exist_ok=True)
+    title = "Model, processor, code and card"
+    commit = api.upload_folder(
+        repo_id=arguments.repo_id, folder_path=folder, commit_message=title, delete_patterns=STALE
+    )
     print(f"Published: {commit.commit_url}")
-
-
-def create_repository(api: HfApi, arguments: PublishArguments) -> str | None:
-    """Creates the repository and returns its first commit; None if the repository exists already."""
-    try:
-        api.create_repo(arguments.repo_id, private=arguments.private, exist_ok=False)
-    except HfHubHTTPError as error:
-        # A token may be allowed to write to a repository but not to create one, which gives another status than 409.
-        if error.response.status_code == 409 or api.repo_exists(arguments.repo_id):
-            return None
-        raise
-    return api.repo_info(arguments.repo_id).sha
 
 
 def caption(published: str, arguments: PublishArguments) -> str:

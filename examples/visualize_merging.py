@@ -13,21 +13,11 @@ each of them. `--model` may be an adapter's folder, from finetune.py. Videos nee
 """
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from common.evaluation.merging_overlay import (
-    SIDE,
-    draw_groups,
-    layer_names,
-    merged_tokens,
-    patch_groups,
-    resize_to_side,
-    token_counts,
-)
+from common.evaluation.merging_overlay import SIDE, draw_groups, layer_names, resize_to_side, trace_merging
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -36,40 +26,35 @@ from processing_evlgen.videos import load_rgb_frames
 
 GAP, TITLE = 16, 32  # pixels between panels, and above each
 
-
-@dataclass
-class Row:
-    """An image or a frame of a video, and its merging in each layer."""
-
-    image: Image.Image  # SIDE x SIDE pixels
-    name: str
-    groups: list[np.ndarray]  # (rows, columns) each, the token that each patch is part of
-    counts: list[int]  # tokens after the layer
+Panel = tuple[str, Image.Image]  # a title, and an image of SIDE x SIDE pixels
 
 
-def image_row(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, source: str) -> Row:
-    """Computes the row of an image. The source is a path or a URL."""
-    image = load_rgb_image(source)
-    batch = processor(images=image).to(model.device)
-    grid = batch.get("image_grid_thw")
-    layers = merged_tokens(model, batch["pixel_values"], grid, num_image_tokens=processor.num_image_tokens)
-    tiles = (1, 1) if grid is None else tuple(grid[0, 1:].tolist())
-    return Row(resize_to_side(image), "image", patch_groups(model, layers, tiles), token_counts(layers))
+def panels_of(
+    model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, modality: str, source: str
+) -> list[list[Panel]]:
+    """Draws the panels of an image or of each sampled frame of a video: itself, and its tokens after each layer.
 
-
-def video_rows(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, source: str) -> list[Row]:
-    """Computes a row for each sampled frame of a video. The source is a path or a URL."""
-    choice = {"num_frames": processor.num_frames} if processor.fps is None else {"fps": processor.fps}
-    frames = load_rgb_frames(source, **choice)
-    inputs = processor(videos=[frames], do_sample_frames=False).to(model.device)
-    pixels, times = inputs["pixel_values_videos"], inputs["frame_times"]
-    layers = merged_tokens(model, pixels, frame_times=times, num_image_tokens=processor.num_image_tokens)
-    groups, counts = patch_groups(model, layers), token_counts(layers)
+    The source is a path or a URL. `modality` is `"images"` or `"videos"`.
+    """
+    if modality == "images":
+        frames, names = [load_rgb_image(source)], ["image"]
+        inputs = processor(images=frames)
+    else:
+        choice = {"num_frames": processor.num_frames} if processor.fps is None else {"fps": processor.fps}
+        frames = load_rgb_frames(source, **choice)
+        places = [f"frame {number} of {len(frames)}" for number in range(1, len(frames) + 1)]
+        names = [f"{place}, {seconds:.1f} s" for place, seconds in zip(places, frames.times, strict=True)]
+        inputs = processor(videos=[frames], do_sample_frames=False)
+    _, merging = trace_merging(model, inputs.to(model.device), processor.num_image_tokens)
     rows = []
-    for number, (frame, seconds) in enumerate(zip(frames, frames.times, strict=True)):
-        of_frame = [group if group.ndim == 2 else group[number] for group in groups]
-        name = f"frame {number + 1} of {len(frames)}, {seconds:.1f} s"
-        rows.append(Row(resize_to_side(frame), name, of_frame, counts))
+    for number, (frame, name) in enumerate(zip(frames, names, strict=True)):
+        patches = " x ".join(map(str, merging.of_frame(0, number).shape))
+        image = resize_to_side(frame)
+        panels = [(f"{name}, {patches} patches", image)]
+        for layer, title in enumerate(layer_names(model), start=1):
+            drawn = draw_groups(image, merging.of_frame(layer, number))
+            panels.append((f"{title}: {merging.counts[layer]} tokens", drawn))
+        rows.append(panels)
     return rows
 
 
@@ -77,19 +62,14 @@ def draw_merging(
     model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, images: list[str], videos: list[str], path: Path
 ) -> None:
     """Draws one row for each image and for each frame of a video, one column for each layer, to a PNG file."""
-    rows = [image_row(model, processor, image) for image in images]
-    for video in videos:
-        rows += video_rows(model, processor, video)
-    size = ((1 + len(rows[0].groups)) * (SIDE + GAP) - GAP, len(rows) * (TITLE + SIDE + GAP) - GAP)
+    rows = [row for image in images for row in panels_of(model, processor, "images", image)]
+    rows += [row for video in videos for row in panels_of(model, processor, "videos", video)]
+    size = (len(rows[0]) * (SIDE + GAP) - GAP, len(rows) * (TITLE + SIDE + GAP) - GAP)
     drawing = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(drawing), ImageFont.load_default(size=0.65 * TITLE)
     for number, row in enumerate(rows):
-        patches = " x ".join(map(str, row.groups[0].shape))
-        panels = [(f"{row.name}, {patches} patches", row.image)]
-        for name, groups, count in zip(layer_names(model), row.groups, row.counts, strict=True):
-            panels.append((f"{name}: {count} tokens", draw_groups(row.image, groups)))
         top = number * (TITLE + SIDE + GAP)
-        for column, (title, panel) in enumerate(panels):
+        for column, (title, panel) in enumerate(row):
             left = column * (SIDE + GAP)
             draw.text((left + SIDE / 2, top + TITLE / 2), title, "black", font, anchor="mm")
             drawing.paste(panel, (left, top + TITLE))

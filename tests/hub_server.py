@@ -5,17 +5,12 @@
         hub.files("user/repo")      # {"config.json": b"...", ...} at main
         hub.commits("user/repo")    # [{"sha": ..., "title": ..., "files": ["config.json", ...]}, ...], oldest first
 
-Clients must be other processes: `huggingface_hub` reads HF_ENDPOINT when it is imported.
+Clients must be other processes: `huggingface_hub` reads HF_ENDPOINT when it is imported. It holds repositories in
+memory and answers the requests that create a repository, upload to it and load from it. It differs from the Hub:
 
-It holds repositories in memory and answers the requests of `huggingface_hub` and `transformers` that create a
-repository, upload to it and load from it. It differs from the Hub in these ways:
-
-- Every file is a "regular" file, whatever its size: its content is part of the commit request. The Hub would use LFS
-  or Xet for large files. As a consequence `upload_folder` makes a commit for each 100 MB, where the Hub would take
-  one.
-- There are branches, but no tags and no pull requests.
-- A new repository is empty, where the Hub would add a `.gitattributes`.
-- Any token may write to every repository. Writing without a token is refused. Nothing is private.
+- Every file is a "regular" file of the commit request. The Hub would use LFS or Xet for large files.
+- There is one branch, and there are no tags and no pull requests. Files are sent whole.
+- A new repository is empty. Any token may write to it, and writing without a token is refused. Nothing is private.
 
 Unknown requests get status 501. A test can search `hub.requests` for them.
 """
@@ -26,17 +21,25 @@ import json
 import os
 import re
 import threading
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 
 USER = "user"  # the token's owner: `create_repo("name")` creates "user/name"
 CLIENT_VARIABLES = ("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_", "PYTHONPATH")
-
-
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo_id>[^/]+(?:/[^/]+)?)"
+REV = r"(?P<rev>[^/]+)"
+ROUTES = [  # method ("GET" also for HEAD), path, and the method of HubServer that replies
+    ("POST", r"/api/validate-yaml", "validate_yaml"),
+    ("POST", r"/api/repos/create", "create_repo"),
+    ("GET", REPO, "repo_info"),
+    ("GET", rf"{REPO}/revision/{REV}", "repo_info"),
+    ("GET", rf"{REPO}/tree/{REV}(?:/(?P<path>.+))?", "list_tree"),
+    ("POST", rf"{REPO}/preupload/{REV}", "preupload"),
+    ("POST", rf"{REPO}/commit/{REV}", "commit"),
+    ("GET", rf"/(?:(?P<kind>datasets|spaces)/)?(?P<repo_id>[^/]+(?:/[^/]+)?)/resolve/{REV}/(?P<path>.+)", "resolve"),
+]
+NEEDS_TOKEN = {"create_repo", "preupload", "commit"}
 
 
 def git_oid(content: bytes) -> str:
@@ -47,41 +50,32 @@ def git_oid(content: bytes) -> str:
 @dataclass(frozen=True)
 class Commit:
     sha: str
-    parent: "Commit | None"
     title: str
-    message: str
     changed: list[str]
     files: dict[str, bytes]  # all files of the repository at this commit
-    date: str = field(default_factory=now)
-
-    def history(self) -> list["Commit"]:
-        """Returns this commit and its ancestors, newest first, without the empty first commit of a repository."""
-        return [self, *self.parent.history()] if self.parent else []
 
 
 class Repo:
     def __init__(self, repo_id: str):
         self.id = repo_id
-        first = Commit(hashlib.sha1(repo_id.encode()).hexdigest(), None, "initial commit", "", [], {})
-        self.by_sha = {first.sha: first}
-        self.branches = {"main": first}
+        self.commits = [Commit(hashlib.sha1(repo_id.encode()).hexdigest(), "initial commit", [], {})]
 
     def at(self, revision: str) -> Commit:
-        for known in (self.branches, self.by_sha):
-            if revision in known:
-                return known[revision]
+        if revision == "main":
+            return self.commits[-1]
+        for commit in self.commits:
+            if commit.sha == revision:
+                return commit
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def commit(self, branch: str, title: str, message: str, changes: dict[str, bytes | None]) -> Commit:
-        """Adds a commit to a branch. A change to None deletes the path."""
-        parent = self.branches[branch]
+        """Adds a commit to main. A change to None deletes the path."""
+        parent = self.commits[-1]
         files = {path: content for path, content in {**parent.files, **changes}.items() if content is not None}
-        digest = hashlib.sha1(f"{parent.sha}\n{title}\n{message}".encode())
-        for path in sorted(files):
-            digest.update(f"\n{path} {git_oid(files[path])}".encode())
-        new = Commit(digest.hexdigest(), parent, title, message, sorted(changes), files)
-        self.by_sha[new.sha] = self.branches[branch] = new
-        return new
+        listed = "".join(f"\n{path} {git_oid(files[path])}" for path in sorted(files))
+        sha = hashlib.sha1(f"{parent.sha}\n{title}\n{message}{listed}".encode()).hexdigest()
+        self.commits.append(Commit(sha, title, sorted(changes), files))
+        return self.commits[-1]
 
 
 class HubError(Exception):
@@ -94,37 +88,10 @@ class HubError(Exception):
 
 
 @dataclass
-class Request:
-    method: str
-    query: dict[str, list[str]]
-    headers: dict[str, str]  # names in lower case
-    body: bytes
-
-
-@dataclass
 class Reply:
     body: bytes
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-REPO = r"/api/(?P<kind>models|datasets|spaces)/(?P<repo_id>[^/]+(?:/[^/]+)?)"
-REV = r"(?P<rev>[^/]+)"
-ROUTES = [  # method ("GET" also for HEAD), path, and the method of HubServer that replies
-    ("GET", r"/api/whoami-v2", "whoami"),
-    ("POST", r"/api/validate-yaml", "validate_yaml"),
-    ("POST", r"/api/repos/create", "create_repo"),
-    ("DELETE", r"/api/repos/delete", "delete_repo"),
-    ("GET", REPO, "repo_info"),
-    ("GET", rf"{REPO}/revision/{REV}", "repo_info"),
-    ("GET", rf"{REPO}/tree/{REV}(?:/(?P<path>.+))?", "list_tree"),
-    ("POST", rf"{REPO}/paths-info/{REV}", "paths_info"),
-    ("POST", rf"{REPO}/branch/{REV}", "create_branch"),
-    ("POST", rf"{REPO}/preupload/{REV}", "preupload"),
-    ("POST", rf"{REPO}/commit/{REV}", "commit"),
-    ("GET", rf"/(?:(?P<kind>datasets|spaces)/)?(?P<repo_id>[^/]+(?:/[^/]+)?)/resolve/{REV}/(?P<path>.+)", "resolve"),
-]
-NEEDS_TOKEN = {"whoami", "create_repo", "delete_repo", "create_branch", "preupload", "commit"}
+    status: int
+    headers: dict[str, str]
 
 
 class HubServer:
@@ -146,53 +113,46 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
-    # For tests.
-
     def client_env(self, hf_home) -> dict[str, str]:
         """Returns the environment for a client: this process's, without its Hub settings and its PYTHONPATH."""
         env = {name: value for name, value in os.environ.items() if not name.startswith(CLIENT_VARIABLES)}
         env |= {"HF_ENDPOINT": self.url, "HF_TOKEN": "hf_dummy", "HF_HOME": str(hf_home), "NO_PROXY": "127.0.0.1"}
         return env | {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
-    def files(self, repo_id: str, kind: str = "models") -> dict[str, bytes]:
-        return dict(self.repos[kind, repo_id].at("main").files)
+    def files(self, repo_id: str) -> dict[str, bytes]:
+        return dict(self.repos["models", repo_id].at("main").files)
 
-    def commits(self, repo_id: str, kind: str = "models") -> list[dict]:
-        history = reversed(self.repos[kind, repo_id].at("main").history())
-        return [{"sha": commit.sha, "title": commit.title, "files": list(commit.changed)} for commit in history]
+    def commits(self, repo_id: str) -> list[dict]:
+        commits = self.repos["models", repo_id].commits[1:]
+        return [{"sha": commit.sha, "title": commit.title, "files": commit.changed} for commit in commits]
 
-    # For clients. Each method serves one route, and returns a Reply or the JSON to send.
+    # Each of the following methods serves one route, and returns a Reply or the JSON to send.
 
-    def reply(self, request: Request, path: str) -> Reply:
-        method = "GET" if request.method == "HEAD" else request.method
+    def reply(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Reply:
         for route_method, pattern, name in ROUTES:
-            found = re.fullmatch(pattern, path) if route_method == method else None
+            found = re.fullmatch(pattern, path) if route_method == method.replace("HEAD", "GET") else None
             if found is None:
                 continue
-            if name in NEEDS_TOKEN and not re.match(r"Bearer \S", request.headers.get("authorization", "")):
+            if name in NEEDS_TOKEN and not re.match(r"Bearer \S", headers.get("authorization", "")):
                 raise HubError(401, "Invalid username or password.")
             args = {key: unquote(value) for key, value in found.groupdict().items() if value is not None}
             if "repo_id" in args:
-                kind, repo_id = args.pop("kind", "models"), args.pop("repo_id")
-                if (kind, repo_id) not in self.repos:
+                place = args.pop("kind", "models"), args.pop("repo_id")
+                if place not in self.repos:
                     raise HubError(404, "Repository not found", "RepoNotFound")
-                args["repo"] = self.repos[kind, repo_id]
+                args["repo"] = self.repos[place]
             with self.lock:
-                reply = getattr(self, name)(request, **args)
-            return reply if isinstance(reply, Reply) else Reply(json.dumps(reply).encode())
-        raise HubError(501, f"The stand-in Hub does not know {request.method} {path}")
+                reply = getattr(self, name)(body, **args)
+            return reply if isinstance(reply, Reply) else Reply(json.dumps(reply).encode(), 200, {})
+        raise HubError(501, f"The stand-in Hub does not know {method} {path}")
 
-    def whoami(self, request):
-        token = {"displayName": "dummy", "role": "write"}
-        return {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": {"accessToken": token}}
-
-    def validate_yaml(self, request):
+    def validate_yaml(self, body):
         return {"errors": [], "warnings": []}
 
-    def create_repo(self, request):
-        body = json.loads(request.body)
-        kind = (body.get("type") or "model") + "s"
-        repo_id = f"{body.get('organization') or USER}/{body['name']}"
+    def create_repo(self, body):
+        request = json.loads(body)
+        kind = (request.get("type") or "model") + "s"
+        repo_id = f"{request.get('organization') or USER}/{request['name']}"
         url = f"{self.url}/{repo_id}" if kind == "models" else f"{self.url}/{kind}/{repo_id}"
         if (kind, repo_id) in self.repos:
             error = {"error": "You already created this repo", "url": url}
@@ -200,105 +160,51 @@ class HubServer:
         self.repos[kind, repo_id] = Repo(repo_id)
         return {"url": url, "name": repo_id}
 
-    def delete_repo(self, request):
-        body = json.loads(request.body)
-        name = (body.get("type") or "model") + "s", f"{body.get('organization') or USER}/{body['name']}"
-        if self.repos.pop(name, None) is None:
-            raise HubError(404, "Repository not found", "RepoNotFound")
-        return {}
-
-    def repo_info(self, request, repo, rev="main"):
+    def repo_info(self, body, repo, rev="main"):
         commit = repo.at(rev)
         info = {"_id": git_oid(repo.id.encode()), "id": repo.id, "author": repo.id.split("/")[0], "sha": commit.sha}
-        info |= {"lastModified": commit.date, "private": False, "gated": False, "disabled": False, "tags": []}
-        info |= {"downloads": 0, "likes": 0}
-        if "blobs" in request.query:  # `model_info(..., files_metadata=True)`
-            details = {path: {"size": len(data), "blobId": git_oid(data)} for path, data in commit.files.items()}
-        else:
-            details = {path: {} for path in commit.files}
-        return info | {"siblings": [{"rfilename": path, **detail} for path, detail in details.items()]}
+        info |= {"private": False, "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
+        return info | {"siblings": [{"rfilename": path} for path in commit.files]}
 
-    def list_tree(self, request, repo, rev, path=""):
-        commit = repo.at(rev)
-        entries, prefix = self.entries(commit), f"{path}/" if path else ""
-        if path and entries.get(path, {}).get("type") != "directory":
+    def list_tree(self, body, repo, rev, path=""):
+        """All files below a folder, as clients that ask for a recursive listing want them."""
+        commit, prefix = repo.at(rev), f"{path}/" if path else ""
+        files = {name: content for name, content in sorted(commit.files.items()) if name.startswith(prefix)}
+        if path and not files:
             raise HubError(404, f"{path} does not exist on {rev}", "EntryNotFound", **{"X-Repo-Commit": commit.sha})
-        below = [entry for name, entry in entries.items() if name.startswith(prefix)]
-        if request.query.get("recursive", ["false"])[0].lower() not in ("true", "1"):
-            below = [entry for entry in below if "/" not in entry["path"].removeprefix(prefix)]
-        return below
+        return [
+            {"type": "file", "path": name, "size": len(content), "oid": git_oid(content)}
+            for name, content in files.items()
+        ]
 
-    def paths_info(self, request, repo, rev):
-        paths = parse_qs(request.body.decode()).get("paths", [])
-        entries = self.entries(repo.at(rev))
-        return [entries[path.strip("/")] for path in paths if path.strip("/") in entries]
-
-    def entries(self, commit: Commit) -> dict[str, dict]:
-        found = {}
-        for path, content in sorted(commit.files.items()):
-            parts = path.split("/")
-            for folder in ("/".join(parts[:depth]) for depth in range(1, len(parts))):
-                found[folder] = {"type": "directory", "path": folder, "size": 0, "oid": git_oid(folder.encode())}
-            found[path] = {"type": "file", "path": path, "size": len(content), "oid": git_oid(content)}
-        return found
-
-    def create_branch(self, request, repo, rev):
-        if rev in repo.branches:
-            raise HubError(409, f"Reference already exists: {rev}")
-        repo.branches[rev] = repo.at(json.loads(request.body).get("startingPoint", "main"))
-        return {}
-
-    def preupload(self, request, repo, rev):
+    def preupload(self, body, repo, rev):
         oids = {path: git_oid(content) for path, content in repo.at(rev).files.items()}
-        paths = [file["path"] for file in json.loads(request.body)["files"]]
         mode = {"uploadMode": "regular", "shouldIgnore": False}
+        paths = [file["path"] for file in json.loads(body)["files"]]
         return {"files": [{"path": path, "oid": oids.get(path), **mode} for path in paths]}
 
-    def commit(self, request, repo, rev):
-        if rev not in repo.branches:
-            raise HubError(404, f"Not a branch: {rev}", "RevisionNotFound")
-        if "create_pr" in request.query:
-            raise HubError(501, "The stand-in Hub has no pull requests")
-        head, title, message, changes = repo.branches[rev], "", "", {}
-        for line in request.body.splitlines():
-            item = json.loads(line)
+    def commit(self, body, repo, rev):
+        title, message, changes = "", "", {}
+        for item in map(json.loads, body.splitlines()):
             key, value = item["key"], item["value"]
             if key == "header":
                 title, message = value["summary"], value.get("description", "")
-                if not head.sha.startswith(value.get("parentCommit", "")):
-                    raise HubError(412, "A commit has happened since. Please refresh and try again.")
             elif key == "file":
                 changes[value["path"]] = base64.b64decode(value["content"])
-            elif key in ("deletedFile", "deletedFolder"):
-                path = value["path"].strip("/")
-                deleted = [p for p in head.files if p == path or (key == "deletedFolder" and p.startswith(f"{path}/"))]
-                if not deleted:
-                    raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-                changes |= {p: None for p in deleted if p not in changes}
+            elif key == "deletedFile":
+                changes.setdefault(value["path"].strip("/"), None)
             else:  # "lfsFile" comes only after `preupload` answered "lfs"
                 raise HubError(501, f"The stand-in Hub does not take {key!r} in a commit")
         new = repo.commit(rev, title, message, changes)
         return {"success": True, "commitOid": new.sha, "commitUrl": f"{self.url}/{repo.id}/commit/{new.sha}"}
 
-    def resolve(self, request, repo, rev, path):
+    def resolve(self, body, repo, rev, path):
         commit = repo.at(rev)
         headers = {"X-Repo-Commit": commit.sha}  # also with 404: clients then remember that there is no such file
         if path not in commit.files:
             raise HubError(404, "Entry not found", "EntryNotFound", **headers)
-        content = commit.files[path]
-        headers |= {"ETag": f'"{git_oid(content)}"', "Accept-Ranges": "bytes"}
-        headers |= {"Content-Type": "application/octet-stream"}
-        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("range", ""))
-        if not wanted or wanted[0] == "bytes=-":
-            return Reply(content, 200, headers)
-        size = len(content)
-        if wanted[1]:
-            start, end = int(wanted[1]), min(int(wanted[2] or size), size - 1)
-        else:
-            start, end = max(size - int(wanted[2]), 0), size - 1
-        if start > end:
-            raise HubError(416, "Range not satisfiable", **{"Content-Range": f"bytes */{size}"})
-        return Reply(content[start : end + 1], 206, headers | {"Content-Range": f"bytes {start}-{end}/{size}"})
+        headers |= {"ETag": f'"{git_oid(commit.files[path])}"', "Content-Type": "application/octet-stream"}
+        return Reply(commit.files[path], 200, headers)
 
 
 class Server(ThreadingHTTPServer):
@@ -310,11 +216,11 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def respond(self):
-        path, _, query = self.path.partition("?")
+        path, _, _ = self.path.partition("?")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
         try:
-            reply = self.server.hub.reply(Request(self.command, parse_qs(query), headers, body), path)
+            reply = self.server.hub.reply(self.command, path, headers, body)
         except HubError as error:
             reply = Reply(json.dumps({"error": str(error)}).encode(), error.status, error.headers)
         except Exception as error:  # a bug in this file; clients show the message, and would retry after a 500

@@ -18,6 +18,7 @@ def work(tmp_path_factory):
     return save_work(tmp_path_factory.mktemp("work"))
 
 
+QUESTIONS = PUBLISHED / "v2_OpenEnded_mscoco_val2014_questions.json"
 CAPTION_FILES = {
     "karpathy": ("coco-karpathy", "coco", {"annotations": "dataset_coco.json"}, [522418, 184613, 318219]),
     "karpathy val": (
@@ -142,6 +143,9 @@ def test_vqav2_is_scored_by_the_official_rule(work, tmp_path, monkeypatch):
     assert {name: value(results, f"VQA accuracy [%], {name}") for name in types} == pytest.approx(types)
     assert results["accuracy_per_question_type"]["what color is the"] == pytest.approx(60)
     assert fixed.prompts[1].endswith("Question: is there a circle? Short answer:")  # cleaned as in the paper
+    assert benchmark_files.clean_question('Is the "Stop" sign (red)? ' * 20) == " ".join(
+        ["is the stop sign red?"] * 10
+    )
     decoding = fixed.generation_args
     assert (decoding.num_beams, decoding.min_new_tokens, decoding.max_new_tokens) == (5, 1, 10)
     assert decoding.length_penalty == 0
@@ -186,45 +190,23 @@ def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
     [
         ({"benchmark": "coco"}, "`benchmark` must be one of coco-karpathy, nocaps, .*, but is 'coco'"),
         ({"dataset": "easy-vqa"}, "`benchmark` and `dataset` cannot both be given"),
-        ({"benchmark": None}, "`annotations` belongs to a benchmark: name it with --benchmark"),
-        (
-            {"benchmark": None, "annotations": None, "media_dir": None, "data_files": "a.json"},
-            "`data_files` belongs to a data set: name it with --dataset",
-        ),
-        (
-            {"split_file": "list.txt"},
-            "`split_file` is not read for coco-karpathy, but only media_dir, anno",
-        ),
-        (
-            {"benchmark": "nocaps", "test_split": "val"},
-            "`test_split` is not read for nocaps, but only media_dir",
-        ),
-        ({"caption_column": "text"}, "`caption_column` belongs to a data set: name it with --dataset"),
+        ({"benchmark": None}, "`annotations` belongs to a benchmark"),
+        ({"split_file": "list.txt"}, "`split_file` is not read for coco-karpathy, but only media_dir, anno"),
+        ({"benchmark": "nocaps", "test_split": "val"}, "`test_split` is not read for nocaps"),
+        ({"caption_column": "text"}, "`caption_column` belongs to a data set"),
         ({"max_samples": 0}, "`max_samples` must be an integer of 1 or more, but is 0"),
-        ({"batch_size": 0}, "`batch_size` must be an integer of 1 or more, but is 0"),
-        ({"annotations": None}, "`annotations` is needed: a file of the benchmark"),
-        ({"media_dir": None}, "`media_dir` is needed: the folder of the benchmark's images or videos"),
+        ({"annotations": None}, "`annotations` is needed"),
         ({"media_dir": "/nowhere"}, "`media_dir`: /nowhere is no folder"),
         ({"annotations": "/nowhere.json"}, r"`annotations`: /nowhere\.json cannot be read: .*No such file"),
-        (
-            {"annotations": PUBLISHED / "test_list.txt"},
-            r"`annotations`: .*test_list\.txt is no file of Karpathy's splits, as it",
-        ),
-        (
-            {"annotations": PUBLISHED / "v2_OpenEnded_mscoco_val2014_questions.json"},
-            r"`annotations`: .*questions\.json is no file of Karpathy's splits: it lacks 'images'",
-        ),
+        ({"annotations": PUBLISHED / "test_list.txt"}, r"`annotations`: .*test_list\.txt is no file of Karpathy's"),
+        ({"annotations": QUESTIONS}, r"`annotations`: .*questions\.json is no file of Karpathy's .*lacks 'images'"),
         ({"test_split": "testing"}, r"`test_split` is 'testing', but .* has \['restval', 'test', 'train', 'val'\]"),
         ({"metrics": "clip"}, r"`metrics` must be some of cider, .*, spice, bleu, but is \['clip'\]"),
-        ({"model": "/nowhere"}, "`model`='/nowhere' cannot be loaded"),
-        ({"dtype": "float8"}, "`dtype` must be one of float32, bfloat16, but is 'float8'"),
+        ({"dtype": "float8"}, "`dtype` must be float32 or bfloat16, but is 'float8'"),
         ({"num_beam": 3}, r"Unknown argument --num_beam\. Did you mean --num_beams\?"),
-        (
-            {"benchmark": "msr-vtt"},
-            r"`annotations`: .*dataset_coco\.json is no videodatainfo file of MSR-VTT: it lacks",
-        ),
-        ({"benchmark": "msvd"}, r"`annotations`: .*dataset_coco\.json is no list of MSVD's videos and captions"),
-        ({"benchmark": "nocaps"}, r"`annotations`: .*dataset_coco\.json is no file of captions in COCO's format: it"),
+        ({"benchmark": "msr-vtt"}, "`annotations`: .* is no videodatainfo file of MSR-VTT: it lacks"),
+        ({"benchmark": "msvd"}, "`annotations`: .* is no list of MSVD's videos and captions"),
+        ({"benchmark": "nocaps"}, "`annotations`: .* is no file of captions in COCO's format"),
     ],
 )
 def test_captioning_refuses_arguments_that_cannot_work(changes, message, work, tmp_path):
@@ -238,24 +220,14 @@ def test_captioning_refuses_arguments_that_cannot_work(changes, message, work, t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"questions": None}, "`questions` is needed: a file of the benchmark"),
-        (
-            {"annotations": PUBLISHED / "mscoco_val2014_annotations.json"},
-            r"`annotations`: .* has no answers to the question 262148000 of .*questions\.json",
-        ),
-        (
-            {"questions": PUBLISHED / "testdev_balanced_questions.json"},
-            r"`questions`: .* is no file of VQAv2's questions: it lacks 'data_subtype'",
-        ),
+        ({"questions": None}, "`questions` is needed"),
+        ({"annotations": PUBLISHED / "mscoco_val2014_annotations.json"}, "`annotations`: .* 262148000"),
+        ({"questions": PUBLISHED / "testdev_balanced_questions.json"}, "`questions`: .* lacks 'data_subtype'"),
         ({"benchmark": "gqa"}, "`annotations` is not read for gqa, but only media_dir, questions"),
-        (
-            {"benchmark": "gqa", "annotations": None},
-            r"`questions`: .*questions\.json is no file of GQA's questions",
-        ),
-        ({"prompt_column": "q"}, "`prompt_column` belongs to a data set: name it with --dataset"),
-        ({"rule": "ok-vqa"}, "`rule` belongs to a data set: name it with --dataset"),
-        ({"benchmark": None, "annotations": None, "media_dir": None}, "`questions` belongs to a benchmark: name it"),
-        ({"prompt": "What is it?"}, r"`prompt` must hold \{\} in place of the question, but is 'What is it\?'"),
+        ({"benchmark": "gqa", "annotations": None}, "`questions`: .* is no file of GQA's questions"),
+        ({"prompt_column": "q"}, "`prompt_column` belongs to a data set"),
+        ({"benchmark": None, "annotations": None, "media_dir": None}, "`questions` belongs to a benchmark"),
+        ({"prompt": "What is it?"}, r"`prompt` must hold \{\} .* but is 'What is it\?'"),
         ({"benchmark": "vizwiz"}, "`benchmark` must be one of vqav2, gqa, ok-vqa, but is 'vizwiz'"),
     ],
 )
@@ -263,14 +235,6 @@ def test_vqa_refuses_arguments_that_cannot_work(changes, message, work, tmp_path
     given = {name: value for name, value in vqav2(work, **changes).items() if value is not None}
     with pytest.raises(ValueError, match=message):
         evaluate_vqa.main(options(work, tmp_path, **given))
-
-
-def test_nothing_to_evaluate_is_an_error(work, tmp_path):
-    (tmp_path / "questions.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"`questions`: .*questions\.json holds no rows"):
-        evaluate_vqa.main(
-            options(work, tmp_path, benchmark="gqa", media_dir=work / "gqa", questions=tmp_path / "questions.json")
-        )
 
 
 def test_a_benchmark_with_captions_of_some_images_is_refused(work, tmp_path):
@@ -282,13 +246,8 @@ def test_a_benchmark_with_captions_of_some_images_is_refused(work, tmp_path):
         evaluate_captioning.main(options(work, tmp_path / "out", **files))
 
 
-def no_model(monkeypatch):
-    """Makes loading a model an error: missing parts must be reported before."""
-    monkeypatch.setattr(answers, "load_answering_model", None)
-
-
 def test_missing_java_is_reported_before_the_model_is_loaded(work, tmp_path, monkeypatch):
-    no_model(monkeypatch)
+    monkeypatch.setattr(answers, "load_answering_model", None)
     monkeypatch.setenv("PATH", str(tmp_path))
     files = published(work, "coco-karpathy", "coco", annotations="dataset_coco.json")
     with pytest.raises(RuntimeError, match="SPICE cannot run: there is no `java` on PATH"):
@@ -296,7 +255,7 @@ def test_missing_java_is_reported_before_the_model_is_loaded(work, tmp_path, mon
 
 
 def test_a_missing_lemmatiser_is_reported_before_the_model_is_loaded(work, tmp_path, monkeypatch):
-    no_model(monkeypatch)
+    monkeypatch.setattr(answers, "load_answering_model", None)
     pytest.importorskip("spacy", reason="needs the vqa extra")
     monkeypatch.setattr(lemmatization, "MODELS", ("not_there",))
     lemmatization._load_spacy.cache_clear()
@@ -326,8 +285,3 @@ def test_rows_with_the_same_id_are_refused(work, tmp_path):
     (tmp_path / "questions.json").write_text(json.dumps(questions))
     with pytest.raises(ValueError, match="ids, but 262148000 is there twice"):
         evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, questions=tmp_path / "questions.json")))
-
-
-def test_questions_are_cleaned_as_in_the_paper():
-    assert benchmark_files.clean_question('Is the "Stop" sign (red)? ') == "is the stop sign red?"
-    assert benchmark_files.clean_question("a " * 60) == " ".join(["a"] * 50)

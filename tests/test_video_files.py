@@ -15,7 +15,7 @@ av = pytest.importorskip("av", reason="needs the video extra")
 
 def read_in_app(path, *args, **kwargs):
     """The frames that the page of app.py takes of an uploaded file."""
-    return importlib.import_module("app_uploads").read_file(path, *args, max_mb=1, **kwargs)[1]
+    return importlib.import_module("app_uploads").read_file(path, *args, **kwargs)[1]
 
 
 @pytest.mark.parametrize(

@@ -4,24 +4,24 @@ import numpy as np
 import pytest
 import torch
 import visualize_merging
-from finetune_lora import LoraArguments, add_lora
 from PIL import Image
 
 from common.evaluation import merging_overlay
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .helpers import IMAGE_SIZE, noise_images, tiny_model, tiny_processor, tiny_towers
+from .helpers import noise_images, tiny_model, tiny_processor
 
 
 @pytest.mark.parametrize("vision", ["clip", "siglip", "convnext"])
 def test_groups_are_the_models(vision):
     model = tiny_model(vision)
-    batch = tiny_processor(model)(images=noise_images(2))
-    layers = merging_overlay.merged_tokens(model, batch["pixel_values"])
-    expected = model.get_image_features(batch["pixel_values"]).output_index
-    assert len(layers) == 2 and torch.equal(layers[-1], expected)
-    counts = [int(index.max()) + 1 for index in layers]
-    assert counts == model.config.connector_config.token_counts(model.config.num_vision_tokens)[1:]
+    inputs = tiny_processor(model)(images=noise_images(1))
+    soft_prompt, merging = merging_overlay.trace_merging(model, inputs, model.config.num_image_tokens)
+    expected = model.get_image_features(inputs["pixel_values"])
+    assert torch.equal(soft_prompt.pooler_output, expected.pooler_output)
+    patches = expected.output_index[0, -merging.groups[0].size :]  # without a class token
+    assert len(merging.groups) == 3 and np.array_equal(merging.groups[-1].flatten(), patches)
+    assert merging.counts == model.config.connector_config.token_counts(model.config.num_vision_tokens)
 
 
 def patch(drawn, row, column, side=4):
@@ -52,26 +52,6 @@ def test_the_image_stays_visible_and_tokens_have_outlines():
     assert np.all(merged[400, 100] + 100 < merged[400, 300]) and np.array_equal(merged[400, 224], merged[400, 300])
     drawn = np.asarray(merging_overlay.draw_groups(Image.new("RGB", (448, 448), "white"), np.array([[0, 1], [0, 1]])))
     assert drawn[400, 224].max() < 60 and np.array_equal(drawn[224, 300], drawn[230, 300])
-
-
-def test_numbers_are_as_large_as_there_is_room():
-    """At the width of a page (220 pixels for 14 patches) the numbers fill their patches and stay within them."""
-    groups = np.arange(196).reshape(14, 14) % 98
-    drawn = merging_overlay.draw_groups(Image.new("RGB", (448, 448), "white"), groups).convert("L")
-    written = np.asarray(drawn) < 30
-    for row, column in np.ndindex(14, 14):
-        rows, columns = np.nonzero(patch(written, row, column, side=14))
-        assert np.ptp(rows) >= 14 and rows.max() <= 27 and columns.min() >= 1 and columns.max() <= 28
-
-
-def test_a_merged_token_keeps_its_colour():
-    """It has the colour of its first patch, from layer to layer."""
-    image = Image.new("RGB", (448, 448), "white")
-    before, after = (
-        patch(merging_overlay.draw_groups(image, groups), 0, 0, 2)
-        for groups in (np.eye(2, dtype=int), np.zeros((2, 2), dtype=int))
-    )
-    assert np.array_equal(before[:8, :8], after[:8, :8])
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +88,9 @@ def test_draws_a_row_for_each_image_and_each_frame(captioner):
     processor = tiny_processor(model)
     for row, image in zip(rows, noise_images(2) + noise_images(4), strict=True):
         assert len(row) == 3 and np.array_equal(row[0], merging_overlay.resize_to_side(image))
-    layers = merging_overlay.merged_tokens(model, processor(images=noise_images(2)[1])["pixel_values"])
-    expected = merging_overlay.draw_groups(
-        merging_overlay.resize_to_side(noise_images(2)[1]), merging_overlay.patch_groups(model, layers)[-1]
-    )
-    assert np.array_equal(rows[1][2], expected)
+    inputs = processor(images=noise_images(2)[1])
+    _, merging = merging_overlay.trace_merging(model, inputs, model.config.num_image_tokens)
+    assert np.array_equal(rows[1][2], merging_overlay.draw_groups(Image.fromarray(rows[1][0]), merging.groups[-1]))
 
 
 def test_a_model_with_a_range_is_drawn_with_any_number_of_tokens(captioner, tmp_path):
@@ -126,12 +104,9 @@ def test_a_model_with_a_range_is_drawn_with_any_number_of_tokens(captioner, tmp_
     for row in draw(tmp_path, *sources, "--num_image_tokens", "17"):  # nothing is merged
         own = merging_overlay.draw_groups(Image.fromarray(row[0]), np.arange(1, 17).reshape(4, 4))
         assert np.array_equal(row[1], own) and np.array_equal(row[2], own)
-    processor.num_image_tokens = 5
-    row = visualize_merging.image_row(model, processor, str(captioner / "0.png"))
-    assert row.counts[-1] == 5 and row.groups[-1].max() == 4
-    with pytest.raises(
-        ValueError, match="`num_image_tokens` must be from 2 to 17, the `image_token_range`, but is 18"
-    ):
+    _, merging = merging_overlay.trace_merging(model, processor(images=noise_images(1)), 5)
+    assert merging.counts[-1] == 5 and merging.groups[-1].max() == 4
+    with pytest.raises(ValueError, match=r"`num_image_tokens` must be from 2 to 17.* but is .*18"):
         draw(tmp_path, *sources, "--num_image_tokens", "18")
 
 
@@ -148,44 +123,13 @@ def test_a_video_or_a_model_that_cannot_be_read_is_named(captioner, tmp_path):
         draw(tmp_path / "nowhere", "--videos", "none.mp4")
 
 
-def test_other_connectors_are_refused():
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        *tiny_towers(),
-        connector_config={"model_type": "evlgen_mlp", "hidden_size": 32, "intermediate_size": 64},
-        image_size=IMAGE_SIZE,
-        image_token_id=300,
-    )
-    with pytest.raises(ValueError, match="`model_type` is 'evlgen_mlp', and it neither merges nor chooses"):
-        merging_overlay.merged_tokens(model, torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-
-
-def test_the_tokens_that_queries_attend_to_are_shown():
-    """Each chosen patch has a number of its own, and all others have the mean's."""
-    fields = {"model_type": "evlgen_qformer", "num_hidden_layers": 1, "num_attention_heads": 4}
-    fields |= {"hidden_size": 32, "intermediate_size": 64, "num_query_tokens": 5, "num_distinctive_tokens": 4}
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        *tiny_towers(), connector_config=fields, image_size=IMAGE_SIZE, image_token_id=300
-    )
-    layers = merging_overlay.merged_tokens(model, torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE))
-    assert merging_overlay.layer_names(model) == ["choice"] and merging_overlay.token_counts(layers) == [6]
-    (groups,) = merging_overlay.patch_groups(model, layers)
-    assert sorted(groups.flatten().tolist()) == [1] * 12 + [2, 3, 4, 5]  # 0 is the class token
-
-
-def test_an_adapters_merging_is_drawn(captioner, tmp_path):
-    adapted = add_lora(EVLGenForConditionalGeneration.from_pretrained(captioner), LoraArguments(lora="both"))
-    adapted.save_pretrained(tmp_path)
-    tiny_processor(adapted.base_model.model).save_pretrained(tmp_path)
-    output = tmp_path / "merging.png"
-    visualize_merging.main(["--model", str(tmp_path), "--images", str(captioner / "0.png"), "--output", str(output)])
-    assert Image.open(output).width == 3 * merging_overlay.SIDE + 2 * visualize_merging.GAP
-
-
 def test_hooks_are_gone_when_a_drawing_fails():
     model = tiny_model()
-    with pytest.raises(ValueError, match="`pixel_values` must have shape"):
-        merging_overlay.merged_tokens(model, torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE))
-    assert not any(layer._forward_hooks for layer in model.connector.encoder.layer)
+    inputs = tiny_processor(model)(images=noise_images(1))
+    with pytest.raises(ValueError, match=r"but is .*999"):
+        merging_overlay.trace_merging(model, inputs, 999)
+    _, merging = merging_overlay.trace_merging(model, inputs, 11)
+    assert len(merging.groups) == 3  # each layer once
 
 
 def test_all_frames_of_a_video_have_the_videos_merging(captioner):
@@ -196,27 +140,25 @@ def test_all_frames_of_a_video_have_the_videos_merging(captioner):
     with torch.no_grad():
         for contextualizer in model.temporal:
             contextualizer.alpha.fill_(0.5)
-    rows = visualize_merging.video_rows(model, processor, str(captioner / "video.webp"))
+    rows = visualize_merging.panels_of(model, processor, "videos", str(captioner / "video.webp"))
+    assert [row[0][0] for row in rows] == [f"frame {n} of 4, {(n - 1) / 10:.1f} s, 4 x 4 patches" for n in range(1, 5)]
     pixels = processor(videos=noise_images(4))["pixel_values_videos"]
     expected = model.get_video_features(pixels).output_index[0, 1:].reshape(4, 4).numpy()
-    assert [row.name for row in rows] == [f"frame {number} of 4, {(number - 1) / 10:.1f} s" for number in range(1, 5)]
     for row, frame in zip(rows, noise_images(4), strict=True):
-        assert np.array_equal(row.groups[-1], expected)
-        assert np.array_equal(row.image, merging_overlay.resize_to_side(frame))
-    alone = [model.get_image_features(frame[None]).output_index[0, 1:].reshape(4, 4).numpy() for frame in pixels[0]]
-    assert not all(np.array_equal(index, expected) for index in alone)
+        image = merging_overlay.resize_to_side(frame)
+        assert np.array_equal(row[0][1], image)
+        assert np.array_equal(row[2][1], merging_overlay.draw_groups(image, expected))
 
 
 def test_each_frame_of_a_merged_video_has_a_merging_of_its_own(captioner):
     model = EVLGenForConditionalGeneration.from_pretrained(captioner, video_mode="merge")
-    processor = tiny_processor(model)
-    pixels = processor(videos=noise_images(4))["pixel_values_videos"]
-    features, places, index = merging_overlay.trace_frames(model, pixels)
-    torch.testing.assert_close(features, model.get_vision_features(pixels))
+    inputs = tiny_processor(model)(videos=noise_images(4))
+    features, places, index = merging_overlay.trace_frames(model, inputs["pixel_values_videos"], inputs["frame_times"])
+    torch.testing.assert_close(features, model.get_vision_features(inputs["pixel_values_videos"]))
     assert index.shape == (4, model.config.num_vision_tokens)
     for token in range(1, model.config.num_vision_tokens):  # a token is the mean of the patches that it is drawn on
         frames, _ = (index == token).nonzero(as_tuple=True)
         assert places[0, token, 0] == pytest.approx(frames.float().mean())
-    rows = visualize_merging.video_rows(model, processor, str(captioner / "video.webp"))
-    assert all(row.groups[-1].shape == (4, 4) for row in rows)
-    assert not np.array_equal(rows[0].groups[-1], rows[3].groups[-1])
+    _, merging = merging_overlay.trace_merging(model, inputs, model.config.num_image_tokens, frames=[0, 3])
+    assert all(groups.shape == (2, 4, 4) for groups in merging.groups)
+    assert not np.array_equal(merging.of_frame(2, 0), merging.of_frame(2, 1))

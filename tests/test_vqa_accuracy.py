@@ -102,11 +102,6 @@ def test_each_person_is_left_out_once(matches, expected):
     assert vqa_score("yes", answers) == pytest.approx(expected)
 
 
-def test_one_answer_leaves_none_to_compare_with():
-    with pytest.raises(ValueError, match="at least 2 people, but holds 1"):
-        vqa_score("yes", ["yes"])
-
-
 @pytest.mark.parametrize(
     ("prediction", "answer", "expected"),
     [("Blue.", "blue", 1), ("the man", "man", 1), ("two", "2", 1), ("t-shirt", "t-shirt", 0), ("a", "a", 0)],

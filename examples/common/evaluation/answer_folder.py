@@ -5,7 +5,7 @@ a run, each process writes its answers into a part of the file, `answers.part-0.
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Reads a file of answers, without a last line that a kill cut off. Another broken line raises a ValueError.
 
     Yields:
-        The position of a line in bytes, and its answer `{"id", "text"}`, with an `"error"` for an unreadable row.
+        The position of a line in bytes, and its answer `{"id", "text"}`, with an `"error"` for an unreadable row, and
+        a `"source"`: the path, size and time of change of the file that was read, if the answer depends on it.
     """
     offset = 0
     with path.open("rb") as file:
@@ -81,8 +82,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             offset += len(line)
 
 
-def find_answers(files: list[Path], ids: Sequence[int | str]) -> np.ndarray:
-    """Finds the first answer to each row. A line that is broken or answers no row raises a ValueError.
+def find_answers(
+    files: list[Path], ids: Sequence[int | str], keep: Callable[[dict[str, Any]], bool] | None = None
+) -> np.ndarray:
+    """Finds the first answer to each row, among those to `keep`. A line that answers no row raises a ValueError.
 
     Returns:
         int64, `(rows, 2)`: the number of the file and the position in bytes; -1 where there is no answer.
@@ -96,23 +99,22 @@ def find_answers(files: list[Path], ids: Sequence[int | str]) -> np.ndarray:
                 index = index_of(entry["id"])
             except (KeyError, ValueError, TypeError) as error:
                 raise ValueError(f"`output_dir`: {file} answers the row {entry['id']!r}, which is none.") from error
-            if positions[index, 0] < 0:
+            if positions[index, 0] < 0 and (keep is None or keep(entry)):
                 positions[index] = number, offset
     return positions
 
 
-def join_answers(folder: Path, ids: Sequence[int | str], dropped: Collection[int] = ()) -> None:
-    """Moves the parts of the processes into `answers.jsonl`, in the order of the rows, without those `dropped`.
+def join_answers(folder: Path, ids: Sequence[int | str], keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
+    """Moves the parts of the processes into `answers.jsonl`, in the order of the rows. Only answers to `keep` stay.
 
     A batch that was cut off is answered as a whole again. Then the answers in `answers.jsonl` stay. Answers are copied
     from disk to disk, since there may be more than memory holds.
     """
     path, parts = folder / ANSWERS, sorted(folder.glob("answers.part-*.jsonl"))
     path.touch()
-    if not parts and not dropped:
+    if not parts and keep is None:
         return
-    positions = find_answers([path, *parts], ids)
-    positions[list(dropped)] = -1
+    positions = find_answers([path, *parts], ids, keep)
     with ExitStack() as stack, replacing(path) as partial_path:
         files = [stack.enter_context(file.open("rb")) for file in (path, *parts)]
         joined = stack.enter_context(partial_path.open("wb"))

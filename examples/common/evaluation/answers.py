@@ -38,7 +38,6 @@ from processing_evlgen import EVLGenProcessor
 
 # Arguments that give the origin of the rows. Answers do not depend on the annotations.
 SOURCE = ("benchmark", "dataset_config", "data_files", "test_split", "media_dir", "max_samples")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PromptCollator(CaptionCollator):
@@ -159,14 +158,9 @@ def _identify_medium(medium: Any) -> Any:
 
 def load_answering_model(answer_args: AnswerArguments) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
     """Loads a model in the precision in which it answers, and its processor with the requested tiles and tokens."""
-    if answer_args.dtype not in DTYPES:
-        raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {answer_args.dtype!r}.")
-    load = partial(EVLGenForConditionalGeneration.from_pretrained, dtype=DTYPES[answer_args.dtype])
-    model = load_captioner("model", load, answer_args.model)
-    processor = EVLGenProcessor.from_pretrained(answer_args.model)
-    for name in ("max_tiles", "num_image_tokens"):
-        if getattr(answer_args, name) is not None:
-            setattr(processor, name, getattr(answer_args, name))
+    load, dtype = EVLGenForConditionalGeneration.from_pretrained, getattr(torch, answer_args.dtype)
+    model = load_captioner("model", load, answer_args.model, dtype=dtype)
+    processor = EVLGenProcessor.from_pretrained(answer_args.model, **answer_args.layout)
     model.config.read_budgets("num_image_tokens", processor.num_image_tokens, 1)  # raises out of range
     if processor.max_tiles > 1:
         model.config.check_tiles()
@@ -211,8 +205,8 @@ def answer_pending(
 ) -> None:
     """Answers each row that has no answer in `folder` yet. Afterwards `answers.jsonl` has an answer to every row.
 
-    `collate` makes the prompts of a batch of rows. It may add a list `errors` to them: None, or the problem of a row
-    that is kept instead of a text. The processes separate at the end.
+    `collate` makes the prompts of a batch of rows. It may add a list `details`: what is kept beside the text of each
+    row. A row with an `"error"` gets no text. The processes separate at the end.
     """
     path = folder / ANSWERS
     if state.is_main_process:
@@ -223,11 +217,14 @@ def answer_pending(
     answered = find_answers([path], ids)[:, 0] >= 0
     if state.is_main_process and answered.any():
         print(f"{answered.sum()} of {len(ids)} rows have been answered before.")
-    batches = pending_batches(answered, answer_args.batch_size)
+    # Batches always begin at the same rows.
+    size = answer_args.batch_size
+    batches = [range(start, min(start + size, len(ids))) for start in range(0, len(ids), size)]
+    batches = [batch for batch in batches if not answered[batch.start : batch.stop].all()]
     start, end = (len(batches) * (state.process_index + step) // state.num_processes for step in (0, 1))
     share = batches[start:end]  # neighbours, which often lie in the same file
     loader = DataLoader(rows, batch_sampler=share, collate_fn=collate, num_workers=answer_args.num_workers)
-    options = {"processor": processor, "generation_args": generation_args, "dtype": DTYPES[answer_args.dtype]}
+    options = {"processor": processor, "generation_args": generation_args, "dtype": getattr(torch, answer_args.dtype)}
     generate = partial(generate_texts, model.to(state.device), **options)
     part = folder / f"answers.part-{state.process_index}.jsonl"
     write_part(part, ids, share, loader, generate, state.is_main_process)
@@ -250,18 +247,11 @@ def write_part(
     bar = tqdm(total=sum(map(len, share)), desc="Answers", unit="row", disable=not progress)
     with bar, path.open("a", encoding="utf-8") as file:
         for indices, batch in zip(share, loader, strict=True):
-            problems = batch.pop("errors", [None] * len(indices))
-            for index, text, problem in zip(indices, generate(batch), problems, strict=True):
-                answer = {"text": text} if problem is None else {"text": None, "error": problem}
-                file.write(json.dumps({"id": ids[index], **answer}, ensure_ascii=False) + "\n")
-                if problem is not None:
-                    bar.write(f"Left out: {problem}", file=sys.stderr)
+            details = batch.pop("details", [{}] * len(indices))
+            for index, text, detail in zip(indices, generate(batch), details, strict=True):
+                answer = {"id": ids[index], "text": None if "error" in detail else text, **detail}
+                file.write(json.dumps(answer) + "\n")
+                if "error" in detail:
+                    bar.write(f"Left out: {detail['error']}", file=sys.stderr)
             file.flush()
             bar.update(len(indices))
-
-
-def pending_batches(answered: Sequence[bool], batch_size: int) -> list[range]:
-    """Row indices of each batch in which an answer is missing. Batches always begin at the same rows."""
-    starts = range(0, len(answered), batch_size)
-    batches = [range(start, min(start + batch_size, len(answered))) for start in starts]
-    return [batch for batch in batches if not all(answered[batch.start : batch.stop])]

@@ -25,23 +25,38 @@ class GenerationArguments:
 
 
 @dataclass
-class AnswerArguments:
+class CaptionerArguments:
     model: str = HfArg(default="outputs/demo", help="Captioner: a folder or a name on the Hub.")
-    batch_size: int = HfArg(default=16, help="Rows in a batch of each process.")
-    num_workers: int = HfArg(default=0, help="Processes that read images ahead.")
-    dtype: str = HfArg(default="float32", help="float32; or bfloat16: faster, but answers depend on their batch.")
+    batch_size: int = HfArg(default=16, help="Images or videos in a batch of each process.")
     max_tiles: int | None = HfArg(default=None, help="Largest number of tiles of an image. Default: the model's.")
     num_image_tokens: int | None = HfArg(
         default=None, help="Tokens of each image or video, if the model was trained with several numbers."
     )
 
     def __post_init__(self) -> None:
+        check_count("batch_size", self.batch_size, 1)
         if self.max_tiles is not None:
             check_max_tiles(self.max_tiles)
         if self.num_image_tokens is not None:
             check_count("num_image_tokens", self.num_image_tokens, 1)
-        check_count("batch_size", self.batch_size, 1)
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """What is given of `max_tiles` and `num_image_tokens`, as settings of the processor."""
+        given = {"max_tiles": self.max_tiles, "num_image_tokens": self.num_image_tokens}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass
+class AnswerArguments(CaptionerArguments):
+    num_workers: int = HfArg(default=0, help="Processes that read images ahead.")
+    dtype: str = HfArg(default="float32", help="float32; or bfloat16: faster, but answers depend on their batch.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("num_workers", self.num_workers, 0)
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"`dtype` must be float32 or bfloat16, but is {self.dtype!r}.")
 
 
 @dataclass

@@ -4,13 +4,16 @@ import colorsys
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.benchmark import timer
+from transformers import BatchFeature
 
 from configuration_evlgen import QFormerConnectorConfig, TomeFormerConfig
-from modeling_evlgen import EVLGenForConditionalGeneration, QFormerConnector, TomeFormerModel
+from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput, QFormerConnector, TomeFormerModel
 from modeling_evlgen.video_merging import FRAMES_AT_ONCE, match_over_time, match_within_frames, place_frames
 from modeling_evlgen.vision_tower import extract_vision_tokens
 
@@ -18,11 +21,30 @@ SIDE = 448  # width and height in pixels of a drawn image
 TINT = 0.6  # opacity of a token's colour over the image, 0 to 1
 
 
-def layer_names(model: EVLGenForConditionalGeneration) -> list[str]:
-    """Names the entries of [`recorded_merging`]: a choice of tokens, if the connector has one, and layers that merge.
+@dataclass
+class Merging:
+    """The tokens of one image or video: before the connector, and after each entry of [`layer_names`].
 
-    A connector that neither merges nor chooses tokens raises a ValueError.
+    Attributes:
+        groups: The token that each patch is part of, int64, `(rows, columns)`; if the frames of a video differ, it is
+            `(frames, rows, columns)`.
+        counts: Numbers of tokens, including class and register tokens.
+        num_image_tokens: Length of the soft prompt.
+        milliseconds: Time of the `"tower"` and of the `"connector"`.
     """
+
+    groups: list[np.ndarray]
+    counts: list[int]
+    num_image_tokens: int
+    milliseconds: dict[str, float]
+
+    def of_frame(self, layer: int, frame: int) -> np.ndarray:
+        """The groups of one frame, `(rows, columns)`. Layer 0 is before the connector."""
+        return self.groups[layer] if self.groups[layer].ndim == 2 else self.groups[layer][frame]
+
+
+def layer_names(model: EVLGenForConditionalGeneration) -> list[str]:
+    """Names the layers that merge, or the choice of tokens. A connector that does neither raises a ValueError."""
     config = model.config.connector_config
     if isinstance(config, TomeFormerConfig):
         return [f"layer {number}" for number in range(1, config.num_hidden_layers + 1)]
@@ -34,15 +56,45 @@ def layer_names(model: EVLGenForConditionalGeneration) -> list[str]:
     )
 
 
-@contextmanager
-def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[torch.Tensor]]:
-    """Records the merging of the connector's next forward pass. Raises as [`layer_names`] does.
+@torch.no_grad()
+def trace_merging(
+    model: EVLGenForConditionalGeneration, inputs: BatchFeature, num_image_tokens: int, frames: list[int] | None = None
+) -> tuple[EVLGenImageOutput, Merging]:
+    """Runs tower and connector on the processor's image or video. Raises as [`layer_names`] does.
 
-    Yields:
-        An empty list. The forward pass adds the `layer_index` of [`TomeFormerOutput`] or [`QFormerConnectorOutput`]:
-        for each layer a tensor of shape `(images, num_vision_tokens)`.
+    The frames of a video share one merging, if they are averaged to one set of tokens before the connector. With
+    `config.video_mode` "merge" each frame has its own. `frames` are the indices of those to keep, by default all.
     """
     layer_names(model)
+    grid, times = inputs.get("image_grid_thw"), inputs.get("frame_times")
+    pixel_values = inputs["pixel_values" if "pixel_values" in inputs else "pixel_values_videos"]
+    milliseconds: dict[str, float] = {}
+    with timed(milliseconds, "tower"):
+        features, places, index = trace_frames(model, pixel_values, times)
+    with timed(milliseconds, "connector"), recorded_merging(model) as layers:
+        soft_prompt = model.project_vision_features(features, grid, [num_image_tokens], places)
+    layers = [torch.arange(layers[0].shape[1])[None], *layers]  # (1, tokens of all tiles) each
+    counts = [int(layer.max()) + 1 for layer in layers]
+    if index is not None:
+        layers = [layer[0, index if frames is None else index[frames]] for layer in layers]  # (frames, tokens) each
+    prefix, side = patch_grid(model)
+    rows, columns = (1, 1) if grid is None else grid[0, 1:].tolist()  # of tiles
+    groups = [layer[:, prefix:].reshape(-1, rows * side, columns * side).cpu().numpy() for layer in layers]
+    groups = [group[0] if len(group) == 1 else group for group in groups]
+    return soft_prompt, Merging(groups, counts, num_image_tokens, milliseconds)
+
+
+@contextmanager
+def timed(milliseconds: dict[str, float], part: str) -> Iterator[None]:
+    """Stores in `milliseconds[part]` how long the block takes."""
+    start = timer()  # waits for a GPU, if there is one
+    yield
+    milliseconds[part] = 1e3 * (timer() - start)
+
+
+@contextmanager
+def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[torch.Tensor]]:
+    """Yields a list that gets the `layer_index` of the connector's forward pass: `(images, tokens)` each."""
     # PEFT's wrapper holds two connectors, the base model's and the trained one. Only one of them runs.
     kinds = TomeFormerModel, QFormerConnector
     connectors = [module for module in model.connector.modules() if isinstance(module, kinds)]
@@ -58,30 +110,8 @@ def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[tor
             hook.remove()
 
 
-@torch.no_grad()
-def merged_tokens(
-    model: EVLGenForConditionalGeneration,
-    pixel_values: torch.Tensor,
-    image_grid_thw: torch.Tensor | None = None,
-    frame_times: torch.Tensor | None = None,
-    num_image_tokens: int | None = None,
-) -> list[torch.Tensor]:
-    """Runs tower and connector on the processor's image or video, and returns the list of [`recorded_merging`].
-
-    `num_image_tokens` is the number of tokens of one image or video after the last layer, by default the model's own.
-    The frames of a video share one merging, if they are averaged to one set of tokens before the connector. With
-    `config.video_mode` "merge" each frame has its own, `(frames, num_vision_tokens)`.
-    """
-    features, places, index = trace_frames(model, pixel_values, frame_times)
-    budgets = None if num_image_tokens is None else [num_image_tokens]
-    with recorded_merging(model) as layers:
-        model.project_vision_features(features, image_grid_thw, budgets, places)
-    return layers if index is None else [layer[0, index] for layer in layers]
-
-
-@torch.no_grad()
 def trace_frames(
-    model: EVLGenForConditionalGeneration, pixel_values: torch.Tensor, frame_times: torch.Tensor | None = None
+    model: EVLGenForConditionalGeneration, pixel_values: torch.Tensor, frame_times: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Runs the tower on images or one video.
 
@@ -119,23 +149,6 @@ def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
     if prefix != int(model.config.connector_config.class_token) + registers:
         raise ValueError(f"The vision tower's patches must form a square, but it gives {tokens} tokens.")
     return prefix, side
-
-
-def patch_groups(
-    model: EVLGenForConditionalGeneration, layers: list[torch.Tensor], tiles: tuple[int, int] = (1, 1)
-) -> list[np.ndarray]:
-    """For each layer the token that each patch of one image or video is part of: int64, `(rows, columns)`.
-
-    If the frames of a video differ, it is `(frames, rows, columns)`.
-    """
-    prefix, side = patch_grid(model)
-    groups = [index[:, prefix:].reshape(-1, tiles[0] * side, tiles[1] * side).cpu().numpy() for index in layers]
-    return [group[0] if len(group) == 1 else group for group in groups]
-
-
-def token_counts(layers: list[torch.Tensor]) -> list[int]:
-    """Counts the tokens of one image or video after each layer, including class and register tokens."""
-    return [int(index.max()) + 1 for index in layers]
 
 
 def resize_to_side(image: Image.Image) -> Image.Image:

