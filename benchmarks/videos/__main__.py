@@ -1,24 +1,22 @@
 """Compares ways to pool the frames of a video, by SmolLM2's answers to questions about order and single frames.
 
-    python -m benchmarks.videos
+    python -m benchmarks.videos --methods merge --seeds 0 1 2
 
-trains all runs below and prints their tables; `--methods` and `--seeds` choose some, `--report` prints the tables
-alone. Each finished run is a line of `benchmarks/videos/results.jsonl`, so a command that was stopped continues with
-the next run. A run takes about 20 minutes on one core. The first run of a method also pools all videos, and merging
-them takes 10 minutes more.
+trains what `benchmarks/videos/results.jsonl` lacks, appends a line for each run, with its commit, and prints the
+tables. A run takes 14 minutes on one core. The first run of a method also pools all videos, which takes 4 minutes.
 
 Videos are composed of the features of animated emoji, at one frame a second, and pooled to at most 196 tokens. A
-connector turns them into 36 tokens of the demo's frozen language model.
+connector turns them into 36 tokens of the demo's frozen language model. Older lines are of a text decoder of 4 layers,
+which was trained together with a connector whose code was deleted.
 """
 
 import argparse
 import hashlib
 import inspect
 import itertools
-import json
-import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -27,20 +25,22 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer, get_scheduler, set_seed
 
 from common.demo.cache import prepare_once
 from common.demo.towers import prepare_language_model, prepare_vision_tower
-from common.models import load_image_processor
+from common.models import connector_fields, load_image_processor
 from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits, video_merging
-from modeling_evlgen.labels import shift_labels
+from modeling_evlgen.soft_prompts import shift_labels
 from modeling_evlgen.video_merging import add_frames, place_frames
 from processing_evlgen import EVLGenProcessor
 
+from ..connectors.methods import connector_of
+from ..results import Result, markdown_table, read_results, spread, train_missing
 from . import clips as clips_module
-from .clips import BACKGROUND_VIDEOS, MOMENT, MOMENTS_ORDER, SHORT_KINDS, Clip, Text, compose, load_frames
+from .clips import BACKGROUND_VIDEOS, MOMENT, MOMENTS_ORDER, SHORT_KINDS, Clip, compose, load_frames
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 TOKENS = 36  # of the soft prompt
@@ -54,29 +54,22 @@ VIDEOS_AT_ONCE, FRAMES_AT_ONCE = 32, 8  # while frames are pooled
 MEAN, PARTS_MEANS, MERGE, TIMELESS = "mean of frames", "means in 9 parts", "merge", "merge without times"
 METHODS = (MERGE, TIMELESS, PARTS_MEANS, MEAN)
 
-_SIZE = {"hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 3, "class_token": False}
-_SIZE |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 256}
-_SIZE |= {"position_initializer_range": 0.1}
-CONNECTORS: dict[str, dict[str, Any]] = {
-    "choosing Q-Former": {
-        **_SIZE,
-        "model_type": "evlgen_qformer",
-        "intermediate_size": 768,
-        "cross_attention_frequency": 1,
-        "num_query_tokens": TOKENS,
-        "num_distinctive_tokens": 100,
-    },
-    "TomeFormer": {
-        **_SIZE,
-        "model_type": "tomeformer",
-        "intermediate_size": 1536,
-        "merge_r": [98, 49, 13],  # 196 tokens become 98, 49 and 36
-        "merge_metric": "hidden_states",
-        "pre_norm": True,
-        "branch_initializer_range": 0.0,
-        "output_position_initializer_range": 1.0,
-    },
-}
+# What differs from the connectors of `benchmarks.connectors`, which have 25 tokens.
+CONNECTORS = {"qformer-chooses-first": {"num_query_tokens": TOKENS}, "evlgen": {"merge_r": [98, 49, 13]}}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of one run."""
+
+    connector: str
+    method: str
+    seed: int = 0
+    steps: int = STEPS
+
+    @property
+    def name(self) -> str:
+        return f"{self.connector}, {self.method}, seed {self.seed}"
 
 
 def pool_clips(method: str, split: str, clips: list[Clip], frames: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -106,7 +99,7 @@ def pool_clips(method: str, split: str, clips: list[Clip], frames: torch.Tensor)
 def _write_pooled(pool: Callable, clips: list[Clip], frames: torch.Tensor, folder: Path) -> None:
     by_length = defaultdict(list)
     for index, clip in enumerate(clips):
-        by_length[len(clip.frames)].append(index)
+        by_length[len(clip)].append(index)
     batches = [
         indices[start : start + VIDEOS_AT_ONCE]
         for indices in by_length.values()
@@ -114,7 +107,7 @@ def _write_pooled(pool: Callable, clips: list[Clip], frames: torch.Tensor, folde
     ]
     pooled: dict[str, torch.Tensor] = {}
     for indices in tqdm(batches, desc="Pooling", unit="batch"):
-        chosen = torch.tensor([clips[index].frames for index in indices])  # (videos, length)
+        chosen = torch.tensor([clips[index] for index in indices])  # (videos, length)
         for name, values in pool(frames, chosen).items():
             empty = torch.empty(len(clips), *values.shape[1:], dtype=values.dtype)
             pooled.setdefault(name, empty)[indices] = values
@@ -156,20 +149,6 @@ def pool_merge(frames: torch.Tensor, chosen: torch.Tensor) -> dict[str, torch.Te
 POOLINGS = {MEAN: pool_mean, PARTS_MEANS: pool_parts, MERGE: pool_merge}
 
 
-class ClipTexts(Dataset):
-    """Texts with the pooled features of their videos."""
-
-    def __init__(self, texts: list[Text], pooled: dict[str, torch.Tensor]):
-        self.texts, self.pooled = texts, pooled
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        text = self.texts[index]
-        return {**text, **{name: values[text["clip"]] for name, values in self.pooled.items()}}
-
-
 def collate(processor: EVLGenProcessor, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Turns texts into inputs of the model. Videos take the placeholders of images, as their features are cached."""
     texts = {"text": [row["question"] for row in rows], "suffix": [row["answer"] for row in rows]}
@@ -180,24 +159,23 @@ def collate(processor: EVLGenProcessor, rows: list[dict[str, Any]]) -> dict[str,
     return batch
 
 
-def train(connector: str, method: str, seed: int, steps: int = STEPS) -> dict[str, Any]:
+def train(run: Run) -> Result:
     """Trains a run. Returns its loss and the share of right answers of each kind in the test split."""
-    composed, frames = {split: compose(split) for split in ("train", "test")}, load_frames()
-    splits = {
-        split: ClipTexts(texts, pool_clips(method, split, clips, frames[split]))
-        for split, (clips, texts) in composed.items()
-    }
-    set_seed(seed)
-    pooled = splits["train"].pooled
-    model, processor = build_captioner(connector, pooled)
-    sample = pooled["features"][:: max(1, len(pooled["features"]) // WHITENING_VIDEOS)].float()
-    model.whiten_vision_projection(sample)
+    frames, pooled, rows = load_frames(), {}, {}
+    for split in ("train", "test"):
+        clips, texts = compose(split)
+        pooled[split] = pool_clips(run.method, split, clips, frames[split])
+        rows[split] = [text | {name: x[text["clip"]] for name, x in pooled[split].items()} for text in texts]
+    set_seed(run.seed)
+    model, processor = build_captioner(run.connector, pooled["train"])
+    features = pooled["train"]["features"]  # (videos, tokens, dim)
+    model.whiten_vision_projection(features[:: max(1, len(features) // WHITENING_VIDEOS)].float())
     collator = partial(collate, processor)
-    loader = DataLoader(splits["train"], TRAINING_BATCH, shuffle=True, drop_last=True, collate_fn=collator)
-    loss = optimize(model.train(), itertools.chain.from_iterable(itertools.repeat(loader)), steps)
-    right = find_right_answers(model.eval(), DataLoader(splits["test"], TEST_BATCH, collate_fn=collator))
+    loader = DataLoader(rows["train"], TRAINING_BATCH, shuffle=True, drop_last=True, collate_fn=collator)
+    loss = optimize(model.train(), itertools.chain.from_iterable(itertools.repeat(loader)), run.steps)
+    right = find_right_answers(model.eval(), DataLoader(rows["test"], TEST_BATCH, collate_fn=collator))
     by_kind = defaultdict(list)
-    for text, is_right in zip(splits["test"].texts, right, strict=True):
+    for text, is_right in zip(rows["test"], right, strict=True):
         by_kind[text["kind"]].append(is_right)
     return {
         "training_loss": round(loss, 4),
@@ -210,15 +188,15 @@ def build_captioner(
 ) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
     """The demo's towers with a fresh connector for pooled features."""
     vision, text = str(prepare_vision_tower()), str(prepare_language_model())
-    num_tokens, fields = pooled["features"].shape[1], dict(CONNECTORS[connector])
-    if num_tokens > TOKENS:  # otherwise tokens are no grid
-        fields["position_grid_size"] = round(num_tokens**0.5)
-    elif "merge_r" in fields:
-        fields["merge_r"] = 0
+    num_tokens = pooled["features"].shape[1]
+    kind, fields = connector_of(connector, round(num_tokens**0.5))
+    fields |= {**CONNECTORS[connector], "max_position_embeddings": 256}
+    if num_tokens == TOKENS:  # nothing is left to merge, and the tokens are no grid
+        fields |= {"position_grid_size": None} | ({"merge_r": 0} if kind == "tomeformer" else {})
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
         vision,
         text,
-        connector_config=fields,
+        connector_config=connector_fields(kind, {**fields, "class_token": False}),
         num_vision_tokens=num_tokens,
         video_mode="merge" if "places" in pooled else "mean",
     )
@@ -270,46 +248,29 @@ def find_right_answers(model: EVLGenForConditionalGeneration, loader: DataLoader
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--connectors", nargs="+", choices=CONNECTORS, default=["choosing Q-Former"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    parser.add_argument("--report", action="store_true", help="Print the tables of the finished runs.")
+    parser.add_argument("--connector", choices=CONNECTORS, default=next(iter(CONNECTORS)))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="Default: all.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="Default: 0.")
     arguments = parser.parse_args(argv)
-    for seed, connector, method in itertools.product(arguments.seeds, arguments.connectors, arguments.methods):
-        name = f"{connector}, {method}, seed {seed}"
-        if not arguments.report and name not in {result["name"] for result in read_results()}:
-            print(name, flush=True)
-            commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-            run = {"name": name, "connector": connector, "method": method, "seed": seed, "steps": STEPS}
-            result = {**run, "commit": commit.stdout.strip(), **train(connector, method, seed)}
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(result) + "\n")
-    report()
-
-
-def read_results() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
-def report() -> None:
-    """Prints the share of right answers of each method, in %: the mean over seeds, the lowest and the highest."""
-    runs = defaultdict(list)
-    for result in read_results():
-        runs[result["connector"], result["method"]].append(result["held_out"])
-    print(f"\nShort videos\n\n{accuracy_table(runs, dict(zip(SHORT_KINDS, SHORT_KINDS, strict=True)))}")
+    runs = [Run(arguments.connector, method, seed) for seed in arguments.seeds for method in arguments.methods]
+    train_missing(runs, RESULTS, train)
+    results = defaultdict(list)
+    for result in read_results(RESULTS).values():
+        if "connector" in result["run"]:
+            results[result["run"]["connector"], result["run"]["method"]].append(result["held_out"])
+    print(f"\nShort videos\n\n{accuracy_table(results, dict(zip(SHORT_KINDS, SHORT_KINDS, strict=True)))}")
     for kind in (MOMENT, MOMENTS_ORDER):
         columns = {f"{length} frames": f"{kind}, {length}" for length in BACKGROUND_VIDEOS["test"]}
-        print(f"\nOn a background: {kind}\n\n{accuracy_table(runs, columns)}")
+        print(f"\nOn a background: {kind}\n\n{accuracy_table(results, columns)}")
 
 
-def accuracy_table(runs: dict[tuple[str, str], list[dict[str, float]]], columns: dict[str, str]) -> str:
-    """Markdown table of shares of right answers: a row for each method. `columns` has the kind for each header."""
-    lines = [f"| {' | '.join(['connector', 'method', 'seeds', *columns])} |", "|---" * (len(columns) + 3) + "|"]
-    for (connector, method), seeds in runs.items():
-        values = [[100 * seed[kind] for seed in seeds] for kind in columns.values()]
-        shares = [f"{mean(row):.0f} [{min(row):.0f}, {max(row):.0f}]" for row in values]
-        lines.append(f"| {' | '.join([connector, method, str(len(seeds)), *shares])} |")
-    return "\n".join(lines)
+def accuracy_table(results: dict[tuple[str, str], list[dict[str, float]]], columns: dict[str, str]) -> str:
+    """Shares of right answers in %, over seeds: a row for each method. `columns` has the kind for each header."""
+    rows = [
+        [*names, len(seeds), *(spread([seed[kind] for seed in seeds]) for kind in columns.values())]
+        for names, seeds in results.items()
+    ]
+    return markdown_table(["connector", "method", "seeds", *columns], rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ a skin tone that training never shows.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -76,13 +75,7 @@ def _write_frames(folder: Path) -> None:
     save_file(features, folder / "frames.safetensors")
 
 
-@dataclass(frozen=True)
-class Clip:
-    """A video: each of its frames as an index into the split's frames of all emoji and tones."""
-
-    frames: tuple[int, ...]
-
-
+Clip = tuple[int, ...]  # a video: each frame as an index into the split's frames of all emoji and tones
 Text = dict[str, str | int]
 
 
@@ -131,7 +124,7 @@ def _draw_short_pair(
     for order in (1, -1):
         segments = zip(events[::order], lengths[::order], strict=True)
         frames = [frame for emoji, number in segments for frame in _draw_frames(rng, split, emoji, number)]
-        yield Clip(tuple(frames)), _ask(np.random.default_rng((pair, length)), events[::order])
+        yield tuple(frames), _ask(np.random.default_rng((pair, length)), events[::order])
 
 
 def _draw_background_pair(
@@ -150,7 +143,7 @@ def _draw_background_pair(
             kind, question = MOMENT, ("What is shown only for a moment?", with_article(EMOJI[events[0]]))
         else:
             kind, question = MOMENTS_ORDER, _which_first(np.random.default_rng((pair, length)), events[::order])
-        yield Clip(tuple(frames)), [(f"{kind}, {length}", *question)]
+        yield tuple(frames), [(f"{kind}, {length}", *question)]
 
 
 def _draw_frames(rng: np.random.Generator, split: str, emoji: int, count: int) -> list[int]:

@@ -1,0 +1,102 @@
+"""benchmarks/videos: runs train from end to end on synthetic frames, and its questions need the order of frames."""
+
+from collections import Counter
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from benchmarks.results import read_results
+from benchmarks.videos import __main__ as videos
+from benchmarks.videos import clips
+from benchmarks.videos.clips import EMOJI, FRAMES, MOMENT, MOMENTS_ORDER, TONES, compose
+from modeling_evlgen.video_merging import add_frames, place_frames
+
+from .helpers import save_towers
+
+
+@pytest.fixture
+def synthetic(monkeypatch, tmp_path):
+    """A few videos of random features, tiny towers, and an empty file of results."""
+    towers = save_towers(tmp_path, "timm_cnn")
+    torch.manual_seed(0)
+    frames = {split: torch.randn(len(EMOJI) * tones * FRAMES, 196, 112).half() for split, tones in TONES.items()}
+    monkeypatch.setattr(clips, "SHORT_VIDEOS", {"train": 20, "test": 20})
+    for module in (clips, videos):
+        monkeypatch.setattr(module, "BACKGROUND_VIDEOS", {split: {8: 6, 16: 6} for split in TONES})
+    monkeypatch.setattr(videos, "load_frames", lambda: frames)
+    monkeypatch.setattr(videos, "prepare_vision_tower", lambda: towers["vision_model"])
+    monkeypatch.setattr(videos, "prepare_language_model", lambda: towers["text_model"])
+    monkeypatch.setattr(videos, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("connector", videos.CONNECTORS)
+def test_methods_are_trained_measured_and_compared(connector, synthetic, monkeypatch, capsys):
+    monkeypatch.setattr(videos.Run.__init__, "__defaults__", (0, 1))  # one step
+    methods = [videos.TIMELESS, videos.PARTS_MEANS]
+    videos.main(["--connector", connector, "--methods", *methods])
+    kinds = {text["kind"] for text in compose("test")[1]}
+    results = read_results(videos.RESULTS).values()
+    assert [result["run"]["method"] for result in results] == methods
+    assert all(result["held_out"].keys() == kinds for result in results)
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"| {connector} | {method} | 1 |") == 3 for method in methods)
+
+    monkeypatch.setattr(videos, "train", pytest.fail)  # a finished run is not trained again
+    videos.main(["--connector", connector, "--methods", *methods])
+
+
+def test_an_answer_is_right_if_greedy_generation_gives_it(synthetic):
+    rows = [
+        {"question": "What is it?", "answer": answer, "features": torch.randn(196, 112)} for answer in ("a cat", "red")
+    ]
+    torch.manual_seed(0)
+    model, processor = videos.build_captioner("qformer-chooses-first", {"features": torch.randn(2, 196, 112)})
+    batch = videos.collate(processor, rows)
+    videos.optimize(model.train(), iter([batch] * 60), 60)
+    wrong = videos.collate(processor, [rows[0], {**rows[1], "answer": "rad"}])
+    right = videos.find_right_answers(model.eval(), [batch, wrong])
+    assert right == [True, True, True, False]
+    prompts = processor(vision_features=torch.stack([row["features"] for row in rows]), text=["What is it?"] * 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        generated = model.generate(**prompts, max_new_tokens=5)[:, prompts["input_ids"].shape[1] :]
+    assert [text.strip() for text in processor.batch_decode(generated, skip_special_tokens=True)] == ["a cat", "red"]
+
+
+@pytest.mark.parametrize("split", TONES)
+def test_without_order_half_of_the_answers_are_right(split):
+    """The videos of a pair show the same emoji, and get the same questions with other answers."""
+    videos_of_split, texts = compose(split)
+    answers = Counter()
+    for text in texts:
+        if text["kind"] == "which first" or text["kind"].startswith(MOMENTS_ORDER):
+            answers[text["clip"] // 2, text["question"], text["answer"]] += 1
+            shown = [
+                {frame // (FRAMES * TONES[split]) for frame in videos_of_split[clip]}
+                for clip in (text["clip"], text["clip"] ^ 1)
+            ]
+            assert shown[0] == shown[1]
+    by_question = {key[:2] for key in answers}
+    assert len(answers) == 2 * len(by_question) and len(set(answers.values())) <= 2
+
+
+def test_an_important_frame_is_single_at_every_length():
+    videos_of_split, texts = compose("test")
+    for text in texts:
+        if text["kind"].startswith(MOMENT):
+            emoji = Counter(frame // FRAMES for frame in videos_of_split[text["clip"]])  # one tone
+            single = min(emoji, key=emoji.get)
+            assert len(emoji) == 2 and emoji[single] == 1 and EMOJI[single] in text["answer"]
+
+
+def test_videos_are_merged_as_the_model_merges_them():
+    """Also those of more frames than are merged at once."""
+    torch.manual_seed(0)
+    frames, chosen = torch.randn(5, 16, 8), torch.randint(5, (2, 11))
+    pooled = videos.pool_merge(frames, chosen)
+    for video, features, places in zip(chosen, *pooled.values(), strict=True):
+        placed = place_frames(frames[video], torch.arange(11.0), class_token=False)
+        expected = add_frames(None, placed, [torch.tensor([0])] * 11, class_token=False)
+        torch.testing.assert_close(features, expected.features[0].half())
+        torch.testing.assert_close(places, expected.places[0])
