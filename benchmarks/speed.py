@@ -13,7 +13,6 @@ The first argument says what is measured:
 - quantization: a language model in float32, bfloat16, int8 and int4
 - export: a soft prompt in PyTorch, as a graph of torch.export, and in onnxruntime
 - videos: the soft prompt of 1 to 256 frames
-- busy-machine: a step beside other busy processes
 
 Candidates take turns, so that other processes slow all of them alike. Times are medians. Most models have the size of
 the demo or of a recipe, and random weights.
@@ -21,18 +20,12 @@ the demo or of a recipe, and random weights.
 
 import argparse
 import copy
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import torch
 import yaml
@@ -216,7 +209,7 @@ def compare_layouts_of_a_tower(rounds: int) -> None:
 
 
 def compare_cached_features(rounds: int) -> None:
-    import pretrain  # not above: a script changes how threads wait, also for the busy machine
+    import pretrain  # not above: a script changes how threads wait
 
     tower = ViTConfig(**VIT_S)
     with tempfile.TemporaryDirectory() as folder:
@@ -337,43 +330,6 @@ def _measure_frames(fields: dict[str, Any], frames: int, rounds: int) -> tuple[f
     return seconds, peak_megabytes() - before
 
 
-# busy-machine: OpenMP's threads spin while they wait. Beside other processes, a thread then often spins while the one
-# that it waits for cannot run. So the scripts let threads sleep soon (examples/common/processes.py).
-
-SPIN_COUNTS: dict[str, dict[str, str]] = {"default": {}, "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"}}
-OTHERS = (0, 1, 2)  # numbers of other processes
-
-
-def compare_busy_machines(rounds: int) -> None:
-    rows = {setting: [setting] for setting in SPIN_COUNTS}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    for count in OTHERS:
-        with _busy_processes(count):
-            for setting, environment in SPIN_COUNTS.items():
-                with mock.patch.dict(os.environ, kept | environment, clear=True):  # OpenMP reads it when it starts
-                    rows[setting].append(f"{in_new_process(_seconds_of_a_step, rounds):.2f} s")
-    print(f"{os.cpu_count()} cores\n")
-    print(markdown_table(["setting", *(f"{count} other processes" for count in OTHERS)], rows.values()))
-
-
-def _seconds_of_a_step(rounds: int) -> float:
-    step = random_step(build(SIZES["demo"]["EVLGen, front-loaded"]))
-    step()
-    return median(measure(step) for _ in range(rounds))
-
-
-@contextmanager
-def _busy_processes(count: int) -> Iterator[None]:
-    """Keeps processes running that do nothing but count."""
-    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-
-
 STOPWATCHES = {
     "connectors": compare_connectors,
     "steps": compare_steps,
@@ -384,7 +340,6 @@ STOPWATCHES = {
     "quantization": compare_quantization,
     "export": compare_export,
     "videos": compare_videos,
-    "busy-machine": compare_busy_machines,
 }
 
 

@@ -91,13 +91,6 @@ def test_steps_from_cached_features_are_compared(tiny_sizes, tmp_path, monkeypat
     assert len(rows) == 2 and all(row[0] > 0 for row in rows)
 
 
-@pytest.mark.slow
-def test_steps_beside_busy_processes_are_measured(monkeypatch, tiny_sizes, capsys):
-    monkeypatch.setattr(speed, "OTHERS", (0, 1))
-    rows = measure(capsys, "busy-machine")
-    assert len(rows) == 2 and all(len(row) == 2 and min(row) > 0 for row in rows)
-
-
 def test_the_page_shows_the_command_of_every_stopwatch():
     shown = {
         command.arguments[0] for command in commands_of_page(ROOT / "docs" / "speed.md") if command.name == "speed"

@@ -75,13 +75,8 @@ class Run:
 def pool_clips(method: str, split: str, clips: list[Clip], frames: torch.Tensor) -> dict[str, torch.Tensor]:
     """Pools the videos of a split by one of [`METHODS`], or reads the result of an earlier call.
 
-    Args:
-        method, split (`str`): The names of the method and of the split.
-        clips (`list[Clip]`): The videos of the split.
-        frames (`torch.Tensor` of shape `(frames, tokens, dim)`): Features of the split's frames.
-
-    Returns:
-        `features`, float16, `(videos, tokens, dim)`, and for merged videos `places`, `(videos, tokens, 3)`.
+    `frames` are the features of the split's frames, `(frames, tokens, dim)`. Returns `features`, float16, `(videos,
+    tokens, dim)`, and for merged videos `places`, `(videos, tokens, 3)`.
     """
     pooling = MERGE if method == TIMELESS else method
     # Other videos, or another way to merge, have other code.
