@@ -18,6 +18,7 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_evlgen.EVLGenForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_evlgen.EVLGenForConditionalGeneration",
     "AutoProcessor": "processing_evlgen.EVLGenProcessor",
+    "AutoVideoProcessor": "video_processing_evlgen.EVLGenVideoProcessor",
 }
 CUSTOM_PIPELINES = {
     "image-to-text": {

@@ -210,7 +210,8 @@ def read_upload(path: str | None, processor: EVLGenProcessor) -> tuple[str, list
     if path is None:
         raise ValueError("There is no image or video yet.")
     try:
-        return read_file(path, processor.num_frames, processor.fps)
+        videos = processor.video_processor
+        return read_file(path, videos.num_frames, videos.fps)
     except ValueError:
         Path(path).unlink(missing_ok=True)  # Gradio itself would keep it for an hour
         raise

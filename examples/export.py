@@ -39,7 +39,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.soft_prompts import join_tiles
 from modeling_evlgen.video import encode_images
 from processing_evlgen import EVLGenProcessor
-from processing_evlgen.inputs import MAX_TILES, is_count
+from processing_evlgen.images import MAX_TILES
 
 PIXELS, SOFT_PROMPT = "pixel_values", "soft_prompt"  # the ONNX graph's input and output
 SETTINGS = "image_processor.json"
@@ -98,7 +98,12 @@ def check_arguments(arguments: ExportArguments) -> None:
     if unknown or not arguments.formats:
         raise ValueError(f"`formats` must be some of {', '.join(TOLERANCES)}, but is {arguments.formats}.")
     grid = arguments.tile_grid
-    if not (isinstance(grid, list) and len(grid) == 2 and all(map(is_count, grid)) and math.prod(grid) <= MAX_TILES):
+    if not (
+        isinstance(grid, list)
+        and len(grid) == 2
+        and all(type(side) is int and side >= 1 for side in grid)
+        and math.prod(grid) <= MAX_TILES
+    ):
         raise ValueError(
             f"`tile_grid` must be two integers of 1 or more, for at most {MAX_TILES} tiles, but is {grid}."
         )

@@ -37,7 +37,7 @@ from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments
 from processing_evlgen import EVLGenProcessor
-from processing_evlgen.inputs import check_token_range
+from processing_evlgen.token_ids import read_budgets
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-vqa.yaml"
 
@@ -53,7 +53,7 @@ class FinetuneArguments:
     )
 
     def __post_init__(self):
-        check_token_range(self.image_token_range)
+        read_budgets("num_image_tokens", [], 0, self.image_token_range)  # raises if it is no range
 
 
 ARGUMENTS = (FinetuneArguments, LoraArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)

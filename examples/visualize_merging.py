@@ -40,8 +40,7 @@ def panels_of(
         frames, names = [load_rgb_image(source)], ["image"]
         inputs = processor(images=frames)
     else:
-        choice = {"num_frames": processor.num_frames} if processor.fps is None else {"fps": processor.fps}
-        frames = load_rgb_frames(source, **choice)
+        frames = load_rgb_frames(source, **processor.video_processor.frames)
         places = [f"frame {number} of {len(frames)}" for number in range(1, len(frames) + 1)]
         names = [f"{place}, {seconds:.1f} s" for place, seconds in zip(places, frames.times, strict=True)]
         inputs = processor(videos=[frames], do_sample_frames=False)

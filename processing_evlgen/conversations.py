@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from .token_ids import check_plain_text
+from .token_ids import check_placeholders, check_plain_text, expand_placeholders, tokenize_prompt
 
 # Most language models' chat templates take a message's content as one string. This joins a list of parts into one.
 _JOIN_PARTS = """\
@@ -30,6 +30,20 @@ _PARTS = ("image", "video", "text")
 def join_parts(chat_template: str, image_token: str, video_token: str) -> str:
     """A language model's chat template that takes lists of parts as well, with placeholders of images and videos."""
     return _JOIN_PARTS.replace("IMAGE_TOKEN", image_token).replace("VIDEO_TOKEN", video_token) + chat_template
+
+
+def encode_conversations(
+    processor: ProcessorMixin,
+    messages: list[list[dict[str, Any]]],
+    budgets: dict[int, list[int]],
+    images_per_text: list[int] | None,
+) -> dict[str, list[list[int]]]:
+    """Ids and labels of conversations, with expanded placeholders. `budgets` are as in token_ids.py."""
+    encoded = [encode_conversation(processor, conversation) for conversation in messages]
+    found = [[ids.count(token_id) for token_id in budgets] for ids, _ in encoded]
+    check_placeholders(processor, "messages", found, budgets, images_per_text)
+    columns = {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}
+    return expand_placeholders(columns, budgets)
 
 
 def encode_conversation(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
@@ -69,7 +83,7 @@ def encode_conversation(processor: ProcessorMixin, messages: list[dict[str, Any]
                 "The chat template must write an earlier turn of the assistant as it was trained, followed by "
                 f"`end_of_text`, but {prompt!r} does not start with {text!r}."
             )
-        prompt_ids = processor.tokenize_prompt(prompt.removeprefix(text), add_special_tokens=not text)
+        prompt_ids = tokenize_prompt(processor, prompt.removeprefix(text), add_special_tokens=not text)["input_ids"]
         answer = turn["content"]
         # By itself: generation appends the answer to the prompt's ids, and no token spans both.
         answer_ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""Opens images from any source as upright RGB images: paths, URLs, bytes, odd colour modes, EXIF rotation.
+"""Opens images from any source as upright RGB images, and cuts large ones into tiles of the vision tower's input size.
 
 transformers' `load_image` is not used: it shows transparent parts black, clips 16-bit grey to white, and names no file
 in its errors.
@@ -7,18 +7,20 @@ in its errors.
 import base64
 import os
 import time
-from contextlib import nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx  # as transformers: so the code of a checkpoint needs no further package
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from transformers.image_processing_utils import select_best_resolution
+from transformers.image_utils import ChannelDimension, get_image_size, infer_channel_dimension_format
 
 MAX_BYTES = 512 * 2**20  # of a file from a server
 MAX_PIXELS = 64_000_000  # in RGB 256 MB; a PNG of 20 KB can hold more pixels than memory does
+MAX_TILES = 100  # of one image; a request to a server may choose the number
 
 
 def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIXELS) -> Any:
@@ -32,15 +34,12 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
             (`{"bytes": ..., "path": ...}`). Arrays and tensors are checked and returned unchanged: they have no mode.
         timeout (`float`, *optional*, defaults to 30.0): Seconds for a URL, until its last byte.
         max_pixels (`int`, *optional*, defaults to 64,000,000):
-            Largest width times height that is decoded. The size is read from the header, before any pixel. PIL has a
-            limit of its own, 179 million pixels. `PIL.Image.MAX_IMAGE_PIXELS` sets it for the whole process.
-
-    Returns:
-        `PIL.Image.Image` in mode RGB, or the array.
+            Largest width times height that is decoded. The size is read from the header, before any pixel. PIL's own
+            limit, `PIL.Image.MAX_IMAGE_PIXELS`, holds for the whole process.
 
     Raises:
-        ValueError: If the image cannot be read or has more than `max_pixels`; the message names it. If an array holds
-            NaN or infinite values, or has another number of dimensions than 3. If there is no pixel.
+        ValueError: If the image cannot be read, or has no pixel or more than `max_pixels`; the message names it. If an
+            array holds NaN or infinite values, or has not 3 dimensions.
         TypeError: If `source` is nothing of the above, or an array of no numbers.
     """
     if source is None:
@@ -50,7 +49,7 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
     if not isinstance(source, Image.Image | str | Path | dict):
         raise TypeError(f"`images` must hold images, paths, URLs or arrays, but holds a {type(source).__name__}.")
     try:
-        image = source if isinstance(source, Image.Image) else _open(source, timeout)
+        image = source if isinstance(source, Image.Image) else Image.open(open_file(source, timeout))
         if isinstance(image, ImageFile.ImageFile):  # an image in memory has cost its memory already
             check_size(image.width, image.height, max_pixels)
         if not image.width * image.height:
@@ -59,14 +58,23 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
     except Exception as error:  # PIL raises errors of many types for broken data
         # PIL's message has an address in memory in place of a path.
         reason = "it is no image that PIL knows" if isinstance(error, UnidentifiedImageError) else error
-        raise ValueError(f"`images`: {_describe(source)} cannot be read: {reason}") from error
+        raise ValueError(f"`images`: {describe(source)} cannot be read: {reason}") from error
+
+
+def flatten_images(images: Any) -> list[Any]:
+    """Images, lists of images and 4-D arrays, nested in any way, as one list.
+
+    transformers' `make_flat_list_of_images` refuses paths and lists of different depth.
+    """
+    if isinstance(images, list | tuple):
+        return [image for entry in images for image in flatten_images(entry)]
+    if getattr(images, "ndim", 3) == 4:  # (images, height, width, channels)
+        return list(images)
+    return [images]
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """
-    Raises:
-        ValueError: If an image or a frame of `width` x `height` has more than `max_pixels`.
-    """
+    """Raises a ValueError if an image or a frame of `width` x `height` has more than `max_pixels`."""
     if width * height > max_pixels:
         raise ValueError(f"it has {width} x {height} pixels, more than `max_pixels`={max_pixels} allows")
 
@@ -87,30 +95,26 @@ def _check_array(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     return array
 
 
-def _open(source: str | Path | dict, timeout: float) -> Image.Image:
-    """Opens an image without decoding it."""
+def open_file(source: str | Path | dict, timeout: float) -> str | BytesIO:
+    """The path of a file, or the content of a URL, a base64 string or a row of a data set."""
     if isinstance(source, dict):
         if source.get("bytes") is not None:
-            return Image.open(BytesIO(source["bytes"]))
+            file = BytesIO(source["bytes"])
+            file.name = str(source.get("path"))  # FFmpeg knows some formats of videos by their suffix
+            return file
         source = source["path"]
-    if is_url(source):
-        return Image.open(download(source, timeout))
-    if str(source).startswith("data:image/"):
-        return Image.open(BytesIO(base64.b64decode(source.split(",", 1)[1])))
-    check_regular_file(source)
-    return Image.open(source)
+    source = str(source)
+    if source.startswith(("http://", "https://")):
+        return _download(source, timeout)
+    if source.startswith("data:"):
+        return BytesIO(base64.b64decode(source.split(",", 1)[1]))
+    if os.path.exists(source) and not os.path.isfile(source):  # opening a named pipe waits until somebody writes
+        raise ValueError("it is no regular file")
+    return source
 
 
-def is_url(source: str | Path) -> bool:
-    return str(source).startswith(("http://", "https://"))
-
-
-def download(url: str, timeout: float = 30.0) -> BytesIO:
-    """Reads a URL. huggingface_hub brings httpx, so the code of a checkpoint needs no further package.
-
-    Raises:
-        ValueError: If the reply is not complete after `timeout` seconds, or has more than `MAX_BYTES`.
-    """
+def _download(url: str, timeout: float) -> BytesIO:
+    """Reads a URL. Raises a ValueError after `timeout` seconds or `MAX_BYTES`."""
     end, content = time.monotonic() + timeout, BytesIO()
     with httpx.stream("GET", url, timeout=timeout, follow_redirects=True) as reply:
         for piece in reply.raise_for_status().iter_bytes():
@@ -123,24 +127,8 @@ def download(url: str, timeout: float = 30.0) -> BytesIO:
     return content
 
 
-def is_webp_gif_or_png(file: str | BytesIO) -> bool:
-    """Whether a file is WebP, GIF or PNG, by its first bytes. A `BytesIO` is left at its start."""
-    with nullcontext(file) if isinstance(file, BytesIO) else open(file, "rb") as content:
-        start = content.read(12)
-        content.seek(0)
-    return start[8:] == b"WEBP" or start.startswith((b"GIF8", b"\x89PNG"))
-
-
-def check_regular_file(path: str | Path) -> None:
-    """
-    Raises:
-        ValueError: If there is something else than a file. Opening a named pipe waits until somebody writes.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("it is no regular file")
-
-
-def _describe(source: Image.Image | str | Path | dict) -> str:
+def describe(source: Image.Image | str | Path | dict) -> str:
+    """What an error calls an image or a video."""
     if isinstance(source, Image.Image):
         return getattr(source, "filename", "") or "the image"
     name = source.get("path") if isinstance(source, dict) else str(source)
@@ -159,3 +147,97 @@ def to_rgb(image: Image.Image) -> Image.Image:
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image).convert("RGB")
     return image.convert("RGB")
+
+
+def check_max_tiles(max_tiles: Any) -> None:
+    """Raises a ValueError if `max_tiles` is no integer from 1 to `MAX_TILES`."""
+    if type(max_tiles) is not int or not 1 <= max_tiles <= MAX_TILES:
+        raise ValueError(f"`max_tiles` must be an integer from 1 to {MAX_TILES}, but is {max_tiles!r}.")
+
+
+def tile_size(image_processor: Any) -> tuple[int, int]:
+    """Height and width in pixels of the images that an image processor returns.
+
+    Raises:
+        ValueError: If they depend on the image, or a tile of this size would be enlarged and cropped.
+    """
+    crop = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", None) else None
+    resized = dict(getattr(image_processor, "size", None) or {})
+    size = dict(crop or resized)
+    height, width = (size.get(name) or size.get("shortest_edge") for name in ("height", "width"))
+    if not height or not width or (not crop and size.get("shortest_edge")):
+        raise ValueError(
+            f"`max_tiles` needs an image processor with a fixed height and width, but its size is {size}."
+        )
+    shortest = resized.get("shortest_edge")
+    resizes = getattr(image_processor, "do_resize", True)
+    if crop and resizes and (shortest != min(height, width) if shortest else resized != size):
+        raise ValueError(
+            f"`max_tiles` needs an image processor that crops nothing from a tile, but it resizes to {resized} and "
+            f"crops {size}. Set its `size` to its `crop_size`."
+        )
+    return height, width
+
+
+def choose_tile_grid(height: int, width: int, tile: tuple[int, int], max_tiles: int) -> tuple[int, int]:
+    """The rows and columns of tiles of `(height, width)` pixels that an image is cut into.
+
+    It is the grid that keeps most of the image's pixels. Of equal grids, it is the one with the fewest tiles. So an
+    image that fits into a tile is one tile. Source: the "any resolution" of LLaVA-NeXT, which pads where this one
+    stretches.
+    """
+    grids = [(rows, columns) for rows in range(1, max_tiles + 1) for columns in range(1, max_tiles // rows + 1)]
+    sizes = {(rows * tile[0], columns * tile[1]): (rows, columns) for rows, columns in grids}
+    return sizes[select_best_resolution((height, width), list(sizes))]
+
+
+def cut_tiles(image: Any, tile: tuple[int, int], max_tiles: int) -> tuple[list[Any], tuple[int, int]]:
+    """Resizes an image to a grid of tiles of `(height, width)` pixels, and cuts it.
+
+    Returns the tiles row by row, and the grid's rows and columns. An image of one tile is returned as it is.
+
+    Raises:
+        ValueError: If an array that needs several tiles does not hold 8-bit values.
+    """
+    size = (image.height, image.width) if isinstance(image, Image.Image) else get_image_size(image, _layout(image))
+    rows, columns = choose_tile_grid(*size, tile, max_tiles)
+    if (rows, columns) == (1, 1):
+        return [image], (1, 1)
+    height, width = tile
+    image = _to_image(image).resize((columns * width, rows * height), Image.Resampling.BICUBIC)
+    corners = [(column * width, row * height) for row in range(rows) for column in range(columns)]
+    return [image.crop((left, top, left + width, top + height)) for left, top in corners], (rows, columns)
+
+
+def _layout(array: Any) -> ChannelDimension:
+    has_alpha = not {1, 3} & {array.shape[0], array.shape[-1]}
+    return infer_channel_dimension_format(array, num_channels=(4,) if has_alpha else (1, 3))
+
+
+def _to_image(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    array = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
+    if array.dtype != np.uint8:
+        raise ValueError(f"`images`: an array of several tiles must be uint8, but is {array.dtype}.")
+    if _layout(array) == ChannelDimension.FIRST:
+        array = array.transpose(1, 2, 0)
+    return to_rgb(Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array))
+
+
+def prepare_images(
+    image_processor: Any, images: list[Any], max_tiles: int, arguments: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """`pixel_values` of all tiles of images that were read, and their `image_grid_thw` if they may have several."""
+    check_max_tiles(max_tiles)
+    arguments = {**arguments, "return_tensors": "pt"}
+    if max_tiles == 1:
+        return {"pixel_values": image_processor(images, **arguments)["pixel_values"]}
+    for name in ("size", "crop_size"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"`{name}` cannot be given with `max_tiles`: tiles have the image processor's own.")
+    size = tile_size(image_processor)
+    cut = [cut_tiles(image, size, max_tiles) for image in images]
+    pixels = image_processor([tile for tiles, _ in cut for tile in tiles], **arguments)["pixel_values"]
+    # Even for images of one tile: a pipeline makes batches of images that were prepared alone.
+    return {"pixel_values": pixels, "image_grid_thw": torch.tensor([(1, *grid) for _, grid in cut])}

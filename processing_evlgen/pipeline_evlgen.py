@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, Pipeline
 
-_PROCESSOR_ARGUMENTS = {"max_tiles", "num_image_tokens", "num_video_tokens", "num_frames", "fps"}
+_PROCESSOR_ARGUMENTS = {"max_tiles", "num_image_tokens", "num_frames", "fps"}
 
 
 class EVLGenImageToTextPipeline(Pipeline):
@@ -35,11 +35,11 @@ class EVLGenImageToTextPipeline(Pipeline):
         """
         Args:
             images:
-                A PIL image, a path, a URL or a base64 string. Or a dict with one of these under `"image"` and
-                optionally a `"prompt"`. Or a list, a generator, or a data set or column of `datasets` with these.
+                A PIL image, a path, a URL or a base64 string; a dict with one of these under `"image"` and optionally
+                a `"prompt"`; or a list, a generator, or a data set or column of `datasets` with these.
             kwargs:
                 `prompt` (`str`, by default empty), `batch_size`, the processor's `max_tiles`, `num_image_tokens`,
-                `num_video_tokens`, `num_frames` and `fps`, and any argument of `generate`.
+                `num_frames` and `fps`, and any argument of `generate`.
 
         Returns:
             For one image, `[{"generated_text": str}, …]` with `num_return_sequences` entries. For a list, a list of
@@ -72,10 +72,8 @@ class EVLGenImageToTextPipeline(Pipeline):
 
     def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
         batch, prompt_length = model_inputs["input_ids"].shape
-        if hasattr(self, "_prepare_generate_kwargs"):
-            generate_kwargs = self._prepare_generate_kwargs(generate_kwargs, return_dict_in_generate=False)
-        else:  # transformers before 5.20 keeps its defaults in the pipeline's own configuration
-            generate_kwargs = {"generation_config": self.generation_config, **generate_kwargs}
+        # Private, but there is no public way to the defaults that transformers' own pipelines give to `generate`.
+        generate_kwargs = self._prepare_generate_kwargs(generate_kwargs, return_dict_in_generate=False)
         sequences = self.model.generate(**model_inputs, **generate_kwargs)  # (batch * returned, sequence)
         new_tokens = sequences[:, prompt_length:]
         return {"generated": new_tokens.reshape(batch, -1, new_tokens.shape[1])}  # (batch, returned, new tokens)

@@ -1,21 +1,222 @@
-"""Checks and pads the token ids of texts."""
+"""Token ids of prompts and of their captions or answers, with labels or offsets: encoded, expanded and padded.
 
+`processor` is an [`EVLGenProcessor`]. `budgets` are by placeholder id, images first: the number of tokens of each
+image and of each video. Columns hold a list for each text: `input_ids`, and optionally `labels` and `offset_mapping`.
+"""
+
+import math
+import re
 from typing import Any
 
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 _FILLS = {"labels": -100, "offset_mapping": (0, 0)}  # for padding, by column
+
+
+def read_budgets(name: str, given: Any, count: int, image_token_range: Any = None) -> list[int]:
+    """The number of tokens of each of `count` images or videos: `given` for all, or a list with one for each.
+
+    Raises:
+        ValueError: If a number is no integer of 1 or more, or outside of the range. If there is not one for each. If
+            `image_token_range` is neither None nor two integers of 1 or more, the smaller one first.
+    """
+    low, high = 1, math.inf
+    if image_token_range is not None:
+        pair = list(image_token_range) if isinstance(image_token_range, list | tuple) else []
+        if len(pair) != 2 or not all(type(number) is int for number in pair) or not 1 <= pair[0] <= pair[1]:
+            raise ValueError(
+                "`image_token_range` must hold the smallest and the largest number of tokens, integers of 1 or more, "
+                f"but is {image_token_range!r}."
+            )
+        low, high = pair
+    is_list = isinstance(given, list | tuple)
+    budgets = list(given) if is_list else [given] * count
+    if len(budgets) != count:
+        raise ValueError(f"`{name}` holds {len(budgets)} numbers, but there are {count} images or videos.")
+    for number in budgets if is_list else [given]:
+        if type(number) is not int or number < 1:
+            raise ValueError(f"`{name}` must be an integer of 1 or more, or a list of these, but is {given!r}.")
+        if not low <= number <= high:
+            raise ValueError(f"`{name}` must be from {low} to {high}, the `image_token_range`, but is {given}.")
+    return budgets
+
+
+def clean_caption(caption: str, max_words: int = 50) -> str:
+    """Cleans a caption as the original does: lower case, ``.!"()*#:;~`` to spaces, single spaces, `max_words` words.
+
+    Source: `pre_caption` of the original's `BlipCaptionProcessor` (lavis/processors/blip_processors.py).
+    """
+    caption = re.sub(r'[.!"()*#:;~]', " ", caption.lower())
+    return " ".join(caption.split()[:max_words])
+
+
+def encode_text(
+    processor: ProcessorMixin,
+    text: str | list[str] | None,
+    suffix: str | list[str] | None,
+    budgets: dict[int, list[int]],
+    images_per_text: list[int] | None,
+    arguments: dict[str, Any],
+) -> dict[str, list[Any]]:
+    """Columns of prompts, and of their suffixes if there are any. `arguments` are the tokenizer's."""
+    num_images, num_videos = map(len, budgets.values())
+    if text is None and not num_images and not num_videos:
+        raise ValueError("Without a `text`, at least one image or video is needed, but there is none.")
+    prompts = _list_strings("text", "" if text is None else text)
+    if not any(token in prompt for prompt in prompts for token in processor.placeholders):
+        prompts = _insert_placeholders(processor, prompts, num_images, num_videos)
+    found = [[prompt.count(token) for token in processor.placeholders] for prompt in prompts]
+    check_placeholders(processor, "text", found, budgets, images_per_text)
+    add_special_tokens = arguments.get("add_special_tokens", True)
+    if suffix is not None:
+        return expand_placeholders(_encode_suffixes(processor, prompts, suffix, add_special_tokens), budgets)
+    offsets = bool(arguments.get("return_offsets_mapping"))
+    rows = [tokenize_prompt(processor, prompt, add_special_tokens, offsets) for prompt in prompts]
+    names = ["input_ids", "offset_mapping"] if offsets else ["input_ids"]
+    columns = expand_placeholders({name: [row[name] for row in rows] for name in names}, budgets)
+    if arguments.get("return_text_replacement_offsets"):
+        counts = zip(processor.placeholders, budgets.values(), strict=True)
+        replacements = [[token * budget for budget in row] for token, row in counts]
+        _, columns["text_replacement_offsets"] = processor.get_text_with_replacements(prompts, *replacements)
+        if offsets:
+            spans = zip(columns["offset_mapping"], columns["input_ids"], strict=True)
+            columns["offset_mapping"] = [_shift_spans(*row, budgets) for row in spans]
+    return columns
+
+
+def _list_strings(name: str, value: str | list[str]) -> list[str]:
+    """One string or several as a list; `name` is the argument's, for the error."""
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    for entry in values:
+        if not isinstance(entry, str):
+            raise TypeError(f"`{name}` must be a string or a list of strings, but holds a {type(entry).__name__}.")
+    return values
+
+
+def _insert_placeholders(processor: ProcessorMixin, prompts: list[str], num_images: int, num_videos: int) -> list[str]:
+    """Puts a placeholder before each prompt; with a chat template, both become a turn of the user."""
+    if num_images and num_videos:
+        raise ValueError("Images and videos together need a `text` whose placeholders show their order.")
+    if not num_images and not num_videos:
+        return prompts
+    modality, count = ("video", num_videos) if num_videos else ("image", num_images)
+    prompts = prompts * count if len(prompts) == 1 else prompts
+    if count != len(prompts):
+        raise ValueError(f"`{modality}s` holds {count} {modality}s, but `text` holds {len(prompts)} prompts.")
+    if processor.chat_template is None:
+        token = processor.video_token if num_videos else processor.image_token
+        return [token + prompt for prompt in prompts]
+    parts = [[{"type": modality}, *([{"type": "text", "text": prompt}] if prompt else [])] for prompt in prompts]
+    turns = [[{"role": "user", "content": content}] for content in parts]
+    return [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
+
+
+def check_placeholders(
+    processor: ProcessorMixin,
+    argument: str,
+    found: list[list[int]],
+    budgets: dict[int, list[int]],
+    images_per_text: list[int] | None,
+) -> None:
+    """Raises a ValueError if `found`, both counts of placeholders of each text, are not those of images and videos."""
+    if images_per_text is not None and len(images_per_text) == len(found):
+        for index, ((count, _), given) in enumerate(zip(found, images_per_text, strict=True)):
+            if count != given:
+                raise ValueError(
+                    f"`{argument}` entry {index} holds {count} {processor.image_token} placeholders, but `images` "
+                    f"entry {index} holds {given} images."
+                )
+    for column, (token, name) in enumerate(zip(processor.placeholders, ("images", "videos"), strict=True)):
+        total, given = sum(row[column] for row in found), len([*budgets.values()][column])
+        if total != given:
+            # Ends as transformers' own error does, which its common tests look for.
+            raise ValueError(
+                f"`{argument}` holds {total} {token} placeholders, but `{name}` holds {given} {name}. The number of "
+                f"{token} tokens in the prompts should be the same as the number of {name}."
+            )
+
+
+def tokenize_prompt(
+    processor: ProcessorMixin, prompt: str, add_special_tokens: bool = True, offsets: bool = False
+) -> dict[str, list[Any]]:
+    """`input_ids` of a prompt with one id for each placeholder, and the `offset_mapping` if requested.
+
+    Placeholders at the start of the prompt come before the BOS token.
+    """
+    ids, spans, start = [], [], 0
+    while token := next((token for token in processor.placeholders if prompt.startswith(token, start)), None):
+        ids.append(processor.placeholders[token])
+        spans.append((start, start + len(token)))
+        start += len(token)
+    bos = processor.tokenizer.bos_token
+    if bos is not None and prompt.startswith(bos, start):  # a chat template has added it
+        add_special_tokens = False
+    encoded = processor.tokenizer(
+        prompt[start:], add_special_tokens=add_special_tokens, return_offsets_mapping=offsets
+    )
+    columns = {"input_ids": ids + encoded["input_ids"]}
+    if offsets:
+        columns["offset_mapping"] = spans + [
+            (start + first, start + last) for first, last in encoded["offset_mapping"]
+        ]
+    return columns
+
+
+def _shift_spans(spans: list[tuple[int, int]], ids: list[int], budgets: dict[int, list[int]]) -> list[tuple[int, int]]:
+    """Spans in the text with repeated placeholders. All copies of a placeholder come with its span."""
+    result, gained = [], 0
+    for index, (start, end) in enumerate(spans):
+        if ids[index] in budgets and index and spans[index - 1] == (start, end):  # a copy
+            gained += end - start
+        result.append((start + gained, end + gained))
+    return result
+
+
+def _encode_suffixes(
+    processor: ProcessorMixin, prompts: list[str], suffix: str | list[str], add_special_tokens: bool
+) -> dict[str, list[list[int]]]:
+    """Ids of prompts with their suffixes, and labels."""
+    suffixes = _list_strings("suffix", suffix)
+    if len(suffixes) != len(prompts):
+        raise ValueError(f"`suffix` has {len(suffixes)} entries, but there are {len(prompts)} prompts.")
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    texts, bos_id = {}, processor.tokenizer.bos_token_id
+    for index, (prompt, given) in enumerate(zip(prompts, suffixes, strict=True)):
+        text = clean_caption(given) if processor.clean_captions else given
+        if not text.strip():
+            raise ValueError(f"`suffix` must not be empty, but entry {index} is {given!r}.")
+        ids = tokenize_prompt(processor, prompt, add_special_tokens)["input_ids"]
+        suffix_ids = _tokenize_suffix(processor, prompt, ids, text, add_special_tokens)
+        texts[f"`suffix` entry {index}"] = text, suffix_ids
+        sequence = [*ids, *suffix_ids, processor.end_of_text_id]
+        # Images and prompt carry no loss. The original also masks BOS as a part of a prompt, if there is one.
+        is_bos_alone = ids[-1:] == [bos_id] and set(ids[:-1]) <= set(processor.placeholders.values())
+        unlabelled = len(ids) - int(processor.bos_label and is_bos_alone)
+        columns["input_ids"].append(sequence)
+        columns["labels"].append([-100] * unlabelled + sequence[unlabelled:])
+    check_plain_text(processor.tokenizer, processor.end_of_text_id, texts)
+    return columns
+
+
+def _tokenize_suffix(
+    processor: ProcessorMixin, prompt: str, prompt_ids: list[int], suffix: str, add_special_tokens: bool
+) -> list[int]:
+    """Ids of a suffix as it follows the prompt in running text."""
+    has_question = prompt.replace(processor.image_token, "").replace(processor.video_token, "") != ""
+    is_running_text = processor.chat_template is None and has_question
+    separator = " " if is_running_text and not prompt[-1].isspace() else ""
+    ids = tokenize_prompt(processor, prompt + separator + suffix, add_special_tokens)["input_ids"]
+    if ids[: len(prompt_ids)] == prompt_ids:
+        return ids[len(prompt_ids) :]
+    # The last letters of the prompt and the first of the suffix share a token. Generation sees the prompt alone.
+    return processor.tokenizer(suffix, add_special_tokens=False)["input_ids"]
 
 
 def check_plain_text(tokenizer: PreTrainedTokenizerBase, end_id: int, texts: dict[str, tuple[str, list[int]]]) -> None:
     """Checks that texts to train on hold neither special tokens nor the end of a text.
 
-    In the middle of a text such a token would be a label, and the model would learn to stop there. A text with one is
-    refused rather than encoded letter by letter: it shows that markup is left in the data.
-
-    Args:
-        tokenizer, end_id: The tokenizer, and the id that ends a text.
-        texts: Each text and its ids without the end, by the name that a ValueError gives it.
+    Such a token would be a label in the middle, where the model would learn to stop. It is refused rather than encoded
+    letter by letter: it shows that markup is left in the data. `texts` are texts with their ids, by their names.
     """
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     # Letters that a tokenizer does not know become its unknown token, which ends nothing.
@@ -27,54 +228,50 @@ def check_plain_text(tokenizer: PreTrainedTokenizerBase, end_id: int, texts: dic
 
 
 def expand_placeholders(columns: dict[str, list[Any]], budgets: dict[int, list[int]]) -> dict[str, list[Any]]:
-    """Repeats the one placeholder of each image or video as often as it has tokens.
-
-    Args:
-        columns: `input_ids` of each text, and optionally `labels` and `offset_mapping`. Others are returned unchanged.
-        budgets: By placeholder id, the number of tokens of each image or video, in the order of the placeholders.
-    """
+    """Repeats the one placeholder of each image or video as often as it has tokens."""
     remaining = {token_id: iter(counts) for token_id, counts in budgets.items()}
     repeats = [[next(remaining[i]) if i in remaining else 1 for i in ids] for ids in columns["input_ids"]]
-    for name in {"input_ids", *_FILLS} & columns.keys():
-        rows = zip(columns[name], repeats, strict=True)
-        columns[name] = [
-            [value for value, n in zip(row, counts, strict=True) for _ in range(n)] for row, counts in rows
+    return {
+        name: [
+            [value for value, n in zip(row, counts, strict=True) for _ in range(n)]
+            for row, counts in zip(rows, repeats, strict=True)
         ]
-    return columns
+        for name, rows in columns.items()
+    }
 
 
-def pad(
-    tokenizer: PreTrainedTokenizerBase,
-    columns: dict[str, list[Any]],
-    placeholder_ids: tuple[int, int],
-    arguments: dict[str, Any],
-) -> dict[str, list[Any]]:
-    """Truncates if requested, and pads: ids on the left; ids and labels on the right.
+def pad(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments: dict[str, Any]) -> dict[str, list[Any]]:
+    """Truncates columns if requested, and pads them: ids on the left; ids and labels on the right.
 
-    Args:
-        tokenizer: Has the padding token, the largest length and the side to truncate.
-        columns:
-            `input_ids` of each text, and optionally `labels` and `offset_mapping`, as many as ids. They are padded
-            with -100 and `(0, 0)`. Other columns are returned unchanged.
-        placeholder_ids: Ids that truncation must keep.
-        arguments: The tokenizer's `padding`, `max_length`, `truncation`, `pad_to_multiple_of` and `padding_side`.
-
-    Returns:
-        The columns with `attention_mask`.
+    `arguments` are the tokenizer's. Returns the columns with `attention_mask`; those of other names are unchanged.
 
     Raises:
         ValueError: If there is no text. If a text is too long, or its placeholders or labels would be truncated.
     """
     if not columns["input_ids"]:
         raise ValueError("`text` or `messages` is an empty list.")
+    tokenizer = processor.tokenizer
     max_length = arguments.get("max_length")
     limit = min(max_length or tokenizer.model_max_length, tokenizer.model_max_length)
-    if arguments.get("truncation") in (None, False, "do_not_truncate"):
-        for index, ids in enumerate(columns["input_ids"]):
-            if len(ids) > limit:
-                raise ValueError(f"`text` entry {index} has {len(ids)} tokens, but at most {limit} are allowed.")
-    else:
-        columns = _truncate(columns, limit, tokenizer.truncation_side, placeholder_ids)
+    truncates = arguments.get("truncation") not in (None, False, "do_not_truncate")
+    kept = slice(-limit, None) if tokenizer.truncation_side == "left" else slice(limit)
+    for index, ids in enumerate(columns["input_ids"]):
+        if len(ids) <= limit:
+            continue
+        if not truncates:
+            raise ValueError(f"`text` entry {index} has {len(ids)} tokens, but at most {limit} are allowed.")
+        lost = None
+        if any(ids.count(token_id) != ids[kept].count(token_id) for token_id in processor.placeholders.values()):
+            lost = "placeholders of images or videos"
+        elif "labels" in columns and set(columns["labels"][index][kept]) <= {-100}:
+            lost = "all labels"
+        if lost is not None:
+            raise ValueError(
+                f"`text` entry {index} has {len(ids)} tokens. `truncation` to {limit} would cut {lost} off; "
+                "increase `max_length`."
+            )
+        for name in {"input_ids", *_FILLS} & columns.keys():
+            columns[name][index] = columns[name][index][kept]
     side = arguments.get("padding_side") or ("right" if "labels" in columns else "left")
     padded = tokenizer.pad(
         {"input_ids": columns["input_ids"]},
@@ -91,25 +288,3 @@ def pad(
         fills = [(row, [_FILLS[name]] * (len(ids) - len(row))) for row, ids in rows]
         result[name] = [fill + row if side == "left" else row + fill for row, fill in fills]
     return result
-
-
-def _truncate(
-    columns: dict[str, list[Any]], limit: int, side: str, placeholder_ids: tuple[int, int]
-) -> dict[str, list[Any]]:
-    """Cuts the ends of texts, or their starts, with their labels and offsets."""
-    kept = slice(-limit, None) if side == "left" else slice(limit)
-    for index, ids in enumerate(columns["input_ids"]):
-        if len(ids) <= limit:
-            continue
-        if any(ids.count(token_id) != ids[kept].count(token_id) for token_id in placeholder_ids):
-            raise ValueError(
-                f"`text` entry {index} has {len(ids)} tokens. `truncation` to {limit} would cut placeholders of "
-                "images or videos off; increase `max_length`."
-            )
-        if "labels" in columns and set(columns["labels"][index][kept]) <= {-100}:
-            raise ValueError(
-                f"`text` entry {index} has {len(ids)} tokens. `truncation` to {limit} would cut all labels off; "
-                "increase `max_length`."
-            )
-    cut = {"input_ids", *_FILLS} & columns.keys()
-    return {name: [row[kept] for row in rows] if name in cut else rows for name, rows in columns.items()}

@@ -1,12 +1,15 @@
-"""Reads RGB frames of videos and their times: files, URLs, arrays, lists of frames."""
+"""Reads RGB frames of videos one after the other: files, URLs, bytes, arrays, lists of frames.
+
+transformers' own reader is not used. It needs torchcodec, and reads whole videos into memory. It does not notice files
+that end early, animated images, and how a phone was held.
+"""
 
 import importlib
 import math
 import random
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from numbers import Integral, Real
@@ -17,26 +20,33 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers.utils import is_av_available
 
-from .images import MAX_PIXELS, check_regular_file, check_size, download, is_url, is_webp_gif_or_png, load_rgb_image
+from .images import MAX_PIXELS, check_size, describe, load_rgb_image, open_file
 
 MAX_FRAMES = 512  # of a video that is held in memory; a stream may have any number
-FRAME_SAMPLINGS = ("uniform", "headtail")
 _DOWNLOAD_SECONDS = 600.0
 _ROUNDING = 0.001  # seconds. WebM and MKV round times to milliseconds
+
+# A frame, its seconds, and for how many seconds it is shown; 0 if the file does not state it.
+TimedFrame = tuple[Any, float, float]
+
+
+class TooFewFramesError(ValueError):
+    """A video has fewer frames than were counted."""
+
+
+class VideoFrames(list):
+    """Frames of a video, and `times`, the seconds of each."""
+
+    def __init__(self, frames: Iterable[Any], times: Iterable[float]):
+        super().__init__(frames)
+        self.times = list(times)
 
 
 def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> list[int]:
     """Chooses frames of a video, as the original does (lavis/datasets/data_utils.py, `load_video`).
 
-    Args:
-        total (`int`): Number of frames of the video, at least 1.
-        num_frames (`int`): Number of frames to choose, at least 1. A shorter video gives all its frames.
-        sampling (`str`, *optional*, defaults to `"uniform"`):
-            `"uniform"` takes frames at equal distances from the first one on. `"headtail"` draws half of them from
-            each half of the video, with Python's `random`.
-
-    Returns:
-        `list[int]`: `min(num_frames, total)` indices in ascending order.
+    Returns `min(num_frames, total)` indices in ascending order. `"uniform"` takes frames at equal distances from the
+    first one on. `"headtail"` draws half of them from each half of the video, with Python's `random`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -53,27 +63,11 @@ def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> lis
         head = random.sample(range(half), min(count // 2, half))
         tail = random.sample(range(half, total), count - len(head))
         return sorted(head + tail)
-    raise ValueError(f"`frame_sampling` must be one of {', '.join(FRAME_SAMPLINGS)}, but is {sampling!r}.")
+    raise ValueError(f"`frame_sampling` must be one of uniform, headtail, but is {sampling!r}.")
 
 
 def _is_rate(fps: Any) -> bool:
     return isinstance(fps, Real) and 0 < fps < math.inf
-
-
-class TooFewFramesError(ValueError):
-    """A video has fewer frames than were counted."""
-
-
-# A frame, its seconds, and for how many seconds it is shown; 0 if the file does not state it.
-TimedFrame = tuple[Any, float, float]
-
-
-class VideoFrames(list):
-    """Frames of a video, and `times`, the seconds of each."""
-
-    def __init__(self, frames: Iterable[Any], times: Iterable[float]):
-        super().__init__(frames)
-        self.times = list(times)
 
 
 @dataclass(frozen=True)
@@ -111,10 +105,8 @@ class FrameChoice:
     def select(self, frames: Iterable[TimedFrame], total: int | None) -> Iterator[tuple[Any, float]]:
         """Yields the chosen ones of all `frames`, each with its seconds.
 
-        `total` is their number. It is needed for a `num_frames` alone.
-
         Raises:
-            TooFewFramesError: If there are fewer frames than `total`.
+            TooFewFramesError: If there are fewer frames than `total`, which is needed for a `num_frames` alone.
             ValueError: If there are none, or more would be chosen than are allowed.
         """
         if total == 0:
@@ -177,10 +169,9 @@ def load_rgb_frames(
 
     Args:
         source (`str`, `pathlib.Path`, `dict`, `list` or array):
-            A file or URL that PyAV reads (mp4, webm, avi …) or an animated WebP, GIF or PNG. Or a list of frames,
-            each of a type that [`load_rgb_image`] takes. Or a row of a `datasets` video column
-            (`{"bytes": ..., "path": ...}`). Or an array of shape `(frames, height, width, 3)` or
-            `(frames, 3, height, width)`.
+            A file or URL that PyAV reads (mp4, webm, avi …) or an animated WebP, GIF or PNG; a row of a `datasets`
+            video column (`{"bytes": ..., "path": ...}`); a list of frames, each of a type that [`load_rgb_image`]
+            takes; or an array of shape `(frames, height, width, 3)` or `(frames, 3, height, width)`.
         num_frames, sampling, fps: As in [`FrameChoice`].
         max_pixels (`int`, *optional*, defaults to 64,000,000): Largest width times height of a frame that is decoded.
         metadata (`VideoMetadata` or `dict`, *optional*):
@@ -192,42 +183,35 @@ def load_rgb_frames(
         `times` are the seconds of each frame, as the container states them.
 
     Raises:
-        ValueError: If the video cannot be read, ends early, has no frames or too large ones; the message names it. If
-            an argument is out of range.
+        ValueError: If the video cannot be read, ends early, has no frames or too large ones; the message names it.
         TypeError: If `source` is nothing of the above.
         ImportError: If a file needs PyAV, which is not installed.
     """
-    choice = FrameChoice(num_frames, sampling, fps)
-    frames = list(iterate_rgb_frames(source, choice, max_pixels, metadata))
+    frames = iterate_rgb_frames(source, FrameChoice(num_frames, sampling, fps), max_pixels, metadata)
     return VideoFrames(*zip(*frames, strict=True))
 
 
 def iterate_rgb_frames(
     source: Any, choice: FrameChoice, max_pixels: int = MAX_PIXELS, metadata: Any = None
 ) -> Iterator[tuple[Any, float]]:
-    """Reads the chosen frames of a video one after the other. Yields each with its seconds.
-
-    The arguments and errors are those of [`load_rgb_frames`].
-    """
-    if isinstance(source, dict):
-        yield from _iterate_row(source, choice, max_pixels, metadata)
-        return
-    if not isinstance(source, str | Path):
+    """Reads a video as [`load_rgb_frames`] does, frame by frame. Yields each one with its seconds."""
+    is_row = isinstance(source, dict) and (source.get("bytes") is not None or source.get("path") is not None)
+    if not is_row and not isinstance(source, str | Path):
         yield from _iterate_list(source, choice, max_pixels, metadata)
         return
-    name = str(source)
     try:
-        with _open_file(name, max_pixels, needs_total=choice.num_frames is not None) as (frames, total):
+        file = open_file(source, _DOWNLOAD_SECONDS)
+        with _open_frames(file, max_pixels, needs_total=choice.num_frames is not None) as (frames, total):
             for frame, time in choice.select(frames, total):
                 yield to_rgb_image(frame), time
     except ImportError:
         raise
     except Exception as error:  # FFmpeg and PIL raise errors of many types for broken files
-        raise ValueError(f"`videos`: {name!r} cannot be read: {error}") from error
+        raise ValueError(f"`videos`: {describe(source)} cannot be read: {error}") from error
 
 
 def _iterate_list(source: Any, choice: FrameChoice, max_pixels: int, metadata: Any) -> Iterator[tuple[Any, float]]:
-    if source is None:
+    if source is None or isinstance(source, dict):  # a row without a video
         raise ValueError("`videos`: None is no video.")
     if not hasattr(source, "__len__"):
         raise TypeError(
@@ -247,10 +231,12 @@ def _iterate_list(source: Any, choice: FrameChoice, max_pixels: int, metadata: A
 def _times_of_list(source: Any, choice: FrameChoice, metadata: Any) -> list[float]:
     if isinstance(source, VideoFrames):
         return source.times
-    rate, indices = (metadata.get("fps"), metadata.get("frames_indices")) if metadata else (choice.fps, None)
+    rate, indices = choice.fps, range(len(source))
+    if metadata:
+        rate, given = metadata.get("fps"), metadata.get("frames_indices")
+        indices = indices if given is None else given
     if rate and not _is_rate(rate):  # readers of videos give 0 if they do not know it
         raise ValueError(f"`video_metadata` must have an `fps` above 0, but has {rate!r}.")
-    indices = range(len(source)) if indices is None else indices
     if len(indices) != len(source):
         raise ValueError(
             f"`video_metadata` has {len(indices)} `frames_indices`, but the video has {len(source)} frames."
@@ -258,37 +244,22 @@ def _times_of_list(source: Any, choice: FrameChoice, metadata: Any) -> list[floa
     return [index / (rate or 1.0) for index in indices]
 
 
-def _iterate_row(
-    row: dict[str, Any], choice: FrameChoice, max_pixels: int, metadata: Any
-) -> Iterator[tuple[Any, float]]:
-    if row.get("bytes") is None:
-        yield from iterate_rgb_frames(row.get("path"), choice, max_pixels, metadata)
-        return
-    name = Path(row.get("path") or "video")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name.name  # with a suffix, by which FFmpeg knows some formats
-        path.write_bytes(row["bytes"])
-        try:
-            yield from iterate_rgb_frames(path, choice, max_pixels)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), str(name))) from error
-
-
 @contextmanager
-def _open_file(name: str, max_pixels: int, needs_total: bool) -> Iterator[tuple[Iterator[TimedFrame], int | None]]:
+def _open_frames(
+    file: str | BytesIO, max_pixels: int, needs_total: bool
+) -> Iterator[tuple[Iterator[TimedFrame], int | None]]:
     """Opens a video. Gives its frames, in a form that [`to_rgb_image`] reads, and their number if it is needed."""
-    if not is_url(name):
-        check_regular_file(name)
-        if not Path(name).exists():
-            raise FileNotFoundError("there is no such file")
-    file = download(name, _DOWNLOAD_SECONDS) if is_url(name) else name
-    if is_webp_gif_or_png(file):  # FFmpeg does not read animated WebP
+    with nullcontext(file) if isinstance(file, BytesIO) else open(file, "rb") as content:
+        start = content.read(12)
+        content.seek(0)
+    # FFmpeg does not read animated WebP.
+    if start[8:] == b"WEBP" or start.startswith((b"GIF8", b"\x89PNG")):
         with Image.open(file) as image:
             check_size(image.width, image.height, max_pixels)
             yield iterate_animated_image(image), getattr(image, "n_frames", 1)
         return
     if not is_av_available():
-        raise ImportError(f'Reading {name} needs PyAV. Install it with: pip install "av>=18.1"')
+        raise ImportError('Reading videos needs PyAV. Install it with: pip install "av>=18.1"')
     total = _count_frames(file, max_pixels) if needs_total else None
     with _open_stream(file, max_pixels) as (container, stream):
         yield iterate_container(container, stream), total
@@ -323,11 +294,7 @@ def is_shown(packet: Any) -> bool:
 
 
 def iterate_container(container: Any, stream: Any) -> Iterator[TimedFrame]:
-    """Decodes the frames of PyAV's stream.
-
-    Raises:
-        ValueError: After the last frame, if it is well before the duration that the stream states.
-    """
+    """Decodes the frames of PyAV's stream. Raises a ValueError at its end, if there should be more."""
     rate, first, count, packets = float(stream.average_rate or 1), 0.0, 0, 0
     for packet in container.demux(stream):
         packets += packet.size > 0
@@ -341,13 +308,9 @@ def iterate_container(container: Any, stream: Any) -> Iterator[TimedFrame]:
 
 
 def check_end(container: Any, stream: Any, packets: int, times: tuple[float, float], duration: float) -> None:
-    """Compares the end of a video with the stated one.
+    """Compares the end of a video with the stated one, after `packets` of PyAV's stream.
 
-    Args:
-        container, stream: PyAV's, of an open file.
-        packets (`int`): Number of packets that were read, at least 1.
-        times (`tuple[float, float]`): Seconds of the first and of the last frame.
-        duration (`float`): Seconds for which the last frame is shown; 0 if it is not stated.
+    `times` are the seconds of the first and of the last frame. The last one is shown for `duration` seconds, or 0.
 
     Raises:
         ValueError: If the last frame is well before the duration that the stream states.

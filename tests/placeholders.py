@@ -56,7 +56,10 @@ def save_models(folder: Path) -> None:
     towers = save_towers(folder / "towers", chat=True)
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(**towers, connector_config=CONNECTOR)
     processor = EVLGenProcessor(
-        tiny_image_processor(), tiny_tokenizer(chat=True), model.config.num_image_tokens, end_of_text="<|im_end|>"
+        tiny_image_processor(),
+        tiny_tokenizer(chat=True),
+        num_image_tokens=model.config.num_image_tokens,
+        end_of_text="<|im_end|>",
     )
     model.generation_config.update(eos_token_id=processor.end_of_text_id, pad_token_id=0, max_new_tokens=8)
     first, *others = IMAGE_MODELS

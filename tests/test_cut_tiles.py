@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, SiglipImageProcessor
 
 from processing_evlgen import EVLGenProcessor
-from processing_evlgen.cut_tiles import choose_tile_grid, cut_tiles, tile_size
+from processing_evlgen.images import choose_tile_grid, cut_tiles, tile_size
 from processing_evlgen.pipeline_evlgen import EVLGenImageToTextPipeline
 
 from .helpers import IMAGE_SIZE, noise_images, tiny_model, tiny_processor
@@ -192,11 +192,16 @@ def test_a_bad_number_of_tokens_is_refused_without_an_image_too(given):
 
 def test_videos_take_budgets():
     processor = make_processor()
-    batch = processor(videos=[noise_images(2), noise_images(2)], num_video_tokens=[2, 5])
+    batch = processor(videos=[noise_images(2), noise_images(2)], num_image_tokens=[2, 5])
     assert (batch["input_ids"] == processor.video_token_id).sum(dim=1).tolist() == [2, 5]
     assert batch["video_budgets"].tolist() == [2, 5]
-    both = processor(videos=[noise_images(2)], num_image_tokens=4, max_tiles=4)
-    assert (both["input_ids"] == processor.video_token_id).sum() == 4
+    image_and_video = {"images": noise_images(1), "videos": [noise_images(2)], "text": ["<video>", "<image>"]}
+    for given, (of_image, of_video) in ((4, (4, 4)), ([3, 5], (3, 5))):  # first the image's, then the video's
+        ids = processor(**image_and_video, num_image_tokens=given, max_tiles=4)["input_ids"]
+        assert (ids == processor.image_token_id).sum() == of_image
+        assert (ids == processor.video_token_id).sum() == of_video
+    with pytest.raises(ValueError, match="`num_video_tokens` is gone: `num_image_tokens` has numbers of images, then"):
+        processor(**image_and_video, num_video_tokens=4)
 
 
 @pytest.mark.attack
@@ -225,6 +230,59 @@ def test_the_constructor_refuses_bad_tiles_and_ranges():
         make_processor(max_tiles=0)
     with pytest.raises(ValueError, match="`image_token_range` must hold"):
         make_processor(image_token_range=[True, True])
+
+
+def test_the_range_is_saved_with_the_processor(tmp_path):
+    make_processor(image_token_range=[2, 9]).save_pretrained(tmp_path)
+    assert EVLGenProcessor.from_pretrained(tmp_path).image_token_range == [2, 9]
+    make_processor().save_pretrained(tmp_path / "plain")
+    assert EVLGenProcessor.from_pretrained(tmp_path / "plain").image_token_range is None
+
+
+@pytest.mark.parametrize("budget", [2, 9])
+def test_a_number_in_the_range_is_allowed(budget):
+    processor = make_processor(image_token_range=[2, 9])
+    ids = processor(images=noise_images(1), num_image_tokens=budget)["input_ids"]
+    assert (ids == processor.image_token_id).sum() == budget
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_image_tokens": 1}, "`num_image_tokens` must be from 2 to 9, .* but is 1"),
+        ({"num_image_tokens": [4, 10]}, r"`num_image_tokens` must be from 2 to 9, .* but is \[4, 10\]"),
+    ],
+)
+def test_a_number_out_of_the_range_is_refused_with_the_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_processor(image_token_range=[2, 9])(images=noise_images(2), **arguments)
+    make_processor()(images=noise_images(2), **arguments)  # the model checks
+    with pytest.raises(ValueError, match=r"`num_image_tokens` must be from 2 to 9, .* but is 10"):
+        make_processor(image_token_range=[2, 9])(videos=[noise_images(2)], num_image_tokens=10)
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("given", [[4], [9, 4], [0, 9], [2.5, 9], "2 9", 5])
+def test_a_range_that_is_none_is_refused(given):
+    with pytest.raises(ValueError, match="`image_token_range` must hold the smallest and the largest number"):
+        make_processor(image_token_range=given)
+
+
+@pytest.mark.attack
+def test_a_default_out_of_the_range_is_refused():
+    with pytest.raises(ValueError, match=r"`num_image_tokens` must be from 4 to 9, .* but is 3"):
+        make_processor(image_token_range=[4, 9])
+
+
+def test_vision_features_of_tiles_go_through_with_their_grids():
+    processor = make_processor()
+    features, grids = torch.randn(5, 17, 16), torch.tensor([[1, 2, 2], [1, 1, 1]])
+    batch = processor(vision_features=features, image_grid_thw=grids, text=["a", "b"])
+    assert batch["vision_features"] is features and batch["image_grid_thw"] is grids
+    assert (batch["input_ids"] == processor.image_token_id).sum(dim=1).tolist() == [3, 3]
+    with pytest.raises(ValueError, match="`image_grid_thw` is for `vision_features` alone"):
+        processor(images=noise_images(1), image_grid_thw=grids)
 
 
 def test_tiles_have_the_size_of_the_image_processors_output():

@@ -26,7 +26,7 @@ from common.data.data_arguments import DataArguments
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.video import TemporalTower
-from processing_evlgen.batch import EVLGenBatch
+from processing_evlgen.processing_evlgen import EVLGenBatch
 
 from .helpers import (
     PORT,

@@ -42,7 +42,10 @@ def work(tmp_path_factory):
     towers = save_towers(folder / "base")
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(**towers, connector_config=SIZES)
     processor = EVLGenProcessor(
-        tiny_image_processor(), tiny_tokenizer(chat=True), model.config.num_image_tokens, end_of_text="<|im_end|>"
+        tiny_image_processor(),
+        tiny_tokenizer(chat=True),
+        num_image_tokens=model.config.num_image_tokens,
+        end_of_text="<|im_end|>",
     )
     model.generation_config.eos_token_id = processor.end_of_text_id
     wide = LlamaConfig(
@@ -208,7 +211,9 @@ def test_conversations_are_trained_and_answered(work, tmp_path):
     ],
 )
 def test_a_bad_conversation_is_named_or_skipped(turns, message):
-    processor = EVLGenProcessor(tiny_image_processor(), tiny_tokenizer(chat=True), 3, end_of_text="<|im_end|>")
+    processor = EVLGenProcessor(
+        tiny_image_processor(), tiny_tokenizer(chat=True), num_image_tokens=3, end_of_text="<|im_end|>"
+    )
     roles = ("user", "assistant")
     bad, good = (
         {"image": image, "messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]}
@@ -224,7 +229,9 @@ def test_a_bad_conversation_is_named_or_skipped(turns, message):
 
 
 def test_a_conversation_may_show_several_images():
-    processor = EVLGenProcessor(tiny_image_processor(), tiny_tokenizer(chat=True), 3, end_of_text="<|im_end|>")
+    processor = EVLGenProcessor(
+        tiny_image_processor(), tiny_tokenizer(chat=True), num_image_tokens=3, end_of_text="<|im_end|>"
+    )
     first, second = noise_images(2)
     turns = ["<image>what?", "red", "<image>and now?", "blue"]
     turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(turns)]

@@ -89,7 +89,7 @@ def test_an_image_model_learns_merged_videos_with_their_times(work, tmp_path, mo
     assert {round(float(time), 2) for time in times} <= {0.0, 0.2, 0.4, 0.6, 0.8} and times.max() > 0.3
     model = EVLGenForConditionalGeneration.from_pretrained(tmp_path)
     assert model.config.video_mode == "merge" and model.time_embedding.weight.any()
-    assert EVLGenProcessor.from_pretrained(tmp_path).fps == 5
+    assert EVLGenProcessor.from_pretrained(tmp_path).video_processor.fps == 5
     # A video model that merges is trained further as it is.
     changes = {"temporal_contextualizer": False, "image_model": tmp_path, "max_steps": 1}
     finetune_video.main(arguments(work, tmp_path / "again", **changes))
@@ -99,7 +99,7 @@ def test_an_image_model_learns_merged_videos_with_their_times(work, tmp_path, mo
 def test_the_frames_are_those_of_the_model_and_cached_ones_train_without_the_tower(work, tmp_path, monkeypatch):
     shutil.copytree(work / "image", tmp_path / "image")
     processor = EVLGenProcessor.from_pretrained(tmp_path / "image")
-    processor.fps = 5.0
+    processor.video_processor.fps = 5.0
     processor.save_pretrained(tmp_path / "image")
     (tmp_path / "recipe.yaml").write_text("video_mode: merge\n")
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
@@ -130,7 +130,7 @@ def test_the_frames_are_those_of_the_model_and_cached_ones_train_without_the_tow
         "output_dir": tmp_path / "scst",
     }
     train_scst.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
-    assert EVLGenProcessor.from_pretrained(tmp_path / "scst").fps == 5.0
+    assert EVLGenProcessor.from_pretrained(tmp_path / "scst").video_processor.fps == 5.0
 
 
 def test_a_broken_video_is_named_or_skipped(work, tmp_path, capsys):

@@ -15,7 +15,9 @@ IMAGE, BOS, EOS = 300, 1, 2  # ids of the tiny tokenizer
 
 
 def make_processor(bos=False, chat=False, num_image_tokens=3, **kwargs):
-    return EVLGenProcessor(tiny_image_processor(), tiny_tokenizer(bos, chat), num_image_tokens, **kwargs)
+    return EVLGenProcessor(
+        tiny_image_processor(), tiny_tokenizer(bos, chat), num_image_tokens=num_image_tokens, **kwargs
+    )
 
 
 def labelled_texts(batch, processor):
@@ -256,7 +258,7 @@ def test_captions_are_cleaned_as_in_the_original():
         ({"images": 1, "padding": "short"}, ValueError, "short is not a valid PaddingStrategy, please select one of"),
         ({"text": []}, ValueError, "`text` or `messages` is an empty list"),
         ({"messages": []}, ValueError, "`text` or `messages` is an empty list"),
-        ({}, ValueError, "At least one of `images`, .* and `encoded_video` must"),
+        ({}, ValueError, "At least one of `images`, .*, `encoded_video` must"),
     ],
 )
 def test_bad_input_is_named(inputs, error, message):

@@ -201,7 +201,7 @@ def test_animated_images_need_neither_a_suffix_nor_pyav(kind, tmp_path, monkeypa
     first.save(tmp_path / "video", kind, save_all=True, append_images=others, duration=1000)
     assert load_rgb_frames(tmp_path / "video").times == [0, 1, 2]
     (tmp_path / "video.mp4").write_bytes(b"no video")
-    with pytest.raises(ImportError, match=r"Reading .*video\.mp4 needs PyAV"):
+    with pytest.raises(ImportError, match="Reading videos needs PyAV"):
         load_rgb_frames(tmp_path / "video.mp4")
 
 

@@ -22,16 +22,15 @@ from huggingface_hub import constants
 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel
-from processing_evlgen import EVLGenProcessor
+from processing_evlgen import EVLGenProcessor, EVLGenVideoProcessor
 
 from .helpers import IMAGE_SIZE, TEXT_SIZES, VISION_CONFIGS, noise_images, tiny_image_processor, tiny_tokenizer
+from .test_video import write_video
 
-_NO_VIDEO = "gives a text with <video> but no video: videos have no processor of their own that is saved"
 # Names of tests that cannot apply, with the reasons.
 NOT_FOR_THE_PROCESSOR = {
-    "test_init_arguments_not_in_processor_kwargs": "checkpoints have `num_frames` in processor_config.json",
-    "test_processor_with_multiple_inputs": _NO_VIDEO,
-    "test_replacement_offsets": _NO_VIDEO,
+    "test_apply_chat_template_video_frame_sampling": "takes all frames by default, and refuses to sample a list",
+    "test_init_arguments_not_in_processor_kwargs": "checkpoints have `max_tiles` in processor_config.json",
     "test_tokenizer_decode_defaults": "builds a processor without `num_image_tokens`, which only the model knows",
 }
 
@@ -66,11 +65,12 @@ def fetch_tests() -> Path:
 
 def processor_suite(tests: Path) -> type[unittest.TestCase]:
     """The common tests of processors."""
-    image = Path(tempfile.mkdtemp()) / "image.png"
-    noise_images(1)[0].save(image)
-    # The source distribution lacks this helper. Its images come from the Hub; one of noise serves as well.
+    folder = Path(tempfile.mkdtemp())
+    noise_images(1)[0].save(folder / "a.png")
+    write_video(folder / "a.mp4", 11)
+    # The source distribution lacks this helper. Its files come from the Hub; others serve as well.
     fetch = types.ModuleType("fetch_hub_objects_for_ci")
-    fetch.url_to_local_path = lambda url: str(image) if url.endswith("png") else url
+    fetch.url_to_local_path = lambda url: str(folder / f"a{Path(url).suffix}")
     sys.modules[fetch.__name__] = fetch
     sys.path.append(str(tests))
     from test_processing_common import ProcessorTesterMixin
@@ -81,6 +81,10 @@ def processor_suite(tests: Path) -> type[unittest.TestCase]:
         @classmethod
         def _setup_image_processor(cls):
             return tiny_image_processor()
+
+        @classmethod
+        def _setup_video_processor(cls):
+            return EVLGenVideoProcessor()
 
         @classmethod
         def _setup_tokenizer(cls):

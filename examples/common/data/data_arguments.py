@@ -32,10 +32,11 @@ class FrameArguments:
 
     def complete_frames(self, processor: EVLGenProcessor) -> None:
         """Takes over the processor's choice of frames, if none is given. A given one becomes the processor's."""
+        videos = processor.video_processor
         if self.num_frames is None and self.fps is None:
-            self.fps = processor.fps
-            self.num_frames = processor.num_frames if processor.fps is None else None
-        processor.fps, processor.num_frames = self.fps, self.num_frames or processor.num_frames
+            self.fps = videos.fps
+            self.num_frames = videos.num_frames if videos.fps is None else None
+        videos.fps, videos.num_frames = self.fps, self.num_frames or videos.num_frames
 
 
 @dataclass

@@ -29,9 +29,7 @@ from common.files import write_whole
 from modeling_evlgen import EVLGenForConditionalGeneration, video_merging
 from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
-from processing_evlgen.cut_tiles import cut_tiles, tile_size
-from processing_evlgen.images import MAX_PIXELS
-from processing_evlgen.inputs import flatten_images
+from processing_evlgen.images import MAX_PIXELS, cut_tiles, flatten_images, tile_size
 from processing_evlgen.videos import VideoFrames
 
 logger = logging.get_logger(__name__)

@@ -6,7 +6,7 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 
 from common.command_line import check_count
-from processing_evlgen.inputs import check_max_tiles
+from processing_evlgen.images import check_max_tiles
 
 
 @dataclass

@@ -24,7 +24,7 @@ from common.files import only_run_in, write_whole
 from common.training.resume import RUN_NAME, check_settings_of_run, run_settings
 from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 from modeling_evlgen.fingerprints import choose_towers, save_base
-from processing_evlgen.batch import EXACT_INPUTS
+from processing_evlgen.processing_evlgen import EXACT_INPUTS
 
 logger = logging.get_logger(__name__)
 
