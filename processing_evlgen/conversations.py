@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from .token_ids import check_placeholders, check_plain_text, expand_placeholders, tokenize_prompt
+from .token_ids import check_plain_text, expand_placeholders, tokenize_prompt
 
 # Most language models' chat templates take a message's content as one string. This joins a list of parts into one.
 _JOIN_PARTS = """\
@@ -35,44 +35,46 @@ def join_parts(chat_template: str, image_token: str, video_token: str) -> str:
 def encode_conversations(
     processor: ProcessorMixin,
     messages: list[list[dict[str, Any]]],
-    budgets: dict[int, list[int]],
+    budgets: dict[str, list[int]],
     images_per_text: list[int] | None,
 ) -> dict[str, list[list[int]]]:
-    """Ids and labels of conversations, with expanded placeholders. `budgets` are as in token_ids.py."""
-    encoded = [encode_conversation(processor, conversation) for conversation in messages]
-    found = [[ids.count(token_id) for token_id in budgets] for ids, _ in encoded]
-    check_placeholders(processor, "messages", found, budgets, images_per_text)
-    columns = {"input_ids": [ids for ids, _ in encoded], "labels": [labels for _, labels in encoded]}
-    return expand_placeholders(columns, budgets)
-
-
-def encode_conversation(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-    """Encodes one conversation with the processor's chat template.
+    """Encodes conversations with the processor's chat template. `budgets` and columns are as in token_ids.py.
 
     The ids before each turn of the assistant are those that generation would start from. Labels are the assistant's
     text and the token that ends it.
 
     Args:
         processor ([`EVLGenProcessor`]): Has the template and the tokenizer.
-        messages (`list[dict]`):
+        messages (`list[list[dict]]`):
             Turns `{"role": "system" | "user" | "assistant", "content": str | list[dict]}`. A list holds parts
             `{"type": "image"}`, `{"type": "video"}` or `{"type": "text", "text": str}`. The last turn is the
             assistant's.
-
-    Returns:
-        Token ids and labels, two lists of the same length. Labels are -100 outside the assistant's turns.
 
     Raises:
         ValueError: If there is no chat template, or a message is malformed. If a turn of the assistant holds a special
             token. If the template rewrites earlier turns, or does not end the assistant's with `end_of_text`.
     """
+    rows = [_split_conversation(processor, conversation) for conversation in messages]
+    prompts = [[prompt for prompt, _ in row] for row in rows]
+    prompts, _ = expand_placeholders(processor, "messages", prompts, budgets, images_per_text)
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for row, expanded in zip(rows, prompts, strict=True):
+        ids, labels = [], []
+        for prompt, (_, answer) in zip(expanded, row, strict=True):
+            prompt_ids = tokenize_prompt(processor, prompt, add_special_tokens=not ids)["input_ids"]
+            ids += prompt_ids + answer
+            labels += [-100] * len(prompt_ids) + answer
+        columns["input_ids"].append(ids)
+        columns["labels"].append(labels)
+    return columns
+
+
+def _split_conversation(processor: ProcessorMixin, messages: list[dict[str, Any]]) -> list[tuple[str, list[int]]]:
+    """What the template writes before each turn of the assistant, and the ids of the turn with its end."""
     if processor.chat_template is None:
         raise ValueError("Conversations need a chat template, and the processor has none.")
     turns = check_conversation(messages, image_token=processor.image_token, video_token=processor.video_token)
-    end_id = processor.end_of_text_id
-    ids: list[int] = []
-    labels: list[int] = []
-    text = ""  # of the ids
+    end_id, parts, text = processor.end_of_text_id, [], ""
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
@@ -83,15 +85,13 @@ def encode_conversation(processor: ProcessorMixin, messages: list[dict[str, Any]
                 "The chat template must write an earlier turn of the assistant as it was trained, followed by "
                 f"`end_of_text`, but {prompt!r} does not start with {text!r}."
             )
-        prompt_ids = tokenize_prompt(processor, prompt.removeprefix(text), add_special_tokens=not text)["input_ids"]
         answer = turn["content"]
         # By itself: generation appends the answer to the prompt's ids, and no token spans both.
-        answer_ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        check_plain_text(processor.tokenizer, end_id, {f"`messages` entry {index}": (answer, answer_ids)})
-        ids += [*prompt_ids, *answer_ids, end_id]
-        labels += [*[-100] * len(prompt_ids), *answer_ids, end_id]
+        ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        check_plain_text(processor.tokenizer, end_id, {f"`messages` entry {index}": (answer, ids)})
+        parts.append((prompt.removeprefix(text), [*ids, end_id]))
         text = prompt + answer + processor.tokenizer.decode([end_id])
-    return ids, labels
+    return parts
 
 
 def check_conversation(
@@ -104,7 +104,7 @@ def check_conversation(
     """Checks one conversation to train on.
 
     Args:
-        messages: As for [`encode_conversation`]. A malformed conversation raises a ValueError.
+        messages: As for [`encode_conversations`]. A malformed conversation raises a ValueError.
         num_images, num_videos: Required numbers of placeholders; another number raises a ValueError.
         image_token, video_token: The placeholders within a text.
 

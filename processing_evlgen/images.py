@@ -16,7 +16,8 @@ import torch
 from huggingface_hub.utils import httpx  # as transformers: so the code of a checkpoint needs no further package
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import select_best_resolution
-from transformers.image_utils import ChannelDimension, get_image_size, infer_channel_dimension_format
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import get_image_size, infer_channel_dimension_format
 
 MAX_BYTES = 512 * 2**20  # of a file from a server
 MAX_PIXELS = 64_000_000  # in RGB 256 MB; a PNG of 20 KB can hold more pixels than memory does
@@ -34,8 +35,7 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
             (`{"bytes": ..., "path": ...}`). Arrays and tensors are checked and returned unchanged: they have no mode.
         timeout (`float`, *optional*, defaults to 30.0): Seconds for a URL, until its last byte.
         max_pixels (`int`, *optional*, defaults to 64,000,000):
-            Largest width times height that is decoded. The size is read from the header, before any pixel. PIL's own
-            limit, `PIL.Image.MAX_IMAGE_PIXELS`, holds for the whole process.
+            Largest width times height that is decoded; it is read from the header. PIL's own limit holds as well.
 
     Raises:
         ValueError: If the image cannot be read, or has no pixel or more than `max_pixels`; the message names it. If an
@@ -158,8 +158,7 @@ def check_max_tiles(max_tiles: Any) -> None:
 def tile_size(image_processor: Any) -> tuple[int, int]:
     """Height and width in pixels of the images that an image processor returns.
 
-    Raises:
-        ValueError: If they depend on the image, or a tile of this size would be enlarged and cropped.
+    Raises a ValueError if they depend on the image, or if a tile of this size would be enlarged and cropped.
     """
     crop = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", None) else None
     resized = dict(getattr(image_processor, "size", None) or {})
@@ -194,35 +193,27 @@ def choose_tile_grid(height: int, width: int, tile: tuple[int, int], max_tiles: 
 def cut_tiles(image: Any, tile: tuple[int, int], max_tiles: int) -> tuple[list[Any], tuple[int, int]]:
     """Resizes an image to a grid of tiles of `(height, width)` pixels, and cuts it.
 
-    Returns the tiles row by row, and the grid's rows and columns. An image of one tile is returned as it is.
-
-    Raises:
-        ValueError: If an array that needs several tiles does not hold 8-bit values.
+    Returns the tiles row by row, and the grid's rows and columns. An image of one tile is returned as it is. An array
+    of several tiles must hold 8-bit values, or a ValueError is raised.
     """
-    size = (image.height, image.width) if isinstance(image, Image.Image) else get_image_size(image, _layout(image))
+    if isinstance(image, Image.Image):
+        size = image.height, image.width
+    else:
+        array = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
+        channels = (1, 3) if {1, 3} & {array.shape[0], array.shape[-1]} else (4,)
+        layout = infer_channel_dimension_format(array, num_channels=channels)
+        size = get_image_size(array, layout)
     rows, columns = choose_tile_grid(*size, tile, max_tiles)
     if (rows, columns) == (1, 1):
         return [image], (1, 1)
+    if not isinstance(image, Image.Image):
+        if array.dtype != np.uint8:
+            raise ValueError(f"`images`: an array of several tiles must be uint8, but is {array.dtype}.")
+        image = to_rgb(to_pil_image(array, do_rescale=False, input_data_format=layout))
     height, width = tile
-    image = _to_image(image).resize((columns * width, rows * height), Image.Resampling.BICUBIC)
+    image = image.resize((columns * width, rows * height), Image.Resampling.BICUBIC)
     corners = [(column * width, row * height) for row in range(rows) for column in range(columns)]
     return [image.crop((left, top, left + width, top + height)) for left, top in corners], (rows, columns)
-
-
-def _layout(array: Any) -> ChannelDimension:
-    has_alpha = not {1, 3} & {array.shape[0], array.shape[-1]}
-    return infer_channel_dimension_format(array, num_channels=(4,) if has_alpha else (1, 3))
-
-
-def _to_image(image: Any) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    array = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
-    if array.dtype != np.uint8:
-        raise ValueError(f"`images`: an array of several tiles must be uint8, but is {array.dtype}.")
-    if _layout(array) == ChannelDimension.FIRST:
-        array = array.transpose(1, 2, 0)
-    return to_rgb(Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array))
 
 
 def prepare_images(

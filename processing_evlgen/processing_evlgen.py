@@ -78,13 +78,11 @@ class EVLGenProcessor(ProcessorMixin):
     Args:
         image_processor (`BaseImageProcessor`): Resizes and normalises the images for the vision tower.
         tokenizer (`PreTrainedTokenizerBase`):
-            The language model's tokenizer. Missing placeholders are added to it. Without a padding token it pads with
-            its EOS token.
+            The language model's. Missing placeholders are added to it. Without a padding token it pads with EOS.
         video_processor ([`EVLGenVideoProcessor`], *optional*):
-            Reads videos and chooses their frames, which `image_processor` prepares. By default 4 frames of each video.
+            Reads videos, and lets `image_processor` prepare their frames. By default it takes 4 of each video.
         num_image_tokens (`int`):
-            Placeholders of each image or video, if a call requests no other number: the model's
-            `config.num_image_tokens`.
+            Placeholders of each image or video, by default: the model's `config.num_image_tokens`.
         chat_template (`str`, *optional*):
             Template for messages with images. By default the tokenizer's, if it has one.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder of an image.
@@ -99,8 +97,8 @@ class EVLGenProcessor(ProcessorMixin):
         max_tiles (`int`, *optional*, defaults to 1):
             Largest number of tiles that a large image is cut into, at most 100. See [`cut_tiles`].
         image_token_range (`list[int]`, *optional*):
-            The smallest and the largest number of tokens of an image or video, if the model was trained with several:
-            its `config.image_token_range`. Calls that request a number outside of it are refused.
+            The smallest and the largest `num_image_tokens` that a call may request: the model's
+            `config.image_token_range`, if it was trained with several.
 
     Raises:
         TypeError: If `tokenizer` is no tokenizer.
@@ -196,7 +194,7 @@ class EVLGenProcessor(ProcessorMixin):
                 [`load_rgb_frames`] lists the accepted types.
             messages (`list[list[dict]]`, *optional*):
                 Conversations to train on, instead of `text` and `suffix`; adds `labels` on the assistant's turns.
-                See [`encode_conversation`]. For generation, make a `text` of one with `apply_chat_template`.
+                See [`encode_conversations`]. For generation, make a `text` of one with `apply_chat_template`.
             vision_features (`torch.Tensor` of shape `(tiles, num_vision_tokens, vision_hidden_size)`, *optional*):
                 The vision tower's output for the images, instead of `images`. Returned unchanged, for the model.
             image_grid_thw (`torch.LongTensor` of shape `(images, 3)`, *optional*):
@@ -214,9 +212,9 @@ class EVLGenProcessor(ProcessorMixin):
                 - `max_tiles` (`int`): Largest number of tiles of an image, by default the processor's.
                 - `max_pixels` (`int`): Largest width times height of an image or frame that is decoded, by default
                   64,000,000. See [`load_rgb_image`].
-                - `return_offsets_mapping` (`bool`): Adds `offset_mapping`. All tokens of a placeholder have its span.
+                - `return_offsets_mapping` (`bool`): Adds `offset_mapping`, of the text with repeated placeholders.
                 - `return_text_replacement_offsets` (`bool`): Adds `text_replacement_offsets`, as transformers'
-                  `get_text_with_replacements` describes them. Then `offset_mapping` refers to the expanded text.
+                  `get_text_with_replacements` describes them.
                 - `return_mm_token_type_ids` (`bool`): Adds `mm_token_type_ids`: 1 on images, 2 on videos, 0 on text.
 
         Returns:
@@ -254,7 +252,7 @@ class EVLGenProcessor(ProcessorMixin):
         if encoded_video is not None:
             counts["video_budgets"] = [len(prompt) for prompt in encoded_video.pooler_output]
 
-        budgets = dict(zip(self.placeholders.values(), counts.values(), strict=True))
+        budgets = dict(zip(self.placeholders, counts.values(), strict=True))
         if messages is None:
             columns = encode_text(self, text, suffix, budgets, images_per_text, text_arguments)
         else:
@@ -279,7 +277,7 @@ class EVLGenProcessor(ProcessorMixin):
         data |= {name: value for name, value in given.items() if value is not None}
         tensor_type = text_arguments.get("return_tensors", "pt")
         batch = EVLGenBatch(data, tensor_type=tensor_type, skip_tensor_conversion=self.skip_tensor_conversion)
-        batch.placeholder_ids = tuple(budgets)
+        batch.placeholder_ids = (self.image_token_id, self.video_token_id)
         if encoded_video is not None:
             batch["mm_encoder_outputs"] = {"video": encoded_video}
         if is_for_vllm:
@@ -329,10 +327,7 @@ class EVLGenProcessor(ProcessorMixin):
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """Reads a video of any length frame by frame, for the model's `encode_video`.
 
-        Args:
-            video (path, URL, list of frames or array): As in [`load_rgb_frames`].
-            fps (`float`, *optional*): Frames to take for each second, by default all.
-            max_pixels (`int`, *optional*, defaults to 64,000,000): Largest width times height of a frame.
+        It takes `fps` frames of each second, by default all. `video` and `max_pixels` are as in [`load_rgb_frames`].
 
         Yields:
             Pixels of a frame, float32, `(channels, height, width)`, and its seconds.

@@ -1,7 +1,7 @@
-"""Token ids of prompts and of their captions or answers, with labels or offsets: encoded, expanded and padded.
+"""Token ids of prompts and of their captions or answers, with labels or offsets.
 
-`processor` is an [`EVLGenProcessor`]. `budgets` are by placeholder id, images first: the number of tokens of each
-image and of each video. Columns hold a list for each text: `input_ids`, and optionally `labels` and `offset_mapping`.
+`processor` is an [`EVLGenProcessor`]. `budgets` are by placeholder, images first: the number of tokens of each image
+and of each video. Columns hold a list for each text: `input_ids`, and optionally `labels` and `offset_mapping`.
 """
 
 import math
@@ -54,7 +54,7 @@ def encode_text(
     processor: ProcessorMixin,
     text: str | list[str] | None,
     suffix: str | list[str] | None,
-    budgets: dict[int, list[int]],
+    budgets: dict[str, list[int]],
     images_per_text: list[int] | None,
     arguments: dict[str, Any],
 ) -> dict[str, list[Any]]:
@@ -63,24 +63,17 @@ def encode_text(
     if text is None and not num_images and not num_videos:
         raise ValueError("Without a `text`, at least one image or video is needed, but there is none.")
     prompts = _list_strings("text", "" if text is None else text)
-    if not any(token in prompt for prompt in prompts for token in processor.placeholders):
+    if not any(token in prompt for prompt in prompts for token in budgets):
         prompts = _insert_placeholders(processor, prompts, num_images, num_videos)
-    found = [[prompt.count(token) for token in processor.placeholders] for prompt in prompts]
-    check_placeholders(processor, "text", found, budgets, images_per_text)
+    rows, offsets = expand_placeholders(processor, "text", [[prompt] for prompt in prompts], budgets, images_per_text)
     add_special_tokens = arguments.get("add_special_tokens", True)
     if suffix is not None:
-        return expand_placeholders(_encode_suffixes(processor, prompts, suffix, add_special_tokens), budgets)
-    offsets = bool(arguments.get("return_offsets_mapping"))
-    rows = [tokenize_prompt(processor, prompt, add_special_tokens, offsets) for prompt in prompts]
-    names = ["input_ids", "offset_mapping"] if offsets else ["input_ids"]
-    columns = expand_placeholders({name: [row[name] for row in rows] for name in names}, budgets)
+        return _encode_suffixes(processor, [prompt for (prompt,) in rows], suffix, add_special_tokens)
+    names = ["input_ids", "offset_mapping"] if arguments.get("return_offsets_mapping") else ["input_ids"]
+    encoded = [tokenize_prompt(processor, prompt, add_special_tokens, len(names) == 2) for (prompt,) in rows]
+    columns = {name: [row[name] for row in encoded] for name in names}
     if arguments.get("return_text_replacement_offsets"):
-        counts = zip(processor.placeholders, budgets.values(), strict=True)
-        replacements = [[token * budget for budget in row] for token, row in counts]
-        _, columns["text_replacement_offsets"] = processor.get_text_with_replacements(prompts, *replacements)
-        if offsets:
-            spans = zip(columns["offset_mapping"], columns["input_ids"], strict=True)
-            columns["offset_mapping"] = [_shift_spans(*row, budgets) for row in spans]
+        columns["text_replacement_offsets"] = offsets
     return columns
 
 
@@ -111,38 +104,51 @@ def _insert_placeholders(processor: ProcessorMixin, prompts: list[str], num_imag
     return [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
 
 
-def check_placeholders(
+def expand_placeholders(
     processor: ProcessorMixin,
     argument: str,
-    found: list[list[int]],
-    budgets: dict[int, list[int]],
+    rows: list[list[str]],
+    budgets: dict[str, list[int]],
     images_per_text: list[int] | None,
-) -> None:
-    """Raises a ValueError if `found`, both counts of placeholders of each text, are not those of images and videos."""
-    if images_per_text is not None and len(images_per_text) == len(found):
-        for index, ((count, _), given) in enumerate(zip(found, images_per_text, strict=True)):
+) -> tuple[list[list[str]], list[list[dict[str, Any]]]]:
+    """Repeats each placeholder as often as its image or video has tokens.
+
+    Args:
+        argument (`str`): The one that gives the texts, for the errors.
+        rows (`list[list[str]]`): The texts of each conversation, or each text alone.
+        images_per_text (`list[int]`, *optional*): The number of images of each row.
+
+    Returns:
+        The rows, and the offsets of `get_text_with_replacements`.
+
+    Raises:
+        ValueError: If there is not one placeholder for each image and video.
+    """
+    found = {token: [sum(text.count(token) for text in row) for row in rows] for token in budgets}
+    if images_per_text is not None and len(images_per_text) == len(rows):
+        for index, (count, given) in enumerate(zip(found[processor.image_token], images_per_text, strict=True)):
             if count != given:
                 raise ValueError(
                     f"`{argument}` entry {index} holds {count} {processor.image_token} placeholders, but `images` "
                     f"entry {index} holds {given} images."
                 )
-    for column, (token, name) in enumerate(zip(processor.placeholders, ("images", "videos"), strict=True)):
-        total, given = sum(row[column] for row in found), len([*budgets.values()][column])
-        if total != given:
+    for name, (token, numbers) in zip(("images", "videos"), budgets.items(), strict=True):
+        if sum(found[token]) != len(numbers):
             # Ends as transformers' own error does, which its common tests look for.
             raise ValueError(
-                f"`{argument}` holds {total} {token} placeholders, but `{name}` holds {given} {name}. The number of "
-                f"{token} tokens in the prompts should be the same as the number of {name}."
+                f"`{argument}` holds {sum(found[token])} {token} placeholders, but `{name}` holds {len(numbers)} "
+                f"{name}. The number of {token} tokens in the prompts should be the same as the number of {name}."
             )
+    replacements = [[token * number for number in numbers] for token, numbers in budgets.items()]
+    texts, offsets = processor.get_text_with_replacements([text for row in rows for text in row], *replacements)
+    remaining = iter(texts)
+    return [[next(remaining) for _ in row] for row in rows], offsets
 
 
 def tokenize_prompt(
     processor: ProcessorMixin, prompt: str, add_special_tokens: bool = True, offsets: bool = False
 ) -> dict[str, list[Any]]:
-    """`input_ids` of a prompt with one id for each placeholder, and the `offset_mapping` if requested.
-
-    Placeholders at the start of the prompt come before the BOS token.
-    """
+    """`input_ids` of a prompt, and the `offset_mapping` if requested. Placeholders at its start come before BOS."""
     ids, spans, start = [], [], 0
     while token := next((token for token in processor.placeholders if prompt.startswith(token, start)), None):
         ids.append(processor.placeholders[token])
@@ -160,16 +166,6 @@ def tokenize_prompt(
             (start + first, start + last) for first, last in encoded["offset_mapping"]
         ]
     return columns
-
-
-def _shift_spans(spans: list[tuple[int, int]], ids: list[int], budgets: dict[int, list[int]]) -> list[tuple[int, int]]:
-    """Spans in the text with repeated placeholders. All copies of a placeholder come with its span."""
-    result, gained = [], 0
-    for index, (start, end) in enumerate(spans):
-        if ids[index] in budgets and index and spans[index - 1] == (start, end):  # a copy
-            gained += end - start
-        result.append((start + gained, end + gained))
-    return result
 
 
 def _encode_suffixes(
@@ -225,19 +221,6 @@ def check_plain_text(tokenizer: PreTrainedTokenizerBase, end_id: int, texts: dic
         if found := refused.intersection(ids):
             token = tokenizer.decode([found.pop()])
             raise ValueError(f"{name} must not hold {token!r}, a special token or the end of a text, but is {text!r}.")
-
-
-def expand_placeholders(columns: dict[str, list[Any]], budgets: dict[int, list[int]]) -> dict[str, list[Any]]:
-    """Repeats the one placeholder of each image or video as often as it has tokens."""
-    remaining = {token_id: iter(counts) for token_id, counts in budgets.items()}
-    repeats = [[next(remaining[i]) if i in remaining else 1 for i in ids] for ids in columns["input_ids"]]
-    return {
-        name: [
-            [value for value, n in zip(row, counts, strict=True) for _ in range(n)]
-            for row, counts in zip(rows, repeats, strict=True)
-        ]
-        for name, rows in columns.items()
-    }
 
 
 def pad(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments: dict[str, Any]) -> dict[str, list[Any]]:

@@ -32,11 +32,10 @@ _PIXEL_SETTINGS = (VideosKwargs.__annotations__.keys() & ImagesKwargs.__annotati
 
 class EVLGenVideoProcessor(BaseVideoProcessor):
     """
-    Reads videos, chooses frames, and prepares these with an image processor, as images.
+    Reads videos, chooses frames, and prepares these as images.
 
     Args:
-        image_processor (`BaseImageProcessor`, *optional*):
-            Prepares the frames. `from_pretrained` loads it from the same checkpoint.
+        image_processor (`BaseImageProcessor`, *optional*): `from_pretrained` loads it from the same checkpoint.
         kwargs:
             - `num_frames` (`int`, defaults to 4): Frames taken of each video, at most 512.
             - `fps` (`float`, *optional*): Frames taken for each second of a video, instead of `num_frames`.
@@ -70,20 +69,17 @@ class EVLGenVideoProcessor(BaseVideoProcessor):
             videos (video, path, URL or a list of these):
                 A list of frames (images or arrays) is one video. [`load_rgb_frames`] lists the accepted types.
             kwargs:
-                - `num_frames` (`int`) or `fps` (`float`): As for the class. At most 512 frames are taken.
-                - `do_sample_frames` (`bool`): False takes all frames.
+                - `num_frames` (`int`) or `fps` (`float`): As for the class.
+                - `do_sample_frames` (`bool`): False takes all frames, at most 512.
                 - `frame_sampling` (`str`): `"uniform"` (the default), or `"headtail"`; see [`sample_frames`].
-                - `video_metadata` (`VideoMetadata`, `dict` or a list of these): The `fps` of each list or array of
-                  frames. See [`load_rgb_frames`].
+                - `video_metadata` (`VideoMetadata`, `dict` or a list of these): As `metadata` of [`load_rgb_frames`].
                 - `max_pixels` (`int`): Largest width times height of a frame that is decoded.
                 - Settings of the image processor.
 
         Returns:
-            `BatchFeature` with
-            - `pixel_values_videos`: float32, `(videos, frames, channels, height, width)`. Short videos are padded
-              with zeros.
-            - `frame_mask`: bool, `(videos, frames)`, if there is padding.
-            - `frame_times`: float32, `(videos, frames)`, the seconds of each frame since the first one.
+            `BatchFeature` with `pixel_values_videos`, float32, `(videos, frames, channels, height, width)`;
+            `frame_mask`, bool, `(videos, frames)`, if frames of zeros pad short videos; and `frame_times`, float32,
+            `(videos, frames)`, the seconds of each frame since the first one.
 
         Raises:
             ValueError: If a video cannot be read, or an argument is out of range.

@@ -35,7 +35,7 @@ class TooFewFramesError(ValueError):
 
 
 class VideoFrames(list):
-    """Frames of a video, and `times`, the seconds of each."""
+    """Frames of a video, and `times`, the seconds of each as the container states them."""
 
     def __init__(self, frames: Iterable[Any], times: Iterable[float]):
         super().__init__(frames)
@@ -105,9 +105,8 @@ class FrameChoice:
     def select(self, frames: Iterable[TimedFrame], total: int | None) -> Iterator[tuple[Any, float]]:
         """Yields the chosen ones of all `frames`, each with its seconds.
 
-        Raises:
-            TooFewFramesError: If there are fewer frames than `total`, which is needed for a `num_frames` alone.
-            ValueError: If there are none, or more would be chosen than are allowed.
+        Raises a ValueError if there are none or too many. Raises a TooFewFramesError if there are fewer than `total`,
+        which is needed for a `num_frames` alone.
         """
         if total == 0:
             raise ValueError("it has no frames")
@@ -175,12 +174,11 @@ def load_rgb_frames(
         num_frames, sampling, fps: As in [`FrameChoice`].
         max_pixels (`int`, *optional*, defaults to 64,000,000): Largest width times height of a frame that is decoded.
         metadata (`VideoMetadata` or `dict`, *optional*):
-            For lists and arrays: their `fps`, and `frames_indices` if they are some frames of a longer video. Without
-            it they are taken to have the `fps` that is requested, or else one frame a second.
+            For lists and arrays: their `fps`, and `frames_indices` if they are some frames of a longer video. By
+            default they have the `fps` that is requested, or else one frame a second.
 
     Returns:
-        [`VideoFrames`], a list of `PIL.Image.Image` objects in mode RGB, or of arrays where arrays were given. Its
-        `times` are the seconds of each frame, as the container states them.
+        [`VideoFrames`] with `PIL.Image.Image` objects in mode RGB, or with arrays where arrays were given.
 
     Raises:
         ValueError: If the video cannot be read, ends early, has no frames or too large ones; the message names it.

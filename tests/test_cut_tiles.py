@@ -148,24 +148,6 @@ def test_conversations_take_budgets():
     assert torch.equal(short["labels"][short["labels"] != -100], long["labels"][long["labels"] != -100])
 
 
-def test_offsets_and_replacements_follow_the_budgets():
-    processor = make_processor(image_token_range=[1, 9])
-    text = "a <image>b<image> blue"
-    inputs = {"images": noise_images(2), "text": text, "num_image_tokens": [2, 3], "return_offsets_mapping": True}
-    batch = processor(**inputs)
-    expanded = "a <image><image>b<image><image><image> blue"
-    with_replacements = processor(**inputs, return_text_replacement_offsets=True)
-    for ids, spans, string in (
-        (batch["input_ids"][0], batch["offset_mapping"][0], text),
-        (batch["input_ids"][0], with_replacements["offset_mapping"][0], expanded),
-    ):
-        words = [string[start:end] for start, end in spans.tolist()]
-        assert words == [processor.tokenizer.decode([i]) for i in ids.tolist()]
-    replacements = with_replacements["text_replacement_offsets"][0]
-    assert [row["replacement"] for row in replacements] == ["<image>" * 2, "<image>" * 3]
-    assert [int(budget) for budget in with_replacements["image_budgets"]] == [2, 3]
-
-
 @pytest.mark.attack
 def test_vllm_is_refused_numbers_of_tokens_that_the_model_does_not_make():
     """An error in the model would end vLLM's engine."""

@@ -41,34 +41,24 @@ def test_truncation_cuts_on_the_tokenizers_side():
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_offsets_point_into_the_text_that_was_given(padding_side):
-    processor = make_processor(bos=True)
+def test_offsets_point_into_the_text_with_repeated_placeholders(padding_side):
+    """As in transformers' own processors."""
+    processor = make_processor(bos=True, image_token_range=[1, 9])
     texts = ["<image>left <video>right", "a <image>b<image> blue triangle"]
-    inputs = {"images": noise_images(3), "videos": noise_images(2), "text": texts, "padding_side": padding_side}
-    batch = processor(**inputs, return_offsets_mapping=True)
-    for text, ids, spans in zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True):
+    inputs = {"images": noise_images(3), "videos": noise_images(2), "text": texts, "num_image_tokens": [1, 2, 3, 4]}
+    inputs |= {"padding_side": padding_side, "return_offsets_mapping": True}
+    batch = processor(**inputs, return_text_replacement_offsets=True)
+    expanded = ["<image>left " + "<video>" * 4 + "right", "a <image><image>b<image><image><image> blue triangle"]
+    for text, ids, spans in zip(expanded, batch["input_ids"], batch["offset_mapping"], strict=True):
         for token_id, (start, end) in zip(ids.tolist(), spans.tolist(), strict=True):
             token = processor.tokenizer.decode([token_id])
             assert text[start:end] == ("" if token in ("<pad>", "<s>") else token)
-
-
-def test_text_replacement_offsets_name_the_placeholders_and_their_texts():
-    processor = make_processor(bos=True)
-    text = "<image>left <video>right"
-    batch = processor(
-        images=noise_images(1),
-        videos=noise_images(2),
-        text=text,
-        return_text_replacement_offsets=True,
-        return_offsets_mapping=True,
-    )
-    image, video = batch["text_replacement_offsets"][0]
-    assert (image["type"], image["span"], image["replacement"]) == ("image", (0, 7), "<image>" * 3)
-    assert (video["type"], video["span"], video["new_span"]) == ("video", (12, 19), (26, 47))
-    expanded = text.replace("<image>", "<image>" * 3).replace("<video>", "<video>" * 3)
-    spans = zip(batch["input_ids"][0].tolist(), batch["offset_mapping"][0].tolist(), strict=True)
-    tokens = [(processor.tokenizer.decode([token_id]), expanded[start:end]) for token_id, (start, end) in spans]
-    assert [pair for pair in tokens if pair[0] != pair[1]] == [("<s>", "")]
+    assert torch.equal(processor(**inputs)["offset_mapping"], batch["offset_mapping"])
+    (image, video), images = batch["text_replacement_offsets"]
+    assert (image["type"], image["span"], image["replacement"]) == ("image", (0, 7), "<image>")
+    assert (video["type"], video["span"], video["new_span"]) == ("video", (12, 19), (12, 40))
+    assert [row["replacement"] for row in images] == ["<image>" * 2, "<image>" * 3]
+    assert [int(budget) for budget in batch["image_budgets"]] == [1, 2, 3]
 
 
 GENERATION_TEMPLATE = (
