@@ -24,7 +24,6 @@ _JOIN_PARTS = """\
 """
 
 _ROLES = ("system", "user", "assistant")
-_PARTS = ("image", "video", "text")
 
 
 def join_parts(chat_template: str, image_token: str, video_token: str) -> str:
@@ -101,15 +100,10 @@ def check_conversation(
     image_token: str = "<image>",
     video_token: str = "<video>",
 ) -> list[dict[str, Any]]:
-    """Checks one conversation to train on.
+    """Checks one conversation to train on, as for [`encode_conversations`], and returns its turns.
 
-    Args:
-        messages: As for [`encode_conversations`]. A malformed conversation raises a ValueError.
-        num_images, num_videos: Required numbers of placeholders; another number raises a ValueError.
-        image_token, video_token: The placeholders within a text.
-
-    Returns:
-        `list[dict]`: The turns. Contents of the assistant's turns are strings.
+    Contents of the assistant's turns are strings there. Raises a ValueError if the conversation is malformed, or has
+    places for other numbers of images and videos than `num_images` and `num_videos`, if these are given.
     """
     if not isinstance(messages, list):
         raise ValueError(f"`messages` must be a list of turns, but is {messages!r}.")
@@ -119,16 +113,15 @@ def check_conversation(
     for modality, token, wanted in (("image", image_token, num_images), ("video", video_token, num_videos)):
         if any(token in turn["content"] for turn in turns if turn["role"] == "assistant"):
             raise ValueError(f"`messages` must not hold the placeholder {token} in a turn of the assistant.")
-        found = sum(_count_placeholders(turn["content"], modality, token) for turn in turns)
+        parts = [part for turn in turns for part in _list_parts(turn["content"])]
+        found = sum((part["type"] == modality) + part.get("text", "").count(token) for part in parts)
         if wanted is not None and found != wanted:
             raise ValueError(f"`messages` has places for {found} {modality}s, but there are {wanted}.")
     return turns
 
 
-def _count_placeholders(content: str | list[dict[str, Any]], modality: str, token: str) -> int:
-    if isinstance(content, str):
-        return content.count(token)
-    return sum((part["type"] == modality) + part.get("text", "").count(token) for part in content)
+def _list_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _check_turn(index: int, message: Any) -> dict[str, Any]:
@@ -138,22 +131,22 @@ def _check_turn(index: int, message: Any) -> dict[str, Any]:
             f"`messages` must hold turns with a `role` of {', '.join(_ROLES)} and a `content`, but entry {index} is "
             f"{message!r}."
         )
-    content = message["content"]
-    if isinstance(content, list):
-        content = [_check_part(index, part) for part in content]
-    elif not isinstance(content, str):
+    role, content = message["role"], message["content"]
+    if not isinstance(content, str | list):
         raise ValueError(f"`messages` entry {index} must have a text or a list as `content`, but has {content!r}.")
-    if message["role"] == "assistant" and isinstance(content, list):
-        if any(part["type"] != "text" for part in content):
-            raise ValueError(f"`messages` entry {index} is the assistant's and must be text, but is {content!r}.")
-        content = "".join(part["text"] for part in content)
-    if message["role"] == "assistant" and not content.strip():
+    parts = [_check_part(index, part) for part in _list_parts(content)]
+    if role != "assistant":
+        return {"role": role, "content": content if isinstance(content, str) else parts}
+    if any(part["type"] != "text" for part in parts):
+        raise ValueError(f"`messages` entry {index} is the assistant's and must be text, but is {content!r}.")
+    answer = "".join(part["text"] for part in parts)
+    if not answer.strip():
         raise ValueError(f"`messages` entry {index} is an empty turn of the assistant.")
-    return {"role": message["role"], "content": content}
+    return {"role": role, "content": answer}
 
 
 def _check_part(index: int, part: Any) -> dict[str, Any]:
-    is_part = isinstance(part, dict) and part.get("type") in _PARTS
+    is_part = isinstance(part, dict) and part.get("type") in ("image", "video", "text")
     if not is_part or (part["type"] == "text" and not isinstance(part.get("text"), str)):
         raise ValueError(
             f"`messages` entry {index} must hold parts such as {{'type': 'image'}} and {{'type': 'text', 'text': …}}, "

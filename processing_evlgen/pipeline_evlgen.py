@@ -86,15 +86,8 @@ class EVLGenImageToTextPipeline(Pipeline):
 class EVLGenVideoToTextPipeline(EVLGenImageToTextPipeline):
     """Captions videos, or answers a prompt about them.
 
-    Takes files, URLs and arrays of frames, and dicts with one of these under `"video"`.
-
-    ```python
-    >>> captioner = pipeline("video-to-text", model="my-video-model", trust_remote_code=True)
-    >>> captioner("video.mp4")
-    [{'generated_text': 'a dog runs'}]
-    ```
-
-    A list holds several videos. A single video that is a list of frames is given as `{"video": frames}`.
+    Takes files, URLs and arrays of frames, and dicts with one of these under `"video"`. A list holds several videos. A
+    single video that is a list of frames is given as `{"video": frames}`.
     """
 
     modality = "video"

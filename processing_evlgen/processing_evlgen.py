@@ -83,19 +83,17 @@ class EVLGenProcessor(ProcessorMixin):
             Reads videos, and lets `image_processor` prepare their frames. By default it takes 4 of each video.
         num_image_tokens (`int`):
             Placeholders of each image or video, by default: the model's `config.num_image_tokens`.
-        chat_template (`str`, *optional*):
-            Template for messages with images. By default the tokenizer's, if it has one.
+        chat_template (`str`, *optional*): Template for messages with images. By default the tokenizer's.
         image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder of an image.
         video_token (`str`, *optional*, defaults to `"<video>"`): The placeholder of a video.
         end_of_text (`str`, *optional*):
-            The token that ends a `suffix` in training and stops generation. By default the tokenizer's EOS token;
-            `"\n"` in the paper's OPT recipe.
+            The token that ends a `suffix` in training and stops generation. By default EOS; `"\n"` in the paper's OPT
+            recipe.
         clean_captions (`bool`, *optional*, defaults to `False`):
             Whether to clean each `suffix` with [`clean_caption`], as the paper does.
         bos_label (`bool`, *optional*, defaults to `False`):
-            Whether the BOS token after the images of an empty prompt is a label, as in the paper's OPT recipe.
-        max_tiles (`int`, *optional*, defaults to 1):
-            Largest number of tiles that a large image is cut into, at most 100. See [`cut_tiles`].
+            Whether BOS after the images of an empty prompt is a label, as in the paper's OPT recipe.
+        max_tiles (`int`, *optional*, defaults to 1): Largest number of tiles of an image. See [`cut_tiles`].
         image_token_range (`list[int]`, *optional*):
             The smallest and the largest `num_image_tokens` that a call may request: the model's
             `config.image_token_range`, if it was trained with several.
@@ -187,19 +185,17 @@ class EVLGenProcessor(ProcessorMixin):
             text (`str` or `list[str]`, *optional*):
                 The prompts, by default empty ones. One without placeholders serves all images or videos.
             suffix (`str` or `list[str]`, *optional*):
-                The captions or answers to train on, one for each prompt; adds `labels`. The processor adds
-                `end_of_text`; a suffix must hold neither it nor a special token.
+                The captions or answers to train on, one for each prompt; adds `labels`. They must hold no special
+                token: the processor adds `end_of_text`.
             videos (video, path, URL or a list of these, *optional*):
-                The videos, in the order of their placeholders. A list of frames (images or arrays) is one video.
-                [`load_rgb_frames`] lists the accepted types.
+                The videos, in the order of their placeholders. [`load_rgb_frames`] lists the accepted types.
             messages (`list[list[dict]]`, *optional*):
                 Conversations to train on, instead of `text` and `suffix`; adds `labels` on the assistant's turns.
                 See [`encode_conversations`]. For generation, make a `text` of one with `apply_chat_template`.
             vision_features (`torch.Tensor` of shape `(tiles, num_vision_tokens, vision_hidden_size)`, *optional*):
-                The vision tower's output for the images, instead of `images`. Returned unchanged, for the model.
+                The vision tower's output for the images, instead of `images`. Returned for the model.
             image_grid_thw (`torch.LongTensor` of shape `(images, 3)`, *optional*):
-                For `vision_features` of several tiles: 1, and the rows and columns of tiles of each image. Returned
-                unchanged.
+                For `vision_features` of several tiles: 1, and the rows and columns of tiles of each image.
             encoded_video ([`EVLGenImageOutput`], *optional*):
                 The output of the model's `encode_video`, instead of `videos`. Returned as `mm_encoder_outputs`.
             kwargs:
@@ -229,9 +225,8 @@ class EVLGenProcessor(ProcessorMixin):
               a number of tokens is not `num_image_tokens`.
 
         Raises:
-            ValueError: If images, placeholders and texts differ in number. If a text is too long, or `truncation`
-                would cut placeholders or all labels off. If an image cannot be read. If a suffix is empty or holds a
-                special token.
+            ValueError: If images, placeholders and texts differ in number. If a text is too long, or a suffix is empty
+                or holds a special token. If an image or a video cannot be read.
             TypeError: If a text is not a string, or an image of no accepted type.
         """
         _check_given(images, text, suffix, videos, messages, vision_features, image_grid_thw, encoded_video)

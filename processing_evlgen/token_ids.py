@@ -113,13 +113,8 @@ def expand_placeholders(
 ) -> tuple[list[list[str]], list[list[dict[str, Any]]]]:
     """Repeats each placeholder as often as its image or video has tokens.
 
-    Args:
-        argument (`str`): The one that gives the texts, for the errors.
-        rows (`list[list[str]]`): The texts of each conversation, or each text alone.
-        images_per_text (`list[int]`, *optional*): The number of images of each row.
-
-    Returns:
-        The rows, and the offsets of `get_text_with_replacements`.
+    `rows` hold the texts of each conversation, or each text alone. The `argument` of the call is for the errors, and
+    `images_per_text` is the number of images of each row. Also returns the offsets of `get_text_with_replacements`.
 
     Raises:
         ValueError: If there is not one placeholder for each image and video.

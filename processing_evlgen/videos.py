@@ -93,9 +93,8 @@ class FrameChoice:
 
     def __post_init__(self):
         if self.fps is not None and self.num_frames is not None:
-            raise ValueError(
-                f"Only one of `num_frames` and `fps` can be given, but they are {self.num_frames} and {self.fps}."
-            )
+            given = f"{self.num_frames} and {self.fps}"
+            raise ValueError(f"Only one of `num_frames` and `fps` can be given, but they are {given}.")
         if self.fps is not None and not _is_rate(self.fps):
             raise ValueError(f"`fps` must be a number above 0, but is {self.fps!r}.")
         sample_frames(1, 1 if self.num_frames is None else self.num_frames, self.sampling)  # raises out of range
@@ -108,9 +107,7 @@ class FrameChoice:
         Raises a ValueError if there are none or too many. Raises a TooFewFramesError if there are fewer than `total`,
         which is needed for a `num_frames` alone.
         """
-        if total == 0:
-            raise ValueError("it has no frames")
-        if self.num_frames is not None:
+        if self.num_frames is not None and total != 0:
             frames = _at_indices(frames, sample_frames(total, self.num_frames, self.sampling), total)
         elif self.fps is not None:
             frames = _at_ticks(frames, self.fps)
@@ -118,7 +115,7 @@ class FrameChoice:
         for count, (frame, time, _) in enumerate(frames, start=1):
             if count > (self.max_frames or math.inf):
                 raise ValueError(
-                    f"it has more than {self.max_frames} frames to take. Give a `num_frames`, or a lower `fps`"
+                    f"it has over {self.max_frames} frames to take. Give a `num_frames`, or a lower `fps`"
                 )
             yield frame, time
         if count == 0:
@@ -212,9 +209,8 @@ def _iterate_list(source: Any, choice: FrameChoice, max_pixels: int, metadata: A
     if source is None or isinstance(source, dict):  # a row without a video
         raise ValueError("`videos`: None is no video.")
     if not hasattr(source, "__len__"):
-        raise TypeError(
-            f"`videos` must hold files, URLs, arrays or lists of frames, but holds {type(source).__name__}."
-        )
+        name = type(source).__name__
+        raise TypeError(f"`videos` must hold files, URLs, arrays or lists of frames, but holds {name}.")
     if len(source) == 0:
         raise ValueError("`videos` holds a video without frames.")
     times = _times_of_list(source, choice, metadata)
@@ -236,9 +232,8 @@ def _times_of_list(source: Any, choice: FrameChoice, metadata: Any) -> list[floa
     if rate and not _is_rate(rate):  # readers of videos give 0 if they do not know it
         raise ValueError(f"`video_metadata` must have an `fps` above 0, but has {rate!r}.")
     if len(indices) != len(source):
-        raise ValueError(
-            f"`video_metadata` has {len(indices)} `frames_indices`, but the video has {len(source)} frames."
-        )
+        count = len(source)
+        raise ValueError(f"`video_metadata` has {len(indices)} `frames_indices`, but the video has {count} frames.")
     return [index / (rate or 1.0) for index in indices]
 
 

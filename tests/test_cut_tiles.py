@@ -102,10 +102,10 @@ def test_tiles_and_budgets_go_through_the_model():
         assert torch.equal(model.generate(**alone, max_new_tokens=4, min_new_tokens=4)[0, -4:], together[row])
 
 
-def test_max_tiles_is_saved_with_the_processor(tmp_path):
-    make_processor(max_tiles=4).save_pretrained(tmp_path)
+def test_tiles_and_ranges_are_saved_with_the_processor(tmp_path):
+    make_processor(max_tiles=4, image_token_range=[2, 9]).save_pretrained(tmp_path)
     processor = EVLGenProcessor.from_pretrained(tmp_path)
-    assert processor.max_tiles == 4
+    assert processor.max_tiles == 4 and processor.image_token_range == [2, 9]
     assert processor(images=image(64, 64))["pixel_values"].shape[0] == 4
     assert processor(images=image(64, 64), max_tiles=1)["pixel_values"].shape[0] == 1
 
@@ -207,27 +207,6 @@ def test_bad_budgets_and_tiles_are_refused(arguments, message):
         make_processor()(images=noise_images(2), **arguments)
 
 
-def test_the_constructor_refuses_bad_tiles_and_ranges():
-    with pytest.raises(ValueError, match="`max_tiles` must be an integer from 1 to 100, but is 0"):
-        make_processor(max_tiles=0)
-    with pytest.raises(ValueError, match="`image_token_range` must hold"):
-        make_processor(image_token_range=[True, True])
-
-
-def test_the_range_is_saved_with_the_processor(tmp_path):
-    make_processor(image_token_range=[2, 9]).save_pretrained(tmp_path)
-    assert EVLGenProcessor.from_pretrained(tmp_path).image_token_range == [2, 9]
-    make_processor().save_pretrained(tmp_path / "plain")
-    assert EVLGenProcessor.from_pretrained(tmp_path / "plain").image_token_range is None
-
-
-@pytest.mark.parametrize("budget", [2, 9])
-def test_a_number_in_the_range_is_allowed(budget):
-    processor = make_processor(image_token_range=[2, 9])
-    ids = processor(images=noise_images(1), num_image_tokens=budget)["input_ids"]
-    assert (ids == processor.image_token_id).sum() == budget
-
-
 @pytest.mark.attack
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -240,21 +219,31 @@ def test_a_number_out_of_the_range_is_refused_with_the_range(arguments, message)
     with pytest.raises(ValueError, match=message):
         make_processor(image_token_range=[2, 9])(images=noise_images(2), **arguments)
     make_processor()(images=noise_images(2), **arguments)  # the model checks
+    ids = make_processor(image_token_range=[2, 9])(images=noise_images(2), num_image_tokens=[2, 9])["input_ids"]
+    assert (ids == make_processor().image_token_id).sum() == 11
     with pytest.raises(ValueError, match=r"`num_image_tokens` must be from 2 to 9, .* but is 10"):
         make_processor(image_token_range=[2, 9])(videos=[noise_images(2)], num_image_tokens=10)
 
 
 @pytest.mark.attack
-@pytest.mark.parametrize("given", [[4], [9, 4], [0, 9], [2.5, 9], "2 9", 5])
-def test_a_range_that_is_none_is_refused(given):
-    with pytest.raises(ValueError, match="`image_token_range` must hold the smallest and the largest number"):
-        make_processor(image_token_range=given)
-
-
-@pytest.mark.attack
-def test_a_default_out_of_the_range_is_refused():
-    with pytest.raises(ValueError, match=r"`num_image_tokens` must be from 4 to 9, .* but is 3"):
-        make_processor(image_token_range=[4, 9])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            ({"image_token_range": given}, "`image_token_range` must hold the smallest and the largest number")
+            for given in ([4], [9, 4], [0, 9], [2.5, 9], [True, True], "2 9", 5)
+        ),
+        *(
+            ({"num_image_tokens": given}, "`num_image_tokens` must be an integer of 1 or more")
+            for given in (None, 0, 1.5)
+        ),
+        ({"image_token_range": [4, 9]}, "`num_image_tokens` must be from 4 to 9, .* but is 3"),
+        ({"max_tiles": 0}, "`max_tiles` must be an integer from 1 to 100, but is 0"),
+    ],
+)
+def test_the_constructor_refuses_bad_numbers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_processor(**arguments)
 
 
 def test_vision_features_of_tiles_go_through_with_their_grids():
@@ -275,13 +264,6 @@ def test_tiles_have_the_size_of_the_image_processors_output():
     for larger in ({"shortest_edge": 40}, {"height": 40, "width": 40}):  # as DINOv2's
         with pytest.raises(ValueError, match="crops nothing from a tile, but it resizes to"):
             tile_size(CLIPImageProcessor(size=larger, crop_size={"height": 30, "width": 30}))
-
-
-def test_counts_for_vllm_follow_tiles_and_budgets():
-    processor = make_processor()
-    sizes = [(64, 64), (16, 16)]
-    counts = processor._get_num_multimodal_tokens(image_sizes=sizes, max_tiles=4, num_image_tokens=5)
-    assert counts["num_image_patches"] == [4, 1] and counts["num_image_tokens"] == [5, 5]
 
 
 def test_a_pipeline_makes_batches_of_images_of_any_tiles(tmp_path):

@@ -123,18 +123,6 @@ def test_a_system_turn_is_read_and_not_learned():
     assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nwhat is it?<image><image>")
 
 
-def test_images_belong_to_their_own_conversation():
-    processor = make_processor(chat=True, end_of_text="<|im_end|>")
-    two, none = conversation("<image><image>which?", "a"), conversation("what?", "b")
-    first, second = noise_images(2)
-    batch = processor(images=[[first, second], []], messages=[two, none])
-    assert len(batch["pixel_values"]) == 2
-    with pytest.raises(
-        ValueError, match="`messages` entry 0 holds 2 <image> placeholders, but `images` entry 0 holds 1"
-    ):
-        processor(images=[[first], [second]], messages=[two, none])
-
-
 def test_a_template_that_cannot_train_conversations_is_refused():
     turns = conversation("what?", "a", "and?", "b")
     with pytest.raises(ValueError, match="Conversations need a chat template"):
@@ -169,6 +157,8 @@ def test_opt_recipe_labels_bos_and_ends_with_a_newline():
     batch = processor(images=noise_images(1), suffix='A "Cat" (small).')
     assert labelled_texts(batch, processor) == ["<s>a cat small\n"]
     assert processor.end_of_text_id == processor.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    with pytest.raises(ValueError, match="`end_of_text` must be one token, but ' the end' is"):
+        make_processor(end_of_text=" the end")(images=noise_images(1), suffix="a cat")
     prompted = processor(images=noise_images(1), text="what?", suffix="a cat")
     assert labelled_texts(prompted, processor) == [" a cat\n"]  # a prompt carries no loss, nor does its BOS
 
@@ -196,17 +186,16 @@ def test_padding_arguments_work_as_in_a_tokenizer():
     )
 
 
-def test_images_in_rows_must_fit_their_texts():
+def test_images_in_rows_must_fit_their_texts_and_conversations():
     image, other, third = noise_images(3)
-    texts = ["<image>", "<image><image>"]
-    assert make_processor()(images=[[image], [other, third]], text=texts)["pixel_values"].shape[0] == 3
-    with pytest.raises(ValueError, match="`text` entry 0 holds 1 <image> placeholders, but `images` entry 0 holds 2"):
-        make_processor()(images=[[image, other], [third]], text=texts)
-
-
-def test_the_end_of_a_text_must_be_one_token():
-    with pytest.raises(ValueError, match="`end_of_text` must be one token, but ' the end' is"):
-        make_processor(end_of_text=" the end")(images=noise_images(1), suffix="a cat")
+    texts, processor = ["<image>", "<image><image>"], make_processor(chat=True, end_of_text="<|im_end|>")
+    conversations = [conversation(text, "a") for text in texts]
+    for given, name in (({"text": texts}, "text"), ({"messages": conversations}, "messages")):
+        assert processor(images=[[image], [other, third]], **given)["pixel_values"].shape[0] == 3
+        message = f"`{name}` entry 0 holds 1 <image> placeholders, but `images` entry 0 holds 2"
+        with pytest.raises(ValueError, match=message):
+            processor(images=[[image, other], [third]], **given)
+    assert len(processor(images=[[image], []], messages=[conversations[0], conversation("what?", "b")])["labels"]) == 2
 
 
 def test_one_prompt_serves_all_images_and_no_prompt_is_an_empty_one():
@@ -230,6 +219,7 @@ def test_captions_are_cleaned_as_in_the_original():
         ({"images": 1, "text": ["a", "b"]}, ValueError, "`images` holds 1 images, but `text` holds 2 prompts"),
         ({"text": "<image> a"}, ValueError, "`text` holds 1 <image> placeholders, but `images` holds 0"),
         ({"images": 1, "suffix": "  "}, ValueError, "`suffix` must not be empty, but entry 0 is '  '"),
+        ({"images": 0}, ValueError, "Without a `text`, at least one image or video is needed"),
         ({"images": 2, "suffix": ["a"]}, ValueError, "`suffix` has 1 entries, but there are 2 prompts"),
         ({"images": 1, "text": "a " * 200}, ValueError, "`text` entry 0 has .* tokens, but at most 128 are allowed"),
         ({"images": 1, "suffix": "a " * 200}, ValueError, "`text` entry 0 has .* tokens, but at most 128 are allowed"),
@@ -268,11 +258,6 @@ def test_bad_input_is_named(inputs, error, message):
         make_processor()(**inputs)
 
 
-def test_empty_images_without_a_text_are_refused():
-    with pytest.raises(ValueError, match="Without a `text`, at least one image or video is needed"):
-        make_processor()(images=[])
-
-
 def test_a_pipeline_without_images_returns_nothing_and_names_none():
     model = tiny_model()
     captioner = EVLGenImageToTextPipeline(model, processor=tiny_processor(model))
@@ -301,6 +286,8 @@ def test_a_caption_that_holds_the_end_of_a_text_is_refused():
     cleaned = make_processor(**recipe, clean_captions=True)
     batch = cleaned(images=noise_images(1), suffix="a cat\non a mat")
     assert labelled_texts(batch, cleaned) == ["a cat on a mat\n"]
+    with pytest.raises(ValueError, match=r"`suffix` must not be empty, but entry 0 is '\.\.\.'"):
+        cleaned(images=noise_images(1), suffix="...")
 
 
 def test_letters_that_a_tokenizer_does_not_know_are_no_special_token():
@@ -311,17 +298,6 @@ def test_letters_that_a_tokenizer_does_not_know_are_no_special_token():
     assert processor(images=noise_images(1), suffix="a cat")["labels"][0].tolist() == [-100, 2, 0, 1]
     with pytest.raises(ValueError, match="must not hold '</s>'"):
         processor(images=noise_images(1), suffix="a </s> a")
-
-
-def test_a_clean_up_that_leaves_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"`suffix` must not be empty, but entry 0 is '\.\.\.'"):
-        make_processor(clean_captions=True)(images=noise_images(1), suffix="...")
-
-
-@pytest.mark.parametrize("count", [None, 0, 1.5])
-def test_the_number_of_image_tokens_is_needed(count):
-    with pytest.raises(ValueError, match="`num_image_tokens` must be an integer of 1 or more"):
-        make_processor(num_image_tokens=count)
 
 
 def test_saves_and_loads(tmp_path):

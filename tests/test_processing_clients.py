@@ -93,17 +93,16 @@ def test_the_assistant_mask_covers_the_assistants_turns(padding_side):
 
 def test_placeholders_are_counted_without_images_as_with_them():
     processor = make_processor()
-    counts = processor._get_num_multimodal_tokens(image_sizes=[(40, 40), (9, 300)], video_sizes=[(2, 40, 40)])
+    count, sizes = processor._get_num_multimodal_tokens, [(64, 64), (16, 16)]
+    counts = count(image_sizes=sizes, video_sizes=[(2, 40, 40)])
     assert (counts["num_image_tokens"], counts["num_image_patches"]) == ([3, 3], [1, 1])
     assert counts["num_video_tokens"] == [3]
-    assert processor._get_num_multimodal_tokens(image_sizes=[(40, 40)])["num_video_tokens"] is None
-    assert processor._get_num_multimodal_tokens(image_sizes=[], do_resize=True)["num_image_tokens"] == []
-    batch = processor(
-        images=noise_images(1),
-        videos=[noise_images(2)],
-        text=["<image>a", "<video>"],
-        return_mm_token_type_ids=True,
-    )
+    assert count(image_sizes=[(40, 40)])["num_video_tokens"] is None
+    assert count(image_sizes=[], do_resize=True)["num_image_tokens"] == []
+    counts = count(image_sizes=sizes, max_tiles=4, num_image_tokens=5)
+    assert (counts["num_image_tokens"], counts["num_image_patches"]) == ([5, 5], [4, 1])
+    media = {"images": noise_images(1), "videos": [noise_images(2)], "text": ["<image>a", "<video>"]}
+    batch = processor(**media, return_mm_token_type_ids=True)
     assert batch["mm_token_type_ids"].tolist() == [[1, 1, 1, 0], [0, 2, 2, 2]]
 
 

@@ -60,20 +60,20 @@ def test_a_loaded_processor_may_be_given_another_number_of_frames(tmp_path):
     assert number_of_frames(EVLGenProcessor.from_pretrained(tmp_path, num_frames=7)(videos=noise_images(8))) == 7
 
 
-@pytest.mark.parametrize("frames", [{"num_frames": 3}, {"num_frames": 4, "fps": 0.25}, {}])
-def test_a_checkpoint_without_a_video_processor_is_read_as_before(frames, tmp_path):
+@pytest.mark.parametrize(("frames", "expected"), [({"num_frames": 3}, 3), ({"fps": 0.25}, 2), ({}, 4)])
+def test_a_checkpoint_without_a_video_processor_is_read_as_before(frames, expected, tmp_path):
     """Earlier checkpoints have `num_frames` and `fps` in processor_config.json."""
     processor = make_processor()
     processor.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "processor_config.json").read_text())
     del config["video_processor"]
     (tmp_path / "processor_config.json").write_text(json.dumps({**config, "num_frames": 4, "fps": None, **frames}))
-    again, video = AutoProcessor.from_pretrained(tmp_path), noise_images(8)
-    choice = {"fps": frames["fps"], "video_metadata": {"fps": 1.0}} if "fps" in frames else frames
-    before, after = processor(videos=video, **choice), again(videos=video, video_metadata=choice.get("video_metadata"))
-    assert number_of_frames(after) == {3: 3, 4: 2}.get(frames.get("num_frames"), 4)
+    again, media = AutoProcessor.from_pretrained(tmp_path), {"videos": noise_images(8), "video_metadata": {"fps": 1.0}}
+    call = {"fps": frames["fps"]} if "fps" in frames else frames
+    before, after = processor(**media, **call), again(**media)
+    assert number_of_frames(after) == expected
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert number_of_frames(EVLGenProcessor.from_pretrained(tmp_path, num_frames=5)(videos=video)) == 5
+    assert number_of_frames(EVLGenProcessor.from_pretrained(tmp_path, num_frames=5)(**media)) == 5
 
 
 def test_the_video_processor_is_loaded_without_the_repository(tmp_path):
@@ -95,18 +95,18 @@ print(again(videos="video.mp4")["pixel_values_videos"].shape)
     assert run_clean(code, tmp_path).splitlines()[-2:] == ["torch.Size([1, 3, 3, 32, 32])"] * 2
 
 
-@pytest.mark.parametrize("kind", ["webm", "hidden start", "webp"])
+@pytest.mark.parametrize("kind", ["webm", "mp4", "webp"])
 def test_transformers_own_reader_fails_where_ours_reads(kind, tmp_path):
     """Why videos.py exists. It can go when this test fails for all kinds."""
-    path = str(tmp_path / "video.webm")
+    path = str(tmp_path / f"video.{kind}")
     if kind == "webm":  # which does not state its number of frames
         write_video(path, 16, "libvpx")
-    elif kind == "hidden start":
+    elif kind == "mp4":  # with a hidden start
         write_video(tmp_path / "whole.mp4", 24)
-        hide_start(tmp_path / "whole.mp4", path := str(tmp_path / "trimmed.mp4"), 14)
+        hide_start(tmp_path / "whole.mp4", path, 14)
     else:
         first, *others = shades(16)
-        first.save(path := str(tmp_path / "video.webp"), save_all=True, append_images=others, lossless=True)
+        first.save(path, save_all=True, append_images=others, lossless=True)
     assert number_of_frames(make_processor()(videos=path)) == 4
     try:
         frames, _ = load_video(path, num_frames=4, backend="pyav")
