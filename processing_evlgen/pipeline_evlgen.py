@@ -73,7 +73,10 @@ class EVLGenImageToTextPipeline(Pipeline):
     def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
         batch, prompt_length = model_inputs["input_ids"].shape
         # Private, but there is no public way to the defaults that transformers' own pipelines give to `generate`.
-        generate_kwargs = self._prepare_generate_kwargs(generate_kwargs, return_dict_in_generate=False)
+        if hasattr(self, "_prepare_generate_kwargs"):
+            generate_kwargs = self._prepare_generate_kwargs(generate_kwargs, return_dict_in_generate=False)
+        else:  # transformers before 5.20 keeps its defaults in the pipeline's own configuration
+            generate_kwargs = {"generation_config": self.generation_config, **generate_kwargs}
         sequences = self.model.generate(**model_inputs, **generate_kwargs)  # (batch * returned, sequence)
         new_tokens = sequences[:, prompt_length:]
         return {"generated": new_tokens.reshape(batch, -1, new_tokens.shape[1])}  # (batch, returned, new tokens)

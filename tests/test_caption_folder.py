@@ -170,7 +170,7 @@ def test_videos_are_captioned(model, tmp_path):
 def test_videos_give_as_many_frames_as_the_processor_takes(model, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     processor = EVLGenProcessor.from_pretrained(model)
-    processor.num_frames = 2
+    processor.video_processor.num_frames = 2
     processor.save_pretrained(tmp_path / "model")
     animate(tmp_path / "in" / "a.webp", 200)
     given = options(tmp_path / "model", tmp_path / "out", tmp_path / "in", media="video")
