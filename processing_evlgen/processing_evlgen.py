@@ -40,6 +40,7 @@ class EVLGenImagesKwargs(ImagesKwargs, total=False):
 class EVLGenProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: EVLGenImagesKwargs
     videos_kwargs: EVLGenVideosKwargs
+    _defaults = {}  # transformers 5.19 reads it
 
 
 class EVLGenBatch(BatchFeature):
