@@ -438,7 +438,7 @@ def connector_config_class(fields: dict[str, Any]) -> type[ConnectorConfig]:
 
 
 def read_budgets(
-    name: str, given: Any, count: int, default: int | None, image_token_range: Sequence[float] | None
+    name: str, given: Any, count: int, default: int | None, image_token_range: Sequence[int] | None
 ) -> list[int]:
     """The number of tokens of each of `count` images or videos: those given, or one number for all.
 
@@ -450,7 +450,8 @@ def read_budgets(
         image_token_range (`Sequence`, *optional*): The smallest and the largest number allowed, by default any.
 
     Raises:
-        ValueError: If a number is no integer, below 1 or out of the range, or there is not one for each.
+        ValueError: If a number is no integer, below 1 or out of the range, or there is not one for each. If there are
+            no two such numbers in the range, the smaller one first.
     """
     budgets = given.tolist() if hasattr(given, "tolist") else given  # a tensor
     budgets = default if budgets is None else budgets
@@ -460,7 +461,15 @@ def read_budgets(
         raise ValueError(f"`{name}` must be an integer of 1 or more, or a list of these, but is {budgets!r}.")
     if is_sequence and len(numbers) != count:
         raise ValueError(f"`{name}` holds {len(numbers)} numbers, but there are {count} images or videos.")
-    low, high = image_token_range or (1, math.inf)
+    low, high = 1, math.inf
+    if image_token_range is not None:
+        limits = list(image_token_range) if isinstance(image_token_range, list | tuple) else []
+        if [type(limit) for limit in limits] != [int, int] or not 1 <= limits[0] <= limits[1]:
+            raise ValueError(
+                "`image_token_range` must hold the smallest and the largest number of tokens, integers of 1 or more, "
+                f"but is {image_token_range!r}."
+            )
+        low, high = limits
     if not all(low <= number <= high for number in numbers):
         raise ValueError(f"`{name}` must be from {low} to {high}, as the model was trained, but is {budgets}.")
     return numbers if is_sequence else numbers * count

@@ -36,8 +36,8 @@ from common.training.report import report
 from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments
+from configuration_evlgen.configuration_connectors import read_budgets
 from processing_evlgen import EVLGenProcessor
-from processing_evlgen.token_ids import read_budgets
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-vqa.yaml"
 
@@ -53,7 +53,7 @@ class FinetuneArguments:
     )
 
     def __post_init__(self):
-        read_budgets("num_image_tokens", [], 0, self.image_token_range)  # raises if it is no range
+        read_budgets("num_image_tokens", [], 0, None, self.image_token_range)  # raises if it is no range
 
 
 ARGUMENTS = (FinetuneArguments, LoraArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)

@@ -11,6 +11,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
 
+from configuration_evlgen.configuration_connectors import read_budgets
 from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
 
 from .conversations import encode_conversations, join_parts
@@ -23,7 +24,7 @@ from .images import (
     prepare_images,
     tile_size,
 )
-from .token_ids import encode_text, pad, read_budgets
+from .token_ids import encode_text, pad
 from .video_processing_evlgen import EVLGenVideoProcessor, EVLGenVideosKwargs, flatten_videos
 from .videos import FrameChoice, iterate_rgb_frames
 
@@ -121,7 +122,7 @@ class EVLGenProcessor(ProcessorMixin):
         max_tiles: int = 1,
         image_token_range: list[int] | None = None,
     ):
-        read_budgets("num_image_tokens", num_image_tokens, 1, image_token_range)  # raises out of range
+        read_budgets("num_image_tokens", num_image_tokens, 1, None, image_token_range)  # raises out of range
         check_max_tiles(max_tiles)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"`tokenizer` must be a tokenizer, but is {type(tokenizer).__name__}.")
@@ -243,7 +244,9 @@ class EVLGenProcessor(ProcessorMixin):
         num_images = len(images)
         if vision_features is not None:
             num_images = len(vision_features if image_grid_thw is None else image_grid_thw)
-        numbers = self._read_budgets(images_arguments.pop("num_image_tokens", None), num_images + len(videos))
+        rules = self.num_image_tokens, self.image_token_range
+        given = images_arguments.pop("num_image_tokens", None)
+        numbers = read_budgets("num_image_tokens", given, num_images + len(videos), *rules)
         counts = {"image_budgets": numbers[:num_images], "video_budgets": numbers[num_images:]}
         if encoded_video is not None:
             counts["video_budgets"] = [len(prompt) for prompt in encoded_video.pooler_output]
@@ -313,11 +316,6 @@ class EVLGenProcessor(ProcessorMixin):
                 raise ValueError(f"`{name}` is for a `text` alone, without `suffix` or `messages`.")
         return arguments
 
-    def _read_budgets(self, given: Any, count: int) -> list[int]:
-        """The number of tokens of each image, then of each video."""
-        given = self.num_image_tokens if given is None else given
-        return read_budgets("num_image_tokens", given, count, self.image_token_range)
-
     def iterate_frames(
         self, video: Any, fps: float | None = None, max_pixels: int = MAX_PIXELS
     ) -> Iterator[tuple[torch.Tensor, float]]:
@@ -352,16 +350,16 @@ class EVLGenProcessor(ProcessorMixin):
         `mm_processor_kwargs`.
         """
         counts: dict[str, list[int]] = {}
-        given = kwargs.get("num_image_tokens")
+        given, rules = kwargs.get("num_image_tokens"), (self.num_image_tokens, self.image_token_range)
         if image_sizes is not None:
-            counts["num_image_tokens"] = self._read_budgets(given, len(image_sizes))
+            counts["num_image_tokens"] = read_budgets("num_image_tokens", given, len(image_sizes), *rules)
             max_tiles = self.max_tiles if kwargs.get("max_tiles") is None else kwargs["max_tiles"]
             check_max_tiles(max_tiles)
             size = None if max_tiles == 1 else tile_size(self.image_processor)
             grids = [choose_tile_grid(*image, size, max_tiles) if size else (1, 1) for image in image_sizes]
             counts["num_image_patches"] = [rows * columns for rows, columns in grids]
         if video_sizes is not None:
-            counts["num_video_tokens"] = self._read_budgets(given, len(video_sizes))
+            counts["num_video_tokens"] = read_budgets("num_image_tokens", given, len(video_sizes), *rules)
         return MultiModalData(**counts)
 
     @classmethod

@@ -4,41 +4,12 @@
 and of each video. Columns hold a list for each text: `input_ids`, and optionally `labels` and `offset_mapping`.
 """
 
-import math
 import re
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 _FILLS = {"labels": -100, "offset_mapping": (0, 0)}  # for padding, by column
-
-
-def read_budgets(name: str, given: Any, count: int, image_token_range: Any = None) -> list[int]:
-    """The number of tokens of each of `count` images or videos: `given` for all, or a list with one for each.
-
-    Raises:
-        ValueError: If a number is no integer of 1 or more, or outside of the range. If there is not one for each. If
-            `image_token_range` is neither None nor two integers of 1 or more, the smaller one first.
-    """
-    low, high = 1, math.inf
-    if image_token_range is not None:
-        pair = list(image_token_range) if isinstance(image_token_range, list | tuple) else []
-        if len(pair) != 2 or not all(type(number) is int for number in pair) or not 1 <= pair[0] <= pair[1]:
-            raise ValueError(
-                "`image_token_range` must hold the smallest and the largest number of tokens, integers of 1 or more, "
-                f"but is {image_token_range!r}."
-            )
-        low, high = pair
-    is_list = isinstance(given, list | tuple)
-    budgets = list(given) if is_list else [given] * count
-    if len(budgets) != count:
-        raise ValueError(f"`{name}` holds {len(budgets)} numbers, but there are {count} images or videos.")
-    for number in budgets if is_list else [given]:
-        if type(number) is not int or number < 1:
-            raise ValueError(f"`{name}` must be an integer of 1 or more, or a list of these, but is {given!r}.")
-        if not low <= number <= high:
-            raise ValueError(f"`{name}` must be from {low} to {high}, the `image_token_range`, but is {given}.")
-    return budgets
 
 
 def clean_caption(caption: str, max_words: int = 50) -> str:

@@ -9,8 +9,8 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.command_line import check_count
+from configuration_evlgen.configuration_connectors import read_budgets
 from processing_evlgen.images import check_max_tiles
-from processing_evlgen.token_ids import read_budgets
 
 
 @dataclass
@@ -72,13 +72,13 @@ class ProcessorArguments:
 
     def __post_init__(self):
         check_max_tiles(self.max_tiles)
-        read_budgets("num_image_tokens", [], 0, self.image_token_range)  # raises if it is no range
+        read_budgets("num_image_tokens", [], 0, None, self.image_token_range)  # raises if it is no range
         if self.num_image_tokens is not None:
             if self.image_token_range is None:
                 raise ValueError(
                     "`num_image_tokens` needs `image_token_range`: without it the connector's number holds."
                 )
-            read_budgets("num_image_tokens", self.num_image_tokens, 1, self.image_token_range)
+            read_budgets("num_image_tokens", self.num_image_tokens, 1, None, self.image_token_range)
 
 
 @dataclass
