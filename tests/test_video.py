@@ -345,8 +345,8 @@ def test_a_long_video_in_parts_gives_what_it_gives_at_once(vision, monkeypatch):
     at_once = model.get_vision_features(videos, mask)
     assert set(largest) == {10}
     largest.clear()
-    monkeypatch.setattr("modeling_evlgen.temporal.FRAMES_AT_ONCE", 3)
-    monkeypatch.setattr("modeling_evlgen.temporal.SCORES_AT_ONCE", 100)
+    monkeypatch.setattr("modeling_evlgen.video.FRAMES_AT_ONCE", 3)
+    monkeypatch.setattr("modeling_evlgen.video.SCORES_AT_ONCE", 100)
     with torch.no_grad():
         torch.testing.assert_close(model.get_vision_features(videos, mask), at_once)
     assert max(largest) == 3
@@ -677,4 +677,4 @@ AutoModel.from_pretrained("model", trust_remote_code=True).save_pretrained("agai
 print(one[0]["generated_text"])
 """
     assert run_clean(code, tmp_path).strip().splitlines()[-1] == caption
-    assert (tmp_path / "again" / "temporal.py").exists()
+    assert (tmp_path / "again" / "video.py").exists()
