@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 
@@ -105,8 +106,10 @@ class EVLGenVideoProcessor(BaseVideoProcessor):
 
     def prepare_frames(self, frames: list[Any], **settings: Any) -> torch.Tensor:
         """Pixels of frames that were read, `(frames, channels, height, width)`."""
-        own = {name: getattr(self, name) for name in _PIXEL_SETTINGS}
-        settings = {name: value for name, value in own.items() if value is not None} | settings
+        own = {name: getattr(self, name) for name in _PIXEL_SETTINGS if getattr(self, name) is not None}
+        # An image processor takes sizes as it is given them, and not as it keeps them.
+        own = {name: dict(value) if isinstance(value, SizeDict) else value for name, value in own.items()}
+        settings = {**own, **settings}
         return self.image_processor(frames, **settings, return_tensors="pt")["pixel_values"]
 
     def to_dict(self) -> dict[str, Any]:

@@ -114,9 +114,8 @@ class FrameChoice:
         count = 0
         for count, (frame, time, _) in enumerate(frames, start=1):
             if count > (self.max_frames or math.inf):
-                raise ValueError(
-                    f"it has over {self.max_frames} frames to take. Give a `num_frames`, or a lower `fps`"
-                )
+                most = self.max_frames
+                raise ValueError(f"it has more than {most} frames to take. Give a `num_frames`, or a lower `fps`")
             yield frame, time
         if count == 0:
             raise ValueError("it has no frames")

@@ -30,8 +30,9 @@ def test_frames_have_the_pixels_of_images():
     assert torch.equal(processor.video_processor(frames)["pixel_values_videos"][0], expected)
     raw = image_processor(frames, return_tensors="pt", do_normalize=False)["pixel_values"]
     assert torch.equal(processor(videos=frames, videos_kwargs={"do_normalize": False})["pixel_values_videos"][0], raw)
-    video_processor = EVLGenVideoProcessor(do_normalize=False)
-    processor = EVLGenProcessor(image_processor, tiny_tokenizer(), video_processor, num_image_tokens=3)
+    own = {"do_normalize": False, "size": {"height": 16, "width": 20}}
+    processor = EVLGenProcessor(image_processor, tiny_tokenizer(), EVLGenVideoProcessor(**own), num_image_tokens=3)
+    raw = image_processor(frames, return_tensors="pt", **own)["pixel_values"]
     assert torch.equal(processor(videos=frames)["pixel_values_videos"][0], raw)
 
 
