@@ -5,6 +5,7 @@ in its errors.
 """
 
 import base64
+import math
 import os
 import time
 from io import BytesIO
@@ -214,6 +215,13 @@ def cut_tiles(image: Any, tile: tuple[int, int], max_tiles: int) -> tuple[list[A
     image = image.resize((columns * width, rows * height), Image.Resampling.BICUBIC)
     corners = [(column * width, row * height) for row in range(rows) for column in range(columns)]
     return [image.crop((left, top, left + width, top + height)) for left, top in corners], (rows, columns)
+
+
+def count_tiles(image_processor: Any, sizes: list[tuple[int, int]], max_tiles: int) -> list[int]:
+    """The number of tiles of images of `(height, width)` pixels."""
+    check_max_tiles(max_tiles)
+    tile = tile_size(image_processor) if max_tiles > 1 else (1, 1)
+    return [math.prod(choose_tile_grid(*size, tile, max_tiles)) for size in sizes]
 
 
 def prepare_images(

@@ -15,15 +15,7 @@ from configuration_evlgen.configuration_connectors import read_budgets
 from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
 
 from .conversations import encode_conversations, join_parts
-from .images import (
-    MAX_PIXELS,
-    check_max_tiles,
-    choose_tile_grid,
-    flatten_images,
-    load_rgb_image,
-    prepare_images,
-    tile_size,
-)
+from .images import MAX_PIXELS, check_max_tiles, count_tiles, flatten_images, load_rgb_image, prepare_images
 from .token_ids import encode_text, pad
 from .video_processing_evlgen import EVLGenVideoProcessor, EVLGenVideosKwargs, flatten_videos
 from .videos import FrameChoice, iterate_rgb_frames
@@ -156,11 +148,7 @@ class EVLGenProcessor(ProcessorMixin):
 
     @property
     def end_of_text_id(self) -> int:
-        """Id of the token that ends a `suffix` and stops generation.
-
-        Raises:
-            ValueError: If `end_of_text` is not a single token.
-        """
+        """Id of the token that ends a `suffix` and stops generation. Raises a ValueError if it is not a single one."""
         if self.end_of_text is None:
             return self.tokenizer.eos_token_id
         ids = self.tokenizer(self.end_of_text, add_special_tokens=False)["input_ids"]
@@ -284,10 +272,7 @@ class EVLGenProcessor(ProcessorMixin):
         return batch
 
     def _add_layout_for_vllm(self, batch: BatchFeature, counts: dict[str, list[int]]) -> None:
-        """Adds the number of tokens of each image and video, and the grids of images of one tile.
-
-        vLLM encodes images and videos without their placeholders.
-        """
+        """Adds what vLLM needs to encode images and videos without their placeholders: budgets and all grids."""
         numbers = {number for row in counts.values() for number in row}
         if self.image_token_range is None and numbers - {self.num_image_tokens}:  # an error later ends the engine
             raise ValueError(
@@ -344,20 +329,16 @@ class EVLGenProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: list[Any] | None = None, video_sizes: list[Any] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Counts placeholders and rows of `pixel_values`.
+        """Counts placeholders and rows of `pixel_values`. `kwargs` are the engine's `mm_processor_kwargs`.
 
-        vLLM calls this private method, which `ProcessorMixin` leaves to each model. `kwargs` are the engine's
-        `mm_processor_kwargs`.
+        vLLM calls this private method, which `ProcessorMixin` leaves to each model.
         """
         counts: dict[str, list[int]] = {}
         given, rules = kwargs.get("num_image_tokens"), (self.num_image_tokens, self.image_token_range)
         if image_sizes is not None:
             counts["num_image_tokens"] = read_budgets("num_image_tokens", given, len(image_sizes), *rules)
             max_tiles = self.max_tiles if kwargs.get("max_tiles") is None else kwargs["max_tiles"]
-            check_max_tiles(max_tiles)
-            size = None if max_tiles == 1 else tile_size(self.image_processor)
-            grids = [choose_tile_grid(*image, size, max_tiles) if size else (1, 1) for image in image_sizes]
-            counts["num_image_patches"] = [rows * columns for rows, columns in grids]
+            counts["num_image_patches"] = count_tiles(self.image_processor, image_sizes, max_tiles)
         if video_sizes is not None:
             counts["num_video_tokens"] = read_budgets("num_image_tokens", given, len(video_sizes), *rules)
         return MultiModalData(**counts)
@@ -366,10 +347,9 @@ class EVLGenProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
-        """Loads the parts, which `from_pretrained` gives to the class.
+        """Loads the parts. Overridden, since there is no public way to load a checkpoint without a video processor.
 
-        Overridden, since there is no public way to load a checkpoint without a video processor. The first ones have
-        none, and state `num_frames` and `fps` themselves.
+        The first ones have none, and state `num_frames` and `fps` themselves.
         """
         # The tokenizer would pass it on to the model's configuration, which computes it.
         kwargs.pop("num_image_tokens", None)
@@ -398,13 +378,11 @@ def _check_given(*inputs: Any) -> None:
     names = {name for name, value in given.items() if value is not None}
     if not names - {"suffix", "image_grid_thw"}:
         raise ValueError(f"At least one of {', '.join(f'`{name}`' for name in given)} must be given.")
-    for name, others in (
-        ("messages", ("text", "suffix")),
-        ("vision_features", ("images",)),
-        ("encoded_video", ("videos",)),
-    ):
+    exclusive = {"messages": {"text", "suffix"}, "vision_features": {"images"}, "encoded_video": {"videos"}}
+    for name, others in exclusive.items():
         if name in names and not names.isdisjoint(others):
-            raise ValueError(f"`{name}` is given instead of `{'` and `'.join(others)}`, not together.")
+            listed = " and ".join(f"`{other}`" for other in sorted(others))
+            raise ValueError(f"`{name}` is given instead of {listed}, not together.")
     if "image_grid_thw" in names and "vision_features" not in names:
         raise ValueError("`image_grid_thw` is for `vision_features` alone. The processor cuts `images` itself.")
     if "encoded_video" in names and not hasattr(given["encoded_video"], "pooler_output"):

@@ -41,9 +41,6 @@ class EVLGenVideoProcessor(BaseVideoProcessor):
             - `num_frames` (`int`, defaults to 4): Frames taken of each video, at most 512.
             - `fps` (`float`, *optional*): Frames taken for each second of a video, instead of `num_frames`.
             - Settings of the image processor that are others for videos, such as `do_normalize`.
-
-    Raises:
-        ValueError: If `num_frames` or `fps` is out of range.
     """
 
     model_input_names = ["pixel_values_videos", "frame_mask", "frame_times", "video_budgets"]  # vLLM reads them

@@ -46,10 +46,8 @@ def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> lis
     """Chooses frames of a video, as the original does (lavis/datasets/data_utils.py, `load_video`).
 
     Returns `min(num_frames, total)` indices in ascending order. `"uniform"` takes frames at equal distances from the
-    first one on. `"headtail"` draws half of them from each half of the video, with Python's `random`.
-
-    Raises:
-        ValueError: If an argument is out of range.
+    first one on. `"headtail"` draws half of them from each half of the video, with Python's `random`. An argument out
+    of range raises a ValueError.
     """
     if not isinstance(num_frames, Integral):
         raise ValueError(f"`num_frames` must be an integer, but is {num_frames!r}.")
@@ -72,7 +70,7 @@ def _is_rate(fps: Any) -> bool:
 
 @dataclass(frozen=True)
 class FrameChoice:
-    """Which frames of a video are read.
+    """Which frames of a video are read. A number out of range raises a ValueError, as do `num_frames` with `fps`.
 
     Args:
         num_frames (`int`, *optional*): Number of frames, 1 to 512. By default all of them, at most 512.
@@ -81,9 +79,6 @@ class FrameChoice:
             Frames for each second, instead of a number: those on screen at the first one, and at each multiple of
             `1 / fps` seconds after it. A frame is taken once, for however long it stays.
         max_frames (`int`, *optional*, defaults to 512): Largest number of frames. None allows any.
-
-    Raises:
-        ValueError: If an argument is out of range, or both `num_frames` and `fps` are given.
     """
 
     num_frames: int | None = None
@@ -300,12 +295,10 @@ def iterate_container(container: Any, stream: Any) -> Iterator[TimedFrame]:
 
 
 def check_end(container: Any, stream: Any, packets: int, times: tuple[float, float], duration: float) -> None:
-    """Compares the end of a video with the stated one, after `packets` of PyAV's stream.
+    """Raises a ValueError if the last frame is well before the duration that PyAV's stream states.
 
-    `times` are the seconds of the first and of the last frame. The last one is shown for `duration` seconds, or 0.
-
-    Raises:
-        ValueError: If the last frame is well before the duration that the stream states.
+    `packets` is the number of packets until there, and `times` are the seconds of the first and of the last frame. The
+    last one is shown for `duration` seconds; 0 if that is not stated.
     """
     # The last frame may stand still for long. So a video is whole if all packets are there, or if their number is not
     # stated and the last frame has no duration. The duration of an ASF file is that of its sound, too.

@@ -129,7 +129,7 @@ def test_a_template_that_cannot_train_conversations_is_refused():
         make_processor()(messages=[turns])
     with pytest.raises(ValueError, match="followed by `end_of_text`"):
         make_processor(chat=True)(messages=[turns])  # its turns end in <|im_end|>, not in </s>
-    with pytest.raises(ValueError, match="instead of `text` and `suffix`"):
+    with pytest.raises(ValueError, match="`messages` is given instead of `suffix` and `text`"):
         make_processor(chat=True)(messages=[turns], text="what?")
 
 
