@@ -37,17 +37,13 @@ def encode_conversations(
     budgets: dict[str, list[int]],
     images_per_text: list[int] | None,
 ) -> dict[str, list[list[int]]]:
-    """Encodes conversations with the processor's chat template. `budgets` and columns are as in token_ids.py.
+    """Columns of conversations, by the processor's chat template. `budgets` and columns are as in token_ids.py.
 
     The ids before each turn of the assistant are those that generation would start from. Labels are the assistant's
     text and the token that ends it.
 
-    Args:
-        processor ([`EVLGenProcessor`]): Has the template and the tokenizer.
-        messages (`list[list[dict]]`):
-            Turns `{"role": "system" | "user" | "assistant", "content": str | list[dict]}`. A list holds parts
-            `{"type": "image"}`, `{"type": "video"}` or `{"type": "text", "text": str}`. The last turn is the
-            assistant's.
+    A conversation holds turns `{"role": "system" | "user" | "assistant", "content": str | list[dict]}`, the last one
+    the assistant's. Parts are `{"type": "image"}`, `{"type": "video"}` or `{"type": "text", "text": str}`.
 
     Raises:
         ValueError: If there is no chat template, or a message is malformed. If a turn of the assistant holds a special

@@ -78,8 +78,7 @@ class EVLGenProcessor(ProcessorMixin):
         num_image_tokens (`int`):
             Placeholders of each image or video, by default: the model's `config.num_image_tokens`.
         chat_template (`str`, *optional*): Template for messages with images. By default the tokenizer's.
-        image_token (`str`, *optional*, defaults to `"<image>"`): The placeholder of an image.
-        video_token (`str`, *optional*, defaults to `"<video>"`): The placeholder of a video.
+        image_token, video_token (`str`, *optional*, default to `"<image>"` and `"<video>"`): The placeholders.
         end_of_text (`str`, *optional*):
             The token that ends a `suffix` in training and stops generation. By default EOS; `"\n"` in the paper's OPT
             recipe.
@@ -196,8 +195,7 @@ class EVLGenProcessor(ProcessorMixin):
                 - `num_image_tokens` (`int` or `list[int]`): Tokens of the soft prompt, by default the processor's; or
                   those of each image, then of each video. Others are for a `config.image_token_range`.
                 - `max_tiles` (`int`): Largest number of tiles of an image, by default the processor's.
-                - `max_pixels` (`int`): Largest width times height of an image or frame that is decoded, by default
-                  64,000,000. See [`load_rgb_image`].
+                - `max_pixels` (`int`): Largest width times height of an image or frame, by default 64,000,000.
                 - `return_offsets_mapping` (`bool`): Adds `offset_mapping`, of the text with repeated placeholders.
                 - `return_text_replacement_offsets` (`bool`): Adds `text_replacement_offsets`, as transformers'
                   `get_text_with_replacements` describes them.
@@ -363,13 +361,11 @@ class EVLGenProcessor(ProcessorMixin):
         frames = {name: kwargs.get(name, saved.get(name)) for name in ("num_frames", "fps")}
         return [*parts, EVLGenVideoProcessor(**frames)]
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> list[str]:
         """Saves the image processor, the tokenizer, processor_config.json and the code that it names."""
         os.makedirs(save_directory, exist_ok=True)
         save_hub_code(save_directory)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def _check_given(*inputs: Any) -> None:

@@ -49,10 +49,8 @@ def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> lis
     first one on. `"headtail"` draws half of them from each half of the video, with Python's `random`. An argument out
     of range raises a ValueError.
     """
-    if not isinstance(num_frames, Integral):
-        raise ValueError(f"`num_frames` must be an integer, but is {num_frames!r}.")
-    if total < 1 or num_frames < 1:
-        raise ValueError(f"`total` and `num_frames` must be at least 1, but are {total} and {num_frames}.")
+    if not isinstance(num_frames, Integral) or num_frames < 1:
+        raise ValueError(f"`num_frames` must be an integer of 1 or more, but is {num_frames!r}.")
     count = min(num_frames, total)
     if sampling == "uniform":
         return [index * total // count for index in range(count)]

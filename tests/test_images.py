@@ -72,7 +72,7 @@ def test_images_and_videos_of_another_type_or_shape_are_refused():
         make_processor()(images=np.full((8, 8, 3), None))
     with pytest.raises(TypeError, match="`videos` must hold files, URLs, arrays or lists of frames, but holds int"):
         make_processor()(videos=7)
-    with pytest.raises(ValueError, match=r"`num_frames` must be an integer, but is 2\.5"):
+    with pytest.raises(ValueError, match=r"`num_frames` must be an integer of 1 or more, but is 2\.5"):
         make_processor()(videos=noise_images(4), num_frames=2.5)
 
 
