@@ -13,7 +13,7 @@ from datasets import Dataset
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from torch.utils.data import DataLoader
 
-from common.data.bad_rows import RecordingCollator
+from common.data.bad_rows import TrainingCollator
 from common.data.collator import CaptionCollator, EmptyBatchError, checksum
 from common.data.data_arguments import DataArguments
 from common.data.streams import tolerant_reading
@@ -82,13 +82,13 @@ def test_a_batch_of_bad_rows_alone_is_replaced_by_good_rows():
     rows[0]["caption"] = rows[3]["caption"] = ""
     dataset = Dataset.from_list(rows)
     collator = collator_of(DataArguments(skip_bad_rows=True))
-    batch = RecordingCollator(collator, dataset)([dataset[3]])
+    batch = TrainingCollator(collator, dataset)([dataset[3]])
     assert len(batch["pixel_values"]) == 1
     assert torch.equal(batch["pixel_values"], collator([dataset[1]])["pixel_values"])
-    assert batch["record"].count('"row"') == 1  # the row of the data set's start is not listed again
+    assert len(batch["bad_rows"]) == 1  # the row of the data set's start is not listed again
     none = Dataset.from_list([rows[0], rows[3]])
     with pytest.raises(EmptyBatchError, match="None of the 2 rows of the training split can be used"):
-        RecordingCollator(collator, none)([none[0]])
+        TrainingCollator(collator, none)([none[0]])
 
 
 def test_a_caption_that_cannot_be_encoded_is_a_bad_row_even_alone():
@@ -96,9 +96,9 @@ def test_a_caption_that_cannot_be_encoded_is_a_bad_row_even_alone():
     collator = collator_of(DataArguments(skip_bad_rows=True))
     rows[3]["caption"] = f"one{collator.processor.tokenizer.eos_token} two"
     dataset = Dataset.from_list(rows)
-    batch = RecordingCollator(collator, dataset)([dataset[3]])
+    batch = TrainingCollator(collator, dataset)([dataset[3]])
     assert torch.equal(batch["pixel_values"], collator([dataset[0]])["pixel_values"])
-    assert batch["record"].count('"row"') == 1
+    assert len(batch["bad_rows"]) == 1
     with pytest.raises(ValueError, match=r"the row with the caption 'one.* two'.* goes on without it"):
         collator_of(DataArguments())([dataset[3]])
 

@@ -21,7 +21,7 @@ from datasets import load_dataset
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from common.data.bad_rows import RECORD, RecordingCollator
+from common.data.bad_rows import TrainingCollator
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.streams import EPOCH, SourceReader
@@ -147,7 +147,7 @@ class Captions:
 
 def loader(stream, num_workers, rank=0, world_size=1):
     stream.split(rank, world_size, num_workers)
-    return DataLoader(stream, 3, collate_fn=RecordingCollator(Captions(), stream), num_workers=num_workers)
+    return DataLoader(stream, 3, collate_fn=TrainingCollator(Captions(), stream), num_workers=num_workers)
 
 
 def test_workers_of_two_processes_share_each_round(tars):
@@ -169,7 +169,7 @@ def test_a_loader_goes_on_where_it_stood(num_workers, stop, kinds, tars):
     mixture = DataArguments(mixture=[tar_files, others], streaming=True, test_split="")
     for arguments in (kinds["webdataset"], kinds["parquet"], mixture):
         whole = list(islice(loader(stream_of(arguments), num_workers), stop + 12))
-        places = [json.loads(batch[RECORD])["position"] for batch in whole[:stop]]
+        places = [batch["position"] for batch in whole[:stop]]
         states = {reader: json.loads(json.dumps(state)) for reader, state in places}
         stream = stream_of(arguments)
         stream.load_states(states, (places[-1][0] + 1) % max(1, num_workers))

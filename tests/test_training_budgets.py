@@ -11,7 +11,7 @@ from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from common.data.bad_rows import RecordingCollator
+from common.data.bad_rows import TrainingCollator
 from common.data.collator import CaptionCollator, RandomCrop
 from common.data.data_arguments import DataArguments
 from common.data.streams import EPOCH
@@ -89,7 +89,7 @@ def test_draws_depend_on_seed_epoch_and_texts_alone():
 
 def test_workers_draw_what_the_main_process_draws():
     collator, rows = CaptionCollator(processor_of(), DataArguments(), training=True), rows_of(6)
-    loader = DataLoader(rows, 2, collate_fn=RecordingCollator(collator, rows), num_workers=1)
+    loader = DataLoader(rows, 2, collate_fn=TrainingCollator(collator, rows), num_workers=1)
     for index, batch in enumerate(loader):
         assert torch.equal(batch["input_ids"], collator(rows[2 * index : 2 * index + 2])["input_ids"])
 
@@ -254,5 +254,5 @@ def test_a_batch_of_bad_rows_alone_is_replaced_by_one_that_draws_the_same_again(
     dataset = Dataset.from_list([{**row, "image": {"bytes": None, "path": None}} for row in rows])
     dataset = [{**row, "image": image} for row, image in zip(dataset, noise_images(4), strict=True)]
     collator = CaptionCollator(processor_of(), DataArguments(skip_bad_rows=True), training=True)
-    one, other = (RecordingCollator(collator, dataset)([dataset[3]]) for _ in range(2))
+    one, other = (TrainingCollator(collator, dataset)([dataset[3]]) for _ in range(2))
     assert torch.equal(one["input_ids"], other["input_ids"]) and len(one["input_ids"]) == 1

@@ -127,15 +127,12 @@ def load_trainable(
     An adapter would neither be trained nor saved, so it is refused.
     """
 
-    def load_unless_adapter(name_or_path: str, **kwargs: Any) -> Any:
-        if find_adapter_config_file(name_or_path) is not None:  # an OSError for a missing repository
-            raise ValueError(
-                f"`{argument}`={name_or_path!r} is an adapter. Merge it into its model first: "
-                f"python examples/publish.py --model {name_or_path} --merge true --folder MERGED"
-            )
-        return load(name_or_path, **kwargs)
-
-    return load_captioner(argument, load_unless_adapter, name_or_path, **kwargs)
+    if load_captioner(argument, find_adapter_config_file, name_or_path) is not None:
+        raise ValueError(
+            f"`{argument}`={name_or_path!r} is an adapter. Merge it into its model first: "
+            f"python examples/publish.py --model {name_or_path} --merge true --folder MERGED"
+        )
+    return load_captioner(argument, load, name_or_path, **kwargs)
 
 
 def load_image_processor(vision_model: str, **kwargs: Any) -> CLIPImageProcessor:
