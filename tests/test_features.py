@@ -134,7 +134,7 @@ def test_reading_processes_open_the_features_themselves():
     """They may be started anew, as on a Mac, and the features are more than memory holds."""
     rows = cached()
     copy = pickle.dumps(rows)
-    assert len(copy) < rows.features.nbytes
+    assert len(copy) < rows.arrays["vision_features"].nbytes
     assert np.array_equal(pickle.loads(copy)[3]["vision_features"], rows[3]["vision_features"])
 
 

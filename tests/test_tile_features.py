@@ -113,7 +113,12 @@ def test_views_differ_in_their_tiles():
 
 def test_one_tile_keeps_its_key_and_its_file(tmp_path):
     one = cached(max_tiles=1)
-    assert one.features.shape == (len(SIZES), 1, 17, 16) and one[0]["vision_features"].shape == (1, 17, 16)
+    assert one.arrays["vision_features"].shape == (len(SIZES), 1, 17, 16)
+    assert one[0]["vision_features"].shape == (1, 17, 16)
+        1,
+        17,
+        16,
+    )
     (path,) = folder_of(tmp_path).glob("*.npy")
     cached(max_tiles=4)
     cached(max_tiles=2)
@@ -243,7 +248,7 @@ def test_a_conversation_with_two_images_is_refused_by_name():
 def test_reading_processes_open_the_features_themselves():
     dataset = cached()
     copy = pickle.dumps(dataset)
-    assert len(copy) < dataset.features.nbytes
+    assert len(copy) < dataset.arrays["vision_features"].nbytes
     assert np.array_equal(pickle.loads(copy)[3]["vision_features"][0], dataset[3]["vision_features"][0])
 
 

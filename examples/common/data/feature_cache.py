@@ -37,6 +37,71 @@ from processing_evlgen.videos import VideoFrames
 logger = logging.get_logger(__name__)
 
 
+SUFFIXES = {"vision_features": ".npy", "token_places": ".places.npy"}
+
+
+class FeatureFiles:
+    """The NumPy files of a split's features, and the JSON file with what is done of them.
+
+    Args:
+        stem (`Path`): Their common path, without a suffix.
+        num_rows (`int`): Rows of the split.
+        shape (`tuple[int, ...]`): That of the features: `(rows, views, tokens, dim)` or `(tiles, tokens, dim)`.
+        has_places (`bool`): Whether the places of the tokens are kept as well, `(rows, views, tokens, 3)`.
+    """
+
+    def __init__(self, stem: Path, num_rows: int, shape: tuple[int, ...], has_places: bool):
+        self.stem = stem
+        self.num_rows = num_rows
+        self.arrays: dict[str, tuple[type, tuple[int, ...]]] = {"vision_features": (np.float16, shape)}
+        if has_places:
+            self.arrays["token_places"] = (np.float32, (*shape[:-1], 3))
+
+    def path(self, name: str, partial: bool = False) -> Path:
+        return self.stem.with_name(f"{self.stem.name}{'.partial' if partial else ''}{SUFFIXES[name]}")
+
+    def open(self, partial: bool = False) -> dict[str, np.memmap]:
+        """Opens the files to read. A pickle or an archive is refused."""
+        return {name: np.lib.format.open_memmap(self.path(name, partial), mode="r") for name in self.arrays}
+
+    def read_state(self, partial: bool = False) -> dict[str, Any] | None:
+        """The number of finished rows and the captions of bad rows; None if a file is missing, or damaged (logged).
+
+        Shapes are checked, since a file that is too short would be filled with zeros when it is opened for writing.
+        """
+        path = self.path("vision_features", partial)
+        if not path.exists():
+            return None
+        try:
+            state = json.loads(self.stem.with_suffix(".json").read_text(encoding="utf-8"))
+            for name, array in self.open(partial).items():
+                if (array.dtype, array.shape) != self.arrays[name]:
+                    raise ValueError(f"`{name}` are {array.dtype} {array.shape}, not {self.arrays[name]}")
+            if 0 <= state["done"] <= self.num_rows and isinstance(state["bad_rows"], dict):
+                return state
+            raise ValueError(f"its state is {state}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning(f"The cached vision features in {path} are damaged and computed again: {error}")
+            return None
+
+    def write_state(self, state: dict[str, Any]) -> None:
+        write_whole(self.stem.with_suffix(".json"), json.dumps(state))
+
+    def open_to_write(self, anew: bool) -> list[np.memmap]:
+        """Opens the partial files, or creates them. Raises an OSError if the disk has no room for them."""
+        opened = []
+        for name, (dtype, shape) in self.arrays.items():
+            path = self.path(name, partial=True)
+            opened.append(np.lib.format.open_memmap(path, "w+" if anew else "r+", dtype, shape))
+            _reserve_disk_space(path, opened[-1])
+        return opened
+
+    def complete(self) -> None:
+        """Gives the partial files their final names, the features last, since they show that all is there."""
+        for name in reversed(self.arrays):
+            os.replace(self.path(name, partial=True), self.path(name))
+
+
 class FeatureDataset(torch.utils.data.Dataset):
     """Good rows of a data set, with `vision_features` from a file in place of the image or video.
 
@@ -45,19 +110,12 @@ class FeatureDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self,
-        images: Dataset,
-        path: Path,
-        rows: list[int],
-        image_column: str,
-        grids: np.ndarray | None = None,
-        has_places: bool = False,
+        self, images: Dataset, files: FeatureFiles, rows: list[int], media_column: str, grids: np.ndarray | None
     ):
         self.images = images if len(rows) == len(images) else images.select(rows)
-        self.texts = self.images.remove_columns(image_column)
-        self.path = path
-        self.features = _open(path)
-        self.places = _open(_places_path(path)) if has_places else None
+        self.texts = self.images.remove_columns(media_column)
+        self.files = files
+        self.arrays = files.open()
         self.rows = rows
         self.grids = grids  # (rows, views, 2)
         self.starts = None if grids is None else _first_tiles(grids)
@@ -67,11 +125,9 @@ class FeatureDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        features = self.features  # not read from disk yet
-        if self.places is not None:
-            return {**self.texts[index], "vision_features": features[row], "token_places": self.places[row]}
         if self.grids is None:
-            return {**self.texts[index], "vision_features": features[row]}
+            return self.texts[index] | {name: array[row] for name, array in self.arrays.items()}  # not read yet
+        features = self.arrays["vision_features"]
         views = [
             features[start : start + grid.prod()].reshape(*grid, *features.shape[1:])
             for start, grid in zip(self.starts[row], self.grids[row], strict=True)
@@ -80,11 +136,10 @@ class FeatureDataset(torch.utils.data.Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker gets a pickled copy. It opens the files itself, and needs no images.
-        return {**vars(self), "features": None, "places": self.places is not None, "images": None}
+        return {**vars(self), "arrays": None, "images": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        path = state["path"]
-        vars(self).update(state, features=_open(path), places=_open(_places_path(path)) if state["places"] else None)
+        vars(self).update(state, arrays=state["files"].open())
 
 
 def cache_features(
@@ -137,50 +192,29 @@ def cache_split(
     """
     folder = Path(constants.HF_HOME) / "evlgen_features"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_key(model, dataset, views, num_views)}.npy"
+    stem = folder / _key(model, dataset, views, num_views)
     sizes = (model.config.num_vision_tokens, model.config.vision_hidden_size)
     is_video = views.data_args.video_column is not None
     batch_size = 1 if is_video else batch_size  # the frames of many videos would fill memory
-    has_places = is_video and model.config.video_mode == "merge"
-    with FileLock(path.with_suffix(".lock")):  # another run may compute the same features
+    with FileLock(stem.with_suffix(".lock")):  # another run may compute the same features
         grids, shape = None, (len(dataset), num_views, *sizes)
         if views.processor.max_tiles > 1 and not is_video:
-            grids = _measure_grids(path.with_suffix(".grids.npy"), dataset, views, num_views)
+            grids = _measure_grids(stem.with_suffix(".grids.npy"), dataset, views, num_views)
             shape = (int(grids.prod(axis=2).sum()), *sizes)
-        state = _read_state(path, shape, len(dataset), has_places)
+        files = FeatureFiles(stem, len(dataset), shape, is_video and model.config.video_mode == "merge")
+        state = files.read_state()
         if state is None or state["done"] < len(dataset):
             all_grids = np.ones((len(dataset), num_views, 2), np.int64) if grids is None else grids
-            state = _compute(path, shape, has_places, all_grids, model, dataset, views, batch_size)
+            state = _compute(files, all_grids, model, dataset, views, batch_size)
         good = [row for row in range(len(dataset)) if str(row) not in state["bad_rows"]]
-        features = FeatureDataset(dataset, path, good, _media_column(views), grids, has_places)
+        column = views.data_args.video_column or views.data_args.image_column
+        features = FeatureDataset(dataset, files, good, column, grids)
     if bad_rows := state["bad_rows"]:
         message = f"{len(bad_rows)} of {len(dataset)} rows are bad, by number and caption: {bad_rows}"
         if not views.data_args.skip_bad_rows:
             raise ValueError(f"{message} (`--skip_bad_rows true` goes on without them.)")
         logger.warning(f"Left out: {message}.")
     return features
-
-
-def _media_column(views: CaptionCollator) -> str:
-    return views.data_args.video_column or views.data_args.image_column
-
-
-def _open(path: Path) -> np.memmap:
-    """The features or places in a file. A pickle or an archive is refused."""
-    return np.lib.format.open_memmap(path, mode="r")
-
-
-def _files(path: Path, shape: tuple[int, ...], has_places: bool) -> dict[Path, tuple[type, tuple[int, ...]]]:
-    """The files of the features at `path` and of their tokens' places, if any, with their types and shapes.
-
-    Features have shape `(rows, views, tokens, dim)` or `(tiles, tokens, dim)`.
-    """
-    files: dict[Path, tuple[type, tuple[int, ...]]] = {path: (np.float16, shape)}
-    return {**files, _places_path(path): (np.float32, (*shape[:-1], 3))} if has_places else files
-
-
-def _places_path(path: Path) -> Path:
-    return path.with_suffix(".places.npy")
 
 
 def _first_tiles(grids: np.ndarray) -> np.ndarray:
@@ -239,53 +273,22 @@ def _cut(image: Image.Image | VideoFrames, processor: EVLGenProcessor) -> tuple[
     return cut_tiles(image, tile_size(processor.image_processor), processor.max_tiles)
 
 
-def _read_state(path: Path, shape: tuple[int, ...], num_rows: int, has_places: bool) -> dict[str, Any] | None:
-    """The number of finished rows and the captions of bad rows; None if the file is missing, or damaged (logged).
-
-    Shapes are checked, since a file that is too short would be filled with zeros when it is opened for writing.
-    """
-    if not path.exists():
-        return None
-    try:
-        state = json.loads(_state_path(path).read_text(encoding="utf-8"))
-        for file, (dtype, wanted) in _files(path, shape, has_places).items():
-            array = _open(file)
-            if (array.dtype, array.shape) != (dtype, wanted):
-                raise ValueError(f"{file} holds {array.dtype} {array.shape}, not {dtype.__name__} {wanted}")
-        if 0 <= state["done"] <= num_rows and isinstance(state["bad_rows"], dict):
-            return state
-        raise ValueError(f"its state is {state}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning(f"The cached vision features in {path} are damaged and computed again: {error}")
-        return None
-
-
-def _state_path(path: Path) -> Path:
-    return path.with_name(path.name.split(".")[0] + ".json")
-
-
 def _compute(
-    path: Path,
-    shape: tuple[int, ...],
-    has_places: bool,
+    files: FeatureFiles,
     grids: np.ndarray,
     model: EVLGenForConditionalGeneration,
     dataset: Dataset,
     views: CaptionCollator,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Fills `path`, from the row on at which a killed run stopped; returns the state."""
-    partial_path = path.with_suffix(".partial.npy")
-    state = _read_state(partial_path, shape, len(dataset), has_places)
+    """Fills the files, from the row on at which a killed run stopped; returns the state."""
+    state = files.read_state(partial=True)
     if state is None:
         state = {"done": 0, "bad_rows": {}}  # the captions of bad rows by row number
-        write_whole(_state_path(path), json.dumps(state))
-    files = _files(partial_path, shape, has_places)
-    arrays = []  # the features, (tiles, tokens, dim), and the places of their tokens, (tiles, tokens, 3)
-    for file, (dtype, size) in files.items():
-        array = np.lib.format.open_memmap(file, "r+" if state["done"] else "w+", dtype, size)
-        _reserve_disk_space(file, array)
-        arrays.append(array.reshape(grids.prod(axis=2).sum(), *size[-2:]))
+        files.write_state(state)
+    arrays = [  # the features, (tiles, tokens, dim), and the places of their tokens, (tiles, tokens, 3)
+        array.reshape(grids.prod(axis=2).sum(), *array.shape[-2:]) for array in files.open_to_write(not state["done"])
+    ]
     starts = _first_tiles(grids)
 
     progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="row")
@@ -311,11 +314,10 @@ def _compute(
         state["done"] = rows.stop
         for array in arrays:
             array.flush()
-        write_whole(_state_path(path), json.dumps(state))
+        files.write_state(state)
         progress.update(len(rows))
     progress.close()
-    for file, final in reversed(list(zip(files, _files(path, shape, has_places), strict=True))):
-        os.replace(file, final)  # the features last, since they show that all is there
+    files.complete()
     return state
 
 
@@ -377,7 +379,7 @@ def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: Caption
         digest.update(f"max_tiles {views.processor.max_tiles}".encode())
     if data_args.max_pixels != MAX_PIXELS:  # it decides which rows are bad
         digest.update(f"max_pixels {data_args.max_pixels}".encode())
-    column, path = _media_column(views), Value("string")
+    column, path = data_args.video_column or data_args.image_column, Value("string")
     if dataset.features[column] in (path, List(path)):  # the fingerprint does not cover the files behind paths
         paths = filter(None, flatten_images(list(dataset[column])))
         for file in filter(os.path.isfile, paths):
