@@ -16,8 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FullStateDictConfig, OffloadPolicy, StateDictType
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.fsdp import StateDictType
 from train_scst_trainer import SCSTTrainer
 from transformers import Trainer
 
@@ -77,14 +76,10 @@ def test_every_file_is_of_its_kind(name, kind, processes):
 
 def test_the_fsdp_file_becomes_the_plugin_that_is_meant(monkeypatch):
     environment_of("fsdp2.yaml", monkeypatch)
-    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
     plugin = FullyShardedDataParallelPlugin()
     assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
-    assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
     assert plugin.transformer_cls_names_to_wrap is None  # the model says which
     assert plugin.state_dict_type is StateDictType.FULL_STATE_DICT
-    assert plugin.state_dict_config == FullStateDictConfig(offload_to_cpu=True, rank0_only=True)
-    assert type(plugin.cpu_offload) is OffloadPolicy
     assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
 
 
@@ -256,6 +251,7 @@ def test_a_temporal_contextualizer_is_not_partitioned(monkeypatch):
         trainer.model, trainer.is_fsdp_enabled = model, True
 
     monkeypatch.setattr(Trainer, "__init__", under_fsdp)
+    monkeypatch.setattr(Trainer, "add_callback", lambda *_: None)
     others = {"args": SimpleNamespace(), "data_collator": None, "train_dataset": None}
     EVLGenTrainer(model=tiny_model(), **others)
     video_model = tiny_model()

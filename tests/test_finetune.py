@@ -284,12 +284,3 @@ def test_the_baseline_answers_each_question_as_training_mostly_did():
     train = Dataset.from_dict({"q": ["x", "x", "x", "y", "y"], "a": ["no", "no", "yes", "red", "red"]})
     test = Dataset.from_dict({"q": ["x", "x", "y", "z"], "a": ["no", "yes", "red", "no"]})
     assert majority_accuracy(train, test, data) == 0.75  # z is new: "no" and "red" are as frequent, "no" came first
-
-
-def test_a_wrong_image_keeps_the_question():
-    data = DataArguments(prompt_column="q", caption_column="a")
-    rows = Dataset.from_dict({"image": ["1", "2"], "q": ["x", "y"], "a": ["no", "red"]})
-    assert list(WrongImages(rows, data)) == [
-        {"image": "2", "q": "x", "a": "no"},
-        {"image": "1", "q": "y", "a": "red"},
-    ]

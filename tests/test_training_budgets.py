@@ -15,9 +15,8 @@ from common.data.data_arguments import DataArguments
 from common.data.streams import EPOCH
 from common.models import build_model
 from common.training.training_arguments import ModelArguments, ProcessorArguments
-from configuration_evlgen import EVLGenConfig
 
-from .helpers import noise_images, save_towers, tiny_model
+from .helpers import noise_images, save_towers
 from .test_processing import make_processor
 from .training import LAYERS
 
@@ -54,21 +53,13 @@ def test_a_batch_draws_log_uniformly_from_the_range(bounds):
 
 
 def test_all_images_of_a_batch_have_the_number_that_was_drawn():
-    collator = CaptionCollator(processor_of(), DataArguments(), training=True)
-    seen = set()
-    rows = rows_of(60)
-    for start in range(0, 60, 3):
-        budgets = budgets_of(collator, rows[start : start + 3])
-        assert len(set(budgets)) == 1
-        seen.update(budgets)
+    collator, seen = CaptionCollator(processor_of(), DataArguments(), training=True), set()
+    for first in range(0, 60, 3):
+        rows = rows_of(60)[first : first + 3]
+        (budget,) = set(budgets_of(collator, rows))
+        assert collator(rows)["image_budgets"] == [budget] * 3  # for compiled models
+        seen.add(budget)
     assert len(seen) > 2 and seen <= set(range(LOW, HIGH + 1))
-
-
-def test_the_number_of_each_image_is_in_the_batch_for_compiled_models():
-    collator = CaptionCollator(processor_of(), DataArguments(), training=True)
-    batch = collator(rows_of(3))
-    (budget,) = set((batch["input_ids"] == collator.processor.image_token_id).sum(dim=1).tolist())
-    assert batch["image_budgets"] == [budget] * 3
 
 
 def test_draws_depend_on_seed_epoch_and_texts_alone():
@@ -111,10 +102,9 @@ def test_a_text_that_is_too_long_is_skipped_whatever_the_batch_draws():
 
 
 def test_conversations_draw_too():
-    data_args = DataArguments(messages_column="messages")
-    collator = CaptionCollator(processor_of(chat=True), data_args, training=True)
-    collator.processor.end_of_text = "<|im_end|>"
-    seen = set()
+    processor = processor_of(chat=True)
+    processor.end_of_text = "<|im_end|>"
+    collator, seen = CaptionCollator(processor, DataArguments(messages_column="messages"), training=True), set()
     for index in range(12):
         question = [{"type": "image"}, {"type": "text", "text": f"question {index}"}]
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "answer"}]
@@ -180,51 +170,34 @@ def test_a_new_model_and_its_processor_have_the_tiles_and_the_range(tmp_path):
     assert model.config.image_token_range is processor.image_token_range is None and processor.max_tiles == 1
 
 
+MEANS = {
+    "connector": "mlp",
+    "fields": {"hidden_size": 32, "intermediate_size": 64, "pool_size": 3},
+    "vision": "siglip",
+}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([4, 18], r"`image_token_range` is \[4, 18\]: `num_image_tokens` must be from 2 to 17"),
-        ([1, 17], r"`image_token_range` is \[1, 17\]: `num_image_tokens` must be from 2 to 17"),
-        ([2, 5], r"`image_token_range` is \[2, 5\], but must hold 11, the number of tokens without a request"),
-    ],
-)
-def test_a_range_that_the_connector_cannot_make_is_refused(given, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        build(tmp_path, image_token_range=given)
-
-
-def test_means_of_a_grid_refuse_a_range_with_numbers_that_are_no_squares(tmp_path):
-    fields = {"hidden_size": 32, "intermediate_size": 64, "pool_size": 3}
-    with pytest.raises(ValueError, match="must be a square, but is 5"):
-        build(tmp_path, "mlp", fields, vision="siglip", image_token_range=[4, 9])
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"connector_config": {"model_type": "evlgen_mlp"}}, "the connector takes no image of several tiles: .*pool_"),
+        ({"image_token_range": [4, 18]}, r"`image_token_range` is \[4, 18\]: .* must be from 2 to 17"),
+        ({"image_token_range": [1, 17]}, r"`image_token_range` is \[1, 17\]: .* must be from 2 to 17"),
         (
-            {"vision_config": {"model_type": "vit", "image_size": [32, 72], "patch_size": 8}},
-            "this one gives 4 x 9 patc",
+            {"image_token_range": [2, 5]},
+            r"`image_token_range` must hold .*`num_image_tokens` \(11\) between them, but is \[2, 5\]",
         ),
-    ],
-)
-def test_a_model_that_takes_no_tiles_is_refused_at_the_start(fields, message):
-    with pytest.raises(ValueError, match=f"`max_tiles` above 1.*{message}"):
-        EVLGenConfig(**fields).check_tiles()
-    tiny_model().config.check_tiles()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"max_tiles": 0}, "`max_tiles` must be an integer from 1 to 100, but is 0"),
+        ({"image_token_range": [4, 9], **MEANS}, "must be a square, but is 5"),
         ({"image_token_range": [4]}, r"`image_token_range` must hold the smallest .* but is \[4\]"),
         ({"image_token_range": [9, 4]}, r"`image_token_range` must hold the smallest .* but is \[9, 4\]"),
         ({"num_image_tokens": 9}, "`num_image_tokens` needs `image_token_range`"),
         ({"num_image_tokens": 3, "image_token_range": [4, 9]}, "`num_image_tokens` must be from 4 to 9, .* but is 3"),
+        ({"max_tiles": 0}, "`max_tiles` must be an integer from 1 to 100, but is 0"),
+        (
+            {"max_tiles": 2, "connector": "mlp", "fields": {"hidden_size": 32}},
+            "no image of several tiles: .*pool_",
+        ),
     ],
 )
-def test_arguments_out_of_range_are_refused_before_anything_is_loaded(arguments, message):
+def test_numbers_of_tokens_and_tiles_that_cannot_work_are_refused(given, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        ProcessorArguments(**arguments)
+        build(tmp_path, **given)

@@ -151,5 +151,5 @@ def test_bad_images_are_named_or_left_out(prepare, tmp_path):
 
 @pytest.mark.parametrize("number", [-1, 1.5, None, True])
 def test_a_number_of_images_out_of_range_is_refused(number):
-    with pytest.raises(ValueError, match=f"`whitening_images` must be a whole number, 0 or more, but is {number}"):
+    with pytest.raises(ValueError, match=f"`whitening_images` must be an integer of 0 or more, but is {number}"):
         ModelArguments(whitening_images=number)

@@ -80,13 +80,13 @@ def allow_token_range(
         return
     low, high = image_token_range
     try:
-        for budget in range(low, high + 1):
-            model.config.connector_config.check_budget(budget, model.config.num_vision_tokens)
+        for number in range(low, high + 1):
+            model.config.connector_config.check_budget(number, model.config.num_vision_tokens)
     except ValueError as error:
         raise ValueError(f"`image_token_range` is {image_token_range}: {error}") from error
-    model.config.image_token_range = processor.image_token_range = [low, high]
-    if num_image_tokens is not None:
-        model.config.num_image_tokens = processor.num_image_tokens = num_image_tokens
+    for part in (model.config, processor):
+        part.image_token_range = [low, high]
+        part.num_image_tokens = num_image_tokens or part.num_image_tokens
     model.config.check_num_image_tokens()
 
 

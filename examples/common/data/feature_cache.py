@@ -293,7 +293,7 @@ def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: Caption
     digest.update(views.processor.image_processor.to_json_string().encode())
     digest.update(model.config.vision_config.to_json_string().encode())
     digest.update(hash_weights(model.vision_tower.state_dict()).encode())
-    digest.update(dataset._fingerprint.encode())
+    digest.update(dataset._fingerprint.encode())  # private, but only `datasets` knows what its cache files hold
     if data_args.video_column:
         mode, class_token = model.config.video_mode, model.config.connector_config.class_token
         merging = mode == "merge" and (class_token, video_merging.ROUNDS, video_merging.TIME_WEIGHT)

@@ -51,25 +51,18 @@ class EVLGenTrainer(Trainer):
     ):
         if eval_dataset is None:
             args.eval_strategy = IntervalStrategy.NO
-        super().__init__(
-            args=args,
-            data_collator=TrainingCollator(data_collator, train_dataset),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            **kwargs,
-        )
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(args=args, data_collator=TrainingCollator(data_collator, train_dataset), **data, **kwargs)
         self.eval_collator = data_collator
         if isinstance(data_collator, CaptionCollator):
             self.eval_collator = CaptionCollator(data_collator.processor, data_collator.data_args, training=False)
-            self.add_callback(SetEpoch(data_collator))
+        self.add_callback(CountEpochs(data_collator, isinstance(train_dataset, CaptionStream)))
         self.script_args = script_args
         if isinstance(self.model, EVLGenForConditionalGeneration):
             choose_towers(self.model, None)  # raises now, not after hours, if the model cannot be saved
         self._check_partition(data_collator)
         # Of a stream, after the last batch: whose turn it is, and the state of each reader of this process.
         self.positions: dict[str, Any] = {"next_reader": 0, "states": {}}
-        if isinstance(train_dataset, CaptionStream):
-            self.add_callback(CountStreamEpoch())
 
     def _check_partition(self, data_collator: Any) -> None:
         """Refuses models that FSDP and DeepSpeed cannot divide among processes."""
@@ -130,7 +123,7 @@ class EVLGenTrainer(Trainer):
         self.train_dataset.split(args.process_index, args.world_size, args.dataloader_num_workers)
         return DataLoader(  # `_prepare_inputs` moves its batches to the device
             self.train_dataset,
-            batch_size=self._train_batch_size,
+            batch_size=self._train_batch_size,  # no public name has what `auto_find_batch_size` lowered
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
@@ -228,18 +221,17 @@ class EVLGenTrainer(Trainer):
         self.args.ignore_data_skip = True
 
 
-class SetEpoch(TrainerCallback):
-    """Gives the collator the epoch that its random draws depend on."""
+class CountEpochs(TrainerCallback):
+    """Gives the collator the epoch that its random draws depend on, and counts the one endless epoch of a stream from
+    its first step. The Trainer would count that from the last resume."""
 
-    def __init__(self, collator: CaptionCollator):
-        self.collator = collator
+    def __init__(self, collator: Any, is_stream: bool):
+        self.collator, self.is_stream = collator, is_stream
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.collator.epoch = int(state.epoch or 0)
-
-
-class CountStreamEpoch(TrainerCallback):
-    """Counts the one endless epoch of a stream from its first step. The Trainer would count from the last resume."""
+        if isinstance(self.collator, CaptionCollator):
+            self.collator.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        state.epoch = state.global_step / state.max_steps
+        if self.is_stream:
+            state.epoch = state.global_step / state.max_steps
