@@ -182,7 +182,7 @@ MEANS = {
     [
         ({"image_token_range": [4, 18]}, r"`image_token_range` is \[4, 18\]: .* must be from 2 to 17"),
         ({"image_token_range": [1, 17]}, r"`image_token_range` is \[1, 17\]: .* must be from 2 to 17"),
-        (
+        ({"image_token_range": [2, 5]}, r"`num_image_tokens` \(11\) between them, but is \[2, 5\]"),
             {"image_token_range": [2, 5]},
             r"`image_token_range` must hold .*`num_image_tokens` \(11\) between them, but is \[2, 5\]",
         ),
