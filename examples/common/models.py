@@ -80,13 +80,13 @@ def allow_token_range(
         return
     low, high = image_token_range
     try:
-        for budget in range(low, high + 1):
-            model.config.connector_config.check_budget(budget, model.config.num_vision_tokens)
+        for number in range(low, high + 1):
+            model.config.connector_config.check_budget(number, model.config.num_vision_tokens)
     except ValueError as error:
         raise ValueError(f"`image_token_range` is {image_token_range}: {error}") from error
-    model.config.image_token_range = processor.image_token_range = [low, high]
-    if num_image_tokens is not None:
-        model.config.num_image_tokens = processor.num_image_tokens = num_image_tokens
+    for part in (model.config, processor):
+        part.image_token_range = [low, high]
+        part.num_image_tokens = num_image_tokens or part.num_image_tokens
     model.config.check_num_image_tokens()
 
 
@@ -127,15 +127,12 @@ def load_trainable(
     An adapter would neither be trained nor saved, so it is refused.
     """
 
-    def load_unless_adapter(name_or_path: str, **kwargs: Any) -> Any:
-        if find_adapter_config_file(name_or_path) is not None:  # an OSError for a missing repository
-            raise ValueError(
-                f"`{argument}`={name_or_path!r} is an adapter. Merge it into its model first: "
-                f"python examples/publish.py --model {name_or_path} --merge true --folder MERGED"
-            )
-        return load(name_or_path, **kwargs)
-
-    return load_captioner(argument, load_unless_adapter, name_or_path, **kwargs)
+    if load_captioner(argument, find_adapter_config_file, name_or_path) is not None:
+        raise ValueError(
+            f"`{argument}`={name_or_path!r} is an adapter. Merge it into its model first: "
+            f"python examples/publish.py --model {name_or_path} --merge true --folder MERGED"
+        )
+    return load_captioner(argument, load, name_or_path, **kwargs)
 
 
 def load_image_processor(vision_model: str, **kwargs: Any) -> CLIPImageProcessor:

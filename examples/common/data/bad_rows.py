@@ -1,7 +1,7 @@
-"""The rows that a training run skipped, and how far it has read a stream.
+"""The rows that a training run skipped: each batch brings its own, and a file lists those of all steps.
 
-DataLoader workers read ahead, so each batch carries its own record to the main process. Only the record of a batch
-that was trained on counts.
+DataLoader workers read ahead, and each has a copy of the collator. So only a batch can tell which rows were skipped
+when it was made, and how far the stream behind it has been read. They count once the batch is trained on.
 """
 
 import json
@@ -17,13 +17,12 @@ from common.data.collator import CaptionCollator, EmptyBatchError
 from common.data.streams import CaptionStream
 from common.files import write_whole
 
-RECORD = "record"  # in a batch: a JSON string, as accelerate would take a dict apart
 BAD_ROWS = "bad_rows.jsonl"
 STREAM_ROWS = 1000  # of a stream, which has no end, that are tried in place of bad ones
 
 
-class RecordingCollator:
-    """Adds a record of skipped rows and of the position in a stream to each batch; [`EVLGenTrainer`] removes it.
+class TrainingCollator:
+    """Adds `bad_rows`, a list, to each batch, and `position` to one of a stream. [`EVLGenTrainer`] takes them out.
 
     Args:
         collator ([`CaptionCollator`]): Makes the batches.
@@ -42,8 +41,9 @@ class RecordingCollator:
             batch = self.collator(rows)
         except EmptyBatchError:
             batch = self._first_good_batch(dataset, len(rows))
-        position = dataset.position if isinstance(dataset, CaptionStream) else None
-        batch[RECORD] = json.dumps({"bad_rows": self.collator.bad_rows, "position": position})
+        batch["bad_rows"] = self.collator.bad_rows
+        if isinstance(dataset, CaptionStream):
+            batch["position"] = dataset.position
         return batch
 
     def _first_good_batch(self, dataset: torch.utils.data.Dataset, size: int) -> BatchFeature:

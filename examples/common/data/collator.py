@@ -247,7 +247,7 @@ class RandomCrop(v2.Transform):
         return {"top": top, "left": left, "height": rows, "width": columns}
 
     def transform(self, inpt: Any, params: dict[str, int]) -> Any:
-        return self._call_kernel(v2.functional.crop, inpt, **params)
+        return v2.functional.crop(inpt, **params)
 
 
 def build_augmentation(processor: EVLGenProcessor, data_args: DataArguments) -> v2.Compose | None:

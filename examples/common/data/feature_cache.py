@@ -1,15 +1,18 @@
 """Features of a frozen vision tower, computed once and read from disk in every epoch.
 
 `Dataset.map` would start again at the first row after a kill, and would write float16 arrays as lists of Arrow, which
-are slow to read. So the features of all rows lie in one NumPy file, with the number of finished rows beside it. With a
-`processor.max_tiles` above 1, images differ in their number of tiles. Then the grids of all images are measured first,
-into a small NumPy file, and the features of all tiles follow each other. Merged videos have a second file, with the
-places of their tokens.
+are slow to read. So each few rows, a part, have a NumPy file of their own, which appears when it is whole. Beside it
+lie a JSON file and, for merged videos, the places of their tokens.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
+import shutil
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from transformers.utils import logging
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.rows import start_of_text
-from common.files import write_whole
+from common.files import replacing, write_whole
 from modeling_evlgen import EVLGenForConditionalGeneration, video_merging
 from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
@@ -34,55 +37,55 @@ from processing_evlgen.videos import VideoFrames
 
 logger = logging.get_logger(__name__)
 
+PART_TILES, PART_VIDEOS = 256, 32  # at most, in one part: about as much work as a kill may undo
+SUFFIXES = {"vision_features": ".npy", "token_places": ".places.npy"}
+Arrays = dict[str, tuple[type, tuple[int, int]]]  # by the keys of SUFFIXES: the type, and (tokens, dim) of each tile
+
 
 class FeatureDataset(torch.utils.data.Dataset):
-    """Good rows of a data set, with `vision_features` from a file in place of the image or video.
+    """Good rows of a data set, with `vision_features` from files in place of the image or video.
 
-    They have shape (views, tokens, dim). With `grids`, they are a list with an entry for each view, of shape
-    (rows of tiles, columns of tiles, tokens, dim). Merged videos have `token_places` as well, (views, tokens, 3).
+    They are a list with an entry for each view, of shape (tokens, dim), or (rows of tiles, columns of tiles, tokens,
+    dim) if `is_tiled`. Merged videos have `token_places` as well, of shape (tokens, 3) each.
+
+    Args:
+        images (`Dataset`): All rows.
+        media_column (`str`): Their column of images or videos.
+        folder (`Path`): The folder of the parts.
+        parts (`list[dict]`): The content of the parts' JSON files, in order.
+        names (`list[str]`): The keys of `SUFFIXES` that each row has.
     """
 
     def __init__(
-        self,
-        images: Dataset,
-        path: Path,
-        rows: list[int],
-        image_column: str,
-        grids: np.ndarray | None = None,
-        has_places: bool = False,
+        self, images: Dataset, media_column: str, folder: Path, parts: list[dict], names: list[str], is_tiled: bool
     ):
-        self.images = images if len(rows) == len(images) else images.select(rows)
-        self.texts = self.images.remove_columns(image_column)
-        self.path = path
-        self.features = _open(path)
-        self.places = _open(_places_path(path)) if has_places else None
-        self.rows = rows
-        self.grids = grids  # (rows, views, 2)
-        self.starts = None if grids is None else _first_tiles(grids)
+        bad = {int(row) for part in parts for row in part["bad_rows"]}
+        self.rows = [row for row in range(len(images)) if row not in bad]
+        self.images = images if len(self.rows) == len(images) else images.select(self.rows)
+        self.texts = self.images.remove_columns(media_column)
+        self.folder, self.names, self.is_tiled = folder, names, is_tiled
+        self.part_rows = len(parts[0]["grids"]) if parts else 1
+        grids = [np.array(part["grids"]) for part in parts]  # (rows, views, 2) each
+        counts = [grid.prod(axis=2) for grid in grids]
+        self.grids = np.concatenate(grids)
+        # Of each view, the position of its first tile in its part, (rows, views).
+        self.starts = np.concatenate([count.cumsum().reshape(count.shape) - count for count in counts])
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.rows[index]
-        features = self.features  # not read from disk yet
-        if self.places is not None:
-            return {**self.texts[index], "vision_features": features[row], "token_places": self.places[row]}
-        if self.grids is None:
-            return {**self.texts[index], "vision_features": features[row]}
-        views = [
-            features[start : start + grid.prod()].reshape(*grid, *features.shape[1:])
-            for start, grid in zip(self.starts[row], self.grids[row], strict=True)
-        ]
-        return {**self.texts[index], "vision_features": views}
+        row, found = self.rows[index], dict(self.texts[index])
+        for name in self.names:
+            values = _open(self.folder / f"{row // self.part_rows:06}{SUFFIXES[name]}")  # not read from disk yet
+            found[name] = [
+                values[start : start + grid.prod()].reshape(*(grid if self.is_tiled else ()), *values.shape[1:])
+                for start, grid in zip(self.starts[row], self.grids[row], strict=True)
+            ]
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker gets a pickled copy. It opens the files itself, and needs no images.
-        return {**vars(self), "features": None, "places": self.places is not None, "images": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        path = state["path"]
-        vars(self).update(state, features=_open(path), places=_open(_places_path(path)) if state["places"] else None)
+        return {**vars(self), "images": None}  # a reading process needs no images
 
 
 def cache_features(
@@ -125,7 +128,7 @@ def cache_split(
     """Runs the vision tower over a split, or finds its features on disk.
 
     The features lie in `$HF_HOME/evlgen_features`. Each tower (weights included), image processor, augmentation, data
-    set, `max_pixels` and `max_tiles` has a file of its own, and for videos each choice of frames and `video_mode`. A
+    set, `max_pixels` and `max_tiles` has a folder of its own, and for videos each choice of frames and `video_mode`. A
     run that was killed goes on where it stopped. A damaged file is computed again. `views` opens an image or a video,
     and gives another view of it in each `epoch`.
 
@@ -133,89 +136,110 @@ def cache_split(
         ValueError: If a row is bad and not to be skipped, or a feature does not fit float16.
         OSError: If the disk has no room for the features.
     """
-    folder = Path(constants.HF_HOME) / "evlgen_features"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_key(model, dataset, views, num_views)}.npy"
-    sizes = (model.config.num_vision_tokens, model.config.vision_hidden_size)
-    is_video = views.data_args.video_column is not None
+    data_args, config = views.data_args, model.config
+    is_video = data_args.video_column is not None
+    max_tiles = 1 if is_video else views.processor.max_tiles
+    part_rows = max(1, (PART_VIDEOS if is_video else PART_TILES) // (num_views * max_tiles))
     batch_size = 1 if is_video else batch_size  # the frames of many videos would fill memory
-    has_places = is_video and model.config.video_mode == "merge"
-    with FileLock(path.with_suffix(".lock")):  # another run may compute the same features
-        grids, shape = None, (len(dataset), num_views, *sizes)
-        if views.processor.max_tiles > 1 and not is_video:
-            grids = _measure_grids(path.with_suffix(".grids.npy"), dataset, views, num_views)
-            shape = (int(grids.prod(axis=2).sum()), *sizes)
-        state = _read_state(path, shape, len(dataset), has_places)
-        if state is None or state["done"] < len(dataset):
-            all_grids = np.ones((len(dataset), num_views, 2), np.int64) if grids is None else grids
-            state = _compute(path, shape, has_places, all_grids, model, dataset, views, batch_size)
-        good = [row for row in range(len(dataset)) if str(row) not in state["bad_rows"]]
-        features = FeatureDataset(dataset, path, good, _media_column(views), grids, has_places)
-    if bad_rows := state["bad_rows"]:
+    arrays = {"vision_features": (np.float16, (config.num_vision_tokens, config.vision_hidden_size))}
+    if is_video and config.video_mode == "merge":
+        arrays["token_places"] = (np.float32, (config.num_vision_tokens, 3))
+
+    folder = Path(constants.HF_HOME) / "evlgen_features" / _key(model, dataset, views, num_views)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):  # another run may compute the same features
+        ranges = [range(row, min(row + part_rows, len(dataset))) for row in range(0, len(dataset), part_rows)]
+        parts = [_read_part(folder / f"{number:06}", arrays) for number in range(len(ranges))]
+        _check_room(folder, parts.count(None) * part_rows * num_views, *arrays.values())
+        with tqdm(total=len(dataset), desc="Vision features", unit="row", disable=None not in parts) as progress:
+            for number, rows in enumerate(ranges):
+                if parts[number] is None:
+                    parts[number], computed = _compute_part(model, dataset, rows, views, num_views, batch_size)
+                    _save_part(folder / f"{number:06}", parts[number], arrays, computed)
+                progress.update(len(rows))
+    bad_rows = {row: text for part in parts for row, text in part["bad_rows"].items()}
+    if bad_rows:
         message = f"{len(bad_rows)} of {len(dataset)} rows are bad, by number and caption: {bad_rows}"
-        if not views.data_args.skip_bad_rows:
+        if not data_args.skip_bad_rows:
             raise ValueError(f"{message} (`--skip_bad_rows true` goes on without them.)")
         logger.warning(f"Left out: {message}.")
-    return features
-
-
-def _media_column(views: CaptionCollator) -> str:
-    return views.data_args.video_column or views.data_args.image_column
+    column = data_args.video_column or data_args.image_column
+    return FeatureDataset(dataset, column, folder, parts, list(arrays), is_tiled=max_tiles > 1)
 
 
 def _open(path: Path) -> np.memmap:
-    """The features or places in a file. A pickle or an archive is refused."""
+    """The array in a file. A pickle or an archive is refused."""
     return np.lib.format.open_memmap(path, mode="r")
 
 
-def _files(path: Path, shape: tuple[int, ...], has_places: bool) -> dict[Path, tuple[type, tuple[int, ...]]]:
-    """The files of the features at `path` and of their tokens' places, if any, with their types and shapes.
+def _read_part(stem: Path, arrays: Arrays) -> dict[str, Any] | None:
+    """The JSON file of a part; None if it does not exist, or if a file of the part is damaged, which is logged.
 
-    Features have shape `(rows, views, tokens, dim)` or `(tiles, tokens, dim)`.
+    `grids` are the rows and columns of tiles of each view, (rows, views, 2). `bad_rows` are texts by row number.
     """
-    files: dict[Path, tuple[type, tuple[int, ...]]] = {path: (np.float16, shape)}
-    return {**files, _places_path(path): (np.float32, (*shape[:-1], 3))} if has_places else files
-
-
-def _places_path(path: Path) -> Path:
-    return path.with_suffix(".places.npy")
-
-
-def _first_tiles(grids: np.ndarray) -> np.ndarray:
-    """The position of the first tile of each view among all tiles, `(rows, views)`."""
-    counts = grids.prod(axis=2)
-    return counts.cumsum().reshape(counts.shape) - counts
-
-
-def _measure_grids(path: Path, dataset: Dataset, views: CaptionCollator, num_views: int) -> np.ndarray:
-    """Rows and columns of tiles of each view, int64, `(rows, views, 2)`. A bad row has 0 rows and 1 column.
-
-    They are kept in a file, whose missing or damaged parts are measured again. So the file of the features has its
-    final size from the start, and a full disk is an error before the tower runs.
-
-    Raises:
-        ValueError: If a row is bad and not to be skipped, or does not hold one image.
-        OSError: If the disk has no room for the grids.
-    """
-    shape = (len(dataset), num_views, 2)
+    path = stem.with_suffix(".json")
+    if not path.exists():
+        return None
     try:
-        grids = np.lib.format.open_memmap(path, mode="r+")
-        if (grids.dtype, grids.shape) != (np.int64, shape):
-            raise ValueError(f"it holds {grids.dtype} {grids.shape}, not int64 {shape}")
-        if grids.min() < 0 or grids.prod(axis=2).max() > views.processor.max_tiles:
-            raise ValueError(f"it holds grids of more than {views.processor.max_tiles} tiles, or negative ones")
-    except (OSError, ValueError) as error:
-        if path.exists():
-            logger.warning(f"The grids of tiles in {path} are damaged and measured again: {error}")
-        grids = np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=shape)  # zeros
-        _reserve_disk_space(path, grids)
-    unmeasured = np.flatnonzero(grids[:, -1, 1] == 0)  # a measured row has columns, even a bad one
-    for row in tqdm(unmeasured, desc="Tiles", unit="image", disable=not len(unmeasured)):
-        images = [_read_view(dataset[row], views, view) for view in range(num_views)]
-        is_bad = any(image is None for image in images)
-        grids[row] = (0, 1) if is_bad else [_cut(image, views.processor)[1] for image in images]
-    grids.flush()
-    return np.array(grids)
+        part = json.loads(path.read_text(encoding="utf-8"))
+        num_tiles = int(np.array(part["grids"], dtype=np.uint64).prod(axis=2).sum())
+        for name, (dtype, shape) in arrays.items():
+            array = _open(stem.with_suffix(SUFFIXES[name]))
+            if (array.dtype, array.shape) != (dtype, (num_tiles, *shape)):
+                raise ValueError(f"`{name}` are {array.dtype} {array.shape}, not {(num_tiles, *shape)}")
+        return {**part, "bad_rows": dict(part["bad_rows"])}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        logger.warning(f"The cached vision features in {path} are damaged and computed again: {error}")
+        return None
+
+
+def _check_room(folder: Path, num_images: int, *arrays: tuple[type, tuple[int, int]]) -> None:
+    """
+    Raises:
+        OSError: If the disk has no room for the features of so many images of one tile.
+    """
+    needed = num_images * sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in arrays)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        message = f"{folder.parent} (in $HF_HOME) has {free / 1e9:.1f} GB, but the vision features need"
+        raise OSError(errno.ENOSPC, f"{message} {needed / 1e9:.1f} GB or more")
+
+
+def _compute_part(
+    model: EVLGenForConditionalGeneration,
+    dataset: Dataset,
+    rows: range,
+    views: CaptionCollator,
+    num_views: int,
+    batch_size: int,
+) -> tuple[dict[str, Any], list[list[np.ndarray]]]:
+    """What [`_read_part`] returns, and the arrays of each batch of tiles."""
+    grids, bad_rows = np.zeros((len(rows), num_views, 2), np.int64), {}
+
+    def cut_all() -> Iterator[Image.Image | VideoFrames]:
+        for place, number in enumerate(rows):
+            row = dataset[number]
+            for view in range(num_views):
+                media = _read_view(row, views, view)
+                if media is None:
+                    bad_rows[str(number)] = start_of_text(row, views.data_args)
+                    break
+                tiles, grids[place, view] = _cut(media, views.processor)
+                yield from tiles
+
+    tiles = cut_all()
+    batches = iter(lambda: list(islice(tiles, batch_size)), [])
+    computed = [_run_tower(model, views.processor, batch) for batch in batches]
+    return {"grids": grids.tolist(), "bad_rows": bad_rows}, computed
+
+
+def _save_part(stem: Path, part: dict[str, Any], arrays: Arrays, computed: list[list[np.ndarray]]) -> None:
+    """Writes the files of a part, that with the grids last, since it shows that all is there."""
+    for index, (name, (dtype, shape)) in enumerate(arrays.items()):
+        tiles = np.concatenate([np.empty((0, *shape), dtype), *(batch[index] for batch in computed)])
+        with replacing(stem.with_suffix(SUFFIXES[name])) as partial_path, partial_path.open("wb") as file:
+            np.save(file, tiles)
+    write_whole(stem.with_suffix(".json"), json.dumps(part))
 
 
 def _read_view(row: dict[str, Any], views: CaptionCollator, view: int) -> Image.Image | VideoFrames | None:
@@ -235,104 +259,6 @@ def _cut(image: Image.Image | VideoFrames, processor: EVLGenProcessor) -> tuple[
     if processor.max_tiles == 1 or isinstance(image, VideoFrames):
         return [image], (1, 1)
     return cut_tiles(image, tile_size(processor.image_processor), processor.max_tiles)
-
-
-def _read_state(path: Path, shape: tuple[int, ...], num_rows: int, has_places: bool) -> dict[str, Any] | None:
-    """The number of finished rows and the captions of bad rows; None if the file is missing, or damaged (logged).
-
-    Shapes are checked, since a file that is too short would be filled with zeros when it is opened for writing.
-    """
-    if not path.exists():
-        return None
-    try:
-        state = json.loads(_state_path(path).read_text(encoding="utf-8"))
-        for file, (dtype, wanted) in _files(path, shape, has_places).items():
-            array = _open(file)
-            if (array.dtype, array.shape) != (dtype, wanted):
-                raise ValueError(f"{file} holds {array.dtype} {array.shape}, not {dtype.__name__} {wanted}")
-        if 0 <= state["done"] <= num_rows and isinstance(state["bad_rows"], dict):
-            return state
-        raise ValueError(f"its state is {state}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning(f"The cached vision features in {path} are damaged and computed again: {error}")
-        return None
-
-
-def _state_path(path: Path) -> Path:
-    return path.with_name(path.name.split(".")[0] + ".json")
-
-
-def _compute(
-    path: Path,
-    shape: tuple[int, ...],
-    has_places: bool,
-    grids: np.ndarray,
-    model: EVLGenForConditionalGeneration,
-    dataset: Dataset,
-    views: CaptionCollator,
-    batch_size: int,
-) -> dict[str, Any]:
-    """Fills `path`, from the row on at which a killed run stopped; returns the state."""
-    partial_path = path.with_suffix(".partial.npy")
-    state = _read_state(partial_path, shape, len(dataset), has_places)
-    if state is None:
-        state = {"done": 0, "bad_rows": {}}  # the captions of bad rows by row number
-        write_whole(_state_path(path), json.dumps(state))
-    files = _files(partial_path, shape, has_places)
-    arrays = []  # the features, (tiles, tokens, dim), and the places of their tokens, (tiles, tokens, 3)
-    for file, (dtype, size) in files.items():
-        array = np.lib.format.open_memmap(file, "r+" if state["done"] else "w+", dtype, size)
-        _reserve_disk_space(file, array)
-        arrays.append(array.reshape(grids.prod(axis=2).sum(), *size[-2:]))
-    starts = _first_tiles(grids)
-
-    progress = tqdm(total=len(dataset), initial=state["done"], desc="Vision features", unit="row")
-    while state["done"] < len(dataset):
-        rows = range(state["done"], min(state["done"] + batch_size, len(dataset)))
-        for view in range(grids.shape[1]):
-            tiles = {}  # by position in the file
-            for row in rows:
-                image = _read_view(dataset[row], views, view) if grids[row, view].all() else None
-                if image is None:
-                    state["bad_rows"][str(row)] = start_of_text(dataset[row], views.data_args)
-                    continue
-                cut, grid = _cut(image, views.processor)
-                if grid != tuple(grids[row, view]):
-                    raise ValueError(f"The image of row {row} was replaced while its features were computed.")
-                tiles |= dict(enumerate(cut, starts[row, view]))
-            positions = list(tiles)
-            for first in range(0, len(tiles), batch_size):
-                chosen = positions[first : first + batch_size]
-                computed = _run_tower(model, views.processor, [tiles[position] for position in chosen])
-                for array, values in zip(arrays, computed, strict=True):
-                    array[chosen] = values
-        state["done"] = rows.stop
-        for array in arrays:
-            array.flush()
-        write_whole(_state_path(path), json.dumps(state))
-        progress.update(len(rows))
-    progress.close()
-    for file, final in reversed(list(zip(files, _files(path, shape, has_places), strict=True))):
-        os.replace(file, final)  # the features last, since they show that all is there
-    return state
-
-
-def _reserve_disk_space(path: Path, features: np.memmap) -> None:
-    """Makes a full disk an error now, not a crash when a page is written.
-
-    Raises:
-        OSError: If the disk has no room for the features.
-    """
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, features.nbytes + features.offset)
-    except OSError as error:
-        path.unlink()
-        needed = f"{features.nbytes / 1e9:.1f} GB for the vision features"
-        message = f"{path.parent} (in $HF_HOME) has no {needed}: {error.strerror}"
-        raise OSError(error.errno, message) from error
 
 
 @torch.no_grad()
@@ -365,7 +291,7 @@ def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: Caption
     digest.update(views.processor.image_processor.to_json_string().encode())
     digest.update(model.config.vision_config.to_json_string().encode())
     digest.update(hash_weights(model.vision_tower.state_dict()).encode())
-    digest.update(dataset._fingerprint.encode())
+    digest.update(dataset._fingerprint.encode())  # private, but only `datasets` knows what its cache files hold
     if data_args.video_column:
         mode, class_token = model.config.video_mode, model.config.connector_config.class_token
         merging = mode == "merge" and (class_token, video_merging.ROUNDS, video_merging.TIME_WEIGHT)
@@ -375,7 +301,7 @@ def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: Caption
         digest.update(f"max_tiles {views.processor.max_tiles}".encode())
     if data_args.max_pixels != MAX_PIXELS:  # it decides which rows are bad
         digest.update(f"max_pixels {data_args.max_pixels}".encode())
-    column, path = _media_column(views), Value("string")
+    column, path = data_args.video_column or data_args.image_column, Value("string")
     if dataset.features[column] in (path, List(path)):  # the fingerprint does not cover the files behind paths
         paths = filter(None, flatten_images(list(dataset[column])))
         for file in filter(os.path.isfile, paths):

@@ -39,8 +39,9 @@ DRAWS_AT_ONCE = 1000  # choices of a data set, drawn together
 def tolerant_reading() -> Iterator[None]:
     """While open, a WebDataset member that cannot be decoded becomes None, and `datasets` does not warn in vain.
 
-    `datasets` decodes all members of a sample, also those of unused columns. One broken member would end the stream.
-    Its warning about the lost content of a shuffle buffer is void here: the buffer is empty whenever a state is taken.
+    `datasets` decodes all members of a sample, also those of unused columns. One broken member would end the stream,
+    and no argument says otherwise. Its warning about the lost content of a shuffle buffer is void here: the buffer is
+    empty whenever a state is taken.
     """
 
     def is_needed(record: python_logging.LogRecord) -> bool:
@@ -100,6 +101,7 @@ def select_share(source: Source, generator: np.random.Generator, reader: int, nu
     return dataset
 
 
+@dataclass
 class SourceReader:
     """Goes round one reader's share of a data set for ever, each time in a new order.
 
@@ -107,21 +109,12 @@ class SourceReader:
     number of rows already returned from the block. So at most one block is read again after a resume. A state is JSON.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        seed: int,
-        reader: int,
-        num_readers: int,
-        buffer_size: int,  # rows in a block
-        state: dict[str, Any] | None = None,  # of another reader after some row, to go on from
-    ):
-        self.source = source
-        self.seed = seed
-        self.reader = reader
-        self.num_readers = num_readers
-        self.buffer_size = buffer_size
-        self.state = state
+    source: Source
+    seed: int
+    reader: int
+    num_readers: int
+    buffer_size: int  # rows in a block
+    state: dict[str, Any] | None = None  # after the latest row; at first that of another reader, to go on from
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The rows, each with the number of completed rounds as [`EPOCH`].
@@ -130,9 +123,9 @@ class SourceReader:
             ValueError: If this reader has no rows, or a file is damaged or cannot be reached.
         """
         state = self.state or {"epoch": 0, "block": 0, "taken": 0, "dataset": None}
-        yield from self._round(**state)
-        for epoch in count(state["epoch"] + 1):
-            yield from self._round(epoch, 0, 0, None)
+        while True:
+            yield from self._round(**state)
+            state = {"epoch": state["epoch"] + 1, "block": 0, "taken": 0, "dataset": None}
 
     def _round(self, epoch: int, block: int, taken: int, dataset: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         generator = np.random.default_rng((self.seed, epoch))

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from common.demo.cache import prepare_once
 from common.demo.packages import require_libraries
 
-EMOJI_VIDEOS = "emoji-videos"
 PACKAGE = "@lobehub/fluent-emoji-anim-1@1.0.0"  # 165 MB
 HELD_OUT_TONE = "medium-dark skin tone"
 TONES = 6  # five skin tones, and none

@@ -10,10 +10,8 @@ from datasets import Dataset
 from PIL import Image
 
 from common.data.data_arguments import DataArguments
-from common.data.rows import true_captions
+from common.data.rows import open_media, true_captions
 from common.demo.scenes import DEMO_CREDITS
-from processing_evlgen.images import load_rgb_image
-from processing_evlgen.videos import load_rgb_frames
 
 matplotlib.use("Agg")  # draws into files, without a window
 import matplotlib.pyplot as plt
@@ -63,9 +61,8 @@ def draw_contact_sheet(dataset: Dataset, captions: list[str], data_args: DataArg
 
 def _thumbnail(row: dict[str, Any], data_args: DataArguments) -> Image.Image | np.ndarray:
     """An image as it is, or four frames of a video as a square."""
+    media = open_media(row, data_args)
     if not data_args.video_column:
-        images = row[data_args.image_column]
-        return load_rgb_image(images[0] if isinstance(images, list) else images)
-    frames = [np.asarray(frame) for frame in load_rgb_frames(row[data_args.video_column], 4)]
-    frames = [*frames, *frames, *frames, *frames][:4]
-    return np.concatenate([np.concatenate(frames[:2], axis=1), np.concatenate(frames[2:], axis=1)])
+        return media[0] if isinstance(media, list) else media
+    first, second, third, fourth = (np.asarray(media[index * len(media) // 4]) for index in range(4))
+    return np.vstack([np.hstack([first, second]), np.hstack([third, fourth])])

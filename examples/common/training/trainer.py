@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
@@ -17,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
-from common.data.bad_rows import RECORD, RecordingCollator, add_bad_rows, forget_bad_rows
+from common.data.bad_rows import TrainingCollator, add_bad_rows, forget_bad_rows
 from common.data.collator import CaptionCollator
 from common.data.streams import CaptionStream
 from common.files import only_run_in, write_whole
@@ -52,42 +51,34 @@ class EVLGenTrainer(Trainer):
     ):
         if eval_dataset is None:
             args.eval_strategy = IntervalStrategy.NO
-        super().__init__(
-            args=args,
-            data_collator=RecordingCollator(data_collator, train_dataset),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            **kwargs,
-        )
+        data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(args=args, data_collator=TrainingCollator(data_collator, train_dataset), **data, **kwargs)
         self.eval_collator = data_collator
         if isinstance(data_collator, CaptionCollator):
             self.eval_collator = CaptionCollator(data_collator.processor, data_collator.data_args, training=False)
-            self.add_callback(SetEpoch(data_collator))
+        self.add_callback(CountEpochs(data_collator, isinstance(train_dataset, CaptionStream)))
         self.script_args = script_args
         if isinstance(self.model, EVLGenForConditionalGeneration):
             choose_towers(self.model, None)  # raises now, not after hours, if the model cannot be saved
-        scalars = [name for name, parameter in self.model.named_parameters() if parameter.ndim == 0]
-        if scalars and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                f"FSDP and DeepSpeed cannot partition scalars, such as {scalars[0]}. Launch the training with "
-                "examples/accelerate_configs/multi_gpu.yaml."
-            )
-        if isinstance(data_collator, CaptionCollator) and data_collator.data_args.video_column is None:
-            self._check_tiles(data_collator.processor.max_tiles)
+        self._check_partition(data_collator)
         # Of a stream, after the last batch: whose turn it is, and the state of each reader of this process.
         self.positions: dict[str, Any] = {"next_reader": 0, "states": {}}
-        if isinstance(train_dataset, CaptionStream):
-            self.add_callback(CountStreamEpoch())
 
-    def _check_tiles(self, max_tiles: int) -> None:
-        partitions = self.is_fsdp_enabled
-        if self.is_deepspeed_enabled:
-            partitions = self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        if partitions and max_tiles > 1:
+    def _check_partition(self, data_collator: Any) -> None:
+        """Refuses models that FSDP and DeepSpeed cannot divide among processes."""
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            return
+        remedy = "Launch the training with examples/accelerate_configs/multi_gpu.yaml."
+        scalars = [name for name, parameter in self.model.named_parameters() if parameter.ndim == 0]
+        if scalars:
+            raise ValueError(f"FSDP and DeepSpeed cannot partition scalars, such as {scalars[0]}. {remedy}")
+        if not isinstance(data_collator, CaptionCollator) or data_collator.data_args.video_column is not None:
+            return
+        max_tiles = data_collator.processor.max_tiles
+        if max_tiles > 1 and (self.is_fsdp_enabled or self.accelerator.state.deepspeed_plugin.zero_stage == 3):
             # The connector runs once for each grid of a batch. Processes with other grids would wait for each other.
             raise ValueError(
-                f"FSDP and ZeRO-3 cannot train on images of several tiles, but `max_tiles` is {max_tiles}. Launch the "
-                "training with examples/accelerate_configs/multi_gpu.yaml."
+                f"FSDP and ZeRO-3 cannot train on images of several tiles, but `max_tiles` is {max_tiles}. {remedy}"
             )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
@@ -101,7 +92,13 @@ class EVLGenTrainer(Trainer):
         # The main process holds the folder for all.
         with nullcontext() if self.args.process_index else only_run_in(output_dir):
             state = self._prepare_run(output_dir, resume_from_checkpoint)
-            return self._run(resume_from_checkpoint, state, **kwargs)
+            if 0 < self.args.max_steps <= state.global_step:  # the Trainer would take one more step
+                self._load_from_checkpoint(resume_from_checkpoint)  # private, but no public method loads weights
+                self.state = state
+                return None
+            if resume_from_checkpoint and isinstance(self.train_dataset, CaptionStream):
+                self._resume_stream(resume_from_checkpoint)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _prepare_run(self, output_dir: Path, checkpoint: str | None) -> TrainerState:
         """Checks the settings and returns the state of the checkpoint, or a fresh one."""
@@ -118,39 +115,21 @@ class EVLGenTrainer(Trainer):
             forget_bad_rows(output_dir, state.global_step)
         return state
 
-    def _run(self, checkpoint: str | None, state: TrainerState, **kwargs: Any) -> TrainOutput | None:
-        if 0 < self.args.max_steps <= state.global_step:  # the Trainer would take one more step
-            self._load_from_checkpoint(checkpoint)
-            self.state = state
-            return None
-        if checkpoint and isinstance(self.train_dataset, CaptionStream) and not self.args.ignore_data_skip:
-            self._resume_stream(checkpoint)
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-
     def get_train_dataloader(self) -> DataLoader:
         """Splits a stream here: accelerate would let each process read all of it, or leave workers without shards."""
         if not isinstance(self.train_dataset, CaptionStream):
             return super().get_train_dataloader()
         args = self.args
         self.train_dataset.split(args.process_index, args.world_size, args.dataloader_num_workers)
-        loader = DataLoader(
+        return DataLoader(  # `_prepare_inputs` moves its batches to the device
             self.train_dataset,
-            batch_size=self._train_batch_size,
+            batch_size=self._train_batch_size,  # no public name has what `auto_find_batch_size` lowered
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
             generator=torch.Generator(),  # else the loader draws from the model's, whose state a resume has restored
-        )
-        return prepare_data_loader(
-            loader,
-            args.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            dispatch_batches=False,
-            non_blocking=self.accelerator.non_blocking,
         )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -176,16 +155,15 @@ class EVLGenTrainer(Trainer):
         return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # Under DeepSpeed the Trainer casts all but whole numbers to bfloat16.
+        # Under DeepSpeed the Trainer casts all but whole numbers to bfloat16, here and nowhere else.
         exact = {name: inputs[name].to(self.args.device) for name in EXACT_INPUTS if name in inputs}
         return {**super()._prepare_inputs(inputs), **exact}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        record = json.loads(inputs.pop(RECORD, "{}"))
-        if record.get("bad_rows"):
-            add_bad_rows(Path(self.args.output_dir), record["bad_rows"], self.state.global_step + 1)
-        if record.get("position"):
-            reader, state = record["position"]
+        if bad_rows := inputs.pop("bad_rows", None):
+            add_bad_rows(Path(self.args.output_dir), bad_rows, self.state.global_step + 1)
+        if position := inputs.pop("position", None):
+            reader, state = position
             self.positions["states"][str(reader)] = state
             self.positions["next_reader"] = (reader + 1) % max(1, self.args.dataloader_num_workers)
         return super().training_step(model, inputs, *args, **kwargs)
@@ -198,6 +176,8 @@ class EVLGenTrainer(Trainer):
         """Decay for matrices only, none for biases, norms and gains (the original's lavis/runners/runner_base.py)."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
+    # `_save` and `_save_rng_state` are private, but the callback `on_save` comes too late: a kill before it would
+    # leave a checkpoint that seems whole.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel) and self.args.should_save:
@@ -225,6 +205,8 @@ class EVLGenTrainer(Trainer):
             ValueError: If the checkpoint has no position, or was made with another number of processes or workers,
                 other data sets or weights.
         """
+        if self.args.ignore_data_skip:
+            return
         remedy = "--ignore_data_skip true starts the stream anew."
         path = Path(checkpoint) / RUN_NAME
         saved = json.loads(path.read_text(encoding="utf-8")).get("stream") if path.exists() else None
@@ -239,18 +221,17 @@ class EVLGenTrainer(Trainer):
         self.args.ignore_data_skip = True
 
 
-class SetEpoch(TrainerCallback):
-    """Gives the collator the epoch that its random draws depend on."""
+class CountEpochs(TrainerCallback):
+    """Gives the collator the epoch that its random draws depend on, and counts the one endless epoch of a stream from
+    its first step. The Trainer would count that from the last resume."""
 
-    def __init__(self, collator: CaptionCollator):
-        self.collator = collator
+    def __init__(self, collator: Any, is_stream: bool):
+        self.collator, self.is_stream = collator, is_stream
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        self.collator.epoch = int(state.epoch or 0)
-
-
-class CountStreamEpoch(TrainerCallback):
-    """Counts the one endless epoch of a stream from its first step. The Trainer would count from the last resume."""
+        if isinstance(self.collator, CaptionCollator):
+            self.collator.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        state.epoch = state.global_step / state.max_steps
+        if self.is_stream:
+            state.epoch = state.global_step / state.max_steps

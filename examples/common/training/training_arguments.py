@@ -44,9 +44,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        number = self.whitening_images
-        if type(number) is not int or number < 0:
-            raise ValueError(f"`whitening_images` must be a whole number, 0 or more, but is {number!r}.")
+        check_count("whitening_images", self.whitening_images, 0)
         if self.image_size is not None:
             check_count("image_size", self.image_size, 1)
 

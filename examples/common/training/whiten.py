@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from common.data.collator import CaptionCollator
+from common.data.collator import CaptionCollator, EmptyBatchError
 from common.data.data_arguments import DataArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -41,15 +41,14 @@ def _features(
 ) -> Iterator[torch.Tensor]:
     """Vision features of each good row, `(images, tokens, dim)`."""
     for row in rows:
-        if "vision_features" in row:
-            features = torch.tensor(row["vision_features"][0])  # of several views the first
-            yield features.reshape(-1, *features.shape[-2:])  # (tiles, tokens, dim)
+        try:
+            batch, _ = collator.encode_good(collator.read_examples([row]), with_labels=False)
+        except EmptyBatchError:  # a bad row that is skipped
             continue
-        media = collator.read(row)
-        if media is None:
-            continue
-        if collator.data_args.video_column:
-            video = collator.processor(videos=[media], do_sample_frames=False).to(model.device)
-            yield model.get_vision_features(video["pixel_values_videos"], frame_times=video["frame_times"])
+        batch = batch.to(model.device)
+        if "vision_features" in batch:
+            yield batch["vision_features"]
+        elif "pixel_values" in batch:
+            yield model.get_vision_features(batch["pixel_values"])
         else:
-            yield model.get_vision_features(collator.processor(images=media)["pixel_values"].to(model.device))
+            yield model.get_vision_features(batch["pixel_values_videos"], frame_times=batch["frame_times"])
