@@ -8,7 +8,7 @@ from .configuration_connectors import (
     TomeFormerConfig,
     connector_config_class,
 )
-from .configuration_evlgen import EVLGenConfig
+from .configuration_evlgen import EVLGenConfig, read_budgets
 
 __all__ = [
     "CONNECTOR_CONFIGS",
@@ -18,4 +18,5 @@ __all__ = [
     "QFormerConnectorConfig",
     "TomeFormerConfig",
     "connector_config_class",
+    "read_budgets",
 ]

@@ -3,7 +3,6 @@
 import inspect
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import type_validator
@@ -14,24 +13,16 @@ from transformers.utils import CONFIG_NAME
 # The smallest and the largest value of each numeric field. No connector has all of these fields.
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _COUNTS += ("type_vocab_size", "num_query_tokens", "cross_attention_frequency", "pool_size", "num_distinctive_tokens")
-_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 _DEVIATIONS = ("initializer_range", "position_initializer_range", "output_position_initializer_range")
 _DEVIATIONS += ("branch_initializer_range", "query_initializer_range", "layer_norm_eps")
-_RANGES = {
-    **dict.fromkeys(_COUNTS, (1, math.inf)),
-    **dict.fromkeys(_PROBABILITIES, (0, 1)),
-    **dict.fromkeys(_DEVIATIONS, (0, math.inf)),
-}
+_RANGES = dict.fromkeys(_COUNTS, (1, math.inf)) | dict.fromkeys(_DEVIATIONS, (0, math.inf))
+_RANGES |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), (0, 1))
 # Options that connectors had. Each is refused where it is set, since the model would give other words without it.
 _DELETED = ("distinctive_factor", "num_merged_tokens", "size_weighting", "keep_order")
 
 
 class CheckedConfig(PreTrainedConfig):
-    """A configuration that checks the types of its fields.
-
-    Raises:
-        TypeError: If a field does not have the type of its annotation.
-    """
+    """A configuration that checks the types of its fields, and raises a TypeError that names the first wrong one."""
 
     def __post_init__(self, **kwargs: Any):
         for name in self.field_names():
@@ -49,13 +40,10 @@ class CheckedConfig(PreTrainedConfig):
         return [name for name in cls.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
 
     @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
         """Reads config.json as [`~PreTrainedConfig.get_config_dict`] does.
 
-        Raises:
-            ValueError: If there is none that names a model. transformers would silently build the defaults.
+        Raises a ValueError if there is none that names a model. transformers would silently build the defaults.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not isinstance(config_dict, dict) or "model_type" not in config_dict:
@@ -70,38 +58,40 @@ class CheckedConfig(PreTrainedConfig):
         return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in names}}, **kwargs)
 
     def _check_range(self, name: str, low: float, high: float = math.inf) -> None:
-        """
-        Raises:
-            ValueError: If a field is neither None nor a finite number from `low` to `high`.
-        """
+        """Raises a ValueError if a field is neither None nor a finite number from `low` to `high`."""
         value = getattr(self, name)
-        if value is None:
-            return
-        if not math.isfinite(value):
+        if value is not None and not math.isfinite(value):
             raise ValueError(f"`{name}` must be finite, but is {value}.")
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             expected = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise ValueError(f"`{name}` must be {expected}, but is {value}.")
 
 
 class ConnectorConfig(CheckedConfig):
-    r"""
-    The fields that all connectors have, and the checks that several connectors need.
+    r"""The fields that all connectors have, and the checks that several connectors need.
 
     Args:
         hidden_size (`int`, defaults to 768): Width D of the tokens, in and out.
+        intermediate_size (`int`, defaults to 3072): Width of the feed-forward part.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the feed-forward part, a key of transformers' `ACT2FN`.
+        layer_norm_eps (`float`, defaults to 1e-12): Epsilon of the LayerNorms.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
         max_position_embeddings (`int`, *optional*, defaults to 512):
             Largest number of input tokens. None allows any number.
         class_token (`bool`, defaults to `True`): Whether token 0 is a class token.
 
     Raises:
-        TypeError: If a field has a wrong type; the message names it.
+        TypeError: If a field has a wrong type; the message names it. So do all configurations of connectors.
         ValueError: If a field is out of range; the message names it.
     """
 
     base_config_key = "connector_config"
 
     hidden_size: int = 768
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float | int = 1e-12
+    initializer_range: float | int = 0.02
     max_position_embeddings: int | None = 512
     class_token: bool = True
 
@@ -118,13 +108,12 @@ class ConnectorConfig(CheckedConfig):
         for name, (low, high) in _RANGES.items():
             if name in fields:
                 self._check_range(name, low, high)
-        if "hidden_act" in fields and self.hidden_act not in ACT2FN:
+        if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, but is {self.hidden_act!r}.")
-        if "num_attention_heads" in fields and self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
-                f"({self.num_attention_heads})."
-            )
+        heads = getattr(self, "num_attention_heads", 1)
+        if self.hidden_size % heads:
+            width = f"`hidden_size` ({self.hidden_size})"
+            raise ValueError(f"{width} must be a multiple of `num_attention_heads` ({heads}).")
         grid = getattr(self, "position_grid_size", None)
         if grid is not None and not 2 <= grid <= math.sqrt((self.max_position_embeddings or 0) - self.class_token):
             raise ValueError(
@@ -137,35 +126,25 @@ class ConnectorConfig(CheckedConfig):
         raise NotImplementedError
 
     def check_budget(self, budget: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
-        """
-        Raises:
-            ValueError: If the connector cannot make `budget` tokens of `num_tokens` input tokens, which come from
-                `tiles`, rows and columns of them.
-        """
+        """Raises a ValueError if the connector cannot make `budget` of `num_tokens` tokens from these tiles."""
         raise NotImplementedError
 
     def check_inputs(self, shape: tuple[int, ...], tiles: tuple[int, int]) -> None:
-        """
-        Raises:
-            ValueError: If input tokens of this shape do not have the connector's width, are more in a tile than
-                `max_position_embeddings`, or are no square grid in each of several tiles.
-        """
+        """Raises a ValueError if input tokens have another width, are too many, or no grid in each tile."""
         if len(shape) != 3 or shape[2] != self.hidden_size:
-            raise ValueError(
-                f"`inputs_embeds` must have shape (batch, tokens, {self.hidden_size}), but has {tuple(shape)}."
-            )
+            expected = f"(batch, tokens, {self.hidden_size})"
+            raise ValueError(f"`inputs_embeds` must have shape {expected}, but has {tuple(shape)}.")
         prefix, num_tiles = int(self.class_token), math.prod(tiles)
         tokens = (shape[1] - prefix) / num_tiles + prefix  # of one tile
         if self.max_position_embeddings is not None and tokens > self.max_position_embeddings:
-            raise ValueError(
-                f"`inputs_embeds` has {tokens:g} tokens{' in each tile' * (num_tiles > 1)}, more than "
-                f"`max_position_embeddings` ({self.max_position_embeddings})."
+            limit, where = (
+                f"`max_position_embeddings` ({self.max_position_embeddings})",
+                " in each tile" * (num_tiles > 1),
             )
+            raise ValueError(f"`inputs_embeds` has {tokens:g} tokens{where}, more than {limit}.")
         if num_tiles > 1 and math.isqrt(int(tokens) - prefix) ** 2 != tokens - prefix:
-            raise ValueError(
-                f"`tiles` must have a square grid of patches each, but {shape[1]} tokens in {tiles[0]} x {tiles[1]} "
-                "tiles have none."
-            )
+            found = f"{shape[1]} tokens in {tiles[0]} x {tiles[1]} tiles"
+            raise ValueError(f"`tiles` must have a square grid of patches each, but {found} have none.")
 
 
 class TransformerConnectorConfig(ConnectorConfig):
@@ -174,65 +153,50 @@ class TransformerConnectorConfig(ConnectorConfig):
     Args:
         num_hidden_layers (`int`, defaults to 12): Number of layers L.
         num_attention_heads (`int`, defaults to 12): Heads of each layer. Must divide `hidden_size`.
-        intermediate_size (`int`, defaults to 3072): Width of the feed-forward part.
-        hidden_act (`str`, defaults to `"gelu"`): Activation of the feed-forward part, a key of transformers' `ACT2FN`.
         hidden_dropout_prob (`float`, defaults to 0.1): Dropout after the embeddings and in both residual branches.
         attention_probs_dropout_prob (`float`, defaults to 0.1): Dropout of the attention probabilities.
-        layer_norm_eps (`float`, defaults to 1e-12): Epsilon of the LayerNorms.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
-        position_initializer_range (`float`, *optional*): Standard deviation of fresh positions of the input tokens.
+        position_initializer_range (`float`, *optional*):
+            Standard deviation of fresh positions of the input tokens, for a TomeFormer `initializer_range` by default.
+            With positions about as large as the tokens, it learns positions sooner.
         position_grid_size (`int`, *optional*):
             Patches along each side of the vision tower's square grid. If given, fresh positions are smooth over the
             grid. So the mean position of a merged token still shows where it is, and neighbours are more alike. By
             default all positions start independent of each other.
+        others: As in [`ConnectorConfig`].
     """
 
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
-    layer_norm_eps: float | int = 1e-12
-    initializer_range: float | int = 0.02
     position_initializer_range: float | int | None = None
     position_grid_size: int | None = None
 
 
 class TomeFormerConfig(TransformerConnectorConfig):
-    r"""
-    Configuration of the TomeFormer, a BERT encoder that merges similar tokens in every layer (EVLGen, section 3.2).
+    r"""Configuration of the TomeFormer: a BERT encoder that merges similar tokens in each layer (EVLGen, section 3.2).
 
     Args:
-        position_initializer_range (`float`, *optional*):
-            By default `initializer_range`. With positions about as large as the tokens, a fresh connector learns
-            positions sooner.
         type_vocab_size (`int`, defaults to 2): Rows of the token-type table. Only the first is used.
         output_position_initializer_range (`float`, *optional*):
-            If given, learned positions are added to the tokens after the last layer, and fresh ones have this standard
-            deviation. The tokens themselves have about 1.0. Other patches are merged into a token for each image, so
-            positions identify the tokens to the language model, as the queries of a Q-Former do.
+            If given, learned positions are added to the tokens after the last layer, whose standard deviation is about
+            1.0; that of fresh positions is this. Each image merges other patches into a token, so positions identify
+            the tokens to the language model, as the queries of a Q-Former do.
         branch_initializer_range (`float`, *optional*):
             Standard deviation of fresh linear maps at the end of residual branches. By default `initializer_range`.
-            With `pre_norm=True` and 0.0, the TomeFormer starts as pure token merging after the LayerNorm of its
-            embeddings. Its branches learn at full speed at once.
+            With `pre_norm=True` and 0.0, the TomeFormer starts as pure merging of normalised tokens.
         merge_r (`int`, `list[int]`, `dict[str, float]` or `tuple[int, float]`, defaults to 19):
             Number of tokens to merge (ToMe's schedules). An integer holds for every layer. A list has one number for
             each layer and is padded with zeros. With `{"r": r, "inflection": i}` or the pair `(r, i)`, numbers change
             linearly from `r * (1 - i)` in the first layer to `r * (1 + i)` in the last; it is replaced by that list.
         merge_metric (`str`, defaults to `"keys"`):
-            Vectors whose similarity decides what is merged. `"keys"` are those of the layer's attention, averaged over
-            its heads (ToMe, section 3, and the paper). `"hidden_states"` are the whole input of the attention. Fresh
-            keys are narrow random projections, so they blur similarity.
+            Vectors whose similarity decides what is merged. `"keys"` are the mean of the attention's over its heads
+            (ToMe, section 3, and the paper). Fresh ones blur similarity. `"hidden_states"` are its whole input.
         class_token (`bool`, defaults to `True`): Whether token 0 is a class token. It is never merged.
         pre_norm (`bool`, defaults to `False`):
-            `False` is BERT's block, which normalises after each residual sum. `True` normalises the input of each
-            residual branch instead. Then the residual path only merges tokens.
-        others: As in [`ConnectorConfig`] and [`TransformerConnectorConfig`].
-
-    Raises:
-        TypeError: If a field has a wrong type; the message names it.
-        ValueError: If a field is out of range; the message names it.
+            Whether a layer normalises the input of each residual branch, so that the residual path only merges tokens.
+            BERT's layer normalises each residual sum.
+        others: As in [`TransformerConnectorConfig`].
     """
 
     model_type = "tomeformer"
@@ -261,10 +225,7 @@ class TomeFormerConfig(TransformerConnectorConfig):
         """Returns how many of `num_tokens` input tokens enter the first layer, and how many each layer leaves.
 
         With `merge_r` no layer merges more than half of its tokens. To a requested `budget`, each layer keeps about
-        the same share of its tokens.
-
-        Raises:
-            ValueError: If `budget` is out of range.
+        the same share of its tokens. Raises a ValueError if `budget` is out of range.
         """
         if budget is not None:
             self.check_budget(budget, num_tokens)
@@ -279,19 +240,17 @@ class TomeFormerConfig(TransformerConnectorConfig):
     def check_budget(self, budget: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
         lowest = int(self.class_token) + 1
         if not lowest <= budget <= num_tokens:
-            raise ValueError(
-                f"`num_image_tokens` must be from {lowest} to {num_tokens}, the number of tokens before merging, but "
-                f"is {budget}."
-            )
+            raise ValueError(f"`num_image_tokens` must be from {lowest} to {num_tokens}, but is {budget}.")
 
     def default_budget(self, num_tokens: int) -> int:
         return self.token_counts(num_tokens)[-1]
 
 
 class QFormerConnectorConfig(TransformerConnectorConfig):
-    r"""
-    Configuration of BLIP-2's Q-Former (Li et al., ICML 2023) as a connector. Learned queries attend to the visual
-    tokens in transformers' own `Blip2QFormerModel`. The fields have that model's names and BLIP-2's values.
+    r"""Configuration of BLIP-2's Q-Former (Li et al., ICML 2023) as a connector.
+
+    Learned queries attend to the visual tokens in transformers' own `Blip2QFormerModel`. The fields have that model's
+    names and BLIP-2's values.
 
     Args:
         num_query_tokens (`int`, defaults to 32): Number of queries, and so of tokens in the soft prompt.
@@ -300,17 +259,11 @@ class QFormerConnectorConfig(TransformerConnectorConfig):
             Queries attend to visual tokens in every layer whose index is a multiple of this.
         position_initializer_range (`float`, *optional*):
             If given, learned positions are added to the visual tokens. BLIP-2 has none: the tokens of a ViT contain
-            their positions. Those of a CNN do not.
-        position_grid_size (`int`, *optional*): Needs `position_initializer_range`.
+            their positions. Those of a CNN do not. `position_grid_size` needs it.
         num_distinctive_tokens (`int`, *optional*):
             If given, queries attend to this many of the most distinctive visual tokens of an image, to the mean of
-            all others and to a class token. The smaller a token's mean cosine similarity to all tokens, the more
-            distinctive it is. By default, and in images with fewer tokens, queries attend to all tokens, as in BLIP-2.
-        others: As in [`ConnectorConfig`] and [`TransformerConnectorConfig`].
-
-    Raises:
-        TypeError: If a field has a wrong type; the message names it.
-        ValueError: If a field is out of range; the message names it.
+            all others and to a class token; see [`keep_distinctive`]. By default they attend to all, as in BLIP-2.
+        others: As in [`TransformerConnectorConfig`].
     """
 
     model_type = "evlgen_qformer"
@@ -323,9 +276,7 @@ class QFormerConnectorConfig(TransformerConnectorConfig):
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
         if self.position_grid_size is not None and self.position_initializer_range is None:
-            raise ValueError(
-                "`position_grid_size` needs `position_initializer_range`: without it there are no positions."
-            )
+            raise ValueError("`position_grid_size` needs `position_initializer_range`, or there are no positions.")
         if self.position_initializer_range is not None and self.max_position_embeddings is None:
             raise ValueError("`position_initializer_range` needs `max_position_embeddings`, the number of positions.")
 
@@ -334,49 +285,36 @@ class QFormerConnectorConfig(TransformerConnectorConfig):
 
     def check_budget(self, budget: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
         if not 1 <= budget <= self.num_query_tokens:
-            raise ValueError(
-                f"`num_image_tokens` must be from 1 to `num_query_tokens` ({self.num_query_tokens}), but is {budget}."
-            )
+            limit = f"`num_query_tokens` ({self.num_query_tokens})"
+            raise ValueError(f"`num_image_tokens` must be from 1 to {limit}, but is {budget}.")
 
 
 class MLPConnectorConfig(ConnectorConfig):
-    r"""
-    Configuration of an MLP on each visual token, as in LLaVA-1.5 (Liu et al., CVPR 2024). Between EVLGen's two linear
-    projections it computes `dense_2(act(dense_1(x)))` from the normalised tokens x.
+    r"""Configuration of an MLP on each visual token, as in LLaVA-1.5 (Liu et al., CVPR 2024).
+
+    Between EVLGen's two linear projections it computes `dense_2(act(dense_1(x)))` from the normalised tokens x.
 
     Args:
-        intermediate_size (`int`, defaults to 3072): Width between the two layers.
-        hidden_act (`str`, defaults to `"gelu"`): Activation, a key of transformers' `ACT2FN`.
         residual (`bool`, *optional*):
-            Whether the normalised input is added to the output. By default it is if `branch_initializer_range` is
-            given.
+            Whether the normalised input is added to the output, by default if `branch_initializer_range` is given.
         pool_size (`int`, *optional*):
-            If given, the grid of visual tokens is averaged to `pool_size` x `pool_size` tokens first. A class token
-            stays in front of them.
+            If given, the grid of tokens is averaged to `pool_size` x `pool_size` tokens first. A class token stays.
         output_position_initializer_range (`float`, *optional*): As in [`TomeFormerConfig`].
         max_position_embeddings (`int`, *optional*):
-            Largest number of input tokens. By default any, or 512 with output positions.
+            Largest number of input tokens, by default any, or 512 with output positions.
         branch_initializer_range (`float`, *optional*):
             Standard deviation of a fresh `dense_2`. By default `initializer_range`. With 0.0, a residual MLP starts as
             the identity.
-        layer_norm_eps, initializer_range: As in [`TransformerConnectorConfig`].
-
-    Raises:
-        TypeError: If a field has a wrong type; the message names it.
-        ValueError: If a field is out of range; the message names it.
+        others: As in [`ConnectorConfig`].
     """
 
     model_type = "evlgen_mlp"
 
     max_position_embeddings: int | None = None
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
     residual: bool | None = None
     pool_size: int | None = None
     output_position_initializer_range: float | int | None = None
     branch_initializer_range: float | int | None = None
-    layer_norm_eps: float | int = 1e-12
-    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
@@ -386,11 +324,6 @@ class MLPConnectorConfig(ConnectorConfig):
             self.max_position_embeddings = 512
 
     def default_budget(self, num_tokens: int) -> int:
-        """The number of tokens, or of those of the pooled grid.
-
-        Raises:
-            ValueError: If tokens are pooled, but are not a square grid of at least `pool_size` tokens a side.
-        """
         if self.pool_size is None:
             return num_tokens
         budget = self.pool_size**2 + int(self.class_token)
@@ -401,78 +334,30 @@ class MLPConnectorConfig(ConnectorConfig):
         prefix = int(self.class_token)
         if self.pool_size is None:
             if budget != num_tokens:
-                raise ValueError(
-                    f"`num_image_tokens` must be {num_tokens}, one for each token, as there is no `pool_size`, but "
-                    f"is {budget}."
-                )
+                raise ValueError(f"Without `pool_size`, `num_image_tokens` must be {num_tokens}, but is {budget}.")
             return
         num_tiles = math.prod(tiles)
         side, pooled = math.isqrt((num_tokens - prefix) // num_tiles), math.isqrt(max(0, budget - prefix))
         if side**2 * num_tiles != num_tokens - prefix or side * min(tiles) < pooled:
-            raise ValueError(
-                f"`pool_size` {pooled} needs a square grid of at least as many tokens a side, but there are "
-                f"{num_tokens - prefix} patch tokens."
-            )
+            found = f"there are {num_tokens - prefix} patch tokens"
+            raise ValueError(f"`pool_size` {pooled} needs a square grid of at least as many tokens a side; {found}.")
         if pooled < 1 or pooled**2 != budget - prefix:
             raise ValueError(f"`num_image_tokens` must be a square{' and a class token' * prefix}, but is {budget}.")
 
 
-CONNECTOR_CONFIGS = {
-    config_class.model_type: config_class
-    for config_class in (TomeFormerConfig, QFormerConnectorConfig, MLPConnectorConfig)
-}
+CONNECTOR_CONFIGS = {c.model_type: c for c in (TomeFormerConfig, QFormerConnectorConfig, MLPConnectorConfig)}
 
 
 def connector_config_class(fields: dict[str, Any]) -> type[ConnectorConfig]:
-    """Returns the configuration class that `fields` name by their `model_type`. Without one it is the TomeFormer's.
+    """Returns the configuration class that `fields` name by their `model_type`, by default the TomeFormer's.
 
-    Raises:
-        ValueError: If there is no such connector.
+    Raises a ValueError if there is no such connector.
     """
     model_type = fields.get("model_type", TomeFormerConfig.model_type)
     if model_type not in CONNECTOR_CONFIGS:
-        raise ValueError(
-            f"`connector_config`'s `model_type` must be one of {', '.join(CONNECTOR_CONFIGS)}, but is {model_type!r}."
-        )
+        known = ", ".join(CONNECTOR_CONFIGS)
+        raise ValueError(f"`connector_config`'s `model_type` must be one of {known}, but is {model_type!r}.")
     return CONNECTOR_CONFIGS[model_type]
-
-
-def read_budgets(
-    name: str, given: Any, count: int, default: int | None, image_token_range: Sequence[int] | None
-) -> list[int]:
-    """The number of tokens of each of `count` images or videos: those given, or one number for all.
-
-    Args:
-        name (`str`): The argument's name, for the message.
-        given (`int`, `Sequence[int]` or integer tensor, *optional*): One number, or one for each.
-        count (`int`): Number of images or videos.
-        default (`int`, *optional*): The number where none is given.
-        image_token_range (`Sequence`, *optional*): The smallest and the largest number allowed, by default any.
-
-    Raises:
-        ValueError: If a number is no integer, below 1 or out of the range, or there is not one for each. If there are
-            no two such numbers in the range, the smaller one first.
-    """
-    budgets = given.tolist() if hasattr(given, "tolist") else given  # a tensor
-    budgets = default if budgets is None else budgets
-    is_sequence = isinstance(budgets, list | tuple)
-    numbers = [n.item() if hasattr(n, "item") else n for n in budgets] if is_sequence else [budgets]
-    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 1 for number in numbers):
-        raise ValueError(f"`{name}` must be an integer of 1 or more, or a list of these, but is {budgets!r}.")
-    if is_sequence and len(numbers) != count:
-        raise ValueError(f"`{name}` holds {len(numbers)} numbers, but there are {count} images or videos.")
-    low, high = 1, math.inf
-    if image_token_range is not None:
-        limits = list(image_token_range) if isinstance(image_token_range, list | tuple) else []
-        if [type(limit) for limit in limits] != [int, int] or not 1 <= limits[0] <= limits[1]:
-            raise ValueError(
-                "`image_token_range` must hold the smallest and the largest number of tokens, integers of 1 or more, "
-                f"but is {image_token_range!r}."
-            )
-        low, high = limits
-    if not all(low <= number <= high for number in numbers):
-        raise ValueError(f"`{name}` must be from {low} to {high}, as the model was trained, but is {budgets}.")
-    return numbers if is_sequence else numbers * count
 
 
 def _linear_schedule(merge_r: tuple[int, float] | dict[str, float], num_layers: int) -> list[int]:

@@ -3,22 +3,20 @@
 import copy
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .configuration_connectors import CheckedConfig, TomeFormerConfig, connector_config_class, read_budgets
+from .configuration_connectors import CheckedConfig, TomeFormerConfig, connector_config_class
 from .hub_code import AUTO_MAP, CUSTOM_PIPELINES, Pipelines, save_hub_code
 
 # The paper's towers. The default configuration of transformers for the first is EVA ViT-g.
 _EVA_VIT_G = {"model_type": "blip_2_vision_model"}
 _OPT_2_7B = {"model_type": "opt", "hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240}
 _OPT_2_7B |= {"num_hidden_layers": 32, "num_attention_heads": 32}
-
-# These towers take images of any size. The `image_size` in their configuration is not binding.
-_ANY_IMAGE_SIZE = ("dinov2", "dinov2_with_registers")
 
 # Whether the tokens of these towers start with a class token. For other towers a dry run finds it out.
 _CLASS_TOKEN = {
@@ -31,10 +29,39 @@ _CLASS_TOKEN = {
 }
 
 
+def read_budgets(
+    name: str, given: Any, count: int, default: int | None, image_token_range: Sequence[int] | None
+) -> list[int]:
+    """The number of tokens of each of `count` images or videos: those given, or `default`.
+
+    `given` is an integer for all, or one for each in a sequence or a tensor. `name` is the argument's in messages. The
+    range holds the smallest and the largest number allowed, by default any. Raises a ValueError if it is no such pair,
+    or if a number is no integer, below 1 or out of the range, or there is not one for each.
+    """
+    budgets = given.tolist() if hasattr(given, "tolist") else given  # a tensor
+    budgets = default if budgets is None else budgets
+    is_sequence = isinstance(budgets, list | tuple)
+    numbers = [n.item() if hasattr(n, "item") else n for n in budgets] if is_sequence else [budgets]
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 1 for number in numbers):
+        raise ValueError(f"`{name}` must be an integer of 1 or more, or a list of these, but is {budgets!r}.")
+    if is_sequence and len(numbers) != count:
+        raise ValueError(f"`{name}` holds {len(numbers)} numbers, but there are {count} images or videos.")
+    low, high = 1, math.inf
+    if image_token_range is not None:
+        limits = list(image_token_range) if isinstance(image_token_range, list | tuple) else []
+        if [type(limit) for limit in limits] != [int, int] or not 1 <= limits[0] <= limits[1]:
+            wanted = "the smallest and the largest number of tokens, integers of 1 or more"
+            raise ValueError(f"`image_token_range` must hold {wanted}, but is {image_token_range!r}.")
+        low, high = limits
+    if not all(low <= number <= high for number in numbers):
+        raise ValueError(f"`{name}` must be from {low} to {high}, as the model was trained, but is {budgets}.")
+    return numbers if is_sequence else numbers * count
+
+
 class EVLGenConfig(CheckedConfig):
-    r"""
-    Configuration of [`EVLGenForConditionalGeneration`]. The defaults are the paper's model: EVA ViT-g, a TomeFormer of
-    BERT-base's size and OPT-2.7b. The configuration of a checkpoint must have all three parts.
+    r"""Configuration of [`EVLGenForConditionalGeneration`]. That of a checkpoint must have all three parts.
+
+    The defaults are the paper's model: EVA ViT-g, a TomeFormer of BERT-base's size and OPT-2.7b.
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
@@ -45,45 +72,38 @@ class EVLGenConfig(CheckedConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the language model, of any type that `AutoModelForCausalLM` knows.
         image_token_id (`int`, *optional*):
-            Id of the placeholder token `<image>`. It is never looked up in the language model's embedding, so it may
-            lie beyond it. By default it is the first id beyond.
-        video_token_id (`int`, *optional*):
-            Id of the placeholder token `<video>`. By default the id after that of `<image>`.
+            Id of the placeholder `<image>`, by default the first beyond the language model's embedding. It is never
+            looked up there.
+        video_token_id (`int`, *optional*): Id of the placeholder `<video>`, by default the next one.
         temporal_contextualizer (`bool`, *optional*, defaults to `False`):
-            Whether the frames of a video attend to each other in the vision tower (EVLGen, section 3.3). Without it, a
-            video is the mean of its frames.
+            Whether the frames of a video attend to each other in the vision tower (EVLGen, section 3.3).
         temporal_hidden_size (`int`, *optional*, defaults to 256): Width of the temporal queries and keys.
         temporal_num_attention_heads (`int`, *optional*, defaults to 8):
             Heads of the temporal attention. Must divide `temporal_hidden_size` and `vision_hidden_size`.
         temporal_frame_positions (`bool`, *optional*, defaults to `False`):
-            Whether the temporal contextualizer has learned frame positions, so that it sees the order of frames. The
-            paper's has none. Fresh ones are zero.
+            Whether the contextualizer has learned frame positions, and so sees the order of frames; the paper's does
+            not. Fresh ones are zero.
         video_mode (`str`, *optional*, defaults to `"mean"`):
-            How the frames of a video become the tokens of one image. `"mean"` averages them, as in the paper.
-            `"merge"` merges similar tokens, within frames and then over time, and embeds their times. It needs a
-            square grid of patches and takes no temporal contextualizer.
+            How frames become the tokens of one image. `"mean"` averages them, as in the paper. `"merge"` merges
+            similar tokens, within frames and then over time, and embeds their times. It needs a square grid.
         num_vision_tokens (`int`, *optional*):
-            Number of tokens N of the vision tower for one image. Needed for towers with feature maps and for timm,
-            whose `vision_config` does not determine it.
-            [`EVLGenForConditionalGeneration.from_vision_text_pretrained`] measures it.
+            Number of tokens N of the vision tower for one image. Needed for towers with feature maps and for timm's,
+            of which [`EVLGenForConditionalGeneration.from_vision_text_pretrained`] measures it.
         num_image_tokens (`int`, *optional*):
-            Tokens of the soft prompt of an image or video, if no number is requested. By default those that the
-            connector's configuration gives. Another number needs an `image_token_range`.
+            Tokens of the soft prompt of an image or video, if no number is requested. A number other than that of the
+            connector's configuration needs an `image_token_range`.
         image_token_range (`list[int]`, *optional*):
-            The smallest and the largest number of tokens of an image or video, if the model was trained with several.
-            By default each has `num_image_tokens`.
-        vision_hidden_size (`int`, *optional*): Width Dv of these tokens. Needed for the same towers.
-        vision_model_name_or_path, vision_model_revision, text_model_name_or_path, text_model_revision (`str`,
-        *optional*):
+            The smallest and the largest number of these tokens, if the model was trained with several.
+        vision_hidden_size (`int`, *optional*): Width Dv of the tower's tokens. Needed for the same towers.
+        vision_model_name_or_path, vision_model_revision, and so for `text_model` (`str`, *optional*):
             The base models of the towers: repositories on the Hub and the commits that were loaded, or folders.
         vision_model_fingerprint, text_model_fingerprint (`str`, *optional*):
             SHA-256 of the base models. A checkpoint that names its towers is not loaded with others.
         adapted_towers (`list[str]`, *optional*):
-            `"vision_model"`, `"text_model"` or both: the towers that an adapter was merged into. Their weights differ
-            from those of their base models.
+            The towers that an adapter was merged into, of `"vision_model"` and `"text_model"`.
         towers (`str`, *optional*):
-            `"include"` if checkpoints hold the frozen towers, `"reference"` if they only name them. By default the
-            latter if both towers are repositories on the Hub. See [`~EVLGenForConditionalGeneration.save_pretrained`].
+            `"include"` if checkpoints hold the frozen towers, `"reference"` if they only name them. See
+            [`~EVLGenForConditionalGeneration.save_pretrained`] for the default.
 
     Raises:
         TypeError: If a field has a wrong type; the message names it.
@@ -117,18 +137,22 @@ class EVLGenConfig(CheckedConfig):
     towers: str | None = None
 
     def __post_init__(self, **kwargs: Any):
-        connector = self.connector_config
-        class_token_is_given = not isinstance(connector, dict | None) or "class_token" in (connector or {})
-        if isinstance(connector, dict | None):
-            self.connector_config = connector_config_class(connector or {})(**(connector or {}))
+        class_token_is_given = True
+        if isinstance(self.connector_config, dict | None):
+            fields = self.connector_config or {}
+            class_token_is_given = "class_token" in fields
+            self.connector_config = connector_config_class(fields)(**fields)
         self._build_tower_configs()
         super().__post_init__(**kwargs)
         self.custom_pipelines = Pipelines("video-to-text" if self.is_for_videos else "image-to-text")
         connector_config_class({"model_type": self.connector_config.model_type})  # raises where it is no connector
 
-        for name in ("num_vision_tokens", "vision_hidden_size"):
-            self._check_range(name, 1)
-        for name in ("temporal_hidden_size", "temporal_num_attention_heads"):
+        for name in (
+            "num_vision_tokens",
+            "vision_hidden_size",
+            "temporal_hidden_size",
+            "temporal_num_attention_heads",
+        ):
             self._check_range(name, 1)
         self._complete("num_vision_tokens", _num_vision_tokens(self.vision_config))
         self._complete("vision_hidden_size", getattr(self.vision_config, "hidden_size", None))
@@ -138,16 +162,13 @@ class EVLGenConfig(CheckedConfig):
         self._check_video_mode()
         if self.towers not in (None, "include", "reference"):
             raise ValueError(f'`towers` must be "include" or "reference", but is {self.towers!r}.')
-        unknown = set(self.adapted_towers or ()) - {"vision_model", "text_model"}
-        if unknown:
+        if unknown := set(self.adapted_towers or ()) - {"vision_model", "text_model"}:
             raise ValueError(f'`adapted_towers` holds "vision_model" and "text_model", but has {sorted(unknown)}.')
-        if self.temporal_contextualizer:
-            for name in ("temporal_hidden_size", "vision_hidden_size"):
-                if getattr(self, name) % self.temporal_num_attention_heads:
-                    raise ValueError(
-                        f"`{name}` ({getattr(self, name)}) must be a multiple of `temporal_num_attention_heads` "
-                        f"({self.temporal_num_attention_heads})."
-                    )
+        heads = self.temporal_num_attention_heads
+        for name in ("temporal_hidden_size", "vision_hidden_size") if self.temporal_contextualizer else ():
+            size = getattr(self, name)
+            if size % heads:
+                raise ValueError(f"`{name}` ({size}) must be a multiple of `temporal_num_attention_heads` ({heads}).")
 
     def _build_tower_configs(self) -> None:
         """Turns dictionaries into configurations of transformers. Its own errors do not name the part."""
@@ -165,11 +186,10 @@ class EVLGenConfig(CheckedConfig):
         """Sets a field that the vision tower's configuration determines, or checks it where it is given."""
         given = getattr(self, name)
         if given is None and expected is None:
-            raise ValueError(
-                f"`{name}` is needed: the configuration of a {self.vision_config.model_type!r} does not determine it. "
-                "`EVLGenForConditionalGeneration.from_vision_text_pretrained` measures it."
-            )
-        fixed = name != "num_vision_tokens" or self.vision_config.model_type not in _ANY_IMAGE_SIZE
+            tower = f"the configuration of a {self.vision_config.model_type!r}"
+            raise ValueError(f"`{name}` is needed: {tower} lacks it. `from_vision_text_pretrained` measures it.")
+        # DINOv2 takes images of any size. The `image_size` in its configuration is not binding.
+        fixed = name != "num_vision_tokens" or not self.vision_config.model_type.startswith("dinov2")
         if fixed and None not in (given, expected) and given != expected:
             raise ValueError(f"`{name}` is {given}, but must be {expected} by the vision tower's configuration.")
         setattr(self, name, expected if given is None else given)
@@ -181,54 +201,37 @@ class EVLGenConfig(CheckedConfig):
         if has_class_token is not None and not class_token_is_given:
             connector.class_token = has_class_token
         if has_class_token is False and connector.class_token:
-            raise ValueError(
-                "`connector_config.class_token` is True, but a vision tower of type "
-                f"{self.vision_config.model_type!r} has no class token."
-            )
+            tower = f"a vision tower of type {self.vision_config.model_type!r}"
+            raise ValueError(f"`connector_config.class_token` is True, but {tower} has no class token.")
         limit = connector.max_position_embeddings
         if limit is not None and tokens > limit:
-            raise ValueError(
-                f"The vision tower gives {tokens} tokens, more than `connector_config.max_position_embeddings` "
-                f"({limit})."
-            )
+            limit = f"`connector_config.max_position_embeddings` ({limit})"
+            raise ValueError(f"The vision tower gives {tokens} tokens, more than {limit}.")
         grid = getattr(connector, "position_grid_size", None)
         if grid is not None and grid**2 + int(connector.class_token) != tokens:
             raise ValueError(
                 f"`connector_config.position_grid_size` is {grid}, but the vision tower gives {tokens} tokens, with "
-                f"{'a' if connector.class_token else 'no'} class token. Give this tower's grid, or null for positions "
-                "that start independent of each other."
+                f"{'a' if connector.class_token else 'no'} class token. Give this tower's grid, or null."
             )
-        connector.default_budget(tokens)  # raises where tokens cannot be pooled
 
     def check_num_image_tokens(self) -> None:
-        """Sets `num_image_tokens` where it is None.
-
-        Raises:
-            ValueError: If the connector cannot make this number or an end of the range, or the range does not hold it.
-        """
+        """Sets `num_image_tokens` where it is None, and checks it and `image_token_range`."""
         own = self.connector_config.default_budget(self.num_vision_tokens)
         self.num_image_tokens = own if self.num_image_tokens is None else self.num_image_tokens
         if self.image_token_range is None:
-            if self.num_image_tokens != own:
-                raise ValueError(
-                    f"`num_image_tokens` is {self.num_image_tokens}, but the connector makes {own} tokens. Another "
-                    "number needs an `image_token_range`."
-                )
-            return
-        low, high = self.image_token_range if len(self.image_token_range) == 2 else (1, 0)
-        if not low <= self.num_image_tokens <= high:
-            raise ValueError(
-                "`image_token_range` must hold the smallest and the largest number of tokens, with "
-                f"`num_image_tokens` ({self.num_image_tokens}) between them, but is {self.image_token_range}."
-            )
-        for budget in (low, self.num_image_tokens, high):
+            if self.num_image_tokens == own:
+                return
+            found = f"is {self.num_image_tokens}, but the connector makes {own} tokens"
+            raise ValueError(f"`num_image_tokens` {found}. Another number needs an `image_token_range`.")
+        self.read_budgets("num_image_tokens", None, 1)  # raises where the range is none, or does not hold the number
+        for budget in (*self.image_token_range, self.num_image_tokens):
             try:
                 self.connector_config.check_budget(budget, self.num_vision_tokens)
             except ValueError as error:
                 raise ValueError(f"`image_token_range` is {self.image_token_range}: {error}") from error
 
     def read_budgets(self, name: str, given: Any, count: int) -> list[int]:
-        """The number of tokens of each of `count` images or videos, as [`read_budgets`] reads the argument `name`."""
+        """The numbers of tokens of `count` images or videos, as the function [`read_budgets`] returns them."""
         limits = self.image_token_range or [self.num_image_tokens] * 2
         return read_budgets(name, given, count, self.num_image_tokens, limits)
 
@@ -240,42 +243,28 @@ class EVLGenConfig(CheckedConfig):
         if self.video_mode == "mean":
             return
         if self.temporal_contextualizer:
-            raise ValueError(
-                '`video_mode` must be "mean" with a `temporal_contextualizer`: its frames are encoded together, and '
-                "those that are merged one after the other."
-            )
+            raise ValueError('`video_mode` must be "mean" with a `temporal_contextualizer`, which needs all frames.')
         if getattr(self.connector_config, "pool_size", None) is not None:
-            raise ValueError(
-                '`video_mode` must be "mean" with `connector_config.pool_size`: merged tokens form no grid to pool.'
-            )
+            raise ValueError('`video_mode` must be "mean" with `connector_config.pool_size`, which needs a grid.')
         self.check_square_grid('`video_mode` "merge"')
 
     def check_square_grid(self, name: str) -> None:
-        """Checks that the patches of the vision tower form a square. `name` is what needs it, for the error.
+        """Raises a ValueError if the patches of the vision tower form no square. `name` is what needs one.
 
         The configuration of a vision transformer states its grid. Of other towers, and of timm's, only the number of
         patches is known.
-
-        Raises:
-            ValueError: If the grid is not square, or the number of patches is no square number.
         """
         patches = self.num_vision_tokens - int(self.connector_config.class_token)
-        shown, is_square = str(patches), math.isqrt(patches) ** 2 == patches
+        shown, is_square = f"{patches} patches", math.isqrt(patches) ** 2 == patches
         if self.vision_config.model_type in _CLASS_TOKEN:
             rows, columns = _patch_grid(self.vision_config)
             if rows * columns == patches:  # otherwise the images have another size than the configuration's
-                shown, is_square = f"{rows} x {columns}", rows == columns
+                shown, is_square = f"{rows} x {columns} patches", rows == columns
         if not is_square:
-            raise ValueError(
-                f"{name} needs a vision tower with a square grid of patches, but this one gives {shown} patches."
-            )
+            raise ValueError(f"{name} needs a vision tower with a square grid of patches, but this one gives {shown}.")
 
     def check_tiles(self, name: str = "`max_tiles` above 1") -> None:
-        """
-        Raises:
-            ValueError: If the model cannot take images of several tiles, because of its vision tower or connector. The
-                message starts with `name`.
-        """
+        """Raises a ValueError, which starts with `name`, if tower or connector cannot take images of several tiles."""
         self.check_square_grid(name)
         patches = self.num_vision_tokens - int(self.connector_config.class_token)
         try:
@@ -289,8 +278,7 @@ class EVLGenConfig(CheckedConfig):
         if self.video_token_id is None:
             self.video_token_id = self.image_token_id + 1
         for name in ("image_token_id", "video_token_id"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must not be negative, but is {getattr(self, name)}.")
+            self._check_range(name, 0)
         if self.image_token_id == self.video_token_id:
             raise ValueError(f"`image_token_id` and `video_token_id` must differ, but both are {self.image_token_id}.")
 
@@ -318,8 +306,7 @@ class EVLGenConfig(CheckedConfig):
             config_dict = {"num_image_tokens": config_dict["default_num_image_tokens"], **config_dict}
             config_dict.pop("default_num_image_tokens")
         # `EVLGenConfig()` fills missing parts with the paper's. A checkpoint without one is damaged.
-        missing = [name for name in cls.sub_configs if {**config_dict, **kwargs}.get(name) is None]
-        if missing:
+        if missing := [name for name in cls.sub_configs if {**config_dict, **kwargs}.get(name) is None]:
             raise ValueError(f"The configuration of a checkpoint must have {', '.join(missing)}, which is missing.")
         return super().from_dict(config_dict, **kwargs)
 
@@ -331,21 +318,19 @@ class EVLGenConfig(CheckedConfig):
 
 
 def _num_vision_tokens(vision_config: PreTrainedConfig) -> int | None:
-    """Returns the number of tokens of one image, class and register tokens included, if the configuration has it."""
+    """The number of tokens of one image, class and register tokens included, if the configuration has it."""
     if vision_config.model_type not in _CLASS_TOKEN:
         return None
     sizes = vision_config.image_size, vision_config.patch_size
     if None in sizes or min(*_pair(sizes[0]), *_pair(sizes[1])) < 1:
-        raise ValueError(
-            "`vision_config` must have an `image_size` and a `patch_size` of at least 1, but has "
-            f"{sizes[0]} and {sizes[1]}."
-        )
+        wanted = "an `image_size` and a `patch_size` of at least 1"
+        raise ValueError(f"`vision_config` must have {wanted}, but has {sizes[0]} and {sizes[1]}.")
     prefix = int(_CLASS_TOKEN[vision_config.model_type]) + getattr(vision_config, "num_register_tokens", 0)
     return math.prod(_patch_grid(vision_config)) + prefix
 
 
 def _patch_grid(vision_config: PreTrainedConfig) -> tuple[int, int]:
-    """Returns the rows and columns of patches of an image of the configuration's size."""
+    """The rows and columns of patches of an image of the configuration's size."""
     (height, width), (patch_height, patch_width) = _pair(vision_config.image_size), _pair(vision_config.patch_size)
     return height // patch_height, width // patch_width
 

@@ -21,14 +21,8 @@ AUTO_MAP = {
     "AutoVideoProcessor": "video_processing_evlgen.EVLGenVideoProcessor",
 }
 CUSTOM_PIPELINES = {
-    "image-to-text": {
-        "impl": "pipeline_evlgen.EVLGenImageToTextPipeline",
-        "pt": ["AutoModelForImageTextToText"],
-    },
-    "video-to-text": {
-        "impl": "pipeline_evlgen.EVLGenVideoToTextPipeline",
-        "pt": ["AutoModelForImageTextToText"],
-    },
+    "image-to-text": {"impl": "pipeline_evlgen.EVLGenImageToTextPipeline", "pt": ["AutoModelForImageTextToText"]},
+    "video-to-text": {"impl": "pipeline_evlgen.EVLGenVideoToTextPipeline", "pt": ["AutoModelForImageTextToText"]},
 }
 _CROSS_IMPORT = re.compile(
     r"^(\s*)from ((?:configuration|modeling|processing)_evlgen)(?:\.(\w+))? import", re.MULTILINE
@@ -52,25 +46,7 @@ class Pipelines(dict):
 
 
 def save_hub_code(save_directory: str | os.PathLike) -> list[Path]:
-    """Writes the code of configuration, model, processor and pipeline into a checkpoint's folder.
-
-    Args:
-        save_directory (`str` or `os.PathLike`): An existing folder.
-
-    Returns:
-        `list[Path]`: The files written.
-    """
-    folders = {Path(inspect.getfile(part)).parent for part in _parts()}
-    written = []
-    for source in sorted(path for folder in folders for path in folder.glob("*.py") if path.name != "__init__.py"):
-        target = Path(save_directory) / source.name
-        code = _CROSS_IMPORT.sub(lambda m: f"{m[1]}from .{m[3] or m[2]} import", source.read_text("utf-8"))
-        target.write_text(code, encoding="utf-8")
-        written.append(target)
-    return written
-
-
-def _parts() -> tuple[type, ...]:
+    """Writes the code of configuration, model, processor and pipeline into an existing folder. Returns its files."""
     # Imported here, since each of them imports this module. The imports have a second use: the loader copies only the
     # files that a module imports, directly or not. Each module imports this one, and so all others.
     from configuration_evlgen import EVLGenConfig
@@ -78,4 +54,12 @@ def _parts() -> tuple[type, ...]:
     from processing_evlgen import EVLGenProcessor
     from processing_evlgen.pipeline_evlgen import EVLGenImageToTextPipeline
 
-    return EVLGenConfig, EVLGenForConditionalGeneration, EVLGenProcessor, EVLGenImageToTextPipeline
+    parts = (EVLGenConfig, EVLGenForConditionalGeneration, EVLGenProcessor, EVLGenImageToTextPipeline)
+    folders = {Path(inspect.getfile(part)).parent for part in parts}
+    written = []
+    for source in sorted(path for folder in folders for path in folder.glob("*.py") if path.name != "__init__.py"):
+        target = Path(save_directory) / source.name
+        code = _CROSS_IMPORT.sub(lambda m: f"{m[1]}from .{m[3] or m[2]} import", source.read_text("utf-8"))
+        target.write_text(code, encoding="utf-8")
+        written.append(target)
+    return written

@@ -34,7 +34,7 @@ from common.models import allow_token_range, load_trainable
 from common.training.run import start_run, train_and_report
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments
-from configuration_evlgen.configuration_connectors import read_budgets
+from configuration_evlgen import read_budgets
 from processing_evlgen import EVLGenProcessor
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-vqa.yaml"

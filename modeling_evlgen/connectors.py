@@ -79,11 +79,11 @@ class QFormerConnector(ConnectorPreTrainedModel):
                 num_prefix_tokens=int(config.class_token),
             )
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        shared = Blip2QFormerConfig.__dataclass_fields__.keys() & QFormerConnectorConfig.__dataclass_fields__.keys()
-        fields = {name: getattr(config, name) for name in shared - ConnectorConfig.__dataclass_fields__.keys()}
+        shared = Blip2QFormerConfig.__dataclass_fields__.keys() & set(config.field_names())
+        fields = {name: getattr(config, name) for name in shared - {"max_position_embeddings"}}  # which is for text
+        fields["encoder_hidden_size"] = config.hidden_size
         self.qformer = Blip2QFormerModel._from_config(
-            Blip2QFormerConfig(**fields, hidden_size=config.hidden_size, encoder_hidden_size=config.hidden_size),
-            attn_implementation=config._attn_implementation,
+            Blip2QFormerConfig(**fields), attn_implementation=config._attn_implementation
         )
         self.post_init()
 

@@ -11,7 +11,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
 
-from configuration_evlgen.configuration_connectors import read_budgets
+from configuration_evlgen import read_budgets
 from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
 
 from .conversations import encode_conversations, join_parts

@@ -210,7 +210,7 @@ CLIP = {"model_type": "clip_vision_model"}
             {"connector_config": TomeFormerConfig(position_grid_size=14)},
             "`connector_config.position_grid_size` is 14, but the vision tower gives 257 tokens, with a class token",
         ),
-        ({"image_token_id": -5}, "`image_token_id` must not be negative, but is -5"),
+        ({"image_token_id": -5}, "`image_token_id` must be at least 0, but is -5"),
         ({"temporal_num_attention_heads": 0}, "`temporal_num_attention_heads` must be at least 1, but is 0"),
         ({"temporal_hidden_size": -8}, "`temporal_hidden_size` must be at least 1, but is -8"),
         ({"num_vision_tokens": 0}, "`num_vision_tokens` must be at least 1, but is 0"),

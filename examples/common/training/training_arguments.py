@@ -9,7 +9,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.command_line import check_count
-from configuration_evlgen.configuration_connectors import read_budgets
+from configuration_evlgen import read_budgets
 from processing_evlgen.images import check_max_tiles
 
 
