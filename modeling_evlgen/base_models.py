@@ -42,8 +42,7 @@ def load_tower(
 ) -> BaseModel:
     """Loads a tower with `load(model, **kwargs)`, unless `model` is loaded already.
 
-    Raises:
-        ValueError: If the tower cannot be loaded, or cannot become part of a checkpoint; the message names `argument`.
+    Raises a ValueError, which names `argument`, if it cannot be loaded or cannot become part of a checkpoint.
     """
     hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
     tower = model if isinstance(model, PreTrainedModel) else _load(argument, load, model, kwargs)
@@ -83,33 +82,20 @@ def build(
     image_size: int | None,
     fields: dict[str, Any],
 ) -> PreTrainedModel:
-    """Builds a new model around its towers, with some `fields` of its configuration set.
-
-    Raises:
-        ValueError: If the parts do not fit each other, or the connector cannot be built.
-    """
-    if vision.tower.dtype != text.tower.dtype:
-        raise ValueError(
-            f"`vision_model` is {vision.tower.dtype}, but `text_model` is {text.tower.dtype}: the frozen towers "
-            "must have one dtype."
-        )
+    """Builds a new model around its towers, with some `fields` of its configuration set."""
+    dtypes = vision.tower.dtype, text.tower.dtype
+    if dtypes[0] != dtypes[1]:
+        raise ValueError(f"`vision_model` is {dtypes[0]}, but `text_model` is {dtypes[1]}: they must have one dtype.")
     shape = measure_vision_tower(vision.tower.config, image_size)
     connector_config, connector = load_connector(connector_model, connector_config, shape.class_token)
-    image_token_id, video_token_id = placeholder_ids(text)
-    known_fields = {
-        "image_token_id": image_token_id,
-        # Beside an `<image>` of the user's choice, `<video>` is the next id.
-        "video_token_id": video_token_id if "image_token_id" not in fields else None,
-        "num_vision_tokens": shape.num_tokens,
-        "vision_hidden_size": shape.hidden_size,
-        **vision.identity,
-        **text.identity,
-    }
+    # Beside an `<image>` of the user's choice, `<video>` is the next id.
+    ids = {} if "image_token_id" in fields else placeholder_ids(text)
+    sizes = {"num_vision_tokens": shape.num_tokens, "vision_hidden_size": shape.hidden_size}
     config = EVLGenConfig(
         vision_config=copy_config(vision.tower),
-        connector_config=copy.deepcopy(connector_config),
+        connector_config=connector_config,
         text_config=copy_config(text.tower),
-        **{**known_fields, **fields},
+        **{**ids, **sizes, **vision.identity, **text.identity, **fields},
     )
     model = model_class(config, vision_tower=vision.tower, language_model=text.tower)
     if connector is not None:
@@ -126,30 +112,25 @@ def build(
 def load_connector(
     name_or_path: str | os.PathLike | None, connector_config: ConnectorConfig | dict | None, class_token: bool
 ) -> tuple[ConnectorConfig | dict, PreTrainedModel | None]:
-    """Returns the connector's configuration; and the connector, if it starts from a BERT checkpoint.
-
-    Raises:
-        ValueError: If there is no such checkpoint, a field is unknown or out of range, or the connector cannot start
-            from BERT.
-    """
-    if not isinstance(connector_config, ConnectorConfig):
-        connector_config = {"class_token": class_token, **(connector_config or {})}
-        config_class = connector_config_class(connector_config)
-        unknown = sorted(connector_config.keys() - {"model_type", *config_class.__dataclass_fields__})
+    """Returns the connector's configuration; and the connector, if it starts from a BERT checkpoint."""
+    if isinstance(connector_config, ConnectorConfig):
+        config_class, fields = type(connector_config), connector_config.to_dict()
+    else:
+        fields = {"class_token": class_token, **(connector_config or {})}
+        config_class = connector_config_class(fields)
+        unknown = sorted(fields.keys() - {"model_type", *config_class.__dataclass_fields__})
         if unknown:
             raise ValueError(f"`connector_config` holds fields that {config_class.__name__} does not have: {unknown}.")
     if name_or_path is None:
-        return connector_config, None
-    fields = connector_config if isinstance(connector_config, dict) else connector_config.to_dict()
-    config_class = connector_config_class(fields)
-    config_dict = _load("connector_model", config_class.get_config_dict, name_or_path, {})[0]
-    known = {**config_dict, **fields}
+        is_config = isinstance(connector_config, ConnectorConfig)
+        return copy.deepcopy(connector_config) if is_config else config_class(**fields), None
+    known = {**_load("connector_model", config_class.get_config_dict, name_or_path, {})[0], **fields}
     config = config_class(**{name: known[name] for name in config_class.field_names() if name in known})
     connector = _load("connector_model", load_bert_as_connector, name_or_path, {"config": config})
     return connector.config, connector
 
 
-def placeholder_ids(text: BaseModel) -> tuple[int, int]:
+def placeholder_ids(text: BaseModel) -> dict[str, int]:
     """The ids of `<image>` and `<video>` in the processor: those that the tokenizer has, or the next ones."""
     known, free = {}, text.tower.config.get_text_config().vocab_size
     if text.tower.name_or_path:
@@ -157,11 +138,9 @@ def placeholder_ids(text: BaseModel) -> tuple[int, int]:
             tokenizer = AutoTokenizer.from_pretrained(text.tower.name_or_path, **text.hub_arguments)
             known, free = tokenizer.get_vocab(), len(tokenizer)
         except (OSError, ValueError):
-            logger.warning(
-                f"There is no tokenizer beside {text.tower.name_or_path}: pass `image_token_id` if it matters."
-            )
-    image_token_id = known.get("<image>", free)
-    return image_token_id, known.get("<video>", free + ("<image>" not in known))
+            logger.warning(f"{text.tower.name_or_path} has no tokenizer: pass `image_token_id` if it matters.")
+    video_token_id = known.get("<video>", free + ("<image>" not in known))
+    return {"image_token_id": known.get("<image>", free), "video_token_id": video_token_id}
 
 
 def copy_config(tower: PreTrainedModel) -> PreTrainedConfig:
@@ -181,11 +160,8 @@ def load_with_named_towers(
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
     """Builds a model from a checkpoint, the base models that it names, and perhaps an adapter.
 
-    `kwargs` are the other arguments of `from_pretrained`. Those that are not about files go to the towers.
-
-    Raises:
-        ValueError: If a base model cannot be loaded, or is not the one that the model was trained on.
-        TypeError: If there are arguments without a meaning for a tower.
+    `kwargs` are the other arguments of `from_pretrained`. Those that are not about files go to the towers. Raises a
+    ValueError if a base model cannot be loaded, or is not the one that the model was trained on.
     """
     kwargs = {name: value for name, value in kwargs.items() if name not in _IGNORED_ARGUMENTS}
     hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
@@ -241,23 +217,17 @@ def _load_towers(
 
 
 def _load_tower(argument: str, load: Callable, config: EVLGenConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Loads a tower that `config` names, and writes into it which one it is.
+    """Loads a tower that `config` names, and writes into `config` which one it is.
 
-    Raises:
-        ValueError: If it cannot be loaded, or has other weights or another configuration than the one that the model
-            was trained on.
+    Raises a ValueError if it cannot be loaded, or is not the one that the model was trained on.
     """
-    name, revision, wanted = (
-        getattr(config, f"{argument}_{field}") for field in ("name_or_path", "revision", "fingerprint")
-    )
+    fields = "name_or_path", "revision", "fingerprint"
+    name, revision, wanted = (getattr(config, f"{argument}_{field}") for field in fields)
     if name is None:
-        raise ValueError(
-            f"The checkpoint does not hold its towers, and its configuration has no `{argument}_name_or_path`."
-        )
-    kwargs = {**kwargs, "revision": revision}
+        raise ValueError(f"The checkpoint lacks its towers, and its configuration has no `{argument}_name_or_path`.")
+    kwargs = {key: value for key, value in {**kwargs, "revision": revision}.items() if value is not None}
     if isinstance(kwargs.get("device_map"), dict):
         kwargs["device_map"] = _select_part(kwargs["device_map"], TOWERS[argument])
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
     tower = _load(f"{argument}_name_or_path", load, name, kwargs)
     found = identify(argument, name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
     part = argument.replace("model", "config")

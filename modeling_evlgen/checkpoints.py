@@ -84,8 +84,7 @@ class EVLGenPreTrainedModel(PreTrainedModel):
         """Turns an image checkpoint, a folder or a repository's name, into a video model in evaluation mode.
 
         The temporal contextualizer starts as the identity: outputs for a video of equal frames are those for an image.
-        `kwargs` are those of [`from_pretrained`], with `temporal_hidden_size`, `temporal_num_attention_heads` and
-        `temporal_frame_positions` among them.
+        `kwargs` are those of [`from_pretrained`], and the contextualizer's fields, such as `temporal_hidden_size`.
         """
         return cls.from_pretrained(image_model, temporal_contextualizer=True, **kwargs)
 
@@ -140,13 +139,11 @@ class EVLGenPreTrainedModel(PreTrainedModel):
             towers (`str`, *optional*):
                 `"include"` saves the frozen towers as well. `"reference"` saves what is trained, and the names,
                 revisions and fingerprints of the base models that the towers are loaded from again. The default is
-                `config.towers`; or else `"reference"` if both towers are repositories on the Hub and unchanged, and
-                `"include"` otherwise.
+                `config.towers`; or else `"reference"` if both towers are on the Hub and unchanged.
 
         Raises:
             ValueError: If `towers` is `"reference"`, but a tower has no name, or has changed since it was loaded. If
-                `"include"` is to save a quantised language model. If the model was loaded with an adapter, or the
-                folder holds one.
+                `"include"` is to save a quantised language model. If model or folder have an adapter.
             OSError: If the disk has no room for the weights. An earlier checkpoint in the folder is left as it is.
         """
         if getattr(self, "peft_config", None):
@@ -156,10 +153,8 @@ class EVLGenPreTrainedModel(PreTrainedModel):
                 "`merge_and_unload().save_pretrained` a model that has become one with it."
             )
         if os.path.exists(os.path.join(save_directory, ADAPTER_CONFIG_NAME)):
-            raise ValueError(
-                f"`save_directory`: {save_directory} holds an adapter ({ADAPTER_CONFIG_NAME}), which would be loaded "
-                "together with this model. Remove it or name another folder."
-            )
+            where = f"`save_directory`: {save_directory} holds an adapter ({ADAPTER_CONFIG_NAME})"
+            raise ValueError(f"{where}, which would be loaded with this model. Remove it or name another folder.")
         state_dict = kwargs.pop("state_dict", None)
         state_dict = self.state_dict() if state_dict is None else state_dict
         towers = choose_towers(self, towers, state_dict)
@@ -201,8 +196,6 @@ class EVLGenPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def whiten_vision_projection(self, vision_features: torch.Tensor | Iterable[torch.Tensor]) -> None:
         """Starts a fresh vision projection from the statistics of the vision tower's tokens; see [`whiten_inputs`].
-
-        A trained projection would be spoilt.
 
         Args:
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`):
@@ -256,9 +249,8 @@ def _quantize_only_language_model(kwargs: dict[str, Any]) -> dict[str, Any]:
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     # transformers skips the head as well, unless it is given a list.
     skipped = ["vision_tower", *TRAINED_PARTS, "language_model.lm_head"]
-    # bitsandbytes has its own name for what most of transformers' configurations call `modules_to_not_convert`.
-    has_own_name = hasattr(quantization_config, "llm_int8_skip_modules")
-    name = "llm_int8_skip_modules" if has_own_name else "modules_to_not_convert"
+    name = "llm_int8_skip_modules"  # of bitsandbytes
+    name = name if hasattr(quantization_config, name) else "modules_to_not_convert"
     setattr(quantization_config, name, skipped + (getattr(quantization_config, name, None) or []))
     return {**kwargs, "quantization_config": quantization_config}
 

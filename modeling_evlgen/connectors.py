@@ -46,9 +46,6 @@ class QFormerConnector(ConnectorPreTrainedModel):
     """BLIP-2's Q-Former: learned queries that attend to the visual tokens, or to the most distinctive of them.
 
     The layers are transformers' own.
-
-    Args:
-        config ([`QFormerConnectorConfig`]): The configuration.
     """
 
     config: QFormerConnectorConfig
@@ -71,13 +68,9 @@ class QFormerConnector(ConnectorPreTrainedModel):
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_query_tokens, config.hidden_size))
         self.position_embeddings = None
         if config.position_initializer_range is not None:
-            self.position_embeddings = PositionEmbeddings(
-                config.max_position_embeddings,
-                config.hidden_size,
-                config.position_initializer_range,
-                config.position_grid_size,
-                num_prefix_tokens=int(config.class_token),
-            )
+            sizes, std = (config.max_position_embeddings, config.hidden_size), config.position_initializer_range
+            prefix = int(config.class_token)
+            self.position_embeddings = PositionEmbeddings(*sizes, std, config.position_grid_size, prefix)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         shared = Blip2QFormerConfig.__dataclass_fields__.keys() & set(config.field_names())
         fields = {name: getattr(config, name) for name in shared - {"max_position_embeddings"}}  # which is for text
@@ -96,13 +89,10 @@ class QFormerConnector(ConnectorPreTrainedModel):
     def embed_tokens(
         self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1), places: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Adds positions to the visual tokens and normalises them, `(batch, tokens, hidden_size)`.
-
-        BLIP-2's `ln_vision` does not do for this, as EVLGen has a projection after it.
-        """
+        """Adds positions to visual tokens, and normalises them: after the projection, which BLIP-2 does not have."""
         if self.position_embeddings is not None:
             inputs_embeds = self.position_embeddings(inputs_embeds, tiles, places)
-        return self.LayerNorm(inputs_embeds)
+        return self.LayerNorm(inputs_embeds)  # (batch, tokens, dim)
 
     def forward(
         self,
@@ -118,8 +108,7 @@ class QFormerConnector(ConnectorPreTrainedModel):
         self.config.check_inputs(inputs_embeds.shape, tiles)
         if budget is not None:
             self.config.check_budget(budget, inputs_embeds.shape[1], tiles)
-        tokens = self.embed_tokens(inputs_embeds, tiles, places)
-        layer_index = None
+        tokens, layer_index = self.embed_tokens(inputs_embeds, tiles, places), None
         if self.config.num_distinctive_tokens is not None:
             num_kept = min(int(self.config.class_token) + 1 + self.config.num_distinctive_tokens, tokens.shape[1])
             choice = keep_distinctive(inputs_embeds, num_kept, self.config.class_token)  # compared without positions
@@ -130,11 +119,7 @@ class QFormerConnector(ConnectorPreTrainedModel):
 
 
 class MLPConnector(ConnectorPreTrainedModel):
-    """An MLP on each visual token, as in LLaVA. With `pool_size`, on the means of a grid of them.
-
-    Args:
-        config ([`MLPConnectorConfig`]): The configuration.
-    """
+    """An MLP on each visual token, as in LLaVA. With `pool_size`, on the means of a grid of them."""
 
     config: MLPConnectorConfig
     base_model_prefix = "mlp"
@@ -144,11 +129,8 @@ class MLPConnector(ConnectorPreTrainedModel):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dense_1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        std = config.initializer_range if config.branch_initializer_range is None else config.branch_initializer_range
-        self.dense_2 = BranchLinear(config.intermediate_size, config.hidden_size, std)
-        self.output_position_embeddings = build_output_positions(
-            config.max_position_embeddings, config.hidden_size, config.output_position_initializer_range
-        )
+        self.dense_2 = BranchLinear(config.intermediate_size, config)
+        self.output_position_embeddings = build_output_positions(config)
         self.post_init()
 
     def forward(
@@ -183,10 +165,7 @@ class MLPConnector(ConnectorPreTrainedModel):
 
 
 # By the `model_type` of their configurations.
-CONNECTORS = {
-    model_class.config_class.model_type: model_class
-    for model_class in (TomeFormerModel, QFormerConnector, MLPConnector)
-}
+CONNECTORS = {model.config_class.model_type: model for model in (TomeFormerModel, QFormerConnector, MLPConnector)}
 
 
 def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorConfig) -> PreTrainedModel:
@@ -195,13 +174,7 @@ def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorCon
     A Q-Former takes BERT's self-attention, and BERT's feed-forward for the queries, as in BLIP-2 (salesforce/LAVIS,
     lavis/models/blip2_models). Its queries and its cross-attention are fresh.
 
-    Args:
-        name_or_path (`str` or `os.PathLike`): A folder or a repository's name.
-        config ([`ConnectorConfig`]): The connector's configuration.
-
-    Raises:
-        ValueError: If the connector cannot start from BERT.
-        OSError: If there is no such checkpoint.
+    Raises a ValueError if the connector cannot start from BERT, and an OSError if there is no such checkpoint.
     """
     if config.model_type == MLPConnectorConfig.model_type:
         raise ValueError("`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is for an MLP.")

@@ -76,7 +76,7 @@ def identify(argument: str, name_or_path: str | os.PathLike, **hub_arguments: An
     """
     name, commit = find_name(name_or_path)
     if not os.path.isdir(name_or_path):
-        config = _find_file(name_or_path, CONFIG_NAME, **hub_arguments)
+        config = _find_file(name_or_path, CONFIG_NAME, hub_arguments)
         commit = extract_commit_hash(config, None) or hub_arguments.get("revision")
     fingerprint = fingerprint_files(name_or_path, **hub_arguments)
     fields = {"name_or_path": name, "revision": commit, "fingerprint": fingerprint}
@@ -84,37 +84,27 @@ def identify(argument: str, name_or_path: str | os.PathLike, **hub_arguments: An
 
 
 def fingerprint_files(name_or_path: str | os.PathLike, **hub_arguments: Any) -> str | None:
-    """SHA-256 over the SHA-256 sums of weight files, in 64 hexadecimal digits; None if there are no such files.
-
-    They are in a folder, or in the Hub's cache. `hub_arguments` are `revision`, `cache_dir` … of `from_pretrained`.
-    """
+    """SHA-256 over the SHA-256 sums of weight files in a folder or the Hub's cache; None if there are none."""
     cache = Path(hub_arguments.get("cache_dir") or constants.HF_HUB_CACHE).resolve()
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        path = _find_file(name_or_path, name, **hub_arguments)
+        path = _find_file(name_or_path, name, hub_arguments)
         if path is None:
             continue
         paths = [path]
         if name.endswith(".json"):
             shards = sorted(set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()))
-            paths = [_find_file(name_or_path, shard, **hub_arguments) for shard in shards]
+            paths = [_find_file(name_or_path, shard, hub_arguments) for shard in shards]
         return hashlib.sha256("\n".join(_hash_file(path, cache) for path in paths).encode()).hexdigest()
     return None
 
 
-def _find_file(
-    name_or_path: str | os.PathLike,
-    file_name: str,
-    cache_dir: str | os.PathLike | None = None,
-    revision: str | None = None,
-    subfolder: str = "",
-    **_: Any,
-) -> str | None:
+def _find_file(name_or_path: str | os.PathLike, file_name: str, hub: Mapping[str, Any]) -> str | None:
     """A file in a folder or in the Hub's cache. The base model was loaded just now, so its files are on disk."""
-    file_name = os.path.join(subfolder, file_name)
+    file_name = os.path.join(hub.get("subfolder", ""), file_name)
     if os.path.isdir(name_or_path):
         path = os.path.join(name_or_path, file_name)
         return path if os.path.isfile(path) else None
-    path = try_to_load_from_cache(str(name_or_path), file_name, cache_dir, revision)
+    path = try_to_load_from_cache(str(name_or_path), file_name, hub.get("cache_dir"), hub.get("revision"))
     return path if isinstance(path, str) else None
 
 
@@ -132,10 +122,7 @@ def hash_weights(state_dict: Mapping[str, torch.Tensor]) -> str | None:
     """SHA-256 over the names, dtypes, shapes and bytes of weights in memory.
 
     The layout in memory and the device do not matter. Quantised weights of torchao count by the values that they stand
-    for. One CPU core hashes 1 to 2 GB each second. Threads were no faster on two busy cores.
-
-    Returns:
-        `str` of 64 hexadecimal digits; None if a tensor is on the meta device.
+    for. One CPU core hashes 1 to 2 GB each second. None if a tensor is on the meta device.
     """
     if any(tensor.is_meta for tensor in state_dict.values()):
         return None
@@ -164,9 +151,6 @@ def choose_towers(
     """Decides whether a checkpoint holds the towers: `"include"` or `"reference"`; see `save_pretrained`.
 
     `weights` are all weights of the model, if it holds only a share of them itself, as under FSDP.
-
-    Raises:
-        ValueError: If `requested` is neither of the two, or cannot be done.
     """
     if requested not in (None, "include", "reference"):
         raise ValueError(f'`towers` must be "include" or "reference", but is {requested!r}.')
@@ -221,18 +205,13 @@ def find_adapter(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> tup
 
 
 def _find_base(base: str, adapter: str | os.PathLike) -> str:
-    """The folder or name of an adapter's model. A relative path may start in any folder above the adapter.
-
-    Raises:
-        ValueError: If there is no such folder.
-    """
+    """The folder or name of an adapter's model. A relative path may start in any folder above the adapter."""
     if os.path.isdir(base) or not os.path.isdir(adapter):
         return base
     folder = Path(adapter).resolve()
-    above = [parent / base for parent in (folder, *folder.parents)]
-    found = next((path for path in above if (path / CONFIG_NAME).is_file()), None)
-    if found is not None:
-        return str(found)
+    for parent in (folder, *folder.parents):
+        if (parent / base / CONFIG_NAME).is_file():
+            return str(parent / base)
     if not is_on_hub(base):
         raise ValueError(
             f"The adapter in {adapter} is for the model in {base}, which is not there. Write where it is as "
@@ -247,10 +226,9 @@ def save_base(config: EVLGenConfig, folder: str | os.PathLike) -> None:
 
 
 def check_base(config: EVLGenConfig, adapter: str | os.PathLike, kwargs: dict[str, Any]) -> None:
-    """
-    Raises:
-        ValueError: If a model's configuration is not that of the model that an adapter was trained on. The connector's
-            weights may differ, since the adapter has its own.
+    """Raises a ValueError if a model's configuration is not that of the model that an adapter was trained on.
+
+    The connector's weights may differ, since the adapter has its own.
     """
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     if not has_file(adapter, os.path.join(hub.get("subfolder", ""), BASE_MODEL), **hub):

@@ -1,7 +1,9 @@
 """Images and videos become soft prompts here: the vision tower, the projection and the connector."""
 
 import inspect
-from collections.abc import Iterable
+import math
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,26 +16,14 @@ from configuration_evlgen import EVLGenConfig
 
 from .checkpoints import EVLGenPreTrainedModel, allow_missing_towers
 from .connectors import CONNECTORS
-from .soft_prompts import Encoded, EVLGenImageOutput, check_runs, connect, count_placeholders, read_grids
-from .video import (
-    TemporalContextualizer,
-    TemporalTower,
-    TimeEmbedding,
-    encode_images,
-    encode_videos,
-    frames_of_videos,
-)
-from .video_merging import merge_stream, merge_videos
+from .soft_prompts import Encoded, EVLGenImageOutput, Grid, check_runs, count_placeholders, join_tiles, read_grids
+from .video import TemporalContextualizer, TemporalTower, TimeEmbedding, encode_images, encode_videos, frames_of_videos
+from .video_merging import Frames, merge_stream, merge_videos
 from .vision_tower import is_frozen
 
 
 class EVLGenMediaModel(EVLGenPreTrainedModel):
-    """The parts of an EVLGen model, and what they make of images and videos.
-
-    Args:
-        config ([`EVLGenConfig`]): The configuration.
-        vision_tower, language_model (`PreTrainedModel`, *optional*): Loaded towers, instead of fresh ones.
-    """
+    """The parts of an EVLGen model, and what they make of images and videos. Arguments as in [`EVLGenModel`]."""
 
     def __init__(
         self,
@@ -98,20 +88,20 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(images, channels, height, width)`):
                 Images from the processor; or videos, of shape `(videos, frames, channels, height, width)`.
-            frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
-                False for the frames that pad a short video.
-            frame_times (`torch.Tensor` of shape `(videos, frames)`, *optional*): As in [`forward`].
+            frame_mask, frame_times (*optional*): As in [`EVLGenModel.forward`].
 
         Returns:
             `torch.Tensor` of shape `(images or videos, num_vision_tokens, vision_hidden_size)`. A video is the mean of
-            its frames, or its merged frames by `config.video_mode`. Merged frames need the places of their tokens,
-            too; only [`get_video_features`] gives both. With a temporal contextualizer, an image is a video of one
-            frame.
+            its frames, or its merged frames by `config.video_mode`, whose places [`get_video_features`] gives, too.
+            With a temporal contextualizer, an image is a video of one frame.
         """
         return self._run_tower(pixel_values, frame_mask, frame_times)[0]
 
     def _run_tower(
-        self, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None, frame_times: torch.Tensor | None
+        self,
+        pixel_values: torch.Tensor,
+        frame_mask: torch.Tensor | None = None,
+        frame_times: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The features of images or videos; and the places of their tokens, if they are merged videos."""
         _check_pixels(pixel_values, frame_mask, frame_times)
@@ -128,11 +118,7 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
     def _trains_vision(self) -> bool:
         return not is_frozen(self.vision_tower) or not (self.temporal is None or is_frozen(self.temporal))
 
-    def encode_video(
-        self,
-        frames: Iterable[torch.Tensor | tuple[torch.Tensor, float]],
-        num_image_tokens: int | None = None,
-    ) -> EVLGenImageOutput:
+    def encode_video(self, frames: Frames, num_image_tokens: int | None = None) -> EVLGenImageOutput:
         """Encodes one video of any length whose frames arrive one after the other, from a camera or a long file.
 
         Only a few frames are in memory at a time. The result is that of all frames at once. `forward` and `generate`
@@ -150,11 +136,9 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
             TypeError: If a frame is not a tensor, or a time not a number.
         """
         if self.temporal is not None:
-            raise ValueError(
-                "`encode_video` takes frames one after the other, but in a model with a `temporal_contextualizer` all "
-                "frames attend to each other. Use `get_video_features`."
-            )
-        budgets = self._read_budgets("video", None if num_image_tokens is None else [num_image_tokens], 1)
+            reason = "in a model with a `temporal_contextualizer` all frames attend to each other"
+            raise ValueError(f"`encode_video` takes one frame after another, but {reason}. Use `get_video_features`.")
+        budgets = self.config.read_budgets("num_image_tokens", num_image_tokens, 1)
         class_token = self.config.connector_config.class_token if self.config.video_mode == "merge" else None
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains_vision()):
             features, places = merge_stream(self.vision_tower, frames, class_token)
@@ -171,11 +155,12 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
         """Turns images into soft prompts.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(tiles, channels, height, width)`): Images from the processor.
-            image_grid_thw, image_budgets (*optional*): As in [`project_vision_features`].
+            pixel_values, image_grid_thw, image_budgets: As in [`EVLGenModel.forward`].
             kwargs: `output_hidden_states` and `output_attentions`, of the vision tower.
         """
-        return self._encode_pixels(pixel_values, None, None, image_grid_thw, image_budgets, kwargs)
+        features, _ = self._run_tower(pixel_values)
+        output = self.project_vision_features(features, image_grid_thw, image_budgets)
+        return self._add_tower_states(output, pixel_values, None, kwargs)
 
     @can_return_tuple
     def get_video_features(
@@ -189,43 +174,27 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
         """Turns videos into soft prompts, each of as many tokens as an image's.
 
         Args:
-            pixel_values_videos (`torch.Tensor` of shape `(videos, frames, channels, height, width)`):
-                Videos from the processor.
-            frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
-                False for the frames that pad a short video.
-            video_budgets (`torch.LongTensor` of shape `(videos,)` or `list[int]`, *optional*):
-                The number of tokens of each video.
-            frame_times (`torch.Tensor` of shape `(videos, frames)`, *optional*): As in [`forward`].
+            pixel_values_videos, frame_mask, video_budgets, frame_times: As in [`EVLGenModel.forward`].
             kwargs: As in [`get_image_features`].
         """
-        if pixel_values_videos.ndim != 5:
-            raise ValueError(
-                "`pixel_values_videos` must have shape (videos, frames, channels, height, width), but has "
-                f"{tuple(pixel_values_videos.shape)}."
-            )
+        names = ("videos", "frames", "channels", "height", "width")
+        _check_tensor("pixel_values_videos", pixel_values_videos, names)
         budgets = self._read_budgets("video", video_budgets, len(pixel_values_videos))
-        return self._encode_pixels(pixel_values_videos, frame_mask, frame_times, None, budgets, kwargs)
+        features, places = self._run_tower(pixel_values_videos, frame_mask, frame_times)
+        output = self.project_vision_features(features, None, budgets, places)
+        return self._add_tower_states(output, pixel_values_videos, frame_mask, kwargs)
 
-    def _encode_pixels(
-        self,
-        pixel_values: torch.Tensor,
-        frame_mask: torch.Tensor | None,
-        frame_times: torch.Tensor | None,
-        grid: torch.LongTensor | None,
-        budgets: torch.LongTensor | list[int] | None,
-        kwargs: dict[str, Any],
+    def _add_tower_states(
+        self, output: EVLGenImageOutput, frames: torch.Tensor, frame_mask: torch.Tensor | None, kwargs: dict[str, Any]
     ) -> EVLGenImageOutput:
-        features, places = self._run_tower(pixel_values, frame_mask, frame_times)
-        output = self.project_vision_features(features, grid, budgets, places)
+        """Adds hidden states and attentions of the tower, if requested, of images or `(videos, frames, …)`."""
+        frames = frames.unsqueeze(1) if frames.ndim == 4 else frames
         names = ("output_hidden_states", "output_attentions")
         requested = {name: kwargs.get(name, getattr(self.config.vision_config, name, None)) for name in names}
         if any(requested.values()):  # rare, and so worth another pass
-            frames = pixel_values.unsqueeze(1) if pixel_values.ndim == 4 else pixel_values  # (videos, frames, …)
-            pixel_values = frames.flatten(0, 1).to(self.vision_tower.dtype)
             with torch.no_grad(), frames_of_videos(frames.shape[1], frame_mask):
-                tower_output = self.vision_tower(pixel_values, **requested)
-            output.hidden_states = tower_output.get("hidden_states")
-            output.attentions = tower_output.get("attentions")
+                states = self.vision_tower(frames.flatten(0, 1).to(self.vision_tower.dtype), **requested)
+            output.hidden_states, output.attentions = states.get("hidden_states"), states.get("attentions")
         return output
 
     def project_vision_features(
@@ -240,16 +209,11 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
         Args:
             vision_features (`torch.Tensor` of shape `(tiles, num_vision_tokens, vision_hidden_size)`):
                 Features from [`get_vision_features`].
-            image_grid_thw (`torch.LongTensor` of shape `(images, 3)`, *optional*):
-                1, and the rows and columns of tiles of each image. By default each image is one tile.
-            image_budgets (`torch.LongTensor` of shape `(images,)` or `list[int]`, *optional*):
-                The number of tokens of each image, by default `config.num_image_tokens`.
-            token_places (`torch.FloatTensor` of shape `(videos, num_vision_tokens, 3)`, *optional*):
-                For merged videos: seconds, row and column of each token. By default the tokens are those of an image.
+            image_grid_thw, image_budgets, token_places (*optional*): As in [`EVLGenModel.forward`].
 
         Raises:
-            ValueError: If `vision_features` or `token_places` has another shape, or grids or budgets do not fit. If
-                `token_places` are given for images of several tiles.
+            TypeError: If `vision_features` or `token_places` is no tensor.
+            ValueError: If one has another shape, or grids or budgets do not fit, or `token_places` are for tiles.
         """
         grids = read_grids(image_grid_thw, len(vision_features))
         budgets = self._read_budgets("image", image_budgets, len(grids))
@@ -257,14 +221,18 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
             self.config.check_square_grid("`image_grid_thw` with several tiles")
         tokens = self._normalize(vision_features)  # (tiles, num_vision_tokens, vision_hidden_size)
         if token_places is not None:
-            _check_token_places(token_places, vision_features, grids)
+            _check_tensor("token_places", token_places, (*vision_features.shape[:2], 3))
+            if len(grids) != len(vision_features):
+                raise ValueError("`token_places` is for merged videos, but `image_grid_thw` has several tiles.")
+            is_finite = token_places.isfinite().flatten(1).all(dim=1)  # (videos,)
+            _check_videos(is_finite, "`token_places` must be finite, but has NaN or infinity")
         tokens = self.vision_projection(tokens)  # (tiles, num_vision_tokens, connector_dim)
         if self.time_embedding is not None:  # zero for images, so that under DDP each batch has its gradient
             times = tokens.new_zeros(1, 1) if token_places is None else token_places[..., 0]
             tokens = tokens + self.time_embedding(times)
         class_token = self.config.connector_config.class_token
         patches = None if token_places is None else token_places[:, int(class_token) :, 1:]
-        prompts, output_index = connect(tokens, grids, budgets, class_token, self._connect, patches)
+        prompts, output_index = self._connect_groups(tokens, grids, budgets, patches)
         return EVLGenImageOutput(
             last_hidden_state=vision_features,
             pooler_output=prompts,
@@ -272,27 +240,44 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
             token_places=token_places,
         )
 
+    def _connect_groups(
+        self, tokens: torch.Tensor, grids: list[Grid], budgets: list[int], places: torch.Tensor | None
+    ) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor | tuple[torch.Tensor, ...] | None]:
+        """Runs the connector over the tiles of images, those with the same grid and budget together.
+
+        Returns the soft prompts and the output indices, in tuples where the images of a batch differ.
+        """
+        groups: dict[tuple[Grid, int], list[int]] = defaultdict(list)
+        for image, key in enumerate(zip(grids, budgets, strict=True)):
+            groups[key].append(image)
+        tiles = tokens.split([math.prod(grid) for grid in grids])
+        results: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        for (grid, budget), images in groups.items():
+            grouped = torch.cat([tiles[image] for image in images]) if len(groups) > 1 else tokens
+            grouped = grouped.view(len(images), math.prod(grid), *tokens.shape[1:])  # (images, tiles, tokens, dim)
+            joined = join_tiles(grouped, grid, self.config.connector_config.class_token)
+            prompts, index = self._connect(joined, grid, budget, None if places is None else places[images])
+            if len(groups) == 1:
+                return prompts, index
+            indices = [None] * len(images) if index is None else index
+            results |= zip(images, zip(prompts, indices, strict=True), strict=True)
+        prompts, indices = zip(*(results[image] for image in range(len(grids))), strict=True)
+        return torch.stack(prompts) if len(set(budgets)) == 1 else prompts, None if indices[0] is None else indices
+
     def _connect(
-        self, tokens: torch.Tensor, grid: tuple[int, int], budget: int, patches: torch.Tensor | None = None
+        self, tokens: torch.Tensor, grid: Grid, budget: int, places: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs the connector over images of one grid, `(images, tokens, connector_dim)`."""
         own = self.config.connector_config.default_budget(self.config.num_vision_tokens)
         is_default = grid == (1, 1) and budget == own
-        places = {} if patches is None else {"places": patches}
-        connected = self.connector(tokens, grid, None if is_default else budget, **places)
+        connected = self.connector(tokens, grid, None if is_default else budget, places=places)
         prompts = self.language_projection(connected.last_hidden_state)  # (images, budget, text_dim)
         return prompts, connected.get("output_index")
 
     def _normalize(self, vision_features: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
         """Checks vision features, and runs `ln_vision` over them in its own dtype."""
-        if not torch.is_tensor(vision_features):
-            raise TypeError(f"`vision_features` must be a tensor, but is a {type(vision_features).__name__}.")
-        expected = (self.config.num_vision_tokens, self.config.vision_hidden_size)
-        if vision_features.ndim != 3 or tuple(vision_features.shape[1:]) != expected:
-            raise ValueError(
-                f"`vision_features` must have shape (images, {expected[0]}, {expected[1]}), but has "
-                f"{tuple(vision_features.shape)}."
-            )
+        shape = ("images", self.config.num_vision_tokens, self.config.vision_hidden_size)
+        _check_tensor("vision_features", vision_features, shape)
         return self.ln_vision(vision_features.to(device=device, dtype=self.ln_vision.weight.dtype))
 
     def encode(
@@ -310,10 +295,7 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
         video_budgets: torch.LongTensor | list[int] | None = None,
         mm_encoder_outputs: dict[str, EVLGenImageOutput] | None = None,
     ) -> Encoded:
-        """The soft prompts of the images and of the videos, if there are any, each from the one argument given.
-
-        The arguments and errors are those of [`EVLGenModel.forward`].
-        """
+        """The soft prompts of images and videos, if any. Arguments and errors are those of [`EVLGenModel.forward`]."""
         encoded: Encoded = {"image": None, "video": None, **(mm_encoder_outputs or {})}
         if sum(images is not None for images in (pixel_values, vision_features, encoded["image"])) > 1:
             raise ValueError("Only one of `pixel_values`, `vision_features` and `mm_encoder_outputs` can be given.")
@@ -346,12 +328,7 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
         num_items: int,
         input_ids: torch.LongTensor | None = None,
     ) -> list[int]:
-        """The number of tokens of each image or video; `name` is `"image"` or `"video"`.
-
-        It is the number given. Otherwise, a model that was trained with several reads it from the placeholders. A
-        compiled model does not, nor does one whose images follow each other without a token between them. There, all
-        have `config.num_image_tokens`.
-        """
+        """The number of tokens of each image or video (`name`), given or counted as [`EVLGenModel.forward`] says."""
         config = self.config
         mask = None if input_ids is None else input_ids == getattr(config, f"{name}_token_id")  # (batch, sequence)
         if given is None and config.image_token_range is not None and mask is not None:
@@ -365,57 +342,34 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
 def _check_pixels(
     pixel_values: torch.Tensor, frame_mask: torch.Tensor | None, frame_times: torch.Tensor | None
 ) -> None:
-    """
-    Raises:
-        ValueError: If pixels have neither the shape of images nor that of videos. If `frame_mask` or `frame_times` do
-            not fit them, or a video has no frame.
-        TypeError: If `frame_mask` or `frame_times` is no tensor.
-    """
+    """Raises a ValueError if pixels are neither images nor videos with frames, or the others do not fit them."""
     shape = tuple(pixel_values.shape)
     if len(shape) not in (4, 5):
-        raise ValueError(
-            "`pixel_values` must have shape (images, channels, height, width) or (videos, frames, channels, height, "
-            f"width), but has {shape}."
-        )
+        wanted = "(images, channels, height, width) or (videos, frames, channels, height, width)"
+        raise ValueError(f"`pixel_values` must have shape {wanted}, but has {shape}.")
     if len(shape) == 5 and 0 in shape[:2]:
         raise ValueError(f"Pixels of videos must hold at least one frame of each video, but have shape {shape}.")
     for name, tensor in (("frame_mask", frame_mask), ("frame_times", frame_times)):
-        if tensor is not None and not torch.is_tensor(tensor):
-            raise TypeError(f"`{name}` must be a tensor, but is a {type(tensor).__name__}.")
         if tensor is not None and len(shape) == 4:
             raise ValueError(f"`{name}` is for videos, but `pixel_values` holds images.")
-        if tensor is not None and tuple(tensor.shape) != shape[:2]:
-            raise ValueError(f"`{name}` must have shape {shape[:2]}, but has {tuple(tensor.shape)}.")
+        if tensor is not None:
+            _check_tensor(name, tensor, shape[:2])
     if frame_mask is not None:
-        has_frame = frame_mask.bool().any(dim=1)  # (videos,)
-        torch_compilable_check(
-            has_frame.all(),
-            lambda: (
-                "`frame_mask` must have a frame in each video, but has none in the videos "
-                f"{(~has_frame).nonzero().flatten().tolist()}."
-            ),
-        )
+        _check_videos(frame_mask.bool().any(dim=1), "`frame_mask` must have a frame in each video, but has none")
 
 
-def _check_token_places(
-    token_places: torch.Tensor, vision_features: torch.Tensor, grids: list[tuple[int, int]]
-) -> None:
-    """
-    Raises:
-        ValueError: If `token_places` is no tensor of shape `(videos, num_vision_tokens, 3)`, or is not finite, or a
-            grid has several tiles.
-    """
-    expected = (*vision_features.shape[:2], 3)
-    if not torch.is_tensor(token_places) or tuple(token_places.shape) != expected:
-        given = tuple(token_places.shape) if torch.is_tensor(token_places) else type(token_places).__name__
-        raise ValueError(f"`token_places` must be a tensor of shape {expected}, but is {given}.")
-    if len(grids) != len(vision_features):
-        raise ValueError("`token_places` is for merged videos, but `image_grid_thw` has images of several tiles.")
-    is_finite = token_places.isfinite().flatten(1).all(dim=1)  # (videos,)
+def _check_tensor(name: str, tensor: Any, shape: Sequence[int | str]) -> None:
+    """Raises a TypeError or a ValueError if an argument is no tensor of this shape. A word stands for any number."""
+    if not torch.is_tensor(tensor):
+        raise TypeError(f"`{name}` must be a tensor, but is a {type(tensor).__name__}.")
+    sizes = [wanted if isinstance(wanted, str) else size for wanted, size in zip(shape, tensor.shape, strict=False)]
+    if tensor.ndim != len(shape) or sizes != list(shape):
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"`{name}` must have shape ({wanted}), but has {tuple(tensor.shape)}.")
+
+
+def _check_videos(is_valid: torch.Tensor, message: str) -> None:
+    """Raises a ValueError with a message that ends with the numbers of the videos that are not valid."""
     torch_compilable_check(
-        is_finite.all(),
-        lambda: (
-            "`token_places` must be finite, but has NaN or infinity in the videos "
-            f"{(~is_finite).nonzero().flatten().tolist()}."
-        ),
+        is_valid.all(), lambda: f"{message} in the videos {(~is_valid).nonzero().flatten().tolist()}."
     )

@@ -107,8 +107,8 @@ class EVLGenModel(EVLGenMediaModel):
             frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
                 False for the frames that pad a short video.
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`, *optional*):
-                Features of the images from [`get_vision_features`], instead of `pixel_values`. Features of videos take
-                the placeholders of images.
+                Features from [`get_vision_features`], instead of `pixel_values`. Those of videos take the placeholders
+                of images.
             inputs_embeds (`torch.Tensor` of shape `(batch, sequence, text_dim)`, *optional*):
                 Embedded text, instead of `input_ids`. Beside images or videos it holds the embeddings of their
                 placeholders, whose ids must lie inside the embedding.
@@ -119,15 +119,14 @@ class EVLGenModel(EVLGenMediaModel):
             image_grid_thw (`torch.LongTensor` of shape `(images, 3)`, *optional*):
                 1, and the rows and columns of tiles of each image. By default each image is one tile.
             image_budgets, video_budgets (`torch.LongTensor` of shape `(images,)` and `(videos,)`, *optional*):
-                The number of tokens of each image and video, by default `config.num_image_tokens`. The processor of a
-                model with a `config.image_token_range` returns it. Without it, such a model counts the placeholders of
-                each image, unless it is compiled or images follow each other without a token between them.
+                The number of tokens of each image and video, by default `config.num_image_tokens`. A model with a
+                `config.image_token_range` counts the placeholders of each image, unless it is compiled or images
+                follow each other without a token between them.
             frame_times (`torch.Tensor` of shape `(videos, frames)`, *optional*):
-                Seconds of each frame, counted from anywhere, for `config.video_mode` "merge". By default a frame has
-                one second.
+                Seconds of each frame, for `config.video_mode` "merge". By default a frame has one second.
             token_places (`torch.FloatTensor` of shape `(videos, num_vision_tokens, 3)`, *optional*):
-                If `vision_features` are those of merged videos: seconds since the first frame, row and column of each
-                token, as [`get_video_features`] returns them.
+                If `vision_features` are merged videos: seconds since the first frame, row and column of each token, as
+                [`get_video_features`] returns them.
             kwargs: Arguments of the language model (`cache`, `use_cache` …).
 
         Raises:
@@ -226,19 +225,17 @@ class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
     ) -> EVLGenCausalLMOutputWithPast:
         """
         Args:
-            input_ids, attention_mask, pixel_values, pixel_values_videos, frame_mask, vision_features, inputs_embeds,
-            position_ids, mm_encoder_outputs, image_grid_thw, image_budgets, video_budgets, frame_times, token_places:
-                As in [`EVLGenModel.forward`].
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 `input_ids` where the model learns to predict them, -100 elsewhere. They are shifted inside.
                 Placeholders and padding are never targets.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                The positions that logits are computed for, as in transformers' language models: the last ones, or
-                indices, or a mask of shape `(batch, sequence)`. With 0 it is all positions. The loss is that of these
-                positions; [`target_positions`] finds those with a target.
+                The positions that logits and loss are computed for, as in transformers' language models: the last
+                ones, or indices, or a mask of shape `(batch, sequence)`. With 0 it is all positions.
+                [`target_positions`] finds those with a target.
             kwargs:
                 Arguments of the language model (`cache`, `use_cache` …), and of the loss: `num_items_in_batch`, and
                 `shift_labels`, the targets of all positions, instead of `labels`.
+            others: As in [`EVLGenModel.forward`].
 
         Raises:
             ValueError: As [`EVLGenModel.forward`] does.
@@ -304,9 +301,7 @@ class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
             raise ValueError(f"`num_beams` must be a whole number, 1 or more, but is {num_beams!r}.")
         for name in ("encoder_repetition_penalty", "prompt_lookup_num_tokens"):
             if getattr(generation_config, name, None) not in (None, 1.0):
-                raise ValueError(
-                    f"`{name}` is not supported: it reads the prompt's ids, and those of images are no words."
-                )
+                raise ValueError(f"`{name}` is not supported: it reads the prompt's ids, and images have none.")
         return generation_config, model_kwargs
 
     # Nor one for the processors that it makes of them.
@@ -330,10 +325,7 @@ class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
 
 
 def _check_length(length: int, cache: Any, config: EVLGenConfig) -> None:
-    """
-    Raises:
-        ValueError: If new tokens, after those in the cache, are more than the language model has positions.
-    """
+    """Raises a ValueError if new tokens, after those in the cache, are more than the language model has positions."""
     limit = getattr(config.text_config.get_text_config(), "max_position_embeddings", None)
     if limit is None:  # a model without positions, whose cache may not know its length
         return
@@ -345,8 +337,7 @@ def _check_length(length: int, cache: Any, config: EVLGenConfig) -> None:
 def _zero_of_trained_parts(model: EVLGenMediaModel) -> torch.Tensor:
     """Returns a zero whose gradient reaches all trained parts, as that of images does.
 
-    Under DDP and FSDP, processes wait for each other's gradients. One whose batch has no image would let the others
-    wait forever.
+    Under DDP and FSDP, one process whose batch has no image would let the others wait for its gradients forever.
     """
     tower, config = model.vision_tower, model.config
     device = model.ln_vision.weight.device
@@ -361,9 +352,8 @@ def _zero_of_trained_parts(model: EVLGenMediaModel) -> torch.Tensor:
 def _checkpoint_frozen_layers(tower: nn.Module) -> None:
     """Computes the layers of a frozen tower again in the backward pass, instead of keeping their activations.
 
-    A frozen tower has activations to keep if a gradient passes through to its inputs. transformers checkpoints a layer
-    only if its `training` is True, which may switch on its dropout as well. Here a layer stays in evaluation mode, in
-    both forward passes. `activation_checkpointing_enable` switches it on.
+    transformers checkpoints a layer only if its `training` is True, which may switch on its dropout as well. Here a
+    layer stays in evaluation mode, in both forward passes. `activation_checkpointing_enable` switches it on.
     """
     for layer in tower.modules():
         if isinstance(layer, GradientCheckpointingLayer) and getattr(layer.forward, "func", None) is not _run_frozen:

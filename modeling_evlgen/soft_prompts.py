@@ -2,8 +2,7 @@
 
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,18 +77,15 @@ class EVLGenCausalLMOutputWithPast(CausalLMOutputWithPast):
 def read_grids(image_grid_thw: torch.Tensor | None, num_tiles: int) -> list[Grid]:
     """The grid of each image; one tile for each of `num_tiles` images if no grids are given.
 
-    Raises:
-        ValueError: If the grids have another number of tiles than `num_tiles`, or another shape than `(images, 3)`.
+    Raises a ValueError if the grids have another number of tiles, or another shape than `(images, 3)`.
     """
     if image_grid_thw is None:
         return [(1, 1)] * num_tiles
     grids = torch.as_tensor(image_grid_thw)
     has_shape = grids.ndim == 2 and grids.shape[1] == 3 and not grids.is_floating_point()
     if not has_shape or (grids[:, 0] != 1).any() or (grids < 1).any():
-        raise ValueError(
-            "`image_grid_thw` must hold integers of shape (images, 3), 1 in its first column and the rows and columns "
-            f"of tiles in the others, but is {grids.tolist()}."
-        )
+        wanted = "integers of shape (images, 3), 1 in its first column, and rows and columns of tiles"
+        raise ValueError(f"`image_grid_thw` must hold {wanted}, but is {grids.tolist()}.")
     if int(grids.prod(dim=1).sum()) != num_tiles:
         raise ValueError(f"`image_grid_thw` is {grids.tolist()}, but the images have {num_tiles} tiles together.")
     return [(rows, columns) for _, rows, columns in grids.tolist()]
@@ -98,15 +94,11 @@ def read_grids(image_grid_thw: torch.Tensor | None, num_tiles: int) -> list[Grid
 def join_tiles(tokens: torch.Tensor, grid: Grid, class_token: bool) -> torch.Tensor:
     """Puts the patches of an image's tiles in rows over the whole image. The class token is the mean of the tiles'.
 
-    Args:
-        tokens (`torch.Tensor` of shape `(images, tiles, tokens, dim)`):
-            Tokens of each tile, the tiles row by row. The patches of a tile are a square grid.
-        grid (`tuple[int, int]`): Rows and columns of tiles.
-        class_token (`bool`): Whether token 0 of each tile is a class token.
-
-    Returns:
-        `torch.Tensor` of shape `(images, class_token + tiles * patches, dim)`.
+    Of `(images, tiles, tokens, dim)`, with tiles row by row, each a square grid of patches, it makes
+    `(images, class_token + tiles * patches, dim)`.
     """
+    if grid == (1, 1):
+        return tokens.squeeze(1)
     prefix, patches = tokens[:, :, : int(class_token)], tokens[:, :, int(class_token) :]
     side = math.isqrt(patches.shape[2])
     patches = patches.unflatten(2, (side, side)).unflatten(1, grid)  # (images, rows, columns, side, side, dim)
@@ -114,50 +106,8 @@ def join_tiles(tokens: torch.Tensor, grid: Grid, class_token: bool) -> torch.Ten
     return torch.cat([prefix.mean(dim=1), patches], dim=1)
 
 
-def connect(
-    tokens: torch.Tensor,
-    grids: list[Grid],
-    budgets: list[int],
-    class_token: bool,
-    run: Callable[[torch.Tensor, Grid, int, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]],
-    places: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | tuple[torch.Tensor, ...], torch.Tensor | tuple[torch.Tensor, ...] | None]:
-    """Runs a connector over images, those with the same grid and budget together.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(tiles of all images, tokens, dim)`): Tokens of each tile.
-        grids, budgets (`list`): One for each image.
-        class_token (`bool`): Whether token 0 of each tile is a class token.
-        run (`Callable`): Returns the soft prompts of images, and their output indices if tokens are merged.
-        places (`torch.Tensor` of shape `(images, patches, 2)`, *optional*): Goes to `run`, for images of one tile.
-
-    Returns:
-        The soft prompts, `(images, budget, text_dim)`, or a tuple with an entry for each image if budgets differ. The
-        output indices, `(images, tokens of all tiles)`, or a tuple if grids or budgets differ; None without merging.
-    """
-    groups: dict[tuple[Grid, int], list[int]] = defaultdict(list)
-    for image, key in enumerate(zip(grids, budgets, strict=True)):
-        groups[key].append(image)
-    tiles = tokens.split([math.prod(grid) for grid in grids])
-    results: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
-    for (grid, budget), images in groups.items():
-        stacked = torch.stack([tiles[image] for image in images]) if len(groups) > 1 else tokens
-        stacked = stacked.view(len(images), math.prod(grid), *tokens.shape[1:])  # (images, tiles, tokens, dim)
-        joined = stacked.squeeze(1) if grid == (1, 1) else join_tiles(stacked, grid, class_token)
-        prompts, index = run(joined, grid, budget, None if places is None else places[images])
-        if len(groups) == 1:
-            return prompts, index
-        indices = [None] * len(images) if index is None else index
-        results |= zip(images, zip(prompts, indices, strict=True), strict=True)
-    prompts, indices = zip(*(results[image] for image in range(len(grids))), strict=True)
-    return torch.stack(prompts) if len(set(budgets)) == 1 else prompts, None if indices[0] is None else indices
-
-
 def count_placeholders(mask: torch.Tensor, num_items: int) -> list[int] | None:
-    """Placeholders of each image or video: the length of each run. None if there is not a run for each.
-
-    `mask`, `(batch, sequence)`, is True for placeholders.
-    """
+    """The length of each run of placeholders in a mask, `(batch, sequence)`. None if not each item has a run."""
     row_ends = nn.functional.pad(mask, (1, 1)).int().diff(dim=1)  # (batch, sequence + 1)
     starts, ends = (row_ends == 1).nonzero()[:, 1], (row_ends == -1).nonzero()[:, 1]
     runs: list[int] = (ends - starts).tolist()
@@ -165,15 +115,10 @@ def count_placeholders(mask: torch.Tensor, num_items: int) -> list[int] | None:
 
 
 def check_runs(name: str, mask: torch.Tensor, budgets: list[int]) -> None:
-    """Checks that no soft prompt would go on behind other text, or in another row.
+    """Raises a ValueError if a soft prompt would go on behind other text, or in another row.
 
-    Args:
-        name (`str`): `"image"` or `"video"`, for the message.
-        mask (`torch.BoolTensor` of shape `(batch, sequence)`): True for placeholders.
-        budgets (`list[int]`): Number of tokens of each soft prompt.
-
-    Raises:
-        ValueError: If a run of placeholders ends within a soft prompt. Other numbers in all are left to [`embed_ids`].
+    `name` is `"image"` or `"video"`. `mask`, `(batch, sequence)`, is True for placeholders. `budgets` are the numbers
+    of tokens of the soft prompts. If placeholders are more or fewer in all, [`embed_ids`] says so.
     """
     total = sum(budgets)
     may_end = torch.zeros(total + 1, dtype=torch.bool, device=mask.device)
@@ -184,10 +129,7 @@ def check_runs(name: str, mask: torch.Tensor, budgets: list[int]) -> None:
     def describe() -> str:
         until_ends = [0, *so_far[ends.flatten()].tolist()]
         runs = [end - start for start, end in itertools.pairwise(until_ends)]
-        return (
-            f"`input_ids` holds runs of {runs} {name} placeholders, but the {name}s give {budgets} tokens, in this "
-            "order."
-        )
+        return f"`input_ids` holds runs of {runs} {name} placeholders, but the {name}s give {budgets} tokens."
 
     is_whole = (may_end[so_far.clamp(max=total)] | ~ends.flatten()).all()
     torch_compilable_check(is_whole | (mask.sum() != total), describe)
@@ -198,8 +140,7 @@ def embed_ids(
 ) -> torch.Tensor:
     """Embeds token ids and fills the soft prompts in, `(batch, sequence, text_dim)`.
 
-    Raises:
-        ValueError: If placeholders and tokens of the soft prompts differ in number.
+    Raises a ValueError if placeholders and tokens of the soft prompts differ in number.
     """
     masks = {name: input_ids == getattr(config, f"{name}_token_id") for name in encoded}  # (batch, sequence) each
     # Placeholders may lie beyond the embedding, so another id is looked up in their place.
@@ -212,20 +153,14 @@ def embed_ids(
 def fill_embedded(
     embedding: nn.Module, inputs_embeds: torch.Tensor, encoded: Encoded, config: EVLGenConfig
 ) -> torch.Tensor:
-    """Fills the soft prompts in where embedded text holds the embedding of a placeholder.
-
-    Raises:
-        ValueError: If the placeholders have no embedding, or differ from the soft prompts in number.
-    """
+    """Fills the soft prompts in where embedded text holds the embedding of a placeholder. Raises as [`embed_ids`]."""
     for name, outputs in encoded.items():
         if outputs is None:
             continue
         placeholder_id = getattr(config, f"{name}_token_id")
         if placeholder_id >= embedding.weight.shape[0]:
-            raise ValueError(
-                f"{name.capitalize()}s need `input_ids`, which hold their placeholders, instead of `inputs_embeds`: "
-                f"`{name}_token_id` ({placeholder_id}) has no embedding."
-            )
+            reason = f"`{name}_token_id` ({placeholder_id}) has no embedding"
+            raise ValueError(f"{name.capitalize()}s need `input_ids` instead of `inputs_embeds`: {reason}.")
         placeholder = embedding(torch.tensor(placeholder_id, device=embedding.weight.device))  # (text_dim,)
         mask = (inputs_embeds == placeholder.to(inputs_embeds)).all(dim=-1)  # (batch, sequence)
         inputs_embeds = _fill(name, mask, outputs, inputs_embeds)
@@ -239,12 +174,10 @@ def _fill(
     num_features = 0 if outputs is None else len(outputs.soft_tokens)
 
     def describe() -> str:
-        if outputs is None:
-            given = f"there are no {name}s"
-        else:
+        given = f"there are no {name}s"
+        if outputs is not None:
             prompts = outputs.pooler_output
-            is_tuple = isinstance(prompts, tuple | list)
-            each = [len(prompt) for prompt in prompts] if is_tuple else f"{prompts.shape[-2]} each"
+            each = f"{prompts.shape[1]} each" if torch.is_tensor(prompts) else [len(prompt) for prompt in prompts]
             given = f"the {name}s give {num_features} tokens, {each}"
         return f"`input_ids` holds {int(num_placeholders)} {name} placeholders, but {given}."
 
@@ -260,8 +193,7 @@ def mask_labels(
 ) -> torch.LongTensor:
     """Returns labels that are -100 on placeholders, on padding, and on the first token after padding.
 
-    So a copy of `input_ids` can serve as labels. No token is predicted from padding. Both tensors are `(batch,
-    sequence)`. A mask of another shape marks no padding.
+    So a copy of `input_ids` can serve as labels. Both are `(batch, sequence)`; another mask marks no padding.
     """
     ignored = torch.isin(labels, labels.new_tensor(placeholder_ids))  # (batch, sequence)
     if torch.is_tensor(attention_mask) and attention_mask.shape == labels.shape:
@@ -278,8 +210,7 @@ def shift_labels(labels: torch.LongTensor) -> torch.LongTensor:
 def target_positions(labels: torch.LongTensor) -> torch.BoolTensor:
     """Returns True where the model has a target, `(batch, sequence)`.
 
-    As `logits_to_keep`, it limits logits to these positions. Most positions of a training batch are images, prompts
-    and padding.
+    As `logits_to_keep`, it limits logits to these positions. Most are images, prompts and padding.
     """
     return shift_labels(labels) != -100
 
@@ -292,21 +223,14 @@ def limit_logits(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def select_positions(targets: torch.LongTensor, logits_to_keep: int | torch.Tensor) -> torch.LongTensor:
-    """Returns the targets of the positions that have logits: of `(batch, sequence)` those in `(batch, positions)`.
-
-    `logits_to_keep` is the number of last positions, 0 for all; or indices, `(positions,)`; or a mask, `(batch,
-    sequence)`, for which the result is `(positions,)`.
-    """
+    """The targets, `(batch, positions)`, of positions with logits; of those of a mask, `(batch, sequence)`, a list."""
     if isinstance(logits_to_keep, int):
         return targets[:, -logits_to_keep:]  # -0 is the first
     return targets[:, logits_to_keep] if logits_to_keep.ndim == 1 else targets[logits_to_keep]
 
 
 def check_finite(tensors: dict[str, torch.Tensor | tuple[torch.Tensor, ...] | None]) -> None:
-    """
-    Raises:
-        ValueError: If a value is NaN or infinite; the message names the tensor, and its entries counted from 0.
-    """
+    """Raises a ValueError if a value is NaN or infinite. It names the tensor, and its entries counted from 0."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue

@@ -43,7 +43,6 @@ class TokenMerging:
         batch, tokens = self.output_index.shape
         if x.ndim != 3 or x.shape[:2] != (batch, tokens):
             raise ValueError(f"`x` must have shape ({batch}, {tokens}, channels), but has {tuple(x.shape)}.")
-        channels = x.shape[2]
         if tokens == self.num_output_tokens:  # nothing is merged, and the order is kept
             return x
         # All batches in one list of rows: `index_add` of whole rows is several times as fast as `scatter_add` with an
@@ -56,24 +55,16 @@ class TokenMerging:
         else:
             size = size.to(values.dtype)
             values = values * size.unsqueeze(2)
-        summed = values.new_zeros(batch * self.num_output_tokens, channels)
-        summed = summed.index_add(0, rows, values.reshape(-1, channels))
-        mean = summed / self.sum_sizes(size).flatten().unsqueeze(1)
-        return mean.view(batch, self.num_output_tokens, channels).to(x.dtype)
+        summed = values.new_zeros(batch * self.num_output_tokens, x.shape[2]).index_add(0, rows, values.flatten(0, 1))
+        mean = summed.unflatten(0, (batch, self.num_output_tokens)) / self.sum_sizes(size).unsqueeze(2)
+        return mean.to(x.dtype)  # (batch, num_output_tokens, channels)
 
     def then(self, merging: "TokenMerging") -> "TokenMerging":
         """Returns the partition that merges by this one first, and then by `merging`."""
         return TokenMerging(merging.output_index.gather(1, self.output_index), merging.num_output_tokens)
 
     def sum_sizes(self, size: torch.Tensor) -> torch.Tensor:
-        """Adds up the sizes of each group.
-
-        Args:
-            size (`torch.Tensor` of shape `(batch, tokens)`): Sizes of the input tokens.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, num_output_tokens)`.
-        """
+        """Adds up the sizes of each group: of `(batch, tokens)` to `(batch, num_output_tokens)`."""
         return size.new_zeros(size.shape[0], self.num_output_tokens).scatter_add(1, self.output_index, size)
 
 
@@ -113,7 +104,10 @@ def bipartite_soft_matching(metric: torch.Tensor, r: int, class_token: bool = Fa
         return keep_all(metric)
 
     with torch.no_grad(), torch.autocast(metric.device.type, enabled=False):
-        similarity = _cosine_similarity(metric, class_token)  # (batch, sources, destinations)
+        metric = F.normalize(metric.float(), dim=-1)
+        similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # (batch, sources, destinations)
+        if class_token:
+            similarity[:, 0] = -torch.inf  # so its link is the last to be merged
         best, destination = similarity.max(dim=-1)  # (batch, sources)
         order = best.argsort(dim=-1, descending=True)
         merged, kept = order[:, :r], order[:, r:]
@@ -132,15 +126,6 @@ def bipartite_soft_matching(metric: torch.Tensor, r: int, class_token: bool = Fa
     return TokenMerging(output_index, tokens - r)
 
 
-def _cosine_similarity(metric: torch.Tensor, class_token: bool) -> torch.Tensor:
-    """Returns the similarity of each source with each destination, `(batch, ceil(tokens / 2), floor(tokens / 2))`."""
-    metric = F.normalize(metric.float(), dim=-1)
-    similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
-    if class_token:
-        similarity[:, 0] = -torch.inf  # so its link is the last to be merged
-    return similarity
-
-
 def keep_all(x: torch.Tensor) -> TokenMerging:
     """Returns the partition of `x`, `(batch, tokens, channels)`, in which each token is a group of its own."""
     batch, tokens, _ = x.shape
@@ -152,22 +137,11 @@ def keep_distinctive(x: torch.Tensor, num_output_tokens: int, class_token: bool 
     """Keeps the most distinctive tokens. All others become one token, their mean.
 
     The smaller a token's mean cosine similarity to all tokens of the image, the more distinctive it is. This is the
-    energy of PiToMe (Tran et al., NeurIPS 2024, arXiv 2405.16148) without its margin. Without the margin it is the
-    similarity to one mean direction, and so its cost is linear.
+    energy of PiToMe (Tran et al., NeurIPS 2024, arXiv 2405.16148) without its margin, and so of linear cost.
 
-    Args:
-        x (`torch.Tensor` of shape `(batch, tokens, channels)`): Tokens of any floating dtype, without positions.
-        num_output_tokens (`int`):
-            Number of tokens to keep, with the mean and the class token. At least 1, or 2 with a class token, and at
-            most `tokens`.
-        class_token (`bool`, *optional*, defaults to `False`): Whether token 0 is a class token. It stays first.
-
-    Returns:
-        [`TokenMerging`]. The mean comes before the kept tokens, which are in their order. There is no mean if all
-        tokens are kept. It has no gradient to `x`.
-
-    Raises:
-        ValueError: If `num_output_tokens` is out of range.
+    `x`, `(batch, tokens, channels)`, holds tokens without positions. The mean comes before the kept tokens, which are
+    in their order; a class token stays first. There is no mean if all tokens are kept. `num_output_tokens` counts all
+    of these. Raises a ValueError if it is out of range.
     """
     batch, tokens, _ = x.shape
     mean = int(class_token)  # its index
@@ -189,14 +163,6 @@ def match_down_to(metric: torch.Tensor, num_output_tokens: int, class_token: boo
     """Matches tokens by [`bipartite_soft_matching`] until `num_output_tokens` are left.
 
     One round removes half of the tokens at most. So fewer tokens than that need several rounds.
-
-    Args:
-        metric (`torch.Tensor` of shape `(batch, tokens, channels)`): Vectors whose similarity counts.
-        num_output_tokens (`int`): Number of tokens to merge to, at least 1, or 2 with a class token.
-        class_token (`bool`, *optional*, defaults to `False`): As in [`bipartite_soft_matching`].
-
-    Returns:
-        [`TokenMerging`]. It carries no gradient to `metric`.
     """
     merging, metric = keep_all(metric), metric.detach()
     while merging.num_output_tokens > num_output_tokens:

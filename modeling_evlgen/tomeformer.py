@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
-from configuration_evlgen.configuration_connectors import TomeFormerConfig
+from configuration_evlgen.configuration_connectors import MLPConnectorConfig, TomeFormerConfig
 
 from .token_merging import keep_all, match_down_to
 
@@ -29,15 +29,8 @@ def smooth_positions(grid_size: int, dim: int, length: float = 0.25) -> torch.Te
     features (Rahimi and Recht, NeurIPS 2007; for positions Tancik et al., NeurIPS 2020) of the kernel
     `exp(-d^2 / (2 length^2))`, where d is the distance of two patches.
 
-    Args:
-        grid_size (`int`): Patches along each side, at least 2.
-        dim (`int`): Channels.
-        length (`float`, *optional*, defaults to 0.25):
-            The distance, in sides of the grid, at which two patches have a correlation of `exp(-1/2)`.
-
-    Returns:
-        `torch.Tensor` of shape `(grid_size**2, dim)`, row by row. Each channel has mean 0. All values together have
-        standard deviation 1.
+    `length` is the distance, in sides of the grid, at which two patches have a correlation of `exp(-1/2)`. Returns
+    `(grid_size**2, dim)`, row by row. Each channel has mean 0. All values together have standard deviation 1.
     """
     side = torch.linspace(0, 1, grid_size)
     patches = torch.cartesian_prod(side, side)  # (patches, 2)
@@ -50,27 +43,15 @@ def smooth_positions(grid_size: int, dim: int, length: float = 0.25) -> torch.Te
 class PositionEmbeddings(nn.Embedding):
     """Learned positions that are added to tokens.
 
-    Args:
-        num_positions (`int`): Largest number of tokens.
-        dim (`int`): Width of the tokens.
-        initializer_range (`float`): Standard deviation of fresh positions.
-        grid_size (`int`, *optional*):
-            Patches along each side of a square grid. If given, the positions of the grid start smooth over it.
-        num_prefix_tokens (`int`, *optional*, defaults to 0): Tokens before the first patch.
+    Fresh ones have the standard deviation `std`. Behind the `num_prefix_tokens`, those of a square grid
+    of `grid_size` patches a side are smooth over it.
     """
 
     def __init__(
-        self,
-        num_positions: int,
-        dim: int,
-        initializer_range: float,
-        grid_size: int | None = None,
-        num_prefix_tokens: int = 0,
+        self, num_positions: int, dim: int, std: float, grid_size: int | None = None, num_prefix_tokens: int = 0
     ):
         super().__init__(num_positions, dim)
-        self.initializer_range = initializer_range
-        self.grid_size = grid_size
-        self.num_prefix_tokens = num_prefix_tokens
+        self.std, self.grid_size, self.num_prefix_tokens = std, grid_size, num_prefix_tokens
 
     def draw(self) -> torch.Tensor:
         """Returns fresh weights, `(positions, dim)`."""
@@ -78,22 +59,15 @@ class PositionEmbeddings(nn.Embedding):
         if self.grid_size is not None:
             grid = smooth_positions(self.grid_size, self.embedding_dim)  # (patches, dim)
             weight[self.num_prefix_tokens : self.num_prefix_tokens + len(grid)] = grid
-        return weight * self.initializer_range
+        return weight * self.std
 
     def forward(
         self, tokens: torch.Tensor, tiles: tuple[int, int] = (1, 1), places: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Adds the positions to tokens.
+        """Adds the positions to `(batch, tokens, dim)`: prefix tokens, then patches. See [`TomeFormerModel.forward`].
 
         A position is a place in the whole image. So the positions of more tiles, and those of merged patches, lie
         between those of one.
-
-        Args:
-            tokens (`torch.Tensor` of shape `(batch, tokens, dim)`): Prefix tokens, then patches row by row.
-            tiles (`tuple[int, int]`, *optional*, defaults to `(1, 1)`):
-                Rows and columns of tiles that the patches cover. Each tile has a square grid of patches.
-            places (`torch.FloatTensor` of shape `(batch, patches, 2)`, *optional*):
-                Row and column of each patch in the square grid of one tile, if patches are not row by row.
         """
         if places is not None:
             prefix = self.weight[: self.num_prefix_tokens].expand(len(tokens), -1, -1)
@@ -120,24 +94,21 @@ class PositionEmbeddings(nn.Embedding):
         return positions.to(self.weight.dtype)
 
 
-def build_output_positions(num_positions: int, dim: int, initializer_range: float | None) -> nn.Module:
-    """Returns positions for the output tokens of a connector, or the identity if `initializer_range` is None."""
-    if initializer_range is None:
+def build_output_positions(config: TomeFormerConfig | MLPConnectorConfig) -> nn.Module:
+    """Returns positions for the output tokens of a connector, or the identity if it has none."""
+    if config.output_position_initializer_range is None:
         return nn.Identity()
-    return PositionEmbeddings(num_positions, dim, initializer_range)
+    sizes = config.max_position_embeddings, config.hidden_size
+    return PositionEmbeddings(*sizes, config.output_position_initializer_range)
 
 
 class BranchLinear(nn.Linear):
-    """The linear map at the end of a residual branch.
+    """The linear map at the end of a residual branch. Its fresh weights have a standard deviation of their own."""
 
-    Args:
-        in_features, out_features (`int`): As in `nn.Linear`.
-        initializer_range (`float`): Standard deviation of fresh weights.
-    """
-
-    def __init__(self, in_features: int, out_features: int, initializer_range: float):
-        super().__init__(in_features, out_features)
-        self.initializer_range = initializer_range
+    def __init__(self, in_features: int, config: TomeFormerConfig | MLPConnectorConfig):
+        super().__init__(in_features, config.hidden_size)
+        std = config.branch_initializer_range
+        self.initializer_range = config.initializer_range if std is None else std
 
 
 class ConnectorPreTrainedModel(PreTrainedModel):
@@ -185,14 +156,9 @@ class TomeFormerEmbeddings(nn.Module):
 
     def __init__(self, config: TomeFormerConfig):
         super().__init__()
-        std = config.position_initializer_range
-        self.position_embeddings = PositionEmbeddings(
-            config.max_position_embeddings,
-            config.hidden_size,
-            config.initializer_range if std is None else std,
-            config.position_grid_size,
-            num_prefix_tokens=int(config.class_token),
-        )
+        std, sizes = config.position_initializer_range, (config.max_position_embeddings, config.hidden_size)
+        std = config.initializer_range if std is None else std
+        self.position_embeddings = PositionEmbeddings(*sizes, std, config.position_grid_size, int(config.class_token))
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -230,15 +196,8 @@ class TomeFormerSelfAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        context, _ = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask=None,
-            dropout=self.dropout.p if self.training else 0.0,
-            scaling=self.scaling,
-        )
+        dropout = self.dropout.p if self.training else 0.0
+        context, _ = attention(self, query, key, value, attention_mask=None, dropout=dropout, scaling=self.scaling)
         context = context.reshape(hidden_states.shape)  # (batch, tokens, dim)
         # (batch, tokens, dim) or (batch, tokens, head_dim)
         metric = hidden_states if self.config.merge_metric == "hidden_states" else key.mean(dim=1)
@@ -255,14 +214,12 @@ class TomeFormerBranchOutput(nn.Module):
     def __init__(self, config: TomeFormerConfig, in_features: int):
         super().__init__()
         self.pre_norm = config.pre_norm
-        std = config.branch_initializer_range
-        self.dense = BranchLinear(in_features, config.hidden_size, config.initializer_range if std is None else std)
+        self.dense = BranchLinear(in_features, config)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.dropout(self.dense(hidden_states))  # (batch, tokens, dim)
-        hidden_states = residual + hidden_states
+        hidden_states = residual + self.dropout(self.dense(hidden_states))  # (batch, tokens, dim)
         return hidden_states if self.pre_norm else self.LayerNorm(hidden_states)
 
 
@@ -299,11 +256,7 @@ class TomeFormerLayer(GradientCheckpointingLayer):
         self.output = TomeFormerBranchOutput(config, config.intermediate_size)
 
     def forward(self, hidden_states: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the layer over `(batch, tokens, dim)` and merges tokens until `num_tokens` are left.
-
-        Returns:
-            The tokens, `(batch, num_tokens, dim)`. The output index of each input token, `(batch, tokens)`.
-        """
+        """Runs the layer and merges tokens until `num_tokens` are left. Also returns the index of each input token."""
         hidden_states, metric = self.attention(hidden_states)
         merging = match_down_to(metric, num_tokens, self.class_token)
         hidden_states = merging.merge(hidden_states)  # (batch, num_tokens, dim)
@@ -323,9 +276,6 @@ class TomeFormerModel(ConnectorPreTrainedModel):
     The names of its weights are BERT's, as in the original implementation (yiren-jian/EVLGen, `VLconnector.*`). So
     `TomeFormerModel.from_pretrained("bert-base-uncased", merge_r=19)` starts from BERT's encoder. Its word embeddings
     and its pooler are left out.
-
-    Args:
-        config ([`TomeFormerConfig`]): The configuration.
     """
 
     config: TomeFormerConfig
@@ -334,20 +284,13 @@ class TomeFormerModel(ConnectorPreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = ["TomeFormerLayer"]
-    _keys_to_ignore_on_load_unexpected = [
-        r"word_embeddings",
-        r"pooler\.",
-        r"cls\.",
-        r"position_ids",
-    ]
+    _keys_to_ignore_on_load_unexpected = [r"word_embeddings", r"pooler\.", r"cls\.", r"position_ids"]
 
     def __init__(self, config: TomeFormerConfig):
         super().__init__(config)
         self.embeddings = TomeFormerEmbeddings(config)
         self.encoder = TomeFormerEncoder(config)
-        self.output_position_embeddings = build_output_positions(
-            config.max_position_embeddings, config.hidden_size, config.output_position_initializer_range
-        )
+        self.output_position_embeddings = build_output_positions(config)
         self.post_init()
 
     def forward(
@@ -368,9 +311,6 @@ class TomeFormerModel(ConnectorPreTrainedModel):
                 Whether to return all hidden states.
             places (`torch.FloatTensor` of shape `(batch, patches, 2)`, *optional*):
                 Row and column of each patch, if patches are not in the order of their grid.
-
-        Returns:
-            [`TomeFormerOutput`]
 
         Raises:
             ValueError: If `inputs_embeds` has a wrong shape or more tokens in a tile than `max_position_embeddings`,

@@ -14,12 +14,10 @@ from .vision_tower import extract_vision_tokens
 
 # Without a gradient, this many frames run through the tower, or through one part of it, at a time.
 FRAMES_AT_ONCE = 32
-
-# Frequencies of the time embedding in radians per second. Their periods are 0.8 seconds to 1.8 hours.
-_FREQUENCIES = tuple(2.0**exponent for exponent in range(3, -11, -1))
-
 # Scores of the temporal attention that are computed at a time: pairs of frames, times tokens.
 SCORES_AT_ONCE = 2**20
+# Frequencies of the time embedding in radians per second. Their periods are 0.8 seconds to 1.8 hours.
+_FREQUENCIES = tuple(2.0**exponent for exponent in range(3, -11, -1))
 
 # The parts of the two residual branches of a pre-norm transformer block, in order. Each part has several names, since
 # towers differ in them.
@@ -40,8 +38,8 @@ _FEED_FORWARD = (
 class _Call(threading.local):
     """The videos whose frames run through a tower in this thread. [`frames_of_videos`] sets them.
 
-    They cannot be arguments of the blocks. The tower's own code calls these, and few towers pass further arguments
-    on to them. A `ContextVar` would do as well, but `torch.compile` cannot trace it.
+    They cannot be arguments of the blocks: few towers pass further arguments on to them. A `ContextVar` would do as
+    well, but `torch.compile` cannot trace it.
     """
 
     frames: tuple[int, torch.Tensor | None] | None = None  # frames of each video, and their mask
@@ -54,11 +52,8 @@ _call = _Call()
 def frames_of_videos(num_frames: int, frame_mask: torch.Tensor | None = None) -> Iterator[None]:
     """While this is open, the frames of a video attend to each other in blocks with a [`TemporalContextualizer`].
 
-    It holds for this thread. The tower's batch is then `videos * num_frames` images.
-
-    Args:
-        num_frames (`int`): Frames of each video.
-        frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
+    It holds for this thread. The tower's batch is then `videos * num_frames` images. `frame_mask`, `(videos, frames)`,
+    is False for frames that are padding.
     """
     # A mask of numbers would be added to the scores.
     before, _call.frames = _call.frames, (num_frames, None if frame_mask is None else frame_mask.bool())
@@ -72,9 +67,6 @@ class TimeEmbedding(nn.Module):
     """A learned function of the time in seconds. It starts at zero, and stays zero at the time 0.
 
     It is linear in `sin(w t)` and `cos(w t) - 1` for frequencies w from one radian in 17 minutes to 8 in a second.
-
-    Args:
-        dim (`int`): Width of the tokens.
     """
 
     def __init__(self, dim: int):
@@ -96,14 +88,9 @@ class TemporalContextualizer(nn.Module):
     no output projection. The scale is `hidden_size**-0.5`, from the whole width and not from a head's. `alpha` is a
     learned scalar that starts at zero. Source: `temporal_merge` of the original (yiren-jian/EVLGen).
 
-    The block keeps its parts and their names. [`run_block`] replaces the block's own `forward`.
-
-    Args:
-        dim (`int`): Width of the tokens, a multiple of `num_heads`.
-        hidden_size (`int`): Width of queries and keys, a multiple of `num_heads`.
-        num_heads (`int`): Number of heads.
-        frame_positions (`bool`, *optional*, defaults to `False`):
-            Whether learned frame positions are added to the tokens first. They are 0 for the first frame.
+    The block keeps its parts and their names. [`run_block`] replaces the block's own `forward`. `dim` is the width of
+    the tokens, and `hidden_size` that of queries and keys, both multiples of `num_heads`. Learned `frame_positions`,
+    0 for the first frame, are added to the tokens first.
     """
 
     def __init__(self, dim: int, hidden_size: int, num_heads: int, frame_positions: bool = False):
@@ -159,40 +146,29 @@ class TemporalContextualizer(nn.Module):
         self, num_frames: int, frame_mask: torch.Tensor | None, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         (block,) = self._block
-        hidden_states = _add_in_parts(
-            lambda part: _branch(block, _ATTENTION, part, *args, **kwargs), hidden_states, FRAMES_AT_ONCE
-        )
+        attend = partial(_branch, block, _ATTENTION)
+        hidden_states = _add_in_parts(lambda part: attend(part, *args, **kwargs), hidden_states, FRAMES_AT_ONCE)
         video = hidden_states.unflatten(0, (-1, num_frames))  # (videos, frames, tokens, dim)
         # Token positions are independent of each other. The scores of all together would fill memory in long videos.
         tokens_at_once = max(1, SCORES_AT_ONCE // num_frames**2)
         video = _add_in_parts(lambda part: self(part, frame_mask), video, tokens_at_once, dim=2, inplace=True)
-        return _add_in_parts(
-            lambda part: _branch(block, _FEED_FORWARD, part), video.flatten(0, 1), FRAMES_AT_ONCE, inplace=True
-        )
+        feed_forward = partial(_branch, block, _FEED_FORWARD)
+        return _add_in_parts(feed_forward, video.flatten(0, 1), FRAMES_AT_ONCE, inplace=True)
 
 
 class TemporalTower(nn.ModuleList):
-    """One [`TemporalContextualizer`] for each block of a vision tower.
+    """One [`TemporalContextualizer`], made with `arguments`, for each pre-norm transformer block of a vision tower.
 
-    Raises:
-        ValueError: If the tower has no pre-norm transformer blocks.
+    Raises a ValueError if the tower has no such blocks.
     """
 
-    def __init__(
-        self,
-        vision_tower: PreTrainedModel,
-        dim: int,
-        hidden_size: int,
-        num_heads: int,
-        frame_positions: bool = False,
-    ):
-        blocks = list(_find_blocks(vision_tower))
+    def __init__(self, vision_tower: PreTrainedModel, *arguments: Any):
+        needed = (*_ATTENTION[:2], *_FEED_FORWARD[:2])  # a norm with an attention, and a norm with a feed-forward
+        blocks = [block for block in vision_tower.modules() if None not in (_part(block, names) for names in needed)]
         if not blocks:
-            raise ValueError(
-                f"`temporal_contextualizer` needs a vision tower of pre-norm transformer blocks, but "
-                f"{type(vision_tower).__name__} has none. Without it, a video is the mean of its frames."
-            )
-        super().__init__(TemporalContextualizer(dim, hidden_size, num_heads, frame_positions) for _ in blocks)
+            tower = type(vision_tower).__name__
+            raise ValueError(f"`temporal_contextualizer` must be False: {tower} has no pre-norm transformer blocks.")
+        super().__init__(TemporalContextualizer(*arguments) for _ in blocks)
         for contextualizer, block in zip(self, blocks, strict=True):
             contextualizer.join(block)
 
@@ -200,10 +176,7 @@ class TemporalTower(nn.ModuleList):
 def encode_images(
     vision_tower: PreTrainedModel, temporal: TemporalTower | None, pixel_values: torch.Tensor
 ) -> torch.Tensor:
-    """Runs a vision tower over images `(images, channels, height, width)`, and returns `(images, tokens, dim)`.
-
-    With a contextualizer, an image is a video of one frame.
-    """
+    """Runs a tower over `(images, channels, height, width)`. With a contextualizer, these are videos of one frame."""
     with nullcontext() if temporal is None else frames_of_videos(1):
         return extract_vision_tokens(vision_tower, pixel_values)
 
@@ -214,15 +187,9 @@ def encode_videos(
     pixel_values: torch.Tensor,
     frame_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Runs a vision tower over the frames of videos and averages the tokens over the frames.
+    """Runs a vision tower over frames, `(videos, frames, channels, height, width)`, and averages their tokens.
 
-    Args:
-        vision_tower, temporal: The tower, and its contextualizers, if any.
-        pixel_values (`torch.Tensor` of shape `(videos, frames, channels, height, width)`): The videos.
-        frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*): False for frames that are padding.
-
-    Returns:
-        `torch.Tensor` of shape `(videos, tokens, dim)`.
+    `frame_mask`, `(videos, frames)`, is False for frames that are padding. Returns `(videos, tokens, dim)`.
     """
     videos, num_frames = pixel_values.shape[:2]
     if frame_mask is None:
@@ -242,13 +209,6 @@ def encode_videos(
 def _weighted_mean(vision_tower: PreTrainedModel, frames: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     tokens = extract_vision_tokens(vision_tower, frames.flatten(0, 1)).unflatten(0, weight.shape)
     return torch.einsum("vf,vftd->vtd", weight.to(tokens), tokens)  # (videos, tokens, dim)
-
-
-def _find_blocks(vision_tower: nn.Module) -> Iterator[nn.Module]:
-    """Yields the blocks that have a norm with an attention, and a norm with a feed-forward."""
-    for module in vision_tower.modules():
-        if all(_part(module, names) is not None for names in (*_ATTENTION[:2], *_FEED_FORWARD[:2])):
-            yield module
 
 
 def _part(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:

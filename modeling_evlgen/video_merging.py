@@ -7,7 +7,7 @@ order, space before time, far ahead of merging in both at once (arXiv 2507.07990
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -19,30 +19,26 @@ from .video import FRAMES_AT_ONCE
 from .vision_tower import extract_vision_tokens, is_sharded
 
 ROUNDS = 3  # of matching, within a frame and over time. Six keep no more, and take twice as long
-
 # What the whole length of a video takes from the similarity of two tokens. Without it, something that comes, goes and
 # comes again would become tokens of one time in the middle.
 TIME_WEIGHT = 0.4
 
+Frames = Iterable[torch.Tensor | tuple[torch.Tensor, float]]  # alone, or each with its time in seconds
 
-@dataclass(frozen=True)
-class VideoTokens:
+
+class VideoTokens(NamedTuple):
     """Tokens that know where they are. Each is the mean of `size` tokens of the vision tower.
 
     Args:
         features (`torch.FloatTensor` of shape `(videos, tokens, dim)`): The tokens, the class token first, if any.
         places (`torch.FloatTensor` of shape `(videos, tokens, 3)`):
-            Seconds since the first frame, row and column in the grid of patches. The class token is in row and column
-            0.
+            Seconds since the first frame, row and column in the grid of patches. A class token has row and column 0.
         size (`torch.FloatTensor` of shape `(videos, tokens)`): The number of tokens merged into each.
     """
 
     features: torch.Tensor
     places: torch.Tensor
     size: torch.Tensor
-
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.features, self.places, self.size
 
     def merge(self, merging: TokenMerging) -> "VideoTokens":
         """Merges tokens to means in proportion to their sizes."""
@@ -51,40 +47,27 @@ class VideoTokens:
 
     def join(self, others: "VideoTokens") -> "VideoTokens":
         """Puts other tokens of the same videos behind these."""
-        return VideoTokens(*(torch.cat(pair, dim=1) for pair in zip(self.tensors(), others.tensors(), strict=True)))
+        return VideoTokens(*(torch.cat(pair, dim=1) for pair in zip(self, others, strict=True)))
 
     def drop(self, prefix: int) -> "VideoTokens":
         """The tokens without the first ones."""
-        return VideoTokens(*(tensor[:, prefix:] for tensor in self.tensors()))
+        return VideoTokens(*(tensor[:, prefix:] for tensor in self))
 
-    def take(self, videos: torch.Tensor) -> "VideoTokens":
+    def take(self, videos: torch.Tensor | slice) -> "VideoTokens":
         """The tokens of some videos."""
-        return VideoTokens(*(tensor[videos] for tensor in self.tensors()))
-
-    def replace(self, videos: torch.Tensor, others: "VideoTokens") -> "VideoTokens":
-        """These tokens, with those of some videos replaced."""
-        pairs = zip(self.tensors(), others.tensors(), strict=True)
-        return VideoTokens(*(tensor.index_copy(0, videos, other) for tensor, other in pairs))
+        return VideoTokens(*(tensor[videos] for tensor in self))
 
 
 def place_frames(features: torch.Tensor, times: torch.Tensor, class_token: bool) -> VideoTokens:
     """The tokens of frames with their places, before any merging.
 
-    Args:
-        features (`torch.Tensor` of shape `(frames, tokens, dim)`): The vision tower's output.
-        times (`torch.FloatTensor` of shape `(frames,)`): Seconds since the first frame.
-        class_token (`bool`): Whether token 0 is a class token. All others are a square grid of patches.
-
-    Raises:
-        ValueError: If the patches are no square grid.
+    `features` are `(frames, tokens, dim)`. `times`, `(frames,)`, are seconds since the first frame.
     """
     num_patches = features.shape[1] - int(class_token)
     side = math.isqrt(num_patches)
     if side**2 != num_patches:
-        raise ValueError(
-            f"Merged videos need frames with a square grid of patches, but the vision tower gives {num_patches} "
-            "patches of a frame. The frames have another height and width than the tower was made for."
-        )
+        reason = f"the vision tower gives {num_patches} patches"
+        raise ValueError(f"Merged videos need frames with a square grid of patches, but {reason}.")
     patches = torch.cartesian_prod(*[torch.arange(float(side), device=features.device)] * 2).view(-1, 2)
     patches = F.pad(patches, (0, 0, int(class_token), 0))  # (tokens, 2)
     times = times.to(patches)[:, None, None].expand(-1, len(patches), 1)
@@ -101,12 +84,7 @@ def match_patches(tokens: VideoTokens, num_output_tokens: int, prefix: int = 0) 
     so far. In each round, every patch is linked to the most similar one before it, and the strongest links are merged.
     So the most similar pair always is. [`bipartite_soft_matching`] would miss a patch and its copy in the next frame
     if both have an even or an odd index. With each frame, 7 % of the patches of a standing image would be merged with
-    others.
-
-    Args:
-        tokens ([`VideoTokens`]): The tokens.
-        num_output_tokens (`int`): Number of tokens to merge to, more than `prefix`.
-        prefix (`int`, *optional*, defaults to 0): Tokens at the start that stay.
+    others. The first `prefix` tokens stay.
     """
     merging, times = keep_all(tokens.features), tokens.places[..., 0]
     span = (times.amax(dim=1) - times.amin(dim=1)).clamp(min=1e-6)  # (videos,)
@@ -138,40 +116,30 @@ def _link_patches(tokens: VideoTokens, r: int, prefix: int, span: torch.Tensor) 
     return TokenMerging((is_root.cumsum(dim=1) - 1).gather(1, root), num_tokens - r)
 
 
-def match_within_frames(frames: VideoTokens, class_token: bool) -> TokenMerging:
-    """Matches the patches of each frame to half their number. The class token stays."""
-    prefix = int(class_token)
-    return match_patches(frames, prefix + -(-(frames.features.shape[1] - prefix) // 2), prefix)
+def merge_over_time(pool: VideoTokens, frame: VideoTokens, class_token: bool) -> tuple[VideoTokens, torch.Tensor]:
+    """Merges one more frame into the pool, which keeps its number of tokens. Class tokens are averaged.
 
-
-def match_over_time(pool: VideoTokens, frame: VideoTokens, class_token: bool) -> TokenMerging:
-    """Matches one more frame with the pool, so that the pool keeps its number of tokens. Class tokens are matched.
-
-    The result is for the pool with the frame behind it.
+    Also returns the new index of each token of the pool, and then of the frame, `(videos, tokens of both)`.
     """
-    prefix, num_tokens = int(class_token), pool.features.shape[1]
-    patches = pool.drop(prefix).join(frame.drop(prefix))
-    matched = match_patches(patches, num_tokens - prefix)
+    prefix, num_tokens = int(class_token), pool.size.shape[1]
+    matched = match_patches(pool.drop(prefix).join(frame.drop(prefix)), num_tokens - prefix)
     of_pool, of_frame = matched.output_index.split((num_tokens - prefix, frame.size.shape[1] - prefix), dim=1)
     index = torch.cat([F.pad(part + prefix, (prefix, 0)) for part in (of_pool, of_frame)], dim=1)
-    return TokenMerging(index, num_tokens)
-
-
-def merge_over_time(pool: VideoTokens, frame: VideoTokens, class_token: bool) -> VideoTokens:
-    """Merges one more frame into the pool, which keeps its number of tokens. Class tokens are averaged."""
-    return pool.join(frame).merge(match_over_time(pool, frame, class_token))
+    return pool.join(frame).merge(TokenMerging(index, num_tokens)), index
 
 
 def add_frames(
-    pool: VideoTokens | None, frames: VideoTokens, steps: list[torch.Tensor], class_token: bool
+    pool: VideoTokens | None,
+    frames: VideoTokens,
+    steps: list[torch.Tensor],
+    class_token: bool,
+    indices: list[torch.Tensor] | None = None,
 ) -> VideoTokens:
-    """Merges further frames into the pools of videos.
+    """Merges further frames into the pools of videos. Without pools, the first step has all videos.
 
-    Args:
-        pool ([`VideoTokens`], *optional*): The pools so far. Without them, the first step has all videos.
-        frames ([`VideoTokens`]): The tokens of each frame; those of a step follow each other.
-        steps (`list[torch.LongTensor]`): For each step, the indices of the videos that have another frame.
-        class_token (`bool`): Whether token 0 is a class token.
+    `frames` are the tokens of each frame; those of a step follow each other. For each step, `steps` holds the indices
+    of the videos that have another frame. For each merge, `indices` gets the new index of each token of the pool, and
+    then of the frame.
     """
     counts = [len(videos) for videos in steps]
     if pool is None:
@@ -179,14 +147,16 @@ def add_frames(
         frames, steps, counts = frames.take(slice(counts[0], None)), steps[1:], counts[1:]
         if not steps:
             return pool
-    merged = frames.merge(match_within_frames(frames, class_token))
-    parts = zip(*(tensor.split(counts) for tensor in merged.tensors()), strict=True)
-    for videos, part in zip(steps, parts, strict=True):
-        frame = VideoTokens(*part)
-        if len(videos) == len(pool.features):
-            pool = merge_over_time(pool, frame, class_token)
-        else:
-            pool = pool.replace(videos, merge_over_time(pool.take(videos), frame, class_token))
+    prefix, num_patches = int(class_token), frames.size.shape[1] - int(class_token)
+    within = match_patches(frames, prefix + -(-num_patches // 2), prefix)  # to half of the patches of each frame
+    parts = zip(*(tensor.split(counts) for tensor in (*frames.merge(within), within.output_index)), strict=True)
+    for videos, (*part, of_frame) in zip(steps, parts, strict=True):
+        merged, index = merge_over_time(pool.take(videos), VideoTokens(*part), class_token)
+        if indices is not None:
+            of_pool, of_merged = index.tensor_split([pool.size.shape[1]], dim=1)
+            indices.append(torch.cat([of_pool, of_merged.gather(1, of_frame)], dim=1))
+        videos = videos.to(pool.size.device)
+        pool = VideoTokens(*(old.index_copy(0, videos, new) for old, new in zip(pool, merged, strict=True)))
     return pool
 
 
@@ -196,71 +166,42 @@ def merge_videos(
     frame_mask: torch.Tensor | None,
     frame_times: torch.Tensor | None,
     class_token: bool,
+    indices: list[torch.Tensor] | None = None,
 ) -> VideoTokens:
-    """Encodes the frames of videos in parts, and merges them as they arrive.
+    """Encodes the frames of videos in parts, and merges them as they arrive, to the tokens of one image a video.
 
-    Args:
-        vision_tower (`PreTrainedModel`): The tower.
-        pixel_values (`torch.Tensor` of shape `(videos, frames, channels, height, width)`): The videos.
-        frame_mask (`torch.BoolTensor` of shape `(videos, frames)`, *optional*):
-            False for frames that are padding. They are not encoded. Each video has a frame.
-        frame_times (`torch.Tensor` of shape `(videos, frames)`, *optional*):
-            Seconds of each frame. By default a frame has one second.
-        class_token (`bool`): Whether token 0 is a class token.
-
-    Returns:
-        [`VideoTokens`] of all videos, each with the tokens of one image.
-
-    Raises:
-        ValueError: If a time is not finite.
+    The arguments are those of [`~EVLGenModel.get_video_features`], and `indices` as in [`add_frames`]. Padding frames
+    are not encoded. Raises a ValueError if a time is not finite.
     """
     mask = torch.ones_like(pixel_values[:, :, 0, 0, 0], dtype=torch.bool) if frame_mask is None else frame_mask.bool()
     videos, frames = mask.nonzero(as_tuple=True)
     steps = (mask.cumsum(dim=1) - 1)[videos, frames]  # the frame's number in its video
     order = steps.argsort(stable=True)
     videos, frames, counts = videos[order], frames[order], steps.bincount().tolist()
-    times = steps[order].float() if frame_times is None else _since_first(frame_times, mask)[videos, frames]
+    times = steps[order].float()
+    if frame_times is not None:
+        check_finite({"`frame_times`": frame_times})
+        seconds = frame_times.to(mask.device)
+        seconds = seconds - seconds.gather(1, mask.int().argmax(dim=1, keepdim=True))  # since the first frame
+        times = seconds[videos, frames].float()
     pool, start = None, 0
     steps_at_once = len(counts) if is_sharded(vision_tower) else max(1, FRAMES_AT_ONCE // len(mask))
-    for counts_at_once in _batched(counts, steps_at_once):
+    for step in range(0, len(counts), steps_at_once):
+        counts_at_once = counts[step : step + steps_at_once]
         part = slice(start, start := start + sum(counts_at_once))
         pixels = pixel_values[videos[part], frames[part]]  # (frames of this part, channels, height, width)
         placed = place_frames(extract_vision_tokens(vision_tower, pixels), times[part], class_token)
-        pool = add_frames(pool, placed, list(videos[part].split(counts_at_once)), class_token)
+        pool = add_frames(pool, placed, list(videos[part].split(counts_at_once)), class_token, indices)
     return pool
 
 
-def _since_first(frame_times: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    check_finite({"`frame_times`": frame_times})
-    times = frame_times.to(mask.device)
-    return (times - times.gather(1, mask.int().argmax(dim=1, keepdim=True))).float()
-
-
-def _batched(values: list[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(values), size):
-        yield values[start : start + size]
-
-
 def merge_stream(
-    vision_tower: PreTrainedModel,
-    frames: Iterable[torch.Tensor | tuple[torch.Tensor, float]],
-    class_token: bool | None,
+    vision_tower: PreTrainedModel, frames: Frames, class_token: bool | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Encodes one video whose frames arrive one after the other.
+    """Encodes one video whose frames arrive one after the other, as [`~EVLGenModel.encode_video`] takes them.
 
-    Args:
-        vision_tower (`PreTrainedModel`): The tower.
-        frames (`Iterable`):
-            Frames of shape `(channels, height, width)`, or pairs of a frame and its time in seconds. Without times, a
-            frame has one second.
-        class_token (`bool`, *optional*): Whether token 0 is a class token. With None, frames are averaged instead.
-
-    Returns:
-        The features, `(1, tokens, dim)`, and the places of the tokens, `(1, tokens, 3)`, if they are merged.
-
-    Raises:
-        ValueError: If there is no frame, a frame has another shape, or a time is not finite.
-        TypeError: If a frame is not a tensor, or a time not a number.
+    Returns the features, `(1, tokens, dim)`, and the places of the tokens, `(1, tokens, 3)`. With a `class_token` of
+    None, frames are averaged instead, and have no places.
     """
     pool, total, count = None, 0, 0
     for pixels, times in _read_in_parts(frames):
@@ -276,9 +217,7 @@ def merge_stream(
     return ((total / count).to(tokens), None) if class_token is None else (pool.features, pool.places)
 
 
-def _read_in_parts(
-    frames: Iterable[torch.Tensor | tuple[torch.Tensor, float]],
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _read_in_parts(frames: Frames) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields frames, `(part, channels, height, width)`, and the seconds of each since the first one."""
     timed, start, shape = _with_seconds(frames), None, None
     while part := list(itertools.islice(timed, FRAMES_AT_ONCE)):
@@ -286,10 +225,8 @@ def _read_in_parts(
         start, shape = (times[0], pixels[0].shape) if shape is None else (start, shape)
         wrong = next((frame.shape for frame in pixels if frame.ndim != 3 or frame.shape != shape), None)
         if wrong is not None:
-            raise ValueError(
-                "`frames` must yield tensors of one shape (channels, height, width) from the image processor, but "
-                f"yields {tuple(wrong)} after {tuple(shape)}."
-            )
+            found = f"{tuple(wrong)} after {tuple(shape)}"
+            raise ValueError(f"`frames` must be of one shape (channels, height, width), but yields {found}.")
         since_start = torch.tensor([time - start for time in times], dtype=torch.float32)
         check_finite({"`frames`: their times": since_start})
         yield torch.stack(pixels), since_start
@@ -297,14 +234,12 @@ def _read_in_parts(
         raise ValueError("`frames` must yield at least one frame, but yields none.")
 
 
-def _with_seconds(frames: Iterable[torch.Tensor | tuple[torch.Tensor, float]]) -> Iterator[tuple[torch.Tensor, float]]:
+def _with_seconds(frames: Frames) -> Iterator[tuple[torch.Tensor, float]]:
     for index, frame in enumerate(frames):
         pixels, time = frame if isinstance(frame, tuple) else (frame, index)
         if not torch.is_tensor(pixels):
-            raise TypeError(
-                "`frames` must yield tensors, alone or in pairs with their seconds, but yields "
-                f"{type(pixels).__name__}."
-            )
+            found = type(pixels).__name__
+            raise TypeError(f"`frames` must yield tensors, alone or in pairs with their seconds, but yields {found}.")
         if not hasattr(time, "__float__"):
             raise TypeError(f"`frames` must yield times in seconds, but yields {time!r}.")
         yield pixels, float(time)

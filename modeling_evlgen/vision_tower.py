@@ -21,11 +21,7 @@ class TowerShape(NamedTuple):
 
 
 def load_vision_tower(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-    """Loads a vision tower as `from_pretrained` does. From CLIP, SigLIP or BLIP-2 it loads the vision tower alone.
-
-    Raises:
-        OSError: If there is no such checkpoint.
-    """
+    """Loads a vision tower as `from_pretrained` does. From CLIP, SigLIP or BLIP-2 it loads the vision tower alone."""
     hub_names = ("revision", "token", "cache_dir", "trust_remote_code")
     config = AutoConfig.from_pretrained(name_or_path, **{name: kwargs[name] for name in hub_names if name in kwargs})
     config = getattr(config, "vision_config", config)
@@ -35,20 +31,11 @@ def load_vision_tower(name_or_path: str | os.PathLike, **kwargs: Any) -> PreTrai
 
 
 def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Runs a vision tower and returns its output as tokens.
+    """Runs a vision tower over `(batch, channels, height, width)`, and returns tokens, `(batch, tokens, dim)`.
 
     A feature map becomes a sequence, row by row. The tokens of EVA ViT-g are those before BLIP-2's `post_layernorm`.
-    That norm was trained with BLIP-2's connector and is not part of the tower. EVLGen has its own.
-
-    Args:
-        tower (`PreTrainedModel`): The tower.
-        pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): Images from the tower's processor.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, tokens, dim)`.
-
-    Raises:
-        ValueError: If the tower returns neither tokens nor a feature map.
+    That norm was trained with BLIP-2's connector and is not part of the tower. EVLGen has its own. Raises a ValueError
+    if the tower returns neither tokens nor a feature map.
     """
     # Convolutions take over the memory format of the pixels. On a CPU this made EfficientNet-Lite0 1.5 times as fast.
     # The weights are saved and hashed as they are, and converting them gains nothing more.
@@ -64,10 +51,8 @@ def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) ->
         channels_last = getattr(getattr(tower, "timm_model", None), "output_fmt", "NCHW") == "NHWC"
         features = features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
     if features.ndim != 3:
-        raise ValueError(
-            "`vision_model` must return tokens (batch, tokens, dim) or a feature map (batch, dim, height, width), "
-            f"but {type(tower).__name__} returns shape {tuple(features.shape)}."
-        )
+        found = f"{type(tower).__name__} returns shape {tuple(features.shape)}"
+        raise ValueError(f"`vision_model` must return tokens (batch, tokens, dim) or a feature map, but {found}.")
     return features
 
 
@@ -84,11 +69,8 @@ def is_frozen(module: nn.Module) -> bool:
 def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None) -> TowerShape:
     """Measures the output of a tower by a dry run on the meta device, without weights or arithmetic.
 
-    `image_size` is the height and width of the images in pixels; see [`find_image_size`].
-
-    Raises:
-        ValueError: If the tower needs other inputs than pixels or images of another size, or returns neither tokens
-            nor a feature map.
+    `image_size` is that of [`find_image_size`]. Raises a ValueError if the tower needs other inputs than pixels, or
+    images of another size.
     """
     image_size = find_image_size(config, image_size)
     with torch.device("meta"), torch.no_grad():
@@ -99,16 +81,19 @@ def measure_vision_tower(config: PreTrainedConfig, image_size: int | None = None
         except TypeError as error:
             raise ValueError(f"`vision_model`: {type(tower).__name__} needs more than pixels: {error}") from error
         except (ValueError, RuntimeError, AssertionError) as error:
-            sides = "{} x {} pixels".format(*image_size)
-            message = f"`image_size`: {type(tower).__name__} does not take images of {sides}: {error}"
-            raise ValueError(message) from error
+            images = f"images of {image_size[0]} x {image_size[1]} pixels"
+            raise ValueError(f"`image_size`: {type(tower).__name__} does not take {images}: {error}") from error
     return TowerShape(num_tokens, hidden_size, _has_class_token(tower, num_tokens, image_size))
 
 
 def find_image_size(config: PreTrainedConfig, image_size: int | None = None) -> tuple[int, int]:
     """Returns height and width in pixels: `image_size`, or that of a tower's configuration, or 224."""
     if image_size is None:
-        image_size = getattr(config, "image_size", None) or _timm_image_size(config) or 224
+        arguments, pretrained = (
+            getattr(config, name, None) or {} for name in ("model_args", "pretrained_cfg")
+        )  # timm
+        of_timm = arguments.get("img_size") or tuple(pretrained.get("input_size", ()))[1:]  # channels, height, width
+        image_size = getattr(config, "image_size", None) or of_timm or 224
     return (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
 
 
@@ -116,15 +101,8 @@ def _has_class_token(tower: PreTrainedModel, num_tokens: int, image_size: tuple[
     timm_model = getattr(tower, "timm_model", None)
     if timm_model is not None:
         return getattr(timm_model, "num_prefix_tokens", 0) > 0
-    patch_size = getattr(tower.config, "patch_size", None)
-    if not isinstance(patch_size, int):
-        return False
-    return num_tokens > (image_size[0] // patch_size) * (image_size[1] // patch_size)
-
-
-def _timm_image_size(config: PreTrainedConfig) -> int | tuple[int, int] | None:
-    input_size = (getattr(config, "pretrained_cfg", None) or {}).get("input_size", ())  # channels, height, width
-    return (getattr(config, "model_args", None) or {}).get("img_size") or tuple(input_size[1:]) or None
+    size = getattr(tower.config, "patch_size", None)
+    return isinstance(size, int) and num_tokens > (image_size[0] // size) * (image_size[1] // size)
 
 
 @torch.no_grad()
@@ -134,9 +112,6 @@ def whiten_inputs(linear: nn.Linear, batches: Iterable[torch.Tensor]) -> None:
     Its outputs then have mean 0, and all directions of the inputs count about the same in them. With weight W, the
     matrix M of [`whitening_matrix`] and the inputs' mean m, the weight becomes W M and the bias -W M m. Source of
     data-dependent starts: Krähenbühl et al., "Data-dependent initializations of convolutional neural networks", 2016.
-
-    Raises:
-        ValueError: If the inputs have no covariance, as in [`moments`].
     """
     mean, covariance = moments(batches)
     if linear.weight.is_meta:
@@ -152,8 +127,7 @@ def whiten_inputs(linear: nn.Linear, batches: Iterable[torch.Tensor]) -> None:
 def moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean `(dim,)` and covariance `(dim, dim)` of batches of `(tokens, dim)`, in float64 on the CPU.
 
-    Raises:
-        ValueError: If there are fewer than two tokens, or they are not finite or do not vary.
+    Raises a ValueError if there are fewer than two tokens, or they are not finite or do not vary.
     """
     count, total, products = 0, 0.0, 0.0
     for tokens in batches:
@@ -179,10 +153,6 @@ def whitening_matrix(covariance: torch.Tensor, shrinkage: float = 0.1) -> torch.
     Sejnowski, "The independent components of natural scenes are edge filters", 1997). The covariance is shrunk towards
     a multiple of the identity (Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance
     matrices", 2004). Without the shrinkage, directions of little variance would be blown up.
-
-    Args:
-        covariance (`torch.Tensor` of shape `(dim, dim)`): The tokens' covariance, in float64.
-        shrinkage (`float`, *optional*, defaults to 0.1): Above 0 and at most 1, which scales all directions alike.
     """
     values, vectors = torch.linalg.eigh(covariance)  # (dim,), (dim, dim)
     # Rounding makes some of the smallest eigenvalues negative.

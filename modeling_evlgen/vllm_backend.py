@@ -26,10 +26,7 @@ def is_built_by_vllm(config: EVLGenConfig) -> bool:
 
 
 def check_checkpoint(config: EVLGenConfig) -> None:
-    """
-    Raises:
-        ValueError: If the checkpoint only names its towers. vLLM reads the weights of one checkpoint alone.
-    """
+    """Raises a ValueError if the checkpoint only names its towers. vLLM reads the weights of one checkpoint alone."""
     if config.towers != "reference":
         return
     name = config.name_or_path
@@ -42,11 +39,7 @@ def check_checkpoint(config: EVLGenConfig) -> None:
 
 
 def adapt_to_vllm(model: PreTrainedModel) -> None:
-    """Changes a fresh model's layers in place so that vLLM can replace the rest.
-
-    Args:
-        model ([`EVLGenModel`]): The model, without weights. The names of its weights stay.
-    """
+    """Changes a fresh model's layers in place so that vLLM can replace the rest. The names of its weights stay."""
     model.language_model.set_output_embeddings(nn.Identity())  # vLLM has its own, and loads the weights there
     for name in TRAINED_PARTS:
         if getattr(model, name) is not None:

@@ -14,8 +14,7 @@ from transformers import BatchFeature
 
 from configuration_evlgen import QFormerConnectorConfig, TomeFormerConfig
 from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput, QFormerConnector, TomeFormerModel
-from modeling_evlgen.video_merging import FRAMES_AT_ONCE, match_over_time, match_within_frames, place_frames
-from modeling_evlgen.vision_tower import extract_vision_tokens
+from modeling_evlgen.video_merging import merge_videos
 
 SIDE = 448  # width and height in pixels of a drawn image
 TINT = 0.6  # opacity of a token's colour over the image, 0 to 1
@@ -121,20 +120,14 @@ def trace_frames(
     """
     if pixel_values.ndim == 4 or model.config.video_mode == "mean":
         return model.get_vision_features(pixel_values), None, None
-    (pixels,), class_token = pixel_values.to(model.vision_tower.dtype), model.config.connector_config.class_token
-    times = torch.arange(len(pixels)) if frame_times is None else frame_times[0] - frame_times[0, 0]
-    tokens = [extract_vision_tokens(model.vision_tower, part) for part in pixels.split(FRAMES_AT_ONCE)]
-    frames = place_frames(torch.cat(tokens), times, class_token)
-    within = match_within_frames(frames, class_token)
-    merged, pool = frames.merge(within), frames.take(slice(1))
-    num_tokens = pool.size.shape[1]
-    index = torch.arange(num_tokens, device=pixels.device).unsqueeze(0)  # (frames so far, tokens)
-    for number in range(1, len(pixels)):
-        frame = merged.take(slice(number, number + 1))
-        over_time = match_over_time(pool, frame, class_token)
-        index = torch.cat([index, num_tokens + within.output_index[number : number + 1]])
-        pool, index = pool.join(frame).merge(over_time), over_time.output_index[0, index]
-    return pool.features, pool.places, index
+    indices: list[torch.Tensor] = []  # of each merge, (1, tokens of the pool and of the frame)
+    pixel_values, class_token = pixel_values.to(model.vision_tower.dtype), model.config.connector_config.class_token
+    pool = merge_videos(model.vision_tower, pixel_values, None, frame_times, class_token, indices)
+    groups = torch.arange(pool.size.shape[1], device=pixel_values.device).unsqueeze(0)  # (frames so far, tokens)
+    for index in indices:
+        of_pool, of_frame = index.chunk(2, dim=1)
+        groups = torch.cat([of_pool[0, groups], of_frame])
+    return pool.features, pool.places, groups
 
 
 def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
