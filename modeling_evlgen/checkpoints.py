@@ -143,7 +143,8 @@ class EVLGenPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: If `towers` is `"reference"`, but a tower has no name, or has changed since it was loaded. If
-                `"include"` is to save a quantised language model. If model or folder have an adapter.
+                `"include"` is to save a quantised language model. If the model was loaded with an adapter, or the
+                folder holds one.
             OSError: If the disk has no room for the weights. An earlier checkpoint in the folder is left as it is.
         """
         if getattr(self, "peft_config", None):
@@ -196,6 +197,8 @@ class EVLGenPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def whiten_vision_projection(self, vision_features: torch.Tensor | Iterable[torch.Tensor]) -> None:
         """Starts a fresh vision projection from the statistics of the vision tower's tokens; see [`whiten_inputs`].
+
+        A trained projection would be spoilt.
 
         Args:
             vision_features (`torch.Tensor` of shape `(images, num_vision_tokens, vision_hidden_size)`):
