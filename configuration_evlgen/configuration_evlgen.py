@@ -81,8 +81,7 @@ class EVLGenConfig(CheckedConfig):
         temporal_num_attention_heads (`int`, *optional*, defaults to 8):
             Heads of the temporal attention. Must divide `temporal_hidden_size` and `vision_hidden_size`.
         temporal_frame_positions (`bool`, *optional*, defaults to `False`):
-            Whether the contextualizer has learned frame positions, and so sees the order of frames; the paper's does
-            not. Fresh ones are zero.
+            Whether the contextualizer has learned frame positions, which the paper's has not. Fresh ones are zero.
         video_mode (`str`, *optional*, defaults to `"mean"`):
             How frames become the tokens of one image. `"mean"` averages them, as in the paper. `"merge"` merges
             similar tokens, within frames and then over time, and embeds their times. It needs a square grid.
