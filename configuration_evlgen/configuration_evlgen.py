@@ -222,12 +222,12 @@ class EVLGenConfig(CheckedConfig):
                 return
             found = f"is {self.num_image_tokens}, but the connector makes {own} tokens"
             raise ValueError(f"`num_image_tokens` {found}. Another number needs an `image_token_range`.")
-        self.read_budgets("num_image_tokens", None, 1)  # raises where the range is none, or does not hold the number
-        for budget in (*self.image_token_range, self.num_image_tokens):
-            try:
+        try:
+            self.read_budgets("num_image_tokens", None, 1)  # raises where the range is none, or lacks the number
+            for budget in (*self.image_token_range, self.num_image_tokens):
                 self.connector_config.check_budget(budget, self.num_vision_tokens)
-            except ValueError as error:
-                raise ValueError(f"`image_token_range` is {self.image_token_range}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"`image_token_range` is {self.image_token_range}: {error}") from error
 
     def read_budgets(self, name: str, given: Any, count: int) -> list[int]:
         """The numbers of tokens of `count` images or videos, as the function [`read_budgets`] returns them."""
