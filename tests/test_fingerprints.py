@@ -13,7 +13,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_split
-from modeling_evlgen.fingerprints import fingerprint_files, hash_weights, identify, is_on_hub
+from modeling_evlgen.fingerprints import fingerprint_files, hash_weights
 
 from .helpers import noise_images, save_towers, tiny_model, tiny_processor
 from .test_checkpoints import negate_queries
@@ -121,15 +121,3 @@ def test_only_files_in_the_hubs_cache_are_identified_by_their_names(tmp_path, mo
     for outside in (tmp_path / digits, tmp_path / "models--user--llm" / "blobs" / digits, cache / digits):
         before, after = link(outside, tmp_path / f"link to {outside.parent.name}")
         assert before != after, outside
-
-
-def test_what_is_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    commit = "0123456789abcdef" * 2 + "01234567"
-    snapshot = tmp_path / "hub" / "models--user--llm" / "snapshots" / commit
-    save_towers(snapshot)
-    for folder, name, revision in ((snapshot, "user/llm", commit), (snapshot / "text", str(snapshot / "text"), None)):
-        found = identify("text_model", folder)
-        assert (found["text_model_name_or_path"], found["text_model_revision"]) == (name, revision)
-    names = ["gpt2", "facebook/opt-2.7b", "/a/b", "./b", "a/b/c", "", None]
-    assert [is_on_hub(name) for name in names] == [True, True, False, False, False, False, False]

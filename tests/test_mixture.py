@@ -74,14 +74,11 @@ def test_data_sets_on_disk_are_mixed_until_all_were_seen(tmp_path):
     ("entry", "changes", "message"),
     [
         ({"weight": 0}, {}, "needs a `weight` above 0, but has 0"),
-        ({"dataset": ""}, {}, "needs a `dataset`"),
         ({"caption": "txt"}, {}, "holds unknown names: caption"),
         ({"streaming": True}, {}, "is to be streamed, which takes `--streaming true`"),
         ({"prompt_column": "question"}, {}, "sets `prompt_column`, but the mixture has it at None"),
-        ({"caption_column": "text"}, {}, "`caption_column` is 'text', but the data set has"),
         ({}, {"test_split": "test"}, "needs a `dataset` with held-out rows, or an empty `test_split`"),
         ({}, {"mixture": "nowhere.yaml"}, "`mixture` is 'nowhere.yaml', which is no YAML file"),
-        ({}, {"mixture": str(ROOT / "setup.py")}, "`mixture`: .*setup.py is no YAML: "),
         ({}, {"streaming": True, "shuffle_buffer": 0}, "`shuffle_buffer` must be 1 or more, but is 0"),
     ],
 )

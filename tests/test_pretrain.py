@@ -244,9 +244,7 @@ def test_a_broken_image_is_skipped_and_counted(cache_features, work, with_a_brok
     ("metadata", "message"),
     [
         (b'{"file_name": "../../0.png", "caption": "a"}', r"Invalid metadata file_name '../../0\.png'"),
-        ('{"file_name": "0.png", "caption": "a"}'.encode("utf-16"), "Invalid value"),
         ('{"file_name": "0.png", "caption": "caf\u00e9"}'.encode("latin-1"), "UnicodeDecodeError"),
-        (b'{"file_name": "0.png", "caption": "a"}\n{"file_name": "1.png", "caption": ["a"]}', "changed from string"),
     ],
 )
 def test_metadata_that_cannot_be_read_are_named(metadata, message, work, with_a_broken_image, tmp_path):
@@ -259,7 +257,6 @@ def test_metadata_that_cannot_be_read_are_named(metadata, message, work, with_a_
     ("bad", "message"),
     [
         ({"caption": None}, "`caption` must hold a caption, but is None"),
-        ({"caption": " "}, "`caption` must hold a caption, but is ' '"),
         ({"image": None}, "None is no image"),
     ],
 )
@@ -299,21 +296,16 @@ def test_a_towers_image_processor_becomes_a_plain_resize(processor, size, mean, 
     ("changes", "message"),
     [
         ({"image_column": "photo"}, r"`image_column` is 'photo', but the data set has \['image', 'caption'\]"),
-        ({"caption_column": "text"}, r"`caption_column` is 'text', but the data set has"),
         ({"train_split": "training"}, r"`train_split` is 'training', but the data set has \['test', 'train'\]"),
         ({"test_split": "dev"}, "`test_split` is 'dev', but .*; --test_split \"\" trains without held-out images"),
         ({"cache_features": True, "horizontal_flip": True}, "needs `cached_views`: how many"),
         ({"cached_views": 2, "cache_features": True}, "goes with `cache_features` and with `crop_scale`"),
         ({"cache_features": True, "streaming": True}, "`cache_features` needs the whole data set"),
         ({"streaming": True}, "`streaming` needs `max_test_samples`, or an empty `test_split`"),
-        ({"vision_model": "/nowhere"}, "`vision_model`='/nowhere' cannot be loaded"),
-        ({"connector_config": {"merge_r": -1}}, "`merge_r` must hold integers of 0 or more"),
         ({"dataset": ""}, "`dataset` is needed"),
         ({"dataset": "/nowhere"}, "`dataset` is '/nowhere', which is no folder, none of openmoji-scenes, "),
         ({"connector_config": {"merge_rr": 5}}, "holds fields that TomeFormerConfig does not have: .'merge_rr'"),
         ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be an integer of 1 or more"),
-        ({"max_test_samples": -1}, "`max_test_samples` must be an integer of 1 or more, but is -1"),
-        ({"num_frames": 0}, "`num_frames` must be an integer of 1 or more, but is 0"),
         ({"lerning_rate": 1}, r"Unknown argument --lerning_rate\. Did you mean --learning_rate\?"),
     ],
 )
@@ -347,15 +339,10 @@ def test_the_papers_recipes_run(recipe, text, work, tmp_path):
     towers = save_towers(tmp_path, "eva", text, bos=True)
     BertModel(BertConfig(**LAYERS)).save_pretrained(tmp_path / "bert")
     files = {split: str(work / f"{split}.tar") for split in ("train", "test")}
-    little = {
-        **towers,
-        "connector_model": tmp_path / "bert",
-        "connector_config": {"merge_r": 3},
-        "dataset": "webdataset",
-    }
-    little |= {"image_column": "png", "caption_column": "txt", "streaming": True, "data_files": files}
-    little |= {"max_test_samples": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    little |= {"dataloader_num_workers": 0, "max_steps": 2, "output_dir": tmp_path / "out"}
+    little = {**towers, "connector_model": tmp_path / "bert", "connector_config": {"merge_r": 3}}
+    little |= {"dataset": "webdataset", "image_column": "png", "caption_column": "txt", "data_files": files}
+    little |= {"streaming": True, "max_test_samples": 4, "max_steps": 2, "output_dir": tmp_path / "out"}
+    little |= {"dataloader_num_workers": 0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     for split, count in (("train", 16), ("test", 4)):
         write_shard(work / f"{split}.tar", load_dataset(str(work / "images"), split=split).take(count))
     metrics = pretrain.main(flags(config=CONFIGS / f"{recipe}.yaml", **little))

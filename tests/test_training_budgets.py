@@ -25,9 +25,8 @@ SIZES = {**LAYERS, "merge_r": 3}
 
 
 def processor_of(image_token_range=(LOW, HIGH), max_tiles=1, **kwargs):
-    return make_processor(
-        num_image_tokens=image_token_range[0], image_token_range=image_token_range, max_tiles=max_tiles, **kwargs
-    )
+    kwargs |= {"num_image_tokens": image_token_range[0], "image_token_range": image_token_range}
+    return make_processor(max_tiles=max_tiles, **kwargs)
 
 
 def rows_of(count):
@@ -181,18 +180,12 @@ MEANS = {
     ("given", "message"),
     [
         ({"image_token_range": [4, 18]}, r"`image_token_range` is \[4, 18\]: .* must be from 2 to 17"),
-        ({"image_token_range": [1, 17]}, r"`image_token_range` is \[1, 17\]: .* must be from 2 to 17"),
-        ({"image_token_range": [2, 5]}, "`num_image_tokens` must be from 2 to 5, .* is 11"),
+        ({"image_token_range": [2, 5]}, r"`num_image_tokens` \(11\) between them, but is \[2, 5\]"),
         ({"image_token_range": [4, 9], **MEANS}, "must be a square, but is 5"),
-        ({"image_token_range": [4]}, r"`image_token_range` must hold the smallest .* but is \[4\]"),
-        ({"image_token_range": [9, 4]}, r"`image_token_range` must hold the smallest .* but is \[9, 4\]"),
         ({"num_image_tokens": 9}, "`num_image_tokens` needs `image_token_range`"),
         ({"num_image_tokens": 3, "image_token_range": [4, 9]}, "`num_image_tokens` must be from 4 to 9, .* but is 3"),
         ({"max_tiles": 0}, "`max_tiles` must be an integer from 1 to 100, but is 0"),
-        (
-            {"max_tiles": 2, "connector": "mlp", "fields": {"hidden_size": 32}},
-            "no image of several tiles: .*pool_",
-        ),
+        ({"max_tiles": 2, "connector": "mlp", "fields": {"hidden_size": 32}}, "no image of several tiles: .*pool_"),
     ],
 )
 def test_numbers_of_tokens_and_tiles_that_cannot_work_are_refused(given, message, tmp_path):
