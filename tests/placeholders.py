@@ -14,7 +14,6 @@ from transformers import BertConfig, BertModel
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import save_base
-from processing_evlgen import EVLGenProcessor
 
 from .helpers import (
     COLORS,
@@ -28,8 +27,7 @@ from .helpers import (
     save_image_folder,
     save_one_gpu_sources,
     save_towers,
-    tiny_image_processor,
-    tiny_tokenizer,
+    tiny_processor,
 )
 from .test_convert_original_checkpoint import read, save_base_models
 from .training import write_tars
@@ -57,12 +55,8 @@ def save_models(folder: Path) -> None:
     """An image model, a video model and an adapter. They end texts and turns with one token, as SmolLM2 does."""
     towers = save_towers(folder / "towers", chat=True)
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(**towers, connector_config=CONNECTOR)
-    processor = EVLGenProcessor(
-        tiny_image_processor(),
-        tiny_tokenizer(chat=True),
-        num_image_tokens=model.config.num_image_tokens,
-        end_of_text="<|im_end|>",
-    )
+    processor = tiny_processor(model, chat=True)
+    processor.end_of_text = "<|im_end|>"
     model.generation_config.update(eos_token_id=processor.end_of_text_id, pad_token_id=0, max_new_tokens=8)
     first, *others = IMAGE_MODELS
     save(folder / first, model, processor)

@@ -140,12 +140,6 @@ def test_the_pipeline_takes_what_users_have(tmp_path):
     assert one != prompted
 
 
-def test_remote_code_is_not_switched_on_for_the_user(tmp_path):
-    checkpoint(tmp_path / "model")
-    with pytest.raises(AssertionError, match="trust_remote_code"):
-        run_clean("from transformers import AutoModel; AutoModel.from_pretrained('model')", tmp_path)
-
-
 def test_a_full_disk_leaves_the_last_checkpoint_alone(tmp_path, monkeypatch):
     model, _ = checkpoint(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()

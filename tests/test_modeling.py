@@ -1,21 +1,17 @@
 """The model: any tower with any language model, frozen towers, the loss, and generation."""
 
+import re
 from functools import partial
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModel,
     BertConfig,
     BertModel,
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    CLIPConfig,
-    CLIPModel,
     DataCollatorForLanguageModeling,
     Dinov2Config,
-    SiglipConfig,
-    SiglipModel,
     TimmWrapperConfig,
 )
 
@@ -25,6 +21,7 @@ from modeling_evlgen.vision_tower import extract_vision_tokens, measure_vision_t
 
 from .helpers import (
     LAYERS,
+    ROOT,
     TEXT_CONFIGS,
     VISION_CONFIGS,
     generate_new,
@@ -107,9 +104,8 @@ def test_a_copy_of_the_ids_trains_on_words_alone(side):
     loss = model(**batch, labels=batch["input_ids"].clone()).loss
     torch.testing.assert_close(loss, sum(losses) / sum(counts))
     collator = DataCollatorForLanguageModeling(processor.tokenizer, mlm=False)
-    rows = [
-        {"input_ids": ids[mask.bool()]} for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
+    real = batch["attention_mask"].bool()
+    rows = [{"input_ids": ids[mask]} for ids, mask in zip(batch["input_ids"], real, strict=True)]
     processor.tokenizer.padding_side = side
     torch.testing.assert_close(model(**collator(rows), pixel_values=batch["pixel_values"]).loss, loss)
 
@@ -208,10 +204,18 @@ def test_a_batch_generates_what_its_members_generate_alone(text, settings):
     assert len(set(together)) > 1 and "<image>" not in "".join(together)
 
 
-@pytest.mark.parametrize("settings", [{"prompt_lookup_num_tokens": 2}, {"encoder_repetition_penalty": 1.2}])
-def test_options_that_look_up_prompt_ids_are_refused(settings):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_lookup_num_tokens": 2}, "is not supported: it reads the prompt's ids"),
+        ({"encoder_repetition_penalty": 1.2}, "is not supported: it reads the prompt's ids"),
+        ({"num_beams": 2.5}, "`num_beams` must be a whole number, 1 or more, but is 2.5"),
+        ({"num_beams": 0}, "`num_beams` must be a whole number, 1 or more, but is 0"),
+    ],
+)
+def test_options_of_generation_that_cannot_work_are_refused(settings, message):
     model = tiny_model()
-    with pytest.raises(ValueError, match="is not supported: it reads the prompt's ids"):
+    with pytest.raises(ValueError, match=message):
         model.generate(**tiny_processor(model)(images=noise_images(1), text="what?"), **settings)
 
 
@@ -228,13 +232,16 @@ def test_the_vision_tower_of_a_whole_checkpoint_is_taken(family, tmp_path):
     vision = VISION_CONFIGS["eva" if family == "blip2" else family].to_dict()
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     qformer = {**text, "encoder_hidden_size": 16}
-    whole = {
-        "clip": lambda: CLIPModel(CLIPConfig(vision_config=vision, text_config=text)),
-        "siglip": lambda: SiglipModel(SiglipConfig(vision_config=vision, text_config=text)),
-        "blip2": lambda: Blip2ForConditionalGeneration(
-            Blip2Config(vision_config=vision, qformer_config=qformer, text_config=TEXT_CONFIGS["opt"].to_dict())
+    opt = TEXT_CONFIGS["opt"].to_dict()
+    model_class, config = {
+        "clip": (transformers.CLIPModel, transformers.CLIPConfig(vision_config=vision, text_config=text)),
+        "siglip": (transformers.SiglipModel, transformers.SiglipConfig(vision_config=vision, text_config=text)),
+        "blip2": (
+            transformers.Blip2ForConditionalGeneration,
+            transformers.Blip2Config(vision_config=vision, qformer_config=qformer, text_config=opt),
         ),
-    }[family]()
+    }[family]
+    whole = model_class(config)
     whole.save_pretrained(tmp_path / "vision")
     _, language_model = tiny_towers()
     language_model.save_pretrained(tmp_path / "text")
@@ -307,7 +314,10 @@ def test_a_prompt_may_be_prefilled_in_chunks():
         ({"pixel_values": None, "vision_features": torch.zeros(2, 5, 16)}, r"`vision_features` .* \(images, 17, 16\)"),
         ({"vision_features": torch.zeros(2, 17, 16)}, "Only one of `pixel_values`, `vision_features`"),
         ({"input_ids": None}, "Exactly one of `input_ids` and `inputs_embeds`"),
-        ({"input_ids": torch.ones(1, 129, dtype=torch.long)}, "`input_ids` has 129 tokens, .* places for 128"),
+        (
+            {"input_ids": torch.ones(1, 129).long(), "pixel_values": None, "attention_mask": None},
+            "`input_ids` has 129 tokens, .* places for 128",
+        ),
     ],
     ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
 )
@@ -410,13 +420,6 @@ def test_compiles_without_a_graph_break_and_states_it_to_transformers():
     assert model._can_compile_fullgraph
 
 
-@pytest.mark.parametrize("num_beams", [2.5, 0])
-def test_a_number_of_beams_that_is_not_whole_is_refused_by_name(num_beams):
-    model = tiny_model()
-    with pytest.raises(ValueError, match=f"`num_beams` must be a whole number, 1 or more, but is {num_beams}"):
-        model.generate(**tiny_processor(model)(images=noise_images(2)), max_new_tokens=2, num_beams=num_beams)
-
-
 def test_a_text_only_batch_gives_the_connector_a_zero_gradient():
     model = tiny_model().train()
     processor = tiny_processor(model)
@@ -463,3 +466,19 @@ def test_the_towers_hidden_states_are_given_on_request():
     assert len(states) == 3 and states[-1].shape == (2, 17, 16)
     video = model.get_video_features(pixels[None], output_hidden_states=True)
     torch.testing.assert_close(video.hidden_states, states)
+
+
+def test_the_message_about_placeholders_is_the_one_that_a_page_explains():
+    page = (ROOT / "docs" / "your_own_captioner.md").read_text(encoding="utf-8")
+    model = tiny_model()
+    batch = training_batch(tiny_processor(model))
+    first = (batch["input_ids"][0] == model.config.image_token_id).nonzero()[0]
+    batch["input_ids"][0, first] = 5
+    with pytest.raises(ValueError, match=re.escape(re.search(r'\*\*"(`input_ids` holds.*)"\*\*', page)[1])):
+        model(**batch)
+
+
+def test_the_loss_is_nan_where_no_token_is_a_target():
+    model = tiny_model()
+    batch = training_batch(tiny_processor(model))
+    assert model(**{**batch, "labels": torch.full_like(batch["labels"], -100)}).loss.isnan()

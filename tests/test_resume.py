@@ -2,10 +2,9 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from common.training.resume import check_settings_of_run, find_checkpoint, run_s
 from common.training.training_arguments import EVLGenTrainingArguments
 
 from .helpers import ROOT, save_image_folder, save_towers, tiny_model
-from .training import CONNECTOR, arguments, assert_same_weights, flags, save_recipe
+from .training import CONNECTOR, arguments, assert_same_weights, flags, save_recipe, start
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +138,12 @@ def empty(path):
     path.write_bytes(b"")
 
 
-def remove(path):
-    path.unlink()
-
-
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
         ("trainer_state.json", empty, r"trainer_state\.json cannot be read"),
         ("model.safetensors", cut, r"model\.safetensors is damaged"),
-        ("optimizer.pt", remove, r"optimizer\.pt is missing"),
+        ("optimizer.pt", os.remove, r"optimizer\.pt is missing"),
         ("rng_state.pth", empty, r"rng_state\.pth is damaged"),
         ("run.json", cut, r"run\.json cannot be read"),
     ],
@@ -167,7 +162,7 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(name, damage, message, w
 
 
 def test_a_checkpoint_whose_saving_was_killed_is_passed_over(work, run, caplog):
-    remove(run / "checkpoint-4" / "trainer_state.json")
+    (run / "checkpoint-4" / "trainer_state.json").unlink()
     resume(work, run)
     assert_same_weights(work / "run", run)
     assert "is not whole" not in caplog.text
@@ -181,17 +176,13 @@ def test_a_copy_of_a_checkpoint_is_not_the_newest_one(name, run):
 
 
 def test_a_checkpoint_without_settings_is_resumed_with_a_warning(work, run, caplog):
-    remove(run / "checkpoint-4" / "run.json")
+    (run / "checkpoint-4" / "run.json").unlink()
     resume(work, run, max_steps=5)
     assert "has no run.json: it is not known whether its run had the same settings" in caplog.text
 
 
 def test_two_runs_do_not_share_a_folder(work, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "examples" / "pretrain.py"), *arguments(work, tmp_path, max_steps=100_000)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start(ROOT / "examples" / "pretrain.py", arguments(work, tmp_path, max_steps=100_000))
     try:
         deadline = time.time() + 240
         while not (tmp_path / "_run.json").exists():

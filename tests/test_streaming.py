@@ -13,7 +13,6 @@ from pathlib import Path
 import datasets
 import pretrain
 import pytest
-import torch
 from datasets import load_dataset
 from torch.utils.data import DataLoader
 
@@ -22,7 +21,7 @@ from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.streams import EPOCH, SourceReader
 
-from .helpers import ROOT, noise_images, save_split, save_towers, tiny_model, tiny_processor
+from .helpers import ROOT, save_split, save_towers, tiny_model, tiny_processor
 from .hub_server import HubServer, Repo
 from .training import (
     CAPTIONS,
@@ -184,18 +183,6 @@ def test_what_was_read_before_is_not_read_again(tmp_path):
         Path(path).write_bytes(b"")
     rest = list(islice(iter(again), 15))
     assert sorted(captions(rows + rest)) == sorted(f"image {index}" for index in range(90))
-
-
-def test_crops_and_captions_are_drawn_anew_in_each_round():
-    """Whatever the Trainer calls an epoch: a small data set of a mixture goes round many times in it."""
-    data = DataArguments(crop_scale=[0.2, 0.6])
-    processor = tiny_processor(tiny_model())
-    collator = CaptionCollator(processor, data, training=True, seed=3)
-    row = {"image": noise_images(1)[0], "caption": [f"caption {index}" for index in range(50)]}
-    one, again, other = (collator([{**row, EPOCH: epoch}]) for epoch in (4, 4, 5))
-    assert torch.equal(one["pixel_values"], again["pixel_values"]) and torch.equal(one["labels"], again["labels"])
-    assert not torch.equal(one["pixel_values"], other["pixel_values"])
-    assert one["labels"].tolist() != other["labels"].tolist()
 
 
 # Writes down what each process trains on, step by step.

@@ -368,20 +368,17 @@ def test_an_image_model_becomes_a_video_model_that_starts_the_same(vision, tmp_p
 
 
 def test_a_contextualizer_with_frame_positions_sees_the_order_of_frames(tmp_path):
-    image_model = tiny_model()
-    image_model.save_pretrained(tmp_path / "image")
+    tiny_model().save_pretrained(tmp_path / "image")
     settings = {**SIZES, "temporal_frame_positions": True}
     load = EVLGenForConditionalGeneration.from_pretrained
     models = [
         EVLGenForConditionalGeneration.from_image_model(tmp_path / "image", **settings),
         load(tmp_path / "image", temporal_contextualizer=True, **settings),
     ]
-    still, videos = noise(2).unsqueeze(1).expand(-1, 4, -1, -1, -1), noise(1, 4)
-    for model in models:  # they start as the image model, and blind to order
+    videos = noise(1, 4)
+    for model in models:  # they start blind to order
         assert not any(contextualizer.frame_positions.weight.any() for contextualizer in model.temporal)
         with torch.no_grad():
-            expected = image_model.get_image_features(noise(2)).pooler_output
-            torch.testing.assert_close(model.get_video_features(still).pooler_output, expected)
             for contextualizer in model.temporal:
                 give_effect(contextualizer)
             forth, back = model.get_vision_features(videos), model.get_vision_features(videos.flip(1))

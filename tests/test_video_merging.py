@@ -160,6 +160,7 @@ def test_a_stream_gives_what_all_frames_give_at_once(mode, monkeypatch):
     stream = model.encode_video(((frame, 1e6 + i / 3) for i, frame in enumerate(video)), num_image_tokens=5)
     assert max(largest) == 4 and sum(largest) == 11
     at_once = model.get_video_features(video.unsqueeze(0), None, [5], times.unsqueeze(0))
+    assert mode == "mean" or (max(largest) == 4 and sum(largest) == 2 * 11)  # not more memory
     torch.testing.assert_close(stream.pooler_output, at_once.pooler_output, atol=1e-4, rtol=1e-4)
     processor, settings = tiny_processor(model), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     inputs = processor(encoded_video=stream, text="what?")
@@ -190,12 +191,7 @@ def test_an_offloaded_model_encodes_a_stream():
         ((0, 2, 3, 32, 32), None, ValueError, r"at least one frame of each video, but have shape \(0, "),
         ((1, 0, 3, 32, 32), None, ValueError, r"at least one frame of each video, but have shape \(1, "),
         ((1, 2, 3, 32, 32), [[0.0, 1.0]], TypeError, "`frame_times` must be a tensor, but is a list"),
-        (
-            (2, 3, 3, 32, 32),
-            torch.zeros(2, 4),
-            ValueError,
-            r"`frame_times` must have shape \(2, 3\), but has \(2, 4\)",
-        ),
+        ((2, 3, 3, 32, 32), torch.zeros(2, 4), ValueError, r"`frame_times` .* \(2, 3\), but has \(2, 4\)"),
         ((1, 2, 3, 32, 32), torch.tensor([[0.0, torch.inf]]), ValueError, "`frame_times` must be finite"),
     ],
 )
@@ -212,15 +208,6 @@ def test_a_stream_answers_one_question_after_the_other():
     stream = model.encode_video(noise(5))
     inputs = [processor(encoded_video=stream, text="what?") for _ in range(2)]
     assert torch.equal(*(model.generate(**each, **settings) for each in inputs)) and len(stream.pooler_output) == 1
-
-
-@torch.no_grad()
-def test_memory_is_that_of_a_few_frames(monkeypatch):
-    monkeypatch.setattr("modeling_evlgen.video_merging.FRAMES_AT_ONCE", 4)
-    model, largest = merging_model(), []
-    model.vision_tower.register_forward_hook(lambda _, inputs, output: largest.append(len(output.last_hidden_state)))
-    model.get_video_features(noise(2, 40))
-    assert max(largest) == 4 and sum(largest) == 80
 
 
 @pytest.mark.attack
@@ -356,10 +343,7 @@ OBLONG = {"model_type": "vit", "image_size": [32, 72], "patch_size": 8}
         ({"video_mode": "median"}, '`video_mode` must be "mean" or "merge", but is \'median\''),
         ({"temporal_frame_positions": True}, "`temporal_frame_positions` needs a `temporal_contextualizer`"),
         ({"video_mode": "merge", "temporal_contextualizer": True}, "with a `temporal_contextualizer`"),
-        (
-            {"video_mode": "merge", "connector_config": {"model_type": "evlgen_mlp", "pool_size": 4}},
-            "`connector_config.po",
-        ),
+        ({"video_mode": "merge", "connector_config": {"model_type": "evlgen_mlp", "pool_size": 4}}, "pool_size"),
         ({"video_mode": "merge", "connector_config": {"class_token": False}}, "square grid .* gives 257 patches"),
         ({"video_mode": "merge", "vision_config": OBLONG}, "square grid of patches, but this one gives 4 x 9 patches"),
     ],

@@ -45,15 +45,6 @@ def test_patches_of_a_token_share_a_colour_and_a_number():
         assert (np.abs(pixels[:8, :8] - others[:8, :8]).max() > 15) == (not same)  # no number in this corner
 
 
-def test_the_image_stays_visible_and_tokens_have_outlines():
-    image = Image.new("RGB", (448, 448), "white")
-    image.paste("black", (0, 0, 224, 448))
-    merged = np.asarray(merging_overlay.draw_groups(image, np.zeros((2, 2), dtype=int)), dtype=int)
-    assert np.all(merged[400, 100] + 100 < merged[400, 300]) and np.array_equal(merged[400, 224], merged[400, 300])
-    drawn = np.asarray(merging_overlay.draw_groups(Image.new("RGB", (448, 448), "white"), np.array([[0, 1], [0, 1]])))
-    assert drawn[400, 224].max() < 60 and np.array_equal(drawn[224, 300], drawn[230, 300])
-
-
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory):
     """A folder with a model, two images and a video of four frames."""
