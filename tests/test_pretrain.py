@@ -216,16 +216,9 @@ def test_a_broken_image_is_named_or_skipped(cache_features, work, with_a_broken_
     assert metrics["test_loss"] > 0
 
 
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        (b'{"file_name": "../../0.png", "caption": "a"}', r"Invalid metadata file_name '../../0\.png'"),
-        ('{"file_name": "0.png", "caption": "caf\u00e9"}'.encode("latin-1"), "UnicodeDecodeError"),
-    ],
-)
-def test_metadata_that_cannot_be_read_are_named(metadata, message, work, with_a_broken_image, tmp_path):
-    (with_a_broken_image / "train" / "metadata.jsonl").write_bytes(metadata)
-    with pytest.raises(ValueError, match=rf"(?s)`dataset`: .*images' cannot be read: .*{message}"):
+def test_metadata_that_cannot_be_read_are_named(work, with_a_broken_image, tmp_path):
+    (with_a_broken_image / "train" / "metadata.jsonl").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"(?s)`dataset`: .*images' cannot be read: .*UnicodeDecodeError"):
         pretrain.main(arguments(work, tmp_path / "out", dataset=with_a_broken_image))
 
 

@@ -149,12 +149,6 @@ def test_opt_recipe_labels_bos_and_ends_with_a_newline():
     assert labelled_texts(prompted, processor) == [" a cat\n"]  # a prompt carries no loss, nor does its BOS
 
 
-def test_generation_pads_on_the_left():
-    batch = make_processor()(images=noise_images(2), text=["a", "Question: what is it? Short answer:"])
-    assert batch["attention_mask"][0, 0] == 0 and batch["attention_mask"].all(dim=0)[-1]
-    assert "labels" not in batch
-
-
 def test_padding_arguments_work_as_in_a_tokenizer():
     processor = make_processor()
     inputs = {"images": noise_images(2), "suffix": ["a", "a blue triangle"]}

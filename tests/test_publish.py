@@ -218,7 +218,6 @@ def test_the_papers_card_names_its_base_models(tmp_path):
     assert card.data.base_model == names
     assert card.data.pipeline_tag == "video-to-text"
     assert "The towers are loaded from the repositories named above." in card.text
-    assert "The 257 tokens of an image become 29." in card.text
     assert "| 120.50 | num_beams 5, min_new_tokens 8 |\n\n- COCO Captions, Karpathy's splits: in-domain" in card.text
     assert "[facebook/opt-2.7b](https://huggingface.co/facebook/opt-2.7b), revision `abc`" in card.text
     assert "The model ignores the order of a video's frames." in card.text

@@ -6,9 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from common.data.collator import CaptionCollator, RandomCrop
 from common.data.data_arguments import DataArguments
@@ -73,13 +71,6 @@ def test_draws_depend_on_seed_epoch_and_texts_alone():
     assert draw() != draw(epoch=1) and draw() != draw(seed=1)
     assert draw() == draw(rows=[{"caption": row["caption"], "vision_features": None} for row in rows])  # of a cache
     assert draw(epoch=1) == draw(rows=[{**row, EPOCH: 1} for row in rows])  # of a stream
-
-
-def test_workers_draw_what_the_main_process_draws():
-    collator, rows = CaptionCollator(processor_of(), DataArguments(), training=True), rows_of(6)
-    loader = DataLoader(rows, 2, collate_fn=collator, num_workers=1)
-    for index, batch in enumerate(loader):
-        assert torch.equal(batch["input_ids"], collator(rows[2 * index : 2 * index + 2])["input_ids"])
 
 
 def test_held_out_batches_have_the_processors_own_number():

@@ -62,16 +62,6 @@ def test_every_connector_makes_one_budget_of_a_video_and_sees_the_order_of_its_f
     assert not torch.allclose(prompt, slower, atol=1e-3)
 
 
-@torch.no_grad()
-def test_equal_frames_give_the_features_of_one_of_them():
-    """Only their places and times may differ, since a patch may also be merged with a like one beside it."""
-    patches = distinct(16)
-    merged = merge(patches.expand(9, -1, -1))
-    similarity = torch.nn.functional.normalize(merged.features[0], dim=1) @ torch.nn.functional.normalize(patches).T
-    assert merged.size.sum() == 9 * 16
-    assert (similarity.max(dim=1).values > 0.5).all()
-
-
 @pytest.mark.parametrize("where", [0, 1, 7, 20, 63])
 @torch.no_grad()
 def test_a_single_distinct_frame_among_64_keeps_tokens_of_its_own(where):
