@@ -34,6 +34,7 @@ from .training import (
     flags,
     kill_after,
     logged,
+    name_tars,
     save_recipe,
     start,
     weights,
@@ -146,8 +147,7 @@ def parquet(folder, rows):
 
 
 def webdataset(folder, rows):
-    files = {"dataset": "webdataset", "data_files": {"train": str(write_tars(folder, [len(rows)]) / "*.tar")}}
-    return {**files, "image_column": "png", "caption_column": "txt"}
+    return name_tars(train=write_tars(folder, [len(rows)]))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -311,13 +311,11 @@ def test_the_papers_recipes_run(recipe, text, tmp_path):
     """The recipe as it is, but with tiny models of the same classes and little data."""
     towers = save_towers(tmp_path, "eva", text, bos=True)
     BertModel(BertConfig(**LAYERS)).save_pretrained(tmp_path / "bert")
-    counts = {"train": [16], "test": [4]}
-    files = {split: str(write_tars(tmp_path / split, count) / "*.tar") for split, count in counts.items()}
+    splits = {split: write_tars(tmp_path / split, [count]) for split, count in (("train", 16), ("test", 4))}
     little = {**towers, "connector_model": tmp_path / "bert", "connector_config": {"merge_r": 3}}
-    little |= {"dataset": "webdataset", "image_column": "png", "caption_column": "txt", "data_files": files}
-    little |= {"streaming": True, "max_test_samples": 4, "max_steps": 2, "output_dir": tmp_path / "out"}
+    little |= {**name_tars(**splits), "streaming": True, "max_test_samples": 4, "max_steps": 2}
     little |= {"dataloader_num_workers": 0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    metrics = pretrain.main(flags(config=CONFIGS / f"{recipe}.yaml", **little))
+    metrics = pretrain.main(flags(config=CONFIGS / f"{recipe}.yaml", output_dir=tmp_path / "out", **little))
     assert metrics["test_loss"] > 0
     model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert (model.vision_tower.config.model_type, model.config.text_config.model_type) == ("blip_2_vision_model", text)

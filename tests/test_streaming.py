@@ -30,6 +30,7 @@ from .training import (
     captions,
     kill_after,
     logged,
+    name_tars,
     png,
     read_lines,
     start,
@@ -119,9 +120,8 @@ def test_a_member_that_cannot_be_decoded_makes_a_bad_row(tmp_path):
             text = b"\xff\xfe" if number == 8 else f"image {number}".encode()
             write_sample(tar, number, png=png("red"), txt=text, json=b'{"a' if number == 9 else b'{"a": 1}')
     rows = list(islice(iter(stream_of(webdataset(tmp_path))), 12))
-    assert {row["__key__"]: row["txt"] for row in rows} == {
-        f"{number:04d}": None if number == 8 else f"image {number}" for number in range(12)
-    }
+    wanted = {f"{number:04d}": None if number == 8 else f"image {number}" for number in range(12)}
+    assert {row["__key__"]: row["txt"] for row in rows} == wanted
     arguments = webdataset(tmp_path, skip_bad_rows=True)
     collator = CaptionCollator(tiny_processor(tiny_model()), arguments, training=True)
     assert len(collator(rows)["pixel_values"]) == 11
@@ -149,10 +149,9 @@ def loader(stream, num_workers):
 @pytest.mark.parametrize("stop", [1, 6, 7])
 def test_a_loader_goes_on_where_it_stood(num_workers, stop, kinds, tars):
     """At the beginning, in the middle of blocks, and in the second round; one data set and two."""
-    tar_files = {"dataset": "webdataset", "data_files": {"train": str(tars / "*.tar")}, "weight": 3}
-    tar_files |= {"image_column": "png", "caption_column": "txt"}
     others = {"dataset": "parquet", "data_files": kinds["parquet"].data_files, "weight": 1}
-    mixture = DataArguments(mixture=[tar_files, others], streaming=True, test_split="")
+    parts = [{**name_tars(train=tars), "weight": 3}, others]
+    mixture = DataArguments(mixture=parts, streaming=True, test_split="")
     for arguments in (kinds["webdataset"], kinds["parquet"], mixture):
         whole = list(islice(loader(stream_of(arguments), num_workers), stop + 12))
         places = [batch["position"] for batch in whole[:stop]]

@@ -108,15 +108,6 @@ def test_generation_with_budgets_gives_what_each_image_gives_alone(generation):
     assert torch.equal(together[:copies, -5:], first[:, -5:]) and torch.equal(together[copies:, -5:], second[:, -5:])
 
 
-@torch.no_grad()
-def test_videos_have_budgets_too():
-    model = elastic_model()
-    videos = torch.stack([pixels(3), pixels(3, seed=1)])
-    batch = ids([VIDEO] * 4 + [5], [VIDEO] * 6 + [5])
-    output = model(**batch, pixel_values_videos=videos)
-    assert [len(prompt) for prompt in output.video_outputs.pooler_output] == [4, 6]
-
-
 def test_every_budget_has_a_gradient():
     model = elastic_model().train()
     batch = ids(4, 9)

@@ -70,7 +70,6 @@ def test_digits_articles_and_contractions_are_the_official_tools(answer, expecte
 
 
 def test_the_contractions_are_those_of_the_official_tool():
-    assert len(CONTRACTIONS) == 118  # and two that change nothing, "let's" and "she's"
     assert CONTRACTIONS["yall'd've"] == CONTRACTIONS["y'alld've"] == CONTRACTIONS["y'all'dve"] == "y'all'd've"
     assert "shes" not in CONTRACTIONS and "its" not in CONTRACTIONS
 

@@ -134,10 +134,14 @@ def write_sample(tar, number, **members):
         tar.addfile(member, io.BytesIO(content))
 
 
+def name_tars(**folders):
+    """Arguments that name the tar shards in a folder for each split."""
+    files = {split: str(folder / "*.tar") for split, folder in folders.items()}
+    return {"dataset": "webdataset", "data_files": files, "image_column": "png", "caption_column": "txt"}
+
+
 def webdataset(folder, **changes):
-    files = {"train": str(folder / "*.tar")}
-    named = {"dataset": "webdataset", "data_files": files, "image_column": "png", "caption_column": "txt"}
-    return DataArguments(**named, test_split="", streaming=True, **changes)
+    return DataArguments(**name_tars(train=folder), test_split="", streaming=True, **changes)
 
 
 def captions(rows):
@@ -152,8 +156,7 @@ def stream_of(kind, seed=0, buffer_size=4):
 
 def stream_options(towers, output, tars=None, **changes):
     """The command line of a run on a stream of tar shards, or of what `changes` name."""
-    columns = {"image_column": "png", "caption_column": "txt"}
-    files = {"dataset": "webdataset", "data_files": {"train": str(tars / "*.tar")}, **columns} if tars else {}
+    files = name_tars(train=tars) if tars else {}
     given = {"connector_config": {**LAYERS, "merge_r": 3}, "streaming": True, "test_split": "", "skip_bad_rows": True}
     given |= {"shuffle_buffer": 4, "per_device_train_batch_size": 3, "learning_rate": 1e-2, "logging_steps": 1}
     given |= {"disable_tqdm": True, "output_dir": output, **files, **changes}
