@@ -338,7 +338,7 @@ def test_only_the_contextualizers_of_the_tower_are_trained(vision):
 
 
 def test_a_tower_without_transformer_blocks_is_refused_or_averaged():
-    with pytest.raises(ValueError, match="pre-norm transformer blocks, but ConvNextModel has none"):
+    with pytest.raises(ValueError, match="`temporal_contextualizer` must be False: ConvNextModel"):
         video_model("convnext")
     model = tiny_model("convnext")
     videos = noise(2, 3)
