@@ -1,9 +1,14 @@
 """What the tests share: where the fixtures are, and tiny models, tokenizers and processors of the real classes."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
@@ -49,6 +54,13 @@ USER_HF_HOME = constants.HF_HOME  # before a test sets another
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Marks what the assistant generates, for losses and masks of its turns alone.
+TRAINING_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _CORPUS = [
@@ -124,23 +136,42 @@ def tiny_towers(vision: str = "clip", text: str = "llama", seed: int = 0):
     return tower.eval(), language_model.eval()
 
 
+LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
 def tiny_model(
     vision: str = "clip", text: str = "llama", seed: int = 0, **connector
 ) -> EVLGenForConditionalGeneration:
-    tower, language_model = tiny_towers(vision, text, seed)
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "merge_r": 3,
-    }
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        tower, language_model, connector_config={**sizes, **connector}, image_size=IMAGE_SIZE, image_token_id=300
-    )
+    return join(*tiny_towers(vision, text, seed), connector_config={**LAYERS, "merge_r": 3, **connector})
+
+
+def join(tower, language_model, **fields) -> EVLGenForConditionalGeneration:
+    """A model of two towers, whose words depend on what it sees."""
+    fields = {"image_size": IMAGE_SIZE, "image_token_id": 300, **fields}
+    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(tower, language_model, **fields)
     with torch.no_grad():
         model.language_projection.weight.normal_(std=0.3)
     return model
+
+
+def merging_model(vision: str = "clip", connector=None, seed: int = 0, **fields) -> EVLGenForConditionalGeneration:
+    """A model that merges videos, and that has learned to see time."""
+    connector = {**LAYERS, "merge_r": 3} if connector is None else connector
+    model = join(*tiny_towers(vision, seed=seed), connector_config=connector, video_mode="merge", **fields)
+    torch.nn.init.normal_(model.time_embedding.weight)
+    return model
+
+
+def generate_new(model, inputs, **settings) -> torch.Tensor:
+    """The ids that greedy generation adds to the prompts, `(batch, new tokens)`."""
+    ids = model.generate(**inputs, **{"do_sample": False, "max_new_tokens": 8, **settings})
+    return ids[:, inputs["input_ids"].shape[1] :]
+
+
+def save(folder: Path, *parts) -> None:
+    """Saves a model and its processor."""
+    for part in parts:
+        part.save_pretrained(folder)
 
 
 def tiny_processor(model: EVLGenForConditionalGeneration, bos: bool = False, chat: bool = False) -> EVLGenProcessor:
@@ -226,14 +257,51 @@ COLORS = ("red", "green", "blue", "black")
 def save_image_folder(folder: Path, train: int = 16, test: int = 8) -> str:
     """Saves images of one colour, captioned by it, as `datasets`' imagefolder wants them; gives the folder."""
     for split, count in (("train", train), ("test", test)):
-        (folder / split).mkdir(parents=True)
-        rows = []
-        for index in range(count):
-            color = COLORS[index % len(COLORS)]
-            Image.new("RGB", (40, 40), color).save(folder / split / f"{index}.png")
-            rows.append(json.dumps({"file_name": f"{index}.png", "caption": f"a {color} image"}))
-        (folder / split / "metadata.jsonl").write_text("\n".join(rows))
+        colors = [COLORS[index % len(COLORS)] for index in range(count)]
+        images = [Image.new("RGB", (40, 40), color) for color in colors]
+        save_split(folder / split, images, [{"caption": f"a {color} image"} for color in colors])
     return str(folder)
+
+
+def save_split(folder: Path, images: list[Image.Image], rows: list[dict]) -> None:
+    """Saves images as 0.png, 1.png …, with the columns of their rows."""
+    folder.mkdir(parents=True)
+    rows = [{"file_name": f"{index}.png", **row} for index, row in enumerate(rows)]
+    for image, row in zip(images, rows, strict=True):
+        image.save(folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def save_animation(path: Path, frames: list[Image.Image], **options) -> None:
+    """Saves frames as an animated image."""
+    frames[0].save(path, save_all=True, append_images=frames[1:], **{"lossless": True, **options})
+
+
+def encode_video(path, images, codec="libx264", rate=10, pts=None, **options) -> None:
+    """Encodes images as a video, in which image `i` is shown from `pts[i] / rate` seconds on. `path` may be a file."""
+    import av  # of the video extra
+
+    with av.open(str(path) if isinstance(path, Path) else path, "w", **options) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height = images[0].size
+        for index, image in enumerate(images):
+            frame = av.VideoFrame.from_image(image)
+            frame.pts = index if pts is None else pts[index]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@contextmanager
+def serving(handler) -> Iterator[str]:
+    """A server on this machine; gives its URL. `handler` is a class, or a folder whose files it serves."""
+    if isinstance(handler, Path):
+        handler = functools.partial(SimpleHTTPRequestHandler, directory=handler)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
 
 
 def run_clean(code: str, folder: Path, environment: dict[str, str] | None = None) -> str:

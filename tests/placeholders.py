@@ -3,10 +3,8 @@
 Names on the Hub are folders with that path: transformers looks for a folder first.
 """
 
-import io
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import torch
@@ -16,22 +14,24 @@ from transformers import BertConfig, BertModel
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import save_base
-from processing_evlgen import EVLGenProcessor
 
 from .helpers import (
     COLORS,
     FIXTURES,
+    LAYERS,
     ROOT,
+    encode_video,
     noise_images,
+    save,
+    save_animation,
     save_image_folder,
     save_one_gpu_sources,
     save_towers,
-    tiny_image_processor,
-    tiny_tokenizer,
+    tiny_processor,
 )
 from .test_convert_original_checkpoint import read, save_base_models
+from .training import write_tars
 
-LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 CONNECTOR = {**LAYERS, "merge_r": 3}
 TEMPORAL = {"temporal_hidden_size": 8, "temporal_num_attention_heads": 2}
 IMAGE_MODELS = ("outputs/demo", "outputs/mine", "outputs/mine/checkpoint-200", "outputs/opt-2.7b", "path/to/model")
@@ -55,12 +55,8 @@ def save_models(folder: Path) -> None:
     """An image model, a video model and an adapter. They end texts and turns with one token, as SmolLM2 does."""
     towers = save_towers(folder / "towers", chat=True)
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(**towers, connector_config=CONNECTOR)
-    processor = EVLGenProcessor(
-        tiny_image_processor(),
-        tiny_tokenizer(chat=True),
-        num_image_tokens=model.config.num_image_tokens,
-        end_of_text="<|im_end|>",
-    )
+    processor = tiny_processor(model, chat=True)
+    processor.end_of_text = "<|im_end|>"
     model.generation_config.update(eos_token_id=processor.end_of_text_id, pad_token_id=0, max_new_tokens=8)
     first, *others = IMAGE_MODELS
     save(folder / first, model, processor)
@@ -74,11 +70,6 @@ def save_models(folder: Path) -> None:
     adapted = add_lora(EVLGenForConditionalGeneration.from_pretrained(folder / first), LoraArguments(lora_r=2))
     save(folder / "outputs" / "vqa", adapted, processor)
     save_base(model.config, folder / "outputs" / "vqa")
-
-
-def save(folder: Path, *parts) -> None:
-    for part in parts:
-        part.save_pretrained(folder)
 
 
 def link(path: Path, target: Path) -> None:
@@ -116,7 +107,7 @@ def save_data(folder: Path) -> None:
                 rows.append(json.dumps({"file_name": name, **write(color)}))
             (folder / kind / split / "metadata.jsonl").write_text("\n".join(rows))
     for name in ("shards", "data/laion", "data/ccs"):
-        write_shard(folder / name / "0.tar")
+        write_tars(folder / name, [8], suffix="jpg")
     for name in ("image.png", "a.png", "b.png", "video.mp4"):
         write_medium(folder / name, "red")
     for file in (FIXTURES / "benchmarks").iterdir():
@@ -141,32 +132,12 @@ def caption(color: str) -> dict:
 
 def write_medium(path: Path, color: str) -> None:
     image = Image.new("RGB", (48, 32), color)
-    if path.suffix != ".mp4":
-        frames = [Image.new("RGB", (48, 32), "white")] if path.suffix == ".webp" else []
-        image.save(path, **({"save_all": True, "append_images": frames} if frames else {}))
-        return
-    import av  # of the video extra
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for index in range(4):
-            frame = av.VideoFrame.from_image(image)
-            frame.pts = index
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def write_shard(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for index in range(8):
-            image = io.BytesIO()
-            Image.new("RGB", (40, 40), COLORS[index % 4]).save(image, format="JPEG")
-            for suffix, content in (("jpg", image.getvalue()), ("txt", f"a {COLORS[index % 4]} image".encode())):
-                member = tarfile.TarInfo(f"{index:03d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    if path.suffix == ".mp4":
+        encode_video(path, [image] * 4)
+    elif path.suffix == ".webp":
+        save_animation(path, [image, Image.new("RGB", (48, 32), "white")])
+    else:
+        image.save(path)
 
 
 def write_coco_images(folder: Path, published: dict) -> None:

@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from .evaluation import read_json, value
-from .helpers import COLORS, ROOT, tiny_model, tiny_processor
+from .helpers import COLORS, ROOT, save, save_split, tiny_model, tiny_processor
 
 PACKAGES = ("lm_eval==0.4.13", "lmms_eval==0.7.3", "filelock<4")
 SCRIPTS = {"vqa": evaluate_vqa, "captions": evaluate_captioning}
@@ -57,16 +57,11 @@ def work(tmp_path_factory):
     processor = tiny_processor(model, chat=True)
     images = [Image.new("RGB", (40, 40), color) for color in COLORS]
     learn(model, processor, images)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
-    for task in FOLDERS:
-        (folder / FOLDERS[task] / "test").mkdir(parents=True)
-        rows = []
-        for index, (image, color) in enumerate(zip(images, [*COLORS[:3], "white"], strict=True)):
-            image.save(folder / FOLDERS[task] / "test" / f"{index}.png")
-            columns = {"question": QUESTION, "answer": color} if task == "vqa" else {"caption": f"a {color} image"}
-            rows.append(json.dumps({"file_name": f"{index}.png", **columns}))
-        (folder / FOLDERS[task] / "test" / "metadata.jsonl").write_text("\n".join(rows))
+    save(folder / "model", model, processor)
+    named = [*COLORS[:3], "white"]
+    questions = [{"question": QUESTION, "answer": color} for color in named]
+    save_split(folder / FOLDERS["vqa"] / "test", images, questions)
+    save_split(folder / FOLDERS["captions"] / "test", images, [{"caption": f"a {color} image"} for color in named])
     return folder
 
 

@@ -1,32 +1,40 @@
 """The model: any tower with any language model, frozen towers, the loss, and generation."""
 
+import re
 from functools import partial
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModel,
     BertConfig,
     BertModel,
-    Blip2Config,
-    Blip2ForConditionalGeneration,
-    CLIPConfig,
-    CLIPModel,
     DataCollatorForLanguageModeling,
     Dinov2Config,
-    SiglipConfig,
-    SiglipModel,
     TimmWrapperConfig,
 )
 
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel, target_positions
-from modeling_evlgen.soft_prompts import check_finite
 from modeling_evlgen.vision_tower import extract_vision_tokens, measure_vision_tower
 
-from .helpers import TEXT_CONFIGS, VISION_CONFIGS, noise_images, save_towers, tiny_model, tiny_processor, tiny_towers
+from .helpers import (
+    LAYERS,
+    ROOT,
+    TEXT_CONFIGS,
+    VISION_CONFIGS,
+    generate_new,
+    join,
+    noise_images,
+    save_towers,
+    tiny_model,
+    tiny_processor,
+    tiny_towers,
+)
 
 CAPTIONS = ["a red circle", "a blue triangle to the left of a green square"]
+TRAINED = {"ln_vision", "vision_projection", "connector", "language_projection"}
 PROMPTS = ["what is it?", "Question: what do you see to the left? Short answer:"]
 
 
@@ -46,7 +54,7 @@ def test_any_tower_with_any_language_model(vision, text):
     text_dim = model.get_input_embeddings().weight.shape[1]
     assert output.image_outputs.pooler_output.shape == (2, model.config.num_image_tokens, text_dim)
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
-    assert trained == {"ln_vision", "vision_projection", "connector", "language_projection"}
+    assert trained == TRAINED
     words = model.generate(**processor(images=noise_images(2), text=PROMPTS), max_new_tokens=3, do_sample=False)
     assert words.shape[0] == 2
 
@@ -96,9 +104,8 @@ def test_a_copy_of_the_ids_trains_on_words_alone(side):
     loss = model(**batch, labels=batch["input_ids"].clone()).loss
     torch.testing.assert_close(loss, sum(losses) / sum(counts))
     collator = DataCollatorForLanguageModeling(processor.tokenizer, mlm=False)
-    rows = [
-        {"input_ids": ids[mask.bool()]} for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
+    real = batch["attention_mask"].bool()
+    rows = [{"input_ids": ids[mask]} for ids, mask in zip(batch["input_ids"], real, strict=True)]
     processor.tokenizer.padding_side = side
     torch.testing.assert_close(model(**collator(rows), pixel_values=batch["pixel_values"]).loss, loss)
 
@@ -139,34 +146,10 @@ def test_padding_and_prompts_carry_no_loss():
     torch.testing.assert_close(together, expected)
 
 
-def test_gradient_accumulation_equals_one_large_batch():
-    model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
-    processor = tiny_processor(model)
-    batch = processor(
-        images=noise_images(8), text="", suffix=[caption[: 5 + i] for i in range(4) for caption in CAPTIONS]
-    )
-    count = (batch["labels"][:, 1:] != -100).sum()
-
-    def gradients(parts):
-        model.zero_grad()
-        for part in parts:
-            model(**part, num_items_in_batch=count).loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    whole = gradients([batch])
-    accumulated = gradients([{name: value[i : i + 1] for name, value in batch.items()} for i in range(8)])
-    assert whole.keys() == accumulated.keys() and len(whole) > 20
-    for name, gradient in whole.items():
-        torch.testing.assert_close(accumulated[name], gradient, atol=1e-5, rtol=1e-4)
-
-
 def test_the_towers_stay_bit_identical_and_in_evaluation_mode():
     tower, language_model = tiny_towers("dinov2", "opt")
     before = [{k: v.clone() for k, v in part.state_dict().items()} for part in (tower, language_model)]
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        tower, language_model, connector_config={**sizes, "merge_r": 3}, image_token_id=300
-    )
+    model = join(tower, language_model, connector_config={**LAYERS, "merge_r": 3})
     connector_before = {k: v.clone() for k, v in model.connector.state_dict().items()}
     batch = training_batch(tiny_processor(model))
     model.train()
@@ -182,14 +165,11 @@ def test_the_towers_stay_bit_identical_and_in_evaluation_mode():
 
 
 def test_towers_stay_frozen_through_a_checkpoint(tmp_path):
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
     again = EVLGenForConditionalGeneration.from_pretrained(tmp_path).train()
     trainable = {name.split(".")[0] for name, p in again.named_parameters() if p.requires_grad}
-    assert trainable == {"ln_vision", "vision_projection", "connector", "language_projection"}
+    assert trainable == TRAINED
     assert not again.language_model.training and not again.vision_tower.training and again.connector.training
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name])
 
 
 def test_cached_features_replace_the_image():
@@ -213,11 +193,9 @@ def test_cached_features_replace_the_image():
 def test_a_batch_generates_what_its_members_generate_alone(text, settings):
     model = tiny_model("clip", text)
     processor = tiny_processor(model)
-    settings = {"max_new_tokens": 8, "do_sample": False, **settings}
 
     def answer(images, prompts):
-        batch = processor(images=images, text=prompts)
-        new = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
+        new = generate_new(model, processor(images=images, text=prompts), **settings)
         return processor.batch_decode(new, skip_special_tokens=True)
 
     together = answer(noise_images(2), PROMPTS)
@@ -226,20 +204,19 @@ def test_a_batch_generates_what_its_members_generate_alone(text, settings):
     assert len(set(together)) > 1 and "<image>" not in "".join(together)
 
 
-@pytest.mark.parametrize("settings", [{"prompt_lookup_num_tokens": 2}, {"encoder_repetition_penalty": 1.2}])
-def test_options_that_look_up_prompt_ids_are_refused(settings):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_lookup_num_tokens": 2}, "is not supported: it reads the prompt's ids"),
+        ({"encoder_repetition_penalty": 1.2}, "is not supported: it reads the prompt's ids"),
+        ({"num_beams": 2.5}, "`num_beams` must be a whole number, 1 or more, but is 2.5"),
+        ({"num_beams": 0}, "`num_beams` must be a whole number, 1 or more, but is 0"),
+    ],
+)
+def test_options_of_generation_that_cannot_work_are_refused(settings, message):
     model = tiny_model()
-    with pytest.raises(ValueError, match="is not supported: it reads the prompt's ids"):
+    with pytest.raises(ValueError, match=message):
         model.generate(**tiny_processor(model)(images=noise_images(1), text="what?"), **settings)
-
-
-def test_sampling_returns_several_sequences():
-    model = tiny_model()
-    batch = tiny_processor(model)(images=noise_images(2), text=PROMPTS)
-    torch.manual_seed(0)
-    words = model.generate(**batch, do_sample=True, num_return_sequences=3, max_new_tokens=6)
-    assert words.shape[0] == 6
-    assert len({tuple(row.tolist()) for row in words}) > 3
 
 
 def test_the_image_is_encoded_once():
@@ -254,24 +231,22 @@ def test_the_image_is_encoded_once():
 def test_the_vision_tower_of_a_whole_checkpoint_is_taken(family, tmp_path):
     vision = VISION_CONFIGS["eva" if family == "blip2" else family].to_dict()
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    whole = {
-        "clip": lambda: CLIPModel(CLIPConfig(vision_config=vision, text_config=text)),
-        "siglip": lambda: SiglipModel(SiglipConfig(vision_config=vision, text_config=text)),
-        "blip2": lambda: Blip2ForConditionalGeneration(
-            Blip2Config(
-                vision_config=vision,
-                qformer_config={**text, "encoder_hidden_size": 16},
-                text_config=TEXT_CONFIGS["opt"].to_dict(),
-            )
+    qformer = {**text, "encoder_hidden_size": 16}
+    opt = TEXT_CONFIGS["opt"].to_dict()
+    model_class, config = {
+        "clip": (transformers.CLIPModel, transformers.CLIPConfig(vision_config=vision, text_config=text)),
+        "siglip": (transformers.SiglipModel, transformers.SiglipConfig(vision_config=vision, text_config=text)),
+        "blip2": (
+            transformers.Blip2ForConditionalGeneration,
+            transformers.Blip2Config(vision_config=vision, qformer_config=qformer, text_config=opt),
         ),
-    }[family]()
+    }[family]
+    whole = model_class(config)
     whole.save_pretrained(tmp_path / "vision")
     _, language_model = tiny_towers()
     language_model.save_pretrained(tmp_path / "text")
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        tmp_path / "vision",
-        tmp_path / "text",
-        connector_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "merge_r": 2},
+        tmp_path / "vision", tmp_path / "text", connector_config={**LAYERS, "merge_r": 2}
     )
     pixel_values = torch.randn(1, 3, 32, 32)
     expected = extract_vision_tokens(whole.eval().vision_model, pixel_values)
@@ -280,12 +255,9 @@ def test_the_vision_tower_of_a_whole_checkpoint_is_taken(family, tmp_path):
 
 
 def test_the_connector_starts_from_bert(tmp_path):
-    bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64))
+    bert = BertModel(BertConfig(**LAYERS))
     bert.save_pretrained(tmp_path)
-    tower, language_model = tiny_towers("siglip")
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        tower, language_model, connector_model=tmp_path, connector_config={"merge_r": 2}
-    )
+    model = join(*tiny_towers("siglip"), connector_model=tmp_path, connector_config={"merge_r": 2})
     weight = model.connector.encoder.layer[1].attention.self.query.weight
     assert torch.equal(weight, bert.encoder.layer[1].attention.self.query.weight)
     assert (model.config.connector_config.merge_r, model.config.connector_config.class_token) == (2, False)
@@ -299,35 +271,17 @@ def test_a_missing_base_model_is_named(argument, tmp_path):
         EVLGenForConditionalGeneration.from_vision_text_pretrained(**parts)
 
 
-@pytest.mark.parametrize("merge_r", [-1, [1] * 5])
-def test_fields_beside_a_connector_model_are_checked(merge_r, tmp_path):
-    BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`merge_r`"):
-        EVLGenForConditionalGeneration.from_vision_text_pretrained(
-            *tiny_towers(), connector_model=tmp_path, connector_config={"merge_r": merge_r}
-        )
-
-
 def test_dinov2_takes_images_of_another_size_than_it_was_trained_on():
     config = Dinov2Config(**{**VISION_CONFIGS["dinov2"].to_diff_dict(), "image_size": 518, "patch_size": 14})
-    _, language_model = tiny_towers()
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        AutoModel.from_config(config), language_model, image_size=224, image_token_id=300
-    )
+    model = join(AutoModel.from_config(config), tiny_towers()[1], image_size=224)
     assert model.config.num_vision_tokens == 257
     assert model.get_vision_features(torch.zeros(1, 3, 224, 224)).shape == (1, 257, 16)
     assert EVLGenConfig.from_dict(model.config.to_dict()).num_vision_tokens == 257
 
 
 def test_feature_maps_with_channels_last_become_tokens():
-    arguments = {
-        "features_only": True,
-        "out_indices": [1],
-        "img_size": 64,
-        "embed_dim": 8,
-        "depths": [1, 1],
-        "num_heads": [1, 1],
-    }
+    arguments = {"features_only": True, "out_indices": [1], "img_size": 64}
+    arguments |= {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1]}
     config = TimmWrapperConfig(architecture="swin_tiny_patch4_window7_224", model_args=arguments)
     tower = AutoModel.from_config(config).eval()
     tokens = extract_vision_tokens(tower, torch.randn(1, 3, 64, 64))
@@ -338,7 +292,7 @@ def test_feature_maps_with_channels_last_become_tokens():
 def test_captions_are_greedy_even_if_the_language_model_samples_in_chats():
     tower, language_model = tiny_towers()
     language_model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(tower, language_model, image_token_id=300)
+    model = join(tower, language_model)
     assert not model.generation_config.do_sample
     assert model.generation_config.eos_token_id == 2
 
@@ -351,26 +305,27 @@ def test_a_prompt_may_be_prefilled_in_chunks():
     assert torch.equal(model.generate(**batch, prefill_chunk_size=8, **settings), model.generate(**batch, **settings))
 
 
-def test_bad_input_is_named():
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pixel_values": torch.zeros(1, 3, 32, 32)}, "holds 22 image placeholders, .* give 11 tokens"),
+        ({"pixel_values": None}, "holds 22 image placeholders, but there are no images"),
+        ({"pixel_values": torch.zeros(3, 32, 32)}, r"`pixel_values` must have shape \(images, "),
+        ({"pixel_values": None, "vision_features": torch.zeros(2, 5, 16)}, r"`vision_features` .* \(images, 17, 16\)"),
+        ({"vision_features": torch.zeros(2, 17, 16)}, "Only one of `pixel_values`, `vision_features`"),
+        ({"input_ids": None}, "Exactly one of `input_ids` and `inputs_embeds`"),
+        (
+            {"input_ids": torch.ones(1, 129).long(), "pixel_values": None, "attention_mask": None},
+            "`input_ids` has 129 tokens, .* places for 128",
+        ),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else None,
+)
+def test_bad_input_is_named(changes, message):
     model = tiny_model()
     batch = tiny_processor(model)(images=noise_images(2), text=PROMPTS)
-    one_image = {**batch, "pixel_values": batch["pixel_values"][:1]}
-    with pytest.raises(
-        (ValueError, RuntimeError), match=r"holds 22 image placeholders, but the images give 11 tokens"
-    ):
-        model(**one_image)
-    with pytest.raises((ValueError, RuntimeError), match="holds 22 image placeholders, but there are no images"):
-        model(input_ids=batch["input_ids"])
-    with pytest.raises(ValueError, match=r"`pixel_values` must have shape \(images, channels, height, width\)"):
-        model(**{**batch, "pixel_values": batch["pixel_values"][0]})
-    with pytest.raises(ValueError, match=r"`vision_features` must have shape \(images, 17, 16\)"):
-        model(input_ids=batch["input_ids"], vision_features=torch.zeros(2, 5, 16))
-    with pytest.raises(ValueError, match="Only one of `pixel_values`, `vision_features`"):
-        model(**batch, vision_features=torch.zeros(2, 17, 16))
-    with pytest.raises(ValueError, match="Exactly one of `input_ids` and `inputs_embeds`"):
-        model(pixel_values=batch["pixel_values"])
-    with pytest.raises(ValueError, match="`input_ids` has 129 tokens, but the language model has places for 128"):
-        model(input_ids=torch.ones(1, 129, dtype=torch.long))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        model(**{**batch, **changes})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -390,22 +345,14 @@ def test_nothing_is_generated_from_values_that_are_not_finite(vision, value):
 def test_nothing_is_generated_from_soft_prompts_that_are_not_finite():
     model = tiny_model()
     batch = tiny_processor(model)(images=noise_images(2))
-    outputs = model.get_image_features(batch.pop("pixel_values"))
+    outputs = model.get_image_features(batch["pixel_values"])
     outputs.pooler_output[0, 0, 0] = float("nan")
-    with pytest.raises(
-        ValueError, match=r"The image soft prompt must be finite, but has NaN or infinity in entries \[0\]"
-    ):
-        model.generate(**batch, mm_encoder_outputs={"image": outputs}, max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"soft prompt must be finite, .* \[0\]"):
+        model.generate(batch["input_ids"], mm_encoder_outputs={"image": outputs}, max_new_tokens=3)
     with torch.no_grad():
         model.language_projection.bias[0] = float("inf")
-    with pytest.raises(
-        ValueError, match=r"The image soft prompt must be finite, but has NaN or infinity in entries \[0, 1\]"
-    ):
-        model.generate(**tiny_processor(model)(images=noise_images(2)), max_new_tokens=3)
-
-
-def test_soft_prompts_of_different_lengths_may_have_a_sum_above_float16():
-    check_finite({"prompt": (torch.full((144, 2048), 0.5, dtype=torch.float16), torch.zeros(9, 2048).half())})
+    with pytest.raises(ValueError, match=r"soft prompt must be finite, .* \[0, 1\]"):
+        model.generate(**batch, max_new_tokens=3)
 
 
 @pytest.mark.parametrize("vision", ["clip", "siglip", "eva", "timm_vit"])
@@ -421,17 +368,16 @@ def test_images_and_videos_are_given_once():
     videos = processor(videos=[noise_images(2), noise_images(2)], text=PROMPTS)
     features = model.get_vision_features(images["pixel_values"])
     encoded = model.project_vision_features(features)
-    only_features = {**processor(vision_features=features, text=PROMPTS)}
+    only_features = {"input_ids": images["input_ids"], "vision_features": features}
     for call in (model, partial(model.generate, max_new_tokens=3)):
         for inputs in (
             {**images, "vision_features": features},
             {**images, "mm_encoder_outputs": {"image": encoded}},
             {**only_features, "mm_encoder_outputs": {"image": encoded}},
+            {**videos, "mm_encoder_outputs": {"video": encoded}},
         ):
-            with pytest.raises(ValueError, match="Only one of `pixel_values`, `vision_features` and `mm_encoder_ou"):
+            with pytest.raises(ValueError, match=r"Only one of `pixel_values.* and `mm_encoder_outputs`"):
                 call(**inputs)
-        with pytest.raises(ValueError, match="Only one of `pixel_values_videos` and `mm_encoder_outputs` can be"):
-            call(**videos, mm_encoder_outputs={"video": encoded})
     mixed = processor(images=noise_images(1), videos=[noise_images(2)], text="<image><video>what?")
     given = {"video": model.get_video_features(mixed.pop("pixel_values_videos"), mixed.pop("frame_mask", None))}
     model.generate(**mixed, mm_encoder_outputs=given, max_new_tokens=3)
@@ -440,9 +386,8 @@ def test_images_and_videos_are_given_once():
 
 def test_towers_in_half_precision_leave_what_is_trained_in_float32(tmp_path):
     towers = save_towers(tmp_path)
-    connector = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "merge_r": 2}
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        **towers, connector_config=connector, dtype="bfloat16"
+        **towers, connector_config=LAYERS, dtype="bfloat16"
     )
     batch = training_batch(tiny_processor(model))
     model.save_pretrained(tmp_path / "model")
@@ -473,21 +418,6 @@ def test_compiles_without_a_graph_break_and_states_it_to_transformers():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch).loss, expected)
     assert model._can_compile_fullgraph
-
-
-@pytest.mark.parametrize("num_beams", [2.5, 0])
-def test_a_number_of_beams_that_is_not_whole_is_refused_by_name(num_beams):
-    model = tiny_model()
-    with pytest.raises(ValueError, match=f"`num_beams` must be a whole number, 1 or more, but is {num_beams}"):
-        model.generate(**tiny_processor(model)(images=noise_images(2)), max_new_tokens=2, num_beams=num_beams)
-
-
-def test_trained_parts_stay_in_float32_whatever_the_dtype_of_a_fresh_model():
-    config = tiny_model().config
-    model = AutoModel.from_config(config, dtype=torch.bfloat16)
-    dtypes = {name.split(".")[0]: p.dtype for name, p in model.named_parameters()}
-    assert dtypes.pop("vision_tower") == dtypes.pop("language_model") == torch.bfloat16
-    assert set(dtypes.values()) == {torch.float32}
 
 
 def test_a_text_only_batch_gives_the_connector_a_zero_gradient():
@@ -536,3 +466,33 @@ def test_the_towers_hidden_states_are_given_on_request():
     assert len(states) == 3 and states[-1].shape == (2, 17, 16)
     video = model.get_video_features(pixels[None], output_hidden_states=True)
     torch.testing.assert_close(video.hidden_states, states)
+
+
+def test_the_message_about_placeholders_is_the_one_that_a_page_explains():
+    page = (ROOT / "docs" / "your_own_captioner.md").read_text(encoding="utf-8")
+    model = tiny_model()
+    batch = training_batch(tiny_processor(model))
+    first = (batch["input_ids"][0] == model.config.image_token_id).nonzero()[0]
+    batch["input_ids"][0, first] = 5
+    with pytest.raises(ValueError, match=re.escape(re.search(r'\*\*"(`input_ids` holds.*)"\*\*', page)[1])):
+        model(**batch)
+
+
+def test_the_loss_is_nan_where_no_token_is_a_target():
+    model = tiny_model()
+    batch = training_batch(tiny_processor(model))
+    assert model(**{**batch, "labels": torch.full_like(batch["labels"], -100)}).loss.isnan()
+
+
+@torch.no_grad()
+def test_convolutions_run_channels_last_with_the_weights_as_they_are():
+    """This made EfficientNet-Lite0 1.5 times as fast on a CPU."""
+    (tower, _), formats = tiny_towers("timm_cnn"), []
+    for module in tower.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(
+                lambda _, inputs: formats.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    extract_vision_tokens(tower, torch.randn(2, 3, 32, 32))
+    assert len(formats) > 30 and all(formats)
+    assert all(parameter.is_contiguous() for parameter in tower.parameters())

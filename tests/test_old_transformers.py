@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .helpers import noise_images, run_clean, tiny_model, tiny_processor
+from .helpers import noise_images, run_clean, save, tiny_model, tiny_processor
 
 OLDEST = ("transformers==5.19.0", "huggingface_hub==1.33.0")
 
@@ -68,8 +68,7 @@ def test_a_checkpoint_gives_the_same_ids_on_the_oldest_transformers(video_mode, 
     tiny_model(vision, text).save_pretrained(tmp_path / "image")
     model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "image", video_mode=video_mode)
     processor = tiny_processor(model, bos=text == "opt")
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+    save(tmp_path / "model", model, processor)
     for index, image in enumerate(noise_images(3)):
         image.save(tmp_path / f"{index}.png")
     runs = {}

@@ -1,32 +1,21 @@
 """examples/pretrain.py end to end on tiny models: data of every kind, recipes, resuming, several processes."""
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 
 import pretrain
 import pytest
 import torch
+import transformers
 import yaml
 from datasets import Dataset, load_dataset
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import (
-    BertConfig,
-    BertModel,
-    BitImageProcessor,
-    BlipImageProcessor,
-    CLIPImageProcessor,
-    ConvNextImageProcessor,
-    DeiTImageProcessor,
-    SiglipImageProcessor,
-    SiglipVisionModel,
-)
+from transformers import BertConfig, BertModel, SiglipVisionModel
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, OPENAI_CLIP_MEAN
 
 from common.data.collator import CaptionCollator
@@ -45,10 +34,11 @@ from .training import (
     flags,
     kill_after,
     logged,
+    name_tars,
     save_recipe,
     start,
     weights,
-    write_sample,
+    write_tars,
 )
 
 SCRIPT = ROOT / "examples" / "pretrain.py"
@@ -156,17 +146,8 @@ def parquet(folder, rows):
     return {"dataset": "parquet", "data_files": {"train": str(folder / "train.parquet")}}
 
 
-def write_shard(path, rows):
-    with tarfile.open(path, "w") as tar:
-        for index, row in enumerate(rows):
-            row["image"].save(image := io.BytesIO(), format="PNG")
-            write_sample(tar, index, png=image.getvalue(), txt=row["caption"].encode())
-
-
 def webdataset(folder, rows):
-    write_shard(folder / "train.tar", rows)
-    files = {"dataset": "webdataset", "data_files": {"train": str(folder / "train.tar")}}
-    return {**files, "image_column": "png", "caption_column": "txt"}
+    return name_tars(train=write_tars(folder, [len(rows)]))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -223,35 +204,21 @@ def with_a_broken_image(work, tmp_path):
 
 
 @pytest.mark.parametrize("cache_features", [False, True])
-def test_a_broken_image_is_named(cache_features, work, with_a_broken_image, tmp_path):
+def test_a_broken_image_is_named_or_skipped(cache_features, work, with_a_broken_image, tmp_path, capsys, caplog):
     changes = {"dataset": with_a_broken_image, "cache_features": cache_features, **ONE_EPOCH}
     with pytest.raises(ValueError, match=r"5\.png.* cannot be read"):
         pretrain.main(arguments(work, tmp_path / "out", **changes))
-
-
-@pytest.mark.parametrize("cache_features", [False, True])
-def test_a_broken_image_is_skipped_and_counted(cache_features, work, with_a_broken_image, tmp_path, capsys, caplog):
     (with_a_broken_image / "test" / "0.png").write_bytes(b"")
-    changes = {"dataset": with_a_broken_image, "cache_features": cache_features, "skip_bad_rows": True, **ONE_EPOCH}
-    metrics = pretrain.main(arguments(work, tmp_path / "out", **changes))
+    metrics = pretrain.main(arguments(work, tmp_path / "out", **changes, skip_bad_rows=True))
     output = capsys.readouterr().out + caplog.text
     assert "5.png" in output and "0.png" in output
     assert "1 of 16 rows are bad" in output if cache_features else "1 times a bad row was skipped" in output
     assert metrics["test_loss"] > 0
 
 
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        (b'{"file_name": "../../0.png", "caption": "a"}', r"Invalid metadata file_name '../../0\.png'"),
-        ('{"file_name": "0.png", "caption": "a"}'.encode("utf-16"), "Invalid value"),
-        ('{"file_name": "0.png", "caption": "caf\u00e9"}'.encode("latin-1"), "UnicodeDecodeError"),
-        (b'{"file_name": "0.png", "caption": "a"}\n{"file_name": "1.png", "caption": ["a"]}', "changed from string"),
-    ],
-)
-def test_metadata_that_cannot_be_read_are_named(metadata, message, work, with_a_broken_image, tmp_path):
-    (with_a_broken_image / "train" / "metadata.jsonl").write_bytes(metadata)
-    with pytest.raises(ValueError, match=rf"(?s)`dataset`: .*images' cannot be read: .*{message}"):
+def test_metadata_that_cannot_be_read_are_named(work, with_a_broken_image, tmp_path):
+    (with_a_broken_image / "train" / "metadata.jsonl").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"(?s)`dataset`: .*images' cannot be read: .*UnicodeDecodeError"):
         pretrain.main(arguments(work, tmp_path / "out", dataset=with_a_broken_image))
 
 
@@ -259,7 +226,6 @@ def test_metadata_that_cannot_be_read_are_named(metadata, message, work, with_a_
     ("bad", "message"),
     [
         ({"caption": None}, "`caption` must hold a caption, but is None"),
-        ({"caption": " "}, "`caption` must hold a caption, but is ' '"),
         ({"image": None}, "None is no image"),
     ],
 )
@@ -275,12 +241,16 @@ def test_a_row_without_a_caption_or_an_image_is_named_or_skipped(bad, message, w
 @pytest.mark.parametrize(
     ("processor", "size", "mean"),
     [
-        (CLIPImageProcessor(), 224, OPENAI_CLIP_MEAN),
-        (SiglipImageProcessor(), 224, [0.5] * 3),
-        (BlipImageProcessor(size={"height": 364, "width": 364}), 364, OPENAI_CLIP_MEAN),
-        (ConvNextImageProcessor(size={"shortest_edge": 384}), 384, IMAGENET_STANDARD_MEAN),
-        (BitImageProcessor(size={"shortest_edge": 256}, crop_size=224, image_mean=[0.485] * 3), 224, [0.485] * 3),
-        (DeiTImageProcessor(), 224, IMAGENET_STANDARD_MEAN),
+        (transformers.CLIPImageProcessor(), 224, OPENAI_CLIP_MEAN),
+        (transformers.SiglipImageProcessor(), 224, [0.5] * 3),
+        (transformers.BlipImageProcessor(size={"height": 364, "width": 364}), 364, OPENAI_CLIP_MEAN),
+        (transformers.ConvNextImageProcessor(size={"shortest_edge": 384}), 384, IMAGENET_STANDARD_MEAN),
+        (
+            transformers.BitImageProcessor(size={"shortest_edge": 256}, crop_size=224, image_mean=[0.485] * 3),
+            224,
+            [0.485] * 3,
+        ),
+        (transformers.DeiTImageProcessor(), 224, IMAGENET_STANDARD_MEAN),
     ],
     ids=lambda value: type(value).__name__ if hasattr(value, "size") else None,
 )
@@ -299,21 +269,16 @@ def test_a_towers_image_processor_becomes_a_plain_resize(processor, size, mean, 
     ("changes", "message"),
     [
         ({"image_column": "photo"}, r"`image_column` is 'photo', but the data set has \['image', 'caption'\]"),
-        ({"caption_column": "text"}, r"`caption_column` is 'text', but the data set has"),
         ({"train_split": "training"}, r"`train_split` is 'training', but the data set has \['test', 'train'\]"),
         ({"test_split": "dev"}, "`test_split` is 'dev', but .*; --test_split \"\" trains without held-out images"),
         ({"cache_features": True, "horizontal_flip": True}, "needs `cached_views`: how many"),
         ({"cached_views": 2, "cache_features": True}, "goes with `cache_features` and with `crop_scale`"),
         ({"cache_features": True, "streaming": True}, "`cache_features` needs the whole data set"),
         ({"streaming": True}, "`streaming` needs `max_test_samples`, or an empty `test_split`"),
-        ({"vision_model": "/nowhere"}, "`vision_model`='/nowhere' cannot be loaded"),
-        ({"connector_config": {"merge_r": -1}}, "`merge_r` must hold integers of 0 or more"),
         ({"dataset": ""}, "`dataset` is needed"),
         ({"dataset": "/nowhere"}, "`dataset` is '/nowhere', which is no folder, none of openmoji-scenes, "),
         ({"connector_config": {"merge_rr": 5}}, "holds fields that TomeFormerConfig does not have: .'merge_rr'"),
         ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` must be an integer of 1 or more"),
-        ({"max_test_samples": -1}, "`max_test_samples` must be an integer of 1 or more, but is -1"),
-        ({"num_frames": 0}, "`num_frames` must be an integer of 1 or more, but is 0"),
         ({"lerning_rate": 1}, r"Unknown argument --lerning_rate\. Did you mean --learning_rate\?"),
     ],
 )
@@ -342,23 +307,15 @@ def test_a_recipe_with_an_unknown_name_is_refused(work, tmp_path):
 
 
 @pytest.mark.parametrize(("recipe", "text"), [("opt-2.7b", "opt"), ("vicuna-7b", "llama")])
-def test_the_papers_recipes_run(recipe, text, work, tmp_path):
+def test_the_papers_recipes_run(recipe, text, tmp_path):
     """The recipe as it is, but with tiny models of the same classes and little data."""
     towers = save_towers(tmp_path, "eva", text, bos=True)
     BertModel(BertConfig(**LAYERS)).save_pretrained(tmp_path / "bert")
-    files = {split: str(work / f"{split}.tar") for split in ("train", "test")}
-    little = {
-        **towers,
-        "connector_model": tmp_path / "bert",
-        "connector_config": {"merge_r": 3},
-        "dataset": "webdataset",
-    }
-    little |= {"image_column": "png", "caption_column": "txt", "streaming": True, "data_files": files}
-    little |= {"max_test_samples": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    little |= {"dataloader_num_workers": 0, "max_steps": 2, "output_dir": tmp_path / "out"}
-    for split, count in (("train", 16), ("test", 4)):
-        write_shard(work / f"{split}.tar", load_dataset(str(work / "images"), split=split).take(count))
-    metrics = pretrain.main(flags(config=CONFIGS / f"{recipe}.yaml", **little))
+    splits = {split: write_tars(tmp_path / split, [count]) for split, count in (("train", 16), ("test", 4))}
+    little = {**towers, "connector_model": tmp_path / "bert", "connector_config": {"merge_r": 3}}
+    little |= {**name_tars(**splits), "streaming": True, "max_test_samples": 4, "max_steps": 2}
+    little |= {"dataloader_num_workers": 0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    metrics = pretrain.main(flags(config=CONFIGS / f"{recipe}.yaml", output_dir=tmp_path / "out", **little))
     assert metrics["test_loss"] > 0
     model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert (model.vision_tower.config.model_type, model.config.text_config.model_type) == ("blip_2_vision_model", text)

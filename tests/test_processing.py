@@ -4,8 +4,6 @@ import re
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from processing_evlgen import EVLGenImageToTextPipeline, EVLGenProcessor, clean_caption
 
@@ -15,9 +13,8 @@ IMAGE, BOS, EOS = 300, 1, 2  # ids of the tiny tokenizer
 
 
 def make_processor(bos=False, chat=False, num_image_tokens=3, **kwargs):
-    return EVLGenProcessor(
-        tiny_image_processor(), tiny_tokenizer(bos, chat), num_image_tokens=num_image_tokens, **kwargs
-    )
+    kwargs["num_image_tokens"] = num_image_tokens
+    return EVLGenProcessor(tiny_image_processor(), tiny_tokenizer(bos, chat), **kwargs)
 
 
 def labelled_texts(batch, processor):
@@ -43,21 +40,17 @@ def test_images_stand_at_their_placeholders():
 def test_images_stand_inside_the_users_turn_of_a_chat_template():
     processor = make_processor(chat=True)
     expected = "<|im_start|>user\n<image><image><image>what is it?<|im_end|>\n<|im_start|>assistant\n"
-    assert (
-        processor.tokenizer.decode(processor(images=noise_images(1), text="what is it?")["input_ids"][0]) == expected
-    )
+    ids = processor(images=noise_images(1), text="what is it?")["input_ids"][0]
+    assert processor.tokenizer.decode(ids) == expected
 
 
 def test_apply_chat_template_reads_images_and_text():
     processor = make_processor(chat=True)
-    turn = {
-        "role": "user",
-        "content": [{"type": "image", "image": noise_images(1)[0]}, {"type": "text", "text": "what?"}],
-    }
-    messages = [turn, {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}]
+    question = [{"type": "image", "image": noise_images(1)[0]}, {"type": "text", "text": "what?"}]
+    messages = conversation(question, [{"type": "text", "text": "a cat"}])
     text = processor.apply_chat_template(messages)
     assert text == "<|im_start|>user\n<image>what?<|im_end|>\n<|im_start|>assistant\na cat<|im_end|>\n"
-    batch = processor.apply_chat_template([turn], tokenize=True, return_dict=True, add_generation_prompt=True)
+    batch = processor.apply_chat_template(messages[:1], tokenize=True, return_dict=True, add_generation_prompt=True)
     direct = processor(images=noise_images(1), text="what?")
     assert torch.equal(batch["input_ids"], direct["input_ids"])
     torch.testing.assert_close(batch["pixel_values"], direct["pixel_values"])
@@ -79,10 +72,8 @@ def test_a_conversation_is_trained_on_the_assistants_turns():
     assert processor.apply_chat_template(long).startswith(whole)
     # Up to each answer the ids are those that generation starts from.
     for turns in (1, 3):
-        prompt = processor(
-            images=noise_images(1), text=processor.apply_chat_template(long[:turns], add_generation_prompt=True)
-        )
-        ids = prompt["input_ids"][0]
+        text = processor.apply_chat_template(long[:turns], add_generation_prompt=True)
+        ids = processor(images=noise_images(1), text=text)["input_ids"][0]
         assert torch.equal(batch["input_ids"][0, : len(ids)], ids)
     one_turn = processor(images=noise_images(1), text="what is it?", suffix="a cat")
     again = processor(images=noise_images(1), messages=[long[:2]])
@@ -93,17 +84,12 @@ def test_a_conversation_is_trained_on_the_assistants_turns():
     ("messages", "message"),
     [
         ([], "must end with a turn of the assistant"),
-        (conversation("what is it?"), "must end with a turn of the assistant"),
         (conversation("what is it?", " "), "entry 1 is an empty turn of the assistant"),
         (conversation("what?", [{"type": "image"}]), "entry 1 is the assistant's and must be text"),
-        (
-            [{"role": "robot", "content": "hello"}],
-            "a `role` of system, user, assistant and a `content`, but entry 0 is",
-        ),
+        ([{"role": "robot", "content": "hello"}], "a `role` of system, .* entry 0 is"),
         (conversation("what?", "a", "and?", "b"), "`messages` holds 0 <image> placeholders, but `images` holds 1"),
         (conversation([{"type": "image_url", "image_url": "a.png"}], "a"), r"entry 0 must hold parts .* 'image_url'"),
-        (conversation([{"type": "text"}], "a"), "entry 0 must hold parts such as"),
-        (conversation(None, "a"), "entry 0 must have a text or a list as `content`, but has None"),
+        (conversation(None, "a"), "entry 0 must have .* `content`, but has None"),
         (conversation("<image>what?", "an <image>"), "must not hold the placeholder <image> in a turn"),
         ({"role": ["user"], "content": ["what?"]}, "`messages` must be a list of turns"),
     ],
@@ -163,12 +149,6 @@ def test_opt_recipe_labels_bos_and_ends_with_a_newline():
     assert labelled_texts(prompted, processor) == [" a cat\n"]  # a prompt carries no loss, nor does its BOS
 
 
-def test_generation_pads_on_the_left():
-    batch = make_processor()(images=noise_images(2), text=["a", "Question: what is it? Short answer:"])
-    assert batch["attention_mask"][0, 0] == 0 and batch["attention_mask"].all(dim=0)[-1]
-    assert "labels" not in batch
-
-
 def test_padding_arguments_work_as_in_a_tokenizer():
     processor = make_processor()
     inputs = {"images": noise_images(2), "suffix": ["a", "a blue triangle"]}
@@ -181,9 +161,8 @@ def test_padding_arguments_work_as_in_a_tokenizer():
         assert rows["input_ids"][index] == longest["input_ids"][index][real].tolist()
         assert rows["labels"][index] == longest["labels"][index][real].tolist()
     left = processor(**inputs, padding_side="left")
-    assert left["attention_mask"][0, 0] == 0 and torch.equal(
-        left["labels"] != -100, left["attention_mask"].bool() & (left["input_ids"] != IMAGE)
-    )
+    words = left["attention_mask"].bool() & (left["input_ids"] != IMAGE)
+    assert left["attention_mask"][0, 0] == 0 and torch.equal(left["labels"] != -100, words)
 
 
 def test_images_in_rows_must_fit_their_texts_and_conversations():
@@ -217,38 +196,17 @@ def test_captions_are_cleaned_as_in_the_original():
     [
         ({"images": 2, "text": "<image> a"}, ValueError, "`text` holds 1 <image> placeholders, but `images` holds 2"),
         ({"images": 1, "text": ["a", "b"]}, ValueError, "`images` holds 1 images, but `text` holds 2 prompts"),
-        ({"text": "<image> a"}, ValueError, "`text` holds 1 <image> placeholders, but `images` holds 0"),
         ({"images": 1, "suffix": "  "}, ValueError, "`suffix` must not be empty, but entry 0 is '  '"),
         ({"images": 0}, ValueError, "Without a `text`, at least one image or video is needed"),
         ({"images": 2, "suffix": ["a"]}, ValueError, "`suffix` has 1 entries, but there are 2 prompts"),
-        ({"images": 1, "text": "a " * 200}, ValueError, "`text` entry 0 has .* tokens, but at most 128 are allowed"),
-        ({"images": 1, "suffix": "a " * 200}, ValueError, "`text` entry 0 has .* tokens, but at most 128 are allowed"),
-        ({"images": 1, "text": 7}, TypeError, "`text` must be a string or a list of strings"),
-        ({"images": 1, "text": ["a", 7]}, TypeError, "`text` must be a string or a list of strings, but holds a int"),
-        (
-            {"images": 1, "suffix": "a <image> b"},
-            ValueError,
-            "`suffix` entry 0 must not hold '<image>'",
-        ),
-        (
-            {"images": 1, "text": "<image>a", "truncation": True, "max_length": 2},
-            ValueError,
-            "`text` entry 0 has 4 tokens. `truncation` to 2 would cut placeholders of images",
-        ),
-        (
-            {"images": 1, "suffix": "a", "truncation": True, "max_length": 3},
-            ValueError,
-            "`text` entry 0 has 5 tokens. `truncation` to 3 would cut all labels off",
-        ),
-        (
-            {"images": 1, "suffix": "a", "return_offsets_mapping": True},
-            ValueError,
-            "`return_offsets_mapping` is for a `text` alone",
-        ),
-        ({"images": 1, "padding": "short"}, ValueError, "short is not a valid PaddingStrategy, please select one of"),
-        ({"text": []}, ValueError, "`text` or `messages` is an empty list"),
-        ({"messages": []}, ValueError, "`text` or `messages` is an empty list"),
-        ({}, ValueError, "At least one of `images`, .*, `encoded_video` must"),
+        ({"images": 1, "suffix": "a " * 200}, ValueError, "`text` entry 0 has .* tokens, but at most 128"),
+        ({"images": 1, "text": ["a", 7]}, TypeError, "`text` must be .* holds a int"),
+        ({"images": 1, "suffix": "a <image> b"}, ValueError, "`suffix` entry 0 must not hold '<image>'"),
+        ({"images": 1, "text": "a", "truncation": True, "max_length": 2}, ValueError, "`truncation` to 2 would cut"),
+        ({"images": 1, "suffix": "a", "truncation": True, "max_length": 3}, ValueError, "`truncation` to 3 would cut"),
+        ({"images": 1, "suffix": "a", "return_offsets_mapping": True}, ValueError, "`return_offsets_mapping`"),
+        ({"messages": []}, ValueError, "`messages` is an empty list"),
+        ({}, ValueError, "At least one of `images`, "),
     ],
 )
 def test_bad_input_is_named(inputs, error, message):
@@ -290,16 +248,6 @@ def test_a_caption_that_holds_the_end_of_a_text_is_refused():
         cleaned(images=noise_images(1), suffix="...")
 
 
-def test_letters_that_a_tokenizer_does_not_know_are_no_special_token():
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
-    processor = EVLGenProcessor(tiny_image_processor(), tokenizer, num_image_tokens=1)
-    assert processor(images=noise_images(1), suffix="a cat")["labels"][0].tolist() == [-100, 2, 0, 1]
-    with pytest.raises(ValueError, match="must not hold '</s>'"):
-        processor(images=noise_images(1), suffix="a </s> a")
-
-
 def test_saves_and_loads(tmp_path):
     processor = make_processor(bos=True, bos_label=True, end_of_text="\n", clean_captions=True)
     processor.save_pretrained(tmp_path)
@@ -308,8 +256,4 @@ def test_saves_and_loads(tmp_path):
     before, after = processor(**inputs), again(**inputs)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (
-        again.to_dict()
-        == processor.to_dict()
-        == make_processor(bos=True, bos_label=True, end_of_text="\n", clean_captions=True).to_dict()
-    )
+    assert again.to_dict() == processor.to_dict()

@@ -5,7 +5,7 @@ import torch
 
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import noise_images, tiny_image_processor, tiny_tokenizer
+from .helpers import TRAINING_TEMPLATE, noise_images, tiny_image_processor, tiny_tokenizer
 from .test_processing import conversation, make_processor
 
 
@@ -61,30 +61,18 @@ def test_offsets_point_into_the_text_with_repeated_placeholders(padding_side):
     assert [int(budget) for budget in batch["image_budgets"]] == [1, 2, 3]
 
 
-GENERATION_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
-)
-
-
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_the_assistant_mask_covers_the_assistants_turns(padding_side):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = GENERATION_TEMPLATE
+    tokenizer.chat_template = TRAINING_TEMPLATE
     processor = EVLGenProcessor(tiny_image_processor(), tokenizer, num_image_tokens=3, end_of_text="<|im_end|>")
     first, second, third = noise_images(3)
     asked = [{"type": "image", "image": first}, {"type": "text", "text": "a?"}, {"type": "image", "image": second}]
     long = conversation(asked, "a cat", [{"type": "image", "image": third}], "red")
     short = conversation([{"type": "text", "text": "what?"}], "a blue circle")
-    batch = processor.apply_chat_template(
-        [long, short],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        return_assistant_tokens_mask=True,
-        processor_kwargs={"padding_side": padding_side},
-    )
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
+    settings["processor_kwargs"] = {"padding_side": padding_side}
+    batch = processor.apply_chat_template([long, short], **settings)
     rows = zip(batch["input_ids"], batch["assistant_masks"], strict=True)
     texts = [processor.tokenizer.decode(ids[mask.bool()]) for ids, mask in rows]
     assert texts == ["a cat<|im_end|>red<|im_end|>", "a blue circle<|im_end|>"]

@@ -53,12 +53,7 @@ def test_reward_ignores_case_and_punctuation():
     reward = reward_of([["A red circle!", "a circle"], ["A blue circle."]])
     assert reward.document_frequency[("circle",)] == 2 and reward.document_frequency[("red", "circle")] == 1
     assert reward.score(["The RED circle, isn't it?"], [["the red circle isn't it"]]) == pytest.approx([10.0])
-
-
-def test_one_image_is_too_few():
-    with pytest.raises(
-        ValueError, match="CIDEr needs the captions of at least 2 images, but the training split has 1"
-    ):
+    with pytest.raises(ValueError, match="at least 2 images, but the training split has 1"):
         reward_of(["a"])
 
 

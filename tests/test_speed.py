@@ -1,6 +1,5 @@
 """benchmarks/speed.py: every stopwatch runs from end to end at tiny sizes, and docs/speed.md shows its command."""
 
-import json
 import re
 
 import pretrain
@@ -9,11 +8,12 @@ import torch
 from huggingface_hub import constants
 from transformers import LlamaConfig
 
-from benchmarks import models, speed, timing
+from benchmarks import models, speed
 from benchmarks.models import DEMO_VISION, candidates
 
 from .documents import commands_of_page
-from .helpers import ROOT, save_image_folder, save_towers, tiny_model, tiny_processor
+from .helpers import ROOT, save, save_image_folder, save_towers, tiny_model, tiny_processor
+from .training import save_recipe
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TEXT = LlamaConfig(**TINY, vocab_size=100, pad_token_id=2)
@@ -69,8 +69,7 @@ def test_quantised_language_models_are_compared_as_they_are_packed(tiny_sizes, c
 def test_an_exported_model_is_compared(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     model = tiny_model()
-    model.save_pretrained(tmp_path)
-    tiny_processor(model).save_pretrained(tmp_path)
+    save(tmp_path, model, tiny_processor(model))
     rows = measure(capsys, "export", "--model", str(tmp_path))
     assert len(rows) == 2 and all(row[0] == 1 and len(row) == 3 for row in rows)
 
@@ -78,43 +77,14 @@ def test_an_exported_model_is_compared(tmp_path, capsys):
 def test_steps_from_cached_features_are_compared(tiny_sizes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    settings = {
-        "text_model": save_towers(tmp_path)["text_model"],
-        "dataset": save_image_folder(tmp_path / "images"),
-        "connector_config": {**TINY, **dropout, "merge_r": [98, 49]},
-        "cache_features": True,
-        "per_device_train_batch_size": 4,
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    data = {"text_model": save_towers(tmp_path)["text_model"], "dataset": save_image_folder(tmp_path / "images")}
+    connector = {**TINY, **dropout, "merge_r": [98, 49]}
+    save_recipe(tmp_path, **data, connector_config=connector, cache_features=True, per_device_train_batch_size=4)
     monkeypatch.setattr(pretrain, "DEMO_RECIPE", tmp_path / "recipe.yaml")
     rows = measure(capsys, "cached-features")
     assert len(rows) == 2 and all(row[0] > 0 for row in rows)
 
 
 def test_the_page_shows_the_command_of_every_stopwatch():
-    shown = {
-        command.arguments[0] for command in commands_of_page(ROOT / "docs" / "speed.md") if command.name == "speed"
-    }
-    assert shown == set(speed.STOPWATCHES)
-
-
-def test_candidates_take_turns_and_the_median_counts(monkeypatch):
-    order = []
-    runs = {name: lambda name=name: order.append(name) for name in "ab"}
-    seconds = {"a": [9, 1, 10, 2], "b": [9, 30, 60, 3]}  # of a round to warm up, and of three more
-
-    def measure(run):
-        run()
-        return seconds[order[-1]][order.count(order[-1]) - 1]
-
-    monkeypatch.setattr(timing, "measure", measure)
-    assert timing.take_turns(runs, rounds=3) == {"a": 2, "b": 30}
-    assert all(set(order[turn : turn + 2]) == {"a", "b"} for turn in range(0, 8, 2))
-
-
-def test_operations_of_a_forward_are_those_of_its_matrix_products(tiny_sizes):
-    model = models.bert_base_connectors(257, [128])["BERT, no merging"]
-    tokens, dim, layers = 257, 64, 2
-    layer = 2 * tokens * 4 * dim**2 + 4 * tokens**2 * dim + 2 * tokens * 2 * dim * 64
-    flops = timing.count_flops(lambda: model(torch.randn(1, 257, 1408)))
-    assert flops == 2 * tokens * 1408 * dim + layers * layer
+    commands = commands_of_page(ROOT / "docs" / "speed.md")
+    assert {command.arguments[0] for command in commands if command.name == "speed"} == set(speed.STOPWATCHES)

@@ -13,7 +13,6 @@ from pathlib import Path
 import datasets
 import pretrain
 import pytest
-import torch
 from datasets import load_dataset
 from torch.utils.data import DataLoader
 
@@ -22,7 +21,7 @@ from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.streams import EPOCH, SourceReader
 
-from .helpers import ROOT, noise_images, save_towers, tiny_model, tiny_processor
+from .helpers import ROOT, save_split, save_towers, tiny_model, tiny_processor
 from .hub_server import HubServer, Repo
 from .training import (
     CAPTIONS,
@@ -31,6 +30,7 @@ from .training import (
     captions,
     kill_after,
     logged,
+    name_tars,
     png,
     read_lines,
     start,
@@ -63,12 +63,7 @@ def kinds(tars, tmp_path_factory):
     for shard, size in enumerate(SHARDS):
         rows.select(range(stop, stop + size)).to_parquet(folder / f"{shard}.parquet", batch_size=2)
         stop += size
-    (folder / "images" / "train").mkdir(parents=True)
-    lines = []
-    for index, row in enumerate(rows):
-        row["image"].save(folder / "images" / "train" / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "caption": row["caption"]}))
-    (folder / "images" / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    save_split(folder / "images" / "train", rows["image"], [{"caption": caption} for caption in rows["caption"]])
     streamed = DataArguments(test_split="", streaming=True)
     files = {"train": str(folder / "*.parquet")}
     return {
@@ -94,16 +89,6 @@ def test_in_each_round_every_row_goes_to_one_reader(kind, readers, kinds):
         assert sorted(captions(row for row in chain(*rounds) if row[EPOCH] == epoch)) == wanted
     one, other = (captions(row for row in rounds[0] if row[EPOCH] == epoch) for epoch in (0, 1))
     assert one != other
-
-
-def test_shards_are_read_by_one_reader_where_there_are_enough(tars):
-    """So no more is read than is needed; 4 readers of 6 shards, of which they get 2, 2, 1 and 1."""
-    source = stream_of(webdataset(tars)).sources[0]
-    shards = [
-        {row["__url__"] for row in takewhile(lambda row: row[EPOCH] < 1, SourceReader(source, 0, part, 4, 4))}
-        for part in range(4)
-    ]
-    assert sorted(map(len, shards)) == [1, 1, 2, 2] and len(set.union(*shards)) == 6
 
 
 def test_too_few_shards_are_announced(tars, caplog):
@@ -135,9 +120,8 @@ def test_a_member_that_cannot_be_decoded_makes_a_bad_row(tmp_path):
             text = b"\xff\xfe" if number == 8 else f"image {number}".encode()
             write_sample(tar, number, png=png("red"), txt=text, json=b'{"a' if number == 9 else b'{"a": 1}')
     rows = list(islice(iter(stream_of(webdataset(tmp_path))), 12))
-    assert {row["__key__"]: row["txt"] for row in rows} == {
-        f"{number:04d}": None if number == 8 else f"image {number}" for number in range(12)
-    }
+    wanted = {f"{number:04d}": None if number == 8 else f"image {number}" for number in range(12)}
+    assert {row["__key__"]: row["txt"] for row in rows} == wanted
     arguments = webdataset(tmp_path, skip_bad_rows=True)
     collator = CaptionCollator(tiny_processor(tiny_model()), arguments, training=True)
     assert len(collator(rows)["pixel_values"]) == 11
@@ -153,31 +137,21 @@ class Captions:
     bad_rows: list = []
 
     def __call__(self, rows):
-        return {"rows": captions(rows), "epochs": [row[EPOCH] for row in rows]}
+        return {"rows": captions(rows)}
 
 
-def loader(stream, num_workers, rank=0, world_size=1):
-    stream.split(rank, world_size, num_workers)
+def loader(stream, num_workers):
+    stream.split(0, 1, num_workers)
     return DataLoader(stream, 3, collate_fn=TrainingCollator(Captions(), stream), num_workers=num_workers)
-
-
-def test_workers_of_two_processes_share_each_round(tars):
-    seen = []
-    for rank in (0, 1):
-        batches = islice(loader(stream_of(webdataset(tars)), 2, rank, 2), 12)
-        seen += [row for batch in batches for row in zip(batch["rows"], batch["epochs"], strict=True)]
-    first = [row for row, epoch in seen if epoch == 0]
-    assert sorted(first) == sorted(CAPTIONS)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("stop", [1, 6, 7])
 def test_a_loader_goes_on_where_it_stood(num_workers, stop, kinds, tars):
     """At the beginning, in the middle of blocks, and in the second round; one data set and two."""
-    tar_files = {"dataset": "webdataset", "data_files": {"train": str(tars / "*.tar")}, "weight": 3}
-    tar_files |= {"image_column": "png", "caption_column": "txt"}
     others = {"dataset": "parquet", "data_files": kinds["parquet"].data_files, "weight": 1}
-    mixture = DataArguments(mixture=[tar_files, others], streaming=True, test_split="")
+    parts = [{**name_tars(train=tars), "weight": 3}, others]
+    mixture = DataArguments(mixture=parts, streaming=True, test_split="")
     for arguments in (kinds["webdataset"], kinds["parquet"], mixture):
         whole = list(islice(loader(stream_of(arguments), num_workers), stop + 12))
         places = [batch["position"] for batch in whole[:stop]]
@@ -199,18 +173,6 @@ def test_what_was_read_before_is_not_read_again(tmp_path):
         Path(path).write_bytes(b"")
     rest = list(islice(iter(again), 15))
     assert sorted(captions(rows + rest)) == sorted(f"image {index}" for index in range(90))
-
-
-def test_crops_and_captions_are_drawn_anew_in_each_round():
-    """Whatever the Trainer calls an epoch: a small data set of a mixture goes round many times in it."""
-    data = DataArguments(crop_scale=[0.2, 0.6])
-    processor = tiny_processor(tiny_model())
-    collator = CaptionCollator(processor, data, training=True, seed=3)
-    row = {"image": noise_images(1)[0], "caption": [f"caption {index}" for index in range(50)]}
-    one, again, other = (collator([{**row, EPOCH: epoch}]) for epoch in (4, 4, 5))
-    assert torch.equal(one["pixel_values"], again["pixel_values"]) and torch.equal(one["labels"], again["labels"])
-    assert not torch.equal(one["pixel_values"], other["pixel_values"])
-    assert one["labels"].tolist() != other["labels"].tolist()
 
 
 # Writes down what each process trains on, step by step.
@@ -253,9 +215,11 @@ def test_two_processes_with_two_workers_see_every_row_once_also_after_a_kill(tow
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0
     seen = [read_lines(unbroken / f"seen-{rank}.jsonl") for rank in (0, 1)]
-    first = [caption for rank in (0, 1) for step, captions in seen[rank] if step <= 8 for caption in captions]
+    rounds = [[], []]
+    for step, captions_of_step in chain(*seen):
+        rounds[step > 8] += captions_of_step
+    first, second = rounds
     assert sorted(first) == sorted(f"image {index}" for index in range(48) if index not in broken)
-    second = [caption for rank in (0, 1) for step, captions in seen[rank] if step > 8 for caption in captions]
     assert len(set(second)) == len(second) >= 22
 
     bad = read_lines(unbroken / "bad_rows.jsonl")

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_evlgen import bipartite_soft_matching
-from modeling_evlgen.token_merging import TokenMerging, keep_distinctive
+from modeling_evlgen.token_merging import keep_distinctive
 
 from .helpers import FIXTURES
 
@@ -86,13 +86,6 @@ def test_bad_input_is_named():
     merging = bipartite_soft_matching(torch.randn(1, 4, 4), r=1)
     with pytest.raises(ValueError, match=r"`x` must have shape \(1, 4, channels\), but has \(1, 3, 4\)"):
         merging.merge(torch.zeros(1, 3, 4))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_many_half_precision_tokens_that_become_one_keep_their_mean(dtype):
-    merging = TokenMerging(torch.zeros(1, 577, dtype=torch.long), 1)
-    tokens = torch.full((1, 577, 4), 1.1, dtype=dtype)
-    assert torch.equal(merging.merge(tokens), tokens[:, :1])
 
 
 @pytest.mark.parametrize("class_token", [False, True])

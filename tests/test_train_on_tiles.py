@@ -14,7 +14,7 @@ from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import run_clean, save_towers
+from .helpers import run_clean, save_split, save_towers
 from .training import LAYERS, arguments, assert_same_weights, flags, save_recipe
 
 RANGE = [4, 16]
@@ -25,15 +25,10 @@ def save_images(folder):
     """Noise of many sizes, with captions of different lengths."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 4)):
-        (folder / split).mkdir(parents=True)
-        lines = []
-        for index in range(count):
-            width, height = IMAGES[index % len(IMAGES)]
-            pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / split / f"{index}.png")
-            caption = f"image {index}{' again' * (index % 3)}"
-            lines.append(json.dumps({"file_name": f"{index}.png", "caption": caption}))
-        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+        sizes = [IMAGES[index % len(IMAGES)] for index in range(count)]
+        images = [generator.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in sizes]
+        rows = [{"caption": f"image {index}{' again' * (index % 3)}"} for index in range(count)]
+        save_split(folder / split, [*map(Image.fromarray, images)], rows)
     return str(folder)
 
 

@@ -6,9 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from common.data.collator import CaptionCollator, RandomCrop
 from common.data.data_arguments import DataArguments
@@ -25,9 +23,8 @@ SIZES = {**LAYERS, "merge_r": 3}
 
 
 def processor_of(image_token_range=(LOW, HIGH), max_tiles=1, **kwargs):
-    return make_processor(
-        num_image_tokens=image_token_range[0], image_token_range=image_token_range, max_tiles=max_tiles, **kwargs
-    )
+    kwargs |= {"num_image_tokens": image_token_range[0], "image_token_range": image_token_range}
+    return make_processor(max_tiles=max_tiles, **kwargs)
 
 
 def rows_of(count):
@@ -76,13 +73,6 @@ def test_draws_depend_on_seed_epoch_and_texts_alone():
     assert draw(epoch=1) == draw(rows=[{**row, EPOCH: 1} for row in rows])  # of a stream
 
 
-def test_workers_draw_what_the_main_process_draws():
-    collator, rows = CaptionCollator(processor_of(), DataArguments(), training=True), rows_of(6)
-    loader = DataLoader(rows, 2, collate_fn=collator, num_workers=1)
-    for index, batch in enumerate(loader):
-        assert torch.equal(batch["input_ids"], collator(rows[2 * index : 2 * index + 2])["input_ids"])
-
-
 def test_held_out_batches_have_the_processors_own_number():
     processor = processor_of()
     collator = CaptionCollator(processor, DataArguments(), training=False)
@@ -99,17 +89,6 @@ def test_a_text_that_is_too_long_is_skipped_whatever_the_batch_draws():
     for start in range(0, 40, 2):
         collator = CaptionCollator(processor, data_args, training=True)
         assert len(budgets_of(collator, rows[start : start + 2])) == 1 and len(collator.bad_rows) == 1
-
-
-def test_conversations_draw_too():
-    processor = processor_of(chat=True)
-    processor.end_of_text = "<|im_end|>"
-    collator, seen = CaptionCollator(processor, DataArguments(messages_column="messages"), training=True), set()
-    for index in range(12):
-        question = [{"type": "image"}, {"type": "text", "text": f"question {index}"}]
-        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "answer"}]
-        seen.update(budgets_of(collator, [{"image": noise_images(1), "messages": turns}]))
-    assert len(seen) > 2 and seen <= set(range(LOW, HIGH + 1))
 
 
 def large_rows(height=64, width=96, count=4):
@@ -170,29 +149,19 @@ def test_a_new_model_and_its_processor_have_the_tiles_and_the_range(tmp_path):
     assert model.config.image_token_range is processor.image_token_range is None and processor.max_tiles == 1
 
 
-MEANS = {
-    "connector": "mlp",
-    "fields": {"hidden_size": 32, "intermediate_size": 64, "pool_size": 3},
-    "vision": "siglip",
-}
+MEANS = {"connector": "mlp", "fields": {"hidden_size": 32, "pool_size": 3}, "vision": "siglip"}
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"image_token_range": [4, 18]}, r"`image_token_range` is \[4, 18\]: .* must be from 2 to 17"),
-        ({"image_token_range": [1, 17]}, r"`image_token_range` is \[1, 17\]: .* must be from 2 to 17"),
         ({"image_token_range": [2, 5]}, "`num_image_tokens` must be from 2 to 5, .* is 11"),
         ({"image_token_range": [4, 9], **MEANS}, "must be a square, but is 5"),
-        ({"image_token_range": [4]}, r"`image_token_range` must hold the smallest .* but is \[4\]"),
-        ({"image_token_range": [9, 4]}, r"`image_token_range` must hold the smallest .* but is \[9, 4\]"),
         ({"num_image_tokens": 9}, "`num_image_tokens` needs `image_token_range`"),
         ({"num_image_tokens": 3, "image_token_range": [4, 9]}, "`num_image_tokens` must be from 4 to 9, .* but is 3"),
         ({"max_tiles": 0}, "`max_tiles` must be an integer from 1 to 100, but is 0"),
-        (
-            {"max_tiles": 2, "connector": "mlp", "fields": {"hidden_size": 32}},
-            "no image of several tiles: .*pool_",
-        ),
+        ({"max_tiles": 2, "connector": "mlp", "fields": {"hidden_size": 32}}, "no image of several tiles: .*pool_"),
     ],
 )
 def test_numbers_of_tokens_and_tiles_that_cannot_work_are_refused(given, message, tmp_path):

@@ -8,7 +8,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor, CohereConfig, Gemma2Config, GraniteConfig
 
-from .helpers import TEXT_CONFIGS, TEXT_SIZES, noise_images, tiny_model, tiny_processor
+from .helpers import TEXT_CONFIGS, TEXT_SIZES, TRAINING_TEMPLATE, noise_images, save, tiny_model, tiny_processor
 
 trl = pytest.importorskip("trl", reason="needs the trl extra")
 
@@ -19,13 +19,6 @@ SCALED_LOGITS = {
     "gemma2": Gemma2Config(**_SIZES, head_dim=16, final_logit_softcapping=2.0),
 }
 ANSWERS = ["a red circle", "a blue triangle to the left of a green square"]
-# Marks what the assistant generates, for `assistant_only_loss`.
-TRAINING_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def checkpoint(folder, text="llama", max_tiles=1):
@@ -33,8 +26,7 @@ def checkpoint(folder, text="llama", max_tiles=1):
     processor = tiny_processor(model, chat=True)
     processor.chat_template = processor.chat_template.replace(processor.tokenizer.chat_template, TRAINING_TEMPLATE)
     processor.end_of_text, processor.max_tiles = "<|im_end|>", max_tiles
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save(folder, model, processor)
     return AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
 
 
@@ -52,10 +44,18 @@ def rows(kind, images=None):
     return Dataset.from_dict({"prompt": list(prompts), "completion": list(completions), "images": images})
 
 
+SETTINGS = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none"}
+SETTINGS |= {"save_strategy": "no", "logging_steps": 1}
+
+
 def sft_trainer(model, processor, dataset, folder, peft_config=None, **settings):
-    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none", **settings}
-    args = trl.SFTConfig(output_dir=str(folder), save_strategy="no", logging_steps=1, **settings)
+    args = trl.SFTConfig(output_dir=str(folder), **{**SETTINGS, **settings})
     return trl.SFTTrainer(model, args, train_dataset=dataset, processing_class=processor, peft_config=peft_config)
+
+
+def losses_of(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def our_loss(model, processor, images=None):
@@ -67,25 +67,20 @@ def our_loss(model, processor, images=None):
 @pytest.mark.parametrize("kind", ["messages", "prompt and completion"])
 def test_sft_with_its_defaults_trains_a_checkpoint(kind, lora, tmp_path):
     model, processor = checkpoint(tmp_path / "model")
-    towers = {
-        name: p.clone() for name, p in model.named_parameters() if name.startswith(("vision_tower", "language_"))
-    }
+    towers = {n: p.clone() for n, p in model.named_parameters() if n.startswith(("vision_tower", "language_model"))}
     peft_config = LoraConfig(r=2, target_modules=r"language_model.*\.(q|v)_proj") if lora else None
     trainer = sft_trainer(model, processor, rows(kind), tmp_path / "out", peft_config, learning_rate=1e-2)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = losses_of(trainer)
     assert losses[1] < losses[0] < 20
     assert isinstance(trainer.model, PeftModel) is lora
     if not lora:
         state = model.state_dict()
-        assert all(torch.equal(state[n], p) for n, p in towers.items() if not n.startswith("language_projection"))
+        assert all(torch.equal(state[name], tower) for name, tower in towers.items())
 
 
 def logged_loss(model, processor, dataset, folder, **settings):
     trainer = sft_trainer(model, processor, dataset, folder, max_steps=1, bf16=False, **settings)
-    trainer.train()
-    (loss,) = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    return loss
+    return losses_of(trainer)[0]
 
 
 @pytest.mark.parametrize("max_tiles", [1, 4])
@@ -115,19 +110,6 @@ def test_the_loss_of_sft_follows_a_language_model_that_scales_or_caps_its_logits
     assert abs(unscaled - expected) > 0.1  # of the head's plain product
 
 
-def test_labels_of_a_batch_never_hold_placeholders(tmp_path):
-    _, processor = checkpoint(tmp_path / "model")
-    batch = processor(images=noise_images(2), text=["<image>what is it?", "<image>a"])
-    batch["labels"] = batch["input_ids"].clone()
-    is_placeholder = batch["input_ids"] == processor.image_token_id
-    assert torch.equal(batch["labels"] == -100, is_placeholder)
-
-
-def settings_of(folder):
-    settings = {"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 2, "use_cpu": True}
-    return settings | {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "bf16": False}
-
-
 def prompts():
     return {"prompt": [conversation(answer)[:1] for answer in ANSWERS], "images": [[i] for i in noise_images(2)]}
 
@@ -136,17 +118,17 @@ def test_dpo_trains_a_checkpoint(tmp_path):
     model, processor = checkpoint(tmp_path / "model")
     answers = [conversation(answer)[1:] for answer in ANSWERS]
     dataset = Dataset.from_dict({**prompts(), "chosen": answers, "rejected": answers[::-1]})
-    args = trl.DPOConfig(**settings_of(tmp_path / "out"), learning_rate=1e-3)
+    args = trl.DPOConfig(output_dir=str(tmp_path / "out"), **SETTINGS, bf16=False, learning_rate=1e-3)
     trainer = trl.DPOTrainer(model, args=args, train_dataset=dataset, processing_class=processor)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = losses_of(trainer)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-3) and losses[1] < losses[0]
 
 
 def test_grpo_trains_a_checkpoint(tmp_path):
     model, processor = checkpoint(tmp_path / "model")
     before = model.language_projection.weight.clone()
-    args = trl.GRPOConfig(**settings_of(tmp_path / "out"), num_generations=2, max_completion_length=8)
+    settings = {**SETTINGS, "bf16": False, "num_generations": 2, "max_completion_length": 8}
+    args = trl.GRPOConfig(output_dir=str(tmp_path / "out"), **settings)
 
     def reward(completions, **kwargs):
         return [float(len(str(completion))) for completion in completions]

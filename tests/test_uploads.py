@@ -11,9 +11,9 @@ from PIL import Image
 
 from processing_evlgen.videos import load_rgb_frames
 
-from .helpers import noise_images
+from .helpers import encode_video, noise_images, save_animation
 
-av = pytest.importorskip("av", reason="needs the app extra")
+pytest.importorskip("av", reason="needs the app extra")
 uploads = importlib.import_module("app_uploads")
 
 
@@ -21,10 +21,10 @@ uploads = importlib.import_module("app_uploads")
 def files(tmp_path_factory):
     """Files that a visitor may upload."""
     folder = tmp_path_factory.mktemp("files")
-    first, *rest = noise_images(6)
-    first.save(folder / "image.PNG")
-    first.save(folder / "video.webp", save_all=True, append_images=rest, lossless=True)
-    first.save(folder / "pages.tiff", save_all=True, append_images=rest)
+    frames = noise_images(6)
+    frames[0].save(folder / "image.PNG")
+    save_animation(folder / "video.webp", frames)
+    save_animation(folder / "pages.tiff", frames)
     (folder / "notes.txt").write_text("no image")
     (folder / "broken.png").write_text("no image")
     (folder / "broken.mp4").write_text("no video")
@@ -45,15 +45,15 @@ def test_reads_images_and_videos(files):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("notes.txt", r"^The file 'notes.txt' is neither an image \(\.png, .*\) nor a video \(\.mp4, .*\)\.$"),
-        ("broken.png", r"^The file 'broken.png' cannot be read; it is damaged, or not what its name says\.$"),
-        ("broken.mp4", r"^The file 'broken.mp4' cannot be read; it is damaged, or not what its name says\.$"),
-        ("gone.png", r"^The file 'gone\.png' is no longer on the server\. Upload it again\.$"),
+        ("notes.txt", r"is neither an image \(\.png, .*\) nor a video"),
+        ("broken.png", "cannot be read; it is damaged"),
+        ("broken.mp4", "cannot be read; it is damaged"),
+        ("gone.png", "is no longer on the server"),
     ],
 )
 def test_other_files_are_refused_by_their_name(files, name, message):
     """The message has the name that the visitor knows, not the server's path."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^The file '{name}' {message}"):
         uploads.read_file(files / name, 4)
 
 
@@ -81,21 +81,15 @@ def test_a_small_file_with_a_huge_image_is_refused_before_it_is_decoded(tmp_path
         uploads.read_file(tmp_path / "bomb.png", 4)
 
 
-def save_video(path, frames, codec="mpeg4", size=32, moving=False):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
-        stream.width = stream.height = size
-        for image in noise_images(frames, size) if moving else frames * noise_images(1, size):
-            container.mux(stream.encode(av.VideoFrame.from_image(image)))
-        container.mux(stream.encode())
+def save_video(path, count, codec="mpeg4", size=32, moving=False):
+    encode_video(path, noise_images(count, size) if moving else count * noise_images(1, size), codec, rate=25)
 
 
 @pytest.mark.parametrize("name", ["video.mp4", "video.mkv", "video.avi", "video.webp", "video.gif"])
 def test_a_video_that_is_too_long_is_refused_before_it_is_decoded(tmp_path, name, monkeypatch):
     animated = name.endswith(("webp", "gif"))
     if animated:
-        first, *rest = (Image.new("L", (32, 32), 9 * index) for index in range(12))
-        first.save(tmp_path / name, save_all=True, append_images=rest)
+        save_animation(tmp_path / name, [Image.new("L", (32, 32), 9 * index) for index in range(12)], lossless=False)
     else:
         save_video(tmp_path / name, 12)
     limit = "ANIMATION_MEGAPIXELS" if animated else "VIDEO_MEGAPIXELS"
@@ -103,8 +97,7 @@ def test_a_video_that_is_too_long_is_refused_before_it_is_decoded(tmp_path, name
     assert len(uploads.read_file(tmp_path / name, 4)[1]) == 4
     monkeypatch.setattr(uploads, limit, 11 * 32 * 32 / 1e6)
     monkeypatch.setattr(uploads, "_choose_frames", None)
-    message = f"^The file '{name}' is too long: at most 11 frames of this size are read"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^The file '{name}' is too long: at most 11 frames"):
         uploads.read_file(tmp_path / name, 4)
 
 
@@ -138,13 +131,10 @@ def test_a_still_image_that_would_keep_the_server_busy_is_refused_soon(tmp_path,
     monkeypatch.setattr(uploads, "IMAGE_SECONDS", 0.5)
     head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
     pixel = chunk(b"IDAT", zlib.compress(bytes(4))) + chunk(b"IEND", b"")
-    for name, content in (
-        ("before.png", head + 500_000 * chunk(b"zzZz", b"") + pixel),
-        ("within.png", head + 500_000 * chunk(b"IDAT", b"") + pixel),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"^The file '{name}' takes too long to read\.$"):
-            uploads.read_file(tmp_path / name, 4)
+    for kind in (b"zzZz", b"IDAT"):
+        (tmp_path / "slow.png").write_bytes(head + 500_000 * chunk(kind, b"") + pixel)
+        with pytest.raises(ValueError, match=r"^The file 'slow\.png' takes too long to read"):
+            uploads.read_file(tmp_path / "slow.png", 4)
 
 
 SMALL = 32 * 32 / 1e6
@@ -173,9 +163,8 @@ def test_limits_hold_for_frames_that_the_head_does_not_announce(tmp_path, limit,
 def test_large_frames_are_shrunk_and_images_are_not(tmp_path, monkeypatch):
     monkeypatch.setattr(uploads, "KEPT_MEGAPIXELS", 30 * 30 / 1e6)
     save_video(tmp_path / "video.mp4", 4, size=64)
-    first, *rest = noise_images(2)  # 40 x 40
-    first.save(tmp_path / "image.png")
-    first.save(tmp_path / "video.webp", save_all=True, append_images=rest)
+    noise_images(1)[0].save(tmp_path / "image.png")  # 40 x 40
+    save_animation(tmp_path / "video.webp", noise_images(2))
     sizes = [uploads.read_file(tmp_path / name, 4)[1][0].size for name in ("video.mp4", "video.webp", "image.png")]
     assert sizes == [(22, 22), (20, 20), (40, 40)]
 

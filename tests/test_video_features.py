@@ -17,9 +17,9 @@ from common.data.loading import check_arguments
 from common.evaluation.captions import WrongImages
 from modeling_evlgen import video_merging
 
-from .helpers import noise_images, tiny_model, tiny_processor
+from .helpers import merging_model, noise_images, save_animation, tiny_model, tiny_processor
 from .test_features import Tower
-from .test_video_merging import merging_model
+from .test_processing import conversation
 
 LENGTHS = (1, 6, 3, 9)
 MODELS = {"mean": tiny_model, "merge": merging_model}
@@ -37,9 +37,8 @@ def rows(tmp_path):
     frames, paths = noise_images(max(LENGTHS)), []
     for index, length in enumerate(LENGTHS):
         paths.append(str(tmp_path / f"{index}.webp"))
-        durations = [100 * (number + 1) for number in range(length)]
         shown = frames[:length] if index % 2 else frames[-length:]
-        shown[0].save(paths[-1], save_all=True, append_images=shown[1:], duration=durations, lossless=True)
+        save_animation(paths[-1], shown, duration=[100 * (number + 1) for number in range(length)])
     return Dataset.from_dict({"video": paths, "caption": ["a cat", "a dog", "a red hat", "nothing"]})
 
 
@@ -166,11 +165,6 @@ def test_a_row_without_a_video_is_named_or_left_out(rows):
     assert len(cached(rows, skip_bad_rows=True)) == 3
 
 
-def test_a_video_that_was_too_large_is_cached_when_larger_ones_are_allowed(rows):
-    assert len(cached(rows, skip_bad_rows=True, max_pixels=1)) == 0
-    assert len(cached(rows, skip_bad_rows=True)) == 4
-
-
 def test_another_way_to_merge_computes_the_features_again(rows, monkeypatch):
     before = cached(rows)
     monkeypatch.setattr(video_merging, "TIME_WEIGHT", 4.0)
@@ -184,32 +178,24 @@ def test_a_wrong_video_has_the_places_of_its_own_tokens(rows):
     assert all(np.array_equal(wrong[1][name], donor[name]) for name in ("vision_features", "token_places"))
 
 
-def test_cached_videos_stand_where_a_prompt_has_them(rows):
+@pytest.mark.parametrize("kind", ["prompts", "conversations"])
+def test_cached_videos_stand_where_a_text_has_them(kind, rows):
     model = merging_model()
-    rows = rows.add_column("question", ["what?", "look: <video> what is it?", "<video>", "why?"])
-    collator = CaptionCollator(tiny_processor(model), arguments(prompt_column="question"), training=False)
-    dataset = cache_split(model, rows, collator)
-    plain, stored = (collator([rows_of[row] for row in (1, 2)]) for rows_of in (rows, dataset))
-    placeholders = [model.config.video_token_id, model.config.image_token_id]
-    assert torch.equal(plain["input_ids"] == placeholders[0], stored["input_ids"] == placeholders[1])
-    assert torch.equal(plain["labels"], stored["labels"])
-
-
-def test_cached_videos_stand_where_a_conversation_has_them(rows):
-    model = merging_model()
-    question = {"role": "user", "content": [{"type": "text", "text": "look: "}, {"type": "video"}]}
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
-    rows = rows.add_column("messages", [[question, answer]] * len(rows))
-    data = {"messages_column": "messages"}
-    processor = tiny_processor(model, chat=True)
-    processor.end_of_text = "<|im_end|>"
+    processor, data = tiny_processor(model, chat=kind == "conversations"), {"prompt_column": "question"}
+    if kind == "prompts":
+        rows = rows.add_column("question", ["what?", "look: <video> what is it?", "<video>", "why?"])
+    else:
+        question = [{"type": "text", "text": "look: "}, {"type": "video"}]
+        rows = rows.add_column("messages", [conversation(question, [{"type": "text", "text": "a cat"}])] * len(rows))
+        processor.end_of_text, data = "<|im_end|>", {"messages_column": "messages"}
     collator = CaptionCollator(processor, arguments(**data), training=False)
     dataset = cache_split(model, rows, collator)
     for encode in (collator, collator.prompts):
         plain, stored = (encode([rows_of[row] for row in (1, 2)]) for rows_of in (rows, dataset))
-        placeholders = [model.config.video_token_id, model.config.image_token_id]
-        assert torch.equal(plain["input_ids"] == placeholders[0], stored["input_ids"] == placeholders[1])
-        assert (plain["input_ids"] == placeholders[0]).sum() == 2 * model.config.num_image_tokens
+        is_video = plain["input_ids"] == model.config.video_token_id
+        assert torch.equal(is_video, stored["input_ids"] == model.config.image_token_id)
+        assert is_video.sum() == 2 * model.config.num_image_tokens
+        assert encode is not collator or torch.equal(plain["labels"], stored["labels"])
 
 
 @pytest.mark.parametrize(
@@ -231,7 +217,7 @@ def test_features_that_training_changes_are_not_cached(rows):
         cache_features(model, tiny_processor(model), rows, None, arguments(), seed=0)
 
 
-@pytest.mark.parametrize("given", [["--num_frames", "8"], ["--num_frames=8"], ["--num-frames", "8"]])
+@pytest.mark.parametrize("given", [["--num_frames", "8"], ["--num-frames=8"]])
 def test_frames_of_the_command_line_replace_the_other_choice_of_a_file(given, tmp_path):
     (tmp_path / "recipe.yaml").write_text("fps: 2.0\n")
     data_args, *_ = parse_arguments(DataArguments, argv=["--config", str(tmp_path / "recipe.yaml"), *given])

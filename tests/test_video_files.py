@@ -5,9 +5,11 @@ import struct
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from processing_evlgen.videos import FrameChoice, load_rgb_frames
 
+from .helpers import encode_video, save_animation
 from .test_video import indices, shades, write_video
 
 av = pytest.importorskip("av", reason="needs the video extra")
@@ -31,14 +33,9 @@ def read_in_app(path, *args, **kwargs):
 def test_a_video_of_a_phone_is_upright(matrix, red, tmp_path):
     """A phone that is held upright stores frames that lie on their side, and a matrix in the head of the track."""
     path = tmp_path / "video.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
-        stored = np.zeros((32, 64, 3), np.uint8)
-        stored[:16, :32, 0] = 255  # red in the top left quarter
-        for _ in range(4):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(stored, format="rgb24")))
-        container.mux(stream.encode(None))
+    stored = Image.new("RGB", (64, 32))
+    stored.paste("red", (0, 0, 32, 16))  # in the top left quarter
+    encode_video(path, [stored] * 4)
     content = bytearray(path.read_bytes())
     a, b, c, d = (number << 16 for number in matrix)
     stated = struct.pack(">9i", a, b, 0, c, d, 0, 32 << 16, 0, 1 << 30)
@@ -56,19 +53,12 @@ def test_a_video_of_a_phone_is_upright(matrix, red, tmp_path):
         assert [corner for corner, is_red in corners.items() if is_red] == [red]
 
 
-def write_noise(path, codec="mpeg4", count=40, pts=range(1000)):
+def write_noise(path, codec="mpeg4", count=40, pts=None):
     """Noise takes as many bytes in each frame. The head of an MP4 comes first, so that it survives a cut."""
-    options = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
     generator = np.random.default_rng(0)
-    with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for index in range(count):
-            noise = generator.integers(0, 256, (32, 48, 3), dtype=np.uint8)
-            frame = av.VideoFrame.from_ndarray(noise, format="rgb24")
-            frame.pts = pts[index]
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    images = [Image.fromarray(generator.integers(0, 256, (32, 48, 3), dtype=np.uint8)) for _ in range(count)]
+    options = {"movflags": "faststart"} if path.suffix == ".mp4" else {}
+    encode_video(path, images, codec, pts=pts, options=options)
 
 
 def hide_start(source, target, start):
@@ -106,9 +96,7 @@ def test_a_file_that_ends_early_is_refused_however_frames_are_chosen(name, codec
     assert len(read_in_app(path, 4)) == 4
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     for choice in choices:
-        with pytest.raises(
-            ValueError, match=rf"'.*{name}' cannot be read: it ends after [012]\.\d of its [24]\.\d seconds"
-        ):
+        with pytest.raises(ValueError, match=rf"'.*{name}' .* ends after [012]\.\d of its [24]\.\d seconds"):
             load_rgb_frames(path, **choice)
     with pytest.raises(ValueError, match=f"The file '{name}' cannot be read; it is damaged"):
         read_in_app(path, 4)
@@ -128,12 +116,7 @@ class Pipe:
 def test_an_avi_that_was_written_to_a_pipe_is_whole(tmp_path):
     """Its head has a placeholder for the number of frames."""
     pipe = Pipe()
-    with av.open(pipe, "w", format="avi") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
-        for image in shades(6):
-            container.mux(stream.encode(av.VideoFrame.from_image(image.resize((64, 32)))))
-        container.mux(stream.encode(None))
+    encode_video(pipe, shades(6), "mpeg4", format="avi")
     (tmp_path / "v.avi").write_bytes(b"".join(pipe.parts))
     with av.open(str(tmp_path / "v.avi")) as container:
         assert container.streams.video[0].frames >= 2**30
@@ -143,9 +126,8 @@ def test_an_avi_that_was_written_to_a_pipe_is_whole(tmp_path):
 
 
 def test_a_video_may_stand_still_at_its_end(tmp_path):
-    write_noise(tmp_path / "v.mp4", count=6, pts=[0, 1, 2, 3, 4, 90])
-    write_noise(tmp_path / "v.mkv", count=6, pts=[0, 1, 2, 3, 4, 90])
     for name in ("v.mp4", "v.mkv"):
+        write_noise(tmp_path / name, count=6, pts=[0, 1, 2, 3, 4, 90])
         assert load_rgb_frames(tmp_path / name).times[-1] == pytest.approx(9)
         assert len(read_in_app(tmp_path / name, 4)) == 4
 
@@ -158,7 +140,7 @@ def test_the_last_frame_may_stand_still(name, tmp_path):
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         packets = []
         for image in shades(6):
-            packets += stream.encode(av.VideoFrame.from_image(image.resize((48, 32))))
+            packets += stream.encode(av.VideoFrame.from_image(image))
         packets += stream.encode(None)
         packets[-1].duration = round(5 / packets[-1].time_base)
         container.mux(packets)
@@ -169,8 +151,7 @@ def test_the_last_frame_may_stand_still(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["video.webp", "video.gif"])
 def test_a_rate_takes_the_frames_that_stand_for_seconds(name, tmp_path):
-    first, *others = shades(6)
-    first.save(tmp_path / name, save_all=True, append_images=others, duration=[100, 1900, 20, 980, 20, 2000])
+    save_animation(tmp_path / name, shades(6), duration=[100, 1900, 20, 980, 20, 2000])
     frames = load_rgb_frames(tmp_path / name, fps=1)
     assert indices(frames) == [0, 1, 2, 4, 5] and frames.times == pytest.approx([0, 0.1, 2, 3, 3.02])
     assert indices(load_rgb_frames(tmp_path / name, fps=0.25)) == [0, 5]
@@ -186,20 +167,13 @@ def test_a_rate_that_divides_that_of_the_video_takes_frames_at_equal_distances(r
         assert chosen == list(range(0, 3 * rate, step))
 
 
-def test_animated_images_are_known_by_their_content(tmp_path):
-    first, *others = shades(3)
-    first.save(tmp_path / "video.webp", save_all=True, append_images=others, duration=1000, lossless=True)
-    content = (tmp_path / "video.webp").read_bytes()
-    for row in ({"bytes": content}, {"bytes": content, "path": None}, {"bytes": content, "path": "video"}):
-        assert load_rgb_frames(row).times == [0, 1, 2]
-
-
 @pytest.mark.parametrize("kind", ["WEBP", "GIF", "PNG"])
 def test_animated_images_need_neither_a_suffix_nor_pyav(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("processing_evlgen.videos.is_av_available", lambda: False)
-    first, *others = shades(3)
-    first.save(tmp_path / "video", kind, save_all=True, append_images=others, duration=1000)
-    assert load_rgb_frames(tmp_path / "video").times == [0, 1, 2]
+    save_animation(tmp_path / "video", shades(3), format=kind, duration=1000)
+    content = (tmp_path / "video").read_bytes()
+    for video in (tmp_path / "video", {"bytes": content}, {"bytes": content, "path": "video"}):
+        assert load_rgb_frames(video).times == [0, 1, 2]
     (tmp_path / "video.mp4").write_bytes(b"no video")
     with pytest.raises(ImportError, match="Reading videos needs PyAV"):
         load_rgb_frames(tmp_path / "video.mp4")

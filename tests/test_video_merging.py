@@ -7,41 +7,18 @@ from accelerate import cpu_offload
 from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.tomeformer import PositionEmbeddings
-from modeling_evlgen.video import TimeEmbedding
 from modeling_evlgen.video_merging import VideoTokens, add_frames, merge_over_time, place_frames
 from processing_evlgen.pipeline_evlgen import EVLGenVideoToTextPipeline
 
-from .helpers import IMAGE_SIZE, noise_images, run_clean, tiny_model, tiny_processor, tiny_towers
+from .helpers import IMAGE_SIZE, LAYERS, merging_model, noise_images, tiny_model, tiny_processor
 
-CONNECTOR = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+QFORMER = {**LAYERS, "num_query_tokens": 5, "class_token": False}
 CONNECTORS = {
-    "tomeformer": {**CONNECTOR, "merge_r": 3},
-    "qformer": QFormerConnectorConfig(**CONNECTOR, num_query_tokens=5, class_token=False),
-    "choosing qformer": QFormerConnectorConfig(
-        **CONNECTOR,
-        num_query_tokens=5,
-        class_token=False,
-        position_initializer_range=0.1,
-        num_distinctive_tokens=9,
-    ),
+    "tomeformer": {**LAYERS, "merge_r": 3},
+    "qformer": QFormerConnectorConfig(**QFORMER),
+    "choosing qformer": QFormerConnectorConfig(**QFORMER, position_initializer_range=0.1, num_distinctive_tokens=9),
     "mlp": MLPConnectorConfig(hidden_size=32, intermediate_size=64, class_token=False),
 }
-
-
-def merging_model(vision="clip", connector="tomeformer", seed=0, **fields):
-    """A tiny model that merges videos, and that has learned to see time."""
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        *tiny_towers(vision, seed=seed),
-        connector_config=CONNECTORS[connector],
-        image_size=IMAGE_SIZE,
-        image_token_id=300,
-        video_mode="merge",
-        **fields,
-    )
-    with torch.no_grad():
-        model.language_projection.weight.normal_(std=0.3)
-        model.time_embedding.weight.normal_()
-    return model
 
 
 def noise(*shape, seed=1):
@@ -63,11 +40,8 @@ def distinct(count, dim=64, seed=0):
 @torch.no_grad()
 def test_one_frame_gives_exactly_what_the_image_gives(vision):
     model = tiny_model(vision)
-    merging = EVLGenForConditionalGeneration(
-        EVLGenConfig.from_dict({**model.config.to_dict(), "video_mode": "merge"})
-    ).eval()
+    merging = merging_model(vision)
     merging.load_state_dict(model.state_dict(), strict=False)
-    merging.time_embedding.weight.normal_()
     images = noise(2)
     expected = model.get_image_features(images).pooler_output
     assert torch.equal(merging.get_image_features(images).pooler_output, expected)
@@ -79,23 +53,13 @@ def test_one_frame_gives_exactly_what_the_image_gives(vision):
 @torch.no_grad()
 def test_every_connector_makes_one_budget_of_a_video_and_sees_the_order_of_its_frames(connector):
     vision = "clip" if connector == "tomeformer" else "siglip"
-    model = merging_model(vision, connector)
+    model = merging_model(vision, CONNECTORS[connector])
     videos = noise(1, 5)
     prompt = model.get_video_features(videos).pooler_output
     assert prompt.shape == (1, model.config.num_image_tokens, 32)
     assert not torch.allclose(prompt, model.get_video_features(videos.flip(1)).pooler_output, atol=1e-3)
     slower = model.get_video_features(videos, frame_times=3 * torch.arange(5).unsqueeze(0)).pooler_output
     assert not torch.allclose(prompt, slower, atol=1e-3)
-
-
-@torch.no_grad()
-def test_equal_frames_give_the_features_of_one_of_them():
-    """Only their places and times may differ, since a patch may also be merged with a like one beside it."""
-    patches = distinct(16)
-    merged = merge(patches.expand(9, -1, -1))
-    similarity = torch.nn.functional.normalize(merged.features[0], dim=1) @ torch.nn.functional.normalize(patches).T
-    assert merged.size.sum() == 9 * 16
-    assert (similarity.max(dim=1).values > 0.5).all()
 
 
 @pytest.mark.parametrize("where", [0, 1, 7, 20, 63])
@@ -186,6 +150,7 @@ def test_a_stream_gives_what_all_frames_give_at_once(mode, monkeypatch):
     stream = model.encode_video(((frame, 1e6 + i / 3) for i, frame in enumerate(video)), num_image_tokens=5)
     assert max(largest) == 4 and sum(largest) == 11
     at_once = model.get_video_features(video.unsqueeze(0), None, [5], times.unsqueeze(0))
+    assert mode == "mean" or (max(largest) == 4 and sum(largest) == 2 * 11)  # not more memory
     torch.testing.assert_close(stream.pooler_output, at_once.pooler_output, atol=1e-4, rtol=1e-4)
     processor, settings = tiny_processor(model), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     inputs = processor(encoded_video=stream, text="what?")
@@ -195,7 +160,7 @@ def test_a_stream_gives_what_all_frames_give_at_once(mode, monkeypatch):
     assert torch.equal(model.generate(**inputs, **settings), expected)
     with pytest.raises(ValueError, match="`encoded_video` is given instead of `videos`"):
         processor(encoded_video=stream, videos=[noise_images(2)])
-    with pytest.raises(TypeError, match="`encoded_video` must be an output of `encode_video`, but is list"):
+    with pytest.raises(TypeError, match=r"`encoded_video` must .* is list"):
         processor(encoded_video=[stream, stream])
 
 
@@ -209,20 +174,21 @@ def test_an_offloaded_model_encodes_a_stream():
     torch.testing.assert_close(stream.token_places, expected.token_places)
 
 
+@pytest.mark.parametrize(
+    ("frames", "times", "error", "message"),
+    [
+        ((1, 2, 3, 32, 64), None, ValueError, "square grid of patches, but the vision tower gives 8 patches"),
+        ((0, 2, 3, 32, 32), None, ValueError, r"at least one frame of each video, but have shape \(0, "),
+        ((1, 0, 3, 32, 32), None, ValueError, r"at least one frame of each video, but have shape \(1, "),
+        ((1, 2, 3, 32, 32), [[0.0, 1.0]], TypeError, "`frame_times` must be a tensor, but is a list"),
+        ((2, 3, 3, 32, 32), torch.zeros(2, 4), ValueError, r"`frame_times` .* \(2, 3\), but has \(2, 4\)"),
+        ((1, 2, 3, 32, 32), torch.tensor([[0.0, torch.inf]]), ValueError, "`frame_times` must be finite"),
+    ],
+)
 @torch.no_grad()
-def test_frames_that_cannot_be_merged_are_named():
-    model = merging_model("convnext")
-    with pytest.raises(
-        ValueError, match="need frames with a square grid of patches, but the vision tower gives 8 patches"
-    ):
-        model.get_video_features(torch.randn(1, 2, 3, IMAGE_SIZE, 2 * IMAGE_SIZE))
-    for shape in ((0, 2), (1, 0)):
-        with pytest.raises(
-            ValueError, match=rf"must hold at least one frame of each video, but have shape \({shape[0]}, "
-        ):
-            model.get_video_features(noise(*shape))
-    with pytest.raises(TypeError, match="`frame_times` must be a tensor, but is a list"):
-        model.get_video_features(noise(1, 2), frame_times=[[0.0, 1.0]])
+def test_frames_and_times_that_cannot_be_merged_are_named(frames, times, error, message):
+    with pytest.raises(error, match=message):
+        merging_model("convnext").get_video_features(torch.randn(frames), frame_times=times)
 
 
 @torch.no_grad()
@@ -230,48 +196,27 @@ def test_a_stream_answers_one_question_after_the_other():
     model = merging_model()
     processor, settings = tiny_processor(model), {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
     stream = model.encode_video(noise(5))
-    first, second = (
-        model.generate(**processor(encoded_video=stream, text="what?"), **settings).tolist() for _ in range(2)
-    )
-    assert first == second and len(stream.pooler_output) == 1
-
-
-def test_a_batch_in_bfloat16_keeps_its_times():
-    batch = tiny_processor(merging_model())(videos=[noise_images(2)], video_metadata=[{"fps": 1 / 301}])
-    batch = batch.to("cpu", torch.bfloat16)
-    assert batch["pixel_values_videos"].dtype == torch.bfloat16
-    assert batch["frame_times"].tolist() == [[0, 301]]
-
-
-@torch.no_grad()
-def test_memory_is_that_of_a_few_frames(monkeypatch):
-    monkeypatch.setattr("modeling_evlgen.video_merging.FRAMES_AT_ONCE", 4)
-    model, largest = merging_model(), []
-    model.vision_tower.register_forward_hook(lambda _, inputs, output: largest.append(len(output.last_hidden_state)))
-    model.get_video_features(noise(2, 40))
-    assert max(largest) == 4 and sum(largest) == 80
+    inputs = [processor(encoded_video=stream, text="what?") for _ in range(2)]
+    assert torch.equal(*(model.generate(**each, **settings) for each in inputs)) and len(stream.pooler_output) == 1
 
 
 @pytest.mark.attack
+@pytest.mark.parametrize(
+    ("frames", "error", "message"),
+    [
+        ([], ValueError, "`frames` must yield at least one frame"),
+        ([noise(), noise()[:, :16]], ValueError, r"yields \(3, 16, 32\) after \(3, 32, 32\)"),
+        (noise(2, 1), ValueError, r"yields \(1, 3, 32, 32\)"),
+        ([(noise(), 0.0), (noise(), float("nan"))], ValueError, "`frames`: their times must be finite"),
+        ("video.mp4", TypeError, "`frames` must yield tensors, .* yields str"),
+        ([(noise_images(1)[0], 0.5)], TypeError, "`frames` must yield tensors, .* yields Image"),
+        ([(noise(), None)], TypeError, "`frames` must yield times in seconds, but yields None"),
+    ],
+)
 @torch.no_grad()
-def test_bad_streams_are_named():
-    model = merging_model()
-    with pytest.raises(ValueError, match="`frames` must yield at least one frame, but yields none"):
-        model.encode_video(iter(()))
-    with pytest.raises(ValueError, match=r"of one shape .* yields \(3, 32, 16\) after \(3, 32, 32\)"):
-        model.encode_video([noise()[:, :, :], noise()[:, :, :16]])
-    with pytest.raises(ValueError, match=r"yields \(1, 3, 32, 32\)"):
-        model.encode_video(noise(2, 1))
-    with pytest.raises(ValueError, match="`frames`: their times must be finite"):
-        model.encode_video(zip(noise(3), [0.0, float("nan"), 1.0], strict=True))
-    with pytest.raises(
-        TypeError, match="`frames` must yield tensors, alone or in pairs with their seconds, but yields str"
-    ):
-        model.encode_video("video.mp4")
-    with pytest.raises(TypeError, match="but yields Image"):
-        model.encode_video((image, 0.5) for image in noise_images(2))
-    with pytest.raises(TypeError, match="`frames` must yield times in seconds, but yields None"):
-        model.encode_video([(noise(), None)])
+def test_bad_streams_are_named(frames, error, message):
+    with pytest.raises(error, match=message):
+        merging_model().encode_video(iter(frames))
 
 
 @pytest.mark.attack
@@ -291,33 +236,34 @@ def test_bad_places_of_tokens_are_named():
     output = model.get_video_features(noise(2, 3))
     features, places = output.last_hidden_state, output.token_places
     for bad in (places[:1], places[:, 1:], places[..., 1:], places[0], [0.0]):
-        with pytest.raises(
-            (ValueError, TypeError), match=r"`token_places` must (have shape .2, 17, 3.|be a tensor), but"
-        ):
+        with pytest.raises((ValueError, TypeError), match=r"`token_places` must (have shape .2, 17, 3.|be a tensor)"):
             model.project_vision_features(features, token_places=bad)
 
 
 @pytest.mark.attack
-def test_places_of_tokens_need_their_features():
+@pytest.mark.parametrize("method", ["forward", "generate"])
+def test_places_of_tokens_need_their_features(method):
     model = merging_model()
-    ids, places = torch.full((1, 11), model.config.image_token_id), torch.zeros(1, 17, 3)
-    for run in (model, model.generate):
-        with pytest.raises(ValueError, match="`token_places` is for `vision_features`, but there are none"):
-            run(input_ids=ids, token_places=places)
-        with pytest.raises(ValueError, match=r"`token_places` must have shape \(1, 17, 3\), but has \(1, 3\)"):
-            run(input_ids=ids, vision_features=torch.zeros(1, 17, 16), token_places=places[:, 0])
-        with pytest.raises(
-            ValueError, match=r"`token_places` must be finite, but has NaN or infinity in the videos \[0\]"
-        ):
-            run(input_ids=ids, vision_features=torch.zeros(1, 17, 16), token_places=places / 0)
-    features, grids = torch.zeros(2, 17, 16), torch.tensor([[1, 1, 2]])
-    with pytest.raises(ValueError, match="`token_places` is for merged videos, but `image_grid_thw` has several"):
-        model.project_vision_features(features, grids, token_places=places.repeat(2, 1, 1))
+    run, places = getattr(model, method), torch.zeros(1, 17, 3)
+    ids, features = torch.full((1, 11), model.config.image_token_id), torch.zeros(1, 17, 16)
+    with pytest.raises(ValueError, match="`token_places` is for `vision_features`, but there are none"):
+        run(input_ids=ids, token_places=places)
+    with pytest.raises(ValueError, match=r"`token_places` must .* \(1, 17, 3\), but has \(1, 3\)"):
+        run(input_ids=ids, vision_features=features, token_places=places[:, 0])
+    with pytest.raises(ValueError, match=r"`token_places` must be finite, .* \[0\]"):
+        run(input_ids=ids, vision_features=features, token_places=places / 0)
+    with pytest.raises(ValueError, match="`token_places` is for merged videos, but `image_grid_thw` has"):
+        model.project_vision_features(
+            features.repeat(2, 1, 1), torch.tensor([[1, 1, 2]]), token_places=places.repeat(2, 1, 1)
+        )
 
 
-def test_places_stay_exact_where_a_batch_is_cast():
-    model = merging_model()
-    batch = tiny_processor(model)(vision_features=torch.zeros(1, 17, 16))
+def test_times_and_places_stay_exact_where_a_batch_is_cast():
+    processor = tiny_processor(merging_model())
+    batch = processor(videos=[noise_images(2)], video_metadata=[{"fps": 1 / 301}]).to("cpu", torch.bfloat16)
+    assert batch["pixel_values_videos"].dtype == torch.bfloat16
+    assert batch["frame_times"].tolist() == [[0, 301]]
+    batch = processor(vision_features=torch.zeros(1, 17, 16))
     batch["token_places"] = torch.full((1, 17, 3), 300.7)
     assert torch.equal(batch.to(torch.bfloat16)["token_places"], torch.full((1, 17, 3), 300.7))
 
@@ -348,21 +294,6 @@ def test_times_and_masks_without_videos_are_named(name):
             run(input_ids=ids, **{name: torch.ones(1, 3)})
 
 
-@pytest.mark.attack
-def test_bad_times_are_named():
-    model = merging_model()
-    with pytest.raises(ValueError, match=r"`frame_times` must have shape \(2, 3\), but has \(2, 4\)"):
-        model.get_video_features(noise(2, 3), frame_times=torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="`frame_times` is for videos"):
-        model.get_vision_features(noise(2), frame_times=torch.zeros(2, 1))
-    with pytest.raises(ValueError, match="`frame_times` must be finite"):
-        model.get_video_features(noise(1, 3), frame_times=torch.tensor([[0.0, torch.inf, 1.0]]))
-    with pytest.raises(
-        ValueError, match=r"`frame_mask` must have a frame in each video, but has none in the videos \[1\]"
-    ):
-        model.get_video_features(noise(2, 2), torch.tensor([[True, True], [False, False]]))
-
-
 def test_positions_are_those_of_the_grid_on_its_points_and_between_them_elsewhere():
     positions = PositionEmbeddings(30, 8, 1.0, num_prefix_tokens=1)
     tokens = torch.zeros(1, 17, 8)
@@ -372,15 +303,6 @@ def test_positions_are_those_of_the_grid_on_its_points_and_between_them_elsewher
     assert torch.equal(positions(tokens, places=grid[:, order])[:, 1:], positions(tokens)[:, 1:][:, order])
     middle = positions(tokens, places=torch.full((1, 16, 2), 1.5))[0, 1]
     torch.testing.assert_close(middle, positions.weight[[6, 7, 10, 11]].mean(dim=0))
-
-
-def test_the_time_embedding_starts_at_zero_and_stays_zero_at_the_start():
-    embedding = TimeEmbedding(8)
-    times = torch.tensor([0.0, 0.04, 1.0, 300.0])
-    assert not embedding(times).any()
-    torch.nn.init.normal_(embedding.weight)
-    embedded = embedding(times)
-    assert not embedded[0].any() and all(row.abs().max() > 0.05 for row in embedded[1:])
 
 
 def test_an_image_model_becomes_a_video_model_without_realignment(tmp_path, caplog):
@@ -401,12 +323,7 @@ def test_an_image_model_becomes_a_video_model_without_realignment(tmp_path, capl
         assert torch.equal(again.get_video_features(noise(1, 4)).pooler_output, wanted)
 
 
-def test_mean_is_the_default_and_has_no_further_weights():
-    model = tiny_model()
-    assert model.config.video_mode == "mean" and model.time_embedding is None
-    fields = model.config.to_dict()
-    fields.pop("video_mode")  # a checkpoint from before
-    assert EVLGenConfig.from_dict(fields).video_mode == "mean"
+OBLONG = {"model_type": "vit", "image_size": [32, 72], "patch_size": 8}
 
 
 @pytest.mark.attack
@@ -414,47 +331,31 @@ def test_mean_is_the_default_and_has_no_further_weights():
     ("fields", "message"),
     [
         ({"video_mode": "median"}, '`video_mode` must be "mean" or "merge", but is \'median\''),
-        ({"video_mode": None}, "`video_mode` must be of type"),
         ({"temporal_frame_positions": True}, "`temporal_frame_positions` needs a `temporal_contextualizer`"),
         ({"video_mode": "merge", "temporal_contextualizer": True}, "with a `temporal_contextualizer`"),
-        (
-            {"video_mode": "merge", "connector_config": {"model_type": "evlgen_mlp", "pool_size": 4}},
-            "with `connector_config.pool_size`",
-        ),
-        (
-            {"video_mode": "merge", "connector_config": {"class_token": False}},
-            "needs a vision tower with a square grid of patches, but this one gives 257 patches",
-        ),
-        (
-            {"video_mode": "merge", "vision_config": {"model_type": "vit", "image_size": [32, 72], "patch_size": 8}},
-            "needs a vision tower with a square grid of patches, but this one gives 4 x 9 patches",
-        ),
+        ({"video_mode": "merge", "connector_config": {"model_type": "evlgen_mlp", "pool_size": 4}}, "pool_size"),
+        ({"video_mode": "merge", "connector_config": {"class_token": False}}, "square grid .* gives 257 patches"),
+        ({"video_mode": "merge", "vision_config": OBLONG}, "square grid of patches, but this one gives 4 x 9 patches"),
     ],
 )
 def test_modes_that_cannot_work_are_refused(fields, message):
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises(ValueError, match=message):
         EVLGenConfig(**fields)
 
 
 @pytest.mark.parametrize("media", ["videos", "images", "text", "both"])
 def test_every_batch_has_a_gradient_for_all_that_is_trained(media):
     """DDP waits for each of them."""
-    model = merging_model(connector="tomeformer").train()
+    model = merging_model().train()
     with torch.no_grad():
         model.time_embedding.weight.zero_()
-    processor = tiny_processor(model)
     inputs = {
-        "videos": {"videos": [noise_images(3), noise_images(5)], "suffix": ["a cat", "a dog"]},
-        "images": {"images": noise_images(2), "suffix": ["a cat", "a dog"]},
-        "text": {"text": ["what?"], "suffix": ["a cat"]},
-        "both": {
-            "images": noise_images(1),
-            "videos": [noise_images(4)],
-            "text": ["<image>", "<video>"],
-            "suffix": ["a cat", "a dog"],
-        },
+        "videos": {"videos": [noise_images(3), noise_images(5)]},
+        "images": {"images": noise_images(2)},
+        "text": {"text": ["what?", "who?"]},
+        "both": {"images": noise_images(1), "videos": [noise_images(4)], "text": ["<image>", "<video>"]},
     }
-    model(**processor(**inputs[media])).loss.backward()
+    model(**tiny_processor(model)(**inputs[media], suffix=["a cat", "a dog"])).loss.backward()
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     with_gradient = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert trained == with_gradient >= {"time_embedding", "connector", "vision_projection"}
@@ -485,12 +386,6 @@ def test_a_tower_in_half_precision_does_not_lose_late_frames():
 
 
 @torch.no_grad()
-def test_a_model_in_bfloat16_takes_merged_videos():
-    model = merging_model().to(torch.bfloat16)
-    assert model.get_video_features(noise(1, 4).bfloat16()).pooler_output.dtype == torch.bfloat16
-
-
-@torch.no_grad()
 def test_mixed_precision_does_not_change_what_is_merged():
     patches = distinct(49) + 30 * distinct(1, seed=1)  # all much alike
     features = torch.stack([patches.roll(step, dims=0) for step in range(6)])
@@ -509,28 +404,3 @@ def test_the_pipeline_captions_videos_of_different_lengths_in_one_batch(mode):
     videos = [{"video": noise_images(count)} for count in (3, 7, 5)]
     settings = {"fps": 1, "do_sample": False, "max_new_tokens": 8}
     assert captioner(videos, batch_size=3, **settings) == [captioner(video, **settings) for video in videos]
-
-
-def test_a_merging_model_captions_videos_in_a_clean_process(tmp_path):
-    model = merging_model("eva")
-    processor = tiny_processor(model)
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    frames = noise_images(6)
-    first, *others = frames
-    first.save(tmp_path / "video.webp", save_all=True, append_images=others, duration=500, lossless=True)
-    inputs = processor(videos=str(tmp_path / "video.webp"))
-    new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
-    caption = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
-    code = """
-from transformers import AutoModel, pipeline
-settings = dict(do_sample=False, max_new_tokens=8)
-captioner = pipeline(model="model", trust_remote_code=True)
-one = captioner("video.webp", **settings)
-assert captioner(["video.webp", "video.webp"], batch_size=2, **settings) == [one, one]
-assert captioner("video.webp", fps=2, **settings) == captioner("video.webp", num_frames=6, **settings)
-AutoModel.from_pretrained("model", trust_remote_code=True).save_pretrained("again")
-print(repr(one[0]["generated_text"]))
-"""
-    assert run_clean(code, tmp_path).strip().splitlines()[-1] == repr(caption)
-    assert (tmp_path / "again" / "video_merging.py").exists()

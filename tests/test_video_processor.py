@@ -9,7 +9,16 @@ from transformers.video_utils import load_video
 
 from processing_evlgen import EVLGenProcessor, EVLGenVideoProcessor
 
-from .helpers import noise_images, run_clean, tiny_image_processor, tiny_model, tiny_processor, tiny_tokenizer
+from .helpers import (
+    noise_images,
+    run_clean,
+    save,
+    save_animation,
+    tiny_image_processor,
+    tiny_model,
+    tiny_processor,
+    tiny_tokenizer,
+)
 from .test_processing import make_processor
 
 pytest.importorskip("av", reason="needs the video extra")
@@ -81,8 +90,7 @@ def test_the_video_processor_is_loaded_without_the_repository(tmp_path):
     model = tiny_model()
     processor = tiny_processor(model)
     processor.video_processor.num_frames = 3
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+    save(tmp_path / "model", model, processor)
     assert type(AutoVideoProcessor.from_pretrained(tmp_path / "model")) is EVLGenVideoProcessor
     write_video(tmp_path / "video.mp4", 9)
     code = """
@@ -106,8 +114,7 @@ def test_transformers_own_reader_fails_where_ours_reads(kind, tmp_path):
         write_video(tmp_path / "whole.mp4", 24)
         hide_start(tmp_path / "whole.mp4", path, 14)
     else:
-        first, *others = shades(16)
-        first.save(path, save_all=True, append_images=others, lossless=True)
+        save_animation(path, shades(16))
     assert number_of_frames(make_processor()(videos=path)) == 4
     try:
         frames, _ = load_video(path, num_frames=4, backend="pyav")

@@ -27,7 +27,20 @@ from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import IMAGE_SIZE, ROOT, TEXT_SIZES, noise_images, tiny_image_processor, tiny_tokenizer, tiny_towers
+from .helpers import (
+    IMAGE_SIZE,
+    LAYERS,
+    ROOT,
+    TEXT_SIZES,
+    generate_new,
+    join,
+    noise_images,
+    save,
+    save_animation,
+    tiny_image_processor,
+    tiny_tokenizer,
+    tiny_towers,
+)
 
 # vLLM's attention on a CPU needs heads of 32 channels or more.
 SIZES = {**TEXT_SIZES, "hidden_size": 64, "max_position_embeddings": 256}
@@ -36,13 +49,7 @@ TEXT_CONFIGS = {
     "qwen2": Qwen2Config(**SIZES, intermediate_size=64, num_key_value_heads=1, tie_word_embeddings=True),
     "opt": OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=64),
 }
-CONNECTOR = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "merge_r": 3,
-}
+CONNECTOR = {**LAYERS, "merge_r": 3}
 TOKENS = 8
 
 
@@ -54,18 +61,14 @@ def save_checkpoint(folder, vision, text, image_token_range=None, max_tiles=1, *
             if parameter.ndim == 2:
                 parameter.normal_(std=0.3)
     tokenizer = tiny_tokenizer(bos=text == "opt", chat=text != "opt")
-    fields |= {"connector_config": CONNECTOR, "image_size": IMAGE_SIZE, "image_token_id": len(tokenizer)}
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(tower, language_model, **fields)
+    model = join(tower, language_model, connector_config=CONNECTOR, image_token_id=len(tokenizer), **fields)
     model.config.image_token_range = image_token_range
-    with torch.no_grad():
-        model.language_projection.weight.normal_(std=0.3)
-        if model.time_embedding is not None:
-            model.time_embedding.weight.normal_()
+    if model.time_embedding is not None:
+        torch.nn.init.normal_(model.time_embedding.weight)
     settings = {"image_token_range": image_token_range, "max_tiles": max_tiles}
     settings["num_image_tokens"] = model.config.num_image_tokens
     processor = EVLGenProcessor(tiny_image_processor(), tokenizer, **settings)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save(folder, model, processor)
     return model, processor
 
 
@@ -130,9 +133,7 @@ class Server:
 
     def generate(self, **inputs):
         """The token ids that `generate` adds."""
-        inputs = self.processor(**inputs)
-        ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
-        return ids[0, inputs["input_ids"].shape[1] :].tolist()
+        return generate_new(self.model, self.processor(**inputs), max_new_tokens=TOKENS)[0].tolist()
 
 
 def kind(part):
@@ -160,7 +161,7 @@ def save_videos(folder):
     frames = noise_images(6)
     dark = [frame.point(lambda value: value // 4) for frame in frames[:2]]
     for name, shown in (("forth.gif", frames), ("back.gif", frames[::-1][:4]), ("dark.gif", dark)):
-        shown[0].save(folder / name, save_all=True, append_images=shown[1:], duration=100)
+        save_animation(folder / name, shown, duration=100)
     return [folder / name for name in ("forth.gif", "back.gif", "dark.gif")]
 
 
@@ -187,16 +188,8 @@ def test_replies_are_those_of_generate(server):
     first, second = noise_images(2)
     wide = first.resize((90, 20))
     grey, transparent, palette = first.convert("L"), second.convert("RGBA"), second.convert("P")
-    conversations = [
-        ([first, "what is it?"],),
-        ([second, "what is it?"],),
-        ([first, second, "what are they?"],),
-        ([wide, "a"],),
-        ([grey, "a"],),
-        ([transparent, "a"],),
-        ([palette, "a"],),
-        (["what is it?"],),
-    ]
+    turns = [[image, "what is it?"] for image in (first, second, wide, grey, transparent, palette)]
+    conversations = [(turn,) for turn in (*turns, [first, second, "what are they?"], ["what is it?"])]
     if server.processor.chat_template is not None:
         conversations.append(([first, "what is it?"], ["a cat"], ["and this?", second]))
     expected = [server.expected(*turns) for turns in conversations]
@@ -299,8 +292,6 @@ def test_a_server_may_be_started_with_a_budget_and_a_number_of_tiles(tmp_path):
     with serve_tiles(tmp_path, 1, "--mm-processor-kwargs", json.dumps(settings)) as server:
         expected = [server.expected(*turns, **settings) for turns in conversations]
         assert [server.chat(*turns) for turns in conversations] == expected
-        with ThreadPoolExecutor(len(conversations)) as pool:
-            assert list(pool.map(lambda turns: server.chat(*turns), conversations)) == expected
 
 
 def test_vllm_gets_a_model_without_a_head():

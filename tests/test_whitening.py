@@ -37,18 +37,6 @@ def test_white_tokens_are_uncorrelated_with_equal_variances():
     assert_close(matrix, matrix.T)
 
 
-def test_shrinkage_leaves_directions_without_variance_alone():
-    tokens = correlated_tokens()
-    tokens[:, 0] = tokens[:, 1]  # one direction does not vary at all
-    covariance = moments([tokens])[1]
-    matrix = whitening_matrix(covariance, shrinkage=0.1)
-    variances = torch.linalg.eigvalsh(matrix @ covariance @ matrix)
-    assert variances[0].abs() < 1e-6 and 0.9 < variances[-1] <= 1 / 0.9
-    variance = covariance.diagonal().mean()
-    assert torch.linalg.eigvalsh(matrix).max() <= (0.1 * variance) ** -0.5 * 1.001
-    assert_close(whitening_matrix(covariance, shrinkage=1.0), torch.eye(6).double() / variance.sqrt())
-
-
 def test_the_projection_whitens_its_inputs_first():
     model = tiny_model()
     features = correlated_tokens(17 * 20, 16).view(20, 17, 16)
@@ -106,8 +94,7 @@ def prepare(tmp_path, monkeypatch):
 
     def run(**changes):
         argv = flags(config=tmp_path / "recipe.yaml", **changes)
-        arguments = parse_arguments(*pretrain.ARGUMENTS, argv=argv)
-        model_args, processor_args, data_args, _, training_args = arguments
+        model_args, processor_args, data_args, _, training_args = parse_arguments(*pretrain.ARGUMENTS, argv=argv)
         set_seed(training_args.seed)
         train, test = load_datasets(data_args, training_args.seed)
         model, processor = build_model(model_args, processor_args)
@@ -127,18 +114,10 @@ def test_the_script_whitens_from_images_from_a_cache_and_from_a_stream(prepare):
     features = torch.stack([torch.tensor(row["vision_features"][0]).float() for row in train])
     tokens = cached.vision_projection(cached.ln_vision(features))
     assert_close(tokens.mean(dim=(0, 1)), torch.zeros(32), atol=1e-4, rtol=0)
-    streamed = prepare(whitening_images=len(train), streaming=True, test_split="")[0]
-    assert_close(
-        streamed.vision_projection.weight, images.vision_projection.weight, atol=1e-4, rtol=1e-3
-    )  # in another order
-
-
-def test_images_are_taken_at_equal_distances(prepare):
-    model, train = prepare(whitening_images=4, cache_features=True)
-    taken = torch.stack([torch.tensor(train[row]["vision_features"][0]).float() for row in range(0, len(train), 4)])
-    tokens = model.vision_projection(model.ln_vision(taken))
-    assert len(train) == 16
-    assert_close(tokens.mean(dim=(0, 1)), torch.zeros(32), atol=1e-4, rtol=0)
+    streamed = prepare(whitening_images=len(train), streaming=True, test_split="")[
+        0
+    ].vision_projection  # another order
+    assert_close(streamed.weight, images.vision_projection.weight, atol=1e-4, rtol=1e-3)
 
 
 def test_bad_images_are_named_or_left_out(prepare, tmp_path):

@@ -20,9 +20,8 @@ from common.data.data_arguments import DataArguments
 from common.data.loading import load_datasets
 from common.data.streams import CaptionStream, Source
 
-from .helpers import COLORS, ROOT, TWO_PROCESSES, tiny_processor
+from .helpers import COLORS, LAYERS, ROOT, TWO_PROCESSES, save, tiny_processor
 
-LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 CONNECTOR = {**LAYERS, "merge_r": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SHARDS = (6, 3, 7, 2, 5, 4)  # rows of each
 CAPTIONS = [f"image {index}" for index in range(sum(SHARDS))]
@@ -52,8 +51,7 @@ def save_captioner(folder, model, chat=False, **settings):
     processor = tiny_processor(model, chat=chat)
     for name, value in settings.items():
         setattr(processor, name, value)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save(folder, model, processor)
     return folder
 
 
@@ -75,10 +73,7 @@ def weights(folder):
 
 
 def assert_same_weights(one, other, atol=0.0, rtol=0.0):
-    one, other = weights(one), weights(other)
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        torch.testing.assert_close(other[name], tensor, atol=atol, rtol=rtol)
+    torch.testing.assert_close(weights(other), weights(one), atol=atol, rtol=rtol)
 
 
 def logged(checkpoint, name="loss"):
@@ -119,7 +114,7 @@ def png(color):
     return image.getvalue()
 
 
-def write_tars(folder, sizes, first=0, broken=()):
+def write_tars(folder, sizes, first=0, broken=(), suffix="png"):
     """Writes WebDataset shards of images with captions "image 0", "image 1", …; `broken` are numbers of bad images."""
     folder.mkdir(parents=True, exist_ok=True)
     number = first
@@ -127,7 +122,7 @@ def write_tars(folder, sizes, first=0, broken=()):
         with tarfile.open(folder / f"{shard:03d}.tar", "w") as tar:
             for _ in range(size):
                 image = b"no image" if number in broken else png(COLORS[number % len(COLORS)])
-                write_sample(tar, number, png=image, txt=f"image {number}".encode())
+                write_sample(tar, number, **{suffix: image, "txt": f"image {number}".encode()})
                 number += 1
     return folder
 
@@ -139,10 +134,14 @@ def write_sample(tar, number, **members):
         tar.addfile(member, io.BytesIO(content))
 
 
+def name_tars(**folders):
+    """Arguments that name the tar shards in a folder for each split."""
+    files = {split: str(folder / "*.tar") for split, folder in folders.items()}
+    return {"dataset": "webdataset", "data_files": files, "image_column": "png", "caption_column": "txt"}
+
+
 def webdataset(folder, **changes):
-    files = {"train": str(folder / "*.tar")}
-    named = {"dataset": "webdataset", "data_files": files, "image_column": "png", "caption_column": "txt"}
-    return DataArguments(**named, test_split="", streaming=True, **changes)
+    return DataArguments(**name_tars(train=folder), test_split="", streaming=True, **changes)
 
 
 def captions(rows):
@@ -157,8 +156,7 @@ def stream_of(kind, seed=0, buffer_size=4):
 
 def stream_options(towers, output, tars=None, **changes):
     """The command line of a run on a stream of tar shards, or of what `changes` name."""
-    columns = {"image_column": "png", "caption_column": "txt"}
-    files = {"dataset": "webdataset", "data_files": {"train": str(tars / "*.tar")}, **columns} if tars else {}
+    files = name_tars(train=tars) if tars else {}
     given = {"connector_config": {**LAYERS, "merge_r": 3}, "streaming": True, "test_split": "", "skip_bad_rows": True}
     given |= {"shuffle_buffer": 4, "per_device_train_batch_size": 3, "learning_rate": 1e-2, "logging_steps": 1}
     given |= {"disable_tqdm": True, "output_dir": output, **files, **changes}

@@ -26,6 +26,7 @@ from processing_evlgen import EVLGenProcessor, EVLGenVideoProcessor
 
 from .helpers import IMAGE_SIZE, TEXT_SIZES, VISION_CONFIGS, noise_images, tiny_image_processor, tiny_tokenizer
 from .test_video import write_video
+from .training import CONNECTOR
 
 # Names of tests that cannot apply, with the reasons.
 NOT_FOR_THE_PROCESSOR = {
@@ -106,13 +107,11 @@ class ModelTester:
     is_training = True
 
     def get_config(self):
-        connector = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         # The tests draw ids at random. In a large vocabulary they hardly meet a placeholder.
         sizes = {**TEXT_SIZES, "vocab_size": 10_000}
         return EVLGenConfig(
             vision_config=VISION_CONFIGS["clip"].to_dict(),
-            connector_config={**connector, **dropout, "merge_r": 3},
+            connector_config=CONNECTOR,
             text_config=transformers.LlamaConfig(**sizes, intermediate_size=64, num_key_value_heads=1).to_dict(),
             image_token_id=3,  # within the vocabulary, as in other models
             video_token_id=4,
@@ -122,12 +121,8 @@ class ModelTester:
         config = self.get_config()
         input_ids = torch.randint(5, 300, (self.batch_size, self.seq_length))
         input_ids[:, : config.num_image_tokens] = config.image_token_id
-        pixel_values = torch.rand(self.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
-        return config, {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "pixel_values": pixel_values,
-        }
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        return config, {**inputs, "pixel_values": torch.rand(self.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)}
 
 
 def model_suite(tests: Path) -> type[unittest.TestCase]:

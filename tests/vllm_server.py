@@ -25,24 +25,13 @@ class VLLMServer:
     Args:
         language_model, tokenizer: The model to serve, as `text-model`.
         prompt_embeds: Whether the server was started with `--enable-prompt-embeds`.
-        token_ids: Whether replies hold token ids, as vLLM's do since 0.10.2.
         max_model_len: Largest number of tokens in a prompt and its answer together.
         api_key: The server's `--api-key`.
         root: The folder or repository that the server loaded the model from.
     """
 
-    def __init__(
-        self,
-        language_model,
-        tokenizer,
-        prompt_embeds=True,
-        token_ids=True,
-        max_model_len=128,
-        api_key=None,
-        root="text-model",
-    ):
-        self.language_model, self.tokenizer = language_model, tokenizer
-        self.prompt_embeds, self.token_ids = prompt_embeds, token_ids
+    def __init__(self, language_model, tokenizer, prompt_embeds=True, max_model_len=128, api_key=None, root="text"):
+        self.language_model, self.tokenizer, self.prompt_embeds = language_model, tokenizer, prompt_embeds
         self.max_model_len, self.api_key = max_model_len, api_key
         self.entry = {"id": "text-model", "object": "model", "root": root, "max_model_len": max_model_len}
         self.requests = []
@@ -94,7 +83,7 @@ class VLLMServer:
                 break
             embeds = torch.cat([embeds, embed(torch.tensor([token_id]))])
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return {"text": text, "token_ids": token_ids if self.token_ids else None}
+        return {"text": text, "token_ids": token_ids}
 
 
 def _error(status, message, error_type="BadRequestError"):
