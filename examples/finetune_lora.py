@@ -32,10 +32,7 @@ def target_modules(model: EVLGenForConditionalGeneration, lora: str) -> list[str
     """Names all linear layers inside the numbered blocks of the towers. Adapters go there.
 
     Heads, poolers and embeddings lie outside the blocks. A mixture's experts get no adapter where transformers keeps
-    them as one tensor.
-
-    Raises:
-        ValueError: If a tower has no such layers.
+    them as one tensor. Raises a ValueError if a tower has no such layers.
     """
     names = []
     for tower in TOWERS[lora]:
@@ -53,8 +50,7 @@ def target_modules(model: EVLGenForConditionalGeneration, lora: str) -> list[str
 def add_lora(model: EVLGenForConditionalGeneration, arguments: LoraArguments) -> PeftModel:
     """Adds adapters to the towers. They are trained and saved together with everything that EVLGen trains.
 
-    Raises:
-        ValueError: If a tower has no layers for adapters.
+    Raises a ValueError if a tower has no layers for adapters.
     """
     if os.path.isdir(model.name_or_path):
         # The adapter names its model, and shall find it from any working directory.
@@ -73,10 +69,8 @@ def add_lora(model: EVLGenForConditionalGeneration, arguments: LoraArguments) ->
 def quantization_config(bits: Literal["int8", "int4"] | None) -> Any | None:
     """Returns how to quantise a language model: to 4 bits (NF4) or 8 bits by bitsandbytes, to 8 on a CPU by torchao.
 
-    On a CPU, torchao stores 4 bits as 8, and gradients through bitsandbytes 0.50's 8 bits are wrong.
-
-    Raises:
-        ImportError: If the library is not installed.
+    On a CPU, torchao stores 4 bits as 8, and gradients through bitsandbytes 0.50's 8 bits are wrong. Raises an
+    ImportError if the library is not installed.
     """
     if bits is None:
         return None

@@ -49,8 +49,7 @@ class CiderDReward(CiderScorer):
 def load_reward(dataset: Dataset, data_args: DataArguments) -> CiderDReward:
     """Makes the reward with the document frequencies of the training captions.
 
-    Raises:
-        ValueError: If there are fewer than two rows: all frequencies would be equal.
+    Raises a ValueError if there are fewer than two rows: all frequencies would be equal.
     """
     if len(dataset) < 2:
         raise ValueError(f"CIDEr needs the captions of at least 2 images, but the training split has {len(dataset)}.")

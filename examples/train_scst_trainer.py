@@ -29,10 +29,8 @@ def self_critical_advantage(rewards: torch.Tensor) -> torch.Tensor:
     """Reward of each sample minus the mean reward of the other samples of the same image.
 
     Source: Luo, "A Better Variant of Self-Critical Sequence Training", arXiv 2003.09971 (leave-one-out REINFORCE).
-    Shapes are `(images, samples)`. The mean over the samples of an image is 0.
-
-    Raises:
-        ValueError: If there are fewer than 2 samples.
+    Shapes are `(images, samples)`. The mean over the samples of an image is 0. Raises a ValueError if there are fewer
+    than 2 samples.
     """
     samples = rewards.shape[1]
     if samples < 2:
@@ -56,10 +54,7 @@ class SCSTTrainer(EVLGenTrainer):
     """Policy gradient on CIDEr-D. Held-out rows are evaluated by the caption loss.
 
     The baseline is the greedy caption's reward (Rennie et al., CVPR 2017) if `greedy_baseline` is set, else the mean
-    reward of the image's other samples.
-
-    Raises:
-        ValueError: If FSDP or DeepSpeed is to partition the model.
+    reward of the image's other samples. Raises a ValueError if FSDP or DeepSpeed is to partition the model.
     """
 
     def __init__(

@@ -24,8 +24,7 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path
     Returns:
         One instance of each dataclass.
 
-    Raises:
-        ValueError: If the YAML file holds a name that no dataclass has.
+    Raises a ValueError if the YAML file holds a name that no dataclass has.
     """
     config = ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config", type=Path, default=recipe, help="YAML file with any of these arguments.")

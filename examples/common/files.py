@@ -39,8 +39,7 @@ def only_run_in(folder: Path, argument: str = "output_dir") -> Iterator[None]:
         folder: An existing folder.
         argument: The argument that names it, for the message.
 
-    Raises:
-        ValueError: If another run has locked it. The message names that run.
+    Raises a ValueError if another run has locked it. The message names that run.
     """
     run_path = folder / "_run.json"  # the Trainer does not push files that start with "_" to the Hub
     lock = FileLock(folder / "_run.lock", timeout=LOCK_SECONDS)

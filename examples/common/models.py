@@ -70,11 +70,8 @@ def allow_token_range(
 ) -> None:
     """Lets a model serve any number of tokens of an image in a range, after a training that draws from it.
 
-    `num_image_tokens` is the number without a request, by default the model's own.
-
-    Raises:
-        ValueError: If the connector cannot make each of these numbers, or the number without a request is not among
-            them.
+    `num_image_tokens` is the number without a request, by default the model's own. Raises a ValueError if the
+    connector cannot make each of these numbers, or the number without a request is not among them.
     """
     if image_token_range is None:
         return

@@ -50,9 +50,7 @@ class TrainingCollator:
         """Stands in for a batch of bad rows alone, since every process must take the step.
 
         A resumed run needs the same batch, so it comes from the start of the data set, or of the reader's stream.
-
-        Raises:
-            EmptyBatchError: If all rows of the data set are bad, or the first [`STREAM_ROWS`] of a stream.
+        Raises an EmptyBatchError if all rows of the data set are bad, or the first [`STREAM_ROWS`] of a stream.
         """
         skipped = list(self.collator.bad_rows)
         is_stream = isinstance(dataset, CaptionStream)

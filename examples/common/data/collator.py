@@ -53,8 +53,7 @@ class CaptionCollator:
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
         """Inputs and labels for training.
 
-        Raises:
-            ValueError: If a row is bad and bad rows are not to be skipped, or if all rows are bad.
+        Raises a ValueError if a row is bad and bad rows are not to be skipped, or if all rows are bad.
         """
         return self.encode_good(self.read_examples(rows))[0]
 

@@ -99,10 +99,7 @@ def cache_features(
     """Runs the vision tower over both splits; over `cached_views` crops, flips and choices of frames in training.
 
     The views are those that the first epochs would draw without a cache. Without `cache_features` the splits are
-    returned as they are.
-
-    Raises:
-        ValueError: If the model has a temporal contextualizer.
+    returned as they are. Raises a ValueError if the model has a temporal contextualizer.
     """
     if not data_args.cache_features:
         return train, test
@@ -130,11 +127,8 @@ def cache_split(
     The features lie in `$HF_HOME/evlgen_features`. Each tower (weights included), image processor, augmentation, data
     set, `max_pixels` and `max_tiles` has a folder of its own, and for videos each choice of frames and `video_mode`. A
     run that was killed goes on where it stopped. A damaged file is computed again. `views` opens an image or a video,
-    and gives another view of it in each `epoch`.
-
-    Raises:
-        ValueError: If a row is bad and not to be skipped, or a feature does not fit float16.
-        OSError: If the disk has no room for the features.
+    and gives another view of it in each `epoch`. Raises a ValueError if a row is bad and not to be skipped, or a
+    feature does not fit float16. Raises an OSError if the disk has no room for the features.
     """
     data_args, config = views.data_args, model.config
     is_video = data_args.video_column is not None
@@ -194,10 +188,7 @@ def _read_part(stem: Path, arrays: Arrays) -> dict[str, Any] | None:
 
 
 def _check_room(folder: Path, num_images: int, *arrays: tuple[type, tuple[int, int]]) -> None:
-    """
-    Raises:
-        OSError: If the disk has no room for the features of so many images of one tile.
-    """
+    """Raises an OSError if the disk has no room for the features of so many images of one tile."""
     needed = num_images * sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in arrays)
     free = shutil.disk_usage(folder).free
     if needed > free:

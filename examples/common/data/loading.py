@@ -28,11 +28,9 @@ def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | Captio
 
     Without streaming, an epoch of a mixture has every row of each data set at least once. It ends with the data set
     that is largest for its weight, and repeats rows of the others. A stream does not end. `seed` is for mixing and for
-    shuffling streams, which the Trainer cannot shuffle. The held-out split has no bad rows.
-
-    Raises:
-        ValueError: If arguments contradict each other, or a split or column does not exist; the message names those
-            that do. If a held-out row is bad and not to be skipped. If columns of a mixture differ in type.
+    shuffling streams, which the Trainer cannot shuffle. The held-out split has no bad rows. Raises a ValueError if
+    arguments contradict each other, or a split or column does not exist; the message names those that do. If a
+    held-out row is bad and not to be skipped. If columns of a mixture differ in type.
     """
     check_arguments(data_args)
     with tolerant_reading():
@@ -56,17 +54,13 @@ def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | Captio
 def load_held_out(data_args: DataArguments) -> Dataset:
     """Loads all rows of the held-out split alone. Images stay encoded until a batch is made of them.
 
-    Raises:
-        ValueError: If the data set, the split or a column does not exist.
+    Raises a ValueError if the data set, the split or a column does not exist.
     """
     return select_split(load_splits(data_args), "test_split", data_args, data_args.max_test_samples)
 
 
 def check_arguments(data_args: DataArguments) -> None:
-    """
-    Raises:
-        ValueError: If arguments contradict each other, or there is no data set.
-    """
+    """Raises a ValueError if arguments contradict each other, or there is no data set."""
     if data_args.cache_features and data_args.streaming:
         raise ValueError("`cache_features` needs the whole data set, so it cannot be set with `streaming`.")
     views, draws = data_args.cached_views, data_args.draws_views
@@ -93,8 +87,7 @@ def check_arguments(data_args: DataArguments) -> None:
 def load_splits(data_args: DataArguments) -> DatasetDict | IterableDatasetDict:
     """All splits of a data set by name.
 
-    Raises:
-        ValueError: If there is no such data set, or its files cannot be read.
+    Raises a ValueError if there is no such data set, or its files cannot be read.
     """
     if data_args.dataset in DEMO_DATASETS:
         return DEMO_DATASETS[data_args.dataset]()
@@ -145,8 +138,7 @@ def select_split(
 ) -> Dataset | IterableDataset:
     """The first rows of the split that `argument` names, with the columns that are used; images are not decoded.
 
-    Raises:
-        ValueError: If the split or a column does not exist.
+    Raises a ValueError if the split or a column does not exist.
     """
     name = getattr(data_args, argument)
     if name not in splits:

@@ -17,9 +17,8 @@ DATASET_ARGUMENTS = ("dataset", "data_files", "dataset_config", "train_split", "
 def read_mixture(data_args: DataArguments) -> list[tuple[float, DataArguments]]:
     """The weight and the arguments of each data set to train on: those of `mixture`, or the single one of `dataset`.
 
-    Raises:
-        ValueError: If `mixture` is no list of data sets with weights, or an entry has other keys than a weight,
-            its data set's location, columns, `streaming` and `max_train_samples`.
+    Raises a ValueError if `mixture` is no list of data sets with weights, or an entry has other keys than a weight,
+    its data set's location, columns, `streaming` and `max_train_samples`.
     """
     if not data_args.mixture:
         return [(1.0, data_args)]

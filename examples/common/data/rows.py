@@ -18,8 +18,7 @@ Media = Image.Image | list[Image.Image]
 def read_row(row: dict[str, Any], data_args: DataArguments, frame_sampling: str = "uniform") -> Media:
     """Opens the image, the images of a conversation or the frames of a video, in RGB, and checks the text.
 
-    Raises:
-        ValueError: If the row is bad: the image or video cannot be read, or the text is missing or malformed.
+    Raises a ValueError if the row is bad: the image or video cannot be read, or the text is missing or malformed.
     """
     check_text(row, data_args)
     return open_media(row, data_args, frame_sampling)
@@ -37,10 +36,7 @@ def open_media(row: dict[str, Any], data_args: DataArguments, frame_sampling: st
 
 
 def check_text(row: dict[str, Any], data_args: DataArguments) -> None:
-    """
-    Raises:
-        ValueError: If a row has no caption or question, or its conversation does not fit its images.
-    """
+    """Raises a ValueError if a row has no caption or question, or its conversation does not fit its images."""
     if data_args.messages_column:
         num_images, num_videos = (0, 1) if data_args.video_column else (count_images(row[data_args.image_column]), 0)
         if num_images == num_videos == 0:

@@ -119,8 +119,7 @@ class SourceReader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The rows, each with the number of completed rounds as [`EPOCH`].
 
-        Raises:
-            ValueError: If this reader has no rows, or a file is damaged or cannot be reached.
+        Raises a ValueError if this reader has no rows, or a file is damaged or cannot be reached.
         """
         state = self.state or {"epoch": 0, "block": 0, "taken": 0, "dataset": None}
         while True:

@@ -84,10 +84,7 @@ def easy_vqa_questions(split: str) -> list[dict]:
     """Reads the questions about the images: 38,575 of the split "train", or 9,673 of "test".
 
     Rows are `{"id": index, "image": path, "question": text, "answers": [correct answer], "answer_type": type}`. The
-    type is "yes/no", "color" or "shape".
-
-    Raises:
-        ValueError: If there is no such split.
+    type is "yes/no", "color" or "shape". Raises a ValueError if there is no such split.
     """
     if split not in ("train", "test"):
         raise ValueError(f"`test_split` is {split!r}, but easy-vqa has ['test', 'train'].")

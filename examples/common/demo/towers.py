@@ -88,8 +88,7 @@ def load_efficientnet_lite0() -> torch.nn.Module:
 def map_in_order(checkpoint: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Renames a checkpoint's tensors for another implementation with the same layers in the same order.
 
-    Raises:
-        ValueError: If the numbers of tensors differ, or the last names (weight, bias, ...) of a pair.
+    Raises a ValueError if the numbers of tensors differ, or the last names (weight, bias, ...) of a pair.
     """
     # All four vectors of a batch norm have one shape, so loading alone would not notice two of them swapped.
     for source, target in zip(checkpoint, expected, strict=True):

@@ -41,8 +41,7 @@ IGNORED_ARGUMENTS = {
 def find_checkpoint(training_args: EVLGenTrainingArguments) -> str | None:
     """The checkpoint that `resume_from_checkpoint` requests, named or the newest whole one; None to start anew.
 
-    Raises:
-        ValueError: If the named checkpoint is damaged, or all are, or `output_dir` cannot be written to.
+    Raises a ValueError if the named checkpoint is damaged, or all are, or `output_dir` cannot be written to.
     """
     output_dir, requested = training_args.output_dir, training_args.resume_from_checkpoint
     try:  # now, not after hours of training
@@ -133,8 +132,7 @@ def run_settings(
 def check_settings_of_run(checkpoint: str, settings: dict[str, Any], config: EVLGenConfig) -> None:
     """Compares the settings of this run and the configuration of its towers with those of a checkpoint's run.
 
-    Raises:
-        ValueError: If they differ; the message names each field, and the way to train on with other settings.
+    Raises a ValueError if they differ; the message names each field, and the way to train on with other settings.
     """
     path = Path(checkpoint, RUN_NAME)
     if not path.exists():  # of a version that did not write it, or of another script

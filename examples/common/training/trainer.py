@@ -34,9 +34,8 @@ class EVLGenTrainer(Trainer):
     Args:
         script_args (`tuple`): Dataclasses of the script's other arguments. A resumed run must share them.
 
-    Raises:
-        ValueError: If the model could not be saved, FSDP or DeepSpeed is to partition a temporal contextualizer, or
-            FSDP or ZeRO-3 is to train on images of several tiles.
+    Raises a ValueError if the model could not be saved, FSDP or DeepSpeed is to partition a temporal contextualizer,
+    or FSDP or ZeRO-3 is to train on images of several tiles.
     """
 
     def __init__(
@@ -84,8 +83,7 @@ class EVLGenTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
         """Trains, or goes on from what [`find_checkpoint`] returns, to the same weights as an unbroken run.
 
-        Raises:
-            ValueError: If the checkpoint is of a run with other settings, or another run writes to `output_dir`.
+        Raises a ValueError if the checkpoint is of a run with other settings, or another run writes to `output_dir`.
         """
         output_dir = Path(self.args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -201,9 +199,8 @@ class EVLGenTrainer(Trainer):
     def _resume_stream(self, checkpoint: str) -> None:
         """Goes on at the position of a checkpoint. The Trainer by itself would read everything before it again.
 
-        Raises:
-            ValueError: If the checkpoint has no position, or was made with another number of processes or workers,
-                other data sets or weights.
+        Raises a ValueError if the checkpoint has no position, or was made with another number of processes or workers,
+        other data sets or weights.
         """
         if self.args.ignore_data_skip:
             return
