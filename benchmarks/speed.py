@@ -249,7 +249,7 @@ def compare_cached_features(rounds: int) -> None:
 
 def compare_quantization(rounds: int) -> None:
     """All candidates are loaded from one checkpoint, quantised as by `--text_quantization`."""
-    from finetune_lora import quantization_config
+    from finetune import quantization_config
 
     arguments = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16}}
     arguments |= {name: {"quantization_config": quantization_config(name)} for name in ("int8", "int4")}

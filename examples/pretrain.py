@@ -28,11 +28,10 @@ from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.evaluation.evaluation_arguments import GenerationArguments
-from common.models import build_model
+from common.models import build_model, whiten_vision_projection
 from common.training.run import start_run, train_and_report
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments, ModelArguments, ProcessorArguments
-from common.training.whiten import whiten_vision_projection
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
 ARGUMENTS = (ModelArguments, ProcessorArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from train_scst_reward import load_reward
-from train_scst_trainer import SCSTCollator, SCSTTrainer
+from train_scst_trainer import SCSTCollator, SCSTTrainer, load_reward
 from transformers.hf_argparser import HfArg
 
 from common.command_line import parse_arguments

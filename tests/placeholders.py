@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 
 import torch
-from finetune_lora import LoraArguments, add_lora
+from finetune import LoraArguments, add_lora
 from PIL import Image
 from transformers import BertConfig, BertModel
 

@@ -18,7 +18,7 @@ from common.data.collator import CaptionCollator
 from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features, cache_split
 from common.evaluation.captions import WrongImages
-from common.training.whiten import whiten_vision_projection
+from common.models import whiten_vision_projection
 
 from .helpers import noise_images, tiny_model, tiny_processor
 

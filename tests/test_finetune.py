@@ -9,7 +9,7 @@ import finetune
 import pytest
 import torch
 from datasets import Dataset
-from finetune_lora import LoraArguments, add_lora
+from finetune import LoraArguments, add_lora
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM

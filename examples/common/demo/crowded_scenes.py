@@ -18,9 +18,8 @@ from datasets import Dataset, DatasetDict, Features, Image, List, NamedSplit, Va
 from PIL import Image as PILImage
 
 from common.demo.cache import prepare_once
-from common.demo.captioned_images import with_article
 from common.demo.scenes import CONCEPTS as DEMO_CONCEPTS
-from common.demo.scenes import HELD_OUT_STEPS, rasterise
+from common.demo.scenes import HELD_OUT_STEPS, rasterise, with_article
 
 CONCEPTS = (
     *DEMO_CONCEPTS,

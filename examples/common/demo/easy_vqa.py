@@ -11,9 +11,8 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_from_disk
 from PIL import Image
 
-from common.demo.cache import prepare_once
-from common.demo.captioned_images import save_splits, with_article
-from common.demo.packages import EASY_VQA, fetch_package
+from common.demo.cache import EASY_VQA, fetch_package, prepare_once
+from common.demo.scenes import save_splits, with_article
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")

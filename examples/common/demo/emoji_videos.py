@@ -10,8 +10,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from common.demo.cache import prepare_once
-from common.demo.packages import require_libraries
+from common.demo.cache import prepare_once, require_libraries
 
 PACKAGE = "@lobehub/fluent-emoji-anim-1@1.0.0"  # 165 MB
 HELD_OUT_TONE = "medium-dark skin tone"

