@@ -32,7 +32,7 @@ import yaml
 from torch.utils.data import DataLoader
 from transformers import AutoModel, CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, ViTConfig, ViTModel
 
-from common.command_line import parse_arguments
+from common.arguments import parse_arguments
 from common.data.collator import CaptionCollator
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets

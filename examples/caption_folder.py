@@ -36,8 +36,7 @@ from tqdm import tqdm
 from transformers import BatchFeature
 from transformers.hf_argparser import HfArg
 
-from common.command_line import check_count, parse_arguments
-from common.data.data_arguments import FrameArguments
+from common.arguments import AnswerArguments, FrameArguments, GenerationArguments, check_count, parse_arguments
 from common.evaluation.answer_folder import (
     ANSWERS,
     SETTINGS,
@@ -48,7 +47,6 @@ from common.evaluation.answer_folder import (
     run_folder,
 )
 from common.evaluation.answers import answer_pending, answering_settings, load_answering_model, start_processes
-from common.evaluation.evaluation_arguments import AnswerArguments, GenerationArguments
 from common.files import replacing
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import MAX_PIXELS

@@ -36,12 +36,10 @@ import evaluate
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
-from common.data.data_arguments import DataArguments, FrameArguments
+from common.arguments import DataArguments, EvaluationArguments, FrameArguments, GenerationArguments, parse_arguments
 from common.evaluation.answer_folder import run_folder
 from common.evaluation.answers import answer_rows, load_dataset_rows, start_processes
 from common.evaluation.benchmark_files import CAPTION_BENCHMARKS, caption_rows
-from common.evaluation.evaluation_arguments import EvaluationArguments, GenerationArguments
 from common.evaluation.results import METRICS_FOLDER, check_source, output_folder, write_results
 
 # Smallest and largest number of new tokens in the original's evaluation: `min_len` and `max_len` of

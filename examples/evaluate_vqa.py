@@ -37,13 +37,11 @@ import evaluate
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments, EvaluationArguments, GenerationArguments, parse_arguments
 from common.demo.easy_vqa import easy_vqa_questions
 from common.evaluation.answer_folder import run_folder
 from common.evaluation.answers import answer_rows, load_dataset_rows, start_processes
 from common.evaluation.benchmark_files import QUESTION_BENCHMARKS, clean_question, question_rows
-from common.evaluation.evaluation_arguments import EvaluationArguments, GenerationArguments
 from common.evaluation.results import METRICS_FOLDER, check_source, output_folder, write_results
 from metrics.vqa_accuracy.lemmatization import lemmatize
 

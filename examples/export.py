@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
+from common.arguments import parse_arguments
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.soft_prompts import join_tiles

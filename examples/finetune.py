@@ -33,16 +33,13 @@ from transformers.hf_argparser import HfArg
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
-from common.command_line import parse_arguments
+from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments, parse_arguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
-from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import allow_token_range, load_trainable
 from common.training.run import start_run, train_and_report
 from common.training.trainer import EVLGenTrainer
-from common.training.training_arguments import EVLGenTrainingArguments
 from configuration_evlgen import read_budgets
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import TRAINED_PARTS

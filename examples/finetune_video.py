@@ -19,16 +19,13 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
+from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments, parse_arguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
-from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
 from common.training.run import start_run, train_and_report
 from common.training.trainer import EVLGenTrainer
-from common.training.training_arguments import EVLGenTrainingArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

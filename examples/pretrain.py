@@ -22,16 +22,20 @@ import common.processes  # isort: skip  # noqa: F401
 
 from pathlib import Path
 
-from common.command_line import parse_arguments
+from common.arguments import (
+    DataArguments,
+    EVLGenTrainingArguments,
+    GenerationArguments,
+    ModelArguments,
+    ProcessorArguments,
+    parse_arguments,
+)
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
-from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import build_model, whiten_vision_projection
 from common.training.run import start_run, train_and_report
 from common.training.trainer import EVLGenTrainer
-from common.training.training_arguments import EVLGenTrainingArguments, ModelArguments, ProcessorArguments
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
 ARGUMENTS = (ModelArguments, ProcessorArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)

@@ -33,7 +33,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
+from common.arguments import parse_arguments
 from common.models import load_captioner
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration

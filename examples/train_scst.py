@@ -16,16 +16,13 @@ from statistics import mean
 from train_scst_trainer import SCSTCollator, SCSTTrainer, load_reward
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments, parse_arguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.data.rows import true_captions
 from common.evaluation.captions import generate_captions
-from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
 from common.training.run import start_run, train_and_report
-from common.training.training_arguments import EVLGenTrainingArguments
 from processing_evlgen import EVLGenProcessor
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-scst.yaml"

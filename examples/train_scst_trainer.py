@@ -12,8 +12,8 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import BatchFeature
 
+from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.data.rows import true_captions
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenImageOutput, target_positions

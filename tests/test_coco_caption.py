@@ -15,7 +15,7 @@ import evaluate
 from datasets import Dataset
 from train_scst_trainer import load_reward
 
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments
 from metrics.coco_caption.coco_caption import tokenize_captions
 
 from .helpers import FIXTURES, ROOT, run_clean

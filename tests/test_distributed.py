@@ -20,8 +20,8 @@ from torch.distributed.fsdp import StateDictType
 from train_scst_trainer import SCSTTrainer
 from transformers import Trainer
 
+from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.video import TemporalTower

@@ -14,8 +14,8 @@ from peft import PeftModel
 from PIL import Image
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
+from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.evaluation.captions import WrongImages, majority_accuracy
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor

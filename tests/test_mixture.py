@@ -11,8 +11,7 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from common.command_line import parse_arguments
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments, parse_arguments
 from common.data.loading import load_datasets, read_mixture
 
 from .helpers import ROOT, save_towers

@@ -15,11 +15,10 @@ import pytest
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+from common.arguments import DataArguments, EVLGenTrainingArguments
 from common.data.bad_rows import add_bad_rows, read_bad_rows
-from common.data.data_arguments import DataArguments
 from common.files import only_run_in, replacing, write_whole
 from common.training.resume import check_settings_of_run, find_checkpoint, find_problems, run_settings
-from common.training.training_arguments import EVLGenTrainingArguments
 
 from .helpers import ROOT, save_image_folder, save_towers, tiny_model
 from .training import CONNECTOR, arguments, assert_same_weights, flags, save_recipe

@@ -24,8 +24,8 @@ from train_scst_trainer import (
     sequence_log_probabilities,
 )
 
+from common.arguments import DataArguments
 from common.data.bad_rows import read_bad_rows
-from common.data.data_arguments import DataArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import noise_images, save_image_folder, tiny_model, tiny_processor

@@ -10,11 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from common.arguments import DataArguments, ModelArguments, ProcessorArguments
 from common.data.collator import CaptionCollator, RandomCrop
-from common.data.data_arguments import DataArguments
 from common.data.streams import EPOCH
 from common.models import build_model
-from common.training.training_arguments import ModelArguments, ProcessorArguments
 
 from .helpers import noise_images, save_towers
 from .test_processing import make_processor

@@ -7,11 +7,10 @@ from huggingface_hub import constants
 from torch.testing import assert_close
 from transformers import set_seed
 
-from common.command_line import parse_arguments
+from common.arguments import ModelArguments, parse_arguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.models import build_model, whiten_vision_projection
-from common.training.training_arguments import ModelArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.vision_tower import moments, whitening_matrix
 

@@ -16,7 +16,7 @@ import pretrain
 import torch
 from transformers import TrainerCallback, set_seed
 
-from common.command_line import parse_arguments
+from common.arguments import EVLGenTrainingArguments, parse_arguments
 from common.data.collator import CaptionCollator
 from common.data.feature_cache import FeatureDataset, cache_features
 from common.data.loading import load_datasets
@@ -25,7 +25,6 @@ from common.demo.crowded_scenes import CONCEPTS
 from common.evaluation.captions import WrongImages, caption_loss, generate_captions
 from common.models import build_model, whiten_vision_projection
 from common.training.trainer import EVLGenTrainer
-from common.training.training_arguments import EVLGenTrainingArguments
 from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 
 from ..timing import count_flops

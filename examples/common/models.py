@@ -9,10 +9,9 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, TimmWrapperImageProcessor
 from transformers.utils import find_adapter_config_file, logging
 
+from common.arguments import DataArguments, ModelArguments, ProcessorArguments
 from common.data.collator import CaptionCollator, EmptyBatchError
-from common.data.data_arguments import DataArguments
 from common.demo.towers import prepare_language_model, prepare_vision_tower
-from common.training.training_arguments import ModelArguments, ProcessorArguments
 from configuration_evlgen import CONNECTOR_CONFIGS
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor

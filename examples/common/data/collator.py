@@ -12,7 +12,7 @@ import torch
 from torchvision.transforms import InterpolationMode, v2
 from transformers import BatchFeature
 
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments
 from common.data.rows import Media, read_row, skip_or_raise, true_captions
 from common.data.streams import EPOCH
 from processing_evlgen import EVLGenProcessor

@@ -25,8 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
 
+from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.data.rows import start_of_text
 from common.files import replacing, write_whole
 from modeling_evlgen import EVLGenForConditionalGeneration, video_merging

@@ -19,7 +19,7 @@ from datasets import (
     load_dataset,
 )
 
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments
 from common.data.rows import read_row, skip_or_raise
 from common.data.streams import CaptionStream, Source, tolerant_reading
 from common.demo.crowded_scenes import load_crowded_scenes

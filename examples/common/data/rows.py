@@ -5,7 +5,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments
 from processing_evlgen.conversations import check_conversation
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import load_rgb_frames

@@ -23,13 +23,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BatchFeature
 
+from common.arguments import AnswerArguments, DataArguments, EvaluationArguments, GenerationArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.data.loading import load_held_out
 from common.data.rows import open_media
 from common.evaluation.answer_folder import ANSWERS, check_settings, find_answers, join_answers, read_answers
 from common.evaluation.captions import generate_texts
-from common.evaluation.evaluation_arguments import AnswerArguments, EvaluationArguments, GenerationArguments
 from common.models import load_captioner
 from common.processes import use_all_cores
 from modeling_evlgen import EVLGenForConditionalGeneration

@@ -8,10 +8,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import BatchFeature
 
+from common.arguments import DataArguments, GenerationArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.data.rows import count_images, true_captions
-from common.evaluation.evaluation_arguments import GenerationArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from common.arguments import EvaluationArguments
 from common.evaluation.benchmark_files import CAPTION_BENCHMARKS
-from common.evaluation.evaluation_arguments import EvaluationArguments
 from common.files import write_whole
 
 METRICS_FOLDER = Path(__file__).parents[2] / "metrics"

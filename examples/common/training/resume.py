@@ -15,9 +15,8 @@ from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments, EVLGenTrainingArguments
 from common.data.feature_cache import FeatureDataset
-from common.training.training_arguments import EVLGenTrainingArguments
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen.fingerprints import TOWERS, compare_configs
 

@@ -16,16 +16,14 @@ from PIL import Image
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments
 from common.data.bad_rows import BAD_ROWS, read_bad_rows
-from common.data.data_arguments import DataArguments
 from common.data.rows import open_media, true_captions
 from common.demo.scenes import DEMO_CREDITS
 from common.evaluation.captions import evaluate_captions, majority_accuracy
-from common.evaluation.evaluation_arguments import GenerationArguments
 from common.processes import use_all_cores
 from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer
-from common.training.training_arguments import EVLGenTrainingArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 matplotlib.use("Agg")  # draws into files, without a window
