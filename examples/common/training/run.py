@@ -17,7 +17,7 @@ from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments
-from common.data.bad_rows import BAD_ROWS, read_bad_rows
+from common.data.collator import BAD_ROWS, read_bad_rows
 from common.data.rows import open_media, true_captions
 from common.demo.scenes import DEMO_CREDITS
 from common.evaluation.captions import evaluate_captions, majority_accuracy

@@ -16,8 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
-from common.data.bad_rows import TrainingCollator, add_bad_rows, forget_bad_rows
-from common.data.collator import CaptionCollator
+from common.data.collator import CaptionCollator, TrainingCollator, add_bad_rows, forget_bad_rows
 from common.data.streams import CaptionStream
 from common.files import only_run_in, write_whole
 from common.training.resume import RUN_NAME, check_settings_of_run, run_settings
