@@ -22,17 +22,9 @@ from processing_evlgen.videos import FrameChoice
 def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path | None = None) -> tuple[Any, ...]:
     """Reads the YAML file given by `--config`, or `recipe`, and the command line, which overrides it.
 
-    `--fps` overrides the file's `num_frames` as well, and the other way round: only one of them can be given.
-
-    Args:
-        dataclass_types: What to fill.
-        argv: The command line without the program's name; None for the process's.
-        recipe: The YAML file to read if the command line names none, if any.
-
-    Returns:
-        One instance of each dataclass.
-
-    Raises a ValueError if the YAML file holds a name that no dataclass has.
+    `argv` is the command line without the program's name; None for the process's. `--fps` overrides the file's
+    `num_frames` as well, and the other way round: only one of them can be given. Returns one instance of each
+    dataclass. Raises a ValueError if the file or the command line holds a name that no dataclass has.
     """
     config = ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config", type=Path, default=recipe, help="YAML file with any of these arguments.")
@@ -62,8 +54,10 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path
     return parsed
 
 
-def check_count(name: str, value: Any, least: int) -> None:
+def check_count(name: str, value: Any, least: int, optional: bool = False) -> None:
     """Raises a ValueError if an argument is no integer of `least` or more. A YAML file may hold anything."""
+    if optional and value is None:
+        return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"`{name}` must be an integer of {least} or more, but is {value!r}.")
 
@@ -100,8 +94,7 @@ class ModelArguments:
 
     def __post_init__(self):
         check_count("whitening_images", self.whitening_images, 0)
-        if self.image_size is not None:
-            check_count("image_size", self.image_size, 1)
+        check_count("image_size", self.image_size, 1, optional=True)
 
 
 @dataclass
@@ -174,8 +167,7 @@ class FrameArguments:
     fps: float | None = HfArg(default=None, help="Frames taken for each second of a video, instead of num_frames.")
 
     def __post_init__(self) -> None:
-        if self.num_frames is not None:
-            check_count("num_frames", self.num_frames, 1)
+        check_count("num_frames", self.num_frames, 1, optional=True)
         FrameChoice(num_frames=self.num_frames, fps=self.fps)  # raises out of range, or if both are given
 
     @property
@@ -247,8 +239,7 @@ class DataArguments(FrameArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_train_samples", "max_test_samples"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), 1)
+            check_count(name, getattr(self, name), 1, optional=True)
 
     @property
     def draws_views(self) -> bool:
@@ -273,10 +264,9 @@ class GenerationArguments:
 
     def __post_init__(self) -> None:
         check_count("num_beams", self.num_beams, 1)
-        if self.min_new_tokens is not None:
-            check_count("min_new_tokens", self.min_new_tokens, 0)
-        if self.max_new_tokens is not None:  # the evaluation scripts choose it by the benchmark
-            check_count("max_new_tokens", self.max_new_tokens, max(1, self.min_new_tokens or 0))
+        check_count("min_new_tokens", self.min_new_tokens, 0, optional=True)
+        least = max(1, self.min_new_tokens or 0)
+        check_count("max_new_tokens", self.max_new_tokens, least, optional=True)  # evaluations choose it by benchmark
 
 
 @dataclass
@@ -292,8 +282,7 @@ class CaptionerArguments:
         check_count("batch_size", self.batch_size, 1)
         if self.max_tiles is not None:
             check_max_tiles(self.max_tiles)
-        if self.num_image_tokens is not None:
-            check_count("num_image_tokens", self.num_image_tokens, 1)
+        check_count("num_image_tokens", self.num_image_tokens, 1, optional=True)
 
     @property
     def layout(self) -> dict[str, int]:
@@ -335,5 +324,4 @@ class EvaluationArguments(AnswerArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_samples is not None:
-            check_count("max_samples", self.max_samples, 1)
+        check_count("max_samples", self.max_samples, 1, optional=True)

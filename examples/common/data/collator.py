@@ -227,12 +227,7 @@ class CaptionCollator:
 
 
 class TrainingCollator:
-    """Adds `bad_rows`, a list, to each batch, and `position` to one of a stream. [`EVLGenTrainer`] takes them out.
-
-    Args:
-        collator ([`CaptionCollator`]): Makes the batches.
-        dataset: The training data set.
-    """
+    """Adds `bad_rows`, a list, to each batch, and `position` to one of a stream. [`EVLGenTrainer`] takes them out."""
 
     def __init__(self, collator: CaptionCollator, dataset: torch.utils.data.Dataset):
         self.collator = collator
@@ -313,11 +308,7 @@ def checksum(value: Any) -> int:
 
 
 class RandomCrop(v2.Transform):
-    """Crops a random part of an image at the image's own resolution.
-
-    Args:
-        scale (`tuple[float, float]`): The smallest and the largest share of the image's area, from 0 to 1.
-    """
+    """Crops a part of an image at its own resolution; `scale` are the smallest and largest share of its area."""
 
     def __init__(self, scale: tuple[float, float]):
         super().__init__()

@@ -46,14 +46,8 @@ class FeatureDataset(torch.utils.data.Dataset):
     """Good rows of a data set, with `vision_features` from files in place of the image or video.
 
     They are a list with an entry for each view, of shape (tokens, dim), or (rows of tiles, columns of tiles, tokens,
-    dim) if `is_tiled`. Merged videos have `token_places` as well, of shape (tokens, 3) each.
-
-    Args:
-        images (`Dataset`): All rows.
-        media_column (`str`): Their column of images or videos.
-        folder (`Path`): The folder of the parts.
-        parts (`list[dict]`): The content of the parts' JSON files, in order.
-        names (`list[str]`): The keys of `SUFFIXES` that each row has.
+    dim) if `is_tiled`. Merged videos have `token_places` as well, of shape (tokens, 3) each. `images` are all rows,
+    `parts` the content of the JSON files in `folder`, in order, and `names` the keys of `SUFFIXES` that each row has.
     """
 
     def __init__(

@@ -45,8 +45,8 @@ def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | Captio
     Without streaming, an epoch of a mixture has every row of each data set at least once. It ends with the data set
     that is largest for its weight, and repeats rows of the others. A stream does not end. `seed` is for mixing and for
     shuffling streams, which the Trainer cannot shuffle. The held-out split has no bad rows. Raises a ValueError if
-    arguments contradict each other, or a split or column does not exist; the message names those that do. If a
-    held-out row is bad and not to be skipped. If columns of a mixture differ in type.
+    arguments contradict each other, a split or column does not exist, a held-out row is bad and not to be skipped, or
+    columns of a mixture differ in type.
     """
     check_arguments(data_args)
     with tolerant_reading():

@@ -64,9 +64,8 @@ def read_answers(path: Path) -> dict[int | str, str]:
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Reads a file of answers, without a last line that a kill cut off. Another broken line raises a ValueError.
 
-    Yields:
-        The position of a line in bytes, and its answer `{"id", "text"}`, with an `"error"` for an unreadable row, and
-        a `"source"`: the path, size and time of change of the file that was read, if the answer depends on it.
+    Yields the position of a line in bytes, and its answer `{"id", "text"}`, with an `"error"` for an unreadable row,
+    and a `"source"`: the path, size and time of change of the file that was read, if the answer depends on it.
     """
     offset = 0
     with path.open("rb") as file:
@@ -87,8 +86,7 @@ def find_answers(
 ) -> np.ndarray:
     """Finds the first answer to each row, among those to `keep`. A line that answers no row raises a ValueError.
 
-    Returns:
-        int64, `(rows, 2)`: the number of the file and the position in bytes; -1 where there is no answer.
+    Returns the number of the file and the position in bytes, int64, `(rows, 2)`; -1 where there is no answer.
     """
     # A range of millions of items needs no dictionary.
     index_of = ids.index if isinstance(ids, range) else {row: index for index, row in enumerate(ids)}.__getitem__

@@ -94,10 +94,8 @@ def answer_rows(
     """Loads the model and answers each row that has no answer in `folder` yet.
 
     The rows have a column `id`, and the columns that `data_args` names. `name` is that of their benchmark or data set.
-    Answers from other data, settings, rows, images or another model are refused with a ValueError.
-
-    Returns:
-        On the main process, all answers in the order of the rows; None on others.
+    Answers from other data, settings, rows, images or another model are refused with a ValueError. Returns all answers
+    in the order of the rows on the main process, and None on others.
     """
     if not len(rows):
         raise ValueError("There is nothing to evaluate: the split has no rows.")

@@ -30,11 +30,9 @@ logger = logging.get_logger(__name__)
 class EVLGenTrainer(Trainer):
     """Takes the arguments of [`Trainer`]. Held-out batches are made as those of `data_collator`, without augmentation.
 
-    Args:
-        script_args (`tuple`): Dataclasses of the script's other arguments. A resumed run must share them.
-
-    Raises a ValueError if the model could not be saved, FSDP or DeepSpeed is to partition a temporal contextualizer,
-    or FSDP or ZeRO-3 is to train on images of several tiles.
+    `script_args` are dataclasses of the script's other arguments. A resumed run must share them. Raises a ValueError
+    if the model could not be saved, FSDP or DeepSpeed is to partition a temporal contextualizer, or FSDP or ZeRO-3 is
+    to train on images of several tiles.
     """
 
     def __init__(
