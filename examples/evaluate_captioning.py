@@ -58,17 +58,14 @@ class CaptionArguments(FrameArguments):
     caption_column: str = HfArg(default="caption", help="The dataset's column of captions, one or several in a row.")
     prompt: str = HfArg(default="", help="Prompt that stands with each image.")
     metrics: list[str] = HfArg(
-        default_factory=lambda: ["cider", "bleu", "rouge_l"],
-        help="Some of cider, bleu, rouge_l, meteor and spice; spice needs Java 8 or 11.",
+        default_factory=lambda: ["cider", "bleu", "rouge_l"], help="Some of cider, bleu, rouge_l, meteor and spice."
     )
 
 
 @dataclass
 class CaptionDecoding(GenerationArguments):
     num_beams: int = HfArg(default=5, help="Beams; 1 is greedy.")
-    min_new_tokens: int | None = HfArg(
-        default=None, help="Fewest tokens; default: the paper's for benchmarks, else 1."
-    )
+    min_new_tokens: int | None = HfArg(default=None, help="Fewest tokens; default: a benchmark's, else 1.")
     max_new_tokens: int | None = HfArg(default=None, help="Most tokens; default: the paper's for benchmarks, else 30.")
 
 

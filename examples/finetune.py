@@ -53,9 +53,7 @@ LINEAR = (nn.Linear, Conv1D)  # the layers of quantised models are subclasses; G
 @dataclass
 class FinetuneArguments:
     model: str = HfArg(default="outputs/demo", help="Model to train: a folder or a name on the Hub.")
-    text_quantization: Literal["int8", "int4"] | None = HfArg(
-        default=None, help="Keep the language model's weights in 8 or 4 bits."
-    )
+    text_quantization: Literal["int8", "int4"] | None = HfArg(default=None, help="Quantise the language model.")
     image_token_range: list[int] | None = HfArg(
         default=None, help="Train for any number of tokens of an image in this range. Default: the model's range."
     )

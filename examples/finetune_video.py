@@ -35,9 +35,7 @@ DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-video.yaml"
 @dataclass
 class VideoArguments:
     image_model: str = HfArg(default="outputs/demo", help="Image captioner: a folder or a name on the Hub.")
-    temporal_contextualizer: bool = HfArg(
-        default=True, help="Let frames attend to each other inside a transformer tower. False: see video_mode."
-    )
+    temporal_contextualizer: bool = HfArg(default=True, help="Let frames attend to each other inside the tower.")
     temporal_frame_positions: bool = HfArg(default=False, help="Let the contextualizer see the order of frames.")
     video_mode: Literal["mean", "merge"] | None = HfArg(
         default=None,

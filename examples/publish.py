@@ -148,7 +148,7 @@ def check_results(results: list[dict[str, Any]], arguments: PublishArguments) ->
         weights = hash_weights(load_captioner("model", load, arguments.model, dtype=dtype).state_dict())
         if weights != entry["settings"]["weights"] or arguments.merge:
             raise ValueError(
-                f"`results`: {path} was measured on {entry['model']}, whose weights differ from the published ones."
+                f"`results`: {path} is of {entry['model']}, whose weights differ from the published ones."
             )
 
 
@@ -286,10 +286,7 @@ def move_files(source: Path, target: Path) -> None:
     hub_file = ".gitattributes"  # the Hub's own, in a clone of a repository
     foreign = sorted({*present} - {*names, *stale, hub_file, CARD})
     if foreign:
-        raise ValueError(
-            f"`folder`: {target} holds files that do not belong to the model: {', '.join(foreign)}. Remove them, or "
-            "name another folder."
-        )
+        raise ValueError(f"`folder`: {target} holds files that do not belong to the model: {', '.join(foreign)}.")
     for name in stale:
         (target / name).unlink()
     for name in names:

@@ -66,30 +66,18 @@ def check_count(name: str, value: Any, least: int, optional: bool = False) -> No
 class ModelArguments:
     vision_model: str | None = HfArg(default=None, help="Vision tower: a folder or a name on the Hub.")
     text_model: str | None = HfArg(default=None, help="Language model: a folder or a name on the Hub.")
-    connector: Literal["tomeformer", "qformer", "mlp"] = HfArg(
-        default="tomeformer", help="Connector: a TomeFormer, a Q-Former or an MLP."
-    )
-    connector_model: str | None = HfArg(
-        default=None, help="BERT checkpoint to start a TomeFormer or a Q-Former from, e.g. bert-base-uncased."
-    )
+    connector: Literal["tomeformer", "qformer", "mlp"] = HfArg(default="tomeformer", help="Kind of the connector.")
+    connector_model: str | None = HfArg(default=None, help="BERT checkpoint to start a TomeFormer or Q-Former from.")
     connector_config: dict[str, Any] | str | None = HfArg(
-        default=None,
-        help="Fields of the connector's configuration, in place of all of a recipe's; JSON on the command line.",
+        default=None, help="Fields of its configuration, in place of all of a recipe's; JSON on the command line."
     )
-    whitening_images: int = HfArg(
-        default=0,
-        help="Training images to measure the statistics of the tower's features on. The vision projection "
-        "starts from them. Default: 0, a random start as in the paper.",
-    )
-    image_size: int | None = HfArg(
-        default=None, help="Height and width of the images in pixels, for a tower of any size. Default: the tower's."
-    )
+    whitening_images: int = HfArg(default=0, help="Images to whiten the vision projection on; 0: a random start.")
+    image_size: int | None = HfArg(default=None, help="Height and width of images in pixels. Default: the tower's.")
     vision_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the vision tower.")
     text_revision: str | None = HfArg(default=None, help="Branch, tag or commit of the language model.")
     dtype: str = HfArg(default="auto", help="dtype of the frozen towers. Default: the language model's.")
     towers: Literal["include", "reference"] | None = HfArg(
-        default=None,
-        help="Whether checkpoints include the frozen towers or name them. Default: name those from the Hub.",
+        default=None, help="Whether checkpoints include the towers or name them. Default: name those from the Hub."
     )
 
     def __post_init__(self):
@@ -103,17 +91,14 @@ class ProcessorArguments:
     bos_label: bool = HfArg(default=False, help="Train the BOS token after the image, as with OPT.")
     clean_captions: bool = HfArg(default=False, help="Clean captions as the paper does.")
     chat_template: str | None = HfArg(
-        default=None, help="Jinja chat template; empty for none. Default: the language model's."
+        default=None, help="Jinja chat template; empty: none. Default: the text model's."
     )
     max_tiles: int = HfArg(default=1, help="Cut large images into up to this many tiles of the tower's input size.")
     image_token_range: list[int] | None = HfArg(
-        default=None,
-        help="Train for any number of tokens of an image, from the first number to the second: each batch draws one. "
-        "Default: the connector's number alone.",
+        default=None, help="Train for any number of tokens in this range: each batch draws one. Default: one number."
     )
     num_image_tokens: int | None = HfArg(
-        default=None,
-        help="Tokens of an image if no number is requested, in `image_token_range`. Default: the connector's number.",
+        default=None, help="Tokens of an image without a request, in that range. Default: the connector's number."
     )
 
     def __post_init__(self):
@@ -121,9 +106,7 @@ class ProcessorArguments:
         read_budgets("num_image_tokens", [], 0, None, self.image_token_range)  # raises if it is no range
         if self.num_image_tokens is not None:
             if self.image_token_range is None:
-                raise ValueError(
-                    "`num_image_tokens` needs `image_token_range`: without it the connector's number holds."
-                )
+                raise ValueError("`num_image_tokens` needs `image_token_range`; else the connector's number holds.")
             read_budgets("num_image_tokens", self.num_image_tokens, 1, None, self.image_token_range)
 
 
@@ -160,9 +143,7 @@ class EVLGenTrainingArguments(TrainingArguments):
 @dataclass
 class FrameArguments:
     num_frames: int | None = HfArg(
-        default=None,
-        help="Frames taken from each video, at equal distances, at most 512. Default: the num_frames or fps that the "
-        "model was saved with.",
+        default=None, help="Frames of each video, at equal distances, at most 512. Default: as the model was saved."
     )
     fps: float | None = HfArg(default=None, help="Frames taken for each second of a video, instead of num_frames.")
 
@@ -188,13 +169,10 @@ class FrameArguments:
 class DataArguments(FrameArguments):
     dataset: str | None = HfArg(
         default=None,
-        help="openmoji-scenes, crowded-scenes, easy-vqa, or what `datasets.load_dataset` takes: a "
-        "folder with metadata, a name on the Hub, or imagefolder, parquet, json, csv or webdataset together with "
-        "data_files.",
+        help="openmoji-scenes, crowded-scenes, easy-vqa, or what `datasets.load_dataset` takes: a folder, a name on "
+        "the Hub, or imagefolder, parquet, json, csv or webdataset with data_files.",
     )
-    data_files: dict[str, Any] | str | None = HfArg(
-        default=None, help="Files or patterns of each split; JSON on the command line."
-    )
+    data_files: dict[str, Any] | str | None = HfArg(default=None, help="Files or patterns of each split, as JSON.")
     dataset_config: str | None = HfArg(default=None, help="Configuration of a data set on the Hub.")
     mixture: list[dict[str, Any]] | str | None = HfArg(
         default=None,
@@ -211,30 +189,14 @@ class DataArguments(FrameArguments):
     streaming: bool = HfArg(default=False, help="Read while training; needs max_steps.")
     shuffle_buffer: int = HfArg(default=1000, help="Rows of a stream that each reader holds and shuffles.")
     prompt: str = HfArg(default="", help="Prompt that stands with each image.")
-    prompt_column: str | None = HfArg(
-        default=None, help="Column of questions; they replace {} in the prompt, e.g. 'Question: {} Short answer:'."
-    )
-    messages_column: str | None = HfArg(
-        default=None, help="Column of conversations in the `messages` format; default: captions and prompts are read."
-    )
-    crop_scale: list[float] | None = HfArg(
-        default=None, help="Train on random crops with this share of the image's area, e.g. 0.5 1.0."
-    )
+    prompt_column: str | None = HfArg(default=None, help="Column of questions, which replace {} in the prompt.")
+    messages_column: str | None = HfArg(default=None, help="Column of conversations in the `messages` format.")
+    crop_scale: list[float] | None = HfArg(default=None, help="Train on crops with this share of the area: 0.5 1.0.")
     horizontal_flip: bool = HfArg(default=False, help="Mirror half of the training images.")
-    cache_features: bool = HfArg(
-        default=False, help="Run the frozen vision tower over the data once; keep its features on disk."
-    )
-    cached_views: int | None = HfArg(
-        default=None,
-        help="How many crops, flips and choices of num_frames of each training image or video to keep in the cache.",
-    )
-    max_pixels: int = HfArg(
-        default=MAX_PIXELS, help="Largest width times height of an image or frame; larger ones are bad."
-    )
-    skip_bad_rows: bool = HfArg(
-        default=False,
-        help="Skip rows with an unreadable image or no caption, and list them; default: stop at the first one.",
-    )
+    cache_features: bool = HfArg(default=False, help="Run the vision tower over the data once; keep its features.")
+    cached_views: int | None = HfArg(default=None, help="Crops, flips and choices of frames to cache of each image.")
+    max_pixels: int = HfArg(default=MAX_PIXELS, help="Largest image or frame that is read, in pixels.")
+    skip_bad_rows: bool = HfArg(default=False, help="Skip and list rows with an unreadable image or no caption.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -274,9 +236,7 @@ class CaptionerArguments:
     model: str = HfArg(default="outputs/demo", help="Captioner: a folder or a name on the Hub.")
     batch_size: int = HfArg(default=16, help="Images or videos in a batch of each process.")
     max_tiles: int | None = HfArg(default=None, help="Largest number of tiles of an image. Default: the model's.")
-    num_image_tokens: int | None = HfArg(
-        default=None, help="Tokens of each image or video, if the model was trained with several numbers."
-    )
+    num_image_tokens: int | None = HfArg(default=None, help="Tokens of each image or video. Default: the model's.")
 
     def __post_init__(self) -> None:
         check_count("batch_size", self.batch_size, 1)
@@ -305,16 +265,12 @@ class AnswerArguments(CaptionerArguments):
 
 @dataclass
 class EvaluationArguments(AnswerArguments):
-    output_dir: str | None = HfArg(
-        default=None, help="Folder of answers and results; default: outputs/evaluation/<model>/<benchmark or dataset>."
-    )
+    output_dir: str | None = HfArg(default=None, help="Folder of the results. Default: one in outputs/evaluation.")
     benchmark: str | None = HfArg(default=None, help="A published benchmark; the table in the script lists them.")
     annotations: str | None = HfArg(default=None, help="The benchmark's annotation file, as published.")
     media_dir: str | None = HfArg(default=None, help="Folder of the benchmark's images or videos.")
     dataset: str | None = HfArg(
-        default=None,
-        help="Instead of a benchmark: openmoji-scenes, easy-vqa, or what `datasets.load_dataset` takes: a "
-        "folder, a name on the Hub, or parquet, json, csv … together with data_files.",
+        default=None, help="Instead of a benchmark: a demo, or what `datasets.load_dataset` takes, as in training."
     )
     data_files: dict[str, Any] | str | None = HfArg(default=None, help="Files or patterns of each split, as JSON.")
     dataset_config: str | None = HfArg(default=None, help="Configuration of a data set on the Hub.")

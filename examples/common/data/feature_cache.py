@@ -98,10 +98,7 @@ def cache_features(
     if not data_args.cache_features:
         return train, test
     if model.temporal is not None:
-        raise ValueError(
-            "`cache_features` needs features that training does not change, but the `temporal_contextualizer` is "
-            "trained inside the vision tower."
-        )
+        raise ValueError("`cache_features`: the `temporal_contextualizer` is trained inside the vision tower.")
     views = CaptionCollator(processor, data_args, training=True, seed=seed)
     train = cache_split(model, train, views, data_args.cached_views or 1)
     if test is None:

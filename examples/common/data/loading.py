@@ -82,8 +82,7 @@ def check_arguments(data_args: DataArguments) -> None:
     views, draws = data_args.cached_views, data_args.draws_views
     if data_args.cache_features and draws and views is None:
         raise ValueError(
-            "`cache_features` with `crop_scale`, `horizontal_flip` or the `num_frames` of videos needs "
-            "`cached_views`: how many."
+            "`cache_features`: crops, flips or the `num_frames` of videos needs `cached_views`: how many."
         )
     if views is not None and not (data_args.cache_features and draws and views > 0):
         raise ValueError(
@@ -93,9 +92,7 @@ def check_arguments(data_args: DataArguments) -> None:
     if data_args.streaming and data_args.test_split and data_args.max_test_samples is None:
         raise ValueError("`streaming` needs `max_test_samples`, or an empty `test_split`.")
     if not data_args.dataset and not data_args.mixture:
-        raise ValueError(
-            "`dataset` is needed: a folder, a name on the Hub, a kind of file with `data_files`, or a demo."
-        )
+        raise ValueError("`dataset` is needed: a demo, a folder, a name on the Hub, or a kind of file.")
     if not data_args.dataset and data_args.test_split:
         raise ValueError("`mixture` needs a `dataset` with held-out rows, or an empty `test_split`.")
 
@@ -187,14 +184,11 @@ def _read_entry(entry: dict[str, Any], data_args: DataArguments) -> tuple[float,
     if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < math.inf:
         raise ValueError(f"`mixture`: {shown} needs a `weight` above 0, but has {weight!r}.")
     if entry.get("streaming") and not data_args.streaming:
-        raise ValueError(
-            f"`mixture`: {shown} is to be streamed, which takes `--streaming true` for the whole mixture."
-        )
+        raise ValueError(f"`mixture`: {shown} is to be streamed, which takes `--streaming true` for all.")
     for column in COLUMN_ARGUMENTS:
-        if bool(entry.get(column, getattr(data_args, column))) != bool(getattr(data_args, column)):
-            raise ValueError(
-                f"`mixture`: {shown} sets `{column}`, but the mixture has it at {getattr(data_args, column)!r}."
-            )
+        shared = getattr(data_args, column)
+        if bool(entry.get(column, shared)) != bool(shared):
+            raise ValueError(f"`mixture`: {shown} sets `{column}`, but the mixture has it at {shared!r}.")
     # Files and configuration of the held-out data set are not an entry's.
     fields = {"data_files": None, "dataset_config": None, **entry}
     fields.pop("weight")
