@@ -71,11 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
-    if max(processor.max_tiles, prompt.tiles) > 1:
+    if (max_tiles := processor.max_tiles) > 1 or prompt.tiles > 1:
         rows, columns = prompt.grid
-        print(
-            f"The graph takes images of {rows} x {columns} tiles. The processor has max_tiles {processor.max_tiles}."
-        )
+        print(f"The graph takes images of {rows} x {columns} tiles. The processor's max_tiles is {max_tiles}.")
     program = export_graph(prompt, tile_size)
     files = {name: folder / f"soft_prompt.{name}" for name in arguments.formats}
     if "pt2" in files:
@@ -98,7 +96,8 @@ def check_arguments(arguments: ExportArguments) -> None:
     grid = arguments.tile_grid
     sides = grid if isinstance(grid, list) and len(grid) == 2 else [0]
     if not all(type(side) is int and side >= 1 for side in sides) or math.prod(sides) > MAX_TILES:
-        raise ValueError(f"`tile_grid` must be two integers of 1 or more, at most {MAX_TILES} tiles, but is {grid}.")
+        wanted = f"two integers of 1 or more, for at most {MAX_TILES} tiles"
+        raise ValueError(f"`tile_grid` must be {wanted}, but is {grid}.")
     dtypes = ["float32"] if "onnx" in arguments.formats else ["float32", "bfloat16"]
     if arguments.dtype not in dtypes:
         dtypes, formats = " or ".join(dtypes), " ".join(arguments.formats)

@@ -34,12 +34,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments, parse_arguments
-from common.data.collator import CaptionCollator
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.models import allow_token_range, load_trainable
-from common.training.run import start_run, train_and_report
-from common.training.trainer import EVLGenTrainer
+from common.training.run import start_run, train_captioner
 from configuration_evlgen import read_budgets
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import TRAINED_PARTS
@@ -91,20 +89,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model = load_trainable(model_args.model, quantization_config=quantization)
         allow_token_range(model, processor, model_args.image_token_range)
         model.to(training_args.device)
-        train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
+        splits = cache_features(model, processor, *splits, data_args, training_args.seed)
         if lora_args.lora != "none":
             model = add_lora(model, lora_args)
 
-    trainer = EVLGenTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=CaptionCollator(processor, data_args, training=True, seed=training_args.seed),
-        processing_class=processor,
-        script_args=(model_args, lora_args, data_args),
-    )
-    return train_and_report(trainer, checkpoint, generation_args)
+    shared_args = training_args, generation_args, data_args
+    return train_captioner(model, processor, splits, checkpoint, *shared_args, model_args, lora_args)
 
 
 def target_modules(model: EVLGenForConditionalGeneration, lora: str) -> list[str]:

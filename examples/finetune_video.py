@@ -20,12 +20,10 @@ from typing import Literal
 from transformers.hf_argparser import HfArg
 
 from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments, parse_arguments
-from common.data.collator import CaptionCollator
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.models import load_trainable
-from common.training.run import start_run, train_and_report
-from common.training.trainer import EVLGenTrainer
+from common.training.run import start_run, train_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -64,18 +62,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         fields = {name: getattr(model_args, name) for name in names if getattr(model_args, name)}
         model = load_trainable(model_args.image_model, "image_model", load, **fields)
         model.to(training_args.device)
-        train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
+        splits = cache_features(model, processor, *splits, data_args, training_args.seed)
 
-    trainer = EVLGenTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=CaptionCollator(processor, data_args, training=True, seed=training_args.seed),
-        processing_class=processor,
-        script_args=(model_args, data_args),
-    )
-    return train_and_report(trainer, checkpoint, generation_args)
+    shared_args = training_args, generation_args, data_args
+    return train_captioner(model, processor, splits, checkpoint, *shared_args, model_args)
 
 
 if __name__ == "__main__":

@@ -30,12 +30,10 @@ from common.arguments import (
     ProcessorArguments,
     parse_arguments,
 )
-from common.data.collator import CaptionCollator
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.models import build_model, whiten_vision_projection
-from common.training.run import start_run, train_and_report
-from common.training.trainer import EVLGenTrainer
+from common.training.run import start_run, train_captioner
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
 ARGUMENTS = (ModelArguments, ProcessorArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)
@@ -53,19 +51,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_args.complete_frames(processor)
         model.generation_config.max_new_tokens = generation_args.max_new_tokens
         model.to(training_args.device)
-        train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
-        whiten_vision_projection(model, processor, train_dataset, data_args, model_args.whitening_images)
+        splits = cache_features(model, processor, *splits, data_args, training_args.seed)
+        whiten_vision_projection(model, processor, splits[0], data_args, model_args.whitening_images)
 
-    trainer = EVLGenTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=CaptionCollator(processor, data_args, training=True, seed=training_args.seed),
-        processing_class=processor,
-        script_args=(model_args, processor_args, data_args),
-    )
-    return train_and_report(trainer, checkpoint, generation_args)
+    shared_args = training_args, generation_args, data_args
+    return train_captioner(model, processor, splits, checkpoint, *shared_args, model_args, processor_args)
 
 
 if __name__ == "__main__":

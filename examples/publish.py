@@ -148,7 +148,7 @@ def check_results(results: list[dict[str, Any]], arguments: PublishArguments) ->
         weights = hash_weights(load_captioner("model", load, arguments.model, dtype=dtype).state_dict())
         if weights != entry["settings"]["weights"] or arguments.merge:
             raise ValueError(
-                f"`results`: {path} is of {entry['model']}, whose weights differ from the published ones."
+                f"`results`: {path} was measured on {entry['model']}, whose weights differ from the published ones."
             )
 
 

@@ -96,17 +96,12 @@ def load_reward(dataset: Dataset, data_args: DataArguments) -> CiderDReward:
     """
     if len(dataset) < 2:
         raise ValueError(f"CIDEr needs the captions of at least 2 images, but the training split has {len(dataset)}.")
-    return CiderDReward(count_ngrams(dataset.select_columns([data_args.caption_column]), data_args), len(dataset))
-
-
-def count_ngrams(rows: Dataset, data_args: DataArguments) -> Counter:
-    """Number of rows whose captions hold each n-gram."""
-    counted: Counter = Counter()
+    rows, counted = dataset.select_columns([data_args.caption_column]), Counter()
     for start in tqdm(range(0, len(rows), ROWS), desc="Document frequencies", unit_scale=ROWS, unit="image"):
         captions = [true_captions(row, data_args) for row in rows.skip(start).take(ROWS)]
         for image in count_each(captions):
             counted.update({ngram for counts in image for ngram in counts})
-    return counted
+    return CiderDReward(counted, len(dataset))
 
 
 def count_each(captions: list[list[str]]) -> list[list[dict[tuple[str, ...], int]]]:

@@ -67,14 +67,6 @@ def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | Captio
     return train, test if len(good) == len(test) else test.select(good)
 
 
-def load_held_out(data_args: DataArguments) -> Dataset:
-    """Loads all rows of the held-out split alone. Images stay encoded until a batch is made of them.
-
-    Raises a ValueError if the data set, the split or a column does not exist.
-    """
-    return select_split(load_splits(data_args), "test_split", data_args, data_args.max_test_samples)
-
-
 def check_arguments(data_args: DataArguments) -> None:
     """Raises a ValueError if arguments contradict each other, or there is no data set."""
     if data_args.cache_features and data_args.streaming:
@@ -131,7 +123,8 @@ def load_training_split(data_args: DataArguments, splits: Any, seed: int) -> Dat
     for _, part in parts:
         rows = splits if part is data_args else load_splits(part)
         rows = select_split(rows, "train_split", part, part.max_train_samples)
-        renamed = renamed_columns(part, data_args)
+        names = {getattr(part, column): getattr(data_args, column) for column in data_args.used_columns}
+        renamed = {own: shared for own, shared in names.items() if own != shared}
         loaded.append(rows.rename_columns(renamed) if renamed else rows)
     weights = [weight for weight, _ in parts]
     if data_args.streaming:
@@ -165,12 +158,6 @@ def read_mixture(data_args: DataArguments) -> list[tuple[float, DataArguments]]:
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"`mixture` must be a list of data sets, each with a weight, but is {entries!r}.")
     return [_read_entry(entry, data_args) for entry in entries]
-
-
-def renamed_columns(part: DataArguments, data_args: DataArguments) -> dict[str, str]:
-    """Columns whose name in one data set differs from their name in the mixture: old name to new name."""
-    names = {getattr(part, column): getattr(data_args, column) for column in data_args.used_columns}
-    return {old: new for old, new in names.items() if old != new}
 
 
 def _read_entry(entry: dict[str, Any], data_args: DataArguments) -> tuple[float, DataArguments]:

@@ -25,7 +25,7 @@ from transformers import BatchFeature
 
 from common.arguments import AnswerArguments, DataArguments, EvaluationArguments, GenerationArguments
 from common.data.collator import CaptionCollator
-from common.data.loading import load_held_out
+from common.data.loading import load_splits, select_split
 from common.data.rows import open_media
 from common.evaluation.answer_folder import ANSWERS, check_settings, find_answers, join_answers, read_answers
 from common.evaluation.captions import generate_texts
@@ -68,7 +68,7 @@ def load_dataset_rows(
     given = {key: getattr(evaluation_args, key) for key in ("data_files", "dataset_config", "test_split")}
     columns |= {"caption_column": caption_column, "image_column": evaluation_args.image_column}
     data_args = DataArguments(dataset=name, **given, **columns)
-    rows = load_held_out(data_args)
+    rows = select_split(load_splits(data_args), "test_split", data_args, None)
     true_texts = [_list_texts(value) for value in rows[caption_column]]
     rows = rows.remove_columns(caption_column).add_column(references, true_texts)
     return rows.add_column("id", list(range(len(rows)))), data_args

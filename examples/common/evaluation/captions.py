@@ -121,9 +121,8 @@ def generate_captions(
 
 def evaluate_captions(
     model: EVLGenForConditionalGeneration,
-    processor: EVLGenProcessor,
     dataset: Dataset,
-    data_args: DataArguments,
+    collator: CaptionCollator,
     generation_args: GenerationArguments,
     batch_size: int,
     dtype: torch.dtype,
@@ -133,7 +132,7 @@ def evaluate_captions(
     Returns the figures and the generated captions. Where all images have the same caption, no image is wrong, and the
     figures of wrong images are left out.
     """
-    collator = CaptionCollator(processor, data_args, training=False)
+    data_args = collator.data_args
     loss = caption_loss(model, dataset, collator, batch_size, dtype)
     metrics = {"test_loss": loss}
     references = [true_captions(row, data_args) for row in dataset]

@@ -11,13 +11,14 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from datasets import Dataset
 from PIL import Image
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments
-from common.data.collator import BAD_ROWS, read_bad_rows
+from common.data.collator import BAD_ROWS, CaptionCollator, read_bad_rows
 from common.data.rows import open_media, true_captions
 from common.demo.scenes import DEMO_CREDITS
 from common.evaluation.captions import evaluate_captions, majority_accuracy
@@ -25,6 +26,7 @@ from common.processes import use_all_cores
 from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
 
 matplotlib.use("Agg")  # draws into files, without a window
 import matplotlib.pyplot as plt
@@ -39,6 +41,29 @@ def start_run(training_args: EVLGenTrainingArguments) -> str | None:
     use_all_cores(training_args.device)
     set_seed(training_args.seed)
     return find_checkpoint(training_args)
+
+
+def train_captioner(
+    model: torch.nn.Module,
+    processor: EVLGenProcessor,
+    splits: tuple[Any, Any],
+    checkpoint: str | None,
+    training_args: EVLGenTrainingArguments,
+    generation_args: GenerationArguments,
+    data_args: DataArguments,
+    *script_args: Any,
+) -> dict[str, float]:
+    """Trains a model on the captions of the first split, as [`train_and_report`] does. The second is held out."""
+    trainer = EVLGenTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=splits[0],
+        eval_dataset=splits[1],
+        data_collator=CaptionCollator(processor, data_args, training=True, seed=training_args.seed),
+        processing_class=processor,
+        script_args=(*script_args, data_args),
+    )
+    return train_and_report(trainer, checkpoint, generation_args)
 
 
 def train_and_report(
@@ -65,7 +90,7 @@ def train_and_report(
     draw_loss_curve(trainer.state.log_history, output_dir / "loss.png")
     metrics = {}
     if trainer.eval_dataset is not None:
-        metrics, captions = _evaluate(trainer, data_args, generation_args)
+        metrics, captions = _evaluate(trainer, generation_args)
         metrics |= measure(captions) if measure else {}
         images = getattr(trainer.eval_dataset, "images", trainer.eval_dataset)  # cached features keep their images
         draw_contact_sheet(images, captions, data_args, output_dir / "captions.png")
@@ -74,17 +99,15 @@ def train_and_report(
     return metrics
 
 
-def _evaluate(
-    trainer: EVLGenTrainer, data_args: DataArguments, generation_args: GenerationArguments
-) -> tuple[dict[str, float], list[str]]:
+def _evaluate(trainer: EVLGenTrainer, generation_args: GenerationArguments) -> tuple[dict[str, float], list[str]]:
     """Figures of the held-out rows, and their generated captions."""
-    model, args = trainer.model, trainer.args
+    model, args, data_args = trainer.model, trainer.args, trainer.eval_collator.data_args
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         # The weights are divided among processes, and the others have ended. The saved model is whole.
         unset_hf_deepspeed_config()
         model = EVLGenForConditionalGeneration.from_pretrained(args.output_dir).to(args.device)
-    rows = trainer.processing_class, trainer.eval_dataset, data_args, generation_args
-    metrics, captions = evaluate_captions(model, *rows, args.per_device_eval_batch_size, args.autocast_dtype)
+    rows, batch_size = (trainer.eval_dataset, trainer.eval_collator), args.per_device_eval_batch_size
+    metrics, captions = evaluate_captions(model, *rows, generation_args, batch_size, args.autocast_dtype)
     if data_args.prompt_column and isinstance(trainer.train_dataset, Sized):
         majority = majority_accuracy(trainer.train_dataset, trainer.eval_dataset, data_args)
         metrics["test_majority_per_question"] = majority
