@@ -15,8 +15,7 @@ files are not on it. A file that was replaced since then, by its size or time, i
 replaced is refused, and so are other settings and a second run in the same folder.
 """
 
-# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-import common.processes  # isort: skip  # noqa: F401
+import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
 
 import json
 import os

@@ -26,8 +26,7 @@ SPICE, as in `--metrics cider bleu rouge_l spice`, needs Java 8 or 11 on PATH an
 A run that was interrupted goes on when it is started again. Two runs cannot use one `--output_dir` at a time.
 """
 
-# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-import common.processes  # isort: skip  # noqa: F401
+import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
 
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +36,9 @@ from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
 from common.arguments import DataArguments, EvaluationArguments, FrameArguments, GenerationArguments, parse_arguments
-from common.evaluation.answer_folder import run_folder
+from common.evaluation.answer_folder import METRICS_FOLDER, check_source, output_folder, run_folder, write_results
 from common.evaluation.answers import answer_rows, load_dataset_rows, start_processes
 from common.evaluation.benchmark_files import CAPTION_BENCHMARKS, caption_rows
-from common.evaluation.results import METRICS_FOLDER, check_source, output_folder, write_results
 
 # Smallest and largest number of new tokens in the original's evaluation: `min_len` and `max_len` of
 # lavis/projects/EVLGen/eval/caption_coco_opt2.7b_eval.yaml and EVLGen_video/eval/caption_msrvtt_opt2.7b_eval.yaml.

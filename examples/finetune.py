@@ -16,8 +16,7 @@ a whole model. `--text_quantization int8` or `int4` keeps the frozen language mo
 LoRA is by Hu et al., ICLR 2022; adapters and quantised language models are by PEFT, bitsandbytes and torchao.
 """
 
-# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-import common.processes  # isort: skip  # noqa: F401
+import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
 
 import os
 import re

@@ -10,8 +10,7 @@ trains the demo's captioner on animated emoji, which npm fetches. Your own video
 The folder holds videos and a `metadata.jsonl` with their `file_name` and `caption`.
 """
 
-# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-import common.processes  # isort: skip  # noqa: F401
+import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -17,8 +17,7 @@ Data that outgrow a disk are streamed, and several data sets are mixed by weight
 A run that was killed goes on with `--resume_from_checkpoint true`, from the last checkpoint in `output_dir`.
 """
 
-# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-import common.processes  # isort: skip  # noqa: F401
+import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
 
 from pathlib import Path
 

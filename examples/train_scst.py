@@ -7,8 +7,7 @@ temporal contextualizer are trained. Reward, baseline and length of the samples 
 CIDEr-D are those of the training captions.
 """
 
-# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-import common.processes  # isort: skip  # noqa: F401
+import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
 
 import math
 from collections import Counter, defaultdict

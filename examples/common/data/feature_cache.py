@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset, List, Value
 from filelock import FileLock
 from huggingface_hub import constants
+from numpy.lib.format import open_memmap
 from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
@@ -71,7 +72,8 @@ class FeatureDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, found = self.rows[index], dict(self.texts[index])
         for name in self.names:
-            values = _open(self.folder / f"{row // self.part_rows:06}{SUFFIXES[name]}")  # not read from disk yet
+            path = self.folder / f"{row // self.part_rows:06}{SUFFIXES[name]}"
+            values = open_memmap(path, mode="r")  # not read from disk yet
             found[name] = [
                 values[start : start + grid.prod()].reshape(*(grid if self.is_tiled else ()), *values.shape[1:])
                 for start, grid in zip(self.starts[row], self.grids[row], strict=True)
@@ -152,11 +154,6 @@ def cache_split(
     return FeatureDataset(dataset, column, folder, parts, list(arrays), is_tiled=max_tiles > 1)
 
 
-def _open(path: Path) -> np.memmap:
-    """The array in a file. A pickle or an archive is refused."""
-    return np.lib.format.open_memmap(path, mode="r")
-
-
 def _read_part(stem: Path, arrays: Arrays) -> dict[str, Any] | None:
     """The JSON file of a part; None if it does not exist, or if a file of the part is damaged, which is logged.
 
@@ -169,7 +166,7 @@ def _read_part(stem: Path, arrays: Arrays) -> dict[str, Any] | None:
         part = json.loads(path.read_text(encoding="utf-8"))
         num_tiles = int(np.array(part["grids"], dtype=np.uint64).prod(axis=2).sum())
         for name, (dtype, shape) in arrays.items():
-            array = _open(stem.with_suffix(SUFFIXES[name]))
+            array = open_memmap(stem.with_suffix(SUFFIXES[name]), mode="r")  # refuses a pickle and an archive
             if (array.dtype, array.shape) != (dtype, (num_tiles, *shape)):
                 raise ValueError(f"`{name}` are {array.dtype} {array.shape}, not {(num_tiles, *shape)}")
         return {**part, "bad_rows": dict(part["bad_rows"])}
@@ -202,11 +199,10 @@ def _compute_part(
         for place, number in enumerate(rows):
             row = dataset[number]
             for view in range(num_views):
-                media = _read_view(row, views, view)
-                if media is None:
+                tiles, grids[place, view] = _read_tiles(row, views, view)
+                if not tiles:
                     bad_rows[str(number)] = start_of_text(row, views.data_args)
                     break
-                tiles, grids[place, view] = _cut(media, views.processor)
                 yield from tiles
 
     tiles = cut_all()
@@ -224,23 +220,18 @@ def _save_part(stem: Path, part: dict[str, Any], arrays: Arrays, computed: list[
     write_whole(stem.with_suffix(".json"), json.dumps(part))
 
 
-def _read_view(row: dict[str, Any], views: CaptionCollator, view: int) -> Image.Image | VideoFrames | None:
-    """One view of a row's image or video; None if the row is bad."""
-    views.epoch = view
+def _read_tiles(row: dict[str, Any], views: CaptionCollator, view: int) -> tuple[list[Any], tuple[int, int]]:
+    """The tiles of one view of a row's image, and their grid. A video is one tile; a bad row has none."""
+    views.epoch, processor = view, views.processor
     media = views.read(row)
     if isinstance(media, VideoFrames):
-        return media
+        return [media], (1, 1)
     images = [] if media is None else flatten_images(media)  # of a conversation, a list
     if len(images) > 1:
         raise ValueError(f"`cache_features` keeps one image of a row, but a row holds {len(images)}.")
-    return images[0] if images else None
-
-
-def _cut(image: Image.Image | VideoFrames, processor: EVLGenProcessor) -> tuple[list[Any], tuple[int, int]]:
-    """The tiles of an image and their grid. A video is one tile."""
-    if processor.max_tiles == 1 or isinstance(image, VideoFrames):
-        return [image], (1, 1)
-    return cut_tiles(image, tile_size(processor.image_processor), processor.max_tiles)
+    if not images or processor.max_tiles == 1:
+        return images, (len(images), len(images))
+    return cut_tiles(images[0], tile_size(processor.image_processor), processor.max_tiles)
 
 
 @torch.no_grad()
