@@ -140,10 +140,7 @@ class SoftPrompt(nn.Module):
 
 
 def example_pixels(prompt: SoftPrompt, tile_size: tuple[int, int], images: int, seed: int = 0) -> torch.Tensor:
-    """Returns images of noise, `(images, channels, height, width)`, float32. No two of their tokens are alike.
-
-    Those of several tiles are `(images, tiles, channels, height, width)`.
-    """
+    """Noise, so that no two tokens are alike: `(images, channels, height, width)`, with tiles as second axis."""
     channels = getattr(prompt.model.config.vision_config, "num_channels", 3)
     generator = torch.Generator().manual_seed(seed)
     shape = (images, channels) if prompt.tiles == 1 else (images, prompt.tiles, channels)

@@ -116,10 +116,7 @@ def target_modules(model: EVLGenForConditionalGeneration, lora: str) -> list[str
 
 
 def add_lora(model: EVLGenForConditionalGeneration, arguments: LoraArguments) -> PeftModel:
-    """Adds adapters to the towers. They are trained and saved together with everything that EVLGen trains.
-
-    Raises a ValueError if a tower has no layers for adapters.
-    """
+    """Adds adapters to the towers. They are trained and saved together with everything that EVLGen trains."""
     if os.path.isdir(model.name_or_path):
         # The adapter names its model, and shall find it from any working directory.
         model.name_or_path = os.path.abspath(model.name_or_path)

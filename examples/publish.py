@@ -255,10 +255,7 @@ def save_model(model: EVLGenForConditionalGeneration, folder: Path, towers: str 
 
 
 def copy_adapter(source: Path, folder: Path, base_model: str | None) -> str:
-    """Copies an adapter without the other files of its training, and returns the name of its model on the Hub.
-
-    A ValueError names a model that is not on the Hub.
-    """
+    """Copies an adapter alone and returns its model's name. One that is not on the Hub raises a ValueError."""
     config = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base_model = base_model or config["base_model_name_or_path"]
     if not is_on_hub(base_model):

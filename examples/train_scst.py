@@ -89,10 +89,7 @@ class CiderDReward(CiderScorer):
 
 
 def load_reward(dataset: Dataset, data_args: DataArguments) -> CiderDReward:
-    """Makes the reward with the document frequencies of the training captions.
-
-    Raises a ValueError if there are fewer than two rows: all frequencies would be equal.
-    """
+    """Makes the reward with the document frequencies of the training captions. Needs two rows or more."""
     if len(dataset) < 2:
         raise ValueError(f"CIDEr needs the captions of at least 2 images, but the training split has {len(dataset)}.")
     rows, counted = dataset.select_columns([data_args.caption_column]), Counter()

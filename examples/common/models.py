@@ -22,11 +22,7 @@ logger = logging.get_logger(__name__)
 def build_model(
     arguments: ModelArguments, text_format: ProcessorArguments
 ) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
-    """Loads the towers, by default those of the demo, and builds a new connector between them and a processor.
-
-    The model's generation stops at the processor's `end_of_text`. Parts that cannot be loaded or do not fit each other
-    raise a ValueError.
-    """
+    """Loads the towers, or the demo's, and builds a connector and a processor. Misfits raise a ValueError."""
     vision_model = arguments.vision_model or str(prepare_vision_tower())
     text_model = arguments.text_model or str(prepare_language_model())
     image_processor = load_image_processor(vision_model, revision=arguments.vision_revision)
@@ -112,10 +108,7 @@ def whiten_vision_projection(
     data_args: DataArguments,
     num_images: int,
 ) -> None:
-    """Whitens the vision projection of a fresh model; with 0 images it stays as it is.
-
-    Measures rows at equal distances of a data set, and the first rows of a stream, without augmentation.
-    """
+    """Whitens a fresh vision projection on rows at equal distances, or on the first rows of a stream."""
     if not num_images:
         return
     collator = CaptionCollator(processor, data_args, training=False)
@@ -147,10 +140,7 @@ def _features(
 
 
 def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> Any:
-    """Loads a model or its processor by `load(name_or_path, **kwargs)`.
-
-    A missing one raises a ValueError that names `argument`.
-    """
+    """Returns `load(name_or_path, **kwargs)`. A missing model raises a ValueError that names `argument`."""
     try:
         return load(name_or_path, **kwargs)
     except OSError as error:
@@ -164,10 +154,7 @@ def load_trainable(
     load: Callable = EVLGenForConditionalGeneration.from_pretrained,
     **kwargs: Any,
 ) -> Any:
-    """Loads a trained model, or its processor, to train it further.
-
-    An adapter would neither be trained nor saved, so it is refused.
-    """
+    """Loads a model or its processor to train it further. An adapter is refused: it would not be trained."""
 
     if load_captioner(argument, find_adapter_config_file, name_or_path) is not None:
         raise ValueError(

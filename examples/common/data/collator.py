@@ -64,10 +64,7 @@ class CaptionCollator:
         self._epoch.fill_(epoch)
 
     def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
-        """Inputs and labels for training.
-
-        Raises a ValueError if a row is bad and bad rows are not to be skipped, or if all rows are bad.
-        """
+        """Inputs and labels for training. A bad row that is not to be skipped, or no good one, raises a ValueError."""
         return self.encode_good(self.read_examples(rows))[0]
 
     def prompts(self, rows: list[dict[str, Any]]) -> BatchFeature:

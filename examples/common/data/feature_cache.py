@@ -238,10 +238,7 @@ def _read_tiles(row: dict[str, Any], views: CaptionCollator, view: int) -> tuple
 def _run_tower(
     model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, media: list[Image.Image] | list[VideoFrames]
 ) -> list[np.ndarray]:
-    """Features of images or videos, float16, `(images or videos, tokens, dim)`.
-
-    For merged videos also the places of their tokens, float32, `(videos, tokens, 3)`.
-    """
+    """Features, float16, `(media, tokens, dim)`; of merged videos also places, float32, `(videos, tokens, 3)`."""
     device = model.vision_tower.device
     if isinstance(media[0], VideoFrames):
         inputs = processor(videos=media, do_sample_frames=False).to(device)

@@ -90,10 +90,7 @@ def check_arguments(data_args: DataArguments) -> None:
 
 
 def load_splits(data_args: DataArguments) -> DatasetDict | IterableDatasetDict:
-    """All splits of a data set by name.
-
-    Raises a ValueError if there is no such data set, or its files cannot be read.
-    """
+    """All splits of a data set by name. A ValueError names a data set that is missing or cannot be read."""
     if data_args.dataset in DEMO_DATASETS:
         return DEMO_DATASETS[data_args.dataset]()
     try:
@@ -140,11 +137,7 @@ def load_training_split(data_args: DataArguments, splits: Any, seed: int) -> Dat
 
 
 def read_mixture(data_args: DataArguments) -> list[tuple[float, DataArguments]]:
-    """The weight and the arguments of each data set to train on: those of `mixture`, or the single one of `dataset`.
-
-    Raises a ValueError if `mixture` is no list of data sets with weights, or an entry has other keys than a weight,
-    its data set's location, columns, `streaming` and `max_train_samples`.
-    """
+    """The weight and the arguments of each data set to train on. A ValueError says what an entry has wrong."""
     if not data_args.mixture:
         return [(1.0, data_args)]
     entries = data_args.mixture
@@ -185,10 +178,7 @@ def _read_entry(entry: dict[str, Any], data_args: DataArguments) -> tuple[float,
 def select_split(
     splits: Any, argument: str, data_args: DataArguments, max_samples: int | None
 ) -> Dataset | IterableDataset:
-    """The first rows of the split that `argument` names, with the columns that are used; images are not decoded.
-
-    Raises a ValueError if the split or a column does not exist.
-    """
+    """The first rows of a split, with the columns that are used. A ValueError names a missing split or column."""
     name = getattr(data_args, argument)
     if name not in splits:
         hint = "" if argument == "train_split" else '; --test_split "" trains without held-out images'

@@ -16,10 +16,7 @@ Media = Image.Image | list[Image.Image]
 
 
 def read_row(row: dict[str, Any], data_args: DataArguments, frame_sampling: str = "uniform") -> Media:
-    """Opens the image, the images of a conversation or the frames of a video, in RGB, and checks the text.
-
-    Raises a ValueError if the row is bad: the image or video cannot be read, or the text is missing or malformed.
-    """
+    """Opens the image, images or frames of a row in RGB and checks its text. A ValueError says why a row is bad."""
     check_text(row, data_args)
     return open_media(row, data_args, frame_sampling)
 

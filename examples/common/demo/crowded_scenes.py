@@ -64,10 +64,7 @@ def _rows(split: str) -> Iterator[dict[str, Any]]:
 
 
 def draw_crowds(split: str, count: int) -> Iterator[tuple[bytes, list[list[str]]]]:
-    """Draws the first `count` scenes of a split as PNG bytes, each with the things of its rows of drawings.
-
-    They are the same in every run.
-    """
+    """Draws the first scenes of a split, the same in every run: PNG bytes, and the things of each row of drawings."""
     seed = ("train", "test").index(split)
     # One generator draws what is shown, and another one how. The 1 is part of the seed of all published scenes.
     layouts, pixels = np.random.default_rng((seed, 0)), np.random.default_rng((seed, SIZE, 1))

@@ -18,11 +18,7 @@ TONES = 6  # five skin tones, and none
 
 
 def load_emoji_videos() -> Path:
-    """Fetches the animated emoji that exist in all skin tones, into a folder for `datasets.load_dataset`.
-
-    Of each emoji, the split "train" has five videos (animated WebP) and the split "test" has one. Raises a
-    RuntimeError if npm is not installed or cannot fetch the package.
-    """
+    """Fetches animated emoji with all skin tones, one of them for testing. Without npm it raises a RuntimeError."""
     return prepare_once("data/emoji-videos-v1", _write)
 
 

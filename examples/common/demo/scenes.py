@@ -94,10 +94,7 @@ def draw_scenes(split: str, count: int) -> Iterator[dict]:
 
 
 def draw_scene(first: str, second: str, axis: int, rng: np.random.Generator) -> PILImage.Image:
-    """Draws two concepts into the left and right (axis 0) or upper and lower half (axis 1) of an RGB image.
-
-    The background, and the sizes, positions and directions of both drawings are random.
-    """
+    """Draws two concepts into the left and right (axis 0) or upper and lower half (axis 1) of an RGB image."""
     # Pale, because the drawings have black outlines and many are dark.
     scene = PILImage.new("RGB", (SCENE_SIZE, SCENE_SIZE), tuple(rng.integers(215, 256, size=3).tolist()))
     for half, concept in enumerate((first, second)):

@@ -35,11 +35,7 @@ VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm", ".webp")
 def caption_rows(
     benchmark: str, annotations: str | None, media_dir: str | None, split: str, split_file: str | None
 ) -> list[dict[str, Any]]:
-    """Reads a caption benchmark; see the functions for each format.
-
-    Raises a ValueError if a file or folder is not given, is missing or has another format, or if only some of the
-    images or videos have captions.
-    """
+    """Reads a caption benchmark. A ValueError names a bad file or folder, or an image that alone has no caption."""
     _check_folder(media_dir)
     if benchmark == "msr-vtt":
         rows = msr_vtt_rows(annotations, media_dir, split)

@@ -62,10 +62,7 @@ class WrongImages(Dataset):
 
 
 def majority_accuracy(train: Any, test: Any, data_args: DataArguments) -> float:
-    """Accuracy, 0 to 1, of a baseline without images: the most frequent answer in training to the same question.
-
-    A question that is not in training gets the most frequent answer to all questions.
-    """
+    """Accuracy, 0 to 1, of the most frequent training answer to the same question, or else to all questions."""
     counts: defaultdict[str | None, Counter] = defaultdict(Counter)
     for row in _select_texts(train, data_args):
         answer = true_captions(row, data_args)[0]

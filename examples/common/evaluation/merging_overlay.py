@@ -127,10 +127,7 @@ def trace_frames(
 
 
 def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
-    """Returns the number of tokens before the first patch (class and register tokens) and of patches along each side.
-
-    Raises a ValueError if the tower's patches do not form a square.
-    """
+    """Numbers of tokens before the first patch, and of patches along a side. No square raises a ValueError."""
     tokens = model.config.num_vision_tokens
     side = math.isqrt(tokens)
     prefix = tokens - side * side

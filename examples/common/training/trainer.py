@@ -78,10 +78,7 @@ class EVLGenTrainer(Trainer):
             )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
-        """Trains, or goes on from what [`find_checkpoint`] returns, to the same weights as an unbroken run.
-
-        Raises a ValueError if the checkpoint is of a run with other settings, or another run writes to `output_dir`.
-        """
+        """Trains, or resumes to the weights of an unbroken run. Other settings or a second run raise a ValueError."""
         output_dir = Path(self.args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         # The main process holds the folder for all.
@@ -194,11 +191,7 @@ class EVLGenTrainer(Trainer):
         return {**readers, **self.train_dataset.describe()}
 
     def _resume_stream(self, checkpoint: str) -> None:
-        """Goes on at the position of a checkpoint. The Trainer by itself would read everything before it again.
-
-        Raises a ValueError if the checkpoint has no position, or was made with another number of processes or workers,
-        other data sets or weights.
-        """
+        """Goes on at a checkpoint's position. The Trainer by itself would read everything before it again."""
         if self.args.ignore_data_skip:
             return
         remedy = "--ignore_data_skip true starts the stream anew."

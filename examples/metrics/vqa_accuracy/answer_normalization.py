@@ -75,10 +75,7 @@ def normalize_prediction(answer: str) -> str:
 
 
 def normalize_references(answers: list[str]) -> list[str]:
-    """Normalises people's answers: punctuation is removed if the answers differ; else they stay as they are.
-
-    They are neither lower-cased nor stripped, since published answers already are.
-    """
+    """Removes punctuation from people's answers if they differ. They are lower-cased and stripped already."""
     return [process_punctuation(answer) for answer in answers] if len(set(answers)) > 1 else list(answers)
 
 
