@@ -123,10 +123,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
 
 
 def is_new_run(folder: Path) -> bool:
-    """Whether the items of a folder are still to be listed. Answers without their settings or list are refused.
-
-    A list without settings is of a run that ended before its first caption, possibly of other inputs.
-    """
+    """Whether items are to be listed: a list without settings is of a run that ended before its first caption."""
     missing = [name for name in (SETTINGS, ITEMS) if not (folder / name).exists()]
     if missing and has_answers(folder):
         names = " and no ".join(missing)

@@ -134,8 +134,7 @@ def add_lora(model: EVLGenForConditionalGeneration, arguments: LoraArguments) ->
 def quantization_config(bits: Literal["int8", "int4"] | None) -> Any | None:
     """Returns how to quantise a language model: to 4 bits (NF4) or 8 bits by bitsandbytes, to 8 on a CPU by torchao.
 
-    On a CPU, torchao stores 4 bits as 8, and gradients through bitsandbytes 0.50's 8 bits are wrong. Raises an
-    ImportError if the library is not installed.
+    On a CPU, torchao stores 4 bits as 8, and gradients through bitsandbytes 0.50's 8 bits are wrong.
     """
     if bits is None:
         return None

@@ -241,10 +241,7 @@ def is_edited(card: str) -> bool:
 
 
 def save_model(model: EVLGenForConditionalGeneration, folder: Path, towers: str | None) -> None:
-    """Saves the model so that others can load it. Towers that are not on the Hub are included, without their names.
-
-    A ValueError names a tower that is not on the Hub, if `towers` is `"reference"`.
-    """
+    """Saves the model for others. Towers that are not on the Hub are included, or refused as a `"reference"`."""
     names = {argument: getattr(model.config, f"{argument}_name_or_path") for argument in TOWERS}
     private = [argument for argument, name in names.items() if not is_on_hub(name)]
     if private and towers == "reference":

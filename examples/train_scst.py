@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import BatchFeature
 from transformers.hf_argparser import HfArg
 
-from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments, parse_arguments
+from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments, check_count, parse_arguments
 from common.data.collator import CaptionCollator
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
@@ -54,11 +54,7 @@ class SCSTArguments:
     greedy_baseline: bool = HfArg(default=False, help="Compare samples with the greedy caption, not with each other.")
 
     def __post_init__(self):
-        if self.num_samples < 2:
-            raise ValueError(f"`num_samples` must be at least 2, but is {self.num_samples}.")
-
-
-ARGUMENTS = (SCSTArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)
+        check_count("num_samples", self.num_samples, 2)
 
 
 class CiderDReward(CiderScorer):
@@ -261,7 +257,8 @@ def _mask(new_tokens: torch.Tensor, evlgen: torch.nn.Module) -> torch.Tensor:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    scst_args, data_args, generation_args, training_args = parse_arguments(*ARGUMENTS, argv=argv, recipe=DEMO_RECIPE)
+    dataclasses = (SCSTArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)
+    scst_args, data_args, generation_args, training_args = parse_arguments(*dataclasses, argv=argv, recipe=DEMO_RECIPE)
     if data_args.streaming:
         raise ValueError("`streaming` cannot be set: CIDEr needs the document frequencies of all training captions.")
     checkpoint = start_run(training_args)

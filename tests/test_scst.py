@@ -173,7 +173,7 @@ def test_trains_on_videos(tmp_path, rewards_one_letter):
 
 
 def test_what_cannot_work_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`num_samples` must be at least 2, but is 1"):
+    with pytest.raises(ValueError, match="`num_samples` must be an integer of 2 or more, but is 1"):
         train_scst.main(["--num_samples", "1"])
     with pytest.raises(ValueError, match="`model`='/nowhere' cannot be loaded"):
         train_scst.main(["--model", "/nowhere", "--dataset", save_image_folder(tmp_path / "images")])

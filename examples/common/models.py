@@ -88,11 +88,7 @@ def allow_token_range(
 
 
 def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Selects the fields that a connector has, so that a recipe's `connector_config` also works for other connectors.
-
-    Fields of other connectors are omitted with a warning. Unknown fields are kept, and refused later. The field
-    `model_type` is added.
-    """
+    """Selects a connector's fields, so that a recipe also works for another one. Unknown ones are refused later."""
     model_type = {"tomeformer": "tomeformer", "qformer": "evlgen_qformer", "mlp": "evlgen_mlp"}[connector]
     known = set().union(*(config_class.__dataclass_fields__ for config_class in CONNECTOR_CONFIGS.values()))
     omitted = sorted(fields.keys() & known - CONNECTOR_CONFIGS[model_type].__dataclass_fields__.keys())

@@ -155,10 +155,7 @@ def cache_split(
 
 
 def _read_part(stem: Path, arrays: Arrays) -> dict[str, Any] | None:
-    """The JSON file of a part; None if it does not exist, or if a file of the part is damaged, which is logged.
-
-    `grids` are the rows and columns of tiles of each view, (rows, views, 2). `bad_rows` are texts by row number.
-    """
+    """The JSON file of a part: grids `(rows, views, 2)`, texts of bad rows. None if a file is missing or damaged."""
     path = stem.with_suffix(".json")
     if not path.exists():
         return None

@@ -158,10 +158,7 @@ class SourceReader:
 
 
 class CaptionStream(torch.utils.data.IterableDataset):
-    """Rows of one or several data sets, for ever. A data set at its end starts again; the others go on.
-
-    Each reader holds and shuffles `buffer_size` rows, of all data sets together.
-    """
+    """Rows of one or several data sets, for ever. Each reader holds and shuffles `buffer_size` rows of all."""
 
     def __init__(self, sources: list[Source], seed: int, buffer_size: int):
         if buffer_size < 1:

@@ -72,11 +72,7 @@ def held_out_pairs() -> set[frozenset[str]]:
 
 
 def draw_scenes(split: str, count: int) -> Iterator[dict]:
-    """Draws the first `count` scenes of the split "train" or "test" as `{"image": PNG bytes, "caption": text}`.
-
-    They are the same in every run. Every possible combination of two concepts and a relation comes once before any
-    comes again.
-    """
+    """Draws the first scenes of a split, the same in every run, as `{"image": PNG bytes, "caption": text}`."""
     held_out = held_out_pairs()
     combinations = [
         (first, second, relation)

@@ -116,10 +116,7 @@ def msr_vtt_rows(annotations: str, media_dir: str, split: str) -> list[dict[str,
 
 
 def msvd_rows(annotations: str, media_dir: str, split_file: str | None) -> list[dict[str, Any]]:
-    """Reads `AllVideoDescriptions.txt` of MSVD, or English captions of `MSR Video Description Corpus.csv`.
-
-    They have no splits. The first words of the lines of `split_file` are the videos to take; None takes all.
-    """
+    """Reads MSVD's `AllVideoDescriptions.txt` or the English captions of its .csv, of the videos in `split_file`."""
     captions = defaultdict(list)
     for name, caption in _msvd_captions(annotations):
         captions[name].append(caption)

@@ -124,11 +124,7 @@ def evaluate_captions(
     batch_size: int,
     dtype: torch.dtype,
 ) -> tuple[dict[str, float], list[str]]:
-    """Measures losses with right and wrong images, their gap, and the share of exactly right captions.
-
-    Returns the figures and the generated captions. Where all images have the same caption, no image is wrong, and the
-    figures of wrong images are left out.
-    """
+    """Losses with right and wrong images, their gap, the share of exact captions; and the generated captions."""
     data_args = collator.data_args
     loss = caption_loss(model, dataset, collator, batch_size, dtype)
     metrics = {"test_loss": loss}
