@@ -19,7 +19,13 @@ A run that was killed goes on with `--resume_from_checkpoint true`, from the las
 
 import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
 
 from common.arguments import (
     DataArguments,
@@ -29,10 +35,13 @@ from common.arguments import (
     ProcessorArguments,
     parse_arguments,
 )
+from common.data.collator import CaptionCollator, EmptyBatchError
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
-from common.models import build_model, whiten_vision_projection
+from common.models import build_model
 from common.training.run import start_run, train_captioner
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
 ARGUMENTS = (ModelArguments, ProcessorArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)
@@ -55,6 +64,44 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     shared_args = training_args, generation_args, data_args
     return train_captioner(model, processor, splits, checkpoint, *shared_args, model_args, processor_args)
+
+
+def whiten_vision_projection(
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    rows: Any,
+    data_args: DataArguments,
+    num_images: int,
+) -> None:
+    """Whitens a fresh vision projection on rows at equal distances, or on the first rows of a stream."""
+    if not num_images:
+        return
+    collator = CaptionCollator(processor, data_args, training=False)
+    if hasattr(rows, "__len__"):
+        indices = range(0, len(rows), max(1, len(rows) // num_images))
+        sample = (rows[index] for index in indices[:num_images])
+    else:
+        sample = islice(rows, num_images)
+    sample = tqdm(sample, total=num_images, desc="Whitening", unit="image", leave=False)
+    model.whiten_vision_projection(_features(model, collator, sample))
+
+
+def _features(
+    model: EVLGenForConditionalGeneration, collator: CaptionCollator, rows: Iterator[dict[str, Any]]
+) -> Iterator[torch.Tensor]:
+    """Vision features of each good row, `(images, tokens, dim)`."""
+    for row in rows:
+        try:
+            batch, _ = collator.encode_good(collator.read_examples([row]), with_labels=False)
+        except EmptyBatchError:  # a bad row that is skipped
+            continue
+        batch = batch.to(model.device)
+        if "vision_features" in batch:
+            yield batch["vision_features"]
+        elif "pixel_values" in batch:
+            yield model.get_vision_features(batch["pixel_values"])
+        else:
+            yield model.get_vision_features(batch["pixel_values_videos"], frame_times=batch["frame_times"])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from transformers import set_seed
 from common.arguments import ModelArguments, parse_arguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
-from common.models import build_model, whiten_vision_projection
+from common.models import build_model
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.vision_tower import moments, whitening_matrix
 
@@ -110,7 +110,7 @@ def prepare(tmp_path, monkeypatch):
         train, test = load_datasets(data_args, training_args.seed)
         model, processor = build_model(model_args, processor_args)
         train, _ = cache_features(model, processor, train, test, data_args, training_args.seed)
-        whiten_vision_projection(model, processor, train, data_args, model_args.whitening_images)
+        pretrain.whiten_vision_projection(model, processor, train, data_args, model_args.whitening_images)
         return model, train
 
     return run

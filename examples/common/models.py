@@ -1,16 +1,12 @@
 """Builds or loads a model and its processor, as a script's arguments request."""
 
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, TimmWrapperImageProcessor
 from transformers.utils import find_adapter_config_file, logging
 
-from common.arguments import DataArguments, ModelArguments, ProcessorArguments
-from common.data.collator import CaptionCollator, EmptyBatchError
+from common.arguments import ModelArguments, ProcessorArguments
 from common.demo.towers import prepare_language_model, prepare_vision_tower
 from configuration_evlgen import CONNECTOR_CONFIGS
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -95,44 +91,6 @@ def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
     if omitted:
         logger.warning(f"`connector_config`: a {connector} has no {', '.join(omitted)}, so they are left out.")
     return {**{name: value for name, value in fields.items() if name not in omitted}, "model_type": model_type}
-
-
-def whiten_vision_projection(
-    model: EVLGenForConditionalGeneration,
-    processor: EVLGenProcessor,
-    rows: Any,
-    data_args: DataArguments,
-    num_images: int,
-) -> None:
-    """Whitens a fresh vision projection on rows at equal distances, or on the first rows of a stream."""
-    if not num_images:
-        return
-    collator = CaptionCollator(processor, data_args, training=False)
-    if hasattr(rows, "__len__"):
-        indices = range(0, len(rows), max(1, len(rows) // num_images))
-        sample = (rows[index] for index in indices[:num_images])
-    else:
-        sample = islice(rows, num_images)
-    sample = tqdm(sample, total=num_images, desc="Whitening", unit="image", leave=False)
-    model.whiten_vision_projection(_features(model, collator, sample))
-
-
-def _features(
-    model: EVLGenForConditionalGeneration, collator: CaptionCollator, rows: Iterator[dict[str, Any]]
-) -> Iterator[torch.Tensor]:
-    """Vision features of each good row, `(images, tokens, dim)`."""
-    for row in rows:
-        try:
-            batch, _ = collator.encode_good(collator.read_examples([row]), with_labels=False)
-        except EmptyBatchError:  # a bad row that is skipped
-            continue
-        batch = batch.to(model.device)
-        if "vision_features" in batch:
-            yield batch["vision_features"]
-        elif "pixel_values" in batch:
-            yield model.get_vision_features(batch["pixel_values"])
-        else:
-            yield model.get_vision_features(batch["pixel_values_videos"], frame_times=batch["frame_times"])
 
 
 def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> Any:

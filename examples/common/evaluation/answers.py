@@ -123,10 +123,7 @@ def answer_rows(
 
 
 def row_checksums(rows: Dataset, ids: list[int | str], data_args: DataArguments) -> dict[str, str]:
-    """Checksums of the rows' ids and questions, and of their images or videos, none of which may be missing.
-
-    An image in a file counts by the file's name, size and time of change; an image in the data set, by its bytes.
-    """
+    """Checksums of ids and questions, and of media: a file's name, size and time of change, or else the bytes."""
     questions = rows[data_args.prompt_column][:] if data_args.prompt_column else None
     digest = hashlib.sha256()
     column = data_args.video_column or data_args.image_column

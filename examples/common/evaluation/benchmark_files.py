@@ -87,11 +87,7 @@ def karpathy_rows(annotations: str, media_dir: str, split: str) -> list[dict[str
 
 
 def coco_rows(annotations: str, media_dir: str) -> list[dict[str, Any]]:
-    """Reads all images of a file in COCO's own format, such as `nocaps_val_4500_captions.json`.
-
-    In `coco_karpathy_test_gt.json` images have ids, but no file names; then names are those of COCO's validation
-    images. They may lie in `val2014` below `media_dir`.
-    """
+    """Reads all images of a file in COCO's own format. Those without a file name are COCO's validation images."""
     with _published("annotations", annotations, "file of captions in COCO's format") as data:
         captions = defaultdict(list)
         for annotation in data.get("annotations", []):
