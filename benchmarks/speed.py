@@ -32,7 +32,7 @@ import yaml
 from torch.utils.data import DataLoader
 from transformers import AutoModel, CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, ViTConfig, ViTModel
 
-from common.command_line import parse_arguments
+from common.arguments import parse_arguments
 from common.data.collator import CaptionCollator
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
@@ -249,7 +249,7 @@ def compare_cached_features(rounds: int) -> None:
 
 def compare_quantization(rounds: int) -> None:
     """All candidates are loaded from one checkpoint, quantised as by `--text_quantization`."""
-    from finetune_lora import quantization_config
+    from finetune import quantization_config
 
     arguments = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16}}
     arguments |= {name: {"quantization_config": quantization_config(name)} for name in ("int8", "int4")}

@@ -190,10 +190,7 @@ def shown_errors() -> Iterator[None]:
 
 
 def uploads_only(file: gr.File) -> gr.File:
-    """Accepts uploaded files only. Gradio would also fetch a URL, whatever the size of its content.
-
-    Gradio fetches before it calls any function of a page, and has no setting against it, so its method is replaced.
-    """
+    """Refuses URLs, which Gradio would fetch before any function of a page; it has no setting against that."""
     move = file.async_move_resource_to_block_cache
 
     async def move_upload(path: str | Path | None) -> str | None:

@@ -15,8 +15,7 @@ files are not on it. A file that was replaced since then, by its size or time, i
 replaced is refused, and so are other settings and a second run in the same folder.
 """
 
-# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-import common.processes  # isort: skip  # noqa: F401
+import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
 
 import json
 import os
@@ -36,8 +35,7 @@ from tqdm import tqdm
 from transformers import BatchFeature
 from transformers.hf_argparser import HfArg
 
-from common.command_line import check_count, parse_arguments
-from common.data.data_arguments import FrameArguments
+from common.arguments import AnswerArguments, FrameArguments, GenerationArguments, check_count, parse_arguments
 from common.evaluation.answer_folder import (
     ANSWERS,
     SETTINGS,
@@ -48,7 +46,6 @@ from common.evaluation.answer_folder import (
     run_folder,
 )
 from common.evaluation.answers import answer_pending, answering_settings, load_answering_model, start_processes
-from common.evaluation.evaluation_arguments import AnswerArguments, GenerationArguments
 from common.files import replacing
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import MAX_PIXELS
@@ -126,10 +123,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
 
 
 def is_new_run(folder: Path) -> bool:
-    """Whether the items of a folder are still to be listed. Answers without their settings or list are refused.
-
-    A list without settings is of a run that ended before its first caption, possibly of other inputs.
-    """
+    """Whether items are to be listed: a list without settings is of a run that ended before its first caption."""
     missing = [name for name in (SETTINGS, ITEMS) if not (folder / name).exists()]
     if missing and has_answers(folder):
         names = " and no ".join(missing)

@@ -26,8 +26,7 @@ SPICE, as in `--metrics cider bleu rouge_l spice`, needs Java 8 or 11 on PATH an
 A run that was interrupted goes on when it is started again. Two runs cannot use one `--output_dir` at a time.
 """
 
-# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-import common.processes  # isort: skip  # noqa: F401
+import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
 
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +35,10 @@ import evaluate
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
-from common.data.data_arguments import DataArguments, FrameArguments
-from common.evaluation.answer_folder import run_folder
+from common.arguments import DataArguments, EvaluationArguments, FrameArguments, GenerationArguments, parse_arguments
+from common.evaluation.answer_folder import METRICS_FOLDER, check_source, output_folder, run_folder, write_results
 from common.evaluation.answers import answer_rows, load_dataset_rows, start_processes
 from common.evaluation.benchmark_files import CAPTION_BENCHMARKS, caption_rows
-from common.evaluation.evaluation_arguments import EvaluationArguments, GenerationArguments
-from common.evaluation.results import METRICS_FOLDER, check_source, output_folder, write_results
 
 # Smallest and largest number of new tokens in the original's evaluation: `min_len` and `max_len` of
 # lavis/projects/EVLGen/eval/caption_coco_opt2.7b_eval.yaml and EVLGen_video/eval/caption_msrvtt_opt2.7b_eval.yaml.
@@ -60,17 +56,14 @@ class CaptionArguments(FrameArguments):
     caption_column: str = HfArg(default="caption", help="The dataset's column of captions, one or several in a row.")
     prompt: str = HfArg(default="", help="Prompt that stands with each image.")
     metrics: list[str] = HfArg(
-        default_factory=lambda: ["cider", "bleu", "rouge_l"],
-        help="Some of cider, bleu, rouge_l, meteor and spice; spice needs Java 8 or 11.",
+        default_factory=lambda: ["cider", "bleu", "rouge_l"], help="Some of cider, bleu, rouge_l, meteor and spice."
     )
 
 
 @dataclass
 class CaptionDecoding(GenerationArguments):
     num_beams: int = HfArg(default=5, help="Beams; 1 is greedy.")
-    min_new_tokens: int | None = HfArg(
-        default=None, help="Fewest tokens; default: the paper's for benchmarks, else 1."
-    )
+    min_new_tokens: int | None = HfArg(default=None, help="Fewest tokens; default: a benchmark's, else 1.")
     max_new_tokens: int | None = HfArg(default=None, help="Most tokens; default: the paper's for benchmarks, else 30.")
 
 

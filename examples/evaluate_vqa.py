@@ -27,8 +27,7 @@ columns, as in the training scripts, and by the `--rule` that scores them.
 A run that was interrupted goes on when it is started again. Two runs cannot use one `--output_dir` at a time.
 """
 
-# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-import common.processes  # isort: skip  # noqa: F401
+import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,14 +36,11 @@ import evaluate
 from datasets import Dataset
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments, EvaluationArguments, GenerationArguments, parse_arguments
 from common.demo.easy_vqa import easy_vqa_questions
-from common.evaluation.answer_folder import run_folder
+from common.evaluation.answer_folder import METRICS_FOLDER, check_source, output_folder, run_folder, write_results
 from common.evaluation.answers import answer_rows, load_dataset_rows, start_processes
 from common.evaluation.benchmark_files import QUESTION_BENCHMARKS, clean_question, question_rows
-from common.evaluation.evaluation_arguments import EvaluationArguments, GenerationArguments
-from common.evaluation.results import METRICS_FOLDER, check_source, output_folder, write_results
 from metrics.vqa_accuracy.lemmatization import lemmatize
 
 TYPE_COLUMNS = ("answer_type", "question_type")

@@ -33,7 +33,7 @@ import torch
 from torch import nn
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
+from common.arguments import parse_arguments
 from common.models import load_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.soft_prompts import join_tiles
@@ -54,9 +54,7 @@ class ExportArguments:
     output_dir: str = HfArg(default="outputs/export", help="Folder for the exported files.")
     formats: list[str] = HfArg(default_factory=lambda: ["pt2"], help="pt2, onnx or both.")
     dtype: str = HfArg(default="float32", help="dtype of the vision tower: float32, or bfloat16 for pt2.")
-    num_image_tokens: int | None = HfArg(
-        default=None, help="Tokens of a soft prompt. By default the checkpoint's number."
-    )
+    num_image_tokens: int | None = HfArg(default=None, help="Tokens of a soft prompt. Default: the checkpoint's.")
     tile_grid: list[int] = HfArg(default_factory=lambda: [1, 1], help="Rows and columns of tiles of each image.")
     check: bool = HfArg(default=False, help="Compare the exported files with the model.")
 
@@ -73,11 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
-    if max(processor.max_tiles, prompt.tiles) > 1:
+    if (max_tiles := processor.max_tiles) > 1 or prompt.tiles > 1:
         rows, columns = prompt.grid
-        print(
-            f"The graph takes images of {rows} x {columns} tiles. The processor's max_tiles is {processor.max_tiles}."
-        )
+        print(f"The graph takes images of {rows} x {columns} tiles. The processor's max_tiles is {max_tiles}.")
     program = export_graph(prompt, tile_size)
     files = {name: folder / f"soft_prompt.{name}" for name in arguments.formats}
     if "pt2" in files:
@@ -98,15 +94,10 @@ def check_arguments(arguments: ExportArguments) -> None:
     if unknown or not arguments.formats:
         raise ValueError(f"`formats` must be some of {', '.join(TOLERANCES)}, but is {arguments.formats}.")
     grid = arguments.tile_grid
-    if not (
-        isinstance(grid, list)
-        and len(grid) == 2
-        and all(type(side) is int and side >= 1 for side in grid)
-        and math.prod(grid) <= MAX_TILES
-    ):
-        raise ValueError(
-            f"`tile_grid` must be two integers of 1 or more, for at most {MAX_TILES} tiles, but is {grid}."
-        )
+    sides = grid if isinstance(grid, list) and len(grid) == 2 else [0]
+    if not all(type(side) is int and side >= 1 for side in sides) or math.prod(sides) > MAX_TILES:
+        wanted = f"two integers of 1 or more, for at most {MAX_TILES} tiles"
+        raise ValueError(f"`tile_grid` must be {wanted}, but is {grid}.")
     dtypes = ["float32"] if "onnx" in arguments.formats else ["float32", "bfloat16"]
     if arguments.dtype not in dtypes:
         dtypes, formats = " or ".join(dtypes), " ".join(arguments.formats)
@@ -149,10 +140,7 @@ class SoftPrompt(nn.Module):
 
 
 def example_pixels(prompt: SoftPrompt, tile_size: tuple[int, int], images: int, seed: int = 0) -> torch.Tensor:
-    """Returns images of noise, `(images, channels, height, width)`, float32. No two of their tokens are alike.
-
-    Those of several tiles are `(images, tiles, channels, height, width)`.
-    """
+    """Noise, so that no two tokens are alike: `(images, channels, height, width)`, with tiles as second axis."""
     channels = getattr(prompt.model.config.vision_config, "num_channels", 3)
     generator = torch.Generator().manual_seed(seed)
     shape = (images, channels) if prompt.tiles == 1 else (images, prompt.tiles, channels)

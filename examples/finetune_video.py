@@ -10,8 +10,7 @@ trains the demo's captioner on animated emoji, which npm fetches. Your own video
 The folder holds videos and a `metadata.jsonl` with their `file_name` and `caption`.
 """
 
-# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-import common.processes  # isort: skip  # noqa: F401
+import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +18,11 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
-from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments, parse_arguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
-from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import load_trainable
-from common.training.run import start_run, train_and_report
-from common.training.trainer import EVLGenTrainer
-from common.training.training_arguments import EVLGenTrainingArguments
+from common.training.run import start_run, train_captioner
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -38,9 +32,7 @@ DEMO_RECIPE = Path(__file__).parent / "configs" / "demo-video.yaml"
 @dataclass
 class VideoArguments:
     image_model: str = HfArg(default="outputs/demo", help="Image captioner: a folder or a name on the Hub.")
-    temporal_contextualizer: bool = HfArg(
-        default=True, help="Let frames attend to each other inside a transformer tower. False: see video_mode."
-    )
+    temporal_contextualizer: bool = HfArg(default=True, help="Let frames attend to each other inside the tower.")
     temporal_frame_positions: bool = HfArg(default=False, help="Let the contextualizer see the order of frames.")
     video_mode: Literal["mean", "merge"] | None = HfArg(
         default=None,
@@ -69,18 +61,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         fields = {name: getattr(model_args, name) for name in names if getattr(model_args, name)}
         model = load_trainable(model_args.image_model, "image_model", load, **fields)
         model.to(training_args.device)
-        train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
+        splits = cache_features(model, processor, *splits, data_args, training_args.seed)
 
-    trainer = EVLGenTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=CaptionCollator(processor, data_args, training=True, seed=training_args.seed),
-        processing_class=processor,
-        script_args=(model_args, data_args),
-    )
-    return train_and_report(trainer, checkpoint, generation_args)
+    shared_args = training_args, generation_args, data_args
+    return train_captioner(model, processor, splits, checkpoint, *shared_args, model_args)
 
 
 if __name__ == "__main__":

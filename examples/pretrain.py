@@ -17,22 +17,31 @@ Data that outgrow a disk are streamed, and several data sets are mixed by weight
 A run that was killed goes on with `--resume_from_checkpoint true`, from the last checkpoint in `output_dir`.
 """
 
-# First: it sets how PyTorch's threads wait, before PyTorch is loaded.
-import common.processes  # isort: skip  # noqa: F401
+import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from common.command_line import parse_arguments
-from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
+import torch
+from tqdm import tqdm
+
+from common.arguments import (
+    DataArguments,
+    EVLGenTrainingArguments,
+    GenerationArguments,
+    ModelArguments,
+    ProcessorArguments,
+    parse_arguments,
+)
+from common.data.collator import CaptionCollator, EmptyBatchError
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
-from common.evaluation.evaluation_arguments import GenerationArguments
 from common.models import build_model
-from common.training.run import start_run, train_and_report
-from common.training.trainer import EVLGenTrainer
-from common.training.training_arguments import EVLGenTrainingArguments, ModelArguments, ProcessorArguments
-from common.training.whiten import whiten_vision_projection
+from common.training.run import start_run, train_captioner
+from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
 
 DEMO_RECIPE = Path(__file__).parent / "configs" / "demo.yaml"
 ARGUMENTS = (ModelArguments, ProcessorArguments, DataArguments, GenerationArguments, EVLGenTrainingArguments)
@@ -50,19 +59,49 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         data_args.complete_frames(processor)
         model.generation_config.max_new_tokens = generation_args.max_new_tokens
         model.to(training_args.device)
-        train_dataset, eval_dataset = cache_features(model, processor, *splits, data_args, training_args.seed)
-        whiten_vision_projection(model, processor, train_dataset, data_args, model_args.whitening_images)
+        splits = cache_features(model, processor, *splits, data_args, training_args.seed)
+        whiten_vision_projection(model, processor, splits[0], data_args, model_args.whitening_images)
 
-    trainer = EVLGenTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=CaptionCollator(processor, data_args, training=True, seed=training_args.seed),
-        processing_class=processor,
-        script_args=(model_args, processor_args, data_args),
-    )
-    return train_and_report(trainer, checkpoint, generation_args)
+    shared_args = training_args, generation_args, data_args
+    return train_captioner(model, processor, splits, checkpoint, *shared_args, model_args, processor_args)
+
+
+def whiten_vision_projection(
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    rows: Any,
+    data_args: DataArguments,
+    num_images: int,
+) -> None:
+    """Whitens a fresh vision projection on rows at equal distances, or on the first rows of a stream."""
+    if not num_images:
+        return
+    collator = CaptionCollator(processor, data_args, training=False)
+    if hasattr(rows, "__len__"):
+        indices = range(0, len(rows), max(1, len(rows) // num_images))
+        sample = (rows[index] for index in indices[:num_images])
+    else:
+        sample = islice(rows, num_images)
+    sample = tqdm(sample, total=num_images, desc="Whitening", unit="image", leave=False)
+    model.whiten_vision_projection(_features(model, collator, sample))
+
+
+def _features(
+    model: EVLGenForConditionalGeneration, collator: CaptionCollator, rows: Iterator[dict[str, Any]]
+) -> Iterator[torch.Tensor]:
+    """Vision features of each good row, `(images, tokens, dim)`."""
+    for row in rows:
+        try:
+            batch, _ = collator.encode_good(collator.read_examples([row]), with_labels=False)
+        except EmptyBatchError:  # a bad row that is skipped
+            continue
+        batch = batch.to(model.device)
+        if "vision_features" in batch:
+            yield batch["vision_features"]
+        elif "pixel_values" in batch:
+            yield model.get_vision_features(batch["pixel_values"])
+        else:
+            yield model.get_vision_features(batch["pixel_values_videos"], frame_times=batch["frame_times"])
 
 
 if __name__ == "__main__":

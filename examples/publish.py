@@ -33,7 +33,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
+from common.arguments import parse_arguments
 from common.models import load_captioner
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -241,10 +241,7 @@ def is_edited(card: str) -> bool:
 
 
 def save_model(model: EVLGenForConditionalGeneration, folder: Path, towers: str | None) -> None:
-    """Saves the model so that others can load it. Towers that are not on the Hub are included, without their names.
-
-    A ValueError names a tower that is not on the Hub, if `towers` is `"reference"`.
-    """
+    """Saves the model for others. Towers that are not on the Hub are included, or refused as a `"reference"`."""
     names = {argument: getattr(model.config, f"{argument}_name_or_path") for argument in TOWERS}
     private = [argument for argument, name in names.items() if not is_on_hub(name)]
     if private and towers == "reference":
@@ -255,10 +252,7 @@ def save_model(model: EVLGenForConditionalGeneration, folder: Path, towers: str 
 
 
 def copy_adapter(source: Path, folder: Path, base_model: str | None) -> str:
-    """Copies an adapter without the other files of its training, and returns the name of its model on the Hub.
-
-    A ValueError names a model that is not on the Hub.
-    """
+    """Copies an adapter alone and returns its model's name. One that is not on the Hub raises a ValueError."""
     config = json.loads((source / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base_model = base_model or config["base_model_name_or_path"]
     if not is_on_hub(base_model):
@@ -286,10 +280,7 @@ def move_files(source: Path, target: Path) -> None:
     hub_file = ".gitattributes"  # the Hub's own, in a clone of a repository
     foreign = sorted({*present} - {*names, *stale, hub_file, CARD})
     if foreign:
-        raise ValueError(
-            f"`folder`: {target} holds files that do not belong to the model: {', '.join(foreign)}. Remove them, or "
-            "name another folder."
-        )
+        raise ValueError(f"`folder`: {target} holds files that do not belong to the model: {', '.join(foreign)}.")
     for name in stale:
         (target / name).unlink()
     for name in names:

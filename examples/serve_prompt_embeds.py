@@ -27,8 +27,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from common.command_line import parse_arguments
-from common.evaluation.evaluation_arguments import CaptionerArguments
+from common.arguments import CaptionerArguments, parse_arguments
 from common.models import load_trainable
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration

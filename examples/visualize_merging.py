@@ -32,10 +32,7 @@ Panel = tuple[str, Image.Image]  # a title, and an image of SIDE x SIDE pixels
 def panels_of(
     model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, modality: str, source: str
 ) -> list[list[Panel]]:
-    """Draws the panels of an image or of each sampled frame of a video: itself, and its tokens after each layer.
-
-    The source is a path or a URL. `modality` is `"images"` or `"videos"`.
-    """
+    """Draws an image (`"images"`) or a video's frames (`"videos"`), and their tokens after each layer."""
     if modality == "images":
         frames, names = [load_rgb_image(source)], ["image"]
         inputs = processor(images=frames)

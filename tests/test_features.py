@@ -12,13 +12,13 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from huggingface_hub import constants
 from PIL import Image
+from pretrain import whiten_vision_projection
 
+from common.arguments import DataArguments
 from common.data import feature_cache
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features, cache_split
 from common.evaluation.captions import WrongImages
-from common.training.whiten import whiten_vision_projection
 
 from .helpers import noise_images, tiny_model, tiny_processor
 

@@ -9,13 +9,13 @@ import finetune
 import pytest
 import torch
 from datasets import Dataset
-from finetune_lora import LoraArguments, add_lora
+from finetune import LoraArguments, add_lora
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
+from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.evaluation.captions import WrongImages, majority_accuracy
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor

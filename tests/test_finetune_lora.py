@@ -1,8 +1,8 @@
-"""examples/finetune_lora.py: which layers of which towers get an adapter, and that such adapters train and reload."""
+"""LoRA of examples/finetune.py: which layers of which towers get an adapter; such adapters train and reload."""
 
 import pytest
 import torch
-from finetune_lora import LoraArguments, add_lora, target_modules
+from finetune import LoraArguments, add_lora, target_modules
 from transformers import (
     MixtralConfig,
     Phi3Config,

@@ -9,8 +9,8 @@ from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM
 
+from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_split
 from modeling_evlgen.fingerprints import fingerprint_files, hash_weights
 

@@ -11,10 +11,8 @@ import pytest
 import yaml
 from datasets import Dataset
 
-from common.command_line import parse_arguments
-from common.data.data_arguments import DataArguments
-from common.data.loading import load_datasets
-from common.data.mixture import read_mixture
+from common.arguments import DataArguments, parse_arguments
+from common.data.loading import load_datasets, read_mixture
 
 from .helpers import ROOT, save_towers
 from .training import SHARDS, name_tars, png, stream_options, write_tars

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, SiglipVisionModel
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, OPENAI_CLIP_MEAN
 
+from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.models import load_image_processor
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor

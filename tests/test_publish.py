@@ -6,7 +6,7 @@ from functools import partial
 import publish
 import pytest
 import torch
-from finetune_lora import LoraArguments, add_lora
+from finetune import LoraArguments, add_lora
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 from publish import PublishArguments, is_edited, model_card, read_results, sign

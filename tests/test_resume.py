@@ -14,10 +14,9 @@ import pytest
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments, EVLGenTrainingArguments
 from common.files import replacing, write_whole
 from common.training.resume import check_settings_of_run, find_checkpoint, run_settings
-from common.training.training_arguments import EVLGenTrainingArguments
 
 from .helpers import ROOT, save_image_folder, save_towers, tiny_model
 from .training import CONNECTOR, arguments, assert_same_weights, flags, save_recipe, start

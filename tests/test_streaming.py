@@ -16,9 +16,8 @@ import pytest
 from datasets import load_dataset
 from torch.utils.data import DataLoader
 
-from common.data.bad_rows import TrainingCollator
-from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments
+from common.data.collator import CaptionCollator, TrainingCollator
 from common.data.streams import EPOCH, SourceReader
 
 from .helpers import ROOT, save_split, save_towers, tiny_model, tiny_processor

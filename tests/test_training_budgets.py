@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.arguments import DataArguments, ModelArguments, ProcessorArguments
 from common.data.collator import CaptionCollator, RandomCrop
-from common.data.data_arguments import DataArguments
 from common.data.streams import EPOCH
 from common.models import build_model
-from common.training.training_arguments import ModelArguments, ProcessorArguments
 
 from .helpers import noise_images, save_towers
 from .test_processing import make_processor

@@ -8,10 +8,9 @@ import torch
 from datasets import Dataset
 from huggingface_hub import constants
 
-from common.command_line import parse_arguments
+from common.arguments import DataArguments, parse_arguments
 from common.data import feature_cache
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.data.feature_cache import cache_features, cache_split
 from common.data.loading import check_arguments
 from common.evaluation.captions import WrongImages

@@ -7,12 +7,10 @@ from huggingface_hub import constants
 from torch.testing import assert_close
 from transformers import set_seed
 
-from common.command_line import parse_arguments
+from common.arguments import ModelArguments, parse_arguments
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.models import build_model
-from common.training.training_arguments import ModelArguments
-from common.training.whiten import whiten_vision_projection
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.vision_tower import moments, whitening_matrix
 
@@ -99,7 +97,7 @@ def prepare(tmp_path, monkeypatch):
         train, test = load_datasets(data_args, training_args.seed)
         model, processor = build_model(model_args, processor_args)
         train, _ = cache_features(model, processor, train, test, data_args, training_args.seed)
-        whiten_vision_projection(model, processor, train, data_args, model_args.whitening_images)
+        pretrain.whiten_vision_projection(model, processor, train, data_args, model_args.whitening_images)
         return model, train
 
     return run

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments
 from common.data.loading import load_datasets
 from common.data.streams import CaptionStream, Source
 

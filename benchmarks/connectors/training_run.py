@@ -16,7 +16,7 @@ import pretrain
 import torch
 from transformers import TrainerCallback, set_seed
 
-from common.command_line import parse_arguments
+from common.arguments import EVLGenTrainingArguments, parse_arguments
 from common.data.collator import CaptionCollator
 from common.data.feature_cache import FeatureDataset, cache_features
 from common.data.loading import load_datasets
@@ -25,8 +25,6 @@ from common.demo.crowded_scenes import CONCEPTS
 from common.evaluation.captions import WrongImages, caption_loss, generate_captions
 from common.models import build_model
 from common.training.trainer import EVLGenTrainer
-from common.training.training_arguments import EVLGenTrainingArguments
-from common.training.whiten import whiten_vision_projection
 from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 
 from ..timing import count_flops
@@ -67,7 +65,7 @@ def train(run: Run) -> dict[str, Any]:
         splits = load_datasets(data_args, args.seed)
         model, processor = build_model(model_args, processor_args)
         train_dataset, test_dataset = cache_features(model, processor, *splits, data_args, args.seed)
-        whiten_vision_projection(model, processor, train_dataset, data_args, model_args.whitening_images)
+        pretrain.whiten_vision_projection(model, processor, train_dataset, data_args, model_args.whitening_images)
         result["trained_parameters"] = model.num_parameters(only_trainable=True)
         collators = [CaptionCollator(processor, data_args, training, seed=run.seed) for training in (True, False)]
         if run.method == "qformer-two-stage":

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedTokenizerBase
 
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments
 from common.data.rows import true_captions
 from modeling_evlgen import EVLGenForConditionalGeneration, QFormerConnector
 

@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from common.demo.cache import prepare_once
-from common.demo.captioned_images import with_article
 from common.demo.emoji_videos import load_emoji_videos
-from common.demo.scenes import HELD_OUT_STEPS
+from common.demo.scenes import HELD_OUT_STEPS, with_article
 from common.demo.towers import prepare_vision_tower
 from common.models import load_image_processor
 from modeling_evlgen.vision_tower import extract_vision_tokens

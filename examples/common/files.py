@@ -33,14 +33,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def only_run_in(folder: Path, argument: str = "output_dir") -> Iterator[None]:
-    """Locks a folder against other runs while open. The lock ends with the process, even if it is killed.
+    """Locks an existing folder against other runs while open. The lock ends with the process, even if it is killed.
 
-    Args:
-        folder: An existing folder.
-        argument: The argument that names it, for the message.
-
-    Raises:
-        ValueError: If another run has locked it. The message names that run.
+    Raises a ValueError if another run has locked it. The message names that run, and `argument` as the folder's.
     """
     run_path = folder / "_run.json"  # the Trainer does not push files that start with "_" to the Hub
     lock = FileLock(folder / "_run.lock", timeout=LOCK_SECONDS)

@@ -6,8 +6,8 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, TimmWrapperImageProcessor
 from transformers.utils import find_adapter_config_file, logging
 
+from common.arguments import ModelArguments, ProcessorArguments
 from common.demo.towers import prepare_language_model, prepare_vision_tower
-from common.training.training_arguments import ModelArguments, ProcessorArguments
 from configuration_evlgen import CONNECTOR_CONFIGS
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -18,11 +18,7 @@ logger = logging.get_logger(__name__)
 def build_model(
     arguments: ModelArguments, text_format: ProcessorArguments
 ) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
-    """Loads the towers, by default those of the demo, and builds a new connector between them and a processor.
-
-    The model's generation stops at the processor's `end_of_text`. Parts that cannot be loaded or do not fit each other
-    raise a ValueError.
-    """
+    """Loads the towers, or the demo's, and builds a connector and a processor. Misfits raise a ValueError."""
     vision_model = arguments.vision_model or str(prepare_vision_tower())
     text_model = arguments.text_model or str(prepare_language_model())
     image_processor = load_image_processor(vision_model, revision=arguments.vision_revision)
@@ -70,11 +66,8 @@ def allow_token_range(
 ) -> None:
     """Lets a model serve any number of tokens of an image in a range, after a training that draws from it.
 
-    `num_image_tokens` is the number without a request, by default the model's own.
-
-    Raises:
-        ValueError: If the connector cannot make each of these numbers, or the number without a request is not among
-            them.
+    `num_image_tokens` is the number without a request, by default the model's own. Raises a ValueError if the
+    connector cannot make each of these numbers, or the number without a request is not among them.
     """
     if image_token_range is None:
         return
@@ -91,11 +84,7 @@ def allow_token_range(
 
 
 def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """Selects the fields that a connector has, so that a recipe's `connector_config` also works for other connectors.
-
-    Fields of other connectors are omitted with a warning. Unknown fields are kept, and refused later. The field
-    `model_type` is added.
-    """
+    """Selects a connector's fields, so that a recipe also works for another one. Unknown ones are refused later."""
     model_type = {"tomeformer": "tomeformer", "qformer": "evlgen_qformer", "mlp": "evlgen_mlp"}[connector]
     known = set().union(*(config_class.__dataclass_fields__ for config_class in CONNECTOR_CONFIGS.values()))
     omitted = sorted(fields.keys() & known - CONNECTOR_CONFIGS[model_type].__dataclass_fields__.keys())
@@ -105,10 +94,7 @@ def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> Any:
-    """Loads a model or its processor by `load(name_or_path, **kwargs)`.
-
-    A missing one raises a ValueError that names `argument`.
-    """
+    """Returns `load(name_or_path, **kwargs)`. A missing model raises a ValueError that names `argument`."""
     try:
         return load(name_or_path, **kwargs)
     except OSError as error:
@@ -122,10 +108,7 @@ def load_trainable(
     load: Callable = EVLGenForConditionalGeneration.from_pretrained,
     **kwargs: Any,
 ) -> Any:
-    """Loads a trained model, or its processor, to train it further.
-
-    An adapter would neither be trained nor saved, so it is refused.
-    """
+    """Loads a model or its processor to train it further. An adapter is refused: it would not be trained."""
 
     if load_captioner(argument, find_adapter_config_file, name_or_path) is not None:
         raise ValueError(

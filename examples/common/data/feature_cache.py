@@ -21,12 +21,13 @@ import torch
 from datasets import Dataset, List, Value
 from filelock import FileLock
 from huggingface_hub import constants
+from numpy.lib.format import open_memmap
 from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
 
+from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.data.rows import start_of_text
 from common.files import replacing, write_whole
 from modeling_evlgen import EVLGenForConditionalGeneration, video_merging
@@ -46,14 +47,8 @@ class FeatureDataset(torch.utils.data.Dataset):
     """Good rows of a data set, with `vision_features` from files in place of the image or video.
 
     They are a list with an entry for each view, of shape (tokens, dim), or (rows of tiles, columns of tiles, tokens,
-    dim) if `is_tiled`. Merged videos have `token_places` as well, of shape (tokens, 3) each.
-
-    Args:
-        images (`Dataset`): All rows.
-        media_column (`str`): Their column of images or videos.
-        folder (`Path`): The folder of the parts.
-        parts (`list[dict]`): The content of the parts' JSON files, in order.
-        names (`list[str]`): The keys of `SUFFIXES` that each row has.
+    dim) if `is_tiled`. Merged videos have `token_places` as well, of shape (tokens, 3) each. `images` are all rows,
+    `parts` the content of the JSON files in `folder`, in order, and `names` the keys of `SUFFIXES` that each row has.
     """
 
     def __init__(
@@ -77,7 +72,8 @@ class FeatureDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, found = self.rows[index], dict(self.texts[index])
         for name in self.names:
-            values = _open(self.folder / f"{row // self.part_rows:06}{SUFFIXES[name]}")  # not read from disk yet
+            path = self.folder / f"{row // self.part_rows:06}{SUFFIXES[name]}"
+            values = open_memmap(path, mode="r")  # not read from disk yet
             found[name] = [
                 values[start : start + grid.prod()].reshape(*(grid if self.is_tiled else ()), *values.shape[1:])
                 for start, grid in zip(self.starts[row], self.grids[row], strict=True)
@@ -99,18 +95,12 @@ def cache_features(
     """Runs the vision tower over both splits; over `cached_views` crops, flips and choices of frames in training.
 
     The views are those that the first epochs would draw without a cache. Without `cache_features` the splits are
-    returned as they are.
-
-    Raises:
-        ValueError: If the model has a temporal contextualizer.
+    returned as they are. Raises a ValueError if the model has a temporal contextualizer.
     """
     if not data_args.cache_features:
         return train, test
     if model.temporal is not None:
-        raise ValueError(
-            "`cache_features` needs features that training does not change, but the `temporal_contextualizer` is "
-            "trained inside the vision tower."
-        )
+        raise ValueError("`cache_features`: the `temporal_contextualizer` is trained inside the vision tower.")
     views = CaptionCollator(processor, data_args, training=True, seed=seed)
     train = cache_split(model, train, views, data_args.cached_views or 1)
     if test is None:
@@ -130,11 +120,8 @@ def cache_split(
     The features lie in `$HF_HOME/evlgen_features`. Each tower (weights included), image processor, augmentation, data
     set, `max_pixels` and `max_tiles` has a folder of its own, and for videos each choice of frames and `video_mode`. A
     run that was killed goes on where it stopped. A damaged file is computed again. `views` opens an image or a video,
-    and gives another view of it in each `epoch`.
-
-    Raises:
-        ValueError: If a row is bad and not to be skipped, or a feature does not fit float16.
-        OSError: If the disk has no room for the features.
+    and gives another view of it in each `epoch`. Raises a ValueError if a row is bad and not to be skipped, or a
+    feature does not fit float16. Raises an OSError if the disk has no room for the features.
     """
     data_args, config = views.data_args, model.config
     is_video = data_args.video_column is not None
@@ -167,16 +154,8 @@ def cache_split(
     return FeatureDataset(dataset, column, folder, parts, list(arrays), is_tiled=max_tiles > 1)
 
 
-def _open(path: Path) -> np.memmap:
-    """The array in a file. A pickle or an archive is refused."""
-    return np.lib.format.open_memmap(path, mode="r")
-
-
 def _read_part(stem: Path, arrays: Arrays) -> dict[str, Any] | None:
-    """The JSON file of a part; None if it does not exist, or if a file of the part is damaged, which is logged.
-
-    `grids` are the rows and columns of tiles of each view, (rows, views, 2). `bad_rows` are texts by row number.
-    """
+    """The JSON file of a part: grids `(rows, views, 2)`, texts of bad rows. None if a file is missing or damaged."""
     path = stem.with_suffix(".json")
     if not path.exists():
         return None
@@ -184,7 +163,7 @@ def _read_part(stem: Path, arrays: Arrays) -> dict[str, Any] | None:
         part = json.loads(path.read_text(encoding="utf-8"))
         num_tiles = int(np.array(part["grids"], dtype=np.uint64).prod(axis=2).sum())
         for name, (dtype, shape) in arrays.items():
-            array = _open(stem.with_suffix(SUFFIXES[name]))
+            array = open_memmap(stem.with_suffix(SUFFIXES[name]), mode="r")  # refuses a pickle and an archive
             if (array.dtype, array.shape) != (dtype, (num_tiles, *shape)):
                 raise ValueError(f"`{name}` are {array.dtype} {array.shape}, not {(num_tiles, *shape)}")
         return {**part, "bad_rows": dict(part["bad_rows"])}
@@ -194,10 +173,7 @@ def _read_part(stem: Path, arrays: Arrays) -> dict[str, Any] | None:
 
 
 def _check_room(folder: Path, num_images: int, *arrays: tuple[type, tuple[int, int]]) -> None:
-    """
-    Raises:
-        OSError: If the disk has no room for the features of so many images of one tile.
-    """
+    """Raises an OSError if the disk has no room for the features of so many images of one tile."""
     needed = num_images * sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in arrays)
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -220,11 +196,10 @@ def _compute_part(
         for place, number in enumerate(rows):
             row = dataset[number]
             for view in range(num_views):
-                media = _read_view(row, views, view)
-                if media is None:
+                tiles, grids[place, view] = _read_tiles(row, views, view)
+                if not tiles:
                     bad_rows[str(number)] = start_of_text(row, views.data_args)
                     break
-                tiles, grids[place, view] = _cut(media, views.processor)
                 yield from tiles
 
     tiles = cut_all()
@@ -242,33 +217,25 @@ def _save_part(stem: Path, part: dict[str, Any], arrays: Arrays, computed: list[
     write_whole(stem.with_suffix(".json"), json.dumps(part))
 
 
-def _read_view(row: dict[str, Any], views: CaptionCollator, view: int) -> Image.Image | VideoFrames | None:
-    """One view of a row's image or video; None if the row is bad."""
-    views.epoch = view
+def _read_tiles(row: dict[str, Any], views: CaptionCollator, view: int) -> tuple[list[Any], tuple[int, int]]:
+    """The tiles of one view of a row's image, and their grid. A video is one tile; a bad row has none."""
+    views.epoch, processor = view, views.processor
     media = views.read(row)
     if isinstance(media, VideoFrames):
-        return media
+        return [media], (1, 1)
     images = [] if media is None else flatten_images(media)  # of a conversation, a list
     if len(images) > 1:
         raise ValueError(f"`cache_features` keeps one image of a row, but a row holds {len(images)}.")
-    return images[0] if images else None
-
-
-def _cut(image: Image.Image | VideoFrames, processor: EVLGenProcessor) -> tuple[list[Any], tuple[int, int]]:
-    """The tiles of an image and their grid. A video is one tile."""
-    if processor.max_tiles == 1 or isinstance(image, VideoFrames):
-        return [image], (1, 1)
-    return cut_tiles(image, tile_size(processor.image_processor), processor.max_tiles)
+    if not images or processor.max_tiles == 1:
+        return images, (len(images), len(images))
+    return cut_tiles(images[0], tile_size(processor.image_processor), processor.max_tiles)
 
 
 @torch.no_grad()
 def _run_tower(
     model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, media: list[Image.Image] | list[VideoFrames]
 ) -> list[np.ndarray]:
-    """Features of images or videos, float16, `(images or videos, tokens, dim)`.
-
-    For merged videos also the places of their tokens, float32, `(videos, tokens, 3)`.
-    """
+    """Features, float16, `(media, tokens, dim)`; of merged videos also places, float32, `(videos, tokens, 3)`."""
     device = model.vision_tower.device
     if isinstance(media[0], VideoFrames):
         inputs = processor(videos=media, do_sample_frames=False).to(device)

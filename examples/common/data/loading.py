@@ -1,8 +1,13 @@
-"""Training and held-out rows from a demo, a folder, files or the Hub."""
+"""Training and held-out rows from a demo, a folder, files or the Hub, or from several of these, mixed by weight."""
 
+import json
+import math
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import (
     Dataset,
     DatasetDict,
@@ -14,13 +19,24 @@ from datasets import (
     load_dataset,
 )
 
-from common.data.data_arguments import DataArguments
-from common.data.mixture import read_mixture, renamed_columns
+from common.arguments import DataArguments
 from common.data.rows import read_row, skip_or_raise
 from common.data.streams import CaptionStream, Source, tolerant_reading
-from common.demo.demo_datasets import DEMO_DATASETS
+from common.demo.crowded_scenes import load_crowded_scenes
+from common.demo.easy_vqa import load_easy_vqa, load_easy_vqa_questions
+from common.demo.emoji_videos import load_emoji_videos
+from common.demo.scenes import load_scenes
 
+DEMO_DATASETS = {
+    "openmoji-scenes": load_scenes,
+    "crowded-scenes": load_crowded_scenes,
+    "easy-vqa": load_easy_vqa,
+    "easy-vqa-questions": load_easy_vqa_questions,
+    "emoji-videos": lambda: load_dataset(str(load_emoji_videos())),
+}
 WEBDATASET_COLUMNS = ("__key__", "__url__")  # the origin of a row
+COLUMN_ARGUMENTS = ("image_column", "video_column", "caption_column", "prompt_column", "messages_column")
+DATASET_ARGUMENTS = ("dataset", "data_files", "dataset_config", "train_split", "streaming", "max_train_samples")
 
 
 def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | CaptionStream, Dataset | None]:
@@ -28,11 +44,9 @@ def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | Captio
 
     Without streaming, an epoch of a mixture has every row of each data set at least once. It ends with the data set
     that is largest for its weight, and repeats rows of the others. A stream does not end. `seed` is for mixing and for
-    shuffling streams, which the Trainer cannot shuffle. The held-out split has no bad rows.
-
-    Raises:
-        ValueError: If arguments contradict each other, or a split or column does not exist; the message names those
-            that do. If a held-out row is bad and not to be skipped. If columns of a mixture differ in type.
+    shuffling streams, which the Trainer cannot shuffle. The held-out split has no bad rows. Raises a ValueError if
+    arguments contradict each other, a split or column does not exist, a held-out row is bad and not to be skipped, or
+    columns of a mixture differ in type.
     """
     check_arguments(data_args)
     with tolerant_reading():
@@ -53,27 +67,14 @@ def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | Captio
     return train, test if len(good) == len(test) else test.select(good)
 
 
-def load_held_out(data_args: DataArguments) -> Dataset:
-    """Loads all rows of the held-out split alone. Images stay encoded until a batch is made of them.
-
-    Raises:
-        ValueError: If the data set, the split or a column does not exist.
-    """
-    return select_split(load_splits(data_args), "test_split", data_args, data_args.max_test_samples)
-
-
 def check_arguments(data_args: DataArguments) -> None:
-    """
-    Raises:
-        ValueError: If arguments contradict each other, or there is no data set.
-    """
+    """Raises a ValueError if arguments contradict each other, or there is no data set."""
     if data_args.cache_features and data_args.streaming:
         raise ValueError("`cache_features` needs the whole data set, so it cannot be set with `streaming`.")
     views, draws = data_args.cached_views, data_args.draws_views
     if data_args.cache_features and draws and views is None:
         raise ValueError(
-            "`cache_features` with `crop_scale`, `horizontal_flip` or the `num_frames` of videos needs "
-            "`cached_views`: how many."
+            "`cache_features`: crops, flips or the `num_frames` of videos needs `cached_views`: how many."
         )
     if views is not None and not (data_args.cache_features and draws and views > 0):
         raise ValueError(
@@ -83,19 +84,13 @@ def check_arguments(data_args: DataArguments) -> None:
     if data_args.streaming and data_args.test_split and data_args.max_test_samples is None:
         raise ValueError("`streaming` needs `max_test_samples`, or an empty `test_split`.")
     if not data_args.dataset and not data_args.mixture:
-        raise ValueError(
-            "`dataset` is needed: a folder, a name on the Hub, a kind of file with `data_files`, or a demo."
-        )
+        raise ValueError("`dataset` is needed: a demo, a folder, a name on the Hub, or a kind of file.")
     if not data_args.dataset and data_args.test_split:
         raise ValueError("`mixture` needs a `dataset` with held-out rows, or an empty `test_split`.")
 
 
 def load_splits(data_args: DataArguments) -> DatasetDict | IterableDatasetDict:
-    """All splits of a data set by name.
-
-    Raises:
-        ValueError: If there is no such data set, or its files cannot be read.
-    """
+    """All splits of a data set by name. A ValueError names a data set that is missing or cannot be read."""
     if data_args.dataset in DEMO_DATASETS:
         return DEMO_DATASETS[data_args.dataset]()
     try:
@@ -125,7 +120,8 @@ def load_training_split(data_args: DataArguments, splits: Any, seed: int) -> Dat
     for _, part in parts:
         rows = splits if part is data_args else load_splits(part)
         rows = select_split(rows, "train_split", part, part.max_train_samples)
-        renamed = renamed_columns(part, data_args)
+        names = {getattr(part, column): getattr(data_args, column) for column in data_args.used_columns}
+        renamed = {own: shared for own, shared in names.items() if own != shared}
         loaded.append(rows.rename_columns(renamed) if renamed else rows)
     weights = [weight for weight, _ in parts]
     if data_args.streaming:
@@ -140,14 +136,49 @@ def load_training_split(data_args: DataArguments, splits: Any, seed: int) -> Dat
         raise ValueError(f"`mixture`: columns of its data sets are of different types: {error}") from error
 
 
+def read_mixture(data_args: DataArguments) -> list[tuple[float, DataArguments]]:
+    """The weight and the arguments of each data set to train on. A ValueError says what an entry has wrong."""
+    if not data_args.mixture:
+        return [(1.0, data_args)]
+    entries = data_args.mixture
+    if isinstance(entries, str):
+        if not Path(entries).is_file():
+            raise ValueError(f"`mixture` is {entries!r}, which is no YAML file (nor a list, as JSON).")
+        try:
+            entries = yaml.safe_load(Path(entries).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"`mixture`: {entries} is no YAML: {error}") from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"`mixture` must be a list of data sets, each with a weight, but is {entries!r}.")
+    return [_read_entry(entry, data_args) for entry in entries]
+
+
+def _read_entry(entry: dict[str, Any], data_args: DataArguments) -> tuple[float, DataArguments]:
+    shown = json.dumps(entry, ensure_ascii=False)
+    unknown = sorted(entry.keys() - {"weight", *DATASET_ARGUMENTS, *COLUMN_ARGUMENTS})
+    if unknown:
+        raise ValueError(f"`mixture`: {shown} holds unknown names: {', '.join(unknown)}.")
+    if not entry.get("dataset"):
+        raise ValueError(f"`mixture`: {shown} needs a `dataset`.")
+    weight = entry.get("weight")
+    if not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 < weight < math.inf:
+        raise ValueError(f"`mixture`: {shown} needs a `weight` above 0, but has {weight!r}.")
+    if entry.get("streaming") and not data_args.streaming:
+        raise ValueError(f"`mixture`: {shown} is to be streamed, which takes `--streaming true` for all.")
+    for column in COLUMN_ARGUMENTS:
+        shared = getattr(data_args, column)
+        if bool(entry.get(column, shared)) != bool(shared):
+            raise ValueError(f"`mixture`: {shown} sets `{column}`, but the mixture has it at {shared!r}.")
+    # Files and configuration of the held-out data set are not an entry's.
+    fields = {"data_files": None, "dataset_config": None, **entry}
+    fields.pop("weight")
+    return float(weight), replace(data_args, mixture=None, **fields)
+
+
 def select_split(
     splits: Any, argument: str, data_args: DataArguments, max_samples: int | None
 ) -> Dataset | IterableDataset:
-    """The first rows of the split that `argument` names, with the columns that are used; images are not decoded.
-
-    Raises:
-        ValueError: If the split or a column does not exist.
-    """
+    """The first rows of a split, with the columns that are used. A ValueError names a missing split or column."""
     name = getattr(data_args, argument)
     if name not in splits:
         hint = "" if argument == "train_split" else '; --test_split "" trains without held-out images'

@@ -5,7 +5,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments
 from processing_evlgen.conversations import check_conversation
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import load_rgb_frames
@@ -16,11 +16,7 @@ Media = Image.Image | list[Image.Image]
 
 
 def read_row(row: dict[str, Any], data_args: DataArguments, frame_sampling: str = "uniform") -> Media:
-    """Opens the image, the images of a conversation or the frames of a video, in RGB, and checks the text.
-
-    Raises:
-        ValueError: If the row is bad: the image or video cannot be read, or the text is missing or malformed.
-    """
+    """Opens the image, images or frames of a row in RGB and checks its text. A ValueError says why a row is bad."""
     check_text(row, data_args)
     return open_media(row, data_args, frame_sampling)
 
@@ -37,10 +33,7 @@ def open_media(row: dict[str, Any], data_args: DataArguments, frame_sampling: st
 
 
 def check_text(row: dict[str, Any], data_args: DataArguments) -> None:
-    """
-    Raises:
-        ValueError: If a row has no caption or question, or its conversation does not fit its images.
-    """
+    """Raises a ValueError if a row has no caption or question, or its conversation does not fit its images."""
     if data_args.messages_column:
         num_images, num_videos = (0, 1) if data_args.video_column else (count_images(row[data_args.image_column]), 0)
         if num_images == num_videos == 0:

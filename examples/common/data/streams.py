@@ -117,11 +117,7 @@ class SourceReader:
     state: dict[str, Any] | None = None  # after the latest row; at first that of another reader, to go on from
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows, each with the number of completed rounds as [`EPOCH`].
-
-        Raises:
-            ValueError: If this reader has no rows, or a file is damaged or cannot be reached.
-        """
+        """The rows, each with its completed rounds as [`EPOCH`]. No rows or a damaged file raise a ValueError."""
         state = self.state or {"epoch": 0, "block": 0, "taken": 0, "dataset": None}
         while True:
             yield from self._round(**state)
@@ -162,10 +158,7 @@ class SourceReader:
 
 
 class CaptionStream(torch.utils.data.IterableDataset):
-    """Rows of one or several data sets, for ever. A data set at its end starts again; the others go on.
-
-    Each reader holds and shuffles `buffer_size` rows, of all data sets together.
-    """
+    """Rows of one or several data sets, for ever. Each reader holds and shuffles `buffer_size` rows of all."""
 
     def __init__(self, sources: list[Source], seed: int, buffer_size: int):
         if buffer_size < 1:

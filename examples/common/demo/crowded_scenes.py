@@ -18,9 +18,8 @@ from datasets import Dataset, DatasetDict, Features, Image, List, NamedSplit, Va
 from PIL import Image as PILImage
 
 from common.demo.cache import prepare_once
-from common.demo.captioned_images import with_article
 from common.demo.scenes import CONCEPTS as DEMO_CONCEPTS
-from common.demo.scenes import HELD_OUT_STEPS, rasterise
+from common.demo.scenes import HELD_OUT_STEPS, rasterise, with_article
 
 CONCEPTS = (
     *DEMO_CONCEPTS,
@@ -65,10 +64,7 @@ def _rows(split: str) -> Iterator[dict[str, Any]]:
 
 
 def draw_crowds(split: str, count: int) -> Iterator[tuple[bytes, list[list[str]]]]:
-    """Draws the first `count` scenes of a split as PNG bytes, each with the things of its rows of drawings.
-
-    They are the same in every run.
-    """
+    """Draws the first scenes of a split, the same in every run: PNG bytes, and the things of each row of drawings."""
     seed = ("train", "test").index(split)
     # One generator draws what is shown, and another one how. The 1 is part of the seed of all published scenes.
     layouts, pixels = np.random.default_rng((seed, 0)), np.random.default_rng((seed, SIZE, 1))

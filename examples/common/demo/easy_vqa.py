@@ -11,9 +11,8 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_from_disk
 from PIL import Image
 
-from common.demo.cache import prepare_once
-from common.demo.captioned_images import save_splits, with_article
-from common.demo.packages import EASY_VQA, fetch_package
+from common.demo.cache import EASY_VQA, fetch_package, prepare_once
+from common.demo.scenes import save_splits, with_article
 
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
@@ -84,10 +83,7 @@ def easy_vqa_questions(split: str) -> list[dict]:
     """Reads the questions about the images: 38,575 of the split "train", or 9,673 of "test".
 
     Rows are `{"id": index, "image": path, "question": text, "answers": [correct answer], "answer_type": type}`. The
-    type is "yes/no", "color" or "shape".
-
-    Raises:
-        ValueError: If there is no such split.
+    type is "yes/no", "color" or "shape". Raises a ValueError if there is no such split.
     """
     if split not in ("train", "test"):
         raise ValueError(f"`test_split` is {split!r}, but easy-vqa has ['test', 'train'].")

@@ -10,8 +10,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from common.demo.cache import prepare_once
-from common.demo.packages import require_libraries
+from common.demo.cache import prepare_once, require_libraries
 
 PACKAGE = "@lobehub/fluent-emoji-anim-1@1.0.0"  # 165 MB
 HELD_OUT_TONE = "medium-dark skin tone"
@@ -19,13 +18,7 @@ TONES = 6  # five skin tones, and none
 
 
 def load_emoji_videos() -> Path:
-    """Fetches the animated emoji that exist in all skin tones, into a folder for `datasets.load_dataset`.
-
-    Of each emoji, the split "train" has five videos (animated WebP) and the split "test" has one.
-
-    Raises:
-        RuntimeError: If npm is not installed or cannot fetch the package.
-    """
+    """Fetches animated emoji with all skin tones, one of them for testing. Without npm it raises a RuntimeError."""
     return prepare_once("data/emoji-videos-v1", _write)
 
 

