@@ -30,11 +30,10 @@ class Block:
 
 def blocks_of_page(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
-    lines = [text.count("\n", 0, match.start()) + 2 for match in _FENCE.finditer(text)]
     name = page.relative_to(ROOT)
     return [
-        Block(language, code, f"{name}:{line}")
-        for (language, code), line in zip(_FENCE.findall(text), lines, strict=True)
+        Block(found[1], found[2], f"{name}:{text.count(chr(10), 0, found.start()) + 2}")
+        for found in _FENCE.finditer(text)
     ]
 
 
@@ -45,29 +44,17 @@ def blocks_of_docstring(script: Path) -> list[Block]:
     for match in re.finditer(r"(?:^    .*\n)+", docstring + "\n", re.MULTILINE):
         code = re.sub("^    ", "", match[0], flags=re.MULTILINE)
         line = docstring.count("\n", 0, match.start()) + 1
-        language = "python" if _is_python(code) else "bash"
+        language = "bash"
+        with suppress(SyntaxError):
+            ast.parse(code)
+            language = "python"
         blocks.append(Block(language, code, f"{script.relative_to(ROOT)}:{line}"))
     return blocks
 
 
-def _is_python(code: str) -> bool:
-    try:
-        ast.parse(code)
-    except SyntaxError:
-        return False
-    return True
-
-
 @dataclass(frozen=True)
 class Command:
-    """A command of a page or docstring.
-
-    Attributes:
-        kind: "script" of examples/, "benchmark", or "foreign".
-        name: The script's or benchmark's; of another program the whole command.
-        arguments: Of the script or benchmark.
-        where: Its block's.
-    """
+    """A "script" of examples/ or a "benchmark" with its arguments, or a "foreign" command as its name alone."""
 
     kind: str
     name: str
@@ -76,9 +63,8 @@ class Command:
 
 
 def commands_of(block: Block) -> list[Command]:
-    lines = re.sub(r"\\\n\s*", "", block.code).splitlines()
     commands = []
-    for line in lines:
+    for line in re.sub(r"\\\n\s*", "", block.code).splitlines():
         words = shlex.split(line, comments=True)
         while words:
             end = words.index("&&") if "&&" in words else len(words)

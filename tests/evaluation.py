@@ -1,14 +1,13 @@
 """Helpers of the evaluation scripts' tests: images and videos for the published files, and fixed answers."""
 
 import json
-import subprocess
-import sys
 
 from PIL import Image, ImageDraw
 
 from common.evaluation import answers
 
-from .helpers import COLORS, FIXTURES, ROOT, tiny_model, tiny_processor
+from .helpers import COLORS, FIXTURES, save_animation, tiny_model
+from .training import flags, save_captioner
 
 PUBLISHED = FIXTURES / "benchmarks"
 COCO_IMAGES = (522418, 184613, 318219, 391895, 57870, 60623, 318556, 262148, 393225, 297147, 339761)
@@ -29,50 +28,44 @@ def draw(path, color):
 def animate(path, brightness):
     frames = [Image.new("RGB", (32, 32), (brightness + 5 * index,) * 3) for index in range(6)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, save_all=True, append_images=frames[1:])
+    save_animation(path, frames)
 
 
 def save_work(folder):
     """Saves a tiny model, and draws the images and videos that the fixtures' files name."""
-    model = tiny_model()
-    processor = tiny_processor(model)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    save_captioner(folder / "model", tiny_model())
     for index, image in enumerate(COCO_IMAGES):
         draw(folder / "coco" / "val2014" / f"COCO_val2014_{image:012d}.jpg", COLORS[index % 4])
-    for index, image in enumerate((1, 16)):
-        draw(folder / "coco" / f"COCO_test2015_{image:012d}.jpg", COLORS[index])
-    for index, name in enumerate(OPENIMAGES):
-        draw(folder / "nocaps" / name, COLORS[index % 4])
-    for index, name in enumerate(("1007129816.jpg", "1009434119.jpg")):
-        draw(folder / "flickr" / name, COLORS[index])
-    for index, name in enumerate(("n161313.jpg", "n235859.jpg")):
-        draw(folder / "gqa" / name, COLORS[index])
+    for media, names in {
+        "coco": ["COCO_test2015_000000000001.jpg", "COCO_test2015_000000000016.jpg"],
+        "nocaps": OPENIMAGES,
+        "flickr": ["1007129816.jpg", "1009434119.jpg"],
+        "gqa": ["n161313.jpg", "n235859.jpg"],
+    }.items():
+        for index, name in enumerate(names):
+            draw(folder / media / name, COLORS[index % 4])
     for index, name in enumerate(VIDEOS):
         animate(folder / "videos" / f"{name}.webp", 30 * index)
     return folder
 
 
 def options(work, output, **changes):
-    given = {"model": work / "model", "output_dir": output, "batch_size": 4, **changes}
-    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    return flags(**{"model": work / "model", "output_dir": output, "batch_size": 4, **changes})
 
 
 def published(work, benchmark, media, **files):
-    return {
-        "benchmark": benchmark,
-        "media_dir": work / media,
-        **{name: value if name == "test_split" else PUBLISHED / value for name, value in files.items()},
-    }
+    """The arguments for a benchmark's published files."""
+    paths = {name: value if name == "test_split" else PUBLISHED / value for name, value in files.items()}
+    return {"benchmark": benchmark, "media_dir": work / media, **paths}
+
+
+def vqav2(work, **changes):
+    files = {"questions": "v2_OpenEnded_mscoco_val2014_questions.json"}
+    return published(work, "vqav2", "coco", annotations="v2_mscoco_val2014_annotations.json", **files) | changes
 
 
 def read_json(path):
     return json.loads(path.read_text())
-
-
-def launch(script, arguments, *launcher, **kwargs):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(ROOT / "examples" / script)]
-    return subprocess.Popen([*command, *arguments], cwd=ROOT, **kwargs)
 
 
 class FixedAnswers:
@@ -97,8 +90,3 @@ class FixedAnswers:
 def value(results, name):
     (metric,) = [metric for metric in results["metrics"] if metric["name"] == name]
     return metric["value"]
-
-
-def vqav2(work, **changes):
-    files = {"questions": "v2_OpenEnded_mscoco_val2014_questions.json"}
-    return published(work, "vqav2", "coco", annotations="v2_mscoco_val2014_annotations.json", **files) | changes

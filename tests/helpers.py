@@ -140,9 +140,12 @@ LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "
 
 
 def tiny_model(
-    vision: str = "clip", text: str = "llama", seed: int = 0, **connector
+    vision: str = "clip", text: str = "llama", seed: int = 0, config: dict | None = None, **connector
 ) -> EVLGenForConditionalGeneration:
-    return join(*tiny_towers(vision, text, seed), connector_config={**LAYERS, "merge_r": 3, **connector})
+    """A model with a TomeFormer, or the `model_type` of `connector`. `config` are fields of its own configuration."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64} if connector.get("model_type") == "evlgen_mlp" else LAYERS
+    sizes = sizes if "model_type" in connector else {**sizes, "merge_r": 3}
+    return join(*tiny_towers(vision, text, seed), connector_config={**sizes, **connector}, **(config or {}))
 
 
 def join(tower, language_model, **fields) -> EVLGenForConditionalGeneration:

@@ -5,14 +5,9 @@
         hub.files("user/repo")      # {"config.json": b"...", ...} at main
         hub.commits("user/repo")    # [{"sha": ..., "title": ..., "files": ["config.json", ...]}, ...], oldest first
 
-Clients must be other processes: `huggingface_hub` reads HF_ENDPOINT when it is imported. It holds repositories in
-memory and answers the requests that create a repository, upload to it and load from it. It differs from the Hub:
-
-- Every file is a "regular" file of the commit request. The Hub would use LFS or Xet for large files.
-- There is one branch, and there are no tags and no pull requests. Files are sent whole.
-- A new repository is empty. Any token may write to it, and writing without a token is refused. Nothing is private.
-
-Unknown requests get status 501. A test can search `hub.requests` for them.
+Clients must be other processes: `huggingface_hub` reads HF_ENDPOINT when it is imported. Repositories are in memory,
+and new ones are empty. There is one branch. Files are sent whole, where the Hub would use LFS or Xet for large ones.
+Any token may write, and nothing is private. Unknown requests get status 501: a test can search `hub.requests`.
 """
 
 import base64
@@ -63,10 +58,10 @@ class Repo:
     def at(self, revision: str) -> Commit:
         if revision == "main":
             return self.commits[-1]
-        for commit in self.commits:
-            if commit.sha == revision:
-                return commit
-        raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        found = [commit for commit in self.commits if commit.sha == revision]
+        if not found:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return found[0]
 
     def commit(self, branch: str, title: str, message: str, changes: dict[str, bytes | None]) -> Commit:
         """Adds a commit to main. A change to None deletes the path."""
@@ -168,14 +163,10 @@ class HubServer:
 
     def list_tree(self, body, repo, rev, path=""):
         """All files below a folder, as clients that ask for a recursive listing want them."""
-        commit, prefix = repo.at(rev), f"{path}/" if path else ""
-        files = {name: content for name, content in sorted(commit.files.items()) if name.startswith(prefix)}
-        if path and not files:
-            raise HubError(404, f"{path} does not exist on {rev}", "EntryNotFound", **{"X-Repo-Commit": commit.sha})
-        return [
-            {"type": "file", "path": name, "size": len(content), "oid": git_oid(content)}
-            for name, content in files.items()
-        ]
+        prefix = f"{path}/" if path else ""
+        files = {name: content for name, content in sorted(repo.at(rev).files.items()) if name.startswith(prefix)}
+        file = {"type": "file"}
+        return [{**file, "path": name, "size": len(text), "oid": git_oid(text)} for name, text in files.items()]
 
     def preupload(self, body, repo, rev):
         oids = {path: git_oid(content) for path, content in repo.at(rev).files.items()}

@@ -26,12 +26,12 @@ from finetune import LoraArguments, add_lora
 from huggingface_hub.utils import httpx
 from PIL import Image
 
-from common.evaluation.merging_overlay import draw_groups
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.videos import VideoFrames
 
-from .helpers import IMAGE_SIZE, ROOT, noise_images, tiny_model, tiny_processor, tiny_towers
+from .helpers import ROOT, generate_new, noise_images, tiny_model, tiny_processor
+from .training import save_captioner
 
 gr = pytest.importorskip("gradio", reason="needs the app extra")
 app = importlib.import_module("app")
@@ -47,18 +47,21 @@ def captioner():
 @pytest.fixture(scope="module")
 def folder(captioner, tmp_path_factory):
     """A checkpoint, and files that a visitor may upload."""
-    folder = tmp_path_factory.mktemp("captioner")
-    for part in captioner:
-        part.save_pretrained(folder)
+    folder = save_captioner(tmp_path_factory.mktemp("captioner"), captioner[0])
     noise_images(1)[0].save(folder / "image.PNG")
-    (folder / "notes.txt").write_text("no image")
     (folder / "broken.png").write_text("no image")
     return folder
 
 
 def generated(model, processor, inputs, **settings):
-    words = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
-    return processor.batch_decode(words, skip_special_tokens=True)[0].strip()
+    return processor.batch_decode(generate_new(model, inputs, **settings), skip_special_tokens=True)[0].strip()
+
+
+def described(model, processor, media=None, settings=(1, 0, 1, 8), kind="images", **options):
+    """The last text of the page, and what it shows beside it. `settings` are beams, temperature, top-p and length."""
+    media = noise_images(1) if media is None else media
+    *_, last = app.describe(model, processor, kind, media, "", app.generation_settings(*settings), **options)
+    return last
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
@@ -69,7 +72,7 @@ def test_the_text_and_the_merging_are_the_models(captioner, kind, num_beams):
     settings = app.generation_settings(num_beams, 0, 1, 40)
     steps = list(app.describe(model, processor, kind, frames, "what?", settings))
     inputs = processor(**{kind: frames}, text="what?")
-    expected = generated(model, processor, inputs, do_sample=False, num_beams=num_beams, max_new_tokens=40)
+    expected = generated(model, processor, inputs, num_beams=num_beams, max_new_tokens=40)
     texts = [text for text, _ in steps]
     assert texts[0] == "" and texts[-1] == expected != ""
     assert all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(texts))
@@ -92,44 +95,35 @@ def test_each_frame_of_a_merged_video_shows_a_merging_of_its_own(folder):
         model.time_embedding.weight.normal_()
     processor = EVLGenProcessor.from_pretrained(folder)
     frames = VideoFrames(noise_images(20), [index / 2 for index in range(20)])
-    *_, (text, shown) = app.describe(model, processor, "videos", frames, "", app.generation_settings(1, 0, 1, 20))
+    text, shown = described(model, processor, frames, (1, 0, 1, 20), "videos")
     inputs = processor(videos=[frames], do_sample_frames=False)
-    assert text == generated(model, processor, inputs, do_sample=False, max_new_tokens=20) != ""
+    assert text == generated(model, processor, inputs, max_new_tokens=20) != ""
     assert len(shown.frames) == app.SHOWN_FRAMES and shown.merging.counts == [17, 14, 11]
     assert shown.merging.groups[-1].shape == (16, 4, 4) and len(app.draw_layer(shown, 2)) == 2 * 16
     assert "20 frames x 17" in app.figures(shown)
 
 
-def test_tiles_and_the_number_of_tokens_change_the_merging(captioner):
-    _, processor = captioner
+def test_tiles_and_the_number_of_tokens_change_the_merging():
     model = tiny_model()
     model.config.image_token_range = [2, 17]
-    settings = app.generation_settings(1, 0, 1, 6)
-    large = noise_images(1, size=64)
+    processor = tiny_processor(model)
     processor.max_tiles = 4
-    try:
-        *_, (text, shown) = app.describe(model, processor, "images", large, "", settings, 6)
-        batch = processor(images=large, num_image_tokens=6)
-        assert text == generated(model, processor, batch, do_sample=False, max_new_tokens=6)
-    finally:
-        processor.max_tiles = 1
+    large = noise_images(1, size=64)
+    text, shown = described(model, processor, large, num_image_tokens=6)
+    batch = processor(images=large, num_image_tokens=6)
+    assert text == generated(model, processor, batch)
     assert shown.merging.groups[-1].shape == (8, 8)
     assert shown.merging.counts[0] == 65 and shown.merging.counts[-1] == shown.merging.num_image_tokens == 6
-
-
-def last_text(model, processor, *settings):
-    *_, (text, _) = app.describe(model, processor, "images", noise_images(1), "", app.generation_settings(*settings))
-    return text
 
 
 def test_sampling_draws_as_generate_does(captioner):
     model, processor = captioner
     torch.manual_seed(1)
-    drawn = last_text(model, processor, 1, 2.0, 0.9, 12)
+    drawn, _ = described(model, processor, settings=(1, 2.0, 0.9, 12))
     torch.manual_seed(1)
     settings = {"do_sample": True, "temperature": 2.0, "top_p": 0.9, "max_new_tokens": 12}
     expected = generated(model, processor, processor(images=noise_images(1)), **settings)
-    assert drawn == expected != last_text(model, processor, 1, 0, 1, 12)
+    assert drawn == expected != described(model, processor, settings=(1, 0, 1, 12))[0]
 
 
 def test_errors_are_shown_as_text_and_the_next_visitor_is_served(captioner):
@@ -137,23 +131,20 @@ def test_errors_are_shown_as_text_and_the_next_visitor_is_served(captioner):
     with pytest.raises(gr.Error, match="2 &lt;image&gt; placeholders"), app.shown_errors():
         list(app.describe(*captioner, "images", noise_images(1), "<image><image>", settings))
     with pytest.raises(ValueError, match="the language model has places for 128"):  # in the middle of a text
-        last_text(*captioner, 1, 0, 1, 300)
-    assert last_text(*captioner, 1, 0, 1, 8)
+        described(*captioner, settings=(1, 0, 1, 300))
+    assert described(*captioner)[0]
     with pytest.raises(gr.Error, match="RuntimeError: out of memory") as shown, app.shown_errors():
         raise RuntimeError("out of memory")
     assert shown.value.print_exception
 
 
 def test_threads_that_are_left_behind_do_not_mix_mergings(captioner):
-    model, processor = captioner
-    settings = app.generation_settings(1, 0, 1, 2)
-
     def groups(image):
-        *_, (_, shown) = app.describe(model, processor, "images", [image], "", settings)
+        _, shown = described(*captioner, [image], (1, 0, 1, 2))
         return [index.tolist() for index in shown.merging.groups]
 
     expected = [groups(image) for image in noise_images(4)]
-    slow = model.connector.encoder.layer[0].register_forward_hook(lambda *_: time.sleep(0.05))
+    slow = captioner[0].connector.encoder.layer[0].register_forward_hook(lambda *_: time.sleep(0.05))
     with ThreadPoolExecutor(max_workers=4) as executor:
         assert list(executor.map(groups, noise_images(4))) == expected
     slow.remove()
@@ -176,19 +167,6 @@ def test_a_visitor_who_leaves_stops_the_model(captioner):
     assert len(calls) == at_close < 40
 
 
-def test_draws_each_frame_beside_what_a_layer_leaves_of_it():
-    grey, white = (Image.new("RGB", (448, 448), color) for color in ("grey", "white"))
-    groups = [np.array([[0, 1], [2, 3]]), np.zeros((2, 2), dtype=int)]
-    merging = app.Merging(groups, [4, 1], num_image_tokens=3, milliseconds={"tower": 1.25, "connector": 0.5})
-    shown = app.Shown([grey, white], 2, merging)
-    images, captions = zip(*app.draw_layer(shown, 1), strict=True)
-    assert captions == ("frame 1", "frame 1, layer 1: 1 tokens", "frame 2", "frame 2, layer 1: 1 tokens")
-    expected = [grey, draw_groups(grey, groups[1]), white, draw_groups(white, groups[1])]
-    assert all(np.array_equal(image, frame) for image, frame in zip(images, expected, strict=True))
-    assert app.draw_layer(app.Shown([white]), 1) == [(white, "image")] and app.draw_layer(None, 1) == []
-    assert app.figures(shown).splitlines()[2] == "| 2 frames x 4 | 3 | 1.2 ms | 0.5 ms | … |"
-
-
 def test_an_adapter_has_a_page(folder, tmp_path):
     """It shows the merging of the adapter's connector."""
     torch.manual_seed(0)
@@ -200,36 +178,23 @@ def test_an_adapter_has_a_page(folder, tmp_path):
     model = EVLGenForConditionalGeneration.from_pretrained(tmp_path)
     processor = EVLGenProcessor.from_pretrained(folder)
     app.build_page(model, processor, 1)
-    settings = app.generation_settings(1, 0, 1, 4)
-    *_, (_, shown) = app.describe(model, processor, "images", noise_images(1), "", settings)
+    _, shown = described(model, processor)
     expected = adapted.base_model.model.get_image_features(processor(images=noise_images(1))["pixel_values"])
     assert np.array_equal(shown.merging.groups[-1], expected.output_index[0, 1:].reshape(4, 4))
     assert len(shown.merging.groups) == 3
 
 
-def test_a_qformer_that_chooses_has_a_page():
+def test_a_qformer_that_chooses_has_a_page_and_an_mlp_has_none():
     """It shows what was chosen, and the length of the soft prompt is the number of queries."""
-    fields = {"model_type": "evlgen_qformer", "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 32}
-    fields |= {"intermediate_size": 64, "num_query_tokens": 5, "num_distinctive_tokens": 3}
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        *tiny_towers(), connector_config=fields, image_size=IMAGE_SIZE, image_token_id=300
-    )
+    model = tiny_model(model_type="evlgen_qformer", num_query_tokens=5, num_distinctive_tokens=3)
     processor = tiny_processor(model)
     app.build_page(model, processor, 1)
-    settings = app.generation_settings(1, 0, 1, 2)
-    *_, (_, shown) = app.describe(model, processor, "images", noise_images(1), "", settings)
+    _, shown = described(model, processor)
     assert shown.merging.counts == [17, 5] and app.figures(shown).splitlines()[2].startswith("| 17 | 5 |")
     # Each chosen patch has a number of its own, and all others have the mean's. 0 is the class token.
     assert sorted(shown.merging.groups[1].flatten().tolist()) == [1] * 13 + [2, 3, 4]
-
-
-def test_other_connectors_are_refused_before_there_is_a_page():
-    mlp = {"model_type": "evlgen_mlp", "hidden_size": 32, "intermediate_size": 64}
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        *tiny_towers(), connector_config=mlp, image_size=IMAGE_SIZE, image_token_id=300
-    )
-    with pytest.raises(ValueError, match="`model_type` is 'evlgen_mlp', and it neither merges nor chooses"):
-        app.build_page(model, tiny_processor(model), 1)
+    with pytest.raises(ValueError, match="`model_type` is 'evlgen_mlp'"):
+        app.build_page(tiny_model(model_type="evlgen_mlp"), processor, 1)
 
 
 def test_the_page_is_local_and_bounded_and_sends_no_data(folder, monkeypatch):
@@ -248,10 +213,8 @@ def test_the_page_is_local_and_bounded_and_sends_no_data(folder, monkeypatch):
         app.main(["--model", str(folder / "nowhere")])
 
 
-CHROMIUM_FLAGS = """
-    --headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run
-    --disable-background-networking --disable-component-update --disable-sync --window-size=1280,1000
-"""
+CHROMIUM_FLAGS = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run"
+CHROMIUM_FLAGS += " --disable-background-networking --disable-component-update --disable-sync --window-size=1280,1000"
 
 # A process with this file on its path logs every other machine that it contacts.
 _LOG_CONTACTS = """
@@ -353,8 +316,7 @@ def test_the_page_in_a_browser(server, browser, folder):
     browser.execute_script(_WATCH)
     find("#start")[0].click()
     model, processor = (kind.from_pretrained(folder) for kind in (EVLGenForConditionalGeneration, EVLGenProcessor))
-    settings = app.generation_settings(1, 0, 1, 80)
-    *_, (text, merged) = app.describe(model, processor, "images", noise_images(1), "", settings)
+    text, merged = described(model, processor, settings=(1, 0, 1, 80))
     wait(lambda: find("#text textarea, #text input")[0].get_attribute("value") == text != "")
     seen = browser.execute_script("return window.seen")
     # As it was streamed. A slow browser draws several pieces at once.
@@ -377,13 +339,8 @@ def test_the_page_in_a_browser(server, browser, folder):
     number.send_keys("1", Keys.TAB)
     wait(lambda: drawn_layer(1))
 
-    for name, message in (
-        ("notes.txt", "The file 'notes.txt' is neither an image"),
-        ("broken.png", "The file 'broken.png' cannot be read"),
-        ("large.png", "exceed the maximum allowed size"),
-    ):
-        if name == "large.png":
-            Image.effect_noise((400, 400), 100).save(folder / name)  # noise cannot be compressed
+    Image.effect_noise((400, 400), 100).save(folder / "large.png")  # noise cannot be compressed
+    for name, message in (("broken.png", "cannot be read"), ("large.png", "exceed the maximum allowed size")):
         for button in find("#file button[aria-label=Clear]"):
             button.click()
         wait(lambda: find("#file input[type=file]"))[0].send_keys(str(folder / name))
@@ -421,9 +378,8 @@ def test_a_client_without_the_page_gets_named_errors(server, folder, tmp_path):
     image = upload(address, folder / "image.PNG")
     for prompt, options, message in (
         ("", [11, 0, 1, 8], "Value 11 is greater than maximum value 10."),
-        ("", [1, -1, 1, 8], "Value -1 is less than minimum value 0."),
         ("", [1, 0, 1, 8], "`num_image_tokens` must be from 11 to 11"),
-        ("a" * 10_001, [1, 0, 1, 8], "The prompt has 10001 characters, but at most 10000 are read."),
+        ("a" * 10_001, [1, 0, 1, 8], "The prompt has 10001 characters"),
         (None, [1, 0, 1, 8], "soft-prompt tokens"),
     ):
         budget = 12 if "num_image_tokens" in message else 11  # a slider of one value has another end
@@ -432,12 +388,8 @@ def test_a_client_without_the_page_gets_named_errors(server, folder, tmp_path):
 
 def test_a_request_cannot_make_the_server_fetch_or_read(server):
     address, contacts = server
-    for path, message in (
-        ("https://example.com/a.png", "Files are uploaded; URLs are not fetched."),
-        ("/etc/passwd", "not uploaded by a user"),
-    ):
-        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}]
-        assert message in call(address, 0, data)
+    for path, message in (("https://example.com/a.png", "URLs are not fetched"), ("/etc/passwd", "not uploaded by")):
+        assert message in call(address, 0, [{"path": path, "meta": {"_type": "gradio.FileData"}}])
     assert contacts.read_text() == ""
     assert not _answers("127.0.0.2", int(address.rpartition(":")[2]))  # it listens at one address
 
@@ -460,9 +412,8 @@ def test_the_documented_commands_make_a_space(tmp_path):
     assert all(f'"{requirement}"' in declared for requirement in requirements)
 
     others = ["datasets", "evaluate", "matplotlib", "pycocoevalcap", "tensorboard"]
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({others})); import app, modeling_evlgen as m; print(m.__file__)"
-    )
+    code = f"import sys; sys.modules.update(dict.fromkeys({others})); "
+    code += "import app, modeling_evlgen as m; print(m.__file__)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run([sys.executable, "-c", code], cwd=space, env=environment, capture_output=True, text=True)
     assert Path(result.stdout.strip()).parent == space / "modeling_evlgen", result.stderr

@@ -109,49 +109,25 @@ def test_reward_of_self_critical_training_is_the_metric(metric):
     assert 100 * sum(scores) / len(scores) == pytest.approx(expected["cider"])
 
 
-def test_perfect_captions_and_empty_ones(metric):
-    truths = [["a red bus in the rain"], ["two men play chess outside"]]
-    perfect = metric.compute(predictions=[one for (one,) in truths], references=truths)
-    assert perfect["cider"] == pytest.approx(1000) and perfect["rouge_l"] == pytest.approx(100)
-    silent = metric.compute(predictions=["", ""], references=truths)
-    assert silent["cider"] == silent["rouge_l"] == 0 and silent["bleu_1"] == pytest.approx(0, abs=1e-6)
-
-
 def test_cider_of_few_images_has_a_note_against_comparison(metric):
-    images = 999
-    captions = {"predictions": ["a dog"] * images, "references": [["a cat"]] * images}
-    assert "the references of only 999 images" in metric.compute(**captions, metrics=["cider"])["cider_note"]
-    many = {name: [*rows, rows[0]] for name, rows in captions.items()}
-    assert set(metric.compute(**many, metrics=["bleu"])) == {"bleu_1", "bleu_2", "bleu_3", "bleu_4"}
+    one = metric.compute(predictions=["a dog on a sofa"], references=[["a dog on a sofa"]])
+    assert one["cider"] == 0 and one["cider_idf_images"] == 1 and one["rouge_l"] == pytest.approx(100)
+    assert one["cider_note"].startswith("There is 1 image, so CIDEr is 0 for any caption")
+    few = {"predictions": ["a dog"] * 999, "references": [["a cat"]] * 999}
+    assert "the references of only 999 images" in metric.compute(**few, metrics=["cider"])["cider_note"]
+    many = {name: [*rows, rows[0]] for name, rows in few.items()}
     assert metric.compute(**many, metrics=["cider"]) == {"cider": 0, "cider_idf_images": 1000}
 
 
-def test_cider_of_one_image_is_0_and_a_note_gives_the_reason(metric):
-    one = {"predictions": ["a dog on a sofa"], "references": [["a dog on a sofa"]]}
-    results = metric.compute(**one)
-    assert results["cider"] == 0 and results["cider_idf_images"] == 1 and results["rouge_l"] == pytest.approx(100)
-    assert results["cider_note"].startswith("There is 1 image, so CIDEr is 0 for any caption")
-
-
 def test_inputs_without_a_score_are_refused(metric):
-    with pytest.raises(ValueError, match=r"`references\[1\]` must hold at least one caption"):
+    with pytest.raises(ValueError, match=r"`references\[1\]`"):
         metric.compute(predictions=["a", "b"], references=[["a"], []])
-    with pytest.raises(ValueError, match="`predictions` must hold at least one caption"):
+    with pytest.raises(ValueError, match="`predictions`"):
         metric.compute(predictions=[], references=[])
-    with pytest.raises(ValueError, match="expected a list"):
-        metric.compute(predictions=["a", "b"], references=["a", "b"])
-    with pytest.raises(ValueError, match="Mismatch in the number of predictions"):
-        metric.compute(predictions=["a", "b"], references=[["a"]])
-    with pytest.raises(ValueError, match=r"`metrics` must name some of cider, .* but is \['cidre'\]"):
+    with pytest.raises(ValueError, match=r"`metrics` .* \['cidre'\]"):
         metric.compute(**TWO, metrics=["cidre"])
-    with pytest.raises(TypeError, match="`metrics` must be a list of names, but is the string 'cider'"):
+    with pytest.raises(TypeError, match=r"`metrics` .* 'cider'"):
         metric.compute(**TWO, metrics="cider")
-
-
-def test_the_error_of_meteor_holds_the_output_of_java(metric, fake_java):
-    fake_java('echo "out of luck" >&2; exit 1\n')
-    with pytest.raises(RuntimeError, match="METEOR's Java process failed with status 1: out of luck"):
-        metric.compute(**TWO, metrics=["meteor"])
 
 
 @pytest.fixture
@@ -166,7 +142,7 @@ def spice_models(module, tmp_path, monkeypatch):
 def test_spice_without_models_names_their_download(metric, module, fake_java, tmp_path, monkeypatch):
     fake_java("exit 1\n")
     monkeypatch.setattr(module, "SPICE_FOLDER", tmp_path / "nowhere")
-    with pytest.raises(RuntimeError, match=r"CoreNLP 3.6.0, .* `python -m pycocoevalcap.spice.get_stanford_models`"):
+    with pytest.raises(RuntimeError, match=r"python -m pycocoevalcap\.spice\.get_stanford_models"):
         metric.compute(**TWO, metrics=["spice"])
 
 
@@ -182,10 +158,11 @@ def test_spice_is_the_mean_f_score(metric, fake_java, spice_models, tmp_path):
     assert [path.name for path in (tmp_path / "spice").iterdir()] == ["lib"]
 
 
-def test_the_error_of_spice_holds_the_output_of_java(metric, fake_java, spice_models):
-    fake_java('echo "java.lang.reflect.InaccessibleObjectException: no" >&2; exit 1\n')
-    with pytest.raises(RuntimeError, match=r"Java 8 or 11; (.|\n)*InaccessibleObjectException: no"):
-        metric.compute(**TWO, metrics=["spice"])
+@pytest.mark.parametrize("name", ["meteor", "spice"])
+def test_the_error_of_a_metric_holds_the_output_of_java(name, metric, fake_java, spice_models):
+    fake_java('echo "java.lang.OutOfLuckException: no" >&2; exit 1\n')
+    with pytest.raises(RuntimeError, match=r"(?s)Java.*OutOfLuckException: no"):
+        metric.compute(**TWO, metrics=[name])
 
 
 def test_loads_from_a_copy_in_a_clean_process(tmp_path):

@@ -4,49 +4,30 @@ import re
 
 import pytest
 import torch
-from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import layer_norm
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, Blip2QFormerModel
 
 from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig, TomeFormerConfig
-from modeling_evlgen import (
-    EVLGenForConditionalGeneration,
-    MLPConnector,
-    QFormerConnector,
-    TokenMerging,
-)
+from modeling_evlgen import EVLGenForConditionalGeneration, MLPConnector, QFormerConnector
 
-from .helpers import IMAGE_SIZE, noise_images, run_clean, save_towers, tiny_model, tiny_processor, tiny_towers
+from .helpers import noise_images, run_clean, save_towers, tiny_model, tiny_processor
+from .training import save_captioner
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64}
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
+QFORMER = {"num_query_tokens": 5, "position_initializer_range": 0.1}
 PEERS = {
-    "qformer": {
-        "model_type": "evlgen_qformer",
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_query_tokens": 5,
-        "position_initializer_range": 0.1,
-    },
+    "qformer": {"model_type": "evlgen_qformer", **QFORMER},
     "mlp": {"model_type": "evlgen_mlp"},
     "pooled": {"model_type": "evlgen_mlp", "pool_size": 2, "residual": True},
 }
 TOKENS = {"qformer": 5, "mlp": 17, "pooled": 5}  # CLIP's 16 patches and a class token
 
 
-def peer_model(peer, vision="clip"):
-    tower, language_model = tiny_towers(vision)
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        tower, language_model, connector_config={**SIZES, **PEERS[peer]}, image_size=IMAGE_SIZE, image_token_id=300
-    )
-    with torch.no_grad():
-        model.language_projection.weight.normal_(std=0.3)
-    return model
-
-
 @pytest.mark.parametrize("peer", PEERS)
 def test_a_peer_is_trained_in_place_of_the_tomeformer(peer):
-    model = peer_model(peer).train()
+    model = tiny_model(**PEERS[peer]).train()
     assert model.config.num_image_tokens == TOKENS[peer]
     batch = tiny_processor(model)(images=noise_images(2), suffix=["a red circle", "a blue triangle"])
     model(**batch).loss.backward()
@@ -58,10 +39,9 @@ def test_a_peer_is_trained_in_place_of_the_tomeformer(peer):
 @pytest.mark.slow
 @pytest.mark.parametrize("peer", PEERS)
 def test_a_checkpoint_of_a_peer_loads_in_a_clean_process(peer, tmp_path):
-    model = peer_model(peer)
+    model = tiny_model(**PEERS[peer])
     processor = tiny_processor(model)
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+    save_captioner(tmp_path / "model", model)
     image = noise_images(1)[0]
     image.save(tmp_path / "a.png")
     inputs = processor(images=image)
@@ -75,32 +55,9 @@ print(ascii(captioner("a.png", do_sample=False, max_new_tokens=8)[0]["generated_
     assert run_clean(code, tmp_path).splitlines()[-1] == ascii(caption)
 
 
-LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
-OFFLOADED = {
-    "tomeformer": TomeFormerConfig(**SIZES, **LAYERS, merge_r=3, output_position_initializer_range=1.0),
-    "qformer": QFormerConnectorConfig(**SIZES, **LAYERS, num_query_tokens=5, position_initializer_range=0.1),
-    "mlp": MLPConnectorConfig(**SIZES, output_position_initializer_range=1.0),
-}
-
-
-@pytest.mark.parametrize("connector", OFFLOADED)
-@torch.no_grad()
-def test_an_offloaded_connector_gives_what_it_gave(connector):
-    """As `device_map` and `max_memory` offload it: each module loads its weights when it is called."""
-    model = AutoModel.from_config(OFFLOADED[connector]).eval()
-    tokens = torch.randn(2, 9, 32)
-    expected = model(tokens).last_hidden_state
-    cpu_offload(model, execution_device=torch.device("cpu"))
-    assert all(parameter.is_meta for parameter in model.parameters())
-    torch.testing.assert_close(model(tokens).last_hidden_state, expected)
-
-
 def test_the_qformer_is_transformers_own_with_queries_and_positions():
     torch.manual_seed(0)
-    config = QFormerConnectorConfig(
-        **SIZES, num_hidden_layers=2, num_attention_heads=4, num_query_tokens=5, position_initializer_range=0.1
-    )
-    connector = AutoModel.from_config(config).eval()
+    connector = AutoModel.from_config(QFormerConnectorConfig(**SIZES, **LAYERS, **QFORMER)).eval()
     assert isinstance(connector, QFormerConnector)
     tokens = torch.randn(2, 9, 32)
     qformer = Blip2QFormerModel(connector.qformer.config).eval()
@@ -112,14 +69,12 @@ def test_the_qformer_is_transformers_own_with_queries_and_positions():
     torch.testing.assert_close(connector(tokens).last_hidden_state, expected)
     assert connector.query_tokens.std().item() == pytest.approx(0.02, rel=0.3)
     assert connector.position_embeddings.weight.std().item() == pytest.approx(0.1, rel=0.1)
-    with pytest.raises(ValueError, match="`position_grid_size` needs `position_initializer_range`"):
-        QFormerConnectorConfig(**SIZES, num_attention_heads=4, position_grid_size=4)
 
 
 @pytest.mark.parametrize("class_token", [True, False])
 def test_queries_attend_to_the_most_distinctive_tokens_and_the_mean_of_the_others(class_token):
     torch.manual_seed(0)
-    fields = {**SIZES, **PEERS["qformer"], "position_initializer_range": 1.0, "class_token": class_token}
+    fields = {**SIZES, **LAYERS, **QFORMER, "position_initializer_range": 1.0, "class_token": class_token}
     connector = AutoModel.from_config(QFormerConnectorConfig(**fields, num_distinctive_tokens=3)).eval()
     tokens = 1 + 0.1 * torch.randn(1, 20, 32)
     tokens[0, 9] *= 5  # directions count, not lengths
@@ -177,48 +132,15 @@ def test_an_mlp_can_start_as_the_identity_with_output_positions():
     torch.testing.assert_close(connector(tokens).last_hidden_state, expected)
     assert positions.std().item() == pytest.approx(1.0, rel=0.15)
     assert connector.dense_1.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    given = MLPConnectorConfig(**SIZES, branch_initializer_range=0.0, output_position_initializer_range=1.0)
-    assert (given.residual, given.max_position_embeddings) == (True, 512)
-    plain = MLPConnectorConfig(**SIZES)
-    assert (plain.residual, plain.max_position_embeddings) == (False, None)
-
-
-def test_a_mean_is_weighted_by_size():
-    merging = TokenMerging(torch.tensor([[0, 1, 1]]), 2)
-    x, size = torch.tensor([[[1.0], [2.0], [6.0]]]), torch.tensor([[1.0, 3.0, 1.0]])
-    assert merging.merge(x, size).flatten().tolist() == [1.0, 3.0]
-    assert merging.sum_sizes(size).tolist() == [[1.0, 4.0]]
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"model_type": "resampler"}, "must be one of tomeformer, evlgen_qformer, evlgen_mlp, but is 'resampler'"),
-        ({"model_type": "evlgen_mlp", "pool_size": 20}, "`pool_size` 20 needs a square grid of at least as many"),
-        ({"model_type": "evlgen_mlp", "pool_size": 0}, "`pool_size` must be at least 1, but is 0"),
-        ({"model_type": "evlgen_qformer", "num_query_tokens": 0}, "`num_query_tokens` must be at least 1, but is 0"),
-        ({"model_type": "evlgen_qformer", "num_distinctive_tokens": 0}, "`num_distinctive_tokens` must be at least 1"),
-        (
-            {"model_type": "evlgen_qformer", "num_attention_heads": 7},
-            r"`hidden_size` \(768\) must be a multiple of `num_attention_heads` \(7\)",
-        ),
-    ],
-)
-def test_a_connector_that_cannot_work_is_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        EVLGenConfig(connector_config=fields)
 
 
 def test_fields_of_another_connector_are_refused_by_name(tmp_path):
-    towers = save_towers(tmp_path)
-    with pytest.raises(ValueError, match=r"fields that QFormerConnectorConfig does not have: \['merge_r'\]"):
+    with pytest.raises(ValueError, match=r"QFormerConnectorConfig does not have: \['merge_r'\]"):
+        tiny_model(**PEERS["qformer"], merge_r=3)
+    towers, bert = save_towers(tmp_path), save_bert(tmp_path / "bert")
+    with pytest.raises(ValueError, match="`connector_model` is for a TomeFormer or a Q-Former"):
         EVLGenForConditionalGeneration.from_vision_text_pretrained(
-            **towers, connector_config={"model_type": "evlgen_qformer", "merge_r": 3}
-        )
-    bert = save_bert(tmp_path / "bert")
-    with pytest.raises(ValueError, match="`connector_model` is for a TomeFormer or a Q-Former, but"):
-        EVLGenForConditionalGeneration.from_vision_text_pretrained(
-            **towers, connector_model=bert, connector_config={"model_type": "evlgen_mlp"}
+            **towers, connector_model=bert, connector_config=PEERS["mlp"]
         )
 
 
@@ -237,7 +159,7 @@ def test_a_qformer_starts_from_bert_as_blip2s_does(prefix, tmp_path):
     renamed = {prefix + name: tensor for name, tensor in zip(names, weights.values(), strict=True)}
     save_file(renamed, path, metadata={"format": "pt"})
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        **save_towers(tmp_path), connector_model=path.parent, connector_config=PEERS["qformer"]
+        **save_towers(tmp_path), connector_model=path.parent, connector_config={**PEERS["qformer"], **LAYERS}
     )
     qformer = model.connector.qformer
     layer, name = qformer.encoder.layer[1], "encoder.layer.1."

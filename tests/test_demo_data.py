@@ -1,32 +1,27 @@
-"""The demo: its two towers, its data sets, and their one-time preparation."""
+"""The demo: its two towers, its data sets (what captions state is what is drawn), and their one-time preparation."""
 
 import io
 import re
 import tarfile
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
-from datasets import Image as DatasetsImage
 from datasets import load_dataset
 from huggingface_hub import constants
 from PIL import Image
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from common.demo import emoji_videos, towers
+from common.demo import crowded_scenes, emoji_videos, towers
 from common.demo import scenes as demo_scenes
 from common.demo.cache import demo_cache_dir, prepare_once
-from common.demo.easy_vqa import COLORS, SHAPES, easy_vqa_captions, load_easy_vqa, load_easy_vqa_questions
+from common.demo.easy_vqa import COLORS, SHAPES, easy_vqa_captions, load_easy_vqa
 from common.demo.emoji_videos import load_emoji_videos
-from common.demo.scenes import CONCEPTS, RELATIONS, draw_scenes, held_out_pairs, load_scenes
-from common.demo.towers import map_in_order, prepare_language_model, prepare_vision_tower
+from common.demo.scenes import CONCEPTS, HELD_OUT_STEPS, RELATIONS, draw_scenes, held_out_pairs, load_scenes
+from common.demo.towers import prepare_language_model, prepare_vision_tower
 
-from .helpers import demo_packages_or_skip
+from .helpers import demo_packages_or_skip, save_animation
 
 CAPTION = re.compile(rf"(an?) ({'|'.join(CONCEPTS)}) ({'|'.join(RELATIONS)}) (an?) ({'|'.join(CONCEPTS)})")
 
@@ -46,11 +41,6 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scenes(cache):
     return load_scenes()
-
-
-@pytest.fixture(scope="module")
-def tower(cache):
-    return AutoModel.from_pretrained(prepare_vision_tower())
 
 
 def pixels(split):
@@ -82,15 +72,13 @@ def test_pairs_of_the_test_split_never_meet_in_training(scenes):
     assert set(pixels(scenes["train"])).isdisjoint(pixels(scenes["test"]))
 
 
-def test_every_concept_has_four_held_out_partners():
-    assert Counter(concept for pair in held_out_pairs() for concept in pair) == dict.fromkeys(CONCEPTS, 4)
-
-
-def test_scenes_are_the_same_in_every_run(scenes):
+def test_scenes_are_prepared_once_and_the_same_in_every_run(scenes, monkeypatch):
     first, again = list(draw_scenes("train", 12)), list(draw_scenes("train", 12))
     assert first == again
     assert [row["caption"] for row in first] == scenes["train"]["caption"][:12]
     assert [Image.open(io.BytesIO(row["image"])).tobytes() for row in first] == pixels(scenes["train"][:12])
+    monkeypatch.setattr(demo_scenes, "draw_scenes", None)  # a second preparation would call it
+    assert load_scenes()["train"]["caption"] == scenes["train"]["caption"]
 
 
 def test_first_concept_is_drawn_in_the_first_half():
@@ -104,45 +92,63 @@ def test_first_concept_is_drawn_in_the_first_half():
         assert len(other.getcolors()) > 1
 
 
-def test_preparation_happens_once(scenes, monkeypatch):
-    monkeypatch.setattr(demo_scenes, "draw_scenes", None)  # a second preparation would call it
-    again = load_scenes()
-    assert again["train"]["caption"] == scenes["train"]["caption"] and len(again["test"]) == 60
-
-
-def test_interrupted_preparation_leaves_nothing_that_looks_complete(cache):
-    def killed(folder):
+def test_a_preparation_that_is_killed_or_overtaken_leaves_nothing_that_looks_complete(cache):
+    def write(folder, name):
         folder.mkdir()
-        (folder / "half").touch()
+        (folder / name).touch()
+
+    def killed(folder):
+        write(folder, "half")
         raise KeyboardInterrupt
 
-    def complete(folder):
-        folder.mkdir()
-        (folder / "whole").touch()
+    def overtaken(folder):
+        write(folder, "slower")
+        write(cache / "raced", "faster")
 
     with pytest.raises(KeyboardInterrupt):
         prepare_once("interrupted", killed)
     assert not (cache / "interrupted").exists()
-    assert [path.name for path in prepare_once("interrupted", complete).iterdir()] == ["whole"]
-
-
-def test_preparation_leaves_the_random_numbers_as_they_were(cache):
-    def write(folder):
-        folder.mkdir()
-        torch.nn.Linear(2, 2)  # whose weights are drawn
-
-    before = torch.get_rng_state()
-    prepare_once("drawn", write)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_faster_of_two_preparations_wins(cache):
-    def overtaken(folder):
-        folder.mkdir()
-        (cache / "raced").mkdir()
-        (cache / "raced" / "faster").touch()
-
+    whole = prepare_once("interrupted", lambda folder: write(folder, "whole"))
+    assert [path.name for path in whole.iterdir()] == ["whole"]
     assert [path.name for path in prepare_once("raced", overtaken).iterdir()] == ["faster"]
+
+
+def layouts(held_out, count=300):
+    rng = np.random.default_rng(0)
+    return [crowded_scenes.draw_layout(rng, held_out) for _ in range(count)]
+
+
+def test_crowded_scenes_hold_one_to_eight_drawings_of_more_than_forty_things():
+    scenes = layouts(held_out=False, count=1000)
+    assert {sum(map(len, rows)) for rows in scenes} == set(range(1, 9))
+    assert max(len(row) for rows in scenes for row in rows) == 4
+    assert {concept for rows in scenes for row in rows for concept in row} == set(crowded_scenes.CONCEPTS)
+    assert len(crowded_scenes.CONCEPTS) > 40
+
+
+def test_crowded_scenes_of_training_never_show_the_pairs_that_each_test_scene_has():
+    def pairs(rows):
+        drawings = [crowded_scenes.CONCEPTS.index(concept) for row in rows for concept in row]
+        count = len(crowded_scenes.CONCEPTS)
+        return [(a, b) for a in drawings for b in drawings if (a - b) % count in HELD_OUT_STEPS]
+
+    assert not any(pairs(rows) for rows in layouts(held_out=False))
+    assert all(pairs(rows) for rows in layouts(held_out=True) if sum(map(len, rows)) > 1)
+
+
+def test_a_caption_lists_the_drawings_row_by_row():
+    assert crowded_scenes.caption([["owl", "crab", "frog"], ["bus"], ["owl", "key"]]) == (
+        "an owl, a crab and a frog above a bus above an owl and a key"
+    )
+
+
+def test_crowded_scenes_have_a_row_each_and_are_the_same_in_every_run(monkeypatch):
+    monkeypatch.setattr(crowded_scenes, "SPLITS", {"train": 3, "test": 2})
+    splits = crowded_scenes.load_crowded_scenes()
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 3, "test": 2}
+    scene = splits["train"][0]
+    assert scene["image"].size == (448, 448) and scene["caption"].startswith("a")
+    assert list(crowded_scenes.draw_crowds("test", 2)) == list(crowded_scenes.draw_crowds("test", 2))
 
 
 def test_easy_vqa_captions_follow_from_the_questions():
@@ -165,67 +171,36 @@ def test_easy_vqa_shares_no_image_between_its_splits():
     assert set(splits["train"]["caption"]) == set(splits["test"]["caption"]) == kinds
 
 
-def test_easy_vqa_asks_questions_about_its_images():
-    splits = load_easy_vqa_questions()
-    assert {name: len(split) for name, split in splits.items()} == {"train": 38575, "test": 9673}
-    first = splits["train"].select(range(50))
-    assert len(set(first["image"])) > 40 and set(first["answer_type"]) == {"yes/no", "color", "shape"}
-    assert all(answers == [answer] for answers, answer in zip(first["answers"], first["answer"], strict=True))
-    with Image.open(first[0]["image"]) as image:
-        assert image.size == (64, 64)
-
-
-@pytest.mark.parametrize(
-    ("codes", "expected"),
-    [
-        ("1f468-1f3fe-200d-1f373", ("man cook", "medium-dark skin tone")),
-        ("1f468-200d-1f373", ("man cook", "")),
-        ("1f44b-1f3fb", ("waving hand", "light skin tone")),
-        ("1f3f4-e0067_e0062", None),
-        ("110000", None),
-    ],
-)
-def test_emoji_are_named_without_their_tone(codes, expected):
-    assert emoji_videos._name_and_tone(codes) == expected
-
-
 def save_emoji(folder, codes, frames):
     images = [Image.new("RGB", (8, 8), (40 * index, 0, 0)) for index in range(frames)]
-    path = folder / f"{codes}.webp"
-    images[0].save(path, save_all=True, append_images=images[1:])
-    return path
+    save_animation(folder / f"{codes}.webp", images)
 
 
 def test_one_tone_of_each_emoji_that_moves_is_held_out(monkeypatch, tmp_path):
-    tones = ["", *(f"-{tone:x}" for tone in range(0x1F3FB, 0x1F400))]
-    files = [save_emoji(tmp_path, f"1f44b{tone}", frames=2) for tone in tones]
-    files += [save_emoji(tmp_path, f"1f44d{tone}", frames=1) for tone in tones]  # does not move
-    files += [save_emoji(tmp_path, "1f600", frames=2)]  # has no tones
+    (tmp_path / "assets").mkdir()
+    for tone in ("", *(f"-{tone:x}" for tone in range(0x1F3FB, 0x1F400))):
+        save_emoji(tmp_path / "assets", f"1f44b{tone}", frames=2)
+        save_emoji(tmp_path / "assets", f"1f468{tone}-200d-1f373", frames=2)
+        save_emoji(tmp_path / "assets", f"1f44d{tone}", frames=1)  # does not move
+    for codes in ("1f600", "110000"):  # without tones, and without a name
+        save_emoji(tmp_path / "assets", codes, frames=2)
     with tarfile.open(tmp_path / "package.tgz", "w:gz") as tar:
-        for file in files:
-            tar.add(file, f"package/assets/{file.name}")
+        tar.add(tmp_path / "assets", "package/assets")
     monkeypatch.setattr(emoji_videos, "_fetch", lambda folder: tmp_path / "package.tgz")
     splits = load_dataset(str(load_emoji_videos()))
-    assert splits["train"]["caption"] == ["waving hand"] * 5 and splits["test"]["caption"] == ["waving hand"]
-    (held_out,) = splits["test"].cast_column("image", DatasetsImage(decode=False))["image"]
-    assert held_out["path"].endswith("1f44b-1f3fe.webp")
+    assert Counter(splits["train"]["caption"]) == {"waving hand": 5, "man cook": 5}
+    assert Counter(splits["test"]["caption"]) == {"waving hand": 1, "man cook": 1}
 
 
-def test_a_missing_npm_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(emoji_videos.shutil, "which", lambda _: None)
-    with pytest.raises(RuntimeError, match=r"fetches .* with npm, which is not installed"):
-        emoji_videos._fetch(tmp_path)
-
-
-def test_vision_tower_gives_the_features_of_the_trained_classifier(tower, scenes):
+def test_vision_tower_gives_the_features_of_the_trained_classifier(scenes):
+    tower = AutoModel.from_pretrained(prepare_vision_tower())
     processor = AutoImageProcessor.from_pretrained(prepare_vision_tower())
     pixel_values = processor(scenes["train"][:2]["image"], return_tensors="pt")["pixel_values"]
     assert pixel_values.shape == (2, 3, 224, 224) and pixel_values.min() >= -1 and pixel_values.max() <= 1
     with torch.no_grad():
         (features,) = tower(pixel_values).last_hidden_state
-        expected = towers.load_efficientnet_lite0().forward_intermediates(
-            pixel_values, indices=[3], intermediates_only=True
-        )
+        classifier = towers.load_efficientnet_lite0()
+        expected = classifier.forward_intermediates(pixel_values, indices=[3], intermediates_only=True)
     assert features.shape == (2, 112, 14, 14)
     torch.testing.assert_close(features, expected[0])
 
@@ -238,16 +213,6 @@ def test_vision_weights_are_those_trained_on_imagenet():
     pixel_values = torch.tensor(list(canvas.tobytes())).view(1, 224, 224, 3).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         assert towers.load_efficientnet_lite0()(pixel_values).argmax().item() == 879
-
-
-def test_weights_that_do_not_fit_are_refused():
-    wanted = {"conv.weight": torch.zeros(2, 3), "bn.bias": torch.zeros(2)}
-    given = {"c.weight": torch.ones(2, 3), "b.bias": torch.ones(2)}
-    assert list(map_in_order(given, wanted)) == list(wanted)
-    with pytest.raises(ValueError, match=r"'b\.weight'"):
-        map_in_order({"c.weight": given["c.weight"], "b.weight": torch.ones(2)}, wanted)
-    with pytest.raises(ValueError, match="longer"):
-        map_in_order({"c.weight": given["c.weight"]}, wanted)
 
 
 @pytest.mark.slow

@@ -13,10 +13,9 @@ import pytest
 import torch
 from accelerate.commands import launch as launch_module
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from safetensors.torch import load_file
-from torch.distributed.fsdp import StateDictType
 from train_scst import SCSTTrainer
 from transformers import Trainer
 
@@ -43,57 +42,30 @@ CONFIGS = ROOT / "examples" / "accelerate_configs"
 TRAINED = {"ln_vision", "vision_projection", "connector", "language_projection"}
 
 
-def environment_of(name, monkeypatch):
-    """Puts what `accelerate launch --config_file …` tells the training script into this process's environment."""
-
-    def launcher(arguments, prepare=prepare_multi_gpu_env):
-        for key, value in prepare(arguments).items():
-            monkeypatch.setenv(key, value)
-
-    monkeypatch.setattr(launch_module, "multi_gpu_launcher", launcher)
-    monkeypatch.setattr(
-        launch_module, "deepspeed_launcher", lambda args: launcher(args, lambda a: prepare_deepspeed_cmd_env(a)[1])
-    )
-    arguments = ["--config_file", str(CONFIGS / name), "script.py"]
-    launch_module.launch_command(launch_module.launch_command_parser().parse_args(arguments))
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "processes"),
-    [
-        ("single_gpu.yaml", DistributedType.NO, 1),
-        ("multi_gpu.yaml", DistributedType.MULTI_GPU, 8),
-        ("fsdp2.yaml", DistributedType.FSDP, 8),
-        ("deepspeed_zero2.yaml", DistributedType.DEEPSPEED, 8),
-        ("deepspeed_zero3.yaml", DistributedType.DEEPSPEED, 8),
-    ],
-)
-def test_every_file_is_of_its_kind(name, kind, processes):
-    config = load_config_from_file(str(CONFIGS / name))
-    assert (config.distributed_type, config.num_processes, config.use_cpu) == (kind, processes, False)
-    assert len(list(CONFIGS.glob("*.yaml"))) == 5
-
-
-def test_the_fsdp_file_becomes_the_plugin_that_is_meant(monkeypatch):
-    environment_of("fsdp2.yaml", monkeypatch)
-    plugin = FullyShardedDataParallelPlugin()
-    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
-    assert plugin.transformer_cls_names_to_wrap is None  # the model says which
-    assert plugin.state_dict_type is StateDictType.FULL_STATE_DICT
-    assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
+def test_every_file_is_of_its_kind():
+    kinds = {"single_gpu": DistributedType.NO, "multi_gpu": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP}
+    kinds |= {"deepspeed_zero2": DistributedType.DEEPSPEED, "deepspeed_zero3": DistributedType.DEEPSPEED}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == kinds.keys()
+    for name, kind in kinds.items():
+        config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+        assert (config.distributed_type, config.use_cpu) == (kind, False)
+        assert config.num_processes == (1 if name == "single_gpu" else 8)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_deepspeed_files_become_the_configuration_that_is_meant(stage, monkeypatch):
-    environment_of(f"deepspeed_zero{stage}.yaml", monkeypatch)
-    plugin = DeepSpeedPlugin()
-    assert plugin.zero_stage == stage and not plugin.zero3_init_flag
-    config = plugin.deepspeed_config
+    def launcher(arguments):
+        for key, value in prepare_deepspeed_cmd_env(arguments)[1].items():
+            monkeypatch.setenv(key, value)
+
+    monkeypatch.setattr(launch_module, "deepspeed_launcher", launcher)
+    command = ["--config_file", str(CONFIGS / f"deepspeed_zero{stage}.yaml"), "script.py"]
+    launch_module.launch_command(launch_module.launch_command_parser().parse_args(command))
+    config = DeepSpeedPlugin().deepspeed_config
     assert config["gradient_accumulation_steps"] == config["gradient_clipping"] == "auto"
     zero = config["zero_optimization"]
-    assert zero["stage"] == stage
+    assert zero["stage"] == stage and zero["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
     assert {zero[f"offload_{what}"]["device"] for what in ("optimizer", "param")} == {"none"}
-    assert zero["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
 
 
 @pytest.mark.parametrize("text", ["opt", "gpt2"])
@@ -237,44 +209,41 @@ def test_zero_trains_as_one_process(stage, work, tmp_path):
     assert list((tmp_path / "checkpoint-4").glob("global_step4/*"))
 
 
-def test_self_critical_training_refuses_a_partitioned_model(monkeypatch):
-    def under_fsdp(trainer, **kwargs):
-        trainer.is_fsdp_enabled = True
+@pytest.fixture
+def trainer(monkeypatch):
+    """Makes the trainer of a run under FSDP, without a run."""
 
-    monkeypatch.setattr(EVLGenTrainer, "__init__", under_fsdp)
-    with pytest.raises(ValueError, match=r"FSDP and DeepSpeed cannot partition it.* with .*multi_gpu\.yaml"):
-        SCSTTrainer(reward=None, num_samples=2, greedy_baseline=False, max_new_tokens=1)
-
-
-def test_a_temporal_contextualizer_is_not_partitioned(monkeypatch):
-    def under_fsdp(trainer, model, **kwargs):
-        trainer.model, trainer.is_fsdp_enabled = model, True
-
-    monkeypatch.setattr(Trainer, "__init__", under_fsdp)
-    monkeypatch.setattr(Trainer, "add_callback", lambda *_: None)
-    others = {"args": SimpleNamespace(), "data_collator": None, "train_dataset": None}
-    EVLGenTrainer(model=tiny_model(), **others)
-    video_model = tiny_model()
-    video_model.temporal = TemporalTower(video_model.vision_tower, 16, 8, 2)
-    with pytest.raises(ValueError, match=r"cannot partition scalars, such as temporal\.0\.alpha.*multi_gpu\.yaml"):
-        EVLGenTrainer(model=video_model, **others)
-
-
-def test_tiles_are_not_trained_by_a_partitioned_connector(monkeypatch):
-    """The connector runs once for each grid. Processes with other grids would wait for each other."""
-
-    def under_fsdp(trainer, model, **kwargs):
+    def under_fsdp(trainer, model=None, **kwargs):
         trainer.model, trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = model, True, False
 
     monkeypatch.setattr(Trainer, "__init__", under_fsdp)
     monkeypatch.setattr(Trainer, "add_callback", lambda *_: None)
+    others = {"args": SimpleNamespace(), "data_collator": None, "train_dataset": None}
+    return lambda model, **given: EVLGenTrainer(model=model, **{**others, **given})
+
+
+def test_self_critical_training_refuses_a_partitioned_model(monkeypatch):
+    monkeypatch.setattr(EVLGenTrainer, "__init__", lambda trainer, **_: setattr(trainer, "is_fsdp_enabled", True))
+    with pytest.raises(ValueError, match=r"FSDP and DeepSpeed cannot partition it.*multi_gpu\.yaml"):
+        SCSTTrainer(reward=None, num_samples=2, greedy_baseline=False, max_new_tokens=1)
+
+
+def test_a_temporal_contextualizer_is_not_partitioned(trainer):
+    trainer(tiny_model())
+    model = tiny_model()
+    model.temporal = TemporalTower(model.vision_tower, 16, 8, 2)
+    with pytest.raises(ValueError, match=r"temporal\.0\.alpha.*multi_gpu\.yaml"):
+        trainer(model)
+
+
+def test_tiles_are_not_trained_by_a_partitioned_connector(trainer):
+    """The connector runs once for each grid. Processes with other grids would wait for each other."""
     processor = tiny_processor(tiny_model())
     processor.max_tiles = 4
-    others = {"model": tiny_model(), "args": SimpleNamespace(), "train_dataset": None}
-    with pytest.raises(ValueError, match=r"cannot train on images of several tiles, .* is 4.*multi_gpu\.yaml"):
-        EVLGenTrainer(data_collator=CaptionCollator(processor, DataArguments(), True), **others)
+    with pytest.raises(ValueError, match=r"several tiles.*multi_gpu\.yaml"):
+        trainer(tiny_model(), data_collator=CaptionCollator(processor, DataArguments(), True))
     videos = DataArguments(video_column="video")  # they are not cut
-    EVLGenTrainer(data_collator=CaptionCollator(processor, videos, True), **others)
+    trainer(tiny_model(), data_collator=CaptionCollator(processor, videos, True))
 
 
 def test_deepspeed_does_not_round_times_to_bfloat16():

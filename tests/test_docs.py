@@ -1,7 +1,7 @@
 """README, docs/ and the scripts' docstrings: commands and Python blocks run on tiny data, and links lead on.
 
 A command runs in this process, through its script's `main`. The folder of `placeholders.py` has all that it names.
-`RUN` holds what shortens a script. Benchmarks are only parsed. `FOREIGN` holds why other commands are not run.
+`RUN` holds what shortens a script. Benchmarks are only parsed. Commands in `FOREIGN` are not run.
 """
 
 import argparse
@@ -66,27 +66,11 @@ RUN = {
 RUN["convert_original_checkpoint"] += ["--merge_r", "5", "--connector_num_attention_heads", "4"]
 # `path/to/folder` is what the script wants.
 FOLDERS = {"pretrain": "my_images", "finetune": "my_chats", "finetune_video": "my_videos"}
-FOREIGN = {
-    "python3 -m venv": "makes an environment; .ci/run does it",
-    "pip install": "needs the network; .ci/run installs `.[dev]`",
-    "python -m pytest": "these tests",
-    "ruff": ".ci/run does it",
-    "pre-commit": "writes into .git",
-    "vllm serve": "needs a vLLM server; test_serve_prompt_embeds.py starts one",
-    "python -m lm_eval": "needs a harness; test_harnesses.py runs it",
-    "python -m lmms_eval": "likewise",
-    "hf": "needs an account on the Hub",
-    "mkdir": "makes a Space's folder; test_app.py does it",
-    "cp": "likewise",
-}
-FOREIGN_OPTIONS = {
-    "--enable-prompt-embeds",
-    "--trust-remote-code",
-    "--chat-template",
-    "--mm-processor-kwargs",
-    "--gpu-memory-utilization",
-    "--trust-request-mm-kwargs",
-}
+# Other programs need the network, an account or a server, write into .git, or are started by .ci/run or other tests.
+FOREIGN = ("python3 -m venv", "pip install", "python -m pytest", "ruff", "pre-commit", "hf", "vllm serve")
+FOREIGN += ("python -m lm_eval", "python -m lmms_eval", "mkdir", "cp")  # test_harnesses.py and test_app.py run them
+FOREIGN_OPTIONS = {"--enable-prompt-embeds", "--trust-remote-code", "--chat-template", "--mm-processor-kwargs"}
+FOREIGN_OPTIONS |= {"--gpu-memory-utilization", "--trust-request-mm-kwargs"}
 FOREIGN_OPTIONS |= {"--apply_chat_template", "--device", "--model_args"}  # of the harnesses
 # Recipes that keep their connector, with fields that suit the tiny tower: it gives 17 tokens.
 CROWDED_RECIPE = "examples/configs/crowded.yaml"
@@ -144,8 +128,8 @@ def tiny_world(work, monkeypatch):
 @pytest.mark.parametrize("command", RUNS.values(), ids=lambda command: f"{command.name} {command.where}")
 def test_a_documented_command_works(command, work, tiny_world, monkeypatch):
     if command.kind == "foreign":
-        has_reason = any(f"{command.name} ".startswith(f"{known} ") for known in FOREIGN)
-        assert has_reason, f"{command.where}: no rule for {command.name}"
+        known = any(f"{command.name} ".startswith(f"{program} ") for program in FOREIGN)
+        assert known, f"{command.where}: no rule for {command.name}"
     elif command.kind == "benchmark":
         parse(command, monkeypatch)
     else:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import evaluate_captioning
@@ -19,8 +18,8 @@ from common.evaluation.answer_folder import read_answers
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .evaluation import FixedAnswers, draw, launch, options, published, read_json, save_work, value, vqav2
-from .helpers import TWO_PROCESSES, demo_packages_or_skip, save_image_folder, tiny_model
+from .evaluation import FixedAnswers, draw, options, read_json, save_work, value, vqav2
+from .helpers import demo_packages_or_skip, save_image_folder
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +27,16 @@ def work(tmp_path_factory):
     return save_work(tmp_path_factory.mktemp("work"))
 
 
-def test_easy_vqa_is_answered_by_the_model(work, tmp_path, monkeypatch):
+def save_questions(folder, *rows):
+    """Saves a parquet file of questions; returns the arguments that name it."""
+    draw(folder / "a.png", "red")
+    Dataset.from_list([{"image": str(folder / "a.png"), **row} for row in rows]).to_parquet(folder / "test.parquet")
+    return {"dataset": "parquet", "data_files": json.dumps({"test": str(folder / "test.parquet")})}
+
+
+def test_easy_vqa_is_answered_by_the_model(work, tmp_path):
     """A real model: its answer in a batch is that of `generate` for the single question."""
     demo_packages_or_skip()
-    generate, calls = EVLGenForConditionalGeneration.generate, []
-    monkeypatch.setattr(
-        EVLGenForConditionalGeneration,
-        "generate",
-        lambda self, **kwargs: calls.append(kwargs) or generate(self, **kwargs),
-    )
     changes = {"dataset": "easy-vqa", "max_samples": 6}
     results = evaluate_vqa.main(options(work, tmp_path / "out", **changes))
     assert results["num_rows"] == 6 and 0 <= value(results, "Accuracy [%]") <= 100
@@ -51,7 +51,6 @@ def test_easy_vqa_is_answered_by_the_model(work, tmp_path, monkeypatch):
         words = model.generate(**inputs, num_beams=5, min_new_tokens=1, max_new_tokens=10, length_penalty=0.0)
     (text,) = processor.batch_decode(words[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert together[3] == text.strip()
-    assert [call["length_penalty"] for call in calls] == [0.0] * 9  # 2 batches, 6 single rows, and this one
 
 
 def test_without_arguments_the_demos_data_is_taken(work, tmp_path, monkeypatch):
@@ -70,14 +69,6 @@ def test_without_arguments_the_demos_data_is_taken(work, tmp_path, monkeypatch):
     results = evaluate_captioning.main(options(work, tmp_path / "captions"))
     assert results["dataset"]["type"] == "openmoji-scenes" and results["num_rows"] == 6
     assert fixed.generation_args.min_new_tokens == 1  # short captions are right there
-
-
-def test_videos_are_captioned_by_the_model(work, tmp_path):
-    files = published(work, "msr-vtt", "videos", annotations="test_videodatainfo.json")
-    results = evaluate_captioning.main(options(work, tmp_path, **files, num_beams=2))
-    assert results["task"]["type"] == "video-to-text" and results["settings"]["num_frames"] == 4
-    captions = [entry["caption"] for entry in read_json(tmp_path / "predictions.json")]
-    assert len(captions) == 3 and all(captions)
 
 
 def test_a_data_set_is_captioned(work, tmp_path):
@@ -102,11 +93,8 @@ def test_a_data_set_is_captioned(work, tmp_path):
 )
 def test_questions_of_a_data_set_are_answered(column, name, work, tmp_path, monkeypatch):
     """With one answer each they are scored as GQA's, with several people's answers as VQAv2's."""
-    draw(tmp_path / "a.png", "red")
-    rows = [{"image": str(tmp_path / "a.png"), "q": "What Color?", "a": column}] * 2
-    Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
+    files = save_questions(tmp_path, *[{"q": "What Color?", "a": column}] * 2)
     fixed = FixedAnswers(monkeypatch, ["red", "blue"])
-    files = {"dataset": "parquet", "data_files": json.dumps({"test": str(tmp_path / "test.parquet")})}
     columns = {"image_column": "image", "prompt_column": "q", "caption_column": "a"}
     results = evaluate_vqa.main(options(work, tmp_path / "out", **files, **columns))
     expected = {1: 50, 2: 100 * (1 / 3) / 2, 3: 100 * (4 / 9 + 2 / 9) / 2}[len(column) if column != "red" else 1]
@@ -117,52 +105,21 @@ def test_questions_of_a_data_set_are_answered(column, name, work, tmp_path, monk
 def test_a_dataset_is_scored_by_the_rule_that_is_named(work, tmp_path, monkeypatch):
     """A copy of OK-VQA on the Hub is scored with lemmas. By default several answers are scored as VQAv2's."""
     pytest.importorskip("spacy", reason="needs the vqa extra")
-    draw(tmp_path / "a.png", "red")
-    rows = [{"image": str(tmp_path / "a.png"), "question": "What sport is this?", "answer": ["race"] * 10}]
-    Dataset.from_list(rows).to_parquet(tmp_path / "test.parquet")
-    FixedAnswers(monkeypatch, ["racing"])
-    files = {"dataset": "parquet", "data_files": json.dumps({"test": str(tmp_path / "test.parquet")})}
+    files = save_questions(tmp_path, {"question": "What sport is this?", "answer": ["race"] * 10})
+    fixed = FixedAnswers(monkeypatch, ["racing"])
     scores = {}
     for rule in ({}, {"rule": "ok-vqa"}):
         results = evaluate_vqa.main(options(work, tmp_path / "out", **files, **rule))
         scores[results["rule"]] = value(results, "VQA accuracy [%]")
+        fixed.texts = []  # a finished run is scored again without the model
     assert scores == {"vqav2": 0, "ok-vqa": 100}
-
-
-def test_a_finished_run_is_scored_again_without_the_model(work, tmp_path, monkeypatch):
-    fixed = FixedAnswers(monkeypatch, ["Navy blue.", "no", "one", "a circle"])
-    first = evaluate_vqa.main(options(work, tmp_path, **vqav2(work)))
-    fixed.texts = []
-    assert evaluate_vqa.main(options(work, tmp_path, **vqav2(work))) == first
-
-
-@pytest.mark.slow
-def test_two_processes_answer_as_one(work, tmp_path):
-    """Seven rows in batches of 2: one process has a batch more, and the last batch is not full."""
-    changes = {"dataset": "easy-vqa", "max_samples": 7, "batch_size": 2, "num_beams": 2}
-    one = evaluate_vqa.main(options(work, tmp_path / "one", **changes))
-    two = options(work, tmp_path / "two", **changes)
-    process = launch("evaluate_vqa.py", two, *TWO_PROCESSES, stderr=subprocess.PIPE, text=True)
-    _, progress = process.communicate(timeout=240)
-    assert process.returncode == 0, progress
-    assert "4/4" in progress and "7/7" not in progress  # the share of the main process
-    for name in ("predictions.json", "results.json", "settings.json"):
-        assert read_json(tmp_path / "one" / name) == read_json(tmp_path / "two" / name)
-    assert list(read_answers(tmp_path / "two" / "answers.jsonl").items()) == list(
-        read_answers(tmp_path / "one" / "answers.jsonl").items()
-    )
-    assert one["num_rows"] == 7
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"num_beams": 3},
-            r"answers from other settings: num_beams was 5 and is 3\. Remove .*, or name another folder",
-        ),
-        ({"prompt": "{}"}, "prompt was 'Question: {} Short answer:' and is '{}'"),
-        ({"clean_questions": False}, "settings: rows was '.*' and is"),
+        ({"num_beams": 3}, "num_beams was 5 and is 3"),
+        ({"clean_questions": False}, "rows was '.*' and is"),
         ({"media_dir": "copy"}, "media_dir was '.*coco' and is '.*copy'"),
     ],
 )
@@ -197,55 +154,46 @@ def test_answers_of_unknown_settings_are_refused(work, tmp_path, monkeypatch):
     FixedAnswers(monkeypatch, ["red"] * 8)
     arguments = options(work, tmp_path, **vqav2(work))
     evaluate_vqa.main(arguments)
-    path = tmp_path / "settings.json"
-    for content, message in (("{", "is broken: "), (None, "has answers, but no settings")):
-        path.unlink() if content is None else path.write_text(content)
-        with pytest.raises(ValueError, match=rf"`output_dir`: .*{message}.* Remove .*, or name another folder"):
-            evaluate_vqa.main(arguments)
-
-
-def test_a_folder_that_cannot_be_made_is_named(work, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"`output_dir`: .*file/out cannot be made: .*Not a directory"):
-        evaluate_vqa.main(options(work, tmp_path / "file" / "out", **vqav2(work)))
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(ValueError, match=r"`output_dir`: .*settings\.json is broken"):
+        evaluate_vqa.main(arguments)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"`output_dir`: .*no settings"):
+        evaluate_vqa.main(arguments)
 
 
 def test_another_model_of_the_same_name_is_noticed(work, tmp_path, monkeypatch):
     FixedAnswers(monkeypatch, ["red"] * 8)
     shutil.copytree(work / "model", tmp_path / "model")
-    evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))
+    given = options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model"))
+    evaluate_vqa.main(given)
     model = EVLGenForConditionalGeneration.from_pretrained(work / "model")
     with torch.no_grad():
         model.language_projection.weight.neg_()
-    for other in (model, tiny_model(seed=1)):
-        other.save_pretrained(tmp_path / "model")
-        with pytest.raises(ValueError, match=r"settings: weights was '.*' and is '.*'\. "):
-            evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"weights was '.*' and is '"):
+        evaluate_vqa.main(given)
     shutil.copytree(work / "model", tmp_path / "model", dirs_exist_ok=True)
     config = read_json(tmp_path / "model" / "config.json")
     config["image_token_range"] = [5, 17]  # the same weights, but other answers
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"settings: configuration was '.*' and is '.*'\. "):
-        evaluate_vqa.main(options(work, tmp_path / "out", **vqav2(work, model=tmp_path / "model")))
+    with pytest.raises(ValueError, match=r"configuration was '.*' and is '"):
+        evaluate_vqa.main(given)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"answer": None}, "`caption_column` must hold a text or several, but a row holds None"),
-        ({"question": None}, "`prompt_column` must hold a question, but a row holds None"),
-        ({"answer": ["red", "blue"]}, "`references` entry 0 must hold the answers of at least 2 people"),
-        ({"image": "b.png"}, r"row 1: `image` is missing: .*No such file.*'b\.png'"),
-        ({"image": None}, "row 1: `image` is missing: there is none"),
+        ({"answer": None}, "`caption_column` must .* None"),
+        ({"question": None}, "`prompt_column` must .* None"),
+        ({"answer": ["red", "blue"]}, "at least 2 people"),
+        ({"image": "b.png"}, r"row 1: `image` is missing: .*'b\.png'"),
     ],
 )
 def test_questions_without_an_answer_or_image_are_refused_before_loading(row, message, work, tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "load_answering_model", None)
-    draw(tmp_path / "a.png", "red")
-    good = {"image": str(tmp_path / "a.png"), "question": "what?", "answer": "red"}
-    good |= {"answer": ["red"]} if isinstance(row.get("answer"), list) else {}
-    Dataset.from_list([good, good | row]).to_parquet(tmp_path / "test.parquet")
-    files = {"dataset": "parquet", "data_files": json.dumps({"test": str(tmp_path / "test.parquet")})}
+    good = {"question": "what?", "answer": ["red"] if isinstance(row.get("answer"), list) else "red"}
+    files = save_questions(tmp_path, good, good | row)
     with pytest.raises(ValueError, match=message):
         evaluate_vqa.main(options(work, tmp_path / "out", **files))
 

@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+from functools import partial
 
 import finetune
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 
 from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
-from common.evaluation.captions import WrongImages, majority_accuracy
+from common.evaluation.captions import WrongImages
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -25,6 +26,7 @@ from .helpers import (
     TEXT_CONFIGS,
     noise_images,
     run_clean,
+    save_split,
     save_towers,
     tiny_image_processor,
     tiny_model,
@@ -33,6 +35,13 @@ from .helpers import (
 from .training import LAYERS, flags
 
 SIZES = {**LAYERS, "merge_r": 3}
+ROLES = ("user", "assistant")
+load = EVLGenForConditionalGeneration.from_pretrained
+
+
+def chat_processor(num_image_tokens=3):
+    tokenizer, given = tiny_tokenizer(chat=True), {"num_image_tokens": num_image_tokens, "end_of_text": "<|im_end|>"}
+    return EVLGenProcessor(tiny_image_processor(), tokenizer, **given)
 
 
 @pytest.fixture(scope="module")
@@ -40,47 +49,37 @@ def work(tmp_path_factory):
     """A tiny model in a folder, and folders of questions and of conversations about images of one colour."""
     folder = tmp_path_factory.mktemp("work")
     towers = save_towers(folder / "base")
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(**towers, connector_config=SIZES)
-    processor = EVLGenProcessor(
-        tiny_image_processor(),
-        tiny_tokenizer(chat=True),
-        num_image_tokens=model.config.num_image_tokens,
-        end_of_text="<|im_end|>",
-    )
+    build = partial(EVLGenForConditionalGeneration.from_vision_text_pretrained, connector_config=SIZES)
+    model = build(**towers)
+    processor = chat_processor(model.config.num_image_tokens)
     model.generation_config.eos_token_id = processor.end_of_text_id
-    wide = LlamaConfig(
-        **{**TEXT_CONFIGS["llama"].to_dict(), "hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
-    )
-    LlamaForCausalLM(wide).save_pretrained(folder / "wide_text")  # bitsandbytes packs 64 weights at least
-    wide_towers = {**towers, "text_model": folder / "wide_text"}
-    wide = EVLGenForConditionalGeneration.from_vision_text_pretrained(**wide_towers, connector_config=SIZES)
-    wide.save_pretrained(folder / "wide", towers="reference")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}  # bitsandbytes packs 64 weights at least
+    wide = LlamaForCausalLM(LlamaConfig(**{**TEXT_CONFIGS["llama"].to_dict(), **sizes}))
+    wide.save_pretrained(folder / "wide_text")
+    build(**{**towers, "text_model": folder / "wide_text"}).save_pretrained(folder / "wide", towers="reference")
     processor.save_pretrained(folder / "wide")
     for name in ("include", "reference"):
         model.save_pretrained(folder / name, towers=name)
         processor.save_pretrained(folder / name)
     for split, count in (("train", 16), ("test", 8)):
-        for kind in ("vqa", "chat"):
-            (folder / kind / split).mkdir(parents=True)
-            rows = [row(kind, index, folder / kind / split) for index in range(count)]
-            (folder / kind / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        colors = [COLORS[index % len(COLORS)] for index in range(count)]
+        images = [Image.new("RGB", (40, 40), color) for color in colors]
+        save_split(folder / "vqa" / split, images, [question(index, color) for index, color in enumerate(colors)])
+        save_split(folder / "chat" / split, images, [{"messages": conversation(color)} for color in colors])
     return folder
 
 
-def row(kind, index, folder):
-    color = COLORS[index % len(COLORS)]
-    Image.new("RGB", (40, 40), color).save(folder / f"{index}.png")
-    if kind == "vqa":
-        question = "what is it?" if index % 3 else "is it red?"
-        answer = color if index % 3 else ("yes" if color == "red" else "no")
-        return {"file_name": f"{index}.png", "question": question, "answer": answer}
-    turns = [
-        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "what is it?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "an image"}]},
-        {"role": "user", "content": [{"type": "text", "text": "what color?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": color}]},
-    ]
-    return {"file_name": f"{index}.png", "messages": turns}
+def question(index, color):
+    if index % 3:
+        return {"question": "what is it?", "answer": color}
+    return {"question": "is it red?", "answer": "yes" if color == "red" else "no"}
+
+
+def conversation(color):
+    said = ["what is it?", "an image", "what color?", color]
+    turns = [{"role": role, "content": [{"type": "text", "text": t}]} for role, t in zip(2 * ROLES, said, strict=True)]
+    turns[0]["content"].insert(0, {"type": "image", "text": None})
+    return turns
 
 
 RECIPES = {
@@ -103,7 +102,7 @@ def test_an_adapter_is_trained_loaded_merged_and_used_like_a_model(work, tmp_pat
     assert {"adapter_model.safetensors", "adapter_config.json", "processor_config.json"} <= files
     assert "model.safetensors" not in files
 
-    base = EVLGenForConditionalGeneration.from_pretrained(work / "include")
+    base = load(work / "include")
     processor = EVLGenProcessor.from_pretrained(tmp_path / "adapter")
     batch = processor(images=Image.new("RGB", (40, 40), "red"), text="what is it?")
     with torch.no_grad():
@@ -111,10 +110,10 @@ def test_an_adapter_is_trained_loaded_merged_and_used_like_a_model(work, tmp_pat
         adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
         expected = adapted(**batch).logits
         assert not torch.allclose(plain, expected, atol=1e-3)
-        for load in (EVLGenForConditionalGeneration.from_pretrained, AutoModel.from_pretrained):
-            torch.testing.assert_close(load(tmp_path / "adapter")(**batch).logits, expected)
+        for loading in (load, AutoModel.from_pretrained):
+            torch.testing.assert_close(loading(tmp_path / "adapter")(**batch).logits, expected)
         adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-        merged = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "merged")
+        merged = load(tmp_path / "merged")
         torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-4, rtol=1e-4)
     new = merged.generate(**batch, do_sample=False, max_new_tokens=4)[:, batch["input_ids"].shape[1] :]
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
@@ -133,13 +132,12 @@ def test_an_adapter_finds_its_model_and_refuses_another(work, tmp_path, monkeypa
     output = tmp_path / "outputs" / "adapter"
     finetune.main([*arguments(work, output, test_split="", max_steps=1), "--model", "outputs/base"])
     monkeypatch.chdir("/")  # the model was named relatively
-    load = EVLGenForConditionalGeneration.from_pretrained
     expected = load(tmp_path / "outputs" / "adapter").state_dict()
     torch.testing.assert_close(AutoModel.from_pretrained(tmp_path / "outputs" / "adapter").state_dict(), expected)
 
     adapter = tmp_path / "elsewhere" / "outputs" / "adapter"  # both are moved
     shutil.move(tmp_path / "outputs", tmp_path / "elsewhere" / "outputs")
-    with pytest.raises(ValueError, match=r"is for the model in .*/outputs/base, which is not there\. Write where"):
+    with pytest.raises(ValueError, match="/outputs/base, which is not there"):
         load(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "outputs/base"}))
@@ -150,29 +148,27 @@ def test_an_adapter_finds_its_model_and_refuses_another(work, tmp_path, monkeypa
     base.write_text(json.dumps({**config, "connector_config": {**config["connector_config"], "merge_r": 2}}))
     monkeypatch.chdir(adapter.parents[1])
     for loading in (load, AutoModel.from_pretrained):
-        with pytest.raises(
-            ValueError, match=r"trained on another model than .*: `connector_config.merge_r` is 2, not 3"
-        ):
+        with pytest.raises(ValueError, match=r"`connector_config\.merge_r` is 2, not 3"):
             loading("outputs/adapter")
 
 
-@pytest.mark.parametrize("script", ["finetune", "finetune_video", "train_scst"])
-def test_adapters_are_not_trained_on(script, work, tmp_path):
-    module = importlib.import_module(script)
+@pytest.mark.parametrize(
+    ("script", "argument"), [("finetune", "model"), ("finetune_video", "image_model"), ("train_scst", "model")]
+)
+def test_adapters_are_not_trained_on(script, argument, work, tmp_path):
     add_lora(tiny_model(), LoraArguments()).save_pretrained(tmp_path / "adapter")
-    argument = "--image_model" if script == "finetune_video" else "--model"
-    columns = ["--video_column", "image"] if script == "finetune_video" else []
-    given = [argument, str(tmp_path / "adapter"), "--dataset", str(work / "vqa"), "--caption_column", "answer"]
-    with pytest.raises(ValueError, match=rf"`{argument[2:]}`='.*adapter' is an adapter\. Merge it .* --merge true"):
-        module.main([*given, *columns, "--output_dir", str(tmp_path / "out")])
+    given = {argument: tmp_path / "adapter", "dataset": work / "vqa", "caption_column": "answer"}
+    given |= {"video_column": "image"} if script == "finetune_video" else {}
+    with pytest.raises(ValueError, match=rf"`{argument}`='.*adapter' is an adapter.* --merge true"):
+        importlib.import_module(script).main(flags(**given, output_dir=tmp_path / "out"))
 
 
 def test_a_model_with_an_adapter_is_saved_by_peft_alone(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
-    base = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "base")
+    base = load(tmp_path / "base")
     add_lora(base, LoraArguments()).save_pretrained(tmp_path / "adapter")
-    loaded = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="loaded with an adapter cannot be saved"):
+    loaded = load(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="with an adapter cannot be saved"):
         loaded.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -190,26 +186,22 @@ def test_towers_stay_and_a_run_resumes(work, tmp_path):
 def test_conversations_are_trained_and_answered(work, tmp_path):
     metrics = finetune.main(arguments(work, tmp_path / "chat", kind="chat", model="reference"))
     assert metrics.keys() >= {"test_loss", "test_exact_captions"}
-    loaded = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "chat")  # on a base that names its towers
+    loaded = load(tmp_path / "chat")  # on a base that names its towers
     assert any("lora_A" in name for name, _ in loaded.named_parameters())
 
 
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
-        (["what?", "red"], r"has places for 0 images, but there are 1"),
         (["<image><image>which?", "red"], r"has places for 2 images, but there are 1"),
         (["<image>what?"], r"must end with a turn of the assistant"),
         (["<image>" + "what? " * 100, "red"], r"has \d+ tokens, but at most 128 are allowed"),
     ],
 )
 def test_a_bad_conversation_is_named_or_skipped(turns, message):
-    processor = EVLGenProcessor(
-        tiny_image_processor(), tiny_tokenizer(chat=True), num_image_tokens=3, end_of_text="<|im_end|>"
-    )
-    roles = ("user", "assistant")
+    processor = chat_processor()
     bad, good = (
-        {"image": image, "messages": [{"role": r, "content": c} for r, c in zip(roles, said, strict=False)]}
+        {"image": image, "messages": [{"role": r, "content": c} for r, c in zip(ROLES, said, strict=False)]}
         for image, said in zip(noise_images(2), (turns, ["<image>what?", "blue"]), strict=True)
     )
     data = DataArguments(messages_column="messages")
@@ -222,12 +214,10 @@ def test_a_bad_conversation_is_named_or_skipped(turns, message):
 
 
 def test_a_conversation_may_show_several_images():
-    processor = EVLGenProcessor(
-        tiny_image_processor(), tiny_tokenizer(chat=True), num_image_tokens=3, end_of_text="<|im_end|>"
-    )
+    processor = chat_processor()
     first, second = noise_images(2)
     turns = ["<image>what?", "red", "<image>and now?", "blue"]
-    turns = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(turns)]
+    turns = [{"role": role, "content": text} for role, text in zip(2 * ROLES, turns, strict=True)]
     single = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "green"}]
     rows = [{"image": [first, second], "messages": turns}, {"image": [second], "messages": single}]
     data = DataArguments(messages_column="messages")
@@ -242,8 +232,8 @@ def test_a_conversation_may_show_several_images():
 
 def test_without_lora_the_connectors_side_is_trained_and_saved_as_a_model(work, tmp_path):
     finetune.main(arguments(work, tmp_path / "model", lora="none", model="reference"))
-    before = EVLGenForConditionalGeneration.from_pretrained(work / "reference").state_dict()
-    after = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "model").state_dict()
+    before = load(work / "reference").state_dict()
+    after = load(tmp_path / "model").state_dict()
     changed = {name.split(".")[0] for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert changed == {"ln_vision", "vision_projection", "connector", "language_projection"}
 
@@ -253,7 +243,7 @@ def test_a_trained_model_gets_a_range_of_image_tokens(work, tmp_path):
     with pytest.raises(ValueError, match="`image_token_range` is saved with a model, but `lora` saves an adapter"):
         finetune.main(arguments(work, tmp_path, lora="text", **changes))
     finetune.main(arguments(work, tmp_path, lora="none", **changes))
-    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path)
+    model = load(tmp_path)
     processor = EVLGenProcessor.from_pretrained(tmp_path)
     for number in (3, 12):
         inputs = processor(images=noise_images(1), num_image_tokens=number, return_tensors="pt")
@@ -267,12 +257,9 @@ def test_the_connector_is_trained_through_a_quantised_language_model(bits, work,
         pytest.importorskip(library, reason="needs the quantization extra")
     finetune.main(arguments(work, tmp_path / "adapter", text_quantization=bits, model="wide"))
     finetune.main(arguments(work, tmp_path / "model", text_quantization=bits, lora="none", model="wide"))
-    loaded = EVLGenForConditionalGeneration.from_pretrained(
-        tmp_path / "model", quantization_config=finetune.quantization_config(bits).to_dict()
-    )
-    assert {name.split(".")[0] for name, p in loaded.named_parameters() if type(p) is not torch.nn.Parameter} == {
-        "language_model"
-    }
+    loaded = load(tmp_path / "model", quantization_config=finetune.quantization_config(bits).to_dict())
+    quantised = {name.split(".")[0] for name, p in loaded.named_parameters() if type(p) is not torch.nn.Parameter}
+    assert quantised == {"language_model"}
     with pytest.raises(ValueError, match='`towers` cannot be "include" with a quantised language model'):
         finetune.main(arguments(work, tmp_path / "no", text_quantization=bits, lora="none"))
 
@@ -280,14 +267,7 @@ def test_the_connector_is_trained_through_a_quantised_language_model(bits, work,
 def test_quantisation_leaves_what_a_checkpoint_holds_besides_the_language_model(work):
     pytest.importorskip("torchao", reason="needs the quantization extra")
     given = finetune.quantization_config("int8").to_dict()
-    loaded = EVLGenForConditionalGeneration.from_pretrained(work / "include", quantization_config=given)
+    loaded = load(work / "include", quantization_config=given)
     quantised = {name for name, p in loaded.named_parameters() if type(p) is not torch.nn.Parameter}
     assert len(quantised) == 14 and all(name.startswith("language_model.model.layers.") for name in quantised)
     assert loaded.config.to_dict().get("quantization_config") is None  # a checkpoint says nothing of it
-
-
-def test_the_baseline_answers_each_question_as_training_mostly_did():
-    data = DataArguments(prompt_column="q", caption_column="a")
-    train = Dataset.from_dict({"q": ["x", "x", "x", "y", "y"], "a": ["no", "no", "yes", "red", "red"]})
-    test = Dataset.from_dict({"q": ["x", "x", "y", "z"], "a": ["no", "yes", "red", "no"]})
-    assert majority_accuracy(train, test, data) == 0.75  # z is new: "no" and "red" are as frequent, "no" came first
