@@ -115,7 +115,7 @@ class ConnectorConfig(CheckedConfig):
             width = f"`hidden_size` ({self.hidden_size})"
             raise ValueError(f"{width} must be a multiple of `num_attention_heads` ({heads}).")
         grid = getattr(self, "position_grid_size", None)
-        if grid is not None and not 2 <= grid <= math.sqrt((self.max_position_embeddings or 0) - self.class_token):
+        if grid is not None and (grid < 2 or grid**2 + self.class_token > (self.max_position_embeddings or 0)):
             raise ValueError(
                 "`position_grid_size` must be 2 or more, and its patches must fit `max_position_embeddings` "
                 f"({self.max_position_embeddings}), but it is {grid}."

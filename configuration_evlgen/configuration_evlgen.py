@@ -88,11 +88,12 @@ class EVLGenConfig(CheckedConfig):
         num_vision_tokens (`int`, *optional*):
             Number of tokens N of the vision tower for one image. Needed for towers with feature maps and for timm's,
             of which [`EVLGenForConditionalGeneration.from_vision_text_pretrained`] measures it.
-        num_image_tokens (`int`, *optional*):
-            Tokens of the soft prompt of an image or video, if no number is requested. A number other than that of the
-            connector's configuration needs an `image_token_range`.
         image_token_range (`list[int]`, *optional*):
-            The smallest and the largest number of these tokens, if the model was trained with several.
+            The smallest and the largest number of tokens of an image or video, if the model was trained with several.
+            By default each has `num_image_tokens`.
+        default_num_image_tokens (`int`, *optional*):
+            Tokens of an image or video if no number is requested, in `image_token_range`. By default those that the
+            connector's configuration gives.
         vision_hidden_size (`int`, *optional*): Width Dv of the tower's tokens. Needed for the same towers.
         vision_model_name_or_path, vision_model_revision, and so for `text_model` (`str`, *optional*):
             The base models of the towers: repositories on the Hub and the commits that were loaded, or folders.
@@ -124,8 +125,8 @@ class EVLGenConfig(CheckedConfig):
     video_mode: str = "mean"
     num_vision_tokens: int | None = None
     vision_hidden_size: int | None = None
-    num_image_tokens: int | None = None
     image_token_range: list[int] | None = None
+    default_num_image_tokens: int | None = None
     vision_model_name_or_path: str | None = None
     vision_model_revision: str | None = None
     text_model_name_or_path: str | None = None
@@ -214,14 +215,12 @@ class EVLGenConfig(CheckedConfig):
             )
 
     def check_num_image_tokens(self) -> None:
-        """Sets `num_image_tokens` where it is None, and checks it and `image_token_range`."""
-        own = self.connector_config.default_budget(self.num_vision_tokens)
-        self.num_image_tokens = own if self.num_image_tokens is None else self.num_image_tokens
+        """Checks `image_token_range` and `default_num_image_tokens`. Raises a ValueError if one cannot be."""
+        self.connector_config.default_budget(self.num_vision_tokens)  # raises where tokens cannot be pooled
         if self.image_token_range is None:
-            if self.num_image_tokens == own:
-                return
-            found = f"is {self.num_image_tokens}, but the connector makes {own} tokens"
-            raise ValueError(f"`num_image_tokens` {found}. Another number needs an `image_token_range`.")
+            if self.default_num_image_tokens is not None:
+                raise ValueError("`default_num_image_tokens` needs an `image_token_range`, the numbers in training.")
+            return
         try:
             self.read_budgets("num_image_tokens", None, 1)  # raises where the range is none, or lacks the number
             for budget in (*self.image_token_range, self.num_image_tokens):
@@ -286,14 +285,19 @@ class EVLGenConfig(CheckedConfig):
         """Whether the model has parts for videos. A model without them takes videos as the mean of their frames."""
         return self.temporal_contextualizer or self.video_mode == "merge"
 
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of the soft prompt for one image, if no number is requested."""
+        if self.default_num_image_tokens is not None:
+            return self.default_num_image_tokens
+        return self.connector_config.default_budget(self.num_vision_tokens)
+
     def to_dict(self) -> dict[str, Any]:
         # transformers adds only the class that is saved to `auto_map`, so the whole map is written here. These are
         # copies, as `pipeline` changes what it reads.
         config = super().to_dict()
         for part in ("vision_config", "text_config"):
             config[part].pop("_name_or_path", None)  # `vision_model_name_or_path` and its peer name the base models
-        if self.image_token_range is None:  # the connector's configuration has it, and may be changed
-            config.pop("num_image_tokens", None)
         return {**config, "auto_map": dict(AUTO_MAP), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
     @classmethod
@@ -301,9 +305,6 @@ class EVLGenConfig(CheckedConfig):
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(f"The checkpoint's `model_type` is {model_type!r}, but an {cls.model_type!r} is wanted.")
-        if "default_num_image_tokens" in config_dict:  # the name in older checkpoints
-            config_dict = {"num_image_tokens": config_dict["default_num_image_tokens"], **config_dict}
-            config_dict.pop("default_num_image_tokens")
         # `EVLGenConfig()` fills missing parts with the paper's. A checkpoint without one is damaged.
         if missing := [name for name in cls.sub_configs if {**config_dict, **kwargs}.get(name) is None]:
             raise ValueError(f"The configuration of a checkpoint must have {', '.join(missing)}, which is missing.")

@@ -165,8 +165,8 @@ def read_item(
             raise ValueError(item["error"])
         source = _source(item, column)
         path = source["path"] if isinstance(source, dict) and source.get("bytes") is None else source
-        if isinstance(path, str) and (state := file_state(path)):
-            details["source"] = [path, *state]
+        if isinstance(path, str) and "://" not in path:
+            details["source"] = [path, *(file_state(path) or (None, None))]
         if media == "image":
             return load_rgb_image(source, max_pixels=max_pixels), details
         return load_rgb_frames(source, **frames, max_pixels=max_pixels), details
@@ -177,7 +177,7 @@ def read_item(
 
 
 def is_current(source: list[Any] | None) -> bool:
-    """Whether a file is as it was when [`read_item`] read it. A file that is gone counts as unchanged."""
+    """Whether a file is as it was when [`read_item`] looked for it. A file that is gone counts as unchanged."""
     return source is None or file_state(source[0]) in (source[1:], None)
 
 

@@ -297,6 +297,8 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
     ) -> Encoded:
         """The soft prompts of images and videos, if any. Arguments and errors are those of [`EVLGenModel.forward`]."""
         encoded: Encoded = {"image": None, "video": None, **(mm_encoder_outputs or {})}
+        if len(encoded) > 2:
+            raise ValueError(f'`mm_encoder_outputs` must have "image" and "video" alone, but has {[*encoded][2:]}.')
         if sum(images is not None for images in (pixel_values, vision_features, encoded["image"])) > 1:
             raise ValueError("Only one of `pixel_values`, `vision_features` and `mm_encoder_outputs` can be given.")
         if pixel_values_videos is not None and encoded["video"] is not None:

@@ -50,6 +50,13 @@ class EVLGenBatch(BatchFeature):
             value = value.masked_fill(torch.isin(value, value.new_tensor(self.placeholder_ids)), -100)
         super().__setitem__(name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "placeholder_ids": self.placeholder_ids}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.placeholder_ids = state.pop("placeholder_ids")
+        super().__setstate__(state)
+
     def to(self, *args: Any, **kwargs: Any) -> "EVLGenBatch":
         """As `BatchFeature.to`, but times stay float32."""
         kept = {name: self[name] for name in EXACT_INPUTS if torch.is_tensor(self.get(name))}
@@ -139,6 +146,13 @@ class EVLGenProcessor(ProcessorMixin):
         video_processor = EVLGenVideoProcessor() if video_processor is None else video_processor
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
         video_processor.image_processor = image_processor
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("num_frames", "fps"):  # where they were before there was a video processor
+            raise AttributeError(f"`{name}` is the video processor's: set `processor.video_processor.{name}`.")
+        super().__setattr__(name, value)
+        if name == "image_processor" and hasattr(self, "video_processor"):
+            self.video_processor.image_processor = value
 
     @property
     def placeholders(self) -> dict[str, int]:
@@ -373,7 +387,8 @@ def _check_given(*inputs: Any) -> None:
     given = dict(zip(_INPUTS, inputs, strict=True))
     names = {name for name, value in given.items() if value is not None}
     if not names - {"suffix", "image_grid_thw"}:
-        raise ValueError(f"At least one of {', '.join(f'`{name}`' for name in given)} must be given.")
+        wanted = ", ".join(f"`{name}`" for name in given if name not in ("suffix", "image_grid_thw"))
+        raise ValueError(f"At least one of {wanted} must be given.")
     exclusive = {"messages": {"text", "suffix"}, "vision_features": {"images"}, "encoded_video": {"videos"}}
     for name, others in exclusive.items():
         if name in names and not names.isdisjoint(others):

@@ -47,6 +47,7 @@ class EVLGenVideoProcessor(BaseVideoProcessor):
     valid_kwargs = EVLGenVideosKwargs
     num_frames = 4
     do_sample_frames = True  # so vLLM gives the times of frames
+    temporal_patch_size = 1  # vLLM reads it
     default_to_square = None  # as the image processor's, like all settings that are not given
     rescale_factor = None
 
@@ -61,6 +62,16 @@ class EVLGenVideoProcessor(BaseVideoProcessor):
         """Which frames a call takes by default: `num_frames` or `fps`."""
         return {"num_frames": self.num_frames} if self.fps is None else {"fps": self.fps}
 
+    @property
+    def size(self) -> Any:
+        """The size of frames. vLLM reads it; where videos have none of their own, it is the image processor's."""
+        own = self.__dict__.get("size")
+        return getattr(getattr(self, "image_processor", None), "size", None) if own is None else own
+
+    @size.setter
+    def size(self, size: Any) -> None:
+        self.__dict__["size"] = size
+
     def preprocess(self, videos: Any, **kwargs: Unpack[EVLGenVideosKwargs]) -> BatchFeature:
         """
         Args:
@@ -68,7 +79,7 @@ class EVLGenVideoProcessor(BaseVideoProcessor):
                 A list of frames (images or arrays) is one video. [`load_rgb_frames`] lists the accepted types.
             kwargs:
                 - `num_frames` (`int`) or `fps` (`float`): As for the class.
-                - `do_sample_frames` (`bool`): False takes all frames, at most 512.
+                - `do_sample_frames` (`bool`): False takes all frames, at most 512, if there is neither of these.
                 - `frame_sampling` (`str`): `"uniform"` (the default), or `"headtail"`; see [`sample_frames`].
                 - `video_metadata` (`VideoMetadata`, `dict` or a list of these): As `metadata` of [`load_rgb_frames`].
                 - `max_pixels` (`int`): Largest width times height of a frame that is decoded.
@@ -86,9 +97,9 @@ class EVLGenVideoProcessor(BaseVideoProcessor):
         if metadata and len(metadata) != len(videos):
             raise ValueError(f"`video_metadata` has {len(metadata)} entries for {len(videos)} videos.")
         given = {name: value for name, value in kwargs.items() if value is not None}
-        frames = {name: given[name] for name in ("num_frames", "fps") if name in given} or self.frames
-        if not given.get("do_sample_frames", self.do_sample_frames):
-            frames = {}
+        frames = {name: given[name] for name in ("num_frames", "fps") if name in given}
+        if not frames and given.get("do_sample_frames", self.do_sample_frames):
+            frames = self.frames
         choice = FrameChoice(**frames, sampling=given.get("frame_sampling", "uniform"))
         settings = {name: given[name] for name in _PIXEL_SETTINGS & given.keys()}
         parts, times = [], []
@@ -103,7 +114,7 @@ class EVLGenVideoProcessor(BaseVideoProcessor):
 
     def prepare_frames(self, frames: list[Any], **settings: Any) -> torch.Tensor:
         """Pixels of frames that were read, `(frames, channels, height, width)`."""
-        own = {name: getattr(self, name) for name in _PIXEL_SETTINGS if getattr(self, name) is not None}
+        own = {name: value for name, value in self.__dict__.items() if name in _PIXEL_SETTINGS and value is not None}
         # An image processor takes sizes as it is given them, and not as it keeps them.
         own = {name: dict(value) if isinstance(value, SizeDict) else value for name, value in own.items()}
         settings = {**own, **settings}

@@ -229,3 +229,9 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path):
     OPTConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`model_type` is 'opt', but an 'evlgen' is wanted"):
         EVLGenConfig.from_pretrained(tmp_path)
+
+
+def test_the_number_of_tokens_follows_a_changed_connector():
+    config = EVLGenConfig()
+    config.connector_config.merge_r = 5
+    assert config.num_image_tokens == 257 - 12 * 5 == EVLGenConfig.from_dict(config.to_dict()).num_image_tokens

@@ -1,5 +1,7 @@
 """The processor: positions of images, labels, images of every type, and errors that name their cause."""
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -257,3 +259,12 @@ def test_saves_and_loads(tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert again.to_dict() == processor.to_dict()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda batch: pickle.loads(pickle.dumps(batch))])
+def test_labels_of_a_copied_batch_never_hold_placeholders(copied):
+    """As a worker of a DataLoader hands a batch over, before TRL sets its labels."""
+    processor = tiny_processor(tiny_model())
+    batch = copied(processor(images=noise_images(1), text="a"))
+    batch["labels"] = batch["input_ids"].clone()
+    assert torch.equal(batch["labels"] == -100, batch["input_ids"] == processor.image_token_id)

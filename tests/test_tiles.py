@@ -194,8 +194,11 @@ def test_a_soft_prompt_does_not_go_on_in_another_place(rows):
         ({"image_token_range": [1, 9]}, "`image_token_range`"),
         ({"image_token_range": [4, 18]}, "`image_token_range`"),
         ({"image_token_range": [2, 3]}, "`num_image_tokens` must be from 2 to 3, .* is 11"),
-        ({"image_token_range": [4, 9], "num_image_tokens": 3}, "`num_image_tokens` must be from 4 to 9, .* is 3"),
-        ({"num_image_tokens": 9}, "`num_image_tokens` is 9, but the connector makes 11"),
+        (
+            {"image_token_range": [4, 9], "default_num_image_tokens": 3},
+            "`num_image_tokens` must be from 4 to 9, .* is 3",
+        ),
+        ({"default_num_image_tokens": 9}, "`default_num_image_tokens` needs an"),
     ],
 )
 def test_a_range_that_the_connector_cannot_make_is_refused(given, message):
@@ -231,7 +234,7 @@ def test_peers_take_budgets_and_tiles(connector):
 
 @torch.no_grad()
 def test_a_model_has_a_number_of_its_own_for_images_without_a_request(tmp_path):
-    fields = {"connector_config": PEERS["qformer"], "image_token_range": [2, 9], "num_image_tokens": 4}
+    fields = {"connector_config": PEERS["qformer"], "image_token_range": [2, 9], "default_num_image_tokens": 4}
     model = join(*tiny_towers("siglip"), **fields)
     model.save_pretrained(tmp_path)
     model = EVLGenForConditionalGeneration.from_pretrained(tmp_path).eval()

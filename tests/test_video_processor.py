@@ -121,3 +121,21 @@ def test_transformers_own_reader_fails_where_ours_reads(kind, tmp_path):
     except Exception:  # of many types
         return
     assert len(frames) != 4
+
+
+def test_a_number_of_frames_is_the_video_processors_and_one_in_a_call_counts():
+    processor = tiny_processor(tiny_model())
+    with pytest.raises(AttributeError, match=r"set `processor\.video_processor\.num_frames`"):
+        processor.num_frames = 8
+    processor.video_processor.num_frames = 8
+    video = noise_images(10)
+    calls = ({}, {"num_frames": 3, "do_sample_frames": False}, {"do_sample_frames": False})
+    assert [number_of_frames(processor(videos=[video], **call)) for call in calls] == [8, 3, 10]
+
+
+def test_another_image_processor_prepares_videos_too():
+    processor, small = tiny_processor(tiny_model()), tiny_image_processor()
+    small.size = {"height": 16, "width": 16}
+    processor.image_processor = small
+    assert processor(videos=[noise_images(2)])["pixel_values_videos"].shape[-2:] == (16, 16)
+    assert dict(processor.video_processor.size) == {"height": 16, "width": 16}  # vLLM reads it

@@ -77,9 +77,9 @@ def allow_token_range(
             model.config.connector_config.check_budget(number, model.config.num_vision_tokens)
     except ValueError as error:
         raise ValueError(f"`image_token_range` is {image_token_range}: {error}") from error
-    for part in (model.config, processor):
-        part.image_token_range = [low, high]
-        part.num_image_tokens = num_image_tokens or part.num_image_tokens
+    model.config.image_token_range = processor.image_token_range = [low, high]
+    if num_image_tokens is not None:
+        model.config.default_num_image_tokens = processor.num_image_tokens = num_image_tokens
     model.config.check_num_image_tokens()
 
 

@@ -62,9 +62,10 @@ class FeatureDataset(torch.utils.data.Dataset):
         self.part_rows = len(parts[0]["grids"]) if parts else 1
         grids = [np.array(part["grids"]) for part in parts]  # (rows, views, 2) each
         counts = [grid.prod(axis=2) for grid in grids]
-        self.grids = np.concatenate(grids)
+        self.grids = np.concatenate(grids) if grids else np.empty((0, 1, 2), dtype=int)
         # Of each view, the position of its first tile in its part, (rows, views).
-        self.starts = np.concatenate([count.cumsum().reshape(count.shape) - count for count in counts])
+        starts = [count.cumsum().reshape(count.shape) - count for count in counts]
+        self.starts = np.concatenate(starts) if starts else np.empty((0, 1), dtype=int)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -254,7 +255,7 @@ def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: Caption
     data_args = views.data_args
     draws = views.training and data_args.draws_views
     augmentation = (views.seed, data_args.crop_scale, data_args.horizontal_flip) if draws else ()
-    digest = hashlib.sha256(repr((num_views, *augmentation)).encode())
+    digest = hashlib.sha256(repr((num_views, PART_TILES, PART_VIDEOS, *augmentation)).encode())
     digest.update(views.processor.image_processor.to_json_string().encode())
     digest.update(model.config.vision_config.to_json_string().encode())
     digest.update(hash_weights(model.vision_tower.state_dict()).encode())
@@ -264,6 +265,9 @@ def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: Caption
         merging = mode == "merge" and (class_token, video_merging.ROUNDS, video_merging.TIME_WEIGHT)
         # The 2 is a version. It rises when the same choice reads other frames of a file.
         digest.update(repr(("video", 2, data_args.frames, mode, merging)).encode())
+        settings = views.processor.video_processor.to_dict()
+        settings = {name: value for name, value in settings.items() if name not in ("num_frames", "fps")}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     elif views.processor.max_tiles > 1:
         digest.update(f"max_tiles {views.processor.max_tiles}".encode())
     if data_args.max_pixels != MAX_PIXELS:  # it decides which rows are bad
