@@ -404,13 +404,10 @@ def test_the_documented_commands_make_a_space(tmp_path):
     space = tmp_path / "my-space"
     assert (space / "outputs" / "demo").is_dir()
     _, header, _ = (space / "README.md").read_text(encoding="utf-8").split("---\n", 2)
-    settings = yaml.safe_load(header)
+    settings, declared = yaml.safe_load(header), (ROOT / "setup.py").read_text()
     assert settings["sdk"] == "gradio" and (space / settings["app_file"]).is_file()
-    declared = (ROOT / "setup.py").read_text()
     assert f'"gradio>={settings["sdk_version"].rpartition(".")[0]}"' in declared
-    requirements = (space / "requirements.txt").read_text().split()
-    assert all(f'"{requirement}"' in declared for requirement in requirements)
-
+    assert all(f'"{needed}"' in declared for needed in (space / "requirements.txt").read_text().split())
     others = ["datasets", "evaluate", "matplotlib", "pycocoevalcap", "tensorboard"]
     code = f"import sys; sys.modules.update(dict.fromkeys({others})); "
     code += "import app, modeling_evlgen as m; print(m.__file__)"

@@ -86,18 +86,13 @@ def test_tiles_of_all_images_come_in_one_tensor_with_the_grids():
     assert batch["image_grid_thw"].dtype == torch.int64
 
 
-def test_tiles_and_ranges_are_saved_with_the_processor(tmp_path):
+def test_tiles_and_ranges_are_saved_and_a_loaded_processor_may_be_given_another_number_of_tokens(tmp_path):
     make_processor(max_tiles=4, image_token_range=[2, 9]).save_pretrained(tmp_path)
     processor = EVLGenProcessor.from_pretrained(tmp_path)
     assert processor.max_tiles == 4 and processor.image_token_range == [2, 9]
     assert processor(images=image(64, 64))["pixel_values"].shape[0] == 4
     assert processor(images=image(64, 64), max_tiles=1)["pixel_values"].shape[0] == 1
-
-
-def test_a_loaded_processor_may_be_given_another_number_of_tokens(tmp_path):
-    """As vLLM does with its `mm_processor_kwargs`."""
-    make_processor().save_pretrained(tmp_path)
-    processor = EVLGenProcessor.from_pretrained(tmp_path, num_image_tokens=5)
+    processor = EVLGenProcessor.from_pretrained(tmp_path, num_image_tokens=5)  # as vLLM's `mm_processor_kwargs`
     assert (processor(images=image(16, 16))["input_ids"] == processor.image_token_id).sum() == 5
 
 

@@ -24,7 +24,6 @@ from common.data.collator import CaptionCollator
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.video import TemporalTower
-from processing_evlgen.processing_evlgen import EVLGenBatch
 
 from .helpers import (
     PORT,
@@ -244,15 +243,3 @@ def test_tiles_are_not_trained_by_a_partitioned_connector(trainer):
         trainer(tiny_model(), data_collator=CaptionCollator(processor, DataArguments(), True))
     videos = DataArguments(video_column="video")  # they are not cut
     trainer(tiny_model(), data_collator=CaptionCollator(processor, videos, True))
-
-
-def test_deepspeed_does_not_round_times_to_bfloat16():
-    trainer = object.__new__(EVLGenTrainer)
-    trainer.args, trainer.is_deepspeed_enabled = SimpleNamespace(device="cpu"), True
-    plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(dtype=lambda: torch.bfloat16))
-    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
-    names = ("pixel_values_videos", "frame_times", "token_places")
-    prepared = trainer._prepare_inputs(EVLGenBatch({name: torch.full((1, 2, 3), 300.7) for name in names}))
-    assert prepared["pixel_values_videos"].dtype == torch.bfloat16
-    for name in names[1:]:
-        assert torch.equal(prepared[name], torch.full((1, 2, 3), 300.7))

@@ -78,7 +78,6 @@ OWN_CONNECTOR = {
     "examples/configs/one-gpu.yaml": {},
     CROWDED_RECIPE: {"num_query_tokens": 16, "num_distinctive_tokens": 9, "position_grid_size": 4},
 }
-PLACEHOLDER_FILES = {"my_mixture.yaml"}
 
 COMMANDS = [command for page in [*PAGES, *METRIC_CARDS] for command in commands_of_page(page)]
 COMMANDS += [command for script in SCRIPTS for command in commands_of_docstring(script)]
@@ -222,21 +221,17 @@ def test_the_yaml_blocks_of_a_page_are_recipes(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_links_of_a_page_lead_on(page):
+def test_the_links_of_a_page_lead_on_and_the_files_that_it_names_exist(page):
     for target in relative_links(page):
         path, _, heading = target.partition("#")
         linked = (page.parent / path).resolve() if path else page
         assert linked.exists(), f"{page.name} links to {target}, which does not exist"
         assert not heading or heading in anchors(linked), f"{page.name} links to {target}: there is no such heading"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_files_that_a_page_names_exist(page):
     known = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.suffix in (".py", ".yaml")]
-    for code in [*code_spans(page), *(block.code for block in blocks_of_page(page))]:
-        for name in re.findall(r"[\w./-]+\.(?:py|yaml)\b", code):
-            exists = any(f"/{path}".endswith(f"/{name}") for path in known) or name in PLACEHOLDER_FILES
-            assert exists, f"{page.name} names {name}, which does not exist"
+    code = " ".join([*code_spans(page), *(block.code for block in blocks_of_page(page))])
+    for name in re.findall(r"[\w./-]+\.(?:py|yaml)\b", code):
+        exists = any(f"/{path}".endswith(f"/{name}") for path in known) or name == "my_mixture.yaml"
+        assert exists, f"{page.name} names {name}, which does not exist"
 
 
 def test_the_architecture_page_names_every_module_that_travels_with_a_checkpoint():
