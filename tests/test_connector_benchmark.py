@@ -73,7 +73,7 @@ def test_captions_of_crowded_scenes_are_read(few_steps, tmp_path, monkeypatch, c
     assert "| method | seeds | loss at 1 | gap | exact at 1 | named |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("dataset, page", zip(DATASETS, ("claims", "claims", "crowded_images"), strict=True))
+@pytest.mark.parametrize("dataset, page", [*zip(DATASETS, ("claims", "claims", "crowded_images"), strict=True)])
 def test_the_tables_of_the_pages_are_those_of_the_published_results(dataset, page):
     assert connectors.figures_table(PUBLISHED, dataset) in (ROOT / "docs" / f"{page}.md").read_text()
 

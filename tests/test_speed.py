@@ -47,7 +47,7 @@ def measure(capsys, *arguments):
 def test_candidates_are_compared_with_the_first(tiny_sizes, capsys, what, tokens):
     rows = measure(capsys, what)
     assert tokens is None or [row[0] for row in rows] == tokens
-    assert rows[0][-1] == 1 and all(min(row) > 0 for row in rows)
+    assert rows[0][-1] == 1 and all(min(row) >= 0 and sum(row) > 0 for row in rows)  # no memory may be needed
 
 
 @pytest.mark.parametrize("what, columns", [("tokens", 2), ("videos", 6)])
