@@ -288,9 +288,7 @@ class EVLGenConfig(CheckedConfig):
     @property
     def num_image_tokens(self) -> int:
         """Tokens of the soft prompt for one image, if no number is requested."""
-        if self.default_num_image_tokens is not None:
-            return self.default_num_image_tokens
-        return self.connector_config.default_budget(self.num_vision_tokens)
+        return self.default_num_image_tokens or self.connector_config.default_budget(self.num_vision_tokens)
 
     def to_dict(self) -> dict[str, Any]:
         # transformers adds only the class that is saved to `auto_map`, so the whole map is written here. These are

@@ -39,8 +39,7 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
             Largest width times height that is decoded; it is read from the header. PIL's own limit holds as well.
 
     Raises:
-        ValueError: If the image cannot be read, or has no pixel or more than `max_pixels`; the message names it. If an
-            array holds NaN or infinite values, or has not 3 dimensions.
+        ValueError: If the image cannot be read, has no pixel or too many, or an array is not finite or has not 3 axes.
         TypeError: If `source` is nothing of the above, or an array of no numbers.
     """
     if source is None:

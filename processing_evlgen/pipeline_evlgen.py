@@ -10,17 +10,7 @@ _PROCESSOR_ARGUMENTS = {"max_tiles", "num_image_tokens", "num_frames", "fps"}
 
 
 class EVLGenImageToTextPipeline(Pipeline):
-    """Captions images, or answers a prompt about them.
-
-    ```python
-    >>> from transformers import pipeline
-    >>> captioner = pipeline("image-to-text", model="my-model", trust_remote_code=True)
-    >>> captioner("image.png")
-    [{'generated_text': 'a blue triangle'}]
-    >>> captioner(["a.png", "b.png"], prompt="What colour is it?", batch_size=2, num_beams=5)
-    [[{'generated_text': 'blue'}], [{'generated_text': 'red'}]]
-    ```
-    """
+    """Captions images, or answers a prompt about them, as in `captioner("a.png", prompt="What is it?")`."""
 
     modality = "image"
     _load_processor = True
@@ -87,10 +77,6 @@ class EVLGenImageToTextPipeline(Pipeline):
 
 
 class EVLGenVideoToTextPipeline(EVLGenImageToTextPipeline):
-    """Captions videos, or answers a prompt about them.
-
-    Takes files, URLs and arrays of frames, and dicts with one of these under `"video"`. A list holds several videos. A
-    single video that is a list of frames is given as `{"video": frames}`.
-    """
+    """Captions videos, or answers a prompt about them. A list is several videos; frames are `{"video": [...]}`."""
 
     modality = "video"

@@ -87,20 +87,15 @@ class EVLGenProcessor(ProcessorMixin):
         chat_template (`str`, *optional*): Template for messages with images. By default the tokenizer's.
         image_token, video_token (`str`, *optional*, default to `"<image>"` and `"<video>"`): The placeholders.
         end_of_text (`str`, *optional*):
-            The token that ends a `suffix` in training and stops generation. By default EOS; `"\n"` in the paper's OPT
-            recipe.
-        clean_captions (`bool`, *optional*, defaults to `False`):
-            Whether to clean each `suffix` with [`clean_caption`], as the paper does.
-        bos_label (`bool`, *optional*, defaults to `False`):
+            The token that ends a `suffix` and stops generation. By default EOS; `"\n"` in the paper's OPT recipe.
+        clean_captions (`bool`, defaults to `False`): Whether to clean each `suffix` with [`clean_caption`].
+        bos_label (`bool`, defaults to `False`):
             Whether BOS after the images of an empty prompt is a label, as in the paper's OPT recipe.
-        max_tiles (`int`, *optional*, defaults to 1): Largest number of tiles of an image. See [`cut_tiles`].
-        image_token_range (`list[int]`, *optional*):
-            The smallest and the largest `num_image_tokens` that a call may request: the model's
-            `config.image_token_range`, if it was trained with several.
+        max_tiles (`int`, defaults to 1): Largest number of tiles of an image. See [`cut_tiles`].
+        image_token_range (`list[int]`, *optional*): The numbers that a call may request: the model's.
 
     Raises:
-        TypeError: If `tokenizer` is no tokenizer.
-        ValueError: If a number is out of range; the message names it.
+        TypeError, ValueError: If `tokenizer` is no tokenizer, or a number is out of range.
     """
 
     valid_processor_kwargs = EVLGenProcessorKwargs
@@ -227,9 +222,7 @@ class EVLGenProcessor(ProcessorMixin):
               a number of tokens is not `num_image_tokens`.
 
         Raises:
-            ValueError: If images, placeholders and texts differ in number. If a text is too long, or a suffix is empty
-                or holds a special token. If an image or a video cannot be read.
-            TypeError: If a text is not a string, or an image of no accepted type.
+            ValueError, TypeError: If inputs do not fit each other, or one cannot be read; the message names it.
         """
         _check_given(images, text, suffix, videos, messages, vision_features, image_grid_thw, encoded_video)
         arguments = self._merge_arguments(kwargs, has_labels=suffix is not None or messages is not None)

@@ -87,11 +87,8 @@ class EVLGenVideoProcessor(BaseVideoProcessor):
 
         Returns:
             `BatchFeature` with `pixel_values_videos`, float32, `(videos, frames, channels, height, width)`;
-            `frame_mask`, bool, `(videos, frames)`, if frames of zeros pad short videos; and `frame_times`, float32,
-            `(videos, frames)`, the seconds of each frame since the first one.
-
-        Raises:
-            ValueError: If a video cannot be read, or an argument is out of range.
+            `frame_times`, float32, `(videos, frames)`, the seconds of each frame since the first one; and
+            `frame_mask`, bool, `(videos, frames)`, if frames of zeros pad short videos.
         """
         videos, metadata = flatten_videos(videos), _flatten_metadata(kwargs.get("video_metadata"))
         if metadata and len(metadata) != len(videos):

@@ -170,8 +170,7 @@ def load_rgb_frames(
         [`VideoFrames`] with `PIL.Image.Image` objects in mode RGB, or with arrays where arrays were given.
 
     Raises:
-        ValueError: If the video cannot be read, ends early, has no frames or too large ones; the message names it.
-        TypeError: If `source` is nothing of the above.
+        ValueError, TypeError: If the video cannot be read, ends early, or has no frames or too large ones.
         ImportError: If a file needs PyAV, which is not installed.
     """
     frames = iterate_rgb_frames(source, FrameChoice(num_frames, sampling, fps), max_pixels, metadata)
@@ -295,8 +294,7 @@ def iterate_container(container: Any, stream: Any) -> Iterator[TimedFrame]:
 def check_end(container: Any, stream: Any, packets: int, times: tuple[float, float], duration: float) -> None:
     """Raises a ValueError if the last frame is well before the duration that PyAV's stream states.
 
-    `packets` is the number of packets until there, and `times` are the seconds of the first and of the last frame. The
-    last one is shown for `duration` seconds; 0 if that is not stated.
+    `times` are the seconds of the first and the last frame. The last is shown for `duration` seconds; 0 if unstated.
     """
     # The last frame may stand still for long. So a video is whole if all packets are there, or if their number is not
     # stated and the last frame has no duration. The duration of an ASF file is that of its sound, too.
