@@ -280,7 +280,8 @@ def move_files(source: Path, target: Path) -> None:
     hub_file = ".gitattributes"  # the Hub's own, in a clone of a repository
     foreign = sorted({*present} - {*names, *stale, hub_file, CARD})
     if foreign:
-        raise ValueError(f"`folder`: {target} holds files that do not belong to the model: {', '.join(foreign)}.")
+        remedy = "Remove them, or name another folder."
+        raise ValueError(f"`folder`: {target} holds files that are not the model's: {', '.join(foreign)}. {remedy}")
     for name in stale:
         (target / name).unlink()
     for name in names:
