@@ -191,7 +191,7 @@ def test_a_soft_prompt_does_not_go_on_in_another_place(rows):
     [
         ({"image_token_range": [4]}, "`image_token_range`"),
         ({"image_token_range": [9, 4]}, "`image_token_range`"),
-        ({"image_token_range": [1, 9]}, "`image_token_range`"),
+        ({"image_token_range": [1, 17]}, "`image_token_range`"),
         ({"image_token_range": [4, 18]}, "`image_token_range`"),
         ({"image_token_range": [2, 3]}, "`num_image_tokens` must be from 2 to 3, .* is 11"),
         (
