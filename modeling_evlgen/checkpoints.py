@@ -149,7 +149,7 @@ class EVLGenPreTrainedModel(PreTrainedModel):
         """
         if getattr(self, "peft_config", None):
             raise ValueError(
-                "A model with an adapter in it cannot be saved. Load the model that the adapter is for, and "
+                "A model with an adapter cannot be saved. Load the model that the adapter is for, and "
                 "`PeftModel.from_pretrained(model, adapter)`: its `save_pretrained` saves the adapter, and "
                 "`merge_and_unload().save_pretrained` a model that has become one with it."
             )
