@@ -217,7 +217,8 @@ def test_a_broken_image_is_named_or_skipped(cache_features, work, with_a_broken_
 
 
 def test_metadata_that_cannot_be_read_are_named(work, with_a_broken_image, tmp_path):
-    (with_a_broken_image / "train" / "metadata.jsonl").write_bytes("caf\u00e9".encode("latin-1"))
+    row = '{"file_name": "0.png", "caption": "caf\u00e9"}'.encode("latin-1")
+    (with_a_broken_image / "train" / "metadata.jsonl").write_bytes(row)
     with pytest.raises(ValueError, match=r"(?s)`dataset`: .*images' cannot be read: .*in UTF-8"):
         pretrain.main(arguments(work, tmp_path / "out", dataset=with_a_broken_image))
 
