@@ -75,7 +75,7 @@ class QFormerConnector(ConnectorPreTrainedModel):
         shared = Blip2QFormerConfig.__dataclass_fields__.keys() & set(config.field_names())
         fields = {name: getattr(config, name) for name in shared - {"max_position_embeddings"}}  # which is for text
         fields["encoder_hidden_size"] = config.hidden_size
-        self.qformer = Blip2QFormerModel._from_config(
+        self.qformer = Blip2QFormerModel._from_config(  # `AutoModel.from_config`, which is public, does not know it
             Blip2QFormerConfig(**fields), attn_implementation=config._attn_implementation
         )
         self.post_init()

@@ -63,7 +63,7 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
 
     @classmethod
     def _from_config(cls, config: EVLGenConfig, **kwargs: Any) -> "EVLGenMediaModel":
-        model = super()._from_config(config, **kwargs)
+        model = super()._from_config(config, **kwargs)  # what `AutoModel.from_config` calls
         for name in cls._keep_in_fp32_modules_strict:  # transformers does so in `from_pretrained` alone
             if getattr(model, name, None) is not None:
                 getattr(model, name).float()
@@ -71,7 +71,7 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # transformers' hook for fresh weights, as in each of its models
         if isinstance(module, TemporalContextualizer):
             init.zeros_(module.alpha)
         elif isinstance(module, TimeEmbedding):

@@ -66,7 +66,7 @@ class EVLGenModel(EVLGenMediaModel):
     _can_compile_fullgraph = True  # with a language model that can
 
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        super()._set_gradient_checkpointing(*args, **kwargs)
+        super()._set_gradient_checkpointing(*args, **kwargs)  # the only hook of `activation_checkpointing_enable`
         _checkpoint_frozen_layers(self.language_model)
 
     def get_output_embeddings(self) -> nn.Module:

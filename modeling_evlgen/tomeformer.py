@@ -193,9 +193,8 @@ class TomeFormerSelfAttention(nn.Module):
         key = self.key(hidden_states).view(heads).transpose(1, 2)
         value = self.value(hidden_states).view(heads).transpose(1, 2)
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = self.config._attn_implementation  # as in each model of transformers
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.dropout.p if self.training else 0.0
         context, _ = attention(self, query, key, value, attention_mask=None, dropout=dropout, scaling=self.scaling)
         context = context.reshape(hidden_states.shape)  # (batch, tokens, dim)
