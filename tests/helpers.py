@@ -216,24 +216,11 @@ def save_one_gpu_sources(folder: Path) -> None:
     tiny_towers(text="llama")[1].save_pretrained(text_folder)
     tiny_tokenizer(chat=True).save_pretrained(text_folder)
     for split, count in (("train", 16), ("validation", 8), ("test", 8)):
-        rows = [
-            {
-                "image": image,
-                "filename": f"{index}.jpg",
-                "cocoid": index,
-                "caption": f"An image of {COLORS[index % 4]}.",
-            }
-            for index, image in enumerate(noise_images(count))
-        ]
-        features = datasets.Features(
-            image=datasets.Image(),
-            filename=datasets.Value("string"),
-            cocoid=datasets.Value("int64"),
-            caption=datasets.Value("string"),
-        )
+        captions = [f"An image of {COLORS[index % 4]}." for index in range(count)]
+        columns = {"filename": [f"{index}.jpg" for index in range(count)], "cocoid": range(count), "caption": captions}
         path = folder / "jxie" / "coco_captions" / "data" / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+        datasets.Dataset.from_dict({"image": noise_images(count), **columns}).to_parquet(path)
 
 
 def demo_packages_or_skip(hf_home: Path | None = None) -> None:
@@ -266,12 +253,12 @@ def save_image_folder(folder: Path, train: int = 16, test: int = 8) -> str:
     return str(folder)
 
 
-def save_split(folder: Path, images: list[Image.Image], rows: list[dict]) -> None:
-    """Saves images as 0.png, 1.png …, with the columns of their rows."""
+def save_split(folder: Path, media: list, rows: list[dict], suffix: str = "png", save=Image.Image.save) -> None:
+    """Saves media, such as images, as 0.png, 1.png …, with the columns of their rows."""
     folder.mkdir(parents=True)
-    rows = [{"file_name": f"{index}.png", **row} for index, row in enumerate(rows)]
-    for image, row in zip(images, rows, strict=True):
-        image.save(folder / row["file_name"])
+    rows = [{"file_name": f"{index}.{suffix}", **row} for index, row in enumerate(rows)]
+    for medium, row in zip(media, rows, strict=True):
+        save(medium, folder / row["file_name"])
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 

@@ -3,7 +3,7 @@
     with HubServer() as hub:
         subprocess.run([sys.executable, "client.py"], env=hub.client_env(tmp_path / "hf_home"), check=True)
         hub.files("user/repo")      # {"config.json": b"...", ...} at main
-        hub.commits("user/repo")    # [{"sha": ..., "title": ..., "files": ["config.json", ...]}, ...], oldest first
+        hub.commits("user/repo")    # [{"sha": ..., "title": ...}, ...], oldest first
 
 Clients must be other processes: `huggingface_hub` reads HF_ENDPOINT when it is imported. Repositories are in memory,
 and new ones are empty. There is one branch. Files are sent whole, where the Hub would use LFS or Xet for large ones.
@@ -46,14 +46,13 @@ def git_oid(content: bytes) -> str:
 class Commit:
     sha: str
     title: str
-    changed: list[str]
     files: dict[str, bytes]  # all files of the repository at this commit
 
 
 class Repo:
     def __init__(self, repo_id: str):
         self.id = repo_id
-        self.commits = [Commit(hashlib.sha1(repo_id.encode()).hexdigest(), "initial commit", [], {})]
+        self.commits = [Commit(hashlib.sha1(repo_id.encode()).hexdigest(), "initial commit", {})]
 
     def at(self, revision: str) -> Commit:
         if revision == "main":
@@ -69,7 +68,7 @@ class Repo:
         files = {path: content for path, content in {**parent.files, **changes}.items() if content is not None}
         listed = "".join(f"\n{path} {git_oid(files[path])}" for path in sorted(files))
         sha = hashlib.sha1(f"{parent.sha}\n{title}\n{message}{listed}".encode()).hexdigest()
-        self.commits.append(Commit(sha, title, sorted(changes), files))
+        self.commits.append(Commit(sha, title, files))
         return self.commits[-1]
 
 
@@ -119,7 +118,7 @@ class HubServer:
 
     def commits(self, repo_id: str) -> list[dict]:
         commits = self.repos["models", repo_id].commits[1:]
-        return [{"sha": commit.sha, "title": commit.title, "files": commit.changed} for commit in commits]
+        return [{"sha": commit.sha, "title": commit.title} for commit in commits]
 
     # Each of the following methods serves one route, and returns a Reply or the JSON to send.
 

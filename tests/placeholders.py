@@ -26,6 +26,7 @@ from .helpers import (
     save_animation,
     save_image_folder,
     save_one_gpu_sources,
+    save_split,
     save_towers,
     tiny_processor,
 )
@@ -92,24 +93,18 @@ def save_base_models_of_the_hub(folder: Path) -> None:
 def save_data(folder: Path) -> None:
     save_image_folder(folder / "my_images", train=8, test=4)
     link(folder / "data" / "coco", folder / "my_images")
-    for split, count in (("train", 8), ("test", 4)):
+    for split, colors in (("train", 2 * COLORS), ("test", COLORS)):
         for kind, write, suffix in (
             ("my_questions", question, "png"),
             ("my_chats", conversation, "png"),
             ("my_videos", caption, "mp4"),
             ("emoji", caption, "webp"),
         ):
-            (folder / kind / split).mkdir(parents=True)
-            rows = []
-            for index in range(count):
-                color, name = COLORS[index % len(COLORS)], f"{index}.{suffix}"
-                write_medium(folder / kind / split / name, color)
-                rows.append(json.dumps({"file_name": name, **write(color)}))
-            (folder / kind / split / "metadata.jsonl").write_text("\n".join(rows))
+            save_split(folder / kind / split, colors, [*map(write, colors)], suffix, write_medium)
     for name in ("shards", "data/laion", "data/ccs"):
         write_tars(folder / name, [8], suffix="jpg")
     for name in ("image.png", "a.png", "b.png", "video.mp4"):
-        write_medium(folder / name, "red")
+        write_medium("red", folder / name)
     for file in (FIXTURES / "benchmarks").iterdir():
         shutil.copy(file, folder)
     for file in ("dataset_coco.json", "v2_OpenEnded_mscoco_val2014_questions.json"):
@@ -130,7 +125,7 @@ def caption(color: str) -> dict:
     return {"caption": f"a {color} image"}
 
 
-def write_medium(path: Path, color: str) -> None:
+def write_medium(color: str, path: Path) -> None:
     image = Image.new("RGB", (48, 32), color)
     if path.suffix == ".mp4":
         encode_video(path, [image] * 4)

@@ -22,8 +22,8 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 from .evaluation import animate
-from .helpers import ROOT, noise_images, save_animation, tiny_model
-from .training import flags, save_captioner, start
+from .helpers import ROOT, generate_new, noise_images, save_animation, tiny_model
+from .training import flags, png, save_captioner, start
 
 BROKEN = b"no image"
 SCRIPT = ROOT / "examples" / "caption_folder.py"
@@ -32,12 +32,6 @@ SCRIPT = ROOT / "examples" / "caption_folder.py"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_captioner(tmp_path_factory.mktemp("model"), tiny_model())
-
-
-def png(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
 
 
 def save_tar(path, members):
@@ -101,10 +95,8 @@ def run(model, folder, *inputs, **changes):
 def caption(model, **inputs):
     """The model's caption of a single image or video."""
     model, processor = EVLGenForConditionalGeneration.from_pretrained(model), EVLGenProcessor.from_pretrained(model)
-    inputs = processor(**inputs)
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=6)
-    (text,) = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text.strip()
+    (new,) = generate_new(model, processor(**inputs), max_new_tokens=6)
+    return processor.decode(new, skip_special_tokens=True).strip()
 
 
 def test_everything_below_a_folder_is_captioned(model, tmp_path, capsys):

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import is_on_hub
 
-from .helpers import ROOT, noise_images, run_clean, save_towers, tiny_model, tiny_processor
+from .helpers import ROOT, join, noise_images, run_clean, save_towers, tiny_model, tiny_processor
 from .hub_server import HubServer
 from .training import LAYERS
 
@@ -29,19 +29,12 @@ def model(tmp_path):
     return build(save_towers(tmp_path / "base"))
 
 
-def build(towers, connector_config=SIZES, **kwargs):
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(
-        **towers, connector_config=connector_config, **kwargs
-    )
-    with torch.no_grad():
-        model.language_projection.weight.normal_(std=0.3)
-    return model
+def build(towers, connector_config=SIZES, **fields):
+    return join(*towers.values(), connector_config=connector_config, **fields)
 
 
 def same(model, other):
-    assert model.state_dict().keys() == other.state_dict().keys()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, other.state_dict()[name]), name
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 def test_trained_weights_and_the_names_of_the_towers_are_enough(model, tmp_path):

@@ -1,6 +1,5 @@
 """Rows become batches: random draws that a resumed run repeats, and rows that cannot be used."""
 
-import io
 import random
 
 import pytest
@@ -12,6 +11,7 @@ from common.arguments import DataArguments
 from common.data.collator import CaptionCollator, EmptyBatchError, TrainingCollator
 
 from .helpers import noise_images, tiny_model, tiny_processor
+from .training import png
 
 CROPS = DataArguments(crop_scale=[0.1, 0.4])
 
@@ -21,11 +21,7 @@ def collator_of(data_args=CROPS, **settings):
 
 
 def rows_of(count=4):
-    rows = []
-    for image in noise_images(count):
-        image.save(file := io.BytesIO(), format="PNG")
-        rows.append({"image": {"bytes": file.getvalue(), "path": None}, "caption": "a caption"})
-    return rows
+    return [{"image": {"bytes": png(image), "path": None}, "caption": "a caption"} for image in noise_images(count)]
 
 
 def test_persistent_workers_draw_anew_in_each_epoch():

@@ -188,12 +188,6 @@ def test_fields_given_at_loading_are_checked_with_the_saved_ones(tmp_path):
     assert (config.connector_config.merge_r, config.connector_config.hidden_size, config.image_token_id) == (4, 768, 7)
 
 
-def test_the_class_token_is_the_towers():
-    for vision_config, class_token in ((SiglipVisionConfig(), False), (CLIPVisionConfig(), True)):
-        config = EVLGenConfig(vision_config=vision_config, connector_config={"merge_r": 4})
-        assert config.connector_config.class_token is class_token
-
-
 def test_survives_json_with_parts_of_any_type(tmp_path):
     config = EVLGenConfig(
         vision_config=SiglipVisionConfig(image_size=64),

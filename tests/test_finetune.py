@@ -21,17 +21,8 @@ from common.evaluation.captions import WrongImages
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import (
-    COLORS,
-    TEXT_CONFIGS,
-    noise_images,
-    run_clean,
-    save_split,
-    save_towers,
-    tiny_image_processor,
-    tiny_model,
-    tiny_tokenizer,
-)
+from .helpers import COLORS, TEXT_CONFIGS, generate_new, noise_images, run_clean, save_split, save_towers, tiny_model
+from .test_processing import make_processor
 from .training import LAYERS, flags
 
 SIZES = {**LAYERS, "merge_r": 3}
@@ -39,9 +30,7 @@ ROLES = ("user", "assistant")
 load = EVLGenForConditionalGeneration.from_pretrained
 
 
-def chat_processor(num_image_tokens=3):
-    tokenizer, given = tiny_tokenizer(chat=True), {"num_image_tokens": num_image_tokens, "end_of_text": "<|im_end|>"}
-    return EVLGenProcessor(tiny_image_processor(), tokenizer, **given)
+chat_processor = partial(make_processor, chat=True, end_of_text="<|im_end|>")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +40,7 @@ def work(tmp_path_factory):
     towers = save_towers(folder / "base")
     build = partial(EVLGenForConditionalGeneration.from_vision_text_pretrained, connector_config=SIZES)
     model = build(**towers)
-    processor = chat_processor(model.config.num_image_tokens)
+    processor = chat_processor(num_image_tokens=model.config.num_image_tokens)
     model.generation_config.eos_token_id = processor.end_of_text_id
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}  # bitsandbytes packs 64 weights at least
     wide = LlamaForCausalLM(LlamaConfig(**{**TEXT_CONFIGS["llama"].to_dict(), **sizes}))
@@ -115,14 +104,14 @@ def test_an_adapter_is_trained_loaded_merged_and_used_like_a_model(work, tmp_pat
         adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
         merged = load(tmp_path / "merged")
         torch.testing.assert_close(merged(**batch).logits, expected, atol=1e-4, rtol=1e-4)
-    new = merged.generate(**batch, do_sample=False, max_new_tokens=4)[:, batch["input_ids"].shape[1] :]
+    (new,) = generate_new(merged, batch, max_new_tokens=4)
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     code = """
 from transformers import pipeline
 captioner = pipeline("image-to-text", model="adapter", trust_remote_code=True)
 print("said:", captioner("red.png", prompt="what is it?", do_sample=False, max_new_tokens=4)[0]["generated_text"])
 """
-    said = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+    said = processor.decode(new, skip_special_tokens=True).strip()
     assert run_clean(code, tmp_path).strip().splitlines()[-1].removeprefix("said:").strip() == said
 
 

@@ -18,12 +18,6 @@ from .helpers import ROOT, save_towers
 from .training import SHARDS, name_tars, png, stream_options, write_tars
 
 
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    """`datasets` sleeps after it has read Parquet files by turns, for the sake of pyarrow's threads."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-
-
 def paper_mixture(folder, **changes):
     """The paper's weights, over three little data sets with column names of their own."""
     entries = []

@@ -64,10 +64,9 @@ def oldest_transformers_or_skip():
 @pytest.mark.parametrize("video_mode", [pytest.param("mean", marks=pytest.mark.slow), "merge"])
 def test_a_checkpoint_gives_the_same_ids_on_the_oldest_transformers(video_mode, tmp_path):
     oldest = oldest_transformers_or_skip()
-    vision, text = "siglip", "opt"
-    tiny_model(vision, text).save_pretrained(tmp_path / "image")
+    tiny_model("siglip", "opt").save_pretrained(tmp_path / "image")
     model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "image", video_mode=video_mode)
-    processor = tiny_processor(model, bos=text == "opt")
+    processor = tiny_processor(model, bos=True)
     save(tmp_path / "model", model, processor)
     for index, image in enumerate(noise_images(3)):
         image.save(tmp_path / f"{index}.png")

@@ -14,13 +14,10 @@ from pathlib import Path
 
 import pytest
 import serve_prompt_embeds
-import torch
 from peft import LoraConfig, get_peft_model
 
-from modeling_evlgen import EVLGenForConditionalGeneration
-
 from .evaluation import animate
-from .helpers import LAYERS, generate_new, noise_images, save_towers, tiny_model, tiny_processor
+from .helpers import LAYERS, generate_new, join, noise_images, save_towers, tiny_model, tiny_processor
 from .test_vllm import Server, needs_vllm, save_checkpoint
 from .vllm_server import VLLMServer
 
@@ -71,9 +68,7 @@ def serve(captioner, *arguments, **settings):
 )
 def test_a_server_captions_as_generate_does(text, towers, tokenizer, tmp_path, capsys):
     """The language model's layers are loaded neither from the checkpoint nor from the base model that it names."""
-    towers_of = save_towers(tmp_path / "base", text=text)
-    model = EVLGenForConditionalGeneration.from_vision_text_pretrained(**towers_of, connector_config=LAYERS)
-    torch.nn.init.normal_(model.language_projection.weight, std=0.3)
+    model = join(*save_towers(tmp_path / "base", text=text).values(), connector_config=LAYERS)
     captioner = model, processor, paths = save_captioner(tmp_path, model, towers, **tokenizer)
     expected = generate(model, processor, QUESTIONS, images=paths)
     arguments = ["--images", *paths, "--prompts", *QUESTIONS, "--batch_size", "2"]

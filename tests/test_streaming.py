@@ -10,7 +10,6 @@ from dataclasses import replace
 from itertools import chain, islice, takewhile
 from pathlib import Path
 
-import datasets
 import pretrain
 import pytest
 from datasets import load_dataset
@@ -39,12 +38,6 @@ from .training import (
     write_sample,
     write_tars,
 )
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    """`datasets` sleeps after it has read Parquet files by turns, for the sake of pyarrow's threads."""
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 @pytest.fixture(scope="module")

@@ -115,15 +115,6 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_captions_with_any_number_o
         assert placeholders == [budget] * 3 and grids == [[1, 2, 2], [1, 1, 1], [1, 1, 2]] and len(captions) == 3
 
 
-def test_cached_features_draw_the_numbers_that_images_draw(work, tmp_path, budgets):
-    plain = pretrain.main(arguments(work, tmp_path / "images", max_steps=3))
-    drawn = list(budgets)
-    budgets.clear()
-    cached = pretrain.main(arguments(work, tmp_path / "cache", max_steps=3, cache_features=True))
-    assert budgets == drawn
-    assert cached["test_loss"] == pytest.approx(plain["test_loss"], abs=0.2)
-
-
 def test_streams_and_workers_draw_too(work, tmp_path, budgets):
     changes = {"streaming": True, "test_split": "", "max_steps": 4, "dataloader_num_workers": 1}
     pretrain.main(arguments(work, tmp_path / "unbroken", **changes))

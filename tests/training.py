@@ -20,7 +20,7 @@ from common.arguments import DataArguments
 from common.data.loading import load_datasets
 from common.data.streams import CaptionStream, Source
 
-from .helpers import COLORS, LAYERS, ROOT, TWO_PROCESSES, save, tiny_processor
+from .helpers import COLORS, LAYERS, ROOT, TWO_PROCESSES, save, save_split, tiny_processor
 
 CONNECTOR = {**LAYERS, "merge_r": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SHARDS = (6, 3, 7, 2, 5, 4)  # rows of each
@@ -59,12 +59,9 @@ def save_videos(folder, **lengths):
     """Saves videos of some numbers of frames for each split, with captions; returns the folder."""
     from .test_video import write_video
 
-    for split, frames in lengths.items():
-        (folder / split).mkdir(parents=True)
-        rows = [{"file_name": f"{index}.mp4", "caption": f"a video of {n}"} for index, n in enumerate(frames)]
-        for row, number in zip(rows, frames, strict=True):
-            write_video(folder / split / row["file_name"], number)
-        (folder / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for split, counts in lengths.items():
+        rows = [{"caption": f"a video of {count}"} for count in counts]
+        save_split(folder / split, counts, rows, "mp4", lambda count, path: write_video(path, count))
     return folder
 
 
@@ -108,10 +105,11 @@ def kill_after(process, checkpoint):
         shutil.rmtree(later)
 
 
-def png(color):
-    image = io.BytesIO()
-    Image.new("RGB", (40, 40), color).save(image, format="PNG")
-    return image.getvalue()
+def png(image):
+    """The bytes of a file that holds an image, or one of a color."""
+    image = Image.new("RGB", (40, 40), image) if isinstance(image, str) else image
+    image.save(file := io.BytesIO(), format="PNG")
+    return file.getvalue()
 
 
 def write_tars(folder, sizes, first=0, broken=(), suffix="png"):
