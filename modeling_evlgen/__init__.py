@@ -10,7 +10,8 @@ from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnec
 
 from .connectors import MLPConnector, QFormerConnector, QFormerConnectorOutput
 from .modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel
-from .soft_prompts import EVLGenImageOutput, limit_logits, target_positions
+from .soft_prompts import EVLGenImageOutput
+from .texts import limit_logits, target_positions
 from .token_merging import TokenMerging, bipartite_soft_matching
 from .tomeformer import TomeFormerModel, TomeFormerOutput
 

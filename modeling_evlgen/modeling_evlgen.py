@@ -26,10 +26,8 @@ from .soft_prompts import (
     check_finite,
     embed_ids,
     fill_embedded,
-    mask_labels,
-    select_positions,
-    shift_labels,
 )
+from .texts import build_masks, can_share, count_positions, mask_labels, select_positions, separate, shift_labels
 from .vision_tower import find_image_size, is_sharded
 from .vllm_backend import adapt_to_vllm, check_checkpoint, is_built_by_vllm
 
@@ -86,6 +84,7 @@ class EVLGenModel(EVLGenMediaModel):
         vision_features: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, EVLGenImageOutput] | None = None,
         image_grid_thw: torch.LongTensor | None = None,
         image_budgets: torch.LongTensor | list[int] | None = None,
@@ -113,6 +112,9 @@ class EVLGenModel(EVLGenMediaModel):
                 Embedded text, instead of `input_ids`. Beside images or videos it holds the embeddings of their
                 placeholders, whose ids must lie inside the embedding.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): Positions of the tokens.
+            segment_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
+                For several texts behind one prefix, as the processor makes them: 0 on the prefix, n on the n-th text,
+                and -1 on padding. Each text sees the prefix and itself alone, and has its position behind the prefix.
             mm_encoder_outputs (`dict[str, EVLGenImageOutput]`, *optional*):
                 Outputs of [`get_image_features`] under `"image"`, instead of `pixel_values`, and of
                 [`get_video_features`] under `"video"`, instead of `pixel_values_videos`.
@@ -146,8 +148,10 @@ class EVLGenModel(EVLGenMediaModel):
             frame_times=frame_times,
             token_places=token_places,
         )
-        inputs = self._prepare_inputs(input_ids, inputs_embeds, encoded, position_ids, kwargs)
-        outputs = self.get_decoder()(attention_mask=attention_mask, return_dict=True, **inputs)
+        inputs = self._prepare_inputs(
+            input_ids, attention_mask, inputs_embeds, encoded, position_ids, segment_ids, kwargs
+        )
+        outputs = self.get_decoder()(return_dict=True, **inputs)
         return EVLGenModelOutputWithPast(**outputs, image_outputs=encoded["image"], video_outputs=encoded["video"])
 
     def get_decoder(self) -> nn.Module:
@@ -157,12 +161,14 @@ class EVLGenModel(EVLGenMediaModel):
     def _prepare_inputs(
         self,
         input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         encoded: Encoded,
         position_ids: torch.LongTensor | None,
+        segment_ids: torch.LongTensor | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """The language model's arguments."""
+        """The language model's arguments. Texts that cannot share their prefix become rows."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         has_media = any(outputs is not None for outputs in encoded.values())
@@ -174,12 +180,26 @@ class EVLGenModel(EVLGenMediaModel):
             inputs_embeds = fill_embedded(self.get_input_embeddings(), inputs_embeds, encoded, self.config)
         if zero is not None:
             inputs_embeds = inputs_embeds + zero.to(inputs_embeds)
-        _check_length(inputs_embeds.shape[1], kwargs.get(_CACHE), self.config)
+        length = inputs_embeds.shape[1]
+        if segment_ids is not None:
+            if position_ids is not None or segment_ids.shape != inputs_embeds.shape[:2]:
+                wanted = f"shape {tuple(inputs_embeds.shape[:2])}, and no `position_ids` beside them"
+                raise ValueError(f"`segment_ids` must have {wanted}, but have {tuple(segment_ids.shape)}.")
+            texts = separate(segment_ids)
+            length = texts.mask.shape[1]
+            if can_share(self.language_model):
+                position_ids = count_positions(segment_ids)
+                config = self.language_model.config.get_text_config()
+                attention_mask = build_masks(config, inputs_embeds, segment_ids, position_ids)
+            else:
+                inputs_embeds, attention_mask = texts.take(inputs_embeds), texts.mask
+            kwargs["use_cache"] = False
+        _check_length(length, kwargs.get(_CACHE), self.config)
         if position_ids is not None and "position_ids" in self._text_arguments:
             kwargs["position_ids"] = position_ids
         if self.training:
             kwargs.setdefault("use_cache", False)  # the frozen language model is in evaluation mode, and would cache
-        return {"inputs_embeds": inputs_embeds, **kwargs}
+        return {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, **kwargs}
 
 
 class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
@@ -214,6 +234,7 @@ class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
         vision_features: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, EVLGenImageOutput] | None = None,
         image_grid_thw: torch.LongTensor | None = None,
         image_budgets: torch.LongTensor | list[int] | None = None,
@@ -254,21 +275,32 @@ class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
             frame_times=frame_times,
             token_places=token_places,
         )
-        inputs = self._prepare_inputs(input_ids, inputs_embeds, encoded, position_ids, kwargs)
-        keeps_all = "logits_to_keep" not in self._text_arguments
-        if not keeps_all:
-            inputs["logits_to_keep"] = logits_to_keep
-        outputs = self.language_model(attention_mask=attention_mask, return_dict=True, **inputs)
-        loss = None
+        texts = None if segment_ids is None else separate(segment_ids)
         if labels is not None and targets is None:
             placeholder_ids = (self.config.image_token_id, self.config.video_token_id)
-            targets = shift_labels(mask_labels(labels, placeholder_ids, attention_mask))  # (batch, sequence)
+            labels = mask_labels(labels, placeholder_ids, attention_mask)
+            targets = shift_labels(labels) if texts is None else texts.targets(labels)  # (batch or texts, sequence)
+        if texts is not None and not can_share(self.language_model):
+            texts = None  # they are rows
+            logits_to_keep = targets != -100 if torch.is_tensor(logits_to_keep) else logits_to_keep
+        inputs = self._prepare_inputs(
+            input_ids, attention_mask, inputs_embeds, encoded, position_ids, segment_ids, kwargs
+        )
+        if "logits_to_keep" in self._text_arguments:
+            inputs["logits_to_keep"] = logits_to_keep
+        else:
+            logits_to_keep = 0
+        outputs = self.language_model(return_dict=True, **inputs)
+        loss = None
         if targets is not None:
+            logits = outputs.logits
+            if texts is not None:
+                logits, targets = texts.pair(logits, targets, logits_to_keep)
             loss = self.loss_function(
-                outputs.logits,
+                logits,
                 labels=None,
-                shift_labels=targets if keeps_all else select_positions(targets, logits_to_keep),
-                vocab_size=outputs.logits.shape[-1],
+                shift_labels=targets if texts is not None else select_positions(targets, logits_to_keep),
+                vocab_size=logits.shape[-1],
                 num_items_in_batch=num_items_in_batch,
             )
         fields = {name: outputs.get(name) for name in ("logits", _CACHE, "hidden_states", "attentions")}
@@ -280,6 +312,8 @@ class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
     @wraps(GenerationMixin.generate)
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Turns images and videos into soft prompts once, and generates as [`~GenerationMixin.generate`] does."""
+        if kwargs.get("segment_ids") is not None:
+            raise ValueError("`segment_ids` are for training. For generation, each question is a row of its own.")
         given = {name: kwargs.pop(name, None) for name in (*_VALUES, *_LAYOUT)}
         ids = kwargs.get("input_ids") if inputs is None else inputs
         ids = ids if kwargs.get("inputs_embeds") is None else None  # which hold the whole prompt

@@ -16,7 +16,7 @@ from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
 
 from .conversations import encode_conversations, join_parts
 from .images import MAX_PIXELS, check_max_tiles, count_tiles, flatten_images, load_rgb_image, prepare_images
-from .token_ids import encode_text, pad
+from .token_ids import count_texts, encode_text, pad, repeat_for_texts, share_prefixes, truncate
 from .video_processing_evlgen import EVLGenVideoProcessor, EVLGenVideosKwargs, flatten_videos
 from .videos import FrameChoice, iterate_rgb_frames
 
@@ -167,8 +167,8 @@ class EVLGenProcessor(ProcessorMixin):
     def __call__(
         self,
         images: ImageInput | str | list[str] | None = None,
-        text: str | list[str] | None = None,
-        suffix: str | list[str] | None = None,
+        text: str | list[str] | list[list[str]] | None = None,
+        suffix: str | list[str] | list[list[str]] | None = None,
         videos: Any = None,
         messages: list[list[dict[str, Any]]] | None = None,
         vision_features: torch.Tensor | None = None,
@@ -182,9 +182,10 @@ class EVLGenProcessor(ProcessorMixin):
                 The images, in the order of their placeholders. [`load_rgb_image`] lists the accepted types.
             text (`str` or `list[str]`, *optional*):
                 The prompts, by default empty ones. One without placeholders serves all images or videos.
-            suffix (`str` or `list[str]`, *optional*):
+            suffix (`str`, `list[str]` or `list[list[str]]`, *optional*):
                 The captions or answers to train on, one for each prompt; adds `labels`. They must hold no special
-                token: the processor adds `end_of_text`.
+                token: the processor adds `end_of_text`. Or a list for each image or video: it becomes one row, in
+                which all its texts follow one prefix. `text` then holds a prompt for each image, or lists likewise.
             videos (video, path, URL or a list of these, *optional*):
                 The videos, in the order of their placeholders. [`load_rgb_frames`] lists the accepted types.
             messages (`list[list[dict]]`, *optional*):
@@ -214,6 +215,8 @@ class EVLGenProcessor(ProcessorMixin):
             `BatchFeature` with
             - `input_ids`, `attention_mask`: int64, `(batch, sequence)`, padded on the left, or right with labels.
             - `labels`: int64, `(batch, sequence)`, with a `suffix` or `messages`: -100 on images, prompts and padding.
+            - `segment_ids`: int64, `(batch, sequence)`, with lists in `suffix`: 0 on what the texts of an image share,
+              n on the n-th text, -1 on padding.
             - `offset_mapping`: int64, `(batch, sequence, 2)`, if requested: start and end of each token in its text.
             - `pixel_values`: float32, `(tiles, channels, height, width)`, if there are images; and `image_grid_thw`:
               int64, `(images, 3)`, 1 and the rows and columns of tiles, if `max_tiles` is above 1.
@@ -245,10 +248,18 @@ class EVLGenProcessor(ProcessorMixin):
             counts["video_budgets"] = [len(prompt) for prompt in encoded_video.pooler_output]
 
         budgets = dict(zip(self.placeholders, counts.values(), strict=True))
-        if messages is None:
+        texts_per_image = count_texts(suffix)
+        if messages is not None:
+            columns = encode_conversations(self, messages, budgets, images_per_text)
+        elif texts_per_image is None:
             columns = encode_text(self, text, suffix, budgets, images_per_text, text_arguments)
         else:
-            columns = encode_conversations(self, messages, budgets, images_per_text)
+            columns = encode_text(
+                self, *repeat_for_texts(self, text, suffix, budgets, images_per_text), text_arguments
+            )
+        truncate(self, columns, text_arguments)
+        if texts_per_image is not None:
+            columns = share_prefixes(self, columns, texts_per_image)
         data: dict[str, Any] = pad(self, columns, text_arguments)
         if text_arguments["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])

@@ -5,11 +5,12 @@ and of each video. Columns hold a list for each text: `input_ids`, and optionall
 """
 
 import re
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-_FILLS = {"labels": -100, "offset_mapping": (0, 0)}  # for padding, by column
+_FILLS = {"labels": -100, "offset_mapping": (0, 0), "segment_ids": -1}  # for padding, by column
 
 
 def clean_caption(caption: str, max_words: int = 50) -> str:
@@ -46,6 +47,84 @@ def encode_text(
     if arguments.get("return_text_replacement_offsets"):
         columns["text_replacement_offsets"] = offsets
     return columns
+
+
+def count_texts(suffix: Any) -> list[int] | None:
+    """The number of texts of each image, if `suffix` holds a list for each. A list must not be empty."""
+    if not isinstance(suffix, list | tuple) or not any(isinstance(texts, list | tuple) for texts in suffix):
+        return None
+    for index, texts in enumerate(suffix):
+        if not isinstance(texts, list | tuple) or not texts:
+            raise ValueError(f"`suffix` must hold a list of texts for each image, but entry {index} is {texts!r}.")
+    return [len(texts) for texts in suffix]
+
+
+def repeat_for_texts(
+    processor: ProcessorMixin,
+    text: Any,
+    suffix: list[list[str]],
+    budgets: dict[str, list[int]],
+    images_per_text: list[int] | None,
+) -> tuple[list[str], list[str], dict[str, list[int]], list[int] | None]:
+    """Of a list of suffixes for each image, the arguments of [`encode_text`] with a prompt and an image for each.
+
+    `text` is one prompt for all, one for each image, or a list as long as the image's suffixes.
+    """
+    counts = [len(row) for row in suffix]
+    rows = [text or ""] * len(counts) if text is None or isinstance(text, str) else list(text)
+    prompts = [[row] * count if isinstance(row, str) else row for row, count in zip(rows, counts, strict=False)]
+    lengths = [len(row) if isinstance(row, list | tuple) else row for row in prompts]
+    if len(rows) != len(counts) or lengths != counts:
+        raise ValueError(f"`suffix` holds {counts} texts for its images, but `text` holds {lengths} of {len(rows)}.")
+    flat = _list_strings("text", [prompt for row in prompts for prompt in row])
+    repeated: dict[str, list[int]] = {}
+    has_placeholders = any(token in prompt for prompt in flat for token in budgets)
+    for token, numbers in budgets.items():
+        # Without placeholders, each image gets one.
+        own = [{prompt.count(token) if has_placeholders else bool(numbers) for prompt in row} for row in prompts]
+        if any(len(found) > 1 for found in own) or sum(map(max, own)) != len(numbers):
+            wanted = f"the {token} placeholders of an image's texts must be as many as its images or videos"
+            raise ValueError(f"`text`: {wanted}, {len(numbers)} in all, but they are {list(map(sorted, own))}.")
+        remaining = iter(numbers)
+        items = [list(islice(remaining, max(found))) for found in own]
+        repeated[token] = [number for row, count in zip(items, counts, strict=True) for number in row * count]
+    if not any(repeated.values()):
+        raise ValueError("A list of `suffix` for each image needs images or videos, but there are none.")
+    if images_per_text is not None and len(images_per_text) == len(counts):
+        pairs = zip(images_per_text, counts, strict=True)
+        images_per_text = [number for number, count in pairs for _ in range(count)]
+    return flat, [entry for row in suffix for entry in row], repeated, images_per_text
+
+
+def share_prefixes(
+    processor: ProcessorMixin, columns: dict[str, list[list[int]]], counts: list[int]
+) -> dict[str, list[list[int]]]:
+    """Joins the texts of each image in one row: what they start with alike and without label, then the rest of each.
+
+    Adds `segment_ids`: 0 on the prefix, n on the rest of the n-th text.
+    """
+    shared: dict[str, list[list[int]]] = {"input_ids": [], "labels": [], "segment_ids": []}
+    remaining = zip(columns["input_ids"], columns["labels"], strict=True)
+    placeholders = set(processor.placeholders.values())
+    for index, count in enumerate(counts):
+        texts = list(islice(remaining, count))
+        columns_of_texts = zip(*(zip(ids, labels, strict=True) for ids, labels in texts), strict=False)
+        length = 0
+        for tokens in columns_of_texts:
+            if len(set(tokens)) > 1 or tokens[0][1] != -100:
+                break
+            length += 1
+        if any(placeholders.intersection(ids[length:]) for ids, _ in texts):
+            raise ValueError(f"`text` entry {index}: the texts of an image must be alike up to the end of the image.")
+        ids, labels = ([*texts[0][part][:length]] for part in (0, 1))
+        segments = [0] * length
+        for number, (own_ids, own_labels) in enumerate(texts, start=1):
+            ids += own_ids[length:]
+            labels += own_labels[length:]
+            segments += [number] * (len(own_ids) - length)
+        for name, row in zip(shared, (ids, labels, segments), strict=True):
+            shared[name].append(row)
+    return shared
 
 
 def _list_strings(name: str, value: str | list[str]) -> list[str]:
@@ -189,19 +268,15 @@ def check_plain_text(tokenizer: PreTrainedTokenizerBase, end_id: int, texts: dic
             raise ValueError(f"{name} must not hold {token!r}, a special token or the end of a text, but is {text!r}.")
 
 
-def pad(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments: dict[str, Any]) -> dict[str, list[Any]]:
-    """Truncates columns if requested, and pads them: ids on the left; ids and labels on the right.
-
-    `arguments` are the tokenizer's. Returns the columns with `attention_mask`; those of other names are unchanged.
+def truncate(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments: dict[str, Any]) -> None:
+    """Truncates the lists of columns if requested. `arguments` are the tokenizer's.
 
     Raises:
         ValueError: If there is no text. If a text is too long, or its placeholders or labels would be truncated.
     """
     if not columns["input_ids"]:
         raise ValueError("`text` or `messages` is an empty list.")
-    tokenizer = processor.tokenizer
-    max_length = arguments.get("max_length")
-    limit = min(max_length or tokenizer.model_max_length, tokenizer.model_max_length)
+    tokenizer, limit = processor.tokenizer, _limit(processor, arguments)
     truncates = arguments.get("truncation") not in (None, False, "do_not_truncate")
     kept = slice(-limit, None) if tokenizer.truncation_side == "left" else slice(limit)
     for index, ids in enumerate(columns["input_ids"]):
@@ -221,11 +296,25 @@ def pad(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments: dic
             )
         for name in {"input_ids", *_FILLS} & columns.keys():
             columns[name][index] = columns[name][index][kept]
+
+
+def _limit(processor: ProcessorMixin, arguments: dict[str, Any]) -> int:
+    """The largest number of tokens of a text."""
+    most = processor.tokenizer.model_max_length
+    return min(arguments.get("max_length") or most, most)
+
+
+def pad(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments: dict[str, Any]) -> dict[str, list[Any]]:
+    """Pads columns: ids on the left; ids and labels on the right. `arguments` are the tokenizer's.
+
+    Returns the columns with `attention_mask`; those of other names are unchanged.
+    """
+    tokenizer = processor.tokenizer
     side = arguments.get("padding_side") or ("right" if "labels" in columns else "left")
     padded = tokenizer.pad(
         {"input_ids": columns["input_ids"]},
         padding=arguments.get("padding", True),
-        max_length=max_length and limit,
+        max_length=arguments.get("max_length") and _limit(processor, arguments),
         pad_to_multiple_of=arguments.get("pad_to_multiple_of"),
         padding_side=side,
         return_attention_mask=True,
