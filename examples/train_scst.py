@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, List
 from tqdm import tqdm
 from transformers import BatchFeature
 from transformers.hf_argparser import HfArg
@@ -267,6 +267,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         processor = load_trainable(scst_args.model, "model", EVLGenProcessor.from_pretrained)
         data_args.complete_frames(processor)
         splits = load_datasets(data_args, training_args.seed)
+        if data_args.prompt_column and isinstance(splits[0].features[data_args.prompt_column], List):
+            raise ValueError(
+                "`prompt_column` holds lists, but self-critical training takes one question for each row."
+            )
         reward = load_reward(splits[0], data_args)
         model = load_trainable(scst_args.model)
         model.to(training_args.device)

@@ -183,13 +183,17 @@ class DataArguments(FrameArguments):
     test_split: str | None = HfArg(default="test", help="Held-out split; empty for none.")
     image_column: str = HfArg(default="image", help="Column of images, paths or URLs.")
     video_column: str | None = HfArg(default=None, help="Column of videos; default: images are read.")
-    caption_column: str = HfArg(default="caption", help="Column of captions; from a list, one is drawn.")
+    caption_column: str = HfArg(default="caption", help="Column of captions, one or a list of them for each image.")
+    group_by: str | None = HfArg(default=None, help="Column that rows of one image share: they become one row.")
+    texts_per_image: int | None = HfArg(default=None, help="Texts of an image to draw in each epoch. Default: all.")
     max_train_samples: int | None = HfArg(default=None, help="Use only the first samples.")
     max_test_samples: int | None = HfArg(default=None, help="Use only the first held-out samples.")
     streaming: bool = HfArg(default=False, help="Read while training; needs max_steps.")
     shuffle_buffer: int = HfArg(default=1000, help="Rows of a stream that each reader holds and shuffles.")
     prompt: str = HfArg(default="", help="Prompt that stands with each image.")
-    prompt_column: str | None = HfArg(default=None, help="Column of questions, which replace {} in the prompt.")
+    prompt_column: str | None = HfArg(
+        default=None, help="Column of questions, or lists of them, which replace {} in the prompt."
+    )
     messages_column: str | None = HfArg(default=None, help="Column of conversations in the `messages` format.")
     crop_scale: list[float] | None = HfArg(default=None, help="Train on crops with this share of the area: 0.5 1.0.")
     horizontal_flip: bool = HfArg(default=False, help="Mirror half of the training images.")
@@ -200,7 +204,7 @@ class DataArguments(FrameArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_train_samples", "max_test_samples"):
+        for name in ("max_train_samples", "max_test_samples", "texts_per_image"):
             check_count(name, getattr(self, name), 1, optional=True)
 
     @property

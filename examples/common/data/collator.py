@@ -9,7 +9,7 @@ import json
 import math
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode, v2
 from transformers import BatchFeature
 
 from common.arguments import DataArguments
-from common.data.rows import Media, read_row, skip_or_raise, true_captions
+from common.data.rows import Media, find_error, join_texts, read_row, skip_or_raise, split_texts
 from common.data.streams import EPOCH, CaptionStream
 from common.files import write_whole
 from processing_evlgen import EVLGenProcessor
@@ -39,9 +39,10 @@ class EmptyBatchError(ValueError):
 class CaptionCollator:
     """Turns rows with an image, a video or cached vision features into a batch of model inputs.
 
-    For training, images are augmented, frames are drawn from both halves of a video, and one of several captions is
-    drawn. With a `processor.image_token_range`, each batch draws its number of image tokens. Else images stay as they
-    are, frames have equal distances, the first caption counts, and images have `processor.num_image_tokens` tokens.
+    For training, images are augmented, frames are drawn from both halves of a video, and `texts_per_image` texts of
+    each image are drawn; they share a row. With a `processor.image_token_range`, each batch draws its number of image
+    tokens. Else images stay as they are, frames have equal distances, the first text counts, and images have
+    `processor.num_image_tokens` tokens.
     """
 
     def __init__(self, processor: EVLGenProcessor, data_args: DataArguments, training: bool, seed: int = 0):
@@ -107,21 +108,49 @@ class CaptionCollator:
     ) -> tuple[BatchFeature, list[tuple[dict[str, Any], Any]]]:
         """Model inputs of the examples that can be encoded, and these examples. See [`__call__`] for the errors."""
         budget = self.draw_budget([row for row, _ in examples])  # once: it decides whether a text is too long
+        if with_labels:
+            examples = [(self.choose_texts(row), media) for row, media in examples]
         try:
             return self.encode(examples, with_labels, budget), examples
         except ValueError:  # of a text that is too long, say; the message knows only its place in the batch
-            good = []
-            for example in examples:
-                try:
-                    self.encode([example], with_labels, budget)
-                    good.append(example)
-                except ValueError as error:
-                    self._skip(example[0], error)
-            if len(good) == len(examples):
+            good, num_bad = [], len(self.bad_rows)
+            for row, media in examples:
+                parts = split_texts(row, self.data_args) if with_labels else [row]
+                parts = [part for part in parts if self._can_encode(part, media, with_labels, budget)]
+                good += [(join_texts(parts, self.data_args) if with_labels else row, media)] if parts else []
+            if len(self.bad_rows) == num_bad:
                 raise
         if not good:
             raise EmptyBatchError(f"None of the {len(examples)} rows of a batch can be used.")
         return self.encode(good, with_labels, budget), good
+
+    def _can_encode(self, row: dict[str, Any], media: Any, with_labels: bool, budget: int | None) -> bool:
+        try:
+            self.encode([(row, media)], with_labels, budget)
+        except ValueError as error:
+            self._skip(row, error)
+            return False
+        return True
+
+    def choose_texts(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with the texts that it has in this epoch, without bad ones."""
+        if self.data_args.messages_column:
+            return row
+        good = []
+        for part in split_texts(row, self.data_args):
+            error = find_error(part, self.data_args)
+            if error is None:
+                good.append(part)
+            else:
+                self._skip(part, error)
+        limit = self.data_args.texts_per_image
+        if not self.training:
+            good = good[:1]
+        elif limit is not None and limit < len(good):
+            # Seeded by the captions, not by the image, which rows with cached features lack.
+            with self.seeded(row, [part[self.data_args.caption_column] for part in good]):
+                good = random.sample(good, limit)
+        return join_texts(good, self.data_args)
 
     def draw_budget(self, rows: list[dict[str, Any]]) -> int | None:
         """The number of tokens of each image or video of a training batch; None for the processor's own.
@@ -150,7 +179,13 @@ class CaptionCollator:
         elif self.data_args.messages_column:
             inputs["messages"] = [row[self.data_args.messages_column] for row in rows]
         else:
-            inputs |= {"text": self._prompts(rows), "suffix": [self._caption(row) for row in rows]}
+            texts = [split_texts(row, self.data_args) for row in rows]
+            inputs["suffix"] = [[part[self.data_args.caption_column] for part in parts] for parts in texts]
+            column, prompt = self.data_args.prompt_column, self.data_args.prompt
+            inputs["text"] = [self._prompts(parts) for parts in texts] if column else prompt
+            if all(len(parts) == 1 for parts in texts):
+                inputs["suffix"] = [suffix for (suffix,) in inputs["suffix"]]
+                inputs["text"] = [text for (text,) in inputs["text"]] if column else prompt
         if self.data_args.video_column and "vision_features" in inputs:
             inputs |= {
                 name: self._with_image_placeholders(inputs[name]) for name in ("text", "messages") if name in inputs
@@ -188,20 +223,16 @@ class CaptionCollator:
             media = [images if isinstance(images, list) else [images] for images in media]
         return {"images": media}
 
-    def _prompts(self, rows: tuple[dict[str, Any], ...]) -> str | list[str]:
+    def _prompts(self, rows: Sequence[dict[str, Any]]) -> str | list[str]:
         column, prompt = self.data_args.prompt_column, self.data_args.prompt
         if self.data_args.messages_column:
             questions = [row[self.data_args.messages_column][:-1] for row in rows]
             return [self.processor.apply_chat_template(turns, add_generation_prompt=True) for turns in questions]
         if not column:
             return prompt
-        return [prompt.replace("{}", row[column]) if prompt else row[column] for row in rows]
-
-    def _caption(self, row: dict[str, Any]) -> str:
-        captions = true_captions(row, self.data_args)
-        # Seeded by the captions, not by the image, which rows with cached features lack.
-        with self.seeded(row, captions):
-            return random.choice(captions) if self.training else captions[0]
+        cells = [row[column] for row in rows]
+        questions = [cell[0] if isinstance(cell, list | tuple) else cell for cell in cells]  # without captions, one
+        return [prompt.replace("{}", question) if prompt else question for question in questions]
 
     def _skip(self, row: dict[str, Any], error: ValueError) -> None:
         self.bad_rows.append({"epoch": row.get(EPOCH, self.epoch), **skip_or_raise(row, self.data_args, error)})

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from datasets import (
     Image,
     IterableDataset,
     IterableDatasetDict,
+    List,
     Video,
+    concatenate_datasets,
     interleave_datasets,
     load_dataset,
 )
 
 from common.arguments import DataArguments
-from common.data.rows import read_row, skip_or_raise
+from common.data.rows import group_rows, read_row, skip_or_raise, split_texts
 from common.data.streams import CaptionStream, Source, tolerant_reading
 from common.demo.crowded_scenes import load_crowded_scenes
 from common.demo.easy_vqa import load_easy_vqa, load_easy_vqa_questions
@@ -34,9 +37,11 @@ DEMO_DATASETS = {
     "easy-vqa-questions": load_easy_vqa_questions,
     "emoji-videos": lambda: load_dataset(str(load_emoji_videos())),
 }
+ROW = "__row__"  # the number of a text's row, while texts are grouped
 WEBDATASET_COLUMNS = ("__key__", "__url__")  # the origin of a row
 COLUMN_ARGUMENTS = ("image_column", "video_column", "caption_column", "prompt_column", "messages_column")
 DATASET_ARGUMENTS = ("dataset", "data_files", "dataset_config", "train_split", "streaming", "max_train_samples")
+DATASET_ARGUMENTS += ("group_by",)
 
 
 def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | CaptionStream, Dataset | None]:
@@ -57,6 +62,7 @@ def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | Captio
         test = select_split(splits, "test_split", data_args, data_args.max_test_samples)
         if isinstance(test, IterableDataset):  # it is read many times, in several orders
             test = Dataset.from_list(list(test), features=test.features)
+        test = arrange_texts(test, data_args, groups=data_args.group_by is not None and not data_args.prompt_column)
     good = []
     for index, row in enumerate(test):
         try:
@@ -83,6 +89,8 @@ def check_arguments(data_args: DataArguments) -> None:
         )
     if data_args.streaming and data_args.test_split and data_args.max_test_samples is None:
         raise ValueError("`streaming` needs `max_test_samples`, or an empty `test_split`.")
+    if data_args.messages_column and (data_args.group_by or data_args.texts_per_image):
+        raise ValueError("`messages_column` has one conversation in a row: no `group_by` and no `texts_per_image`.")
     if not data_args.dataset and not data_args.mixture:
         raise ValueError("`dataset` is needed: a demo, a folder, a name on the Hub, or a kind of file.")
     if not data_args.dataset and data_args.test_split:
@@ -116,16 +124,23 @@ def load_splits(data_args: DataArguments) -> DatasetDict | IterableDatasetDict:
 def load_training_split(data_args: DataArguments, splits: Any, seed: int) -> Dataset | CaptionStream:
     """The training split of one data set, or of a mixture."""
     parts = read_mixture(data_args)  # one part without a mixture
+    groups = any(part.group_by for _, part in parts)
     loaded = []
     for _, part in parts:
         rows = splits if part is data_args else load_splits(part)
         rows = select_split(rows, "train_split", part, part.max_train_samples)
         names = {getattr(part, column): getattr(data_args, column) for column in data_args.used_columns}
         renamed = {own: shared for own, shared in names.items() if own != shared}
-        loaded.append(rows.rename_columns(renamed) if renamed else rows)
+        rows = rows.rename_columns(renamed) if renamed else rows
+        if groups and isinstance(rows, Dataset):
+            rows = arrange_texts(rows, replace(data_args, group_by=part.group_by), groups=True)
+        loaded.append(rows)
     weights = [weight for weight, _ in parts]
     if data_args.streaming:
         sources = [as_source(rows, part, weight) for rows, (weight, part) in zip(loaded, parts, strict=True)]
+        for source, (_, part) in zip(sources, parts, strict=True):
+            if groups:
+                source.group = partial(group_rows, data_args=replace(data_args, group_by=part.group_by))
         return CaptionStream(sources, seed, data_args.shuffle_buffer)
     if len(loaded) == 1:
         return loaded[0]
@@ -193,10 +208,33 @@ def select_split(
     feature = None if rows.features is None else rows.features[media_column]
     if isinstance(feature, Image | Video):
         rows = rows.cast_column(media_column, type(feature)(decode=False))
-    rows = rows.select_columns([*used.values(), *(column for column in WEBDATASET_COLUMNS if column in columns)])
+    if data_args.group_by and data_args.group_by not in columns:
+        raise ValueError(f"`group_by` is {data_args.group_by!r}, but the data set has {columns}.")
+    kept = dict.fromkeys([*used.values(), *filter(None, [data_args.group_by])])
+    rows = rows.select_columns([*kept, *(column for column in WEBDATASET_COLUMNS if column in columns)])
     if max_samples is None:
         return rows
     return rows.take(max_samples) if isinstance(rows, IterableDataset) else rows.take(min(max_samples, len(rows)))
+
+
+def arrange_texts(rows: Dataset, data_args: DataArguments, groups: bool) -> Dataset:
+    """Makes a row of all rows of an image; or else a row of each question, as held-out rows have one each.
+
+    `datasets` writes the new rows to its cache.
+    """
+    columns = [getattr(data_args, name) for name in data_args.used_columns[1:]]
+    texts = rows.select_columns([name for name in (*columns, data_args.group_by) if name in rows.column_names])
+    if groups:
+        arranged = group_rows(({**row, ROW: index} for index, row in enumerate(texts)), data_args)
+    elif data_args.prompt_column and isinstance(rows.features[data_args.prompt_column], List):
+        parts = (split_texts({**row, ROW: index}, data_args) for index, row in enumerate(texts))
+        arranged = [part for row in parts for part in row]
+    else:
+        return rows
+    replaced = {*columns, data_args.group_by} - {None, getattr(data_args, data_args.used_columns[0])}
+    images = rows.select([row[ROW] for row in arranged]).remove_columns([*replaced & {*rows.column_names}])
+    lists = Dataset.from_dict({column: [row[column] for row in arranged] for column in columns})
+    return concatenate_datasets([images, lists], axis=1)
 
 
 def as_source(rows: Dataset | IterableDataset, part: DataArguments, weight: float) -> Source:

@@ -1,5 +1,6 @@
-"""One row of a data set: its image or video opened, its text checked."""
+"""One row of a data set: its image or video opened, its texts checked, split and joined."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from PIL import Image
@@ -40,11 +41,61 @@ def check_text(row: dict[str, Any], data_args: DataArguments) -> None:
             raise ValueError(f"`{data_args.image_column}` holds no image.")
         check_conversation(row[data_args.messages_column], num_images, num_videos)
         return
+    errors = [find_error(part, data_args) for part in split_texts(row, data_args)]
+    bad = [error for error in errors if error is not None]
+    if bad and (len(bad) == len(errors) or not data_args.skip_bad_rows):
+        raise bad[0]
+
+
+def find_error(part: dict[str, Any], data_args: DataArguments) -> ValueError | None:
+    """What a row with one text has wrong, if anything."""
+    caption, prompt = (part.get(name or "") for name in (data_args.caption_column, data_args.prompt_column))
+    if not isinstance(caption, str) or not caption.strip():
+        return ValueError(f"`{data_args.caption_column}` must hold a caption, but is {caption!r}.")
+    if data_args.prompt_column and not isinstance(prompt, str):
+        return ValueError(f"`{data_args.prompt_column}` must hold a text, but is {prompt!r}.")
+    return None
+
+
+def split_texts(row: dict[str, Any], data_args: DataArguments) -> list[dict[str, Any]]:
+    """A row for each text of an image; a conversation stays whole. Lists that do not fit raise a ValueError."""
+    if data_args.messages_column:
+        return [row]
     captions = row[data_args.caption_column]
-    if not captions or not all(isinstance(c, str) and c.strip() for c in true_captions(row, data_args)):
-        raise ValueError(f"`{data_args.caption_column}` must hold a caption, but is {captions!r}.")
-    if data_args.prompt_column and not isinstance(row[data_args.prompt_column], str):
-        raise ValueError(f"`{data_args.prompt_column}` must hold a text, but is {row[data_args.prompt_column]!r}.")
+    captions = list(captions) if isinstance(captions, list | tuple) else [captions]
+    if not captions:
+        raise ValueError(f"`{data_args.caption_column}` must hold a caption, but is [].")
+    column = data_args.prompt_column
+    if not column:
+        return [{**row, data_args.caption_column: caption} for caption in captions]
+    prompts = row[column] if isinstance(row[column], list | tuple) else [row[column]] * len(captions)
+    if len(prompts) != len(captions):
+        raise ValueError(f"`{column}` holds {len(prompts)} texts, but `{data_args.caption_column}` {len(captions)}.")
+    pairs = zip(prompts, captions, strict=True)
+    return [{**row, column: prompt, data_args.caption_column: caption} for prompt, caption in pairs]
+
+
+def join_texts(parts: list[dict[str, Any]], data_args: DataArguments) -> dict[str, Any]:
+    """The first row with lists of the texts of all: the opposite of [`split_texts`]."""
+    columns = [getattr(data_args, name) for name in data_args.used_columns[1:]]
+    return parts[0] if data_args.messages_column else {**parts[0], **{c: [part[c] for part in parts] for c in columns}}
+
+
+def group_rows(rows: Iterable[dict[str, Any]], data_args: DataArguments) -> list[dict[str, Any]]:
+    """Joins the rows that have the same value in the column `group_by`. One without a value stays alone."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    bad = []
+    for number, row in enumerate(rows):
+        key = row.get(data_args.group_by or "")
+        if key is not None and not isinstance(key, str | int):
+            raise ValueError(f"`group_by`: {data_args.group_by!r} must hold names or numbers, but holds {key!r:.80}.")
+        try:
+            parts = split_texts(row, data_args)
+        except ValueError:  # it is named where its turn comes
+            bad.append(row)
+            continue
+        groups.setdefault((number,) if key is None else key, []).extend(parts)
+    return [*(join_texts(parts, data_args) for parts in groups.values()), *bad]
 
 
 def true_captions(row: dict[str, Any], data_args: DataArguments) -> list[str]:

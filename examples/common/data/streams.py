@@ -72,6 +72,7 @@ class Source:
     name: str  # in messages
     dataset: IterableDataset
     weight: float = 1.0  # its share of the rows, relative to the other weights
+    group: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None  # joins the rows of one image
     splittable: bool = True  # False: readers have no shards of their own; each reads all rows and keeps its share
 
     @property
@@ -152,9 +153,10 @@ class SourceReader:
         try:
             with tolerant_reading():
                 batches = islice(unread, self.buffer_size)  # of one row each
-                return [{name: values[0] for name, values in batch.items()} for batch in batches]
+                rows = [{name: values[0] for name, values in batch.items()} for batch in batches]
         except Exception as error:  # tar, Parquet, text and the network raise errors of many types
             raise ValueError(f"{self.source.name}: a file, not only a row, cannot be read: {error!r}") from error
+        return rows if self.source.group is None else self.source.group(rows)
 
 
 class CaptionStream(torch.utils.data.IterableDataset):

@@ -10,7 +10,7 @@ from transformers import BatchFeature
 
 from common.arguments import DataArguments, GenerationArguments
 from common.data.collator import CaptionCollator
-from common.data.rows import count_images, true_captions
+from common.data.rows import count_images, split_texts, true_captions
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -65,9 +65,10 @@ def majority_accuracy(train: Any, test: Any, data_args: DataArguments) -> float:
     """Accuracy, 0 to 1, of the most frequent training answer to the same question, or else to all questions."""
     counts: defaultdict[str | None, Counter] = defaultdict(Counter)
     for row in _select_texts(train, data_args):
-        answer = true_captions(row, data_args)[0]
-        counts[row[data_args.prompt_column]][answer] += 1
-        counts[None][answer] += 1
+        for part in split_texts(row, data_args):
+            answer = part[data_args.caption_column]
+            counts[part[data_args.prompt_column]][answer] += 1
+            counts[None][answer] += 1
     majority = {question: answers.most_common(1)[0][0] for question, answers in counts.items()}
     rows = _select_texts(test, data_args)
     guesses = [majority.get(row[data_args.prompt_column], majority[None]) for row in rows]

@@ -57,6 +57,7 @@ class EVLGenTrainer(Trainer):
         if isinstance(self.model, EVLGenForConditionalGeneration):
             choose_towers(self.model, None)  # raises now, not after hours, if the model cannot be saved
         self._check_partition(data_collator)
+        self._num_texts, self._logged_step = 0, 0  # texts since the last log, if images have several
         # Of a stream, after the last batch: whose turn it is, and the state of each reader of this process.
         self.positions: dict[str, Any] = {"next_reader": 0, "states": {}}
 
@@ -84,6 +85,7 @@ class EVLGenTrainer(Trainer):
         # The main process holds the folder for all.
         with nullcontext() if self.args.process_index else only_run_in(output_dir):
             state = self._prepare_run(output_dir, resume_from_checkpoint)
+            self._logged_step = state.global_step
             if 0 < self.args.max_steps <= state.global_step:  # the Trainer would take one more step
                 self._load_from_checkpoint(resume_from_checkpoint)  # private, but no public method loads weights
                 self.state = state
@@ -158,7 +160,18 @@ class EVLGenTrainer(Trainer):
             reader, state = position
             self.positions["states"][str(reader)] = state
             self.positions["next_reader"] = (reader + 1) % max(1, self.args.dataloader_num_workers)
+        if "segment_ids" in inputs:
+            self._num_texts += int(inputs["segment_ids"].amax(dim=1).sum())
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds how many texts a step had, if images have several."""
+        if "loss" in logs:
+            texts = sum(gather_object([self._num_texts]))
+            if texts:
+                logs["texts_per_step"] = round(texts / max(1, self.state.global_step - self._logged_step), 1)
+            self._num_texts, self._logged_step = 0, self.state.global_step
+        super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # Logits of images, prompts and padding would fill memory.
