@@ -114,6 +114,30 @@ def random_batch(
     }
 
 
+def batch_of_texts(
+    model: EVLGenForConditionalGeneration, images: int, texts: int, prompt: int, answer: int, shared: bool
+) -> dict[str, torch.Tensor]:
+    """Returns random vision features with several texts of each image: in one row if `shared`, else each in its own.
+
+    Each text has `prompt` tokens of its own, and as many as `answer` to learn. Features are given for each row.
+    """
+    config, length = model.config, prompt + answer
+    rows, per_row = (images, texts) if shared else (images * texts, 1)
+    placeholders = torch.full((rows, config.num_image_tokens), config.image_token_id)
+    text = torch.randint(3, config.text_config.vocab_size, (rows, per_row, length))
+    is_answer = torch.arange(length) >= prompt
+    batch = {
+        "vision_features": torch.randn(rows, config.num_vision_tokens, config.vision_hidden_size),
+        "input_ids": torch.cat([placeholders, text.flatten(1)], dim=1),  # (rows, image tokens + texts)
+        "labels": torch.cat([torch.full_like(placeholders, -100), text.where(is_answer, -100).flatten(1)], dim=1),
+    }
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if shared:
+        numbers = torch.arange(1, texts + 1).repeat_interleave(length).expand(rows, -1)
+        batch["segment_ids"] = torch.cat([torch.zeros_like(placeholders), numbers], dim=1)
+    return batch
+
+
 def training_step(model: torch.nn.Module, batches: Iterator[dict[str, Any]]) -> Step:
     """Returns a whole training step on the next batch. Its learning rate is small: the model hardly changes."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -7,6 +7,7 @@ The first argument says what is measured:
 - connectors: TomeFormer, BERT and Q-Former of BERT-base's size, alone
 - steps: a training step and generation with each connector, beside the same frozen towers
 - changes: what each of several changes saves of EVLGen's step
+- texts: a step with five captions or questions of each image in one row, beside a row for each
 - tokens: the soft prompt and the caption with 4 to 144 tokens of an image
 - tower: layouts of a convolutional vision tower, and its compilation
 - cached-features: a step from cached features and from images
@@ -50,6 +51,7 @@ from .models import (
     SIZES,
     SMOLLM2_135M,
     Step,
+    batch_of_texts,
     bert_base_connectors,
     build,
     forward_and_backward,
@@ -145,6 +147,33 @@ def compare_changes(rounds: int) -> None:
     seconds = take_turns(runs, rounds)
     first = next(iter(seconds.values()))
     print(markdown_table(["step", "images/s"], [[name, f"{first / value:.2f} x"] for name, value in seconds.items()]))
+
+
+# texts: the demo's model, with five texts for each of 16 images
+
+TEXTS = {"captions of 10 tokens": (0, 10), "questions of 10 tokens, answers of 3": (10, 3)}
+
+
+def compare_texts(rounds: int) -> None:
+    """`attention` is the language model's. The vision tower runs once for each row, or features are cached."""
+    model = build(SIZES["demo"]["EVLGen, front-loaded"])
+    rows = []
+    for name, (prompt, answer) in TEXTS.items():
+        for attention in ("sdpa", "eager"):
+            steps = {}
+            for shared in (False, True):
+                batch = batch_of_texts(model, BATCH, 5, prompt, answer, shared)
+                pixels = torch.randn(len(batch["input_ids"]), 3, 224, 224)
+                with_tower = {**batch, "pixel_values": pixels}
+                del with_tower["vision_features"]
+                steps[shared, "cached"] = training_step(model, repeat(batch))
+                steps[shared, "tower"] = training_step(model, repeat(with_tower))
+            model.language_model.set_attn_implementation(attention)
+            seconds = take_turns(steps, rounds)
+            ratios = [seconds[False, part] / seconds[True, part] for part in ("cached", "tower")]
+            rows.append([name, attention, *(f"{ratio:.2f} x" for ratio in ratios)])
+    print(f"{torch.get_num_threads()} threads\n")
+    print(markdown_table(["five texts an image", "attention", "pairs/s, cached features", "with the tower"], rows))
 
 
 # tokens: a model of crowded.yaml's size, and batches of 8 images without the tower
@@ -334,6 +363,7 @@ STOPWATCHES = {
     "connectors": compare_connectors,
     "steps": compare_steps,
     "changes": compare_changes,
+    "texts": compare_texts,
     "tokens": compare_numbers_of_tokens,
     "tower": compare_layouts_of_a_tower,
     "cached-features": compare_cached_features,

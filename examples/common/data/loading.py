@@ -25,7 +25,7 @@ from datasets import (
 from common.arguments import DataArguments
 from common.data.rows import group_rows, read_row, skip_or_raise, split_texts
 from common.data.streams import CaptionStream, Source, tolerant_reading
-from common.demo.crowded_scenes import load_crowded_scenes
+from common.demo.crowded_scenes import load_crowded_questions, load_crowded_scenes
 from common.demo.easy_vqa import load_easy_vqa, load_easy_vqa_questions
 from common.demo.emoji_videos import load_emoji_videos
 from common.demo.scenes import load_scenes
@@ -33,6 +33,7 @@ from common.demo.scenes import load_scenes
 DEMO_DATASETS = {
     "openmoji-scenes": load_scenes,
     "crowded-scenes": load_crowded_scenes,
+    "crowded-questions": load_crowded_questions,
     "easy-vqa": load_easy_vqa,
     "easy-vqa-questions": load_easy_vqa_questions,
     "emoji-videos": lambda: load_dataset(str(load_emoji_videos())),

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Image, List, NamedSplit, Value, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    List,
+    NamedSplit,
+    Value,
+    concatenate_datasets,
+    load_from_disk,
+)
 from PIL import Image as PILImage
 
 from common.demo.cache import prepare_once
@@ -45,6 +55,18 @@ def load_crowded_scenes() -> DatasetDict:
     ("left of", "how many" or "corner"), `question` and `answer` (str).
     """
     return load_from_disk(prepare_once(f"data/crowded-scenes-{SIZE}-textured-v{RECIPE}", _write))
+
+
+def load_crowded_questions() -> DatasetDict:
+    """Loads the same scenes with lists `question` and `answer`. First comes the caption, with an empty question."""
+    splits = DatasetDict()
+    for name, split in load_crowded_scenes().items():
+        asked = (
+            [{"question": "", "answer": row["caption"]}, *row["questions"]] for row in split.remove_columns("image")
+        )
+        lists = [{key: [text[key] for text in texts] for key in ("question", "answer")} for texts in asked]
+        splits[name] = concatenate_datasets([split.select_columns("image"), Dataset.from_list(lists)], axis=1)
+    return splits
 
 
 def _write(folder: Path) -> None:
