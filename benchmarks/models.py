@@ -115,26 +115,27 @@ def random_batch(
 
 
 def batch_of_texts(
-    model: EVLGenForConditionalGeneration, images: int, texts: int, prompt: int, answer: int, shared: bool
+    model: EVLGenForConditionalGeneration, images: int, texts: int, prefix: int, prompt: int, answer: int, shared: bool
 ) -> dict[str, torch.Tensor]:
     """Returns random vision features with several texts of each image: in one row if `shared`, else each in its own.
 
-    Each text has `prompt` tokens of its own, and as many as `answer` to learn. Features are given for each row.
+    The texts of an image have `prefix` tokens alike behind it, then `prompt` tokens each, then `answer` ones to learn.
     """
-    config, length = model.config, prompt + answer
+    config = model.config
     rows, per_row = (images, texts) if shared else (images * texts, 1)
-    placeholders = torch.full((rows, config.num_image_tokens), config.image_token_id)
-    text = torch.randint(3, config.text_config.vocab_size, (rows, per_row, length))
-    is_answer = torch.arange(length) >= prompt
+    prefix_ids = torch.full((rows, config.num_image_tokens + prefix), 3)
+    prefix_ids[:, : config.num_image_tokens] = config.image_token_id
+    text = torch.randint(3, config.text_config.vocab_size, (rows, per_row, prompt + answer))
+    answers = text.where(torch.arange(prompt + answer) >= prompt, -100)
     batch = {
         "vision_features": torch.randn(rows, config.num_vision_tokens, config.vision_hidden_size),
-        "input_ids": torch.cat([placeholders, text.flatten(1)], dim=1),  # (rows, image tokens + texts)
-        "labels": torch.cat([torch.full_like(placeholders, -100), text.where(is_answer, -100).flatten(1)], dim=1),
+        "input_ids": torch.cat([prefix_ids, text.flatten(1)], dim=1),  # (rows, prefix + texts)
+        "labels": torch.cat([torch.full_like(prefix_ids, -100), answers.flatten(1)], dim=1),
     }
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     if shared:
-        numbers = torch.arange(1, texts + 1).repeat_interleave(length).expand(rows, -1)
-        batch["segment_ids"] = torch.cat([torch.zeros_like(placeholders), numbers], dim=1)
+        numbers = torch.arange(1, texts + 1).repeat_interleave(prompt + answer).expand(rows, -1)
+        batch["segment_ids"] = torch.cat([torch.zeros_like(prefix_ids), numbers], dim=1)
     return batch
 
 

@@ -45,9 +45,11 @@ from processing_evlgen import EVLGenProcessor
 
 from .models import (
     BATCH,
+    CAPTION,
     CROWDED_RECIPE,
     EVA_WIDTH,
     LITE0,
+    PROMPT,
     SIZES,
     SMOLLM2_135M,
     Step,
@@ -151,18 +153,18 @@ def compare_changes(rounds: int) -> None:
 
 # texts: the demo's model, with five texts for each of 16 images
 
-TEXTS = {"captions of 10 tokens": (0, 10), "questions of 10 tokens, answers of 3": (10, 3)}
+TEXTS = {"captions of 10 tokens": (PROMPT, 0, CAPTION), "questions of 10 tokens, answers of 3": (0, PROMPT, 3)}
 
 
 def compare_texts(rounds: int) -> None:
     """`attention` is the language model's. The vision tower runs once for each row, or features are cached."""
     model = build(SIZES["demo"]["EVLGen, front-loaded"])
     rows = []
-    for name, (prompt, answer) in TEXTS.items():
+    for name, lengths in TEXTS.items():
         for attention in ("sdpa", "eager"):
             steps = {}
             for shared in (False, True):
-                batch = batch_of_texts(model, BATCH, 5, prompt, answer, shared)
+                batch = batch_of_texts(model, BATCH, 5, *lengths, shared=shared)
                 pixels = torch.randn(len(batch["input_ids"]), 3, 224, 224)
                 with_tower = {**batch, "pixel_values": pixels}
                 del with_tower["vision_features"]
