@@ -114,7 +114,7 @@ def cache_split(
     dataset: Dataset,
     views: CaptionCollator,
     num_views: int = 1,
-    batch_size: int = 32,
+    batch_size: int | None = None,
 ) -> FeatureDataset:
     """Runs the vision tower over a split, or finds its features on disk.
 
@@ -128,6 +128,9 @@ def cache_split(
     is_video = data_args.video_column is not None
     max_tiles = 1 if is_video else views.processor.max_tiles
     part_rows = max(1, (PART_VIDEOS if is_video else PART_TILES) // (num_views * max_tiles))
+    if batch_size is None:
+        # The activations of two images stay in a processor's cache. Batches of 32 took the demo's CNN twice as long.
+        batch_size = 2 if model.device.type == "cpu" else 32
     batch_size = 1 if is_video else batch_size  # the frames of many videos would fill memory
     arrays = {"vision_features": (np.float16, (config.num_vision_tokens, config.vision_hidden_size))}
     if is_video and config.video_mode == "merge":
