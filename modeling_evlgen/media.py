@@ -356,6 +356,8 @@ def _check_pixels(
             raise ValueError(f"`{name}` is for videos, but `pixel_values` holds images.")
         if tensor is not None:
             _check_tensor(name, tensor, shape[:2])
+    if frame_times is not None and (frame_times.dtype == torch.bool or frame_times.is_complex()):
+        raise TypeError(f"`frame_times` must be numbers of seconds, but is {frame_times.dtype}.")
     if frame_mask is not None:
         _check_videos(frame_mask.bool().any(dim=1), "`frame_mask` must have a frame in each video, but has none")
 

@@ -119,6 +119,9 @@ class EVLGenProcessor(ProcessorMixin):
         check_max_tiles(max_tiles)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"`tokenizer` must be a tokenizer, but is {type(tokenizer).__name__}.")
+        for template in (chat_template, tokenizer.chat_template):
+            if not isinstance(template, str | dict | None):
+                raise TypeError(f"`chat_template` must be a text, but is {template!r}.")
         if chat_template is None and tokenizer.chat_template is not None:
             chat_template = join_parts(tokenizer.get_chat_template(), image_token, video_token)
         # Not normalized: a tokenizer that lower-cases or splits words still finds them.

@@ -195,12 +195,20 @@ def pad(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments: dic
     `arguments` are the tokenizer's. Returns the columns with `attention_mask`; those of other names are unchanged.
 
     Raises:
-        ValueError: If there is no text. If a text is too long, or its placeholders or labels would be truncated.
+        ValueError:
+            If there is no text, or an argument is out of range. If a text is too long, or its placeholders or labels
+            would be truncated.
     """
     if not columns["input_ids"]:
         raise ValueError("`text` or `messages` is an empty list.")
-    tokenizer = processor.tokenizer
-    max_length = arguments.get("max_length")
+    for name in ("max_length", "pad_to_multiple_of"):
+        number = arguments.get(name)
+        if number is not None and (type(number) is not int or number < 1):
+            raise ValueError(f"`{name}` must be an integer of 1 or more, but is {number!r}.")
+    tokenizer, max_length = processor.tokenizer, arguments.get("max_length")
+    side = arguments.get("padding_side") or ("right" if "labels" in columns else "left")
+    if side not in ("left", "right"):
+        raise ValueError(f"`padding_side` must be left or right, but is {side!r}.")
     limit = min(max_length or tokenizer.model_max_length, tokenizer.model_max_length)
     truncates = arguments.get("truncation") not in (None, False, "do_not_truncate")
     kept = slice(-limit, None) if tokenizer.truncation_side == "left" else slice(limit)
@@ -221,7 +229,6 @@ def pad(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments: dic
             )
         for name in {"input_ids", *_FILLS} & columns.keys():
             columns[name][index] = columns[name][index][kept]
-    side = arguments.get("padding_side") or ("right" if "labels" in columns else "left")
     padded = tokenizer.pad(
         {"input_ids": columns["input_ids"]},
         padding=arguments.get("padding", True),
