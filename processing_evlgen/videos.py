@@ -228,7 +228,7 @@ def _times_of_list(source: Any, choice: FrameChoice, metadata: Any) -> list[floa
     is_number = indices.shape == (len(source),) and indices.dtype.kind in "iuf"
     if not is_number or not (indices[1:] >= indices[:-1]).all():
         wanted = f"{len(source)} ascending numbers, one for each frame"
-        raise ValueError(f"`frames_indices` of `video_metadata` must be {wanted}, but are {given!r}.")
+        raise ValueError(f"`frames_indices` of `video_metadata` must be {wanted}, but are {str(given)[:200]}.")
     return (indices / (rate or 1.0)).tolist()
 
 
