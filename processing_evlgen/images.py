@@ -88,13 +88,12 @@ def check_size(width: int, height: int, max_pixels: float) -> None:
 
 
 def _check_array(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    if array.ndim != 3:
-        raise ValueError(f"`images`: an array must have 3 dimensions, but has the shape {tuple(array.shape)}.")
-    if 0 in array.shape:
-        raise ValueError(f"`images`: an array of shape {tuple(array.shape)} has no pixels.")
-    if not {1, 3, 4} & {array.shape[0], array.shape[-1]}:
-        reason = f"1, 3 or 4 channels, first or last, but has the shape {tuple(array.shape)}"
-        raise ValueError(f"`images`: an array must have {reason}.")
+    shape = tuple(array.shape)
+    if array.ndim != 3 or not {1, 3, 4} & {shape[0], shape[-1]}:
+        wanted = "3 dimensions, and 1, 3 or 4 channels in the first or the last"
+        raise ValueError(f"`images`: an array must have {wanted}, but has the shape {shape}.")
+    if 0 in shape:
+        raise ValueError(f"`images`: an array of shape {shape} has no pixels.")
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "buif":
             raise TypeError(f"`images`: an array must hold numbers, but has the dtype {array.dtype}.")
@@ -102,7 +101,7 @@ def _check_array(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     else:  # integers are finite, and slow to check
         finite = not array.is_floating_point() or array.isfinite().all()
     if not finite:
-        raise ValueError(f"`images`: an array of shape {tuple(array.shape)} holds NaN or infinite values.")
+        raise ValueError(f"`images`: an array of shape {shape} holds NaN or infinite values.")
     return array
 
 
@@ -172,14 +171,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _scale_to_bytes(image: Image.Image) -> Image.Image:
     """32-bit grey in 8 bits. No file states the range of such values, so it is the smallest that holds them all."""
-    values, is_float = np.asarray(image), image.mode == "F"
-    factors = {1: 255, 255: 1} if is_float else {255: 1, 65_535: 1 / 256}
+    values, ranges = np.asarray(image), (1, 255) if image.mode == "F" else (255, 65_535)
     low, high = values.min(), values.max()
-    factor = next((factor for largest, factor in factors.items() if low >= 0 and high <= largest), None)
-    if factor is None:
-        wanted = " or ".join(f"0 to {largest}" for largest in factors)
-        raise ValueError(f"its values must be {wanted}, but are {low:g} to {high:g}")
-    return Image.fromarray((values * factor + 0.5 * is_float).astype(np.uint8))
+    largest = next((largest for largest in ranges if low >= 0 and high <= largest), None)
+    if largest is None:
+        raise ValueError(f"its values must be 0 to {ranges[0]} or 0 to {ranges[1]}, but are {low:g} to {high:g}")
+    return Image.fromarray(np.rint(values * (255 / largest)).astype(np.uint8))
 
 
 def check_max_tiles(max_tiles: Any) -> None:
@@ -198,9 +195,7 @@ def tile_size(image_processor: Any) -> tuple[int, int]:
     size = dict(crop or resized)
     height, width = (size.get(name) or size.get("shortest_edge") for name in ("height", "width"))
     if not height or not width or (not crop and size.get("shortest_edge")):
-        raise ValueError(
-            f"`max_tiles` needs an image processor with a fixed height and width, but its size is {size}."
-        )
+        raise ValueError(f"`max_tiles` needs an image processor with a fixed height and width, but it has {size}.")
     shortest = resized.get("shortest_edge")
     resizes = getattr(image_processor, "do_resize", True)
     if crop and resizes and (shortest != min(height, width) if shortest else resized != size):

@@ -326,14 +326,6 @@ class EVLGenProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "pixel_values_videos", "frame_times"]
 
-    def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **kwargs: Any) -> str:
-        """The text that takes an image's placeholder."""
-        return self.image_token * self.num_image_tokens
-
-    def replace_video_token(self, video_inputs: Any = None, video_idx: int = 0, **kwargs: Any) -> str:
-        """The text that takes a video's placeholder."""
-        return self.video_token * self.num_image_tokens
-
     def _get_num_multimodal_tokens(
         self, image_sizes: list[Any] | None = None, video_sizes: list[Any] | None = None, **kwargs: Any
     ) -> MultiModalData:

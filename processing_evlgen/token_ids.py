@@ -86,9 +86,7 @@ def expand_placeholders(
 
     `rows` hold the texts of each conversation, or each text alone. The `argument` of the call is for the errors, and
     `images_per_text` is the number of images of each row. Also returns the offsets of `get_text_with_replacements`.
-
-    Raises:
-        ValueError: If there is not one placeholder for each image and video.
+    Raises a ValueError if there is not one placeholder for each image and video.
     """
     found = {token: [sum(text.count(token) for text in row) for row in rows] for token in budgets}
     if images_per_text is not None and len(images_per_text) == len(rows):
@@ -114,7 +112,7 @@ def expand_placeholders(
 def tokenize_prompt(
     processor: ProcessorMixin, prompt: str, add_special_tokens: bool = True, offsets: bool = False
 ) -> dict[str, list[Any]]:
-    """`input_ids` of a prompt, and the `offset_mapping` if requested. Placeholders at its start come before BOS."""
+    """`input_ids` of a prompt, and its `offset_mapping`, whole if requested. Placeholders at its start precede BOS."""
     ids, spans, start = [], [], 0
     while token := next((token for token in processor.placeholders if prompt.startswith(token, start)), None):
         ids.append(processor.placeholders[token])
@@ -126,12 +124,8 @@ def tokenize_prompt(
     encoded = processor.tokenizer(
         prompt[start:], add_special_tokens=add_special_tokens, return_offsets_mapping=offsets
     )
-    columns = {"input_ids": ids + encoded["input_ids"]}
-    if offsets:
-        columns["offset_mapping"] = spans + [
-            (start + first, start + last) for first, last in encoded["offset_mapping"]
-        ]
-    return columns
+    spans += [(start + first, start + last) for first, last in encoded.get("offset_mapping", ())]
+    return {"input_ids": ids + encoded["input_ids"], "offset_mapping": spans}
 
 
 def _encode_suffixes(
@@ -193,11 +187,7 @@ def pad(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments: dic
     """Truncates columns if requested, and pads them: ids on the left; ids and labels on the right.
 
     `arguments` are the tokenizer's. Returns the columns with `attention_mask`; those of other names are unchanged.
-
-    Raises:
-        ValueError:
-            If there is no text, or an argument is out of range. If a text is too long, or its placeholders or labels
-            would be truncated.
+    Raises a ValueError if there is no text, one is too long or would lose placeholders or labels, or a number is bad.
     """
     if not columns["input_ids"]:
         raise ValueError("`text` or `messages` is an empty list.")

@@ -89,8 +89,7 @@ class FrameChoice:
 
     def __post_init__(self):
         if self.fps is not None and self.num_frames is not None:
-            given = f"{self.num_frames} and {self.fps}"
-            raise ValueError(f"Only one of `num_frames` and `fps` can be given, but they are {given}.")
+            raise ValueError(f"Only one of `num_frames` and `fps` can be given, not {self.num_frames} and {self.fps}.")
         if self.fps is not None and not _is_rate(self.fps):
             raise ValueError(f"`fps` must be a number above 0, but is {self.fps!r}.")
         sample_frames(1, 1 if self.num_frames is None else self.num_frames, self.sampling)  # raises out of range
@@ -110,8 +109,7 @@ class FrameChoice:
         count = 0
         for count, (frame, time, _) in enumerate(frames, start=1):
             if count > (self.max_frames or math.inf):
-                most = self.max_frames
-                raise ValueError(f"it has more than {most} frames to take. Give a `num_frames`, or a lower `fps`")
+                raise ValueError(f"it has more than {self.max_frames} frames. Give a `num_frames`, or a lower `fps`")
             yield frame, time
         if count == 0:
             raise ValueError("it has no frames")
@@ -119,11 +117,10 @@ class FrameChoice:
 
 def _at_indices(frames: Iterable[TimedFrame], chosen: list[int], total: int) -> Iterator[TimedFrame]:
     count = 0
-    for index, frame in enumerate(frames):
-        count = index + 1
-        if index in chosen:
+    for count, frame in enumerate(frames, start=1):
+        if count - 1 in chosen:
             yield frame
-        if index == chosen[-1]:
+        if count > chosen[-1]:
             return
     raise TooFewFramesError(f"it ends after {count} of its {total} frames")
 

@@ -176,7 +176,7 @@ BAD_INDICES = ([0, 1], [*range(512), 0], [*range(512), math.nan], ["0"] * 513, [
     ("choice", "message"),
     [
         ({"num_frames": 10_000}, "`num_frames` must be at most 512, but is 10000"),
-        ({"num_frames": 4, "fps": 2}, "`num_frames` and `fps` .* are 4 and 2"),
+        ({"num_frames": 4, "fps": 2}, "`num_frames` and `fps` .* not 4 and 2"),
         ({"fps": 2, "frame_sampling": "random"}, "`frame_sampling` must be .* is 'random'"),
         *(({"fps": fps}, "`fps` must be a number above 0") for fps in (0, -1, float("nan"), float("inf"), "2", True)),
         ({"num_frames": True}, "`num_frames` must be an integer of 1 or more, but is True"),
