@@ -127,13 +127,13 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
         Args:
             frames (`Iterable`):
                 Frames from the image processor, tensors of shape `(channels, height, width)`; or pairs of a frame and
-                its time in seconds, as `processor.iterate_frames` yields them. Without times, a frame has one second.
+                its time in seconds, as `processor.iterate_frames` yields them. Without times, each has one second.
             num_image_tokens (`int`, *optional*): Number of tokens of the soft prompt, as in `video_budgets`.
 
         Raises:
             ValueError: If there is no frame, a frame has another shape, a time is not finite, or `num_image_tokens` is
                 out of range. If the model has a temporal contextualizer, in which all frames attend to each other.
-            TypeError: If a frame is not a tensor, or a time not a number.
+            TypeError: If a frame is not a tensor, a time not a number, or if only some of the frames have times.
         """
         if self.temporal is not None:
             reason = "in a model with a `temporal_contextualizer` all frames attend to each other"
