@@ -157,9 +157,9 @@ def load_rgb_frames(
 
     Args:
         source (`str`, `pathlib.Path`, `dict`, `list` or array):
-            A file or URL that PyAV reads (mp4, webm, avi …, but no playlist) or an animated WebP, GIF or PNG; a row of a
-            `datasets` video column (`{"bytes": ..., "path": ...}`); a list of frames, each of a type that
-            [`load_rgb_image`] takes; or an array of shape `(frames, height, width, 3)` or `(frames, 3, height, width)`.
+            A file or URL that PyAV reads (mp4, webm, avi …) or an animated WebP, GIF or PNG; a row of a `datasets`
+            video column (`{"bytes": ..., "path": ...}`); a list of frames, each of a type that [`load_rgb_image`]
+            takes; or an array of shape `(frames, height, width, 3)` or `(frames, 3, height, width)`.
         num_frames, sampling, fps: As in [`FrameChoice`].
         max_pixels (`int`, *optional*, defaults to 64,000,000): Largest width times height of a frame that is decoded.
         metadata (`VideoMetadata` or `dict`, *optional*):
