@@ -326,6 +326,13 @@ class EVLGenProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "pixel_values_videos", "frame_times"]
 
+    # Not called here. But clients, and transformers' own tests, know by these methods that there are offsets.
+    def replace_image_token(self, image_inputs: Any = None, image_idx: int = 0, **kwargs: Any) -> str:
+        return self.image_token * self.num_image_tokens
+
+    def replace_video_token(self, video_inputs: Any = None, video_idx: int = 0, **kwargs: Any) -> str:
+        return self.video_token * self.num_image_tokens
+
     def _get_num_multimodal_tokens(
         self, image_sizes: list[Any] | None = None, video_sizes: list[Any] | None = None, **kwargs: Any
     ) -> MultiModalData:

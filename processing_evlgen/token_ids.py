@@ -213,10 +213,8 @@ def pad(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments: dic
         elif "labels" in columns and set(columns["labels"][index][kept]) <= {-100}:
             lost = "all labels"
         if lost is not None:
-            raise ValueError(
-                f"`text` entry {index} has {len(ids)} tokens. `truncation` to {limit} would cut {lost} off; "
-                "increase `max_length`."
-            )
+            reason = f"`truncation` to {limit} would cut {lost} off; increase `max_length`"
+            raise ValueError(f"`text` entry {index} has {len(ids)} tokens. {reason}.")
         for name in {"input_ids", *_FILLS} & columns.keys():
             columns[name][index] = columns[name][index][kept]
     padded = tokenizer.pad(
