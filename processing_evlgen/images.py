@@ -94,6 +94,9 @@ def _check_array(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
         raise ValueError(f"`images`: an array must have {wanted}, but has the shape {shape}.")
     if 0 in shape:
         raise ValueError(f"`images`: an array of shape {shape} has no pixels.")
+    _, shorter, longer = sorted(shape)  # or the number of channels, of an array of 1 or 2 rows or columns
+    if longer > MAX_ASPECT_RATIO * shorter:
+        raise ValueError(f"`images`: an array of shape {shape} has a side over {MAX_ASPECT_RATIO} times the other.")
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "buif":
             raise TypeError(f"`images`: an array must hold numbers, but has the dtype {array.dtype}.")

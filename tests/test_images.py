@@ -149,8 +149,9 @@ def test_an_image_that_is_thinner_than_any_picture_is_refused_undecoded(tmp_path
     Image.new("1", (1, 60_000)).save(tmp_path / "line.png")
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)
     video = [Image.new("RGB", (201, 1))]
-    for media in ({"images": tmp_path / "line.png"}, {"images": Image.new("RGB", (60_000, 1))}, {"videos": [video]}):
-        with pytest.raises(ValueError, match=r"pixels, a side over 200 times the other"):
+    lines = tmp_path / "line.png", Image.new("RGB", (60_000, 1)), np.zeros((1, 60_000, 3), np.uint8)
+    for media in (*({"images": line} for line in lines), {"videos": [video]}):
+        with pytest.raises(ValueError, match=r"a side over 200 times the other"):
             processor(**media)
 
 
