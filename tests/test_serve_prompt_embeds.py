@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import serve_prompt_embeds
+import torch
 from peft import LoraConfig, get_peft_model
 
 from .evaluation import animate
