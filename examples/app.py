@@ -55,8 +55,7 @@ import gradio as gr
 QUEUE_SIZE = 16  # requests that may wait; one is served at a time
 SESSIONS = 64  # visitors whose frames are kept in memory, for the slider
 SHOWN_FRAMES = 16  # of a video
-# Of a slider. Gradio itself rounds the value on the server, and refuses one out of range.
-WHOLE = {"step": 1, "precision": 0}
+WHOLE = {"step": 1, "precision": 0}  # of a slider; Gradio itself rounds the value on the server
 PROMPT_CHARACTERS = 10_000  # checked before the prompt is tokenised: 20 MB take 26 s
 # A visitor who presses Stop may leave a thread behind. Hooks belong to the model, so they would record both threads.
 _MERGING_LOCK = Lock()
@@ -202,6 +201,21 @@ def uploads_only(file: gr.File) -> gr.File:
     return file
 
 
+def make_slider(low: float, high: float, value: float, label: str, **layout: Any) -> gr.Slider:
+    """A slider that refuses what only a client without the page can send. Gradio's own errors do not name a slider."""
+    slider = gr.Slider(low, high, value, label=label, **layout)
+    preprocess = slider.preprocess
+
+    def check(given: float) -> float:
+        if type(given) not in (int, float) or not low <= given <= high:
+            wanted = f"{label!r} must be a number from {low:g} to {high:g}"
+            raise gr.Error(html.escape(f"{wanted}, but is {str(given)[:100]!r}."), print_exception=False)
+        return preprocess(given)
+
+    slider.preprocess = check
+    return slider
+
+
 def read_upload(path: str | None, processor: EVLGenProcessor) -> tuple[str, list[Image.Image]]:
     """Reads an uploaded file as [`read_file`] does, and deletes a file that is refused."""
     if path is None:
@@ -253,8 +267,8 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
                 file, prompt, start, stop, options = input_column(max_mb, model.generation_config.max_new_tokens)
                 low, high = model.config.image_token_range or [processor.num_image_tokens] * 2
                 texts = {"label": "Tokens of the soft prompt", "info": "Fewer are faster, more show more."}
-                layout = {"visible": low < high, "elem_id": "tokens"}
-                num_tokens = gr.Slider(low, max(high, low + 1), processor.num_image_tokens, **WHOLE, **texts, **layout)
+                layout = {"visible": low < high, "elem_id": "tokens", **WHOLE}
+                num_tokens = make_slider(low, max(high, low + 1), processor.num_image_tokens, **texts, **layout)
             with gr.Column(scale=2):
                 text, table, layer, gallery = output_column(names)
         file.change(preview, file, [shown, gallery, text, table])
@@ -273,10 +287,10 @@ def input_column(max_mb: float, max_new_tokens: int | None) -> tuple[Any, ...]:
         start = gr.Button("Describe", variant="primary", elem_id="start")
         stop = gr.Button("Stop", elem_id="stop")
     options = [
-        gr.Slider(1, 10, 1, **WHOLE, label="Beams", info="Text is streamed with 1."),
-        gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 takes the likeliest token."),
-        gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", info="For temperatures above 0."),
-        gr.Slider(1, 256, min(max_new_tokens or 30, 256), **WHOLE, label="Max new tokens"),
+        make_slider(1, 10, 1, "Beams", info="Text is streamed with 1.", **WHOLE),
+        make_slider(0, 2, 0, "Temperature", info="0 takes the likeliest token.", step=0.05),
+        make_slider(0.05, 1, 1, "Top-p", info="For temperatures above 0.", step=0.05),
+        make_slider(1, 256, min(max_new_tokens or 30, 256), "Max new tokens", **WHOLE),
     ]
     return file, prompt, start, stop, options
 
@@ -287,7 +301,7 @@ def output_column(names: list[str]) -> tuple[gr.Textbox, gr.Markdown, gr.Slider,
     table = gr.Markdown(elem_id="figures")
     info = "0 is before the choice of tokens, 1 after it." if "choice" in names else "0 is before the first layer."
     shown = {"label": "Layer of the connector", "info": info, "elem_id": "layer"}
-    layer = gr.Slider(0, len(names), len(names), **WHOLE, **shown)
+    layer = make_slider(0, len(names), len(names), **WHOLE, **shown)
     layout = {"columns": 2, "fit_columns": False, "height": "auto", "buttons": ["download", "fullscreen"]}
     gallery = gr.Gallery(label="Patches of one token share a number", **layout, format="png", elem_id="gallery")
     return text, table, layer, gallery

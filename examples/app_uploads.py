@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 from PIL import Image
 
-from processing_evlgen.images import load_rgb_image
+from processing_evlgen.images import MAX_ASPECT_RATIO, load_rgb_image
 from processing_evlgen.videos import (
     MAX_FRAMES,
     FrameChoice,
@@ -43,8 +43,8 @@ FRAMES = 20_000
 IMAGE_SECONDS, VIDEO_SECONDS = 10.0, 60.0
 
 
-class TooMuchError(ValueError):
-    """A file exceeds a limit. The message is the predicate of a sentence about the file."""
+class RefusedError(ValueError):
+    """A file exceeds a limit, or has no pictures. The message is the predicate of a sentence about the file."""
 
 
 def read_file(path: str | Path, num_frames: int, fps: float | None = None) -> tuple[str, list[Image.Image]]:
@@ -69,7 +69,7 @@ def read_file(path: str | Path, num_frames: int, fps: float | None = None) -> tu
         return _read_image(path, choice)
     except Image.DecompressionBombError as error:  # PIL's own limit is 179 million pixels
         raise ValueError(f"The file {name} has over {IMAGE_MEGAPIXELS} million pixels, more than are read.") from error
-    except TooMuchError as error:
+    except RefusedError as error:
         raise ValueError(f"The file {name} {error}.") from error
     except Exception as error:  # PIL and FFmpeg raise many kinds, with the server's own path in the message
         raise ValueError(f"The file {name} cannot be read; it is damaged, or not what its name says.") from error
@@ -79,6 +79,8 @@ def _read_video(path: Path, choice: FrameChoice) -> VideoFrames:
     """Chosen frames of a video."""
     format, deadline = VIDEOS[path.suffix.lower()], time.monotonic() + VIDEO_SECONDS
     with av.open(str(path), format=format) as container:
+        if not container.streams.video:
+            raise RefusedError("has no pictures, but sound or other data")
         stream = container.streams.video[0]
         # A packet holds a frame. Packets are counted, since the number in the file's head may be wrong.
         packets, shown = [], 0  # the seconds and the duration of each
@@ -86,7 +88,7 @@ def _read_video(path: Path, choice: FrameChoice) -> VideoFrames:
             stamp, unit = packet.dts if packet.pts is None else packet.pts, packet.time_base or 0
             packets += [(float((stamp or 0) * unit), float((packet.duration or 0) * unit))] if packet.size else []
             shown += is_shown(packet)
-        _check_sizes(len(packets), stream.width * stream.height, FRAME_MEGAPIXELS, VIDEO_MEGAPIXELS)
+        _check_sizes(len(packets), (stream.width, stream.height), FRAME_MEGAPIXELS, VIDEO_MEGAPIXELS)
         if packets:
             (first, _), (last, duration) = min(packets), max(packets)
             check_end(container, stream, len(packets), (first, last), duration)
@@ -102,13 +104,12 @@ def _read_image(path: Path, choice: FrameChoice) -> tuple[str, list[Image.Image]
     """`"images"` and the image, or `"videos"` and chosen frames of an animation."""
     deadline = time.monotonic() + IMAGE_SECONDS
     with _TimedFile(path, deadline) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-        pixels = image.width * image.height
         count = _count_frames(path, image) if path.suffix.lower() in ANIMATED else 1
         if count == 1:
-            _check_sizes(count, pixels, IMAGE_MEGAPIXELS, IMAGE_MEGAPIXELS)
+            _check_sizes(count, image.size, IMAGE_MEGAPIXELS, IMAGE_MEGAPIXELS)
             image.load()  # here, since `load_rgb_image` would call a file that is too slow a damaged one
             return "images", [load_rgb_image(image)]
-        _check_sizes(count, pixels, FRAME_MEGAPIXELS, ANIMATION_MEGAPIXELS)
+        _check_sizes(count, image.size, FRAME_MEGAPIXELS, ANIMATION_MEGAPIXELS)
         timed = iterate_animated_image(image)
         return "videos", _choose_frames(timed, count, choice, ANIMATION_MEGAPIXELS, deadline)
 
@@ -132,19 +133,24 @@ def _count_frames(path: Path, image: Image.Image) -> int:
         return container.streams.video[0].frames
 
 
-def _check_sizes(count: int, pixels: int, frame_megapixels: int, megapixels: int) -> None:
-    """Refuses `count` frames of so many pixels each."""
+def _check_sizes(count: int, size: tuple[int, int], frame_megapixels: int, megapixels: int) -> None:
+    """Refuses `count` frames of this width and height."""
+    pixels = size[0] * size[1]
     if pixels > 1e6 * frame_megapixels:
         what = "pixels" if count == 1 else "pixels in a frame"
-        raise TooMuchError(f"has over {frame_megapixels} million {what}, more than are read")
+        raise RefusedError(f"has over {frame_megapixels} million {what}, more than are read")
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise RefusedError(
+            f"is too thin: {size[0]} x {size[1]} pixels, a side over {MAX_ASPECT_RATIO} times the other"
+        )
     most = min(FRAMES, int(1e6 * megapixels / max(1, pixels)))
     if count > most:
-        raise TooMuchError(f"is too long: at most {most} frames of this size are read")
+        raise RefusedError(f"is too long: at most {most} frames of this size are read")
 
 
 def _check_time(deadline: float) -> None:
     if time.monotonic() > deadline:
-        raise TooMuchError("takes too long to read")
+        raise RefusedError("takes too long to read")
 
 
 def _choose_frames(
@@ -167,7 +173,7 @@ def _choose_frames(
     except ValueError as error:
         if len(frames) < MAX_FRAMES:
             raise
-        raise TooMuchError(f"is too long: at most {MAX_FRAMES} frames are taken") from error
+        raise RefusedError(f"is too long: at most {MAX_FRAMES} frames are taken") from error
     return VideoFrames(*zip(*frames, strict=True))
 
 
@@ -178,5 +184,5 @@ def _checked(timed: Iterable[TimedFrame], megapixels: int, deadline: float) -> I
         _check_time(deadline)
         pixels += frame.width * frame.height  # which may change from frame to frame
         if pixels > 1e6 * megapixels:
-            raise TooMuchError(f"has over {megapixels} million pixels in all frames, more than are read")
+            raise RefusedError(f"has over {megapixels} million pixels in all frames, more than are read")
         yield frame, seconds, duration

@@ -31,7 +31,7 @@ from common.arguments import CaptionerArguments, parse_arguments
 from common.models import load_trainable
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.soft_prompts import embed_ids
+from modeling_evlgen.soft_prompts import check_finite, embed_ids
 from processing_evlgen import EVLGenProcessor
 
 
@@ -91,6 +91,7 @@ def complete(
     """Continues prompts, `(tokens, hidden)` each, greedily with the server's language model. Returns token ids."""
     config = model.config.text_config.get_text_config()
     longest = served["max_model_len"] - arguments.max_new_tokens
+    check_finite({"`prompts`": tuple(prompts)})  # a server answers NaN with words, too
     # What vLLM would refuse, or whose caption it would cut.
     for index, shape in enumerate(tuple(prompt.shape) for prompt in prompts):
         if shape[0] > longest or shape[1] != config.hidden_size:  # of a model that widens its embeddings itself
@@ -133,6 +134,8 @@ def main(argv: list[str] | None = None) -> list[str]:
     served = entries.get(arguments.served_model or next(iter(entries), None))
     if served is None:
         raise ValueError(f"`served_model` is {arguments.served_model!r}, but the server has {', '.join(entries)}.")
+    if not served.keys() >= {"max_model_len", "root"}:
+        raise ValueError(f"`server`: {arguments.server} is no vLLM server: it describes its model by {served} alone.")
     # An adapter is refused, since it may change the language model.
     model = load_trainable(arguments.model, load=PromptEmbedder.from_pretrained)
     model.set_output_embeddings(None)

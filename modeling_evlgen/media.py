@@ -127,13 +127,13 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
         Args:
             frames (`Iterable`):
                 Frames from the image processor, tensors of shape `(channels, height, width)`; or pairs of a frame and
-                its time in seconds, as `processor.iterate_frames` yields them. Without times, a frame has one second.
+                its time in seconds, as `processor.iterate_frames` yields them. Without times, each has one second.
             num_image_tokens (`int`, *optional*): Number of tokens of the soft prompt, as in `video_budgets`.
 
         Raises:
             ValueError: If there is no frame, a frame has another shape, a time is not finite, or `num_image_tokens` is
                 out of range. If the model has a temporal contextualizer, in which all frames attend to each other.
-            TypeError: If a frame is not a tensor, or a time not a number.
+            TypeError: If a frame is not a tensor, a time not a number, or if only some of the frames have times.
         """
         if self.temporal is not None:
             reason = "in a model with a `temporal_contextualizer` all frames attend to each other"
@@ -356,6 +356,8 @@ def _check_pixels(
             raise ValueError(f"`{name}` is for videos, but `pixel_values` holds images.")
         if tensor is not None:
             _check_tensor(name, tensor, shape[:2])
+    if frame_times is not None and (frame_times.dtype == torch.bool or frame_times.is_complex()):
+        raise TypeError(f"`frame_times` must be numbers of seconds, but is {frame_times.dtype}.")
     if frame_mask is not None:
         _check_videos(frame_mask.bool().any(dim=1), "`frame_mask` must have a frame in each video, but has none")
 

@@ -235,11 +235,16 @@ def _read_in_parts(frames: Frames) -> Iterator[tuple[torch.Tensor, torch.Tensor]
 
 
 def _with_seconds(frames: Frames) -> Iterator[tuple[torch.Tensor, float]]:
+    timed = None
     for index, frame in enumerate(frames):
-        pixels, time = frame if isinstance(frame, tuple) else (frame, index)
+        is_timed = isinstance(frame, tuple) and len(frame) == 2
+        pixels, time = frame if is_timed else (frame, index)
         if not torch.is_tensor(pixels):
             found = type(pixels).__name__
             raise TypeError(f"`frames` must yield tensors, alone or in pairs with their seconds, but yields {found}.")
-        if not hasattr(time, "__float__"):
+        if timed not in (None, is_timed):
+            raise TypeError(f"`frames` must yield a time with each frame or with none, but frame {index} differs.")
+        timed = is_timed
+        if not hasattr(time, "__float__") or isinstance(time, bool):
             raise TypeError(f"`frames` must yield times in seconds, but yields {time!r}.")
         yield pixels, float(time)

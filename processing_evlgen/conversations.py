@@ -76,10 +76,8 @@ def _split_conversation(processor: ProcessorMixin, messages: list[dict[str, Any]
         # The template writes the conversation up to this turn, as it does for generation.
         prompt = processor.apply_chat_template(turns[:index], add_generation_prompt=True)
         if not prompt.startswith(text):
-            raise ValueError(
-                "The chat template must write an earlier turn of the assistant as it was trained, followed by "
-                f"`end_of_text`, but {prompt!r} does not start with {text!r}."
-            )
+            wanted = "write an earlier turn of the assistant as it was trained, followed by `end_of_text`"
+            raise ValueError(f"The chat template must {wanted}, but {prompt!r} does not start with {text!r}.")
         answer = turn["content"]
         # By itself: generation appends the answer to the prompt's ids, and no token spans both.
         ids = processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -123,10 +121,8 @@ def _list_parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _check_turn(index: int, message: Any) -> dict[str, Any]:
     """The message; an assistant's content is joined to one string."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES or "content" not in message:
-        raise ValueError(
-            f"`messages` must hold turns with a `role` of {', '.join(_ROLES)} and a `content`, but entry {index} is "
-            f"{message!r}."
-        )
+        wanted = f"turns with a `role` of {', '.join(_ROLES)} and a `content`"
+        raise ValueError(f"`messages` must hold {wanted}, but entry {index} is {message!r}.")
     role, content = message["role"], message["content"]
     if not isinstance(content, str | list):
         raise ValueError(f"`messages` entry {index} must have a text or a list as `content`, but has {content!r}.")
@@ -144,8 +140,6 @@ def _check_turn(index: int, message: Any) -> dict[str, Any]:
 def _check_part(index: int, part: Any) -> dict[str, Any]:
     is_part = isinstance(part, dict) and part.get("type") in ("image", "video", "text")
     if not is_part or (part["type"] == "text" and not isinstance(part.get("text"), str)):
-        raise ValueError(
-            f"`messages` entry {index} must hold parts such as {{'type': 'image'}} and {{'type': 'text', 'text': …}}, "
-            f"but holds {part!r}."
-        )
+        wanted = "parts such as {'type': 'image'} and {'type': 'text', 'text': …}"
+        raise ValueError(f"`messages` entry {index} must hold {wanted}, but holds {part!r}.")
     return {key: value for key, value in part.items() if value is not None}  # `datasets` fills absent keys with None

@@ -7,13 +7,14 @@ in its errors.
 import base64
 import math
 import os
-import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from anyio import fail_after  # httpx brings it
+from anyio.from_thread import start_blocking_portal
 from huggingface_hub.utils import httpx  # as transformers: so the code of a checkpoint needs no further package
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import select_best_resolution
@@ -22,24 +23,29 @@ from transformers.image_utils import get_image_size, infer_channel_dimension_for
 
 MAX_BYTES = 512 * 2**20  # of a file from a server
 MAX_PIXELS = 64_000_000  # in RGB 256 MB; a PNG of 20 KB can hold more pixels than memory does
+# The Bayeux Tapestry has 140. A line of 1 x 60,000 pixels fills the memory where the shortest edge becomes 224.
+MAX_ASPECT_RATIO = 200
 MAX_TILES = 100  # of one image; a request to a server may choose the number
 
 
 def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIXELS) -> Any:
     """Opens an image and converts it to an upright RGB image.
 
-    The EXIF orientation is applied. Transparent parts become white, as on paper. 16-bit grey is scaled to 8 bits.
+    The EXIF orientation is applied. Transparent parts become white, as on paper. 16-bit grey is scaled to 8 bits, and
+    32-bit grey, too. Its values must be from 0 to 255 or 65,535, or floats from 0 to 1 or 255.
 
     Args:
         source (`PIL.Image.Image`, `str`, `pathlib.Path`, `dict` or array):
             An image, a path, a URL, a base64 string (`data:image/...`) or a row of a `datasets` image column
             (`{"bytes": ..., "path": ...}`). Arrays and tensors are checked and returned unchanged: they have no mode.
-        timeout (`float`, *optional*, defaults to 30.0): Seconds for a URL, until its last byte.
+        timeout (`float`, *optional*, defaults to 30.0): Seconds for a URL with its redirects, until its last byte.
         max_pixels (`int`, *optional*, defaults to 64,000,000):
             Largest width times height that is decoded; it is read from the header. PIL's own limit holds as well.
 
     Raises:
-        ValueError: If the image cannot be read, has no pixel or too many, or an array is not finite or has not 3 axes.
+        ValueError:
+            If the image cannot be read, has no pixel or too many, or one side is over 200 times the other. If an array
+            is not finite, or has not 3 axes with 1, 3 or 4 channels.
         TypeError: If `source` is nothing of the above, or an array of no numbers.
     """
     if source is None:
@@ -50,10 +56,10 @@ def load_rgb_image(source: Any, timeout: float = 30.0, max_pixels: int = MAX_PIX
         raise TypeError(f"`images` must hold images, paths, URLs or arrays, but holds a {type(source).__name__}.")
     try:
         image = source if isinstance(source, Image.Image) else Image.open(open_file(source, timeout))
-        if isinstance(image, ImageFile.ImageFile):  # an image in memory has cost its memory already
-            check_size(image.width, image.height, max_pixels)
         if not image.width * image.height:
             raise ValueError(f"it has {image.width} x {image.height} pixels")
+        # An image in memory has cost its memory already.
+        check_size(image.width, image.height, max_pixels if isinstance(image, ImageFile.ImageFile) else math.inf)
         return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # PIL raises errors of many types for broken data
         # PIL's message has an address in memory in place of a path.
@@ -73,17 +79,24 @@ def flatten_images(images: Any) -> list[Any]:
     return [images]
 
 
-def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raises a ValueError if an image or a frame of `width` x `height` has more than `max_pixels`."""
+def check_size(width: int, height: int, max_pixels: float) -> None:
+    """Raises a ValueError if an image or a frame has more than `max_pixels`, or is too thin."""
     if width * height > max_pixels:
         raise ValueError(f"it has {width} x {height} pixels, more than `max_pixels`={max_pixels} allows")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(f"it has {width} x {height} pixels, a side over {MAX_ASPECT_RATIO} times the other")
 
 
 def _check_array(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
-    if array.ndim != 3:
-        raise ValueError(f"`images`: an array must have 3 dimensions, but has the shape {tuple(array.shape)}.")
-    if 0 in array.shape:
-        raise ValueError(f"`images`: an array of shape {tuple(array.shape)} has no pixels.")
+    shape = tuple(array.shape)
+    if array.ndim != 3 or not {1, 3, 4} & {shape[0], shape[-1]}:
+        wanted = "3 dimensions, and 1, 3 or 4 channels in the first or the last"
+        raise ValueError(f"`images`: an array must have {wanted}, but has the shape {shape}.")
+    if 0 in shape:
+        raise ValueError(f"`images`: an array of shape {shape} has no pixels.")
+    _, shorter, longer = sorted(shape)  # or the number of channels, of an array of 1 or 2 rows or columns
+    if longer > MAX_ASPECT_RATIO * shorter:
+        raise ValueError(f"`images`: an array of shape {shape} has a side over {MAX_ASPECT_RATIO} times the other.")
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "buif":
             raise TypeError(f"`images`: an array must hold numbers, but has the dtype {array.dtype}.")
@@ -91,7 +104,7 @@ def _check_array(array: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     else:  # integers are finite, and slow to check
         finite = not array.is_floating_point() or array.isfinite().all()
     if not finite:
-        raise ValueError(f"`images`: an array of shape {tuple(array.shape)} holds NaN or infinite values.")
+        raise ValueError(f"`images`: an array of shape {shape} holds NaN or infinite values.")
     return array
 
 
@@ -115,14 +128,22 @@ def open_file(source: str | Path | dict, timeout: float) -> str | BytesIO:
 
 def _download(url: str, timeout: float) -> BytesIO:
     """Reads a URL. Raises a ValueError after `timeout` seconds or `MAX_BYTES`."""
-    end, content = time.monotonic() + timeout, BytesIO()
-    with httpx.stream("GET", url, timeout=timeout, follow_redirects=True) as reply:
-        for piece in reply.raise_for_status().iter_bytes():
-            content.write(piece)
-            if content.tell() > MAX_BYTES:
-                raise ValueError(f"the server sends more than {MAX_BYTES / 1e6:g} MB")
-            if time.monotonic() > end:  # httpx's own limit holds for each piece
-                raise ValueError(f"the server has not sent the whole file in {timeout:g} seconds")
+    with start_blocking_portal() as portal:  # a thread with an event loop: the caller's may be running
+        return portal.call(_download_in_loop, url, timeout)
+
+
+async def _download_in_loop(url: str, timeout: float) -> BytesIO:
+    # Of httpx, only an asynchronous client can be stopped while a server sends headers, one letter after the other.
+    client, content = httpx.AsyncClient(timeout=None, follow_redirects=True), BytesIO()
+    try:
+        with fail_after(timeout):
+            async with client, client.stream("GET", url) as reply:
+                async for piece in reply.raise_for_status().aiter_bytes():
+                    content.write(piece)
+                    if content.tell() > MAX_BYTES:
+                        raise ValueError(f"the server sends more than {MAX_BYTES / 1e6:g} MB")
+    except TimeoutError as error:
+        raise ValueError(f"the server has not sent the whole file in {timeout:g} seconds") from error
     content.seek(0)
     return content
 
@@ -132,21 +153,33 @@ def describe(source: Image.Image | str | Path | dict) -> str:
     if isinstance(source, Image.Image):
         return getattr(source, "filename", "") or "the image"
     name = source.get("path") if isinstance(source, dict) else str(source)
-    return repr(name if name is None or len(name) <= 200 else name[:200] + "…")
+    return repr(name if len(str(name)) <= 200 else str(name)[:200] + "…")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode in RGB. What is transparent becomes white."""
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16") or image.mode == "I":  # PIL would clip all values above 255
+    if image.mode.startswith("I;16"):  # PIL would clip all values above 255
         image = image.point(lambda value: value / 256).convert("L")
+    if image.mode in ("I", "F"):
+        image = _scale_to_bytes(image)
     # A palette, too, may have a transparent colour.
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _scale_to_bytes(image: Image.Image) -> Image.Image:
+    """32-bit grey in 8 bits. No file states the range of such values, so it is the smallest that holds them all."""
+    values, ranges = np.asarray(image), (1, 255) if image.mode == "F" else (255, 65_535)
+    low, high = values.min(), values.max()
+    largest = next((largest for largest in ranges if low >= 0 and high <= largest), None)
+    if largest is None:
+        raise ValueError(f"its values must be 0 to {ranges[0]} or 0 to {ranges[1]}, but are {low:g} to {high:g}")
+    return Image.fromarray(np.rint(values * (255 / largest)).astype(np.uint8))
 
 
 def check_max_tiles(max_tiles: Any) -> None:
@@ -165,9 +198,7 @@ def tile_size(image_processor: Any) -> tuple[int, int]:
     size = dict(crop or resized)
     height, width = (size.get(name) or size.get("shortest_edge") for name in ("height", "width"))
     if not height or not width or (not crop and size.get("shortest_edge")):
-        raise ValueError(
-            f"`max_tiles` needs an image processor with a fixed height and width, but its size is {size}."
-        )
+        raise ValueError(f"`max_tiles` needs an image processor with a fixed height and width, but it has {size}.")
     shortest = resized.get("shortest_edge")
     resizes = getattr(image_processor, "do_resize", True)
     if crop and resizes and (shortest != min(height, width) if shortest else resized != size):

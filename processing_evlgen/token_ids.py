@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.tokenization_utils_base import TruncationStrategy
 
 _FILLS = {"labels": -100, "offset_mapping": (0, 0), "segment_ids": -1}  # for padding, by column
 
@@ -165,9 +166,7 @@ def expand_placeholders(
 
     `rows` hold the texts of each conversation, or each text alone. The `argument` of the call is for the errors, and
     `images_per_text` is the number of images of each row. Also returns the offsets of `get_text_with_replacements`.
-
-    Raises:
-        ValueError: If there is not one placeholder for each image and video.
+    Raises a ValueError if there is not one placeholder for each image and video.
     """
     found = {token: [sum(text.count(token) for text in row) for row in rows] for token in budgets}
     if images_per_text is not None and len(images_per_text) == len(rows):
@@ -193,7 +192,7 @@ def expand_placeholders(
 def tokenize_prompt(
     processor: ProcessorMixin, prompt: str, add_special_tokens: bool = True, offsets: bool = False
 ) -> dict[str, list[Any]]:
-    """`input_ids` of a prompt, and the `offset_mapping` if requested. Placeholders at its start come before BOS."""
+    """`input_ids` of a prompt, and its `offset_mapping`, whole if requested. Placeholders at its start precede BOS."""
     ids, spans, start = [], [], 0
     while token := next((token for token in processor.placeholders if prompt.startswith(token, start)), None):
         ids.append(processor.placeholders[token])
@@ -205,12 +204,8 @@ def tokenize_prompt(
     encoded = processor.tokenizer(
         prompt[start:], add_special_tokens=add_special_tokens, return_offsets_mapping=offsets
     )
-    columns = {"input_ids": ids + encoded["input_ids"]}
-    if offsets:
-        columns["offset_mapping"] = spans + [
-            (start + first, start + last) for first, last in encoded["offset_mapping"]
-        ]
-    return columns
+    spans += [(start + first, start + last) for first, last in encoded.get("offset_mapping", ())]
+    return {"input_ids": ids + encoded["input_ids"], "offset_mapping": spans}
 
 
 def _encode_suffixes(
@@ -268,16 +263,33 @@ def check_plain_text(tokenizer: PreTrainedTokenizerBase, end_id: int, texts: dic
             raise ValueError(f"{name} must not hold {token!r}, a special token or the end of a text, but is {text!r}.")
 
 
-def truncate(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments: dict[str, Any]) -> None:
-    """Truncates the lists of columns if requested. `arguments` are the tokenizer's.
+def pad(
+    processor: ProcessorMixin,
+    columns: dict[str, list[Any]],
+    arguments: dict[str, Any],
+    texts_per_image: list[int] | None = None,
+) -> dict[str, list[Any]]:
+    """Truncates columns if requested, and pads them: ids on the left; ids and labels on the right.
 
-    Raises:
-        ValueError: If there is no text. If a text is too long, or its placeholders or labels would be truncated.
+    `arguments` are the tokenizer's. With numbers of `texts_per_image`, the texts of an image share a row. Returns the
+    columns with `attention_mask`; those of other names are unchanged. Raises a ValueError if there is no text, one is
+    too long or would lose placeholders or labels, or an argument is bad.
     """
     if not columns["input_ids"]:
         raise ValueError("`text` or `messages` is an empty list.")
-    tokenizer, limit = processor.tokenizer, _limit(processor, arguments)
-    truncates = arguments.get("truncation") not in (None, False, "do_not_truncate")
+    for name in ("max_length", "pad_to_multiple_of"):
+        number = arguments.get(name)
+        if number is not None and (type(number) is not int or number < 1):
+            raise ValueError(f"`{name}` must be an integer of 1 or more, but is {number!r}.")
+    tokenizer, max_length = processor.tokenizer, arguments.get("max_length")
+    side = arguments.get("padding_side") or ("right" if "labels" in columns else "left")
+    if side not in ("left", "right"):
+        raise ValueError(f"`padding_side` must be left or right, but is {side!r}.")
+    limit = min(max_length or tokenizer.model_max_length, tokenizer.model_max_length)
+    truncation = arguments.get("truncation") or "do_not_truncate"
+    if truncation not in (True, *TruncationStrategy):
+        raise ValueError(f"`truncation` must be True or False, but is {truncation!r}.")
+    truncates = truncation != TruncationStrategy.DO_NOT_TRUNCATE
     kept = slice(-limit, None) if tokenizer.truncation_side == "left" else slice(limit)
     for index, ids in enumerate(columns["input_ids"]):
         if len(ids) <= limit:
@@ -290,31 +302,16 @@ def truncate(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments
         elif "labels" in columns and set(columns["labels"][index][kept]) <= {-100}:
             lost = "all labels"
         if lost is not None:
-            raise ValueError(
-                f"`text` entry {index} has {len(ids)} tokens. `truncation` to {limit} would cut {lost} off; "
-                "increase `max_length`."
-            )
+            reason = f"`truncation` to {limit} would cut {lost} off; increase `max_length`"
+            raise ValueError(f"`text` entry {index} has {len(ids)} tokens. {reason}.")
         for name in {"input_ids", *_FILLS} & columns.keys():
             columns[name][index] = columns[name][index][kept]
-
-
-def _limit(processor: ProcessorMixin, arguments: dict[str, Any]) -> int:
-    """The largest number of tokens of a text."""
-    most = processor.tokenizer.model_max_length
-    return min(arguments.get("max_length") or most, most)
-
-
-def pad(processor: ProcessorMixin, columns: dict[str, list[Any]], arguments: dict[str, Any]) -> dict[str, list[Any]]:
-    """Pads columns: ids on the left; ids and labels on the right. `arguments` are the tokenizer's.
-
-    Returns the columns with `attention_mask`; those of other names are unchanged.
-    """
-    tokenizer = processor.tokenizer
-    side = arguments.get("padding_side") or ("right" if "labels" in columns else "left")
+    if texts_per_image is not None:
+        columns = share_prefixes(processor, columns, texts_per_image)
     padded = tokenizer.pad(
         {"input_ids": columns["input_ids"]},
         padding=arguments.get("padding", True),
-        max_length=arguments.get("max_length") and _limit(processor, arguments),
+        max_length=max_length and limit,
         pad_to_multiple_of=arguments.get("pad_to_multiple_of"),
         padding_side=side,
         return_attention_mask=True,

@@ -141,7 +141,11 @@ def flatten_videos(videos: Any) -> list[Any]:
     if isinstance(videos, list | tuple):
         if len(videos) and (isinstance(videos[0], Image.Image) or getattr(videos[0], "ndim", None) == 3):
             return [videos]
-        return [video for entry in videos for video in flatten_videos(entry)]
+        parts = [flatten_videos(entry) for entry in videos]
+        # Beside lists of videos, an empty list is a text without videos. Otherwise it is a video without frames.
+        if not any(part and part[0] is not entry for part, entry in zip(parts, videos, strict=True)):
+            parts = [part or [entry] for part, entry in zip(parts, videos, strict=True)]
+        return [video for part in parts for video in part]
     return list(videos) if getattr(videos, "ndim", None) == 5 else [videos]  # (videos, frames, height, width, 3)
 
 

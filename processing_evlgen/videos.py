@@ -24,6 +24,9 @@ from .images import MAX_PIXELS, check_size, describe, load_rgb_image, open_file
 
 MAX_FRAMES = 512  # of a video that is held in memory; a stream may have any number
 _DOWNLOAD_SECONDS = 600.0
+# FFmpeg's names. Of those that are missing here, playlists and patterns of names would read other files.
+_CONTAINERS = "asf,avi,dv,flv,h264,hevc,ivf,jpeg_pipe,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg"
+_CONTAINERS += ",rm,wtv,yuv4mpegpipe"
 _ROUNDING = 0.001  # seconds. WebM and MKV round times to milliseconds
 
 # A frame, its seconds, and for how many seconds it is shown; 0 if the file does not state it.
@@ -49,7 +52,7 @@ def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> lis
     first one on. `"headtail"` draws half of them from each half of the video, with Python's `random`. An argument out
     of range raises a ValueError.
     """
-    if not isinstance(num_frames, Integral) or num_frames < 1:
+    if not isinstance(num_frames, Integral) or isinstance(num_frames, bool) or num_frames < 1:
         raise ValueError(f"`num_frames` must be an integer of 1 or more, but is {num_frames!r}.")
     count = min(num_frames, total)
     if sampling == "uniform":
@@ -63,7 +66,7 @@ def sample_frames(total: int, num_frames: int, sampling: str = "uniform") -> lis
 
 
 def _is_rate(fps: Any) -> bool:
-    return isinstance(fps, Real) and 0 < fps < math.inf
+    return isinstance(fps, Real) and not isinstance(fps, bool) and 0 < fps < math.inf
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,7 @@ class FrameChoice:
 
     def __post_init__(self):
         if self.fps is not None and self.num_frames is not None:
-            given = f"{self.num_frames} and {self.fps}"
-            raise ValueError(f"Only one of `num_frames` and `fps` can be given, but they are {given}.")
+            raise ValueError(f"Only one of `num_frames` and `fps` can be given, not {self.num_frames} and {self.fps}.")
         if self.fps is not None and not _is_rate(self.fps):
             raise ValueError(f"`fps` must be a number above 0, but is {self.fps!r}.")
         sample_frames(1, 1 if self.num_frames is None else self.num_frames, self.sampling)  # raises out of range
@@ -107,8 +109,7 @@ class FrameChoice:
         count = 0
         for count, (frame, time, _) in enumerate(frames, start=1):
             if count > (self.max_frames or math.inf):
-                most = self.max_frames
-                raise ValueError(f"it has more than {most} frames to take. Give a `num_frames`, or a lower `fps`")
+                raise ValueError(f"it has more than {self.max_frames} frames. Give a `num_frames`, or a lower `fps`")
             yield frame, time
         if count == 0:
             raise ValueError("it has no frames")
@@ -116,11 +117,10 @@ class FrameChoice:
 
 def _at_indices(frames: Iterable[TimedFrame], chosen: list[int], total: int) -> Iterator[TimedFrame]:
     count = 0
-    for index, frame in enumerate(frames):
-        count = index + 1
-        if index in chosen:
+    for count, frame in enumerate(frames, start=1):
+        if count - 1 in chosen:
             yield frame
-        if index == chosen[-1]:
+        if count > chosen[-1]:
             return
     raise TooFewFramesError(f"it ends after {count} of its {total} frames")
 
@@ -163,7 +163,7 @@ def load_rgb_frames(
         num_frames, sampling, fps: As in [`FrameChoice`].
         max_pixels (`int`, *optional*, defaults to 64,000,000): Largest width times height of a frame that is decoded.
         metadata (`VideoMetadata` or `dict`, *optional*):
-            For lists and arrays: their `fps`, and `frames_indices` if they are some frames of a longer video. By
+            For lists and arrays: their `fps`, and ascending `frames_indices` if they are some of a longer video. By
             default they have the `fps` that is requested, or else one frame a second.
 
     Returns:
@@ -216,16 +216,17 @@ def _iterate_list(source: Any, choice: FrameChoice, max_pixels: int, metadata: A
 def _times_of_list(source: Any, choice: FrameChoice, metadata: Any) -> list[float]:
     if isinstance(source, VideoFrames):
         return source.times
-    rate, indices = choice.fps, range(len(source))
+    rate, indices = choice.fps, np.arange(len(source))
     if metadata:
         rate, given = metadata.get("fps"), metadata.get("frames_indices")
-        indices = indices if given is None else given
+        indices = indices if given is None else np.asarray(given)
     if rate and not _is_rate(rate):  # readers of videos give 0 if they do not know it
         raise ValueError(f"`video_metadata` must have an `fps` above 0, but has {rate!r}.")
-    if len(indices) != len(source):
-        count = len(source)
-        raise ValueError(f"`video_metadata` has {len(indices)} `frames_indices`, but the video has {count} frames.")
-    return [index / (rate or 1.0) for index in indices]
+    is_number = indices.shape == (len(source),) and indices.dtype.kind in "iuf"
+    if not is_number or not (indices[1:] >= indices[:-1]).all():
+        wanted = f"{len(source)} ascending numbers, one for each frame"
+        raise ValueError(f"`frames_indices` of `video_metadata` must be {wanted}, but are {str(given)[:200]}.")
+    return (indices / (rate or 1.0)).tolist()
 
 
 @contextmanager
@@ -256,7 +257,13 @@ def _open_stream(file: str | BytesIO, max_pixels: int) -> Iterator[tuple[Any, An
     av = importlib.import_module("av")
     if isinstance(file, BytesIO):
         file.seek(0)
-    with av.open(file) as container:
+    try:
+        container = av.open(file, options={"format_whitelist": _CONTAINERS})
+    except av.error.ArgumentError as error:  # FFmpeg's own message has a number alone
+        raise ValueError(f"it is no video, or of none of the kinds {_CONTAINERS.replace(',', ', ')}") from error
+    with container:
+        if not container.streams.video:
+            raise ValueError("it has no pictures, but sound or other data")
         stream = container.streams.video[0]
         check_size(stream.width, stream.height, max_pixels)
         yield container, stream

@@ -281,6 +281,17 @@ def encode_video(path, images, codec="libx264", rate=10, pts=None, **options) ->
         container.mux(stream.encode(None))
 
 
+def save_sound(path: Path) -> None:
+    """A file of sound without pictures."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(torch.zeros(1, 1024).numpy(), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 16000, 0
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+
+
 @contextmanager
 def serving(handler) -> Iterator[str]:
     """A server on this machine; gives its URL. `handler` is a class, or a folder whose files it serves."""

@@ -377,13 +377,46 @@ def test_a_client_without_the_page_gets_named_errors(server, folder, tmp_path):
     assert "The file 'refused.png' is no longer on the server" in call(address, 0, [refused])
     image = upload(address, folder / "image.PNG")
     for prompt, options, message in (
-        ("", [11, 0, 1, 8], "Value 11 is greater than maximum value 10."),
+        ("", [11, 0, 1, 8], "'Beams' must be a number from 1 to 10, but is '11'"),
+        ("", ["abc", 0, 1, 8], "'Beams' must be a number from 1 to 10, but is 'abc'"),
+        ("", [1, True, 1, 8], "'Temperature' must be a number from 0 to 2, but is 'True'"),
+        ("", [1, 0, None, 8], "'Top-p' must be a number from 0.05 to 1, but is 'None'"),
+        ("", [1, 0, 1, ["<b>"]], "'Max new tokens' must be a number from 1 to 256, but is"),
         ("", [1, 0, 1, 8], "`num_image_tokens` must be from 11 to 11"),
         ("a" * 10_001, [1, 0, 1, 8], "The prompt has 10001 characters"),
         (None, [1, 0, 1, 8], "soft-prompt tokens"),
     ):
         budget = 12 if "num_image_tokens" in message else 11  # a slider of one value has another end
         assert message in call(address, 2, [image, prompt, 2, budget, *options])
+
+
+def completed(events):
+    """What a call of the page's functions returned."""
+    (line,) = [line for line in events.splitlines() if '"process_completed"' in line]
+    return json.loads(line.removeprefix("data: "))["output"]["data"]
+
+
+@pytest.mark.attack
+def test_visitors_at_the_same_time_get_what_each_gets_alone(server, folder, tmp_path):
+    """One of them sends a broken file."""
+    address, _ = server
+    model, processor = (kind.from_pretrained(folder) for kind in (EVLGenForConditionalGeneration, EVLGenProcessor))
+    images = noise_images(5)
+    for index, image in enumerate(images):
+        image.save(tmp_path / f"{index}.png")
+    files = [upload(address, tmp_path / f"{index}.png") for index in range(5)]
+    shutil.copy(folder / "broken.png", tmp_path / "refused.png")
+    refused = upload(address, tmp_path / "refused.png")
+    with ThreadPoolExecutor(max_workers=11) as visitors:
+        answers = [visitors.submit(call, address, 2, [file, "", 2, 11, 1, 0, 1, 20]) for file in files]
+        error = visitors.submit(call, address, 2, [refused, "", 2, 11, 1, 0, 1, 20])
+        previews = [visitors.submit(call, address, 0, [file]) for file in files]
+    texts = [completed(answer.result())[0] for answer in answers]
+    assert texts == [described(model, processor, [image], (1, 0, 1, 20))[0] for image in images]
+    assert len(set(texts)) == 5 and "The file 'refused.png' cannot be read" in error.result()
+    for image, shown in zip(images, previews, strict=True):
+        (drawn,) = completed(shown.result())[1]
+        assert np.array_equal(Image.open(BytesIO(httpx.get(drawn["image"]["url"]).content)).convert("RGB"), image)
 
 
 def test_a_request_cannot_make_the_server_fetch_or_read(server):

@@ -1,5 +1,6 @@
 """Images of every source and mode are read as upright RGB; what cannot be read is named."""
 
+import asyncio
 import base64
 import contextlib
 import io
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from transformers import CLIPImageProcessor
 
+from processing_evlgen import EVLGenProcessor
 from processing_evlgen import images as image_files
 from processing_evlgen.images import load_rgb_image
 
-from .helpers import noise_images, serving
+from .helpers import noise_images, serving, tiny_tokenizer
 from .test_processing import make_processor
 
 
@@ -37,6 +40,32 @@ def test_images_of_every_mode_become_rgb():
     clear = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
     assert np.array(load_rgb_image(clear)).tolist() == [[[255, 255, 255]] * 4] * 2  # as on paper
     assert load_rgb_image(Image.new("1", (4, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def encode_tiff(values):
+    return encode(Image.fromarray(values), "TIFF")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.float32([[0, 77 / 255, 1]]), [0, 77, 255]),
+        (np.float32([[0, 77, 255]]), [0, 77, 255]),
+        (np.int32([[0, 77, 255]]), [0, 77, 255]),
+        (np.int32([[0, 77 * 256, 65_535]]), [0, 77, 255]),
+    ],
+)
+def test_grey_of_32_bits_has_the_smallest_range_that_holds_its_values(values, expected):
+    for image in (encode_tiff(values), Image.fromarray(values)):
+        assert np.array(load_rgb_image(image))[0].tolist() == [[value] * 3 for value in expected]
+
+
+@pytest.mark.parametrize("values", [[[-1, 2]], [[0, 300.5]], [[0, np.nan]]])
+def test_grey_of_an_unknown_range_is_refused(values):
+    with pytest.raises(ValueError, match="its values must be 0 to 1 or 0 to 255, but are"):
+        load_rgb_image(encode_tiff(np.float32(values)))
+    with pytest.raises(ValueError, match="its values must be 0 to 255 or 0 to 65535, but are -1 to 2"):
+        load_rgb_image(encode_tiff(np.int32([[-1, 2]])))
 
 
 def test_an_image_that_the_camera_rotated_stands_upright():
@@ -68,6 +97,9 @@ def test_paths_base64_rows_and_arrays_are_read(tmp_path):
         ({"images": [7]}, TypeError, "`images` must .* holds a int"),
         ({"images": np.zeros((8, 8))}, ValueError, r"`images`: .* has the shape \(8, 8\)"),
         ({"images": np.full((8, 8, 3), None)}, TypeError, "`images`: .* has the dtype object"),
+        ({"images": np.zeros((8, 8, 2), np.uint8)}, ValueError, r"`images`: .* 1, 3 or 4 channels.* \(8, 8, 2\)"),
+        ({"images": torch.zeros(5, 8, 8), "max_tiles": 4}, ValueError, r"`images`: .* channels.* \(5, 8, 8\)"),
+        ({"videos": np.zeros((3, 8, 8, 2))}, ValueError, r"`videos`: .* 1, 3 or 4 channels.* \(8, 8, 2\)"),
         ({"videos": 7}, TypeError, "`videos` must .* holds int"),
         ({"videos": noise_images(4), "num_frames": 2.5}, ValueError, r"`num_frames` must .* is 2\.5"),
     ],
@@ -108,6 +140,21 @@ def test_an_image_with_too_many_pixels_is_refused_undecoded(tmp_path, monkeypatc
         make_processor()(images=str(tmp_path / "image.png"), max_pixels=1599)
 
 
+@pytest.mark.attack
+def test_an_image_that_is_thinner_than_any_picture_is_refused_undecoded(tmp_path, monkeypatch):
+    """Where the shortest edge becomes 224 pixels, a line of 1 x 60,000 takes 9 GB. The Bayeux Tapestry is read."""
+    shortest = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    processor = EVLGenProcessor(shortest, tiny_tokenizer(), num_image_tokens=3)
+    assert processor(images=Image.new("RGB", (1400, 10)))["pixel_values"].shape == (1, 3, 8, 8)
+    Image.new("1", (1, 60_000)).save(tmp_path / "line.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    video = [Image.new("RGB", (201, 1))]
+    lines = tmp_path / "line.png", Image.new("RGB", (60_000, 1)), np.zeros((1, 60_000, 3), np.uint8)
+    for media in (*({"images": line} for line in lines), {"videos": [video]}):
+        with pytest.raises(ValueError, match=r"a side over 200 times the other"):
+            processor(**media)
+
+
 def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     os.mkfifo(tmp_path / "pipe.mp4")
@@ -130,15 +177,24 @@ def test_unreadable_images_are_named(tmp_path):
 
 
 class Drip(BaseHTTPRequestHandler):
-    """Sends a byte every 0.1 seconds for ever, or as many as it can."""
+    """Sends a byte every 0.1 seconds for ever, or as many as it can; of the content or of the headers."""
 
     def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
+        if self.path.startswith("/redirects"):
+            time.sleep(0.1)
+            self.send_response(302)
+            self.send_header("Location", f"{self.path}x")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        if self.path == "/headers.png":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        else:
+            self.send_response(200)
+            self.end_headers()
         with contextlib.suppress(OSError):  # the client has gone
             while True:
-                self.wfile.write(b"x" if "slow" in self.path else b"x" * 2**16)
-                time.sleep(0.1 if "slow" in self.path else 0)
+                self.wfile.write(b"x" * 2**16 if self.path == "/large.png" else b"x")
+                time.sleep(0 if self.path == "/large.png" else 0.1)
 
     def log_message(self, *args):
         pass
@@ -147,7 +203,12 @@ class Drip(BaseHTTPRequestHandler):
 @pytest.mark.attack
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("slow.png", "has not sent the whole file in 0.5 seconds"), ("large.png", "sends more than 1 MB")],
+    [
+        ("slow.png", "has not sent the whole file in 0.5 seconds"),
+        ("headers.png", "has not sent the whole file in 0.5 seconds"),
+        ("redirects.png", "has not sent the whole file in 0.5 seconds"),
+        ("large.png", "sends more than 1 MB"),
+    ],
 )
 def test_a_server_that_never_ends_is_left(path, message, monkeypatch):
     monkeypatch.setattr(image_files, "MAX_BYTES", 10**6)
@@ -155,4 +216,15 @@ def test_a_server_that_never_ends_is_left(path, message, monkeypatch):
         start = time.monotonic()
         with pytest.raises(ValueError, match=message):
             load_rgb_image(f"{url}/{path}", timeout=0.5)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 1.5
+
+
+def test_urls_are_read_where_an_event_loop_runs(tmp_path):
+    """As in a notebook or a server."""
+    noise_images(1)[0].save(tmp_path / "image.png")
+
+    async def read(url):
+        return load_rgb_image(f"{url}/image.png")
+
+    with serving(tmp_path) as url:
+        assert np.array_equal(asyncio.run(read(url)), noise_images(1)[0])

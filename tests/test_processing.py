@@ -162,6 +162,31 @@ def test_padding_arguments_work_as_in_a_tokenizer():
     assert left["attention_mask"][0, 0] == 0 and torch.equal(left["labels"] != -100, words)
 
 
+@pytest.mark.parametrize(
+    ("argument", "values", "wanted"),
+    [
+        ("pad_to_multiple_of", (0, -4, 2.5, "8", True), "an integer of 1 or more"),
+        ("max_pixels", (0, -1, 2.5, "8", True), "an integer of 1 or more"),
+        ("truncation", ("foo", 3), "True or False"),
+        ("max_length", (0, -3, "a"), "an integer of 1 or more"),
+        ("padding_side", ("up", 3), "left or right"),
+    ],
+)
+def test_bad_padding_arguments_are_named(argument, values, wanted):
+    for value in values:
+        with pytest.raises(ValueError, match=f"`{argument}` must be {wanted}, but is {value!r}"):
+            make_processor()(images=noise_images(1), **{argument: value})
+
+
+@pytest.mark.parametrize("template", [7, True, ["a"]])
+def test_a_chat_template_that_is_no_text_is_named(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    for parts in ((tiny_tokenizer(), template), (tokenizer, None)):
+        with pytest.raises(TypeError, match=f"`chat_template` must be .*, but is {re.escape(repr(template))}"):
+            EVLGenProcessor(tiny_image_processor(), parts[0], num_image_tokens=3, chat_template=parts[1])
+
+
 def test_images_in_rows_must_fit_their_texts_and_conversations():
     image, other, third = noise_images(3)
     texts, processor = ["<image>", "<image><image>"], make_processor(chat=True, end_of_text="<|im_end|>")

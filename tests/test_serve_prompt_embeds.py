@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import serve_prompt_embeds
+import torch
 from peft import LoraConfig, get_peft_model
 
 from .evaluation import animate
@@ -144,6 +145,19 @@ def test_what_vllm_cannot_caption_is_refused(captioner, tmp_path):
     get_peft_model(captioner[0], config).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"is an adapter\. Merge it"):
         serve(captioner, "--images", captioner[2][0])
+
+
+def test_prompts_with_nan_are_not_sent(captioner, tmp_path):
+    model = captioner[0]
+    torch.nn.init.constant_(model.language_projection.bias, torch.nan)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"`prompts` must be finite, but has NaN .* entries \[0, 1\]"):
+        serve(captioner, "--images", *captioner[2][:2])
+
+
+def test_a_server_of_another_kind_is_named(captioner):
+    with pytest.raises(ValueError, match=r"`server`: .* is no vLLM server: it describes its model by"):
+        serve(captioner, "--images", captioner[2][0], max_model_len=None)
 
 
 @pytest.mark.parametrize("reply", [None, b"<html>a page</html>", b'{"detail": "hello"}'])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from processing_evlgen.videos import load_rgb_frames
 
-from .helpers import encode_video, noise_images, save_animation
+from .helpers import encode_video, noise_images, save_animation, save_sound
 
 pytest.importorskip("av", reason="needs the app extra")
 uploads = importlib.import_module("app_uploads")
@@ -28,6 +28,7 @@ def files(tmp_path_factory):
     (folder / "notes.txt").write_text("no image")
     (folder / "broken.png").write_text("no image")
     (folder / "broken.mp4").write_text("no video")
+    save_sound(folder / "sound.mp4")
     return folder
 
 
@@ -48,6 +49,7 @@ def test_reads_images_and_videos(files):
         ("notes.txt", r"is neither an image \(\.png, .*\) nor a video"),
         ("broken.png", "cannot be read; it is damaged"),
         ("broken.mp4", "cannot be read; it is damaged"),
+        ("sound.mp4", "has no pictures, but sound or other data"),
         ("gone.png", "is no longer on the server"),
     ],
 )
@@ -79,6 +81,20 @@ def test_a_small_file_with_a_huge_image_is_refused_before_it_is_decoded(tmp_path
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b""))
     with pytest.raises(ValueError, match=r"^The file 'bomb\.png' has over 64 million pixels, more than are read"):
         uploads.read_file(tmp_path / "bomb.png", 4)
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("size", [(1, 2_000_000), (20_100, 100)])
+def test_an_image_that_is_thinner_than_any_picture_is_refused(tmp_path, size, monkeypatch):
+    """To shrink a line of 60 million pixels took half a minute, and all other visitors waited."""
+    Image.new("1", size).save(tmp_path / "line.png")
+    Image.new("1", (20_000, 100)).save(tmp_path / "scroll.png")
+    assert uploads.read_file(tmp_path / "scroll.png", 4)[0] == "images"
+    monkeypatch.setattr(uploads, "load_rgb_image", None)
+    with pytest.raises(
+        ValueError, match=rf"^The file 'line\.png' is too thin: {size[0]} x {size[1]} pixels, a side over 200"
+    ):
+        uploads.read_file(tmp_path / "line.png", 4)
 
 
 def save_video(path, count, codec="mpeg4", size=32, moving=False):

@@ -1,6 +1,7 @@
 """Videos: reading videos, the temporal contextualizer in any transformer tower, and batches of videos and images."""
 
 import copy
+import math
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from .helpers import (
     run_clean,
     save,
     save_animation,
+    save_sound,
     serving,
     tiny_model,
     tiny_processor,
@@ -166,27 +168,33 @@ def test_frames_may_change_their_size():
     assert tiny_processor(tiny_model())(videos=[frames])["pixel_values_videos"].shape == (1, 4, 3, 32, 32)
 
 
+BAD_INDICES = ([0, 1], [*range(512), 0], [*range(512), math.nan], ["0"] * 513, [None] * 513, [True] * 513, 7)
+
+
 @pytest.mark.attack
 @pytest.mark.parametrize(
     ("choice", "message"),
     [
         ({"num_frames": 10_000}, "`num_frames` must be at most 512, but is 10000"),
-        ({"num_frames": 4, "fps": 2}, "`num_frames` and `fps` .* are 4 and 2"),
+        ({"num_frames": 4, "fps": 2}, "`num_frames` and `fps` .* not 4 and 2"),
         ({"fps": 2, "frame_sampling": "random"}, "`frame_sampling` must be .* is 'random'"),
-        *(({"fps": fps}, "`fps` must be a number above 0") for fps in (0, -1, float("nan"), float("inf"), "2")),
+        *(({"fps": fps}, "`fps` must be a number above 0") for fps in (0, -1, float("nan"), float("inf"), "2", True)),
+        ({"num_frames": True}, "`num_frames` must be an integer of 1 or more, but is True"),
         ({"do_sample_frames": False}, "`videos` .* more than 512 frames"),
         ({"video_metadata": [{"fps": 1.0}] * 2}, "`video_metadata` has 2 entries for 1 videos"),
         *(({"video_metadata": [{"fps": fps}]}, "`video_metadata` must have an `fps` above 0") for fps in (-2.0, "2")),
-        ({"video_metadata": [{"fps": 1.0, "frames_indices": [0, 1]}]}, "`video_metadata` has 2 `frames_indices`"),
+        *(({"video_metadata": {"fps": 1.0, "frames_indices": bad}}, "must be 513 ascending") for bad in BAD_INDICES),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_bad_numbers_of_frames_are_named(choice, message):
     with pytest.raises(ValueError, match=message):
         tiny_processor(tiny_model())(videos=[shades(1) * 513], **choice)
 
 
-@pytest.mark.parametrize("choice", [{"num_frames": 9999}, {"num_frames": 0}, {"fps": -1}])
+@pytest.mark.parametrize(
+    "choice", [{"num_frames": 9999}, {"num_frames": 0}, {"num_frames": True}, {"fps": -1}, {"fps": True}]
+)
 def test_a_video_processor_refuses_bad_numbers_of_frames(choice):
     with pytest.raises(ValueError, match=f"{next(iter(choice))}.* must be"):
         EVLGenVideoProcessor(**choice)
@@ -197,17 +205,23 @@ def test_a_video_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     save_animation(tmp_path / "whole.webp", shades(3))
     (tmp_path / "broken.webp").write_bytes((tmp_path / "whole.webp").read_bytes()[:100])
-    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
-        stream = container.add_stream("aac", rate=8000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
-        frame.rate = 8000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    for name in ("broken.mp4", "empty.mp4", "broken.webp", "sound.mp4", "missing.mp4"):
-        with pytest.raises(ValueError, match=f"`videos`: '.*{name}' cannot be read"):
+    save_sound(tmp_path / "sound.mp4")
+    reasons = {"sound.mp4": ": it has no pictures", "..": ": it is no regular file", "x" * 300: ".* too long"}
+    for name in ("broken.mp4", "empty.mp4", "broken.webp", "missing.mp4", *reasons):
+        shown = f"{name[:50]}.*' cannot be read{reasons.get(name, '')}"
+        with pytest.raises(ValueError, match=f"`videos`: '.*{shown}"):
             load_rgb_frames(str(tmp_path / name), 4)
+
+
+def test_a_video_without_frames_is_refused_and_a_text_without_videos_is_none():
+    processor, video = tiny_processor(tiny_model()), shades(2)
     with pytest.raises(ValueError, match="`videos` holds a video without frames"):
         load_rgb_frames([], 4)
+    for videos in ([[]], [[], []], [video, []], [[], video]):
+        with pytest.raises(ValueError, match="`videos` holds a video without frames"):
+            processor(videos=videos, text="what?")
+    batch = processor(videos=[[], [video]], text=["what?", "<video>"])  # as `apply_chat_template` gives them
+    assert len(batch["pixel_values_videos"]) == 1 and len(processor(videos=[], text="what?")["input_ids"]) == 1
 
 
 def video_model(vision="clip", alpha=0.5, seed=0):

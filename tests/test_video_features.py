@@ -157,9 +157,10 @@ def test_a_broken_video_is_named_or_left_out(rows, caplog):
     assert "1 of 4 rows are bad, by number and caption: {'1': 'a dog'}" in caplog.text
 
 
-def test_a_row_without_a_video_is_named_or_left_out(rows):
-    rows = Dataset.from_dict({**rows.to_dict(), "video": [*rows["video"][:3], None]})
-    with pytest.raises(ValueError, match="the row with the caption 'nothing': `videos`: None is no video"):
+@pytest.mark.parametrize(("video", "message"), [(None, "None is no video"), ("..", "no regular"), ("x" * 300, "long")])
+def test_a_row_without_a_video_is_named_or_left_out(video, message, rows):
+    rows = Dataset.from_dict({**rows.to_dict(), "video": [*rows["video"][:3], video]})
+    with pytest.raises(ValueError, match=f"the row with the caption 'nothing': `videos`: .*{message}"):
         cached(rows)
     assert len(cached(rows, skip_bad_rows=True)) == 3
 

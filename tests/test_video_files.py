@@ -102,6 +102,27 @@ def test_a_file_that_ends_early_is_refused_however_frames_are_chosen(name, codec
         read_in_app(path, 4)
 
 
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.mp4\n#EXT-X-ENDLIST\n"),
+        ("list.ffconcat", "ffconcat version 1.0\nfile secret.mp4\n"),
+        ("list.mp4", "ffconcat version 1.0\nfile secret.mp4\n"),
+    ],
+)
+def test_a_playlist_does_not_read_other_files(name, text, tmp_path, monkeypatch):
+    write_video(tmp_path / "secret.mp4", 4)
+    (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)  # where names in the bytes of a row start
+    for source in (tmp_path / name, {"bytes": text.encode(), "path": name}):
+        for choice in ({"num_frames": 2}, {"fps": 1}):
+            with pytest.raises(
+                ValueError, match=f"'.*{name}' cannot be read: it is no video, or of none of the kinds"
+            ):
+                load_rgb_frames(source, **choice)
+
+
 class Pipe:
     """A file that can only be written to, one part after the other."""
 

@@ -175,6 +175,7 @@ def test_an_offloaded_model_encodes_a_stream():
         ((1, 2, 3, 32, 32), [[0.0, 1.0]], TypeError, "`frame_times` must be a tensor, but is a list"),
         ((2, 3, 3, 32, 32), torch.zeros(2, 4), ValueError, r"`frame_times` .* \(2, 3\), but has \(2, 4\)"),
         ((1, 2, 3, 32, 32), torch.tensor([[0.0, torch.inf]]), ValueError, "`frame_times` must be finite"),
+        ((1, 2, 3, 32, 32), torch.tensor([[False, True]]), TypeError, "`frame_times` must be numbers .* torch.bool"),
     ],
 )
 @torch.no_grad()
@@ -194,6 +195,10 @@ def test_frames_and_times_that_cannot_be_merged_are_named(frames, times, error, 
         ("video.mp4", TypeError, "`frames` must yield tensors, .* yields str"),
         ([(noise_images(1)[0], 0.5)], TypeError, "`frames` must yield tensors, .* yields Image"),
         ([(noise(), None)], TypeError, "`frames` must yield times in seconds, but yields None"),
+        ([(noise(), True)], TypeError, "`frames` must yield times in seconds, but yields True"),
+        ([(noise(), 9.0), noise()], TypeError, "a time with each frame or with none, but frame 1 differs"),
+        ([noise(), (noise(), 9.0)], TypeError, "a time with each frame or with none, but frame 1 differs"),
+        ([(noise(), 0.0, 1.0)], TypeError, "`frames` must yield tensors, .* yields tuple"),
     ],
 )
 @torch.no_grad()

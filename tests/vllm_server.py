@@ -25,7 +25,7 @@ class VLLMServer:
     Args:
         language_model, tokenizer: The model to serve, as `text-model`.
         prompt_embeds: Whether the server was started with `--enable-prompt-embeds`.
-        max_model_len: Largest number of tokens in a prompt and its answer together.
+        max_model_len: Largest number of tokens in a prompt and its answer together; None as of another server.
         api_key: The server's `--api-key`.
         root: The folder or repository that the server loaded the model from.
     """
@@ -34,6 +34,8 @@ class VLLMServer:
         self.language_model, self.tokenizer, self.prompt_embeds = language_model, tokenizer, prompt_embeds
         self.max_model_len, self.api_key = max_model_len, api_key
         self.entry = {"id": "text-model", "object": "model", "root": root, "max_model_len": max_model_len}
+        if max_model_len is None:
+            del self.entry["max_model_len"]
         self.requests = []
 
     def __enter__(self):

@@ -206,6 +206,7 @@ class DataArguments(FrameArguments):
         super().__post_init__()
         for name in ("max_train_samples", "max_test_samples", "texts_per_image"):
             check_count(name, getattr(self, name), 1, optional=True)
+        check_count("max_pixels", self.max_pixels, 1)
 
     @property
     def draws_views(self) -> bool:
