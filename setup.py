@@ -36,6 +36,7 @@ setup(
     packages=["configuration_evlgen", "modeling_evlgen", "processing_evlgen"],
     install_requires=[
         "accelerate>=1.15",
+        "anyio>=4.9",
         "datasets>=5.2",
         "evaluate>=0.4.6",
         "huggingface_hub>=2.4",
