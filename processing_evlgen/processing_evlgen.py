@@ -238,7 +238,7 @@ class EVLGenProcessor(ProcessorMixin):
             images_per_text = [len(row) for row in images]
         max_pixels = images_arguments.pop("max_pixels", None)
         max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
-        if type(max_pixels) is not int or max_pixels < 1:
+        if max_pixels < 1:
             raise ValueError(f"`max_pixels` must be an integer of 1 or more, but is {max_pixels!r}.")
         images = [] if images is None else flatten_images(images)
         images = [load_rgb_image(image, max_pixels=max_pixels) for image in images]

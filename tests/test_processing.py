@@ -166,7 +166,7 @@ def test_padding_arguments_work_as_in_a_tokenizer():
     ("argument", "values", "wanted"),
     [
         ("pad_to_multiple_of", (0, -4, 2.5, "8", True), "an integer of 1 or more"),
-        ("max_pixels", (0, -1, True), "an integer of 1 or more"),
+        ("max_pixels", (0, -1), "an integer of 1 or more"),
         ("truncation", ("foo", 3), "True or False"),
         ("max_length", (0, -3, "a"), "an integer of 1 or more"),
         ("padding_side", ("up", 3), "left or right"),
