@@ -173,9 +173,9 @@ def compare_texts(rounds: int) -> None:
             model.language_model.set_attn_implementation(attention)
             seconds = take_turns(steps, rounds)
             ratios = [seconds[False, part] / seconds[True, part] for part in ("cached", "tower")]
-            rows.append([name, attention, *(f"{ratio:.2f} x" for ratio in ratios)])
+            rows.append([f"{name}, {attention}", *(f"{ratio:.2f} x" for ratio in ratios)])
     print(f"{torch.get_num_threads()} threads\n")
-    print(markdown_table(["five texts an image", "attention", "pairs/s, cached features", "with the tower"], rows))
+    print(markdown_table(["texts, attention", "pairs/s, cached features", "with the tower"], rows))
 
 
 # tokens: a model of crowded.yaml's size, and batches of 8 images without the tower

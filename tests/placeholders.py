@@ -105,6 +105,9 @@ def save_data(folder: Path) -> None:
         write_tars(folder / name, [8], suffix="jpg")
     for name in ("image.png", "a.png", "b.png", "video.mp4"):
         write_medium("red", folder / name)
+    for name in ("pairs.csv", "held_out.csv"):
+        rows = [f"{image}.png,{text}" for image in "ab" for text in ("red", "a red image", "all red", "it is red")]
+        (folder / name).write_text("\n".join(["image,caption", *rows]))
     for file in (FIXTURES / "benchmarks").iterdir():
         shutil.copy(file, folder)
     for file in ("dataset_coco.json", "v2_OpenEnded_mscoco_val2014_questions.json"):

@@ -55,6 +55,12 @@ def test_lengths_are_compared(tiny_sizes, capsys, what, columns):
     assert [len(row) for row in measure(capsys, what)] == [columns, columns]
 
 
+def test_rows_of_several_texts_are_compared_with_separate_rows(tiny_sizes, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "BATCH", 2)
+    rows = measure(capsys, "texts")
+    assert [len(row) for row in rows] == [2] * 4
+
+
 def test_layouts_of_a_tower_give_the_same_tokens(tiny_sizes, capsys):
     rows = measure(capsys, "tower")
     assert len(rows) == 4 and rows[0] == [1, 0] and all(row[1] < 1e-5 for row in rows)

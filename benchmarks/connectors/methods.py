@@ -1,6 +1,6 @@
 """The connectors and data sets of the comparison. Each method makes 25 tokens of an image, but one."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,12 @@ class Data:
     caption_steps: tuple[int, ...]  # captions are generated after these, which the tables show
     max_new_tokens: int
     test_images: int | None = None  # None: all
-    arguments: dict[str, Any] = field(default_factory=dict)  # others of the training
-    separate: bool = False  # a row for each text of an image, drawn in random order
 
-
-_QUESTIONS = {"dataset": "crowded-questions", "prompt_column": "question", "caption_column": "answer"}
-_ROWS = {**_QUESTIONS, "per_device_train_batch_size": 61}  # as many texts as 16 images have, 3.8 each
 
 DATASETS = {
     "openmoji-scenes": Data(pretrain.DEMO_RECIPE, 14, (25, 50, 100, 150, 200), (100, 200), 20),
     "easy-vqa": Data(pretrain.DEMO_RECIPE, 14, (25, 50, 100, 150, 200), (100, 200), 20, 200),
     "crowded-scenes": Data(CROWDED_RECIPE, 28, (400,), (400,), 60),
-    # A caption and up to three questions of each image: 16 images with all their texts in a step, or 64 rows.
-    "crowded-questions": Data(CROWDED_RECIPE, 28, (200,), (200,), 60, arguments=_QUESTIONS),
-    "crowded-questions-longer": Data(CROWDED_RECIPE, 28, (500,), (500,), 60, arguments=_QUESTIONS),
-    "crowded-questions-rows": Data(CROWDED_RECIPE, 28, (200,), (200,), 60, arguments=_ROWS, separate=True),
 }
 METHODS = ("evlgen", "qformer", "qformer-chooses-first", "qformer-two-stage", "mean-pooling", "mlp-all-tokens")
 # These rates were the best of three or more in short runs on scenes. The lines of results.jsonl have all of them.

@@ -14,14 +14,13 @@ from typing import Any
 
 import pretrain
 import torch
-from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
-from common.arguments import DataArguments, EVLGenTrainingArguments, parse_arguments
+from common.arguments import EVLGenTrainingArguments, parse_arguments
 from common.data.collator import CaptionCollator
 from common.data.feature_cache import FeatureDataset, cache_features
 from common.data.loading import load_datasets
-from common.data.rows import split_texts, true_captions
+from common.data.rows import true_captions
 from common.demo.crowded_scenes import CONCEPTS
 from common.evaluation.captions import WrongImages, caption_loss, generate_captions
 from common.models import build_model
@@ -63,19 +62,12 @@ def train(run: Run) -> dict[str, Any]:
         arguments = {"connector": connector, "connector_config": json.dumps(fields), "output_dir": folder}
         model_args, processor_args, data_args, generation_args, args = parse(run, arguments)
         set_seed(args.seed)
-        data, test_args = DATASETS[run.dataset], data_args
         splits = load_datasets(data_args, args.seed)
-        if data_args.prompt_column:  # captions alone are measured
-            test_args = replace(data_args, dataset="crowded-scenes", prompt_column=None, caption_column="caption")
-            splits = splits[0], load_datasets(test_args, args.seed)[1]
         model, processor = build_model(model_args, processor_args)
         train_dataset, test_dataset = cache_features(model, processor, *splits, data_args, args.seed)
         pretrain.whiten_vision_projection(model, processor, train_dataset, data_args, model_args.whitening_images)
         result["trained_parameters"] = model.num_parameters(only_trainable=True)
-        if data.separate:
-            train_dataset = SeparateRows(train_dataset, data_args)
-        collators = [CaptionCollator(processor, data_args, training=True, seed=run.seed)]
-        collators.append(CaptionCollator(processor, test_args, training=False))
+        collators = [CaptionCollator(processor, data_args, training, seed=run.seed) for training in (True, False)]
         if run.method == "qformer-two-stage":
             result |= train_stage_one(model, train_dataset, collators[0], args)
         # The caption loss trains EVLGen's only stage, and BLIP-2's second.
@@ -89,8 +81,7 @@ def train(run: Run) -> dict[str, Any]:
 def parse(run: Run, arguments: dict[str, Any]) -> tuple[Any, ...]:
     """Parses the arguments that `examples/pretrain.py` would need for a run."""
     data = DATASETS[run.dataset]
-    arguments = {
-        **arguments,
+    arguments |= {
         "dataset": run.dataset,
         "learning_rate": LEARNING_RATE,
         "max_steps": data.eval_steps[-1],
@@ -100,29 +91,12 @@ def parse(run: Run, arguments: dict[str, Any]) -> tuple[Any, ...]:
         "save_strategy": "no",
         "logging_nan_inf_filter": "false",  # else the log would hold the mean of earlier losses in place of NaN
     }
-    arguments |= data.arguments
     if data.test_images is not None:
         arguments["max_test_samples"] = data.test_images
     argv = [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
     parsed = parse_arguments(*pretrain.ARGUMENTS, argv=argv, recipe=data.recipe)
     parsed[1].image_token_range = parsed[1].num_image_tokens = None  # the connector makes one number of tokens
     return parsed
-
-
-class SeparateRows(Dataset):
-    """A row for each text of a data set whose rows have several."""
-
-    def __init__(self, images: FeatureDataset, data_args: DataArguments):
-        self.images, self.data_args = images, data_args
-        counts = (len(split_texts(row, data_args)) for row in images.texts)
-        self.places = [(row, text) for row, count in enumerate(counts) for text in range(count)]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row, text = self.places[index]
-        return split_texts(self.images[row], self.data_args)[text]
 
 
 def fit(
@@ -181,7 +155,7 @@ class HeldOutCurve(TrainerCallback):
         if step in data.caption_steps:  # generation takes as long as many steps
             captions = generate_captions(model, self.dataset, self.collator, self.generation_args, *evaluation)
             figures["exact"] = mean(map(list.__contains__, self.references, captions))
-            if self.run.dataset.startswith("crowded"):
+            if self.run.dataset == "crowded-scenes":
                 figures["named"] = name_score(captions, [references[0] for references in self.references])
         self.points.append({"step": step, **{name: round(float(value), 5) for name, value in figures.items()}})
         print(self.run.name, self.points[-1], flush=True)

@@ -33,7 +33,7 @@ from common.demo.cache import prepare_once
 from common.demo.towers import prepare_language_model, prepare_vision_tower
 from common.models import connector_fields, load_image_processor
 from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits, video_merging
-from modeling_evlgen.soft_prompts import shift_labels
+from modeling_evlgen.texts import shift_labels
 from modeling_evlgen.video_merging import add_frames, place_frames
 from processing_evlgen import EVLGenProcessor
 

@@ -63,7 +63,7 @@ def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | Captio
         test = select_split(splits, "test_split", data_args, data_args.max_test_samples)
         if isinstance(test, IterableDataset):  # it is read many times, in several orders
             test = Dataset.from_list(list(test), features=test.features)
-        test = arrange_texts(test, data_args, groups=data_args.group_by is not None and not data_args.prompt_column)
+        test = arrange_texts(test, data_args, groups=bool(data_args.group_by and not data_args.prompt_column))
     good = []
     for index, row in enumerate(test):
         try:
