@@ -21,7 +21,7 @@ from accelerate import PartialState
 
 from common.arguments import EvaluationArguments
 from common.evaluation.benchmark_files import CAPTION_BENCHMARKS
-from common.files import only_run_in, replacing, write_whole
+from common.files import check_shared, only_run_in, replacing, write_whole
 
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
 METRICS_FOLDER = Path(__file__).parents[2] / "metrics"
@@ -50,6 +50,7 @@ def run_folder(folder: Path, state: PartialState) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"`output_dir`: {folder} cannot be made: {error}") from error
+    check_shared(folder)
     with only_run_in(folder) if state.is_main_process else nullcontext():
         yield
 
