@@ -71,9 +71,6 @@ def test_another_language_model_does_not_get_the_old_weights(work, run, tmp_path
     other = save_towers(tmp_path / "other", text="opt")["text_model"]  # its folder has the same name
     with pytest.raises(ValueError, match=r"`text_model_fingerprint` was '\w+' and is '\w+'"):
         resume(work, run, max_steps=6, text_model=other)
-    renamed = shutil.copytree(Path(json.loads((work / "recipe.yaml").read_text())["text_model"]), tmp_path / "llama")
-    with pytest.raises(ValueError, match=r"`text_model` was 'text' and is 'llama'"):
-        resume(work, run, max_steps=6, text_model=renamed)
 
 
 @pytest.mark.parametrize("argument", ["vision_model", "text_model"])
@@ -164,7 +161,7 @@ def test_another_number_of_processes_goes_on_with_as_many_rows_in_a_step(work, r
 @pytest.mark.attack
 def test_another_number_of_rows_in_a_step_is_refused(work, run):
     saved_by(run, 2, batch_size=4)
-    with pytest.raises(ValueError, match=r"by 2 processes, this run has 1\. A step had 8 rows and would have 4"):
+    with pytest.raises(ValueError, match=r"by 2 processes, this run has 1\. A step had 8 rows, and would have 4"):
         resume(work, run)
     (run / "checkpoint-4" / "rng_state_1.pth").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-4 is not whole: rng_state_1\.pth is missing\.$"):
@@ -230,15 +227,6 @@ def empty(path):
     path.write_bytes(b"")
 
 
-class Code:
-    def __reduce__(self):
-        return os.mkdir, ("code",)
-
-
-def with_code(path):
-    torch.save({"param_groups": [], "last_epoch": 1, "cpu": torch.zeros(1), "more": Code()}, path)
-
-
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
@@ -246,17 +234,10 @@ def with_code(path):
         ("model.safetensors", cut, r"model\.safetensors is damaged"),
         ("optimizer.pt", os.remove, r"optimizer\.pt is missing"),
         ("rng_state.pth", empty, r"rng_state\.pth is damaged"),
-        ("optimizer.pt", with_code, r"optimizer\.pt is damaged, or holds code, which is not run"),
-        ("scheduler.pt", with_code, r"scheduler\.pt is damaged, or holds code, which is not run"),
-        ("rng_state.pth", with_code, r"rng_state\.pth is damaged, or holds code, which is not run"),
-        ("optimizer.pt", lambda path: torch.save(torch.zeros(3), path), r"optimizer\.pt .* no valid `param_groups`"),
-        ("scheduler.pt", lambda path: torch.save({}, path), r"scheduler\.pt .* no valid `last_epoch`"),
-        ("rng_state.pth", lambda path: torch.save({"cpu": "x"}, path), r"rng_state\.pth .* no valid `cpu`"),
         ("run.json", cut, r"run\.json cannot be read"),
     ],
 )
-def test_a_damaged_checkpoint_gives_way_to_an_older_one(name, damage, message, work, run, caplog, monkeypatch):
-    monkeypatch.chdir(run)
+def test_a_damaged_checkpoint_gives_way_to_an_older_one(name, damage, message, work, run, caplog):
     damage(run / "checkpoint-4" / name)
     resume(work, run)
     assert re.search(rf"checkpoint-4 is not whole: .*{message}.*An older checkpoint is tried", caplog.text)
@@ -265,9 +246,13 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(name, damage, message, w
     damage(run / "checkpoint-4" / name)
     with pytest.raises(ValueError, match=rf"(?s){message}.*{message}.*To start from the first step, name another"):
         resume(work, run)
-    assert not (run / "code").exists()
     with pytest.raises(ValueError, match=rf"checkpoint-2 is not whole: {message}"):
         resume(work, run, run / "checkpoint-2")
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("code",)
 
 
 def change(path, **fields):
@@ -275,28 +260,27 @@ def change(path, **fields):
         torch.save({**torch.load(path), **fields}, path)
 
 
-def shorten(path):
-    optimizer = torch.load(path)
-    for state in optimizer["state"].values():
-        state["exp_avg"] = state["exp_avg"][:1]
-    torch.save(optimizer, path)
-
-
 @pytest.mark.attack
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         (r"optimizer\.pt or scheduler\.pt", lambda run: change(run / "optimizer.pt", param_groups=[])),
-        (r"optimizer\.pt or scheduler\.pt", lambda run: shorten(run / "optimizer.pt")),
         (r"optimizer\.pt or scheduler\.pt", lambda run: change(run / "scheduler.pt", lr_lambdas=3)),
+        (r"optimizer\.pt or scheduler\.pt", lambda run: torch.save(torch.zeros(3), run / "optimizer.pt")),
+        (r"optimizer\.pt or scheduler\.pt", lambda run: torch.save({}, run / "scheduler.pt")),
+        (r"optimizer\.pt or scheduler\.pt", lambda run: change(run / "optimizer.pt", code=Code())),
+        (r"optimizer\.pt or scheduler\.pt", lambda run: change(run / "scheduler.pt", code=Code())),
+        (r"rng_state\*\.pth", lambda run: change(run / "rng_state.pth", code=Code())),
         (r"rng_state\*\.pth", lambda run: change(run / "rng_state.pth", cpu=torch.zeros(1))),
         (r"rng_state\*\.pth", lambda run: change(run / "rng_state.pth", python=(1, 2))),
     ],
 )
-def test_a_file_that_does_not_fit_is_named(name, damage, work, run):
+def test_a_file_of_a_checkpoint_that_does_not_fit_is_named(name, damage, work, run, monkeypatch):
+    monkeypatch.chdir(run)
     damage(run / "checkpoint-2")
     with pytest.raises(ValueError, match=rf"^{name} in .*checkpoint-2 cannot be used: "):
         resume(work, run, run / "checkpoint-2")
+    assert not (run / "code").exists()
 
 
 @pytest.mark.attack
@@ -304,7 +288,7 @@ def test_a_file_that_does_not_fit_is_named(name, damage, work, run):
 def test_a_disk_that_fills_up_is_named(name, work, tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / name).symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"checkpoint-2 cannot be written: .*Its disk has \d+\.\d\d GB left"):
+    with pytest.raises(OSError, match="cannot be written to, as on a full disk: "):
         pretrain.main(arguments(work, tmp_path))
 
 

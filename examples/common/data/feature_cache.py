@@ -27,9 +27,8 @@ from transformers.utils import logging
 
 from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
-from common.data.media_files import media_paths
 from common.data.rows import start_of_text
-from common.files import file_state, replacing, write_whole
+from common.files import file_state, media_paths, replacing, write_whole
 from modeling_evlgen import EVLGenForConditionalGeneration, video_merging
 from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor

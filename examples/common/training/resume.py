@@ -5,24 +5,21 @@ import json
 import math
 import os
 import re
-import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import CONFIG_NAME, flatten_dict, logging
 
 from common.arguments import DataArguments, EVLGenTrainingArguments
+from common.data.collator import checksum
 from common.data.feature_cache import FeatureDataset
-from common.data.media_files import SAMPLES, media_checksum
-from common.files import check_shared
+from common.files import SAMPLES, make_output_folder, media_checksum
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen.fingerprints import TOWERS, compare_configs, fingerprint_files
 from processing_evlgen import EVLGenProcessor
@@ -37,10 +34,9 @@ COMPARED_TRAINING_ARGUMENTS = (
     *("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "seed", "data_seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor"),
     *("dataloader_drop_last", "train_sampling_strategy", "neftune_noise_alpha"),
+    *("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"),
 )
-COMPARED_ACCELERATOR_ARGUMENTS = ("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler")
 STEP_SIZE = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")  # its factors
-BASE_MODELS = ("model", "image_model", "vision_model", "text_model", "connector_model")  # arguments
 # Arguments that leave the trained weights alone, or name what `rows` below covers wherever it lies.
 IGNORED_ARGUMENTS = {
     *("towers", "dataset", "data_files", "dataset_config", "train_split", "test_split", "max_test_samples"),
@@ -51,13 +47,7 @@ IGNORED_ARGUMENTS = {
 def find_checkpoint(training_args: EVLGenTrainingArguments) -> str | None:
     """The checkpoint that `resume_from_checkpoint` requests, or None. If none is whole, it raises a ValueError."""
     output_dir, requested = training_args.output_dir, training_args.resume_from_checkpoint
-    try:  # now, not after hours of training
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise ValueError(f"`output_dir`: {output_dir} cannot be written to: {error}") from error
-    check_shared(Path(output_dir))
+    make_output_folder(Path(output_dir))  # now, not after hours of training
     if requested is None or requested.lower() == "false":
         return None
     folders = [requested]
@@ -85,10 +75,12 @@ def find_problems(checkpoint: Path, training_args: EVLGenTrainingArguments) -> I
     keys = {TRAINER_STATE_NAME: "global_step"}
     if (checkpoint / RUN_NAME).exists():  # another script's checkpoint has none
         keys[RUN_NAME] = "settings"
+    count = training_args.world_size  # earlier versions did not record that of the run before
     for name, key in keys.items():
         try:
-            json.loads((checkpoint / name).read_text(encoding="utf-8"))[key]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            value = json.loads((checkpoint / name).read_text(encoding="utf-8"))[key]
+            count = value.get("num_processes", count) if name == RUN_NAME else count
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             yield f"{name} cannot be read ({error})"
     for path in sorted(checkpoint.glob("*.safetensors")):
         try:
@@ -100,35 +92,14 @@ def find_problems(checkpoint: Path, training_args: EVLGenTrainingArguments) -> I
         return
     if not any(checkpoint.glob("*.safetensors")) and not any(checkpoint.glob("pytorch_model_fsdp*")):
         yield "the weights are missing"
-    count = count_processes(checkpoint) or training_args.world_size
     random_states = [f"rng_state_{rank}.pth" for rank in range(count)] if count > 1 else ["rng_state.pth"]
     optimizer = next((name for name in (OPTIMIZER_NAME_BIN, "optimizer_0") if (checkpoint / name).exists()), "")
-    fields = {optimizer or OPTIMIZER_NAME: ("param_groups", list), SCHEDULER_NAME: ("last_epoch", int)}
-    fields |= dict.fromkeys(random_states, ("cpu", torch.Tensor))
-    fields |= {SCALER_NAME: ("scale", float)} if training_args.fp16 else {}
-    for name, (key, value_type) in fields.items():
+    for name in (optimizer or OPTIMIZER_NAME, SCHEDULER_NAME, *random_states, *([SCALER_NAME] * training_args.fp16)):
         path = checkpoint / name
         if not path.exists():
             yield f"{name} is missing"
-        elif path.is_file():
-            try:
-                with safe_globals():
-                    content = torch.load(path, "cpu", weights_only=True, mmap=True)  # reads no tensors
-                if not isinstance(content, dict) or not isinstance(content.get(key), value_type):
-                    raise ValueError(f"it has no valid `{key}`")
-            except UnpicklingError:  # its message advises to run the code
-                yield f"{name} is damaged, or holds code, which is not run"
-            except Exception as error:  # readers of archives raise errors of many types
-                yield f"{name} is damaged ({str(error)[:80]})"
-
-
-def count_processes(checkpoint: Path) -> int:
-    """The number of processes that saved a checkpoint; 0 if nothing tells."""
-    try:
-        return json.loads((checkpoint / RUN_NAME).read_text(encoding="utf-8"))["settings"]["num_processes"]
-    except (OSError, ValueError, KeyError, TypeError):  # earlier versions did not record it
-        states = [re.fullmatch(r"rng_state_?(\d*)\.pth", path.name) for path in checkpoint.glob("rng_state*")]
-        return max((int(state[1] or 0) + 1 for state in states if state), default=0)
+        elif path.is_file() and not zipfile.is_zipfile(path):  # torch.save writes an archive
+            yield f"{name} is damaged"
 
 
 def run_settings(
@@ -139,23 +110,22 @@ def run_settings(
     processor: EVLGenProcessor | None = None,
 ) -> dict[str, Any]:
     """Settings that a resumed run must share with the run of its checkpoint, as JSON gives them back."""
-    settings = {name: getattr(training_args, name) for name in COMPARED_TRAINING_ARGUMENTS}
-    settings |= {name: getattr(training_args.accelerator_config, name) for name in COMPARED_ACCELERATOR_ARGUMENTS}
+    given = vars(training_args) | vars(training_args.accelerator_config)
+    settings = {name: given[name] for name in COMPARED_TRAINING_ARGUMENTS}
     settings["num_processes"] = training_args.world_size
     for name in (f"{argument}_fingerprint" for argument in TOWERS):  # other weights may lie where a tower lay
         settings[name] = getattr(config, name)
     for arguments in script_args:
         settings |= {name: value for name, value in vars(arguments).items() if name not in IGNORED_ARGUMENTS}
-    for name in ("model", "image_model"):
-        if name in settings:
-            settings[f"{name}_fingerprint"] = fingerprint_files(settings[name])
-    for name in BASE_MODELS:
+    for name in ("vision_model", "text_model", "connector_model", "model", "image_model"):
         if os.path.isdir(settings.get(name) or ""):  # a checkpoint is handed on, so it holds no local paths
-            settings[name] = Path(settings[name]).resolve().name
+            path = settings.pop(name)
+            if f"{name}_fingerprint" not in settings:
+                settings[f"{name}_fingerprint"] = fingerprint_files(path)
     if processor is not None:
         image_processor = flatten_dict({"image_processor": processor.image_processor.to_dict()})
         settings |= {name: value for name, value in image_processor.items() if not name.endswith("_type")}
-        settings["tokenizer"] = hash_tokenizer(processor.tokenizer)
+        settings["tokenizer"] = tokenizer_checksum(processor.tokenizer)
     # What does not choose any frames is not compared. Runs of earlier versions have a `num_frames` beside an `fps`.
     if settings.get("video_column") is None:
         settings.pop("fps", None)
@@ -177,13 +147,12 @@ def run_settings(
     return json.loads(json.dumps(settings, default=str))
 
 
-def hash_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 over all that makes tokens of a text. Truncation and padding change while a tokenizer is used."""
+def tokenizer_checksum(tokenizer: Any) -> int:
+    """Covers all that makes tokens of a text. Truncation and padding change while a tokenizer is used."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    rules = {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
-    content = [rules, tokenizer.special_tokens_map, tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    rules |= {"truncation": None, "padding": None}
+    return checksum([rules, tokenizer.special_tokens_map, tokenizer.chat_template])
 
 
 def check_settings_of_run(checkpoint: str, settings: dict[str, Any], config: EVLGenConfig) -> None:
@@ -193,14 +162,10 @@ def check_settings_of_run(checkpoint: str, settings: dict[str, Any], config: EVL
         logger.warning(f"{checkpoint} has no {RUN_NAME}: it is not known whether its run had the same settings.")
         return
     before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    # Runs of earlier versions have no number of processes, and whole paths of their base models.
-    before = {"num_processes": count_processes(Path(checkpoint)) or settings["num_processes"], **before}
-    names = [name for name in BASE_MODELS if name in settings and before.get(name)]
-    before |= {name: settings[name] for name in names if Path(before[name]).name == settings[name]}
     compared = before.keys() & settings.keys()
-    if before["num_processes"] != settings["num_processes"]:
-        compared -= {*STEP_SIZE}
+    if before.get("num_processes", settings["num_processes"]) != settings["num_processes"]:
         _check_step_size(checkpoint, before, settings)
+        compared -= {*STEP_SIZE}
     changed = [
         f"`{name}` was {before[name]!r} and is {settings[name]!r}"
         for name in sorted(compared)
@@ -221,14 +186,12 @@ def check_settings_of_run(checkpoint: str, settings: dict[str, Any], config: EVL
 def _check_step_size(checkpoint: str, before: dict[str, Any], settings: dict[str, Any]) -> None:
     """Another number of processes may go on if a step has as many rows as before. Else it raises a ValueError."""
     rows_before, rows = (math.prod(given[name] for name in STEP_SIZE) for given in (before, settings))
-    count, now = before["num_processes"], settings["num_processes"]
-    saved = f"{checkpoint} was saved by {count} process{'es' if count > 1 else ''}, this run has {now}"
+    count = before["num_processes"]
+    saved = f"{checkpoint} was saved by {count} process{'es' * (count > 1)}, this run has {settings['num_processes']}"
     if rows_before != rows:
-        raise ValueError(
-            f"`resume_from_checkpoint`: {saved}. A step had {rows_before} rows and would have {rows}. Set "
-            f"`per_device_train_batch_size` and `gradient_accumulation_steps` so that it has {rows_before}."
-        )
+        remedy = f"Choose `per_device_train_batch_size` and `gradient_accumulation_steps` for {rows_before}."
+        raise ValueError(f"{saved}. A step had {rows_before} rows, and would have {rows}. {remedy}")
     logger.warning(
-        f"{saved}. Weights, optimizer and the order of the rows go on as they were. Random states start anew, so "
-        "dropout and other draws are not those of an unbroken run."
+        f"{saved}. Weights, optimizer and the order of the rows go on as they were. Random states start anew where it "
+        "has none, so dropout and other draws are not those of an unbroken run."
     )

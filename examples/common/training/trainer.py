@@ -19,8 +19,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
 from common.data.collator import CaptionCollator, TrainingCollator, add_bad_rows, forget_bad_rows
 from common.data.streams import CaptionStream
-from common.files import naming_disk, only_run_in, write_whole
-from common.training.resume import RUN_NAME, check_settings_of_run, count_processes, run_settings
+from common.files import only_run_in, write_whole
+from common.training.resume import RUN_NAME, check_settings_of_run, run_settings
 from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 from modeling_evlgen.fingerprints import choose_towers, save_base
 from modeling_evlgen.vision_tower import is_frozen
@@ -81,8 +81,7 @@ class EVLGenTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
         """Trains, or resumes to the weights of an unbroken run. Other settings or a second run raise a ValueError."""
-        output_dir = Path(self.args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
+        output_dir = Path(self.args.output_dir)  # which the Trainer has made
         # The main process holds the folder for all.
         with nullcontext() if self.args.process_index else only_run_in(output_dir):
             if self.args.should_save or resume_from_checkpoint:
@@ -177,37 +176,32 @@ class EVLGenTrainer(Trainer):
     # `_save` and `_save_rng_state` are private, but the callback `on_save` comes too late: a kill before it would
     # leave a checkpoint that seems whole.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with naming_disk(output_dir or self.args.output_dir):
-            super()._save(output_dir, state_dict)
+        super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel) and self.args.should_save:
             save_base(self.model.get_base_model().config, output_dir or self.args.output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:  # called last before trainer_state.json is written
-        with naming_disk(output_dir):
-            super()._save_rng_state(output_dir)
+        super()._save_rng_state(output_dir)
         run: dict[str, Any] = {}
         if isinstance(self.train_dataset, CaptionStream):
             run["stream"] = {**self._stream_settings(), "processes": gather_object([self.positions])}
         if self.args.should_save:
             write_whole(Path(output_dir) / RUN_NAME, json.dumps({"settings": self._settings, **run}))
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        with naming_disk(output_dir):
-            super()._save_optimizer_and_scheduler(output_dir)
+    # Errors of the next three name no file.
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:  # so torch's writer tells of a full disk
+            raise OSError(f"{self.args.output_dir} cannot be written to, as on a full disk: {error}") from error
 
-    # `_load_optimizer_and_scheduler` and `_load_rng_state` are private, but their errors name no file.
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
-            for parameter, state in [] if self.is_deepspeed_enabled else self.optimizer.state.items():
-                if "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
-                    raise ValueError(f"a mean of shape {tuple(state['exp_avg'].shape)} for {tuple(parameter.shape)}")
         except Exception as error:
             raise ValueError(f"optimizer.pt or scheduler.pt in {checkpoint} cannot be used: {error}") from error
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None or count_processes(Path(checkpoint)) != self.args.world_size:
-            return  # of other processes: random states start anew, as a warning has said
         try:
             super()._load_rng_state(checkpoint)
         except Exception as error:
@@ -215,8 +209,8 @@ class EVLGenTrainer(Trainer):
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        models = self.model.config, self.processing_class
-        return run_settings(self.args, self.script_args, self.train_dataset, *models)
+        inputs = self.train_dataset, self.model.config, self.processing_class
+        return run_settings(self.args, self.script_args, *inputs)
 
     def _stream_settings(self) -> dict[str, Any]:
         readers = {"num_processes": self.args.world_size, "num_workers": max(1, self.args.dataloader_num_workers)}
