@@ -89,6 +89,7 @@ def check_arguments(data_args: DataArguments) -> None:
         raise ValueError("`mixture` needs a `dataset` with held-out rows, or an empty `test_split`.")
 
 
+@tolerant_reading()
 def load_splits(data_args: DataArguments) -> DatasetDict | IterableDatasetDict:
     """All splits of a data set by name. A ValueError names a data set that is missing or cannot be read."""
     if data_args.dataset in DEMO_DATASETS:
