@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from common.arguments import DataArguments, EVLGenTrainingArguments
 from common.files import replacing, write_whole
-from common.training.resume import check_settings_of_run, find_checkpoint, run_settings
+from common.training.resume import ROWS_OF_STEP, check_settings_of_run, find_checkpoint, run_settings
 
 from .helpers import ROOT, save_image_folder, save_towers, tiny_model
 from .training import CONNECTOR, arguments, assert_same_weights, flags, logged, save_recipe, start
@@ -146,6 +146,7 @@ def saved_by(run, processes, batch_size):
         (checkpoint / "rng_state.pth").unlink()
         settings = json.loads((checkpoint / "run.json").read_text())["settings"]
         settings |= {"num_processes": processes, "per_device_train_batch_size": batch_size}
+        settings[ROWS_OF_STEP] = processes * batch_size
         (checkpoint / "run.json").write_text(json.dumps({"settings": settings}))
 
 
@@ -154,14 +155,15 @@ def test_another_number_of_processes_goes_on_with_as_many_rows_in_a_step(work, r
     saved_by(run, 2, batch_size=2)
     resume(work, run)
     saved = "checkpoint-2 was saved by 2 processes, this run has 1"
-    assert f"{saved}. Weights, optimizer and the order of the rows go on" in caplog.text
+    assert f"{saved}. Weights, optimizer and the order of the rows go on. Random states" in caplog.text
     assert_same_weights(work / "run", run)  # nothing is drawn in this run
 
 
 @pytest.mark.attack
 def test_another_number_of_rows_in_a_step_is_refused(work, run):
     saved_by(run, 2, batch_size=4)
-    with pytest.raises(ValueError, match=r"by 2 processes, this run has 1\. A step had 8 rows, and would have 4"):
+    rows = "num_processes x per_device_train_batch_size x gradient_accumulation_steps"
+    with pytest.raises(ValueError, match=f"`num_processes` was 2 and is 1; `{rows}` was 8 and is 4"):
         resume(work, run)
     (run / "checkpoint-4" / "rng_state_1.pth").unlink()
     with pytest.raises(ValueError, match=r"checkpoint-4 is not whole: rng_state_1\.pth is missing\.$"):

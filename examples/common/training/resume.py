@@ -14,7 +14,7 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import sort_checkpoints
-from transformers.utils import CONFIG_NAME, flatten_dict, logging
+from transformers.utils import CONFIG_NAME, logging
 
 from common.arguments import DataArguments, EVLGenTrainingArguments
 from common.data.collator import checksum
@@ -36,7 +36,8 @@ COMPARED_TRAINING_ARGUMENTS = (
     *("dataloader_drop_last", "train_sampling_strategy", "neftune_noise_alpha"),
     *("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"),
 )
-STEP_SIZE = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")  # its factors
+STEP_SIZE = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+ROWS_OF_STEP = " x ".join(STEP_SIZE)
 # Arguments that leave the trained weights alone, or name what `rows` below covers wherever it lies.
 IGNORED_ARGUMENTS = {
     *("towers", "dataset", "data_files", "dataset_config", "train_split", "test_split", "max_test_samples"),
@@ -113,6 +114,7 @@ def run_settings(
     given = vars(training_args) | vars(training_args.accelerator_config)
     settings = {name: given[name] for name in COMPARED_TRAINING_ARGUMENTS}
     settings["num_processes"] = training_args.world_size
+    settings[ROWS_OF_STEP] = math.prod(settings[name] for name in STEP_SIZE)
     for name in (f"{argument}_fingerprint" for argument in TOWERS):  # other weights may lie where a tower lay
         settings[name] = getattr(config, name)
     for arguments in script_args:
@@ -123,8 +125,8 @@ def run_settings(
             if f"{name}_fingerprint" not in settings:
                 settings[f"{name}_fingerprint"] = fingerprint_files(path)
     if processor is not None:
-        image_processor = flatten_dict({"image_processor": processor.image_processor.to_dict()})
-        settings |= {name: value for name, value in image_processor.items() if not name.endswith("_type")}
+        fields = processor.image_processor.to_dict().items()
+        settings |= {f"image_processor.{name}": value for name, value in fields if not name.endswith("_type")}
         settings["tokenizer"] = tokenizer_checksum(processor.tokenizer)
     # What does not choose any frames is not compared. Runs of earlier versions have a `num_frames` beside an `fps`.
     if settings.get("video_column") is None:
@@ -163,9 +165,13 @@ def check_settings_of_run(checkpoint: str, settings: dict[str, Any], config: EVL
         return
     before = json.loads(path.read_text(encoding="utf-8"))["settings"]
     compared = before.keys() & settings.keys()
-    if before.get("num_processes", settings["num_processes"]) != settings["num_processes"]:
-        _check_step_size(checkpoint, before, settings)
+    count, now = before.get("num_processes"), settings["num_processes"]
+    if count not in (None, now) and before[ROWS_OF_STEP] == settings[ROWS_OF_STEP]:
         compared -= {*STEP_SIZE}
+        logger.warning(
+            f"{checkpoint} was saved by {count} process{'es' * (count > 1)}, this run has {now}. Weights, optimizer "
+            "and the order of the rows go on. Random states, as of dropout, start anew where it has none."
+        )
     changed = [
         f"`{name}` was {before[name]!r} and is {settings[name]!r}"
         for name in sorted(compared)
@@ -181,17 +187,3 @@ def check_settings_of_run(checkpoint: str, settings: dict[str, Any], config: EVL
             "run keeps its settings, but for its length and output. To train these weights with other settings, start "
             f"a new run from them: examples/finetune.py --lora none --model {checkpoint}"
         )
-
-
-def _check_step_size(checkpoint: str, before: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Another number of processes may go on if a step has as many rows as before. Else it raises a ValueError."""
-    rows_before, rows = (math.prod(given[name] for name in STEP_SIZE) for given in (before, settings))
-    count = before["num_processes"]
-    saved = f"{checkpoint} was saved by {count} process{'es' * (count > 1)}, this run has {settings['num_processes']}"
-    if rows_before != rows:
-        remedy = f"Choose `per_device_train_batch_size` and `gradient_accumulation_steps` for {rows_before}."
-        raise ValueError(f"{saved}. A step had {rows_before} rows, and would have {rows}. {remedy}")
-    logger.warning(
-        f"{saved}. Weights, optimizer and the order of the rows go on as they were. Random states start anew where it "
-        "has none, so dropout and other draws are not those of an unbroken run."
-    )

@@ -84,8 +84,8 @@ class EVLGenTrainer(Trainer):
         output_dir = Path(self.args.output_dir)  # which the Trainer has made
         # The main process holds the folder for all.
         with nullcontext() if self.args.process_index else only_run_in(output_dir):
-            if self.args.should_save or resume_from_checkpoint:
-                _ = self._settings  # before hours of training, in which files may change
+            if resume_from_checkpoint or (self.args.should_save and self.args.save_strategy != "no"):
+                _ = self._settings  # now: files may change during the training
             state = self._prepare_run(output_dir, resume_from_checkpoint)
             if 0 < self.args.max_steps <= state.global_step:  # the Trainer would take one more step
                 self._load_from_checkpoint(resume_from_checkpoint)  # private, but no public method loads weights
@@ -209,8 +209,8 @@ class EVLGenTrainer(Trainer):
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        inputs = self.train_dataset, self.model.config, self.processing_class
-        return run_settings(self.args, self.script_args, *inputs)
+        models = self.model.config, self.processing_class
+        return run_settings(self.args, self.script_args, self.train_dataset, *models)
 
     def _stream_settings(self) -> dict[str, Any]:
         readers = {"num_processes": self.args.world_size, "num_workers": max(1, self.args.dataloader_num_workers)}
