@@ -80,7 +80,7 @@ def find_problems(checkpoint: Path, training_args: EVLGenTrainingArguments) -> I
     for name, key in keys.items():
         try:
             value = json.loads((checkpoint / name).read_text(encoding="utf-8"))[key]
-            count = value.get("num_processes", count) if name == RUN_NAME else count
+            count = int(value.get("num_processes", count)) if name == RUN_NAME else count
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             yield f"{name} cannot be read ({error})"
     for path in sorted(checkpoint.glob("*.safetensors")):
