@@ -17,6 +17,7 @@ from datasets import Dataset
 from PIL import Image
 from pyarrow import parquet as pq
 
+from common.files import file_state
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import load_rgb_frames
 
@@ -90,15 +91,6 @@ def _items_of(path: str, media: Media, column: str) -> Iterator[dict[str, Any]]:
         common["shard_size"], common["shard_time"] = file_state(path) or (None, None)
     for item in items:
         yield {**common, **item, "file": os.fsencode(item["file"]).decode(errors="backslashreplace")}
-
-
-def file_state(path: str | bytes) -> list[int] | None:
-    """Size and time of the last change, by which a replaced file is noticed; None for a file that is missing."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):  # the name may be no possible one
-        return None
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _tar_items(path: str, media: Media) -> Iterator[dict[str, Any]]:

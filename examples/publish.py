@@ -30,6 +30,7 @@ from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from PIL import Image
 from safetensors.torch import load_file
 from transformers.hf_argparser import HfArg
 
@@ -188,7 +189,7 @@ def write_model(folder: Path, arguments: PublishArguments, results: list[dict[st
         described.towers = EVLGenConfig.from_pretrained(folder).towers
     EVLGenProcessor.from_pretrained(arguments.model).save_pretrained(folder)
     if (source / SHEET).exists():
-        shutil.copy(source / SHEET, folder / SHEET)
+        Image.open(source / SHEET).save(folder / SHEET)  # a link could lead to anything
     return str(model_card(arguments, described, trained, results, adapter_of))
 
 
@@ -300,9 +301,13 @@ def upload(folder: Path, arguments: PublishArguments) -> None:
     api = HfApi()
     api.create_repo(arguments.repo_id, private=arguments.private, exist_ok=True)
     title = "Model, processor, code and card"
-    commit = api.upload_folder(
-        repo_id=arguments.repo_id, folder_path=folder, commit_message=title, delete_patterns=STALE
-    )
+    try:
+        commit = api.upload_folder(
+            repo_id=arguments.repo_id, folder_path=folder, commit_message=title, delete_patterns=STALE
+        )
+    except Exception as error:
+        error.add_note(f"{arguments.repo_id} is as it was, or empty if it is new. The same command tries again.")
+        raise
     print(f"Published: {commit.commit_url}")
 
 

@@ -12,6 +12,7 @@ import common.processes  # isort: skip  # noqa: F401 - first, since it sets how 
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -237,8 +238,9 @@ class SCSTTrainer(EVLGenTrainer):
         rows = torch.arange(len(mask), device=mask.device).unsqueeze(1).expand_as(mask)[mask]
         return sequence_log_probabilities(logits, sampled[mask], rows, len(mask))
 
+    @cached_property
     def _settings(self) -> dict[str, Any]:
-        return super()._settings() | {"max_new_tokens": self.max_new_tokens}
+        return super()._settings | {"max_new_tokens": self.max_new_tokens}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._steps:

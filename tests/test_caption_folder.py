@@ -250,7 +250,7 @@ def test_a_killed_run_is_resumed(model, tmp_path, monkeypatch):
     assert resumed[1]["text"] == "from before" != unbroken[1]["text"]
     unbroken[1]["text"] = "from before"
     assert resumed == unbroken and len(resumed) == 90 and "error" in resumed[7]
-    names = {"_run.lock", "answers.jsonl", "captions.jsonl", "items.arrow", "settings.json"}
+    names = {"answers.jsonl", "captions.jsonl", "items.arrow", "settings.json"}
     assert {path.name for path in broken.iterdir()} == names
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, List
 from datasets import Image as ImageFeature
 from huggingface_hub import constants
 from PIL import Image
@@ -18,8 +18,9 @@ from common.arguments import DataArguments
 from common.data import feature_cache
 from common.data.collator import CaptionCollator
 from common.data.feature_cache import cache_features, cache_split
+from common.data.loading import load_datasets
 
-from .helpers import noise_images, tiny_model, tiny_processor
+from .helpers import noise_images, save_split, tiny_model, tiny_processor
 
 SIZES = [(64, 64), (16, 16), (64, 32), (96, 32), (40, 70), (32, 64), (20, 30), (64, 64)]  # width and height
 GRIDS = [[2, 2], [1, 1], [1, 2], [1, 3], [2, 2], [2, 1], [1, 1], [2, 2]]  # rows and columns
@@ -110,22 +111,56 @@ def test_a_damaged_part_of_a_cache_is_computed_again(max_tiles, suffix, damage, 
     assert tower.images == 4 and "are damaged and computed again" in caplog.text
 
 
-def test_other_images_of_the_same_names_are_not_taken_from_the_cache(tmp_path):
-    path = tmp_path / "a.png"
-    rows = Dataset.from_dict({"image": [str(path)], "caption": ["a"]})
-    first, second = noise_images(2)
-    first.save(path)
-    before = values(cached(rows))
-    second.save(path)
-    assert not np.allclose(before, values(cached(rows)))
+def from_folder(paths):
+    return load_datasets(DataArguments(dataset=str(paths[0].parents[1]), test_split=""), seed=0)[0]
 
 
-def test_a_full_disk_is_told_before_a_feature_is_computed(monkeypatch):
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+def in_column(wrap, feature=None):
+    def rows_of_paths(paths):
+        rows = Dataset.from_dict({"image": [wrap(str(path)) for path in paths], "caption": ["a", "b"]})
+        return rows if feature is None else rows.cast_column("image", feature)
+
+    return rows_of_paths
+
+
+UNREAD = ImageFeature(decode=False)
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    "load",
+    [
+        in_column(lambda path: path),
+        in_column(lambda path: [path]),
+        in_column(lambda path: {"bytes": None, "path": path}),
+        in_column(lambda path: {"bytes": None, "path": path}, UNREAD),
+        in_column(lambda path: [{"bytes": None, "path": path}], List(UNREAD)),
+        lambda paths: in_column(lambda path: {"bytes": None, "path": path}, UNREAD)(paths).select([1, 0]),
+        from_folder,
+    ],
+    ids=["path", "paths", "dict", "image", "images", "chosen", "folder"],
+)
+def test_other_images_of_the_same_names_are_not_taken_from_the_cache(load, tmp_path, monkeypatch):
+    """Their times may be the old ones, as after a copy."""
+    save_split(tmp_path / "images" / "train", noise_images(2), [{"caption": "a"}, {"caption": "b"}])
+    paths = [tmp_path / "images" / "train" / name for name in ("0.png", "1.png")]
+    before, old = values(cached(load(paths))), paths[1].stat()
+    tower = Tower(monkeypatch)
+    assert np.array_equal(before, values(cached(load(paths)))) and tower.images == 0
+    noise_images(2, size=50)[0].save(paths[1])
+    os.utime(paths[1], ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert not np.allclose(before, values(cached(load(paths))))
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(("max_tiles", "free", "images"), [(1, 1000, 0), (4, 17 * 16 * 2 * 8, 4)])
+def test_a_full_disk_is_told_as_soon_as_it_is_known(max_tiles, free, images, monkeypatch):
+    """Of several tiles, after the first part: its rows have more than one tile each."""
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     tower = Tower(monkeypatch)
     with pytest.raises(OSError, match=r"\$HF_HOME\) has 0\.0 GB"):
-        cached()
-    assert tower.images == 0
+        cached(max_tiles=max_tiles)
+    assert tower.images == images
 
 
 @pytest.mark.parametrize("max_tiles", [1, 4])

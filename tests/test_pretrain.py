@@ -206,10 +206,17 @@ def test_a_broken_image_is_named_or_skipped(cache_features, work, with_a_broken_
     assert metrics["test_loss"] > 0
 
 
-def test_metadata_that_cannot_be_read_are_named(work, with_a_broken_image, tmp_path):
-    row = '{"file_name": "0.png", "caption": "caf\u00e9"}'.encode("latin-1")
-    (with_a_broken_image / "train" / "metadata.jsonl").write_bytes(row)
-    with pytest.raises(ValueError, match=r"(?s)`dataset`: .*images' cannot be read: .*in UTF-8"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"file_name": "0.png", "caption": "caf\u00e9"}'.encode("latin-1"), "in UTF-8"),
+        (b"", r"Empty: .*train/metadata\.jsonl"),
+        (b"\n", r"Empty: .*train/metadata\.jsonl"),
+    ],
+)
+def test_metadata_that_cannot_be_read_are_named(content, message, work, with_a_broken_image, tmp_path):
+    (with_a_broken_image / "train" / "metadata.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"(?s)`dataset`: .*images' cannot be read: .*{message}"):
         pretrain.main(arguments(work, tmp_path / "out", dataset=with_a_broken_image))
 
 

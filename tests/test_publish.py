@@ -2,12 +2,14 @@
 
 import json
 from functools import partial
+from unittest.mock import Mock
 
 import publish
 import pytest
 import torch
 from finetune import LoraArguments, add_lora
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from publish import PublishArguments, is_edited, model_card, read_results, sign
 
@@ -16,7 +18,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import hash_weights, save_base
 
 from .helpers import LAYERS, noise_images, save, save_towers, tiny_model, tiny_processor
-from .hub_server import HubServer
+from .hub_server import HubError, HubServer
 
 RESULTS = {
     "task": {"type": "image-to-text", "name": "Image captioning"},
@@ -157,6 +159,43 @@ def test_a_folder_holds_nothing_but_the_model(tmp_path):
     with pytest.raises(ValueError, match=r"out holds files that .*: \.env, checkpoint-2/optimizer\.pt"):
         publish.main(given)
     assert (out / "config.json").stat() == written
+
+
+@pytest.mark.attack
+def test_links_lead_nowhere(tmp_path):
+    """Neither is the file behind a link published, nor a folder behind one written to."""
+    save_model(tmp_path / "model")
+    out, given = tmp_path / "out", ["--model", str(tmp_path / "model"), "--folder", str(tmp_path / "out")]
+    publish.main(given)
+    (tmp_path / "elsewhere").mkdir()
+    (out / "config.json").unlink()
+    (out / "config.json").symlink_to(tmp_path / "elsewhere")
+    publish.main(given)
+    for target in ("elsewhere", "nowhere"):
+        (out / "linked").symlink_to(tmp_path / target)
+        with pytest.raises(ValueError, match="holds files that are not the model's: linked"):
+            publish.main(given)
+        (out / "linked").unlink()
+    assert list((tmp_path / "elsewhere").iterdir()) == [] and not (out / "config.json").is_symlink()
+    (tmp_path / "secret").write_text("password")
+    (tmp_path / "model" / "captions.png").unlink()
+    (tmp_path / "model" / "captions.png").symlink_to(tmp_path / "secret")
+    with pytest.raises(OSError, match=r"cannot identify image file .*captions\.png"):
+        publish.main(given)
+
+
+@pytest.mark.attack
+def test_a_failed_upload_says_what_is_on_the_hub(hub, tmp_path, monkeypatch):
+    save_model(tmp_path / "model")
+    given = ["--model", str(tmp_path / "model"), "--repo_id", "user/captioner"]
+    with monkeypatch.context() as patch, pytest.raises(HfHubHTTPError, match="Storage limit") as error:
+        patch.setattr(hub, "commit", Mock(side_effect=HubError(403, "Storage limit")))
+        publish.main(given)
+    expected = "user/captioner is as it was, or empty if it is new. The same command tries again."
+    assert expected in error.value.__notes__
+    assert hub.files("user/captioner") == {}
+    publish.main(given)
+    assert "config.json" in hub.files("user/captioner")
 
 
 def test_an_adapter_is_published_as_one_or_merged(hub, tmp_path, capsys):

@@ -5,21 +5,25 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
 import finetune
 import pretrain
 import pytest
+import torch
 from filelock import FileLock
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.trainer_pt_utils import safe_globals
 
 from common.arguments import DataArguments, EVLGenTrainingArguments
 from common.files import replacing, write_whole
-from common.training.resume import check_settings_of_run, find_checkpoint, run_settings
+from common.training.resume import ROWS_OF_STEP, check_settings_of_run, find_checkpoint, run_settings
 
 from .helpers import ROOT, save_image_folder, save_towers, tiny_model
-from .training import CONNECTOR, arguments, assert_same_weights, flags, save_recipe, start
+from .training import CONNECTOR, arguments, assert_same_weights, flags, logged, save_recipe, start
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +68,8 @@ def test_a_resume_with_other_settings_is_refused_by_name(changes, field, work, r
 
 
 def test_another_language_model_does_not_get_the_old_weights(work, run, tmp_path):
-    other = save_towers(tmp_path / "other", text="opt")["text_model"]
-    with pytest.raises(ValueError, match=r"`text_model` was .*work.*text' and is .*other"):
+    other = save_towers(tmp_path / "other", text="opt")["text_model"]  # its folder has the same name
+    with pytest.raises(ValueError, match=r"`text_model_fingerprint` was '\w+' and is '\w+'"):
         resume(work, run, max_steps=6, text_model=other)
 
 
@@ -87,6 +91,94 @@ def test_a_tower_that_would_compute_something_else_is_noticed(work, tmp_path):
     (tower / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
     with pytest.raises(ValueError, match=r"is of a run with other settings: `rms_norm_eps` is 0\.1, not 1e-06"):
         resume(work, tmp_path / "out", text_model=tower)
+
+
+def paint_over(folder):
+    Image.new("RGB", (40, 40), "white").save(folder / "images" / "train" / "5.png")
+
+
+def edit_json(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (paint_over, r"`images of the rows \(compared: the sizes of all files and the content of 100 rows, no more\)"),
+        (
+            lambda folder: edit_json(folder / "vision" / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]),
+            r"`image_processor\.image_mean` was \[0\.48.*\] and is \[0\.5",
+        ),
+        (
+            lambda folder: edit_json(folder / "text" / "tokenizer.json", normalizer={"type": "Lowercase"}),
+            "`tokenizer` was",
+        ),
+        (
+            lambda folder: edit_json(folder / "recipe.yaml", accelerator_config={"use_seedable_sampler": False}),
+            "`use_seedable_sampler` was True and is False",
+        ),
+    ],
+    ids=["images", "preprocessor", "tokenizer", "sampler"],
+)
+def test_replaced_inputs_are_noticed(change, message, work, run, tmp_path):
+    for name in ("images", "vision", "text"):
+        shutil.copytree(work / name, tmp_path / name)
+    recipe = json.loads((work / "recipe.yaml").read_text())
+    moved = {"dataset": "images", "vision_model": "vision", "text_model": "text"}
+    save_recipe(tmp_path, **{**recipe, **{name: str(tmp_path / folder) for name, folder in moved.items()}})
+    resume(tmp_path, run, max_steps=5)  # a copy in another place is no other input
+    change(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        resume(tmp_path, run, max_steps=6)
+
+
+def test_a_checkpoint_tells_no_local_paths(run):
+    assert str(run.parents[1]) not in (run / "checkpoint-4" / "run.json").read_text()
+    assert not (run / "_run.lock").exists()  # of a run that is done
+
+
+def saved_by(run, processes, batch_size):
+    """Makes the checkpoints those of a run of several processes."""
+    for checkpoint in run.glob("checkpoint-*"):
+        for rank in range(processes):
+            shutil.copy(checkpoint / "rng_state.pth", checkpoint / f"rng_state_{rank}.pth")
+        (checkpoint / "rng_state.pth").unlink()
+        settings = json.loads((checkpoint / "run.json").read_text())["settings"]
+        settings |= {"num_processes": processes, "per_device_train_batch_size": batch_size}
+        settings[ROWS_OF_STEP] = processes * batch_size
+        (checkpoint / "run.json").write_text(json.dumps({"settings": settings}))
+
+
+def test_another_number_of_processes_goes_on_with_as_many_rows_in_a_step(work, run, caplog):
+    shutil.rmtree(run / "checkpoint-4")
+    saved_by(run, 2, batch_size=2)
+    resume(work, run)
+    saved = "checkpoint-2 was saved by 2 processes, this run has 1"
+    assert f"{saved}. Weights, optimizer and the order of the rows go on. Random states" in caplog.text
+    assert_same_weights(work / "run", run)  # nothing is drawn in this run
+
+
+@pytest.mark.attack
+def test_another_number_of_rows_in_a_step_is_refused(work, run):
+    saved_by(run, 2, batch_size=4)
+    rows = "num_processes x per_device_train_batch_size x gradient_accumulation_steps"
+    with pytest.raises(ValueError, match=f"`num_processes` was 2 and is 1; `{rows}` was 8 and is 4"):
+        resume(work, run)
+    (run / "checkpoint-4" / "rng_state_1.pth").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-4 is not whole: rng_state_1\.pth is missing\.$"):
+        resume(work, run, run / "checkpoint-4")
+
+
+@pytest.mark.attack
+def test_noise_that_a_frozen_language_model_never_gets_is_refused(work, tmp_path):
+    with pytest.raises(ValueError, match="`neftune_noise_alpha` needs `--lora text`"):
+        pretrain.main(arguments(work, tmp_path / "out", neftune_noise_alpha=5))
+    given = {"config": work / "finetune.yaml", "model": work / "run", "max_steps": 1, "logging_steps": 1}
+    for name, noise in (("plain", {}), ("noise", {"neftune_noise_alpha": 50})):
+        finetune.main(flags(**given, **noise, output_dir=tmp_path / name))
+    losses = [logged(tmp_path / name / "checkpoint-1") for name in ("plain", "noise")]
+    assert losses[0] != losses[1]
 
 
 def test_edited_captions_are_noticed_and_a_moved_data_set_is_not(work, run, tmp_path):
@@ -154,10 +246,73 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(name, damage, message, w
     assert_same_weights(work / "run", run)
     damage(run / "checkpoint-2" / name)
     damage(run / "checkpoint-4" / name)
-    with pytest.raises(ValueError, match=rf"(?s){message}.*{message}.*Remove these folders to start from the first"):
+    with pytest.raises(ValueError, match=rf"(?s){message}.*{message}.*To start from the first step, name another"):
         resume(work, run)
     with pytest.raises(ValueError, match=rf"checkpoint-2 is not whole: {message}"):
         resume(work, run, run / "checkpoint-2")
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("code",)
+
+
+def change(path, **fields):
+    with safe_globals():
+        torch.save({**torch.load(path), **fields}, path)
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (r"optimizer\.pt or scheduler\.pt", lambda run: change(run / "optimizer.pt", param_groups=[])),
+        (r"optimizer\.pt or scheduler\.pt", lambda run: change(run / "scheduler.pt", lr_lambdas=3)),
+        (r"optimizer\.pt or scheduler\.pt", lambda run: torch.save(torch.zeros(3), run / "optimizer.pt")),
+        (r"optimizer\.pt or scheduler\.pt", lambda run: torch.save({}, run / "scheduler.pt")),
+        (r"optimizer\.pt or scheduler\.pt", lambda run: change(run / "optimizer.pt", code=Code())),
+        (r"optimizer\.pt or scheduler\.pt", lambda run: change(run / "scheduler.pt", code=Code())),
+        (r"rng_state\*\.pth", lambda run: change(run / "rng_state.pth", code=Code())),
+        (r"rng_state\*\.pth", lambda run: change(run / "rng_state.pth", cpu=torch.zeros(1))),
+        (r"rng_state\*\.pth", lambda run: change(run / "rng_state.pth", python=(1, 2))),
+    ],
+)
+def test_a_file_of_a_checkpoint_that_does_not_fit_is_named(name, damage, work, run, monkeypatch):
+    monkeypatch.chdir(run)
+    damage(run / "checkpoint-2")
+    with pytest.raises(ValueError, match=rf"^{name} in .*checkpoint-2 cannot be used: "):
+        resume(work, run, run / "checkpoint-2")
+    assert not (run / "code").exists()
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_a_disk_that_fills_up_is_named(name, work, tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="cannot be written to, as on a full disk: "):
+        pretrain.main(arguments(work, tmp_path))
+
+
+@pytest.mark.attack
+def test_processes_that_do_not_share_a_folder_are_refused(work, tmp_path):
+    """Each process has a working directory of its own here, as machines with disks of their own have folders."""
+    (tmp_path / "elsewhere.py").write_text(f"""
+import os, pretrain, caption_folder
+os.makedirs({str(tmp_path)!r} + "/" + os.environ["RANK"])
+os.chdir({str(tmp_path)!r} + "/" + os.environ["RANK"])
+for main, given in (pretrain.main, {arguments(work, "out")}), (caption_folder.main, {flags(inputs="images")}):
+    try:
+        main(given)
+    except ValueError as error:
+        print(error)
+""")
+    process = start(tmp_path / "elsewhere.py", [], two=True, stdout=subprocess.PIPE, text=True)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    for folder in ("out", "outputs/captions"):
+        message = f"`output_dir`: {folder} must be one folder for all processes, but 1 of 2 see another one"
+        assert output.count(message) == 2  # on both
 
 
 def test_a_checkpoint_whose_saving_was_killed_is_passed_over(work, run, caplog):

@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader
 
 from common.arguments import DataArguments
 from common.data.collator import CaptionCollator, TrainingCollator
+from common.data.loading import load_datasets
+from common.data.rows import open_media
 from common.data.streams import EPOCH, SourceReader
 
 from .helpers import ROOT, save_split, save_towers, tiny_model, tiny_processor
@@ -121,6 +123,29 @@ def test_a_member_that_cannot_be_decoded_makes_a_bad_row(tmp_path):
     assert "0008 in " in bad["row"] and bad["error"] == "`txt` must hold a caption, but is None."
     with pytest.raises(ValueError, match="None of the 1 rows of a batch can be used"):
         collator([row for row in rows if row["txt"] is None])
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize("streaming", [True, False])
+def test_files_with_the_names_of_members_are_not_read_in_their_place(streaming, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    names = ["0", "../1", f"{tmp_path}/2", "x/../../3"]
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in names:
+            write_sample(tar, name, png=png("red"), txt=b"red")
+        write_sample(tar, "../4", png=b"", txt=b"empty")
+    for name in ("work/0", "1", "2", "3", "4"):
+        (tmp_path / f"{name}.png").write_bytes(png("blue"))
+    before = sorted(tmp_path.rglob("*"))
+    arguments = replace(webdataset(tmp_path, max_train_samples=5), streaming=streaming)
+    rows = list(islice(iter(load_datasets(arguments, 0)[0]), 5))
+    colors = {row["__key__"]: open_media(row, arguments).getpixel((0, 0)) for row in rows if row["txt"] == "red"}
+    assert colors == dict.fromkeys(names, (255, 0, 0))
+    (empty,) = (row for row in rows if row["txt"] == "empty")
+    with pytest.raises(ValueError, match=r"4\.png' cannot be read"):
+        open_media(empty, arguments)
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was unpacked
 
 
 class Captions:

@@ -127,7 +127,8 @@ def write_tars(folder, sizes, first=0, broken=(), suffix="png"):
 
 def write_sample(tar, number, **members):
     for suffix, content in members.items():
-        member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+        name = number if isinstance(number, str) else f"{number:04d}"
+        member = tarfile.TarInfo(f"{name}.{suffix}")
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
 

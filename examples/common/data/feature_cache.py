@@ -9,7 +9,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from itertools import islice
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, List, Value
+from datasets import Dataset
 from filelock import FileLock
 from huggingface_hub import constants
 from numpy.lib.format import open_memmap
@@ -29,7 +28,7 @@ from transformers.utils import logging
 from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
 from common.data.rows import start_of_text
-from common.files import replacing, write_whole
+from common.files import file_state, media_paths, replacing, write_whole
 from modeling_evlgen import EVLGenForConditionalGeneration, video_merging
 from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
@@ -141,13 +140,18 @@ def cache_split(
     with FileLock(folder.with_suffix(".lock")):  # another run may compute the same features
         ranges = [range(row, min(row + part_rows, len(dataset))) for row in range(0, len(dataset), part_rows)]
         parts = [_read_part(folder / f"{number:06}", arrays) for number in range(len(ranges))]
-        _check_room(folder, parts.count(None) * part_rows * num_views, *arrays.values())
-        with tqdm(total=len(dataset), desc="Vision features", unit="row", disable=None not in parts) as progress:
-            for number, rows in enumerate(ranges):
-                if parts[number] is None:
-                    parts[number], computed = _compute_part(model, dataset, rows, views, num_views, batch_size)
-                    _save_part(folder / f"{number:06}", parts[number], arrays, computed)
-                progress.update(len(rows))
+        left = sum(len(rows) for rows, part in zip(ranges, parts, strict=True) if part is None)
+        done = num_tiles = 0
+        with tqdm(total=left, desc="Vision features", unit="row", disable=not left) as progress:
+            for number in [number for number, part in enumerate(parts) if part is None]:
+                # At first each view counts as one tile, then as many as the views before it had.
+                tiles_of_row = num_tiles / done if done else num_views
+                _check_room(folder, (left - done) * tiles_of_row, *arrays.values())
+                parts[number], computed = _compute_part(model, dataset, ranges[number], views, num_views, batch_size)
+                _save_part(folder / f"{number:06}", parts[number], arrays, computed)
+                num_tiles += int(np.prod(parts[number]["grids"], axis=2).sum())
+                done += len(ranges[number])
+                progress.update(len(ranges[number]))
     bad_rows = {row: text for part in parts for row, text in part["bad_rows"].items()}
     if bad_rows:
         message = f"{len(bad_rows)} of {len(dataset)} rows are bad, by number and caption: {bad_rows}"
@@ -176,9 +180,9 @@ def _read_part(stem: Path, arrays: Arrays) -> dict[str, Any] | None:
         return None
 
 
-def _check_room(folder: Path, num_images: int, *arrays: tuple[type, tuple[int, int]]) -> None:
-    """Raises an OSError if the disk has no room for the features of so many images of one tile."""
-    needed = num_images * sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in arrays)
+def _check_room(folder: Path, num_tiles: float, *arrays: tuple[type, tuple[int, int]]) -> None:
+    """Raises an OSError if the disk has no room for the features of so many tiles."""
+    needed = num_tiles * sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in arrays)
     free = shutil.disk_usage(folder).free
     if needed > free:
         message = f"{folder.parent} (in $HF_HOME) has {free / 1e9:.1f} GB, but the vision features need"
@@ -275,10 +279,8 @@ def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: Caption
         digest.update(f"max_tiles {views.processor.max_tiles}".encode())
     if data_args.max_pixels != MAX_PIXELS:  # it decides which rows are bad
         digest.update(f"max_pixels {data_args.max_pixels}".encode())
-    column, path = data_args.video_column or data_args.image_column, Value("string")
-    if dataset.features[column] in (path, List(path)):  # the fingerprint does not cover the files behind paths
-        paths = filter(None, flatten_images(list(dataset[column])))
-        for file in filter(os.path.isfile, paths):
-            status = os.stat(file)
-            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
+    # The fingerprint does not cover the files behind paths.
+    for path in media_paths(dataset, data_args.video_column or data_args.image_column):
+        if state := file_state(path):
+            digest.update(f"{path} {state[0]} {state[1]}".encode())
     return digest.hexdigest()[:32]

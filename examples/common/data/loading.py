@@ -98,6 +98,7 @@ def check_arguments(data_args: DataArguments) -> None:
         raise ValueError("`mixture` needs a `dataset` with held-out rows, or an empty `test_split`.")
 
 
+@tolerant_reading()
 def load_splits(data_args: DataArguments) -> DatasetDict | IterableDatasetDict:
     """All splits of a data set by name. A ValueError names a data set that is missing or cannot be read."""
     if data_args.dataset in DEMO_DATASETS:
@@ -117,6 +118,8 @@ def load_splits(data_args: DataArguments) -> DatasetDict | IterableDatasetDict:
     except Exception as error:  # builders of `datasets` raise errors of many types
         cause = error.__cause__ or error
         hint = " A metadata.jsonl holds one JSON object a line, in UTF-8." if os.path.isdir(data_args.dataset) else ""
+        empty = [str(path) for path in Path(data_args.dataset).rglob("metadata.*") if path.stat().st_size < 3]
+        hint += f" Empty: {', '.join(empty)}." if hint and empty else ""
         raise ValueError(
             f"`dataset`: {data_args.dataset!r} cannot be read: {type(cause).__name__}: {cause}.{hint}"
         ) from error

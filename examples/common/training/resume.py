@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
+import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,12 @@ from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import CONFIG_NAME, logging
 
 from common.arguments import DataArguments, EVLGenTrainingArguments
+from common.data.collator import checksum
 from common.data.feature_cache import FeatureDataset
+from common.files import SAMPLES, make_output_folder, media_checksum
 from configuration_evlgen import EVLGenConfig
-from modeling_evlgen.fingerprints import TOWERS, compare_configs
+from modeling_evlgen.fingerprints import TOWERS, compare_configs, fingerprint_files
+from processing_evlgen import EVLGenProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +33,11 @@ COMPARED_TRAINING_ARGUMENTS = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim"),
     *("optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "seed", "data_seed"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "label_smoothing_factor"),
+    *("dataloader_drop_last", "train_sampling_strategy", "neftune_noise_alpha"),
+    *("split_batches", "dispatch_batches", "even_batches", "use_seedable_sampler"),
 )
+STEP_SIZE = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+ROWS_OF_STEP = " x ".join(STEP_SIZE)
 # Arguments that leave the trained weights alone, or name what `rows` below covers wherever it lies.
 IGNORED_ARGUMENTS = {
     *("towers", "dataset", "data_files", "dataset_config", "train_split", "test_split", "max_test_samples"),
@@ -40,12 +48,7 @@ IGNORED_ARGUMENTS = {
 def find_checkpoint(training_args: EVLGenTrainingArguments) -> str | None:
     """The checkpoint that `resume_from_checkpoint` requests, or None. If none is whole, it raises a ValueError."""
     output_dir, requested = training_args.output_dir, training_args.resume_from_checkpoint
-    try:  # now, not after hours of training
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise ValueError(f"`output_dir`: {output_dir} cannot be written to: {error}") from error
+    make_output_folder(Path(output_dir))  # now, not after hours of training
     if requested is None or requested.lower() == "false":
         return None
     folders = [requested]
@@ -62,7 +65,7 @@ def find_checkpoint(training_args: EVLGenTrainingArguments) -> str | None:
         if newest:
             logger.warning(f"{damaged[-1]}. An older checkpoint is tried.")
     if damaged:
-        remedy = " Remove these folders to start from the first step." if newest else ""
+        remedy = " To start from the first step, name another `output_dir`." if newest else ""
         raise ValueError(f"`resume_from_checkpoint`: {'. '.join(damaged)}.{remedy}")
     logger.warning(f"There is no complete checkpoint in {output_dir}. Training starts at step 1.")
     return None
@@ -73,10 +76,12 @@ def find_problems(checkpoint: Path, training_args: EVLGenTrainingArguments) -> I
     keys = {TRAINER_STATE_NAME: "global_step"}
     if (checkpoint / RUN_NAME).exists():  # another script's checkpoint has none
         keys[RUN_NAME] = "settings"
+    count = training_args.world_size  # earlier versions did not record that of the run before
     for name, key in keys.items():
         try:
-            json.loads((checkpoint / name).read_text(encoding="utf-8"))[key]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            value = json.loads((checkpoint / name).read_text(encoding="utf-8"))[key]
+            count = int(value.get("num_processes", count)) if name == RUN_NAME else count
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             yield f"{name} cannot be read ({error})"
     for path in sorted(checkpoint.glob("*.safetensors")):
         try:
@@ -88,10 +93,9 @@ def find_problems(checkpoint: Path, training_args: EVLGenTrainingArguments) -> I
         return
     if not any(checkpoint.glob("*.safetensors")) and not any(checkpoint.glob("pytorch_model_fsdp*")):
         yield "the weights are missing"
-    ranks = [f"_{rank}" for rank in range(training_args.world_size)] if training_args.world_size > 1 else [""]
-    others = [f"rng_state{rank}.pth" for rank in ranks] + ([SCALER_NAME] if training_args.fp16 else [])
+    random_states = [f"rng_state_{rank}.pth" for rank in range(count)] if count > 1 else ["rng_state.pth"]
     optimizer = next((name for name in (OPTIMIZER_NAME_BIN, "optimizer_0") if (checkpoint / name).exists()), "")
-    for name in (optimizer or OPTIMIZER_NAME, SCHEDULER_NAME, *others):
+    for name in (optimizer or OPTIMIZER_NAME, SCHEDULER_NAME, *random_states, *([SCALER_NAME] * training_args.fp16)):
         path = checkpoint / name
         if not path.exists():
             yield f"{name} is missing"
@@ -100,14 +104,30 @@ def find_problems(checkpoint: Path, training_args: EVLGenTrainingArguments) -> I
 
 
 def run_settings(
-    training_args: EVLGenTrainingArguments, script_args: tuple[Any, ...], train: Any, config: EVLGenConfig
+    training_args: EVLGenTrainingArguments,
+    script_args: tuple[Any, ...],
+    train: Any,
+    config: EVLGenConfig,
+    processor: EVLGenProcessor | None = None,
 ) -> dict[str, Any]:
     """Settings that a resumed run must share with the run of its checkpoint, as JSON gives them back."""
-    settings = {name: getattr(training_args, name) for name in COMPARED_TRAINING_ARGUMENTS}
+    given = vars(training_args) | vars(training_args.accelerator_config)
+    settings = {name: given[name] for name in COMPARED_TRAINING_ARGUMENTS}
+    settings["num_processes"] = training_args.world_size
+    settings[ROWS_OF_STEP] = math.prod(settings[name] for name in STEP_SIZE)
     for name in (f"{argument}_fingerprint" for argument in TOWERS):  # other weights may lie where a tower lay
         settings[name] = getattr(config, name)
     for arguments in script_args:
         settings |= {name: value for name, value in vars(arguments).items() if name not in IGNORED_ARGUMENTS}
+    for name in ("vision_model", "text_model", "connector_model", "model", "image_model"):
+        if os.path.isdir(settings.get(name) or ""):  # a checkpoint is handed on, so it holds no local paths
+            path = settings.pop(name)
+            if f"{name}_fingerprint" not in settings:
+                settings[f"{name}_fingerprint"] = fingerprint_files(path)
+    if processor is not None:
+        fields = processor.image_processor.to_dict().items()
+        settings |= {f"image_processor.{name}": value for name, value in fields if not name.endswith("_type")}
+        settings["tokenizer"] = tokenizer_checksum(processor.tokenizer)
     # What does not choose any frames is not compared. Runs of earlier versions have a `num_frames` beside an `fps`.
     if settings.get("video_column") is None:
         settings.pop("fps", None)
@@ -116,13 +136,25 @@ def run_settings(
     rows = train.images if isinstance(train, FeatureDataset) else train
     if isinstance(rows, Dataset):
         data_args = next(arguments for arguments in script_args if isinstance(arguments, DataArguments))
-        _, *text_arguments = data_args.used_columns  # a data set may move, but its texts may not change
-        texts = rows.select_columns([getattr(data_args, argument) for argument in text_arguments])
+        # A data set may move, but not change.
+        media_column, *text_columns = (getattr(data_args, argument) for argument in data_args.used_columns)
+        texts = rows.select_columns(text_columns)
         digest = hashlib.sha256()
         for batch in texts.iter(batch_size=1000):
             digest.update(json.dumps(batch, default=str).encode())
         settings |= {"number of rows": len(rows), "texts of the rows": digest.hexdigest()}
+        kind = "videos" if data_args.video_column else "images"
+        name = f"{kind} of the rows (compared: the sizes of all files and the content of {SAMPLES} rows, no more)"
+        settings[name] = media_checksum(rows, media_column)
     return json.loads(json.dumps(settings, default=str))
+
+
+def tokenizer_checksum(tokenizer: Any) -> int:
+    """Covers all that makes tokens of a text. Truncation and padding change while a tokenizer is used."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    rules |= {"truncation": None, "padding": None}
+    return checksum([rules, tokenizer.special_tokens_map, tokenizer.chat_template])
 
 
 def check_settings_of_run(checkpoint: str, settings: dict[str, Any], config: EVLGenConfig) -> None:
@@ -132,9 +164,17 @@ def check_settings_of_run(checkpoint: str, settings: dict[str, Any], config: EVL
         logger.warning(f"{checkpoint} has no {RUN_NAME}: it is not known whether its run had the same settings.")
         return
     before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    compared = before.keys() & settings.keys()
+    count, now = before.get("num_processes"), settings["num_processes"]
+    if count not in (None, now) and before[ROWS_OF_STEP] == settings[ROWS_OF_STEP]:
+        compared -= {*STEP_SIZE}
+        logger.warning(
+            f"{checkpoint} was saved by {count} process{'es' * (count > 1)}, this run has {now}. Weights, optimizer "
+            "and the order of the rows go on. Random states, as of dropout, start anew where it has none."
+        )
     changed = [
         f"`{name}` was {before[name]!r} and is {settings[name]!r}"
-        for name in sorted(before.keys() & settings.keys())
+        for name in sorted(compared)
         if before[name] != settings[name]
     ]
     if Path(checkpoint, CONFIG_NAME).exists():  # an adapter has none

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from common.files import only_run_in, write_whole
 from common.training.resume import RUN_NAME, check_settings_of_run, run_settings
 from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 from modeling_evlgen.fingerprints import choose_towers, save_base
+from modeling_evlgen.vision_tower import is_frozen
 from processing_evlgen.processing_evlgen import EXACT_INPUTS
 
 logger = logging.get_logger(__name__)
@@ -89,10 +91,11 @@ class EVLGenTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
         """Trains, or resumes to the weights of an unbroken run. Other settings or a second run raise a ValueError."""
-        output_dir = Path(self.args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
+        output_dir = Path(self.args.output_dir)  # which the Trainer has made
         # The main process holds the folder for all.
         with nullcontext() if self.args.process_index else only_run_in(output_dir):
+            if resume_from_checkpoint or (self.args.should_save and self.args.save_strategy != "no"):
+                _ = self._settings  # now: files may change during the training
             state = self._prepare_run(output_dir, resume_from_checkpoint)
             self._logged_step = state.global_step
             if 0 < self.args.max_steps <= state.global_step:  # the Trainer would take one more step
@@ -107,8 +110,10 @@ class EVLGenTrainer(Trainer):
         """Checks the settings and returns the state of the checkpoint, or a fresh one."""
         state = TrainerState()
         if checkpoint is not None:
-            check_settings_of_run(checkpoint, self._settings(), self.model.config)
+            check_settings_of_run(checkpoint, self._settings, self.model.config)
             state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        if self.args.neftune_noise_alpha is not None and is_frozen(self.model.language_model):
+            raise ValueError("`neftune_noise_alpha` needs `--lora text`: a frozen language model gets no noise.")
         if not isinstance(self.model, PeftModel) and (output_dir / ADAPTER_CONFIG_NAME).exists():
             raise ValueError(f"`output_dir`: {output_dir} holds an adapter. Remove it or name another folder.")
         if self.is_world_process_zero():
@@ -199,14 +204,35 @@ class EVLGenTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:  # called last before trainer_state.json is written
         super()._save_rng_state(output_dir)
-        run = {"settings": self._settings()}
+        run: dict[str, Any] = {}
         if isinstance(self.train_dataset, CaptionStream):
             run["stream"] = {**self._stream_settings(), "processes": gather_object([self.positions])}
         if self.args.should_save:
-            write_whole(Path(output_dir) / RUN_NAME, json.dumps(run))
+            write_whole(Path(output_dir) / RUN_NAME, json.dumps({"settings": self._settings, **run}))
 
+    # Errors of the next three name no file.
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:  # so torch's writer tells of a full disk
+            raise OSError(f"{self.args.output_dir} cannot be written to, as on a full disk: {error}") from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except Exception as error:
+            raise ValueError(f"optimizer.pt or scheduler.pt in {checkpoint} cannot be used: {error}") from error
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except Exception as error:
+            raise ValueError(f"rng_state*.pth in {checkpoint} cannot be used: {error}") from error
+
+    @cached_property
     def _settings(self) -> dict[str, Any]:
-        return run_settings(self.args, self.script_args, self.train_dataset, self.model.config)
+        models = self.model.config, self.processing_class
+        return run_settings(self.args, self.script_args, self.train_dataset, *models)
 
     def _stream_settings(self) -> dict[str, Any]:
         readers = {"num_processes": self.args.world_size, "num_workers": max(1, self.args.dataloader_num_workers)}
