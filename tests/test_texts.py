@@ -116,6 +116,16 @@ def test_bfloat16_gives_the_same_to_its_precision():
         assert_equal(loss_and_gradient(model, shared), loss_and_gradient(model, separate), 2e-2)
 
 
+@torch.no_grad()
+def test_flex_attention_takes_the_mask_too():
+    model, processor = build("mistral", "sdpa")
+    shared, separate = encode_both(processor, images=noise_images(3))
+    expected = model(**separate).loss
+    model.language_model.set_attn_implementation("flex_attention")
+    with torch.compiler.set_stance("force_eager"):  # its backward pass needs a GPU
+        torch.testing.assert_close(model(**shared).loss, expected, rtol=1e-5, atol=0)
+
+
 def test_each_text_has_the_hidden_states_of_its_own_row():
     model, processor = build("llama")
     shared, separate = encode_both(processor, TEXT, images=noise_images(3))
