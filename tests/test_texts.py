@@ -117,6 +117,7 @@ def test_bfloat16_gives_the_same_to_its_precision():
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch about its own call
 def test_flex_attention_takes_the_mask_too():
     model, processor = build("mistral", "sdpa")
     shared, separate = encode_both(processor, images=noise_images(3))
