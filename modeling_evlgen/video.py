@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .vision_tower import extract_vision_tokens
+from .vision_tower import extract_vision_tokens, is_sharded
 
 # Without a gradient, this many frames run through the tower, or through one part of it, at a time.
 FRAMES_AT_ONCE = 32
@@ -201,7 +201,8 @@ def encode_videos(
         with frames_of_videos(num_frames, frame_mask):
             return _weighted_mean(vision_tower, pixel_values, weight)
     # Frames that do not attend to each other can be encoded one after the other, which saves memory.
-    at_once = num_frames if torch.is_grad_enabled() else max(1, FRAMES_AT_ONCE // videos)
+    whole = torch.is_grad_enabled() or is_sharded(vision_tower)
+    at_once = num_frames if whole else max(1, FRAMES_AT_ONCE // videos)
     parts = zip(pixel_values.split(at_once, dim=1), weight.split(at_once, dim=1), strict=True)
     return sum(_weighted_mean(vision_tower, frames, part) for frames, part in parts)
 
