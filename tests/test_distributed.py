@@ -37,6 +37,7 @@ from .helpers import (
     tiny_processor,
     tiny_towers,
 )
+from .test_train_on_tiles import save_images
 from .training import CONNECTOR, arguments, flags, logged, save_captioner, save_recipe, save_videos
 
 CONFIGS = ROOT / "examples" / "accelerate_configs"
@@ -266,6 +267,41 @@ def test_batches_that_differ_among_processes_do_not_hold_each_other_up(case, cas
     for name, gradient in found.items():
         wanted = expected.get(name, torch.zeros_like(gradient))
         torch.testing.assert_close(gradient.view_as(wanted), wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def video_work(tmp_path_factory):
+    """A model with contextualizers, for images of up to four tiles; images and videos; and runs of one process."""
+    folder = tmp_path_factory.mktemp("videos")
+    save_captioner(folder / "model", build(temporal_contextualizer=True, image_token_range=None, **SIZES), max_tiles=4)
+    save_images(folder / "images")
+    save_videos(folder / "movies", train=[2, 5, 9, 3] * 2, test=[2, 5])
+    return folder
+
+
+def tuning_options(video_work, script, output, **changes):
+    model, dataset = ("model", "images") if script == "finetune" else ("image_model", "movies")
+    given = {model: video_work / "model", "dataset": video_work / dataset, "caption_column": "caption", "bf16": False}
+    given |= {"lora": "none", "prompt_column": "", "prompt": ""} if script == "finetune" else {"video_column": "video"}
+    given |= {"max_steps": 4, "save_steps": 4, "logging_steps": 1, "learning_rate": 1e-2, "max_new_tokens": 4}
+    given |= {"activation_checkpointing": script == "finetune", "disable_tqdm": True, "output_dir": output}
+    return flags(**given, dataloader_pin_memory=False, **changes)
+
+
+@pytest.mark.parametrize("script", ["finetune", pytest.param("finetune_video", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("config", ["fsdp2.yaml", "deepspeed_zero2.yaml", "deepspeed_zero3.yaml"])
+def test_tiles_and_contextualizers_train_as_in_one_process(config, script, video_work, tmp_path):
+    pytest.importorskip("av", reason="needs the video extra")
+    if "deepspeed" in config and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    importlib.import_module(script).main(
+        tuning_options(video_work, script, tmp_path / "one", per_device_train_batch_size=4)
+    )
+    given = tuning_options(video_work, script, tmp_path / "two", per_device_train_batch_size=2)
+    command = on_two_processes(config, f"examples/{script}.py", given)
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=True, timeout=240)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert load_file(tmp_path / "two" / "model.safetensors")["temporal.0.alpha"].shape == ()
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -33,8 +34,7 @@ class EVLGenTrainer(Trainer):
     """Takes the arguments of [`Trainer`]. Held-out batches are made as those of `data_collator`, without augmentation.
 
     `script_args` are dataclasses of the script's other arguments. A resumed run must share them. Raises a ValueError
-    if the model could not be saved, FSDP or DeepSpeed is to partition a temporal contextualizer, or FSDP or ZeRO-3 is
-    to train on images of several tiles.
+    if the model could not be saved, or images have several tiles and FSDP wraps modules by their size.
     """
 
     def __init__(
@@ -58,26 +58,45 @@ class EVLGenTrainer(Trainer):
         self.script_args = script_args
         if isinstance(self.model, EVLGenForConditionalGeneration):
             choose_towers(self.model, None)  # raises now, not after hours, if the model cannot be saved
-        self._check_partition(data_collator)
+        self.scalars: set[str] = set()  # names of parameters that are vectors of one under FSDP and DeepSpeed
+        self._prepare_partition(data_collator)
         # Of a stream, after the last batch: whose turn it is, and the state of each reader of this process.
         self.positions: dict[str, Any] = {"next_reader": 0, "states": {}}
 
-    def _check_partition(self, data_collator: Any) -> None:
-        """Refuses models that FSDP and DeepSpeed cannot divide among processes."""
+    def _prepare_partition(self, data_collator: Any) -> None:
+        """Changes what FSDP and DeepSpeed cannot divide among processes."""
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             return
-        remedy = "Launch the training with examples/accelerate_configs/multi_gpu.yaml."
-        scalars = [name for name, parameter in self.model.named_parameters() if parameter.ndim == 0]
-        if scalars:
-            raise ValueError(f"FSDP and DeepSpeed cannot partition scalars, such as {scalars[0]}. {remedy}")
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim == 0:  # such as `temporal.0.alpha`; `_save` makes it a scalar again
+                parameter.data = parameter.data.view(1)
+                self.scalars.add(name)
         if not isinstance(data_collator, CaptionCollator) or data_collator.data_args.video_column is not None:
             return
-        max_tiles = data_collator.processor.max_tiles
-        if max_tiles > 1 and (self.is_fsdp_enabled or self.accelerator.state.deepspeed_plugin.zero_stage == 3):
-            # The connector runs once for each grid of a batch. Processes with other grids would wait for each other.
-            raise ValueError(
-                f"FSDP and ZeRO-3 cannot train on images of several tiles, but `max_tiles` is {max_tiles}. {remedy}"
-            )
+        if data_collator.processor.max_tiles > 1:
+            self._keep_connector_whole()
+
+    def _keep_connector_whole(self) -> None:
+        """Gathers the connector's weights once in a step. It runs once for each grid of a batch, and otherwise
+        processes with other grids would wait for each other."""
+        connector, state = self.model.connector, self.accelerator.state
+        if self.is_fsdp_enabled:
+            plugin = state.fsdp_plugin
+            if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
+                wanted = "`fsdp_auto_wrap_policy` TRANSFORMER_BASED_WRAP, not SIZE_BASED_WRAP"
+                raise ValueError(f"FSDP needs {wanted}, to train on images of several tiles.")
+            layers = set(plugin.transformer_cls_names_to_wrap or self.model._no_split_modules)  # it has no public name
+            layers -= {type(module).__name__ for module in connector.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(layers)
+        elif state.deepspeed_plugin.zero_stage == 3:
+            parts = connector, self.model.language_projection
+            largest = max(parameter.numel() for part in parts for parameter in part.parameters())
+            # Smaller weights are kept. Which others are fetched early, or kept, would depend on the calls before.
+            state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {
+                "stage3_param_persistence_threshold": largest,
+                "stage3_prefetch_bucket_size": 0,
+                "stage3_max_reuse_distance": 0,
+            }
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
         """Trains, or resumes to the weights of an unbroken run. Other settings or a second run raise a ValueError."""
@@ -176,6 +195,8 @@ class EVLGenTrainer(Trainer):
     # `_save` and `_save_rng_state` are private, but the callback `on_save` comes too late: a kill before it would
     # leave a checkpoint that seems whole.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        for name in self.scalars & (state_dict or {}).keys():
+            state_dict[name] = state_dict[name].view(())
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel) and self.args.should_save:
             save_base(self.model.get_base_model().config, output_dir or self.args.output_dir)
