@@ -34,7 +34,7 @@ class EVLGenTrainer(Trainer):
     """Takes the arguments of [`Trainer`]. Held-out batches are made as those of `data_collator`, without augmentation.
 
     `script_args` are dataclasses of the script's other arguments. A resumed run must share them. Raises a ValueError
-    if the model could not be saved, or images have several tiles and FSDP wraps modules by their size.
+    if the model could not be saved, or ZeRO-3 or FSDP by size is to train on images of several tiles.
     """
 
     def __init__(
@@ -77,26 +77,22 @@ class EVLGenTrainer(Trainer):
             self._keep_connector_whole()
 
     def _keep_connector_whole(self) -> None:
-        """Gathers the connector's weights once in a step. It runs once for each grid of a batch, and otherwise
-        processes with other grids would wait for each other."""
-        connector, state = self.model.connector, self.accelerator.state
-        if self.is_fsdp_enabled:
-            plugin = state.fsdp_plugin
-            if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
-                wanted = "`fsdp_auto_wrap_policy` TRANSFORMER_BASED_WRAP, not SIZE_BASED_WRAP"
-                raise ValueError(f"FSDP needs {wanted}, to train on images of several tiles.")
-            layers = set(plugin.transformer_cls_names_to_wrap or self.model._no_split_modules)  # it has no public name
-            layers -= {type(module).__name__ for module in connector.modules()}
-            plugin.transformer_cls_names_to_wrap = sorted(layers)
-        elif state.deepspeed_plugin.zero_stage == 3:
-            parts = connector, self.model.language_projection
-            largest = max(parameter.numel() for part in parts for parameter in part.parameters())
-            # Smaller weights are kept. Which others are fetched early, or kept, would depend on the calls before.
-            state.deepspeed_plugin.deepspeed_config["zero_optimization"] |= {
-                "stage3_param_persistence_threshold": largest,
-                "stage3_prefetch_bucket_size": 0,
-                "stage3_max_reuse_distance": 0,
-            }
+        """Lets FSDP gather the connector with what is outside of layers: once in a step. It runs once for each grid of
+        a batch. Otherwise, processes with other grids would wait for each other."""
+        if not self.is_fsdp_enabled:
+            if self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+                # DeepSpeed itself compares the order of all modules that ran.
+                reason = "every process must call the same modules, and the connector runs once for each grid of tiles"
+                remedy = "Launch the training with examples/accelerate_configs/fsdp2.yaml or multi_gpu.yaml."
+                raise ValueError(f"ZeRO-3 cannot train on images of several tiles (`max_tiles`): {reason}. {remedy}")
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
+            wanted = "`fsdp_auto_wrap_policy` TRANSFORMER_BASED_WRAP, but it is SIZE_BASED_WRAP"
+            raise ValueError(f"FSDP trains on images of several tiles (`max_tiles`) by {wanted}.")
+        layers = set(plugin.transformer_cls_names_to_wrap or self.model._no_split_modules)  # it has no public name
+        layers -= {type(module).__name__ for module in self.model.connector.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(layers)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
         """Trains, or resumes to the weights of an unbroken run. Other settings or a second run raise a ValueError."""
@@ -191,6 +187,11 @@ class EVLGenTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Decay for matrices only, none for biases, norms and gains (the original's lavis/runners/runner_base.py)."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.is_deepspeed_enabled and optimizer is None:  # the outer ones lack the `defaults` that `min_lr` reads
+            optimizer = self.optimizer.optimizer.optimizer
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # `_save` and `_save_rng_state` are private, but the callback `on_save` comes too late: a kill before it would
     # leave a checkpoint that seems whole.
