@@ -278,7 +278,8 @@ def test_batches_that_differ_among_processes_do_not_hold_each_other_up(case, cas
 
 @pytest.fixture(scope="module")
 def video_work(tmp_path_factory):
-    """A model with contextualizers, for images of up to four tiles; images and videos; and runs of one process."""
+    """A model with contextualizers, for images of up to four tiles; images and videos."""
+    pytest.importorskip("av", reason="needs the video extra")
     folder = tmp_path_factory.mktemp("videos")
     save_captioner(folder / "model", build(temporal_contextualizer=True, image_token_range=None, **SIZES), max_tiles=4)
     save_images(folder / "images")
@@ -305,7 +306,6 @@ def tuning_options(video_work, script, output, **changes):
     ],
 )
 def test_tiles_and_contextualizers_train_as_in_one_process(config, script, video_work, tmp_path):
-    pytest.importorskip("av", reason="needs the video extra")
     skip_without_deepspeed(config)
     importlib.import_module(script).main(
         tuning_options(video_work, script, tmp_path / "one", per_device_train_batch_size=4)
