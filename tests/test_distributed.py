@@ -258,7 +258,7 @@ def cases(request, tmp_path_factory):
     result = subprocess.run(command, timeout=240, capture_output=True, text=True)
     assert not result.returncode, result.stderr
     wrapped = {"multi_gpu.yaml": "DistributedDataParallel", "fsdp2.yaml": "FSDPEVLGenForConditionalGeneration"}
-    assert result.stdout.split() == [wrapped[request.param]] * len(folders)
+    assert result.stdout.count(wrapped[request.param]) == len(folders)  # DeepSpeed prints as well, if it is installed
     return folders
 
 
