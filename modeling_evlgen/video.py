@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .vision_tower import extract_vision_tokens
+from .vision_tower import extract_vision_tokens, is_sharded
 
 # Without a gradient, this many frames run through the tower, or through one part of it, at a time.
 FRAMES_AT_ONCE = 32
@@ -146,14 +146,18 @@ class TemporalContextualizer(nn.Module):
         self, num_frames: int, frame_mask: torch.Tensor | None, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         (block,) = self._block
+        whole = (
+            hidden_states.numel() if is_sharded(block) else 0
+        )  # or processes would call its modules unequally often
+        frames_at_once = max(whole, FRAMES_AT_ONCE)
         attend = partial(_branch, block, _ATTENTION)
-        hidden_states = _add_in_parts(lambda part: attend(part, *args, **kwargs), hidden_states, FRAMES_AT_ONCE)
+        hidden_states = _add_in_parts(lambda part: attend(part, *args, **kwargs), hidden_states, frames_at_once)
         video = hidden_states.unflatten(0, (-1, num_frames))  # (videos, frames, tokens, dim)
         # Token positions are independent of each other. The scores of all together would fill memory in long videos.
-        tokens_at_once = max(1, SCORES_AT_ONCE // num_frames**2)
+        tokens_at_once = max(1, whole, SCORES_AT_ONCE // num_frames**2)
         video = _add_in_parts(lambda part: self(part, frame_mask), video, tokens_at_once, dim=2, inplace=True)
         feed_forward = partial(_branch, block, _FEED_FORWARD)
-        return _add_in_parts(feed_forward, video.flatten(0, 1), FRAMES_AT_ONCE, inplace=True)
+        return _add_in_parts(feed_forward, video.flatten(0, 1), frames_at_once, inplace=True)
 
 
 class TemporalTower(nn.ModuleList):
@@ -201,7 +205,8 @@ def encode_videos(
         with frames_of_videos(num_frames, frame_mask):
             return _weighted_mean(vision_tower, pixel_values, weight)
     # Frames that do not attend to each other can be encoded one after the other, which saves memory.
-    at_once = num_frames if torch.is_grad_enabled() else max(1, FRAMES_AT_ONCE // videos)
+    whole = torch.is_grad_enabled() or is_sharded(vision_tower)
+    at_once = num_frames if whole else max(1, FRAMES_AT_ONCE // videos)
     parts = zip(pixel_values.split(at_once, dim=1), weight.split(at_once, dim=1), strict=True)
     return sum(_weighted_mean(vision_tower, frames, part) for frames, part in parts)
 

@@ -58,7 +58,8 @@ def extract_vision_tokens(tower: PreTrainedModel, pixel_values: torch.Tensor) ->
 
 def is_sharded(tower: nn.Module) -> bool:
     """Whether the tower's weights are sharded. Then all processes must call it equally often, to gather them."""
-    return isinstance(next(tower.parameters()), DTensor)
+    # In a forward pass FSDP has gathered those outside of the layers. ZeRO-3 marks its own with a `ds_id`.
+    return any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in tower.parameters())
 
 
 def is_frozen(module: nn.Module) -> bool:

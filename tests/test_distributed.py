@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pretrain
@@ -16,6 +17,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from safetensors.torch import load_file
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from train_scst import SCSTTrainer
 from transformers import Trainer
 
@@ -23,18 +25,19 @@ from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
 from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
-from modeling_evlgen.video import TemporalTower
 
 from .helpers import (
     PORT,
     ROOT,
     VISION_CONFIGS,
-    noise_images,
+    join,
     save_image_folder,
     save_towers,
     tiny_model,
     tiny_processor,
+    tiny_towers,
 )
+from .test_train_on_tiles import save_images
 from .training import CONNECTOR, arguments, flags, logged, save_captioner, save_recipe, save_videos
 
 CONFIGS = ROOT / "examples" / "accelerate_configs"
@@ -92,6 +95,11 @@ def on_two_processes(config, script, given):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
     wrapper = [] if config == "multi_gpu.yaml" else [str(ROOT / "tests" / "shared_on_cpu.py")]
     return [*command, "--num_processes", "2", "--main_process_port", PORT, *wrapper, str(ROOT / script), *given]
+
+
+def skip_without_deepspeed(config):
+    if "deepspeed" in config and importlib.util.find_spec("deepspeed") is None:  # an import would build its kernels
+        pytest.skip("needs deepspeed")
 
 
 def launch(work, output, config, **changes):
@@ -163,62 +171,178 @@ def test_fsdp_saves_whole_models_and_trains_in_float32_under_bf16(work, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["multi_gpu.yaml", "fsdp2.yaml"])
-def test_processes_whose_merged_videos_differ_in_length_wait_for_each_other(config, tmp_path):
-    """Under FSDP they gather the tower's weights together, so they must call it equally often."""
+@pytest.mark.parametrize(
+    ("config", "mode"), [("fsdp2.yaml", "merge"), ("deepspeed_zero3.yaml", "merge"), ("deepspeed_zero3.yaml", "mean")]
+)
+def test_processes_whose_videos_differ_in_length_wait_for_each_other(config, mode, tmp_path):
+    """They gather the tower's weights together, so they must call it equally often."""
     pytest.importorskip("av", reason="needs the video extra")
+    skip_without_deepspeed(config)
     save_captioner(tmp_path / "image", tiny_model("eva"))
     options = {"image_model": tmp_path / "image", "dataset": save_videos(tmp_path / "videos", train=[2, 90, 40, 5])}
-    options |= {"video_column": "video", "test_split": "", "temporal_contextualizer": False, "video_mode": "merge"}
+    options |= {"video_column": "video", "test_split": "", "temporal_contextualizer": False, "video_mode": mode}
     options |= {"fps": 10, "max_steps": 2, "per_device_train_batch_size": 1, "bf16": False}
     given = flags(**options, dataloader_pin_memory=False, output_dir=tmp_path / "out")
     command = on_two_processes(config, "examples/finetune_video.py", given)
-    subprocess.run(command, cwd=ROOT, check=True, timeout=240)
-    assert EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out").time_embedding.weight.any()
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=True, timeout=240)
+    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert mode == "mean" or model.time_embedding.weight.any()
 
 
-@pytest.mark.parametrize("config", ["multi_gpu.yaml", pytest.param("fsdp2.yaml", marks=pytest.mark.slow)])
-def test_a_batch_of_text_alone_does_not_hold_up_one_of_images(config, tmp_path):
+IMAGE, VIDEO = 300, 301  # placeholders
+
+
+def pixels(*shape):
+    return torch.randn(*shape, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def text_of(budgets, token_id):
+    """Labelled rows of one image or video each, of `budgets` tokens."""
+    rows = [[token_id] * budget + [5, 6 + number, 7] for number, budget in enumerate(budgets)]
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return {"input_ids": padded, "attention_mask": (padded != 0).long(), "labels": padded}
+
+
+def images_of(grids, budgets):
+    """A batch of images, each with rows and columns of tiles."""
+    tiles = sum(rows * columns for rows, columns in grids)
+    grids = torch.tensor([(1, *grid) for grid in grids])
+    return {**text_of(budgets, IMAGE), "pixel_values": pixels(tiles), "image_grid_thw": grids}
+
+
+def videos_of(lengths, budgets):
+    """A batch of videos with some numbers of frames."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (videos, frames)
+    return {**text_of(budgets, VIDEO), "pixel_values_videos": pixels(*mask.shape), "frame_mask": mask}
+
+
+ELASTIC = {"image_token_range": [4, 17], "image_token_id": IMAGE, "video_token_id": VIDEO}
+SIZES = {"temporal_hidden_size": 8, "temporal_num_attention_heads": 2}
+QFORMER = {**CONNECTOR, "model_type": "evlgen_qformer", "num_query_tokens": 11}
+del QFORMER["merge_r"]
+
+
+def build(connector=CONNECTOR, vision="clip", **fields):
+    """A model without dropout, whose new parts for videos have an effect."""
+    model = join(*tiny_towers(vision), connector_config=connector, **{**ELASTIC, **fields})
+    for name, parameter in model.named_parameters():
+        if name.startswith(("temporal.", "time_embedding.")):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+TILES = images_of([(1, 1), (2, 2), (1, 2)], [11, 11, 4]), images_of([(2, 1)], [11])
+# The second has more frames than run through the tower at a time.
+VIDEOS = videos_of([3, 2], [4, 16]), videos_of([40], [11])
+# Each a model, and two batches that take other ways through it.
+CASES = {
+    "text beside images": (build, text_of([0], IMAGE), images_of([(1, 1), (1, 1)], [11, 0, 11])),
+    "other budgets": (build, images_of([(1, 1), (1, 1)], [5, 5]), images_of([(1, 1), (1, 1)], [16, 16])),
+    "tiles": (build, *TILES),
+    "tiles of a Q-Former": (partial(build, QFORMER, image_token_range=[4, 11]), *TILES),
+    "means of frames": (build, *VIDEOS),
+    "merged videos": (partial(build, video_mode="merge"), *VIDEOS),
+    "temporal contextualizer": (partial(build, vision="eva", temporal_contextualizer=True, **SIZES), *VIDEOS),
+}
+
+
+@pytest.fixture(scope="module", params=["multi_gpu.yaml", pytest.param("fsdp2.yaml", marks=pytest.mark.slow)])
+def cases(request, tmp_path_factory):
+    """A folder for each case, with its gradients on two processes. All cases share the processes, to save time."""
+    folders = {}
+    for case, (make, *batches) in CASES.items():
+        folders[case] = folder = tmp_path_factory.mktemp("case")
+        make().save_pretrained(folder / "model")
+        torch.save(batches, folder / "batches.pt")
+    command = on_two_processes(request.param, "tests/mixed_batches.py", map(str, folders.values()))
+    result = subprocess.run(command, timeout=240, capture_output=True, text=True)
+    assert not result.returncode, result.stderr
+    wrapped = {"multi_gpu.yaml": "DistributedDataParallel", "fsdp2.yaml": "FSDPEVLGenForConditionalGeneration"}
+    assert result.stdout.count(wrapped[request.param]) == len(folders)  # DeepSpeed prints as well, if it is installed
+    return folders
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_batches_that_differ_among_processes_do_not_hold_each_other_up(case, cases):
     """Processes wait for each other. In two steps their mean gradients are those of one process with both batches."""
-    model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
-    processor = tiny_processor(model)
-    first, second = noise_images(2)
-    mixed = processor(images=[[first], [], [second]], text=["<image>what is it?", "a red circle", "<image>a"])
-    batches = [{**batch, "labels": batch["input_ids"]} for batch in (processor(text="what is it?"), mixed)]
-    model.save_pretrained(tmp_path / "model")
-    torch.save(batches, tmp_path / "batches.pt")
-    command = on_two_processes(config, "tests/mixed_batches.py", ["model", "batches.pt", "gradients.safetensors"])
-    result = subprocess.run(command, cwd=tmp_path, check=True, timeout=120, capture_output=True, text=True)
-    assert {"multi_gpu.yaml": "DistributedDataParallel", "fsdp2.yaml": "FSDPEVLGen"}[config] in result.stdout
-
-    sum(model(**batch).loss for batch in batches).backward()
-    gradients = load_file(tmp_path / "gradients.safetensors")
+    folder = cases[case]
+    model = EVLGenForConditionalGeneration.from_pretrained(folder / "model").train()
+    sum(model(**batch).loss for batch in torch.load(folder / "batches.pt")).backward()
+    found = load_file(folder / "gradients.safetensors")
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert gradients.keys() >= expected.keys() and any(grad.any() for grad in expected.values())
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected.get(name, torch.zeros_like(gradient)), atol=1e-6, rtol=1e-4)
+    assert found.keys() >= expected.keys() and any(grad.any() for grad in expected.values())
+    for name, gradient in found.items():
+        wanted = expected.get(name, torch.zeros_like(gradient))
+        torch.testing.assert_close(gradient.view_as(wanted), wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def video_work(tmp_path_factory):
+    """A model with contextualizers, for images of up to four tiles; images and videos."""
+    pytest.importorskip("av", reason="needs the video extra")
+    folder = tmp_path_factory.mktemp("videos")
+    save_captioner(folder / "model", build(temporal_contextualizer=True, image_token_range=None, **SIZES), max_tiles=4)
+    save_images(folder / "images")
+    save_videos(folder / "movies", train=[2, 5, 9, 3] * 2, test=[2, 5])
+    return folder
+
+
+def tuning_options(video_work, script, output, **changes):
+    model, dataset = ("model", "images") if script == "finetune" else ("image_model", "movies")
+    given = {model: video_work / "model", "dataset": video_work / dataset, "caption_column": "caption", "bf16": False}
+    given |= {"lora": "none", "prompt_column": "", "prompt": ""} if script == "finetune" else {"video_column": "video"}
+    given |= {"max_steps": 4, "save_steps": 4, "logging_steps": 1, "learning_rate": 1e-2, "max_new_tokens": 4}
+    given |= {"activation_checkpointing": script == "finetune", "disable_tqdm": True, "output_dir": output}
+    return flags(**given, dataloader_pin_memory=False, **changes)
+
+
+@pytest.mark.parametrize(
+    ("script", "config"),
+    [
+        ("finetune", "fsdp2.yaml"),
+        ("finetune", "deepspeed_zero2.yaml"),  # ZeRO-3 refuses tiles
+        pytest.param("finetune_video", "fsdp2.yaml", marks=pytest.mark.slow),
+        pytest.param("finetune_video", "deepspeed_zero3.yaml", marks=pytest.mark.slow),
+    ],
+)
+def test_tiles_and_contextualizers_train_as_in_one_process(config, script, video_work, tmp_path):
+    skip_without_deepspeed(config)
+    importlib.import_module(script).main(
+        tuning_options(video_work, script, tmp_path / "one", per_device_train_batch_size=4)
+    )
+    given = tuning_options(video_work, script, tmp_path / "two", per_device_train_batch_size=2)
+    command = on_two_processes(config, f"examples/{script}.py", given)
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=True, timeout=240)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert load_file(tmp_path / "two" / "model.safetensors")["temporal.0.alpha"].shape == ()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_trains_as_one_process(stage, work, tmp_path):
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("needs deepspeed")
+    skip_without_deepspeed("deepspeed")
     launch(work, tmp_path, f"deepspeed_zero{stage}.yaml")
     assert_same_run(work / "one", tmp_path)
     assert list((tmp_path / "checkpoint-4").glob("global_step4/*"))
 
 
 @pytest.fixture
-def trainer(monkeypatch):
-    """Makes the trainer of a run under FSDP, without a run."""
+def train_on_tiles(monkeypatch):
+    """Makes the trainer of a run on images of several tiles, without a run. Takes a plugin of FSDP or DeepSpeed."""
 
-    def under_fsdp(trainer, model=None, **kwargs):
-        trainer.model, trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = model, True, False
+    def start(fsdp=None, deepspeed=None, video_column=None):
+        def under_plugin(trainer, model=None, **kwargs):
+            state = SimpleNamespace(fsdp_plugin=fsdp, deepspeed_plugin=deepspeed)
+            trainer.model, trainer.accelerator = model, SimpleNamespace(state=state)
+            trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = fsdp is not None, deepspeed is not None
 
-    monkeypatch.setattr(Trainer, "__init__", under_fsdp)
-    monkeypatch.setattr(Trainer, "add_callback", lambda *_: None)
-    others = {"args": SimpleNamespace(), "data_collator": None, "train_dataset": None}
-    return lambda model, **given: EVLGenTrainer(model=model, **{**others, **given})
+        monkeypatch.setattr(Trainer, "__init__", under_plugin)
+        monkeypatch.setattr(Trainer, "add_callback", lambda *_: None)
+        processor = tiny_processor(model := tiny_model())
+        processor.max_tiles = 4
+        collator = CaptionCollator(processor, DataArguments(video_column=video_column), True)
+        return EVLGenTrainer(model=model, args=SimpleNamespace(), data_collator=collator, train_dataset=None)
+
+    return start
 
 
 def test_self_critical_training_refuses_a_partitioned_model(monkeypatch):
@@ -227,19 +351,22 @@ def test_self_critical_training_refuses_a_partitioned_model(monkeypatch):
         SCSTTrainer(reward=None, num_samples=2, greedy_baseline=False, max_new_tokens=1)
 
 
-def test_a_temporal_contextualizer_is_not_partitioned(trainer):
-    trainer(tiny_model())
-    model = tiny_model()
-    model.temporal = TemporalTower(model.vision_tower, 16, 8, 2)
-    with pytest.raises(ValueError, match=r"temporal\.0\.alpha.*multi_gpu\.yaml"):
-        trainer(model)
-
-
-def test_tiles_are_not_trained_by_a_partitioned_connector(trainer):
+@pytest.mark.attack
+def test_partitions_of_the_connector_that_cannot_train_on_tiles_are_refused(train_on_tiles):
     """The connector runs once for each grid. Processes with other grids would wait for each other."""
-    processor = tiny_processor(tiny_model())
-    processor.max_tiles = 4
-    with pytest.raises(ValueError, match=r"several tiles.*multi_gpu\.yaml"):
-        trainer(tiny_model(), data_collator=CaptionCollator(processor, DataArguments(), True))
-    videos = DataArguments(video_column="video")  # they are not cut
-    trainer(tiny_model(), data_collator=CaptionCollator(processor, videos, True))
+    zero3, by_size = SimpleNamespace(zero_stage=3), SimpleNamespace(auto_wrap_policy=size_based_auto_wrap_policy)
+    with pytest.raises(ValueError, match=r"ZeRO-3 cannot train .*`max_tiles`.*fsdp2\.yaml or multi_gpu\.yaml"):
+        train_on_tiles(deepspeed=zero3)
+    with pytest.raises(ValueError, match="`fsdp_auto_wrap_policy` TRANSFORMER_BASED_WRAP"):
+        train_on_tiles(fsdp=by_size)
+    for plugin in ({"deepspeed": zero3}, {"fsdp": by_size}):
+        train_on_tiles(**plugin, video_column="video")  # they are not cut
+    train_on_tiles(deepspeed=SimpleNamespace(zero_stage=2))
+
+
+@pytest.mark.parametrize("given", [None, ["TomeFormerLayer", "CLIPEncoderLayer"]])
+def test_the_connector_is_whole_for_tiles_whatever_layers_are_named(given, train_on_tiles):
+    plugin = SimpleNamespace(auto_wrap_policy=transformer_auto_wrap_policy, transformer_cls_names_to_wrap=given)
+    train_on_tiles(fsdp=plugin)
+    expected = ["CLIPEncoderLayer"] if given else sorted(tiny_model()._no_split_modules - {"TomeFormerLayer"})
+    assert plugin.transformer_cls_names_to_wrap == expected

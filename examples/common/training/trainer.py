@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -33,8 +34,7 @@ class EVLGenTrainer(Trainer):
     """Takes the arguments of [`Trainer`]. Held-out batches are made as those of `data_collator`, without augmentation.
 
     `script_args` are dataclasses of the script's other arguments. A resumed run must share them. Raises a ValueError
-    if the model could not be saved, FSDP or DeepSpeed is to partition a temporal contextualizer, or FSDP or ZeRO-3 is
-    to train on images of several tiles.
+    if the model could not be saved, or ZeRO-3 or FSDP by size is to train on images of several tiles.
     """
 
     def __init__(
@@ -58,7 +58,6 @@ class EVLGenTrainer(Trainer):
         self.script_args = script_args
         if isinstance(self.model, EVLGenForConditionalGeneration):
             choose_towers(self.model, None)  # raises now, not after hours, if the model cannot be saved
-        self._check_partition(data_collator)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         language_model = getattr(base, "language_model", None)
         if (
@@ -69,25 +68,41 @@ class EVLGenTrainer(Trainer):
             # The backward pass of PyTorch's fused attention is slow on a CPU: a step takes 1.2 to 1.3 times as long.
             language_model.set_attn_implementation("eager")
         self._num_texts, self._logged_step = 0, 0  # texts since the last log, if images have several
+        self.scalars: set[str] = set()  # names of parameters that are vectors of one under FSDP and DeepSpeed
+        self._prepare_partition(data_collator)
         # Of a stream, after the last batch: whose turn it is, and the state of each reader of this process.
         self.positions: dict[str, Any] = {"next_reader": 0, "states": {}}
 
-    def _check_partition(self, data_collator: Any) -> None:
-        """Refuses models that FSDP and DeepSpeed cannot divide among processes."""
+    def _prepare_partition(self, data_collator: Any) -> None:
+        """Changes what FSDP and DeepSpeed cannot divide among processes."""
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             return
-        remedy = "Launch the training with examples/accelerate_configs/multi_gpu.yaml."
-        scalars = [name for name, parameter in self.model.named_parameters() if parameter.ndim == 0]
-        if scalars:
-            raise ValueError(f"FSDP and DeepSpeed cannot partition scalars, such as {scalars[0]}. {remedy}")
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim == 0:  # such as `temporal.0.alpha`; `_save` makes it a scalar again
+                parameter.data = parameter.data.view(1)
+                self.scalars.add(name)
         if not isinstance(data_collator, CaptionCollator) or data_collator.data_args.video_column is not None:
             return
-        max_tiles = data_collator.processor.max_tiles
-        if max_tiles > 1 and (self.is_fsdp_enabled or self.accelerator.state.deepspeed_plugin.zero_stage == 3):
-            # The connector runs once for each grid of a batch. Processes with other grids would wait for each other.
-            raise ValueError(
-                f"FSDP and ZeRO-3 cannot train on images of several tiles, but `max_tiles` is {max_tiles}. {remedy}"
-            )
+        if data_collator.processor.max_tiles > 1:
+            self._keep_connector_whole()
+
+    def _keep_connector_whole(self) -> None:
+        """Lets FSDP gather the connector with what is outside of layers: once in a step. It runs once for each grid of
+        a batch. Otherwise, processes with other grids would wait for each other."""
+        if not self.is_fsdp_enabled:
+            if self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+                # DeepSpeed itself compares the order of all modules that ran.
+                reason = "every process must call the same modules, and the connector runs once for each grid of tiles"
+                remedy = "Launch the training with examples/accelerate_configs/fsdp2.yaml or multi_gpu.yaml."
+                raise ValueError(f"ZeRO-3 cannot train on images of several tiles (`max_tiles`): {reason}. {remedy}")
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
+            wanted = "`fsdp_auto_wrap_policy` TRANSFORMER_BASED_WRAP, but it is SIZE_BASED_WRAP"
+            raise ValueError(f"FSDP trains on images of several tiles (`max_tiles`) by {wanted}.")
+        layers = set(plugin.transformer_cls_names_to_wrap or self.model._no_split_modules)  # it has no public name
+        layers -= {type(module).__name__ for module in self.model.connector.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(layers)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
         """Trains, or resumes to the weights of an unbroken run. Other settings or a second run raise a ValueError."""
@@ -195,9 +210,16 @@ class EVLGenTrainer(Trainer):
         """Decay for matrices only, none for biases, norms and gains (the original's lavis/runners/runner_base.py)."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.is_deepspeed_enabled and optimizer is None:  # the outer ones lack the `defaults` that `min_lr` reads
+            optimizer = self.optimizer.optimizer.optimizer
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # `_save` and `_save_rng_state` are private, but the callback `on_save` comes too late: a kill before it would
     # leave a checkpoint that seems whole.
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        for name in self.scalars & (state_dict or {}).keys():
+            state_dict[name] = state_dict[name].view(())
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel) and self.args.should_save:
             save_base(self.model.get_base_model().config, output_dir or self.args.output_dir)
