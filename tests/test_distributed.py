@@ -210,6 +210,16 @@ def images_of(grids, budgets):
     return {**text_of(budgets, IMAGE), "pixel_values": pixels(tiles), "image_grid_thw": grids}
 
 
+def shared_by(texts, budget=11):
+    """A batch of one image for each number of texts."""
+    batch = images_of([(1, 1)] * len(texts), [budget] * len(texts))
+    rows = [[0] * budget + [number for number in range(1, count + 1) for _ in range(3)] for count in texts]
+    padded = [torch.tensor(row) for row in rows]
+    segments = torch.nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_value=-1)
+    ids = torch.where(segments > 0, 5 + segments, torch.where(segments == 0, IMAGE, 0))
+    return {**batch, "input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids, "segment_ids": segments}
+
+
 def videos_of(lengths, budgets):
     """A batch of videos with some numbers of frames."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (videos, frames)
@@ -238,6 +248,7 @@ VIDEOS = videos_of([3, 2], [4, 16]), videos_of([40], [11])
 CASES = {
     "text beside images": (build, text_of([0], IMAGE), images_of([(1, 1), (1, 1)], [11, 0, 11])),
     "other budgets": (build, images_of([(1, 1), (1, 1)], [5, 5]), images_of([(1, 1), (1, 1)], [16, 16])),
+    "several texts of an image": (build, shared_by([1, 4]), shared_by([2, 2, 3])),
     "tiles": (build, *TILES),
     "tiles of a Q-Former": (partial(build, QFORMER, image_token_range=[4, 11]), *TILES),
     "means of frames": (build, *VIDEOS),
