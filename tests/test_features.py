@@ -243,3 +243,29 @@ def test_whitening_measures_all_tiles_of_images_and_of_a_cache():
     torch.testing.assert_close(projections[0].weight, projections[1].weight, atol=5e-3, rtol=2e-2)
     tokens = projections[1](model.ln_vision(torch.tensor(values(cached(max_tiles=4))).float()))
     torch.testing.assert_close(tokens.mean(dim=(0, 1)), torch.zeros(32), atol=1e-4, rtol=0)
+
+
+def test_the_batch_norms_of_a_cnn_are_folded_for_its_features_alone():
+    torch.manual_seed(0)
+    model = tiny_model("timm_cnn")
+    tower = model.vision_tower
+    for module in tower.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+            torch.nn.init.normal_(module.running_mean)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folded = feature_cache.fold_batch_norms(tower)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    pixels = torch.randn(2, 3, 64, 64)
+    wanted, found = (extract_vision_tokens(net, pixels) for net in (tower, folded))
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    cached(model=model)
+    assert model.vision_tower is tower
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    # A norm that stands before its convolution is not what it seems from the order of the modules.
+    odd = tiny_model("timm_cnn").vision_tower
+    norm = next(module for module in odd.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    norm.register_forward_hook(lambda module, inputs, output: output + 1)
+    assert feature_cache.fold_batch_norms(odd) is odd
+    assert feature_cache.fold_batch_norms(tiny_model().vision_tower) is not None
