@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.integrations.accelerate import get_max_memory
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -92,9 +92,9 @@ def build(
     ids = {} if "image_token_id" in fields else placeholder_ids(text)
     sizes = {"num_vision_tokens": shape.num_tokens, "vision_hidden_size": shape.hidden_size}
     config = EVLGenConfig(
-        vision_config=copy_config(vision.tower),
+        vision_config=copy.deepcopy(vision.tower.config),
         connector_config=connector_config,
-        text_config=copy_config(text.tower),
+        text_config=copy.deepcopy(text.tower.config),
         **{**ids, **sizes, **vision.identity, **text.identity, **fields},
     )
     model = model_class(config, vision_tower=vision.tower, language_model=text.tower)
@@ -141,14 +141,6 @@ def placeholder_ids(text: BaseModel) -> dict[str, int]:
             logger.warning(f"{text.tower.name_or_path} has no tokenizer: pass `image_token_id` if it matters.")
     video_token_id = known.get("<video>", free + ("<image>" not in known))
     return {"image_token_id": known.get("<image>", free), "video_token_id": video_token_id}
-
-
-def copy_config(tower: PreTrainedModel) -> PreTrainedConfig:
-    """A copy of a tower's configuration, which an [`EVLGenConfig`] may change."""
-    config = copy.deepcopy(tower.config)
-    if hasattr(config, "quantization_config"):  # whoever loads the checkpoint chooses it anew
-        del config.quantization_config
-    return config
 
 
 def load_with_named_towers(
@@ -234,9 +226,7 @@ def _load_tower(argument: str, load: Callable, config: EVLGenConfig, kwargs: dic
     changes = compare_configs(tower.config, getattr(config, part))
     if found[f"{argument}_fingerprint"] != wanted:
         changes.insert(0, f"the fingerprint of its weights is {found[f'{argument}_fingerprint']}, not {wanted}")
-    if wanted is None:  # any tower will do
-        setattr(config, part, copy_config(tower))
-    elif changes:
+    if changes and wanted is not None:
         where = f"folder {os.path.abspath(name)}" if os.path.isdir(name) else f"revision {revision or 'main'}"
         raise ValueError(
             f"{name!r} ({where}) is not the base model that the checkpoint was trained on: {'; '.join(changes)}. "

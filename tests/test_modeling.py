@@ -168,8 +168,14 @@ def test_cached_features_replace_the_image():
 @pytest.mark.parametrize("text", TEXT_CONFIGS)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"repetition_penalty": 1.5}],
-    ids=["greedy", "beam", "beam-returned", "penalty"],
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"repetition_penalty": 1.5},
+        {"cache_implementation": "static"},
+    ],
+    ids=["greedy", "beam", "beam-returned", "penalty", "static"],
 )
 def test_a_batch_generates_what_its_members_generate_alone(text, settings):
     model = tiny_model("clip", text)
