@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import ADAPTER_CONFIG_NAME, logging
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
 from configuration_evlgen import EVLGenConfig
 from configuration_evlgen.configuration_connectors import ConnectorConfig
 
 from .base_models import build, load_tower, load_with_named_towers
-from .fingerprints import HUB_ARGUMENTS, TOWERS, TRAINED_PARTS, check_base, choose_towers, find_adapter
+from .fingerprints import HUB_ARGUMENTS, TOWERS, TRAINED_PARTS, check_base, choose_towers, find_adapter, is_on_hub
 from .vision_tower import is_frozen, load_vision_tower, whiten_inputs
 
 logger = logging.get_logger(__name__)
@@ -137,9 +137,10 @@ class EVLGenPreTrainedModel(PreTrainedModel):
 
         Args:
             towers (`str`, *optional*):
-                `"include"` saves the frozen towers as well. `"reference"` saves what is trained, and the names,
-                revisions and fingerprints of the base models that the towers are loaded from again. The default is
-                `config.towers`; or else `"reference"` if both towers are on the Hub and unchanged.
+                `"include"` saves the frozen towers as well, and no path of a folder that they came from.
+                `"reference"` saves what is trained, and the names, revisions and fingerprints of the base models that
+                the towers are loaded from again. The default is `config.towers`; or else `"reference"` if both towers
+                are on the Hub and unchanged.
 
         Raises:
             ValueError: If `towers` is `"reference"`, but a tower has no name, or has changed since it was loaded. If
@@ -163,11 +164,19 @@ class EVLGenPreTrainedModel(PreTrainedModel):
             state_dict = {name: tensor for name, tensor in state_dict.items() if not _is_towers(name)}
         _check_disk_space(save_directory, sum(tensor.nbytes for tensor in state_dict.values()))
         # config.json records what this checkpoint holds; the model's own wish is for the next one.
-        before, self.config.towers = self.config.towers, towers
+        fields: dict[str, str | None] = {"towers": towers}
+        if towers == "include":  # a folder's path says nothing to whoever gets the checkpoint
+            names = {name: getattr(self.config, name) for name in (f"{argument}_name_or_path" for argument in TOWERS)}
+            fields |= {name: None for name, value in names.items() if not is_on_hub(value)}
+        before = {name: getattr(self.config, name) for name in fields}
         try:
+            self.config.update(fields)
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         finally:
-            self.config.towers = before
+            self.config.update(before)
+        if os.path.exists(config := os.path.join(save_directory, CONFIG_NAME)):  # written by the main process
+            for path in Path(save_directory).glob("*.safetensors"):
+                shutil.copymode(config, path)  # safetensors lets the owner alone read its files
 
     def freeze_towers(self) -> None:
         """Freezes the vision tower and the language model: no gradient, evaluation mode."""

@@ -1,6 +1,7 @@
 """Checkpoints that name their frozen towers instead of holding them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -278,6 +279,21 @@ def test_a_language_model_with_an_adapter_is_refused(tmp_path):
     for adapted in (text, tmp_path / "adapter"):  # PEFT has changed the model in place
         with pytest.raises(ValueError, match=r"`text_model` is a LlamaForCausalLM with an adapter\. Merge it first"):
             build({**towers, "text_model": adapted})
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "50KB"])
+def test_a_checkpoint_that_holds_its_towers_is_for_others(max_shard_size, model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        model.save_pretrained(tmp_path / "model", max_shard_size=max_shard_size)
+    finally:
+        os.umask(before)
+    paths = list((tmp_path / "model").iterdir())
+    assert len([path for path in paths if path.suffix == ".safetensors"]) == (1 if max_shard_size == "50GB" else 8)
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o640}  # whoever may read one may read all
+    assert not [path for path in paths if path.suffix == ".json" and str(tmp_path) in path.read_text()]
+    assert model.config.text_model_name_or_path == str(tmp_path / "base" / "text")  # it can still be a reference
+    same(load(tmp_path / "model"), model)
 
 
 def test_a_folder_is_named_by_its_absolute_path(tmp_path, monkeypatch):

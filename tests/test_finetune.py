@@ -90,6 +90,8 @@ def test_an_adapter_is_trained_loaded_merged_and_used_like_a_model(work, tmp_pat
     files = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "processor_config.json"} <= files
     assert "model.safetensors" not in files
+    readable = {(tmp_path / "adapter" / name).stat().st_mode for name in files if "adapter" in name}
+    assert readable == {(work / "vqa.yaml").stat().st_mode}
 
     base = load(work / "include")
     processor = EVLGenProcessor.from_pretrained(tmp_path / "adapter")
