@@ -186,9 +186,15 @@ class EVLGenPreTrainedModel(PreTrainedModel):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        for tower in (self.vision_tower, self.language_model):
-            if is_frozen(tower):
-                tower.eval()
+        frozen = [tower for tower in (self.vision_tower, self.language_model) if is_frozen(tower)]
+        for tower in frozen:
+            tower.eval()
+        parts = [name for name in TRAINED_PARTS if getattr(self, name) is not None]
+        if mode and len(frozen) < 2 and all(is_frozen(getattr(self, name)) for name in parts):
+            logger.warning_once(
+                f"Only the towers are trained. These parts are frozen: {', '.join(parts)}. PEFT trains and saves them "
+                f"with the adapter by LoraConfig(modules_to_save={parts})."
+            )
         return self
 
     def describe_parameters(self) -> str:

@@ -29,6 +29,7 @@ from .soft_prompts import (
     mask_labels,
     select_positions,
     shift_labels,
+    warn_of_endless,
 )
 from .vision_tower import find_image_size, is_sharded
 from .vllm_backend import adapt_to_vllm, check_checkpoint, is_built_by_vllm
@@ -185,6 +186,8 @@ class EVLGenModel(EVLGenMediaModel):
 class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
     """[`EVLGenModel`] with the language model's head: generates text from images and videos, and computes the loss."""
 
+    _saw_targets = False
+
     @property
     def base_model(self) -> EVLGenModel:
         """The same model up to its last hidden state: an [`EVLGenModel`] that shares all modules and hooks."""
@@ -263,6 +266,9 @@ class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
         if labels is not None and targets is None:
             placeholder_ids = (self.config.image_token_id, self.config.video_token_id)
             targets = shift_labels(mask_labels(labels, placeholder_ids, attention_mask))  # (batch, sequence)
+            if self.training and not self._saw_targets and not torch.compiler.is_compiling():
+                self._saw_targets = True  # once: the CPU waits for the GPU here
+                warn_of_endless(targets, self.generation_config.eos_token_id)
         if targets is not None:
             loss = self.loss_function(
                 outputs.logits,

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import torch_compilable_check
+from transformers.utils import logging, torch_compilable_check
 
 from configuration_evlgen import EVLGenConfig
+
+logger = logging.get_logger(__name__)
 
 Grid = tuple[int, int]  # rows and columns of tiles
 
@@ -205,6 +207,16 @@ def mask_labels(
 def shift_labels(labels: torch.LongTensor) -> torch.LongTensor:
     """Returns the target of each position: the label of the next. Both are `(batch, sequence)`."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def warn_of_endless(targets: torch.LongTensor, end_ids: int | list[int] | None) -> None:
+    """Warns if no target is one of the ids that end generation: a model trained on such texts would not stop."""
+    if end_ids is None or (targets == -100).all() or torch.isin(targets, targets.new_tensor(end_ids)).any():
+        return
+    logger.warning(
+        f"No text of the first batch of `labels` ends: none has `generation_config.eos_token_id` ({end_ids}), so the "
+        "model does not learn to stop. `processor(images=…, text=prompt, suffix=caption)` makes labels with an end."
+    )
 
 
 def target_positions(labels: torch.LongTensor) -> torch.BoolTensor:
