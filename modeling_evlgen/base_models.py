@@ -7,9 +7,10 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.integrations.accelerate import get_max_memory
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -26,6 +27,10 @@ logger = logging.get_logger(__name__)
 # Arguments that transformers' Auto classes and pipelines add, without a meaning here. `config` has been read by then.
 _IGNORED_ARGUMENTS = {"_commit_hash", "_from_auto", "_from_pipeline", "code_revision", "config"}
 _IGNORED_ARGUMENTS |= {"trust_remote_code", "use_safetensors", "weights_only"}
+
+
+# What libraries raise if files are missing or damaged, or weights do not fit their configuration.
+_DAMAGE = (ArithmeticError, OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError)
 
 
 class BaseModel(NamedTuple):
@@ -66,11 +71,14 @@ def load_tower(
 
 
 def _load(argument: str, load: Callable, name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Any:
-    """Calls `load(name_or_path, **kwargs)`. If there is no such model, the `ValueError` names `argument`."""
+    """Calls `load(name_or_path, **kwargs)`. If it cannot be loaded, a ValueError or TypeError names `argument`."""
     try:
         return load(name_or_path, **kwargs)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except _DAMAGE as error:
+        error_class = TypeError if isinstance(error, TypeError) else ValueError  # such as an unknown argument
+        raise error_class(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
 
 
 def build(
@@ -220,9 +228,17 @@ def _load_tower(argument: str, load: Callable, config: EVLGenConfig, kwargs: dic
     kwargs = {key: value for key, value in {**kwargs, "revision": revision}.items() if value is not None}
     if isinstance(kwargs.get("device_map"), dict):
         kwargs["device_map"] = _select_part(kwargs["device_map"], TOWERS[argument])
-    tower = _load(f"{argument}_name_or_path", load, name, kwargs)
-    found = identify(argument, name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
-    part = argument.replace("model", "config")
+    hub, part = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}, argument.replace("model", "config")
+    try:
+        tower = _load(f"{argument}_name_or_path", load, name, kwargs)
+    except (TypeError, ValueError) as error:
+        changes = []
+        with suppress(*_DAMAGE):
+            now = AutoConfig.from_pretrained(name, **hub)
+            changes = compare_configs(getattr(now, part, now), getattr(config, part))
+        hint = f"; its configuration is not that of the base model: {'; '.join(changes)}" if changes else ""
+        raise type(error)(f"{error}{hint}") from error
+    found = identify(argument, name, **hub)
     changes = compare_configs(tower.config, getattr(config, part))
     if found[f"{argument}_fingerprint"] != wanted:
         changes.insert(0, f"the fingerprint of its weights is {found[f'{argument}_fingerprint']}, not {wanted}")

@@ -104,7 +104,7 @@ class EVLGenPreTrainedModel(PreTrainedModel):
                 adapter is for another model. If there is no configuration.
             OSError: If there is no such checkpoint, or its files are damaged.
         """
-        config, name_or_path = None, pretrained_model_name_or_path
+        config, adapter, name_or_path = None, None, pretrained_model_name_or_path
         if name_or_path is not None:
             name_or_path, adapter = find_adapter(name_or_path, kwargs)
             config = _read_config(name_or_path, kwargs)
@@ -114,8 +114,15 @@ class EVLGenPreTrainedModel(PreTrainedModel):
             if config is not None and config.towers == "reference":
                 return load_with_named_towers(cls, name_or_path, config, adapter, kwargs)
             loaded = super().from_pretrained(name_or_path, *args, **_quantize_only_language_model(kwargs))
-        except SafetensorError as error:
-            raise OSError(f"The weights in {str(name_or_path)!r} cannot be read: {error}") from error
+        except torch.OutOfMemoryError:
+            raise
+        except (ArithmeticError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+            if adapter is not None:  # PEFT checks little of an adapter's settings
+                what = f"The adapter {str(adapter)!r} cannot be loaded as its {ADAPTER_CONFIG_NAME} says"
+                raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
+            if isinstance(error, (LookupError, TypeError, ValueError)):
+                raise
+            raise OSError(f"The weights in {str(name_or_path)!r} cannot be loaded: {error}") from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if getattr(model, "hf_quantizer", None) is not None:
             # Only the language model is quantised. A Trainer would refuse to train a model that is marked as such.

@@ -190,6 +190,37 @@ def test_a_tower_with_other_weights_or_another_configuration_is_refused(part, fi
     assert torch.equal(load(tmp_path / "again")(**batch).logits, logits)
 
 
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("text", "num_key_value_heads", 2),
+        ("text", "num_key_value_heads", 0),
+        ("text", "head_dim", 8),
+        ("vision", "patch_size", 4),
+        ("vision", "patch_size", [8, 8]),
+        ("vision", "image_size", 64),
+        ("vision", "image_size", 0),
+    ],
+)
+def test_a_field_that_does_not_fit_the_weights_is_named(part, field, value, model, tmp_path):
+    model.save_pretrained(tmp_path / "model", towers="reference")
+    before = getattr(getattr(model.config, f"{part}_config"), field)
+    change_json(tmp_path / "base" / part / "config.json", **{field: value})
+    changed = re.escape(f"`{field}` is {value}, not {before}")
+    message = rf"`{part}_model_name_or_path`='.*/{part}' cannot be loaded: .*{changed}"
+    with pytest.raises((TypeError, ValueError), match=message):
+        load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("heads", [0, 2])
+def test_weights_that_do_not_fit_their_own_configuration_are_named(heads, model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    text_config = {**model.config.text_config.to_dict(), "num_key_value_heads": heads}
+    change_json(tmp_path / "model" / "config.json", text_config=text_config)
+    with pytest.raises(OSError, match="The weights in '.*/model' cannot be loaded: "):
+        load(tmp_path / "model")
+
+
 def test_a_towers_config_may_differ_in_what_does_not_matter(model, tmp_path):
     model.save_pretrained(tmp_path / "model", towers="reference")
     fields = {"transformers_version": "4.40.0", "torch_dtype": "float16", "dtype": "float16", "architectures": None}
