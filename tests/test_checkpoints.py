@@ -217,7 +217,7 @@ def test_weights_that_do_not_fit_their_own_configuration_are_named(heads, model,
     model.save_pretrained(tmp_path / "model")
     text_config = {**model.config.text_config.to_dict(), "num_key_value_heads": heads}
     change_json(tmp_path / "model" / "config.json", text_config=text_config)
-    with pytest.raises(OSError, match="The weights in '.*/model' cannot be loaded: "):
+    with pytest.raises(OSError, match=r"The weights in '.*/model' cannot be loaded: "):
         load(tmp_path / "model")
 
 
