@@ -114,15 +114,14 @@ class EVLGenPreTrainedModel(PreTrainedModel):
             if config is not None and config.towers == "reference":
                 return load_with_named_towers(cls, name_or_path, config, adapter, kwargs)
             loaded = super().from_pretrained(name_or_path, *args, **_quantize_only_language_model(kwargs))
-        except torch.OutOfMemoryError:
-            raise
         except (ArithmeticError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-            if adapter is not None:  # PEFT checks little of an adapter's settings
-                what = f"The adapter {str(adapter)!r} cannot be loaded as its {ADAPTER_CONFIG_NAME} says"
-                raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
-            if isinstance(error, (LookupError, TypeError, ValueError)):
+            is_named = adapter is None and isinstance(error, (LookupError, TypeError, ValueError))
+            if is_named or isinstance(error, torch.OutOfMemoryError):
                 raise
-            raise OSError(f"The weights in {str(name_or_path)!r} cannot be loaded: {error}") from error
+            if adapter is None:
+                raise OSError(f"The weights in {str(name_or_path)!r} cannot be loaded: {error}") from error
+            what = f"The adapter {str(adapter)!r} cannot be loaded as its {ADAPTER_CONFIG_NAME} says"
+            raise ValueError(f"{what}: {type(error).__name__}: {error}") from error  # PEFT checks little of it
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if getattr(model, "hf_quantizer", None) is not None:
             # Only the language model is quantised. A Trainer would refuse to train a model that is marked as such.
