@@ -83,3 +83,13 @@ def test_a_batch_generates_what_its_rows_generate_alone(kind, is_fresh, attentio
         together, alone = compare(model, processor, rows, **settings)
         assert together == alone, settings
         assert len(set(together)) > 1
+
+
+@pytest.mark.parametrize("kind", ["images", "merged videos"])
+def test_a_compiled_model_with_a_static_cache_generates_the_same(kind, monkeypatch):
+    model, processor = build(kind)
+    inputs = processor(**join_rows(rows_of(kind, processor)))
+    expected = generate_new(model, inputs)
+    torch.compiler.reset()
+    monkeypatch.setattr(model, "forward", torch.compile(model.forward, backend="eager"))
+    assert torch.equal(generate_new(model, inputs, cache_implementation="static"), expected)
