@@ -296,6 +296,7 @@ class EVLGenConfig(CheckedConfig):
         config = super().to_dict()
         for part in ("vision_config", "text_config"):
             config[part].pop("_name_or_path", None)  # `vision_model_name_or_path` and its peer name the base models
+            config[part].pop("quantization_config", None)  # whoever loads the checkpoint chooses it anew
         return {**config, "auto_map": dict(AUTO_MAP), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
 
     @classmethod

@@ -7,9 +7,10 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.integrations.accelerate import get_max_memory
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -26,6 +27,10 @@ logger = logging.get_logger(__name__)
 # Arguments that transformers' Auto classes and pipelines add, without a meaning here. `config` has been read by then.
 _IGNORED_ARGUMENTS = {"_commit_hash", "_from_auto", "_from_pipeline", "code_revision", "config"}
 _IGNORED_ARGUMENTS |= {"trust_remote_code", "use_safetensors", "weights_only"}
+
+
+# What libraries raise if files are missing or damaged, or weights do not fit their configuration.
+_DAMAGE = (ArithmeticError, OSError, RuntimeError, SafetensorError, StrictDataclassError, TypeError, ValueError)
 
 
 class BaseModel(NamedTuple):
@@ -66,11 +71,14 @@ def load_tower(
 
 
 def _load(argument: str, load: Callable, name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> Any:
-    """Calls `load(name_or_path, **kwargs)`. If there is no such model, the `ValueError` names `argument`."""
+    """Calls `load(name_or_path, **kwargs)`. If it cannot be loaded, a ValueError or TypeError names `argument`."""
     try:
         return load(name_or_path, **kwargs)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except _DAMAGE as error:
+        error_class = TypeError if isinstance(error, TypeError) else ValueError  # such as an unknown argument
+        raise error_class(f"`{argument}`={str(name_or_path)!r} cannot be loaded: {error}") from error
 
 
 def build(
@@ -92,9 +100,9 @@ def build(
     ids = {} if "image_token_id" in fields else placeholder_ids(text)
     sizes = {"num_vision_tokens": shape.num_tokens, "vision_hidden_size": shape.hidden_size}
     config = EVLGenConfig(
-        vision_config=copy_config(vision.tower),
+        vision_config=copy.deepcopy(vision.tower.config),
         connector_config=connector_config,
-        text_config=copy_config(text.tower),
+        text_config=copy.deepcopy(text.tower.config),
         **{**ids, **sizes, **vision.identity, **text.identity, **fields},
     )
     model = model_class(config, vision_tower=vision.tower, language_model=text.tower)
@@ -141,14 +149,6 @@ def placeholder_ids(text: BaseModel) -> dict[str, int]:
             logger.warning(f"{text.tower.name_or_path} has no tokenizer: pass `image_token_id` if it matters.")
     video_token_id = known.get("<video>", free + ("<image>" not in known))
     return {"image_token_id": known.get("<image>", free), "video_token_id": video_token_id}
-
-
-def copy_config(tower: PreTrainedModel) -> PreTrainedConfig:
-    """A copy of a tower's configuration, which an [`EVLGenConfig`] may change."""
-    config = copy.deepcopy(tower.config)
-    if hasattr(config, "quantization_config"):  # whoever loads the checkpoint chooses it anew
-        del config.quantization_config
-    return config
 
 
 def load_with_named_towers(
@@ -228,15 +228,21 @@ def _load_tower(argument: str, load: Callable, config: EVLGenConfig, kwargs: dic
     kwargs = {key: value for key, value in {**kwargs, "revision": revision}.items() if value is not None}
     if isinstance(kwargs.get("device_map"), dict):
         kwargs["device_map"] = _select_part(kwargs["device_map"], TOWERS[argument])
-    tower = _load(f"{argument}_name_or_path", load, name, kwargs)
-    found = identify(argument, name, **{key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs})
-    part = argument.replace("model", "config")
+    hub, part = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}, argument.replace("model", "config")
+    try:
+        tower = _load(f"{argument}_name_or_path", load, name, kwargs)
+    except (TypeError, ValueError) as error:
+        changes = []
+        with suppress(*_DAMAGE):
+            now = AutoConfig.from_pretrained(name, **hub)
+            changes = compare_configs(getattr(now, part, now), getattr(config, part))
+        hint = f"; its configuration is not that of the base model: {'; '.join(changes)}" if changes else ""
+        raise type(error)(f"{error}{hint}") from error
+    found = identify(argument, name, **hub)
     changes = compare_configs(tower.config, getattr(config, part))
     if found[f"{argument}_fingerprint"] != wanted:
         changes.insert(0, f"the fingerprint of its weights is {found[f'{argument}_fingerprint']}, not {wanted}")
-    if wanted is None:  # any tower will do
-        setattr(config, part, copy_config(tower))
-    elif changes:
+    if changes and wanted is not None:
         where = f"folder {os.path.abspath(name)}" if os.path.isdir(name) else f"revision {revision or 'main'}"
         raise ValueError(
             f"{name!r} ({where}) is not the base model that the checkpoint was trained on: {'; '.join(changes)}. "

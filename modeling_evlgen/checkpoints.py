@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import ADAPTER_CONFIG_NAME, logging
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
 from configuration_evlgen import EVLGenConfig
 from configuration_evlgen.configuration_connectors import ConnectorConfig
 
 from .base_models import build, load_tower, load_with_named_towers
-from .fingerprints import HUB_ARGUMENTS, TOWERS, TRAINED_PARTS, check_base, choose_towers, find_adapter
+from .fingerprints import HUB_ARGUMENTS, TOWERS, TRAINED_PARTS, check_base, choose_towers, find_adapter, is_on_hub
 from .vision_tower import is_frozen, load_vision_tower, whiten_inputs
 
 logger = logging.get_logger(__name__)
@@ -104,7 +104,7 @@ class EVLGenPreTrainedModel(PreTrainedModel):
                 adapter is for another model. If there is no configuration.
             OSError: If there is no such checkpoint, or its files are damaged.
         """
-        config, name_or_path = None, pretrained_model_name_or_path
+        config, adapter, name_or_path = None, None, pretrained_model_name_or_path
         if name_or_path is not None:
             name_or_path, adapter = find_adapter(name_or_path, kwargs)
             config = _read_config(name_or_path, kwargs)
@@ -114,8 +114,14 @@ class EVLGenPreTrainedModel(PreTrainedModel):
             if config is not None and config.towers == "reference":
                 return load_with_named_towers(cls, name_or_path, config, adapter, kwargs)
             loaded = super().from_pretrained(name_or_path, *args, **_quantize_only_language_model(kwargs))
-        except SafetensorError as error:
-            raise OSError(f"The weights in {str(name_or_path)!r} cannot be read: {error}") from error
+        except (ArithmeticError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+            is_named = adapter is None and isinstance(error, (LookupError, TypeError, ValueError))
+            if is_named or isinstance(error, torch.OutOfMemoryError):
+                raise
+            if adapter is None:
+                raise OSError(f"The weights in {str(name_or_path)!r} cannot be loaded: {error}") from error
+            what = f"The adapter {str(adapter)!r} cannot be loaded as its {ADAPTER_CONFIG_NAME} says"
+            raise ValueError(f"{what}: {type(error).__name__}: {error}") from error  # PEFT checks little of it
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if getattr(model, "hf_quantizer", None) is not None:
             # Only the language model is quantised. A Trainer would refuse to train a model that is marked as such.
@@ -137,9 +143,10 @@ class EVLGenPreTrainedModel(PreTrainedModel):
 
         Args:
             towers (`str`, *optional*):
-                `"include"` saves the frozen towers as well. `"reference"` saves what is trained, and the names,
-                revisions and fingerprints of the base models that the towers are loaded from again. The default is
-                `config.towers`; or else `"reference"` if both towers are on the Hub and unchanged.
+                `"include"` saves the frozen towers as well, and no path of a folder that they came from.
+                `"reference"` saves what is trained, and the names, revisions and fingerprints of the base models that
+                the towers are loaded from again. The default is `config.towers`; or else `"reference"` if both towers
+                are on the Hub and unchanged.
 
         Raises:
             ValueError: If `towers` is `"reference"`, but a tower has no name, or has changed since it was loaded. If
@@ -163,11 +170,19 @@ class EVLGenPreTrainedModel(PreTrainedModel):
             state_dict = {name: tensor for name, tensor in state_dict.items() if not _is_towers(name)}
         _check_disk_space(save_directory, sum(tensor.nbytes for tensor in state_dict.values()))
         # config.json records what this checkpoint holds; the model's own wish is for the next one.
-        before, self.config.towers = self.config.towers, towers
+        fields: dict[str, str | None] = {"towers": towers}
+        if towers == "include":  # a folder's path says nothing to whoever gets the checkpoint
+            names = {name: getattr(self.config, name) for name in (f"{argument}_name_or_path" for argument in TOWERS)}
+            fields |= {name: None for name, value in names.items() if not is_on_hub(value)}
+        before = {name: getattr(self.config, name) for name in fields}
         try:
+            self.config.update(fields)
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         finally:
-            self.config.towers = before
+            self.config.update(before)
+        if os.path.exists(config := os.path.join(save_directory, CONFIG_NAME)):  # written by the main process
+            for path in Path(save_directory).glob("*.safetensors"):
+                shutil.copymode(config, path)  # safetensors lets the owner alone read its files
 
     def freeze_towers(self) -> None:
         """Freezes the vision tower and the language model: no gradient, evaluation mode."""
@@ -177,9 +192,15 @@ class EVLGenPreTrainedModel(PreTrainedModel):
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        for tower in (self.vision_tower, self.language_model):
-            if is_frozen(tower):
-                tower.eval()
+        frozen = [tower for tower in (self.vision_tower, self.language_model) if is_frozen(tower)]
+        for tower in frozen:
+            tower.eval()
+        parts = [name for name in TRAINED_PARTS if getattr(self, name) is not None]
+        if mode and len(frozen) < 2 and all(is_frozen(getattr(self, name)) for name in parts):
+            logger.warning_once(
+                f"Only the towers are trained. These parts are frozen: {', '.join(parts)}. PEFT trains and saves them "
+                f"with the adapter by LoraConfig(modules_to_save={parts})."
+            )
         return self
 
     def describe_parameters(self) -> str:

@@ -194,7 +194,12 @@ def find_adapter(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> tup
     if adapter is not None:
         return name_or_path, adapter
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    adapter, base, _ = maybe_load_adapters(name_or_path, hub, **adapter_kwargs)
+    try:
+        adapter, base, _ = maybe_load_adapters(name_or_path, hub, **adapter_kwargs)
+        os.fspath(base)
+    except (LookupError, TypeError, ValueError) as error:
+        where = f"{ADAPTER_CONFIG_NAME} of {str(name_or_path)!r}"
+        raise ValueError(f"{where} must name a model as `base_model_name_or_path`: {error!r}") from error
     if adapter is None:
         return name_or_path, None
     kwargs["adapter_kwargs"] = {**adapter_kwargs, "_adapter_model_path": adapter}
@@ -214,7 +219,7 @@ def _find_base(base: str, adapter: str | os.PathLike) -> str:
             return str(parent / base)
     if not is_on_hub(base):
         raise ValueError(
-            f"The adapter in {adapter} is for the model in {base}, which is not there. Write where it is as "
+            f"The adapter in {adapter} is for the model in {base!r}, which is not there. Write where it is as "
             f"`base_model_name_or_path` into {Path(adapter, ADAPTER_CONFIG_NAME)}."
         )
     return base

@@ -32,8 +32,12 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        for tower in (vision_tower, language_model):
-            for module in tower.modules() if tower is not None else ():
+        for part, tower in (("vision_config", vision_tower), ("text_config", language_model)):
+            if tower is None:
+                continue
+            # One configuration, as in a loaded checkpoint. `generate` reads in it which attention the tower has.
+            setattr(config, part, tower.config)
+            for module in tower.modules():
                 # Or `post_init` would draw its weights anew. `no_init_weights`, which is public, is for all or none.
                 module._is_hf_initialized = True
         self.vision_tower = AutoModel.from_config(config.vision_config) if vision_tower is None else vision_tower

@@ -27,7 +27,16 @@ from .soft_prompts import (
     embed_ids,
     fill_embedded,
 )
-from .texts import build_masks, can_share, count_positions, mask_labels, select_positions, separate, shift_labels
+from .texts import (
+    build_masks,
+    can_share,
+    count_positions,
+    mask_labels,
+    select_positions,
+    separate,
+    shift_labels,
+    warn_of_endless,
+)
 from .vision_tower import find_image_size, is_sharded
 from .vllm_backend import adapt_to_vllm, check_checkpoint, is_built_by_vllm
 
@@ -205,6 +214,8 @@ class EVLGenModel(EVLGenMediaModel):
 class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
     """[`EVLGenModel`] with the language model's head: generates text from images and videos, and computes the loss."""
 
+    _saw_targets = False
+
     @property
     def base_model(self) -> EVLGenModel:
         """The same model up to its last hidden state: an [`EVLGenModel`] that shares all modules and hooks."""
@@ -280,6 +291,9 @@ class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
             placeholder_ids = (self.config.image_token_id, self.config.video_token_id)
             labels = mask_labels(labels, placeholder_ids, attention_mask)
             targets = shift_labels(labels) if texts is None else texts.targets(labels)  # (batch or texts, sequence)
+            if self.training and not self._saw_targets and not torch.compiler.is_compiling():
+                self._saw_targets = True  # once: the CPU waits for the GPU here
+                warn_of_endless(targets, self.generation_config.eos_token_id)
         if texts is not None and not can_share(self.language_model):
             texts = None  # they are rows
             logits_to_keep = targets != -100 if torch.is_tensor(logits_to_keep) else logits_to_keep

@@ -40,6 +40,16 @@ def shift_labels(labels: torch.LongTensor) -> torch.LongTensor:
     return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
+def warn_of_endless(targets: torch.LongTensor, end_ids: int | list[int] | None) -> None:
+    """Warns if no target is one of the ids that end generation: a model trained on such texts would not stop."""
+    if end_ids is None or (targets == -100).all() or torch.isin(targets, targets.new_tensor(end_ids)).any():
+        return
+    logger.warning(
+        f"No text of the first batch of `labels` ends: none has `generation_config.eos_token_id` ({end_ids}), so the "
+        "model does not learn to stop. `processor(images=…, text=prompt, suffix=caption)` makes labels with an end."
+    )
+
+
 def target_positions(labels: torch.LongTensor, segment_ids: torch.LongTensor | None = None) -> torch.BoolTensor:
     """Returns True where the model has a target, `(batch, sequence)`.
 

@@ -372,6 +372,11 @@ class EVLGenProcessor(ProcessorMixin):
         # The tokenizer would pass it on to the model's configuration, which computes it.
         kwargs.pop("num_image_tokens", None)
         saved = processor_dict or {}
+        if not saved:
+            raise OSError(
+                f"{str(pretrained_model_name_or_path)!r} holds no processor (processor_config.json). "
+                "`processor.save_pretrained` adds it. A Trainer that gets `processing_class=processor` does so itself."
+            )
         if "video_processor" in saved:
             return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
         parts = [

@@ -1,6 +1,7 @@
 """Checkpoints that name their frozen towers instead of holding them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -189,6 +190,37 @@ def test_a_tower_with_other_weights_or_another_configuration_is_refused(part, fi
     assert torch.equal(load(tmp_path / "again")(**batch).logits, logits)
 
 
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("text", "num_key_value_heads", 2),
+        ("text", "num_key_value_heads", 0),
+        ("text", "head_dim", 8),
+        ("vision", "patch_size", 4),
+        ("vision", "patch_size", [8, 8]),
+        ("vision", "image_size", 64),
+        ("vision", "image_size", 0),
+    ],
+)
+def test_a_field_that_does_not_fit_the_weights_is_named(part, field, value, model, tmp_path):
+    model.save_pretrained(tmp_path / "model", towers="reference")
+    before = getattr(getattr(model.config, f"{part}_config"), field)
+    change_json(tmp_path / "base" / part / "config.json", **{field: value})
+    changed = re.escape(f"`{field}` is {value}, not {before}")
+    message = rf"`{part}_model_name_or_path`='.*/{part}' cannot be loaded: .*{changed}"
+    with pytest.raises((TypeError, ValueError), match=message):
+        load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("heads", [0, 2])
+def test_weights_that_do_not_fit_their_own_configuration_are_named(heads, model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    text_config = {**model.config.text_config.to_dict(), "num_key_value_heads": heads}
+    change_json(tmp_path / "model" / "config.json", text_config=text_config)
+    with pytest.raises(OSError, match=r"The weights in '.*/model' cannot be loaded: "):
+        load(tmp_path / "model")
+
+
 def test_a_towers_config_may_differ_in_what_does_not_matter(model, tmp_path):
     model.save_pretrained(tmp_path / "model", towers="reference")
     fields = {"transformers_version": "4.40.0", "torch_dtype": "float16", "dtype": "float16", "architectures": None}
@@ -278,6 +310,21 @@ def test_a_language_model_with_an_adapter_is_refused(tmp_path):
     for adapted in (text, tmp_path / "adapter"):  # PEFT has changed the model in place
         with pytest.raises(ValueError, match=r"`text_model` is a LlamaForCausalLM with an adapter\. Merge it first"):
             build({**towers, "text_model": adapted})
+
+
+@pytest.mark.parametrize("max_shard_size", ["50GB", "50KB"])
+def test_a_checkpoint_that_holds_its_towers_is_for_others(max_shard_size, model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        model.save_pretrained(tmp_path / "model", max_shard_size=max_shard_size)
+    finally:
+        os.umask(before)
+    paths = list((tmp_path / "model").iterdir())
+    assert len([path for path in paths if path.suffix == ".safetensors"]) == (1 if max_shard_size == "50GB" else 8)
+    assert {path.stat().st_mode & 0o777 for path in paths} == {0o640}  # whoever may read one may read all
+    assert not [path for path in paths if path.suffix == ".json" and str(tmp_path) in path.read_text()]
+    assert model.config.text_model_name_or_path == str(tmp_path / "base" / "text")  # it can still be a reference
+    same(load(tmp_path / "model"), model)
 
 
 def test_a_folder_is_named_by_its_absolute_path(tmp_path, monkeypatch):

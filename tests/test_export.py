@@ -84,11 +84,18 @@ def test_a_video_models_graph_takes_an_image_for_a_video_of_one_frame(config):
 
 
 @pytest.mark.parametrize(
-    ("vision", "connector"), [pytest.param("timm_cnn", "qformer", marks=pytest.mark.slow), ("siglip", "mlp")]
+    ("vision", "connector", "budget"),
+    [
+        pytest.param("timm_cnn", "qformer", None, marks=pytest.mark.slow),
+        ("siglip", "mlp", None),
+        ("clip", "tomeformer", 4),
+    ],
 )
-def test_onnxruntime_equals_the_model(vision, connector, tmp_path):
+def test_onnxruntime_equals_the_model(vision, connector, budget, tmp_path):
     pytest.importorskip("onnxruntime", reason="needs the export extra")
-    prompt = SoftPrompt(build(vision, connector))
+    model = build(vision, connector)
+    model.config.image_token_range = None if budget is None else [2, 17]
+    prompt = SoftPrompt(model, budget)
     convert_to_onnx(export_graph(prompt, SIZE)).save(tmp_path / "soft_prompt.onnx")
     run = export.load_exported("onnx", tmp_path / "soft_prompt.onnx")
     assert_same(prompt, run, atol=1e-5, rtol=1e-4)

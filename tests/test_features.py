@@ -19,6 +19,7 @@ from common.data import feature_cache
 from common.data.collator import CaptionCollator
 from common.data.feature_cache import cache_features, cache_split
 from common.data.loading import load_datasets
+from modeling_evlgen.vision_tower import extract_vision_tokens
 
 from .helpers import noise_images, save_split, tiny_model, tiny_processor
 

@@ -90,6 +90,8 @@ def test_an_adapter_is_trained_loaded_merged_and_used_like_a_model(work, tmp_pat
     files = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "processor_config.json"} <= files
     assert "model.safetensors" not in files
+    readable = {(tmp_path / "adapter" / name).stat().st_mode for name in files if "adapter" in name}
+    assert readable == {(work / "vqa.yaml").stat().st_mode}
 
     base = load(work / "include")
     processor = EVLGenProcessor.from_pretrained(tmp_path / "adapter")
@@ -126,7 +128,7 @@ def test_an_adapter_finds_its_model_and_refuses_another(work, tmp_path, monkeypa
 
     adapter = tmp_path / "elsewhere" / "outputs" / "adapter"  # both are moved
     shutil.move(tmp_path / "outputs", tmp_path / "elsewhere" / "outputs")
-    with pytest.raises(ValueError, match="/outputs/base, which is not there"):
+    with pytest.raises(ValueError, match="/outputs/base', which is not there"):
         load(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "outputs/base"}))
@@ -160,6 +162,29 @@ def test_a_model_with_an_adapter_is_saved_by_peft_alone(tmp_path):
     with pytest.raises(ValueError, match="with an adapter cannot be saved"):
         loaded.save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base_model_name_or_path": None}, "must name a model as `base_model_name_or_path`"),
+        ({"base_model_name_or_path": ""}, "is for the model in '', which is not there"),
+        ({"peft_type": "OTHER"}, "KeyError: 'OTHER'"),
+        ({"r": 10**9}, "allocate"),
+        ({"r": 3}, "You set `ignore_mismatched_sizes`"),
+        ({"lora_alpha": None}, "TypeError: "),
+        ({"target_modules": ["nothing"]}, "check your `target_modules`"),
+    ],
+    ids=str,
+)
+def test_an_adapters_bad_settings_are_named(fields, message, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    add_lora(load(tmp_path / "base"), LoraArguments(lora_r=2)).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(ValueError, match=rf"adapter.*{message}") as error:
+        load(tmp_path / "adapter")
+    assert str(tmp_path / "adapter") in str(error.value) and "adapter_config.json" in str(error.value)
 
 
 def test_towers_stay_and_a_run_resumes(work, tmp_path):

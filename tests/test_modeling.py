@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModel,
     BertConfig,
@@ -127,12 +128,35 @@ def test_the_base_model_loads_and_saves_the_same_checkpoints(tmp_path):
     model.save_pretrained(tmp_path / "a")
     base_model, info = EVLGenModel.from_pretrained(tmp_path / "a", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert torch.equal(base_model(**batch).last_hidden_state, model.base_model(**batch).last_hidden_state)
+    torch.testing.assert_close(base_model(**batch).last_hidden_state, model.base_model(**batch).last_hidden_state)
     base_model.save_pretrained(tmp_path / "b")
     again = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "b")
     assert torch.equal(again(**batch).logits, model(**batch).logits)
     assert {name.split(".")[0] for name, p in again.train().named_parameters() if p.requires_grad} == TRAINED
     assert not again.language_model.training and not again.vision_tower.training and again.connector.training
+
+
+@pytest.mark.parametrize(
+    ("inputs", "warned"),
+    [({"suffix": CAPTIONS}, False), ({"text": CAPTIONS}, True)],
+    ids=["prompt and caption", "caption as the prompt"],
+)
+def test_captions_without_an_end_are_warned_of_once(inputs, warned, caplog):
+    model = tiny_model().train()
+    batch = tiny_processor(model)(images=noise_images(2), **inputs)
+    for _ in range(2):
+        model(**{"labels": batch["input_ids"], **batch})
+    assert caplog.text.count("so the model does not learn to stop") == warned
+
+
+@pytest.mark.parametrize("parts", [None, ["connector"]])
+def test_an_adapter_that_freezes_all_but_the_towers_is_warned_of(parts, caplog):
+    transformers.logging.warning_once.cache_clear()
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=parts))
+    for _ in range(2):
+        adapted.train()
+    frozen = "frozen: ln_vision, vision_projection, connector, language_projection"
+    assert caplog.text.count(frozen) == (parts is None)
 
 
 def test_the_towers_stay_bit_identical_and_in_evaluation_mode():
@@ -168,8 +192,14 @@ def test_cached_features_replace_the_image():
 @pytest.mark.parametrize("text", TEXT_CONFIGS)
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {"repetition_penalty": 1.5}],
-    ids=["greedy", "beam", "beam-returned", "penalty"],
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"repetition_penalty": 1.5},
+        {"cache_implementation": "static"},
+    ],
+    ids=["greedy", "beam", "beam-returned", "penalty", "static"],
 )
 def test_a_batch_generates_what_its_members_generate_alone(text, settings):
     model = tiny_model("clip", text)

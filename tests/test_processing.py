@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from transformers import AutoProcessor
 
 from processing_evlgen import EVLGenImageToTextPipeline, EVLGenProcessor, clean_caption
 
@@ -279,6 +280,9 @@ def test_saves_and_loads(tmp_path):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert again.to_dict() == processor.to_dict()
+    (tmp_path / "processor_config.json").unlink()  # as if a Trainer without `processing_class` had saved the folder
+    with pytest.raises(OSError, match=rf"'{tmp_path}' holds no processor .* `processing_class=processor`"):
+        AutoProcessor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda batch: pickle.loads(pickle.dumps(batch))])

@@ -243,9 +243,9 @@ def test_merged_videos_are_served_with_the_times_of_their_frames(tmp_path):
         assert slow != quick
 
 
-def serve_tiles(folder, max_tiles=1, *arguments):
+def serve_tiles(folder, max_tiles=1, *arguments, **fields):
     """A server of a model for 1 to 16 tokens an image."""
-    checkpoint = save_checkpoint(folder / "model", "siglip", "llama", [1, 16], max_tiles)
+    checkpoint = save_checkpoint(folder / "model", "siglip", "llama", [1, 16], max_tiles, **fields)
     return Server(*checkpoint, folder, *arguments)
 
 
@@ -270,9 +270,10 @@ def assert_all_are_those_of_generate(server, conversations, **settings):
 
 
 @needs_vllm
-def test_large_images_are_served_in_tiles_and_each_request_may_choose_a_budget(tmp_path):
+@pytest.mark.parametrize("video_mode", ["mean", "merge"])
+def test_large_images_are_served_in_tiles_and_each_request_may_choose_a_budget(video_mode, tmp_path):
     conversations = conversations_of_all_sizes(tmp_path)
-    with serve_tiles(tmp_path, 4, "--trust-request-mm-kwargs") as server:
+    with serve_tiles(tmp_path, 4, "--trust-request-mm-kwargs", video_mode=video_mode) as server:
         assert_all_are_those_of_generate(server, conversations)
         one_tile = [server.expected(*turns, max_tiles=1) for turns in conversations]
         assert one_tile != [server.expected(*turns) for turns in conversations]

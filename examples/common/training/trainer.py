@@ -1,6 +1,7 @@
 """transformers' Trainer for captioners: exact resume, streams, skipped rows, the paper's weight decay."""
 
 import json
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, CONFIG_NAME, logging
 
 from common.data.collator import CaptionCollator, TrainingCollator, add_bad_rows, forget_bad_rows
 from common.data.streams import CaptionStream
@@ -222,7 +223,10 @@ class EVLGenTrainer(Trainer):
             state_dict[name] = state_dict[name].view(())
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel) and self.args.should_save:
-            save_base(self.model.get_base_model().config, output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.args.output_dir)
+            save_base(self.model.get_base_model().config, folder)
+            # safetensors lets the owner alone read its files.
+            shutil.copymode(folder / ADAPTER_CONFIG_NAME, folder / ADAPTER_SAFE_WEIGHTS_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:  # called last before trainer_state.json is written
         super()._save_rng_state(output_dir)
