@@ -149,6 +149,10 @@ def test_crowded_scenes_have_a_row_each_and_are_the_same_in_every_run(monkeypatc
     scene = splits["train"][0]
     assert scene["image"].size == (448, 448) and scene["caption"].startswith("a")
     assert list(crowded_scenes.draw_crowds("test", 2)) == list(crowded_scenes.draw_crowds("test", 2))
+    texts = crowded_scenes.load_crowded_questions()["train"][0]
+    asked = [(text["question"], text["answer"]) for text in scene["questions"]]
+    assert texts["image"] == scene["image"] and len(asked) > 1
+    assert list(zip(texts["question"], texts["answer"], strict=True)) == [("", scene["caption"]), *asked]
 
 
 def test_easy_vqa_captions_follow_from_the_questions():

@@ -116,7 +116,7 @@ def tiny_world(work, monkeypatch):
     monkeypatch.setattr(models, "prepare_vision_tower", lambda: work / "towers" / "vision")
     monkeypatch.setattr(models, "prepare_language_model", lambda: work / "towers" / "text")
     for name in DEMO_DATASETS:
-        folder = "my_questions" if name == "easy-vqa-questions" else "my_images"
+        folder = "my_questions" if name.endswith("-questions") else "my_images"
         monkeypatch.setitem(DEMO_DATASETS, name, lambda folder=folder: load_dataset(folder))
     load = EVLGenForConditionalGeneration.from_image_model
     monkeypatch.setattr(EVLGenForConditionalGeneration, "from_image_model", lambda name: load(name, **TEMPORAL))
