@@ -157,25 +157,29 @@ TEXTS = {"captions of 10 tokens": (PROMPT, 0, CAPTION), "questions of 10 tokens,
 
 
 def compare_texts(rounds: int) -> None:
-    """`attention` is the language model's. The vision tower runs once for each row, or features are cached."""
+    """Pairs per second relative to separate rows with fused attention (sdpa) in the language model."""
     model = build(SIZES["demo"]["EVLGen, front-loaded"])
+    layouts = [(shared, attention) for shared in (False, True) for attention in ("sdpa", "eager")]
     rows = []
     for name, lengths in TEXTS.items():
-        for attention in ("sdpa", "eager"):
+        for cached in (True, False):
             steps = {}
             for shared in (False, True):
                 batch = batch_of_texts(model, BATCH, 5, *lengths, shared=shared)
-                pixels = torch.randn(len(batch["input_ids"]), 3, 224, 224)
-                with_tower = {**batch, "pixel_values": pixels}
-                del with_tower["vision_features"]
-                steps[shared, "cached"] = training_step(model, repeat(batch))
-                steps[shared, "tower"] = training_step(model, repeat(with_tower))
-            model.language_model.set_attn_implementation(attention)
-            seconds = take_turns(steps, rounds)
-            ratios = [seconds[False, part] / seconds[True, part] for part in ("cached", "tower")]
-            rows.append([f"{name}, {attention}", *(f"{ratio:.2f} x" for ratio in ratios)])
+                if not cached:
+                    batch["pixel_values"] = torch.randn(len(batch.pop("vision_features")), 3, 224, 224)
+                steps[shared] = training_step(model, repeat(batch))
+
+            def run(shared: bool, attention: str, steps: dict[bool, Step] = steps) -> None:
+                model.language_model.set_attn_implementation(attention)
+                steps[shared]()
+
+            seconds = take_turns({layout: partial(run, *layout) for layout in layouts}, rounds)
+            ratios = [f"{seconds[layouts[0]] / value:.2f}" for value in seconds.values()]
+            rows.append([f"{name}, {'cached features' if cached else 'with the tower'}", *ratios])
     print(f"{torch.get_num_threads()} threads\n")
-    print(markdown_table(["texts, attention", "pairs/s, cached features", "with the tower"], rows))
+    header = [f"{'shared' if shared else 'separate'}, {attention}" for shared, attention in layouts]
+    print(markdown_table(["five texts an image", *header], rows))
 
 
 # tokens: a model of crowded.yaml's size, and batches of 8 images without the tower

@@ -58,7 +58,7 @@ def test_lengths_are_compared(tiny_sizes, capsys, what, columns):
 def test_rows_of_several_texts_are_compared_with_separate_rows(tiny_sizes, capsys, monkeypatch):
     monkeypatch.setattr(speed, "BATCH", 2)
     rows = measure(capsys, "texts")
-    assert [len(row) for row in rows] == [2] * 4
+    assert [len(row) for row in rows] == [4] * 4 and all(row[0] == 1 for row in rows)
 
 
 def test_layouts_of_a_tower_give_the_same_tokens(tiny_sizes, capsys):
