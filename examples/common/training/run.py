@@ -24,7 +24,7 @@ from common.demo.scenes import DEMO_CREDITS
 from common.evaluation.captions import evaluate_captions, majority_accuracy
 from common.processes import use_all_cores
 from common.training.resume import find_checkpoint
-from common.training.trainer import EVLGenTrainer
+from common.training.trainer import EVLGenTrainer, choose_attention
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -106,6 +106,7 @@ def _evaluate(trainer: EVLGenTrainer, generation_args: GenerationArguments) -> t
         # The weights are divided among processes, and the others have ended. The saved model is whole.
         unset_hf_deepspeed_config()
         model = EVLGenForConditionalGeneration.from_pretrained(args.output_dir).to(args.device)
+        choose_attention(model, args.device)
     rows, batch_size = (trainer.eval_dataset, trainer.eval_collator), args.per_device_eval_batch_size
     metrics, captions = evaluate_captions(model, *rows, generation_args, batch_size, args.autocast_dtype)
     if data_args.prompt_column and isinstance(trainer.train_dataset, Sized):

@@ -59,15 +59,6 @@ class EVLGenTrainer(Trainer):
         self.script_args = script_args
         if isinstance(self.model, EVLGenForConditionalGeneration):
             choose_towers(self.model, None)  # raises now, not after hours, if the model cannot be saved
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        language_model = getattr(base, "language_model", None)
-        if (
-            args.device.type == "cpu"
-            and language_model is not None
-            and language_model.config._attn_implementation == "sdpa"
-        ):
-            # The backward pass of PyTorch's fused attention is slow on a CPU: a step takes 1.2 to 1.3 times as long.
-            language_model.set_attn_implementation("eager")
         self._num_texts, self._logged_step = 0, 0  # texts since the last log, if images have several
         self.scalars: set[str] = set()  # names of parameters that are vectors of one under FSDP and DeepSpeed
         self._prepare_partition(data_collator)
@@ -107,6 +98,7 @@ class EVLGenTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput | None:
         """Trains, or resumes to the weights of an unbroken run. Other settings or a second run raise a ValueError."""
+        choose_attention(self.model, self.args.device)
         output_dir = Path(self.args.output_dir)  # which the Trainer has made
         # The main process holds the folder for all.
         with nullcontext() if self.args.process_index else only_run_in(output_dir):
@@ -280,6 +272,17 @@ class EVLGenTrainer(Trainer):
         states = {int(reader): state for reader, state in self.positions["states"].items()}
         self.train_dataset.load_states(states, self.positions["next_reader"])
         self.args.ignore_data_skip = True
+
+
+def choose_attention(model: nn.Module, device: torch.device) -> None:
+    """Lets the language model compute attention step by step on a CPU, where PyTorch's fused one is slow to train.
+
+    With it, a step takes 1.2 to 1.3 times as long (benchmarks/speed.py, texts). Generation takes no less time.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    language_model = getattr(base, "language_model", None)
+    if device.type == "cpu" and language_model is not None and language_model.config._attn_implementation == "sdpa":
+        language_model.set_attn_implementation("eager")
 
 
 class CountEpochs(TrainerCallback):
