@@ -124,6 +124,7 @@ class EVLGenModel(EVLGenMediaModel):
             segment_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 For several texts behind one prefix, as the processor makes them: 0 on the prefix, n on the n-th text,
                 and -1 on padding. Each text sees the prefix and itself alone, and has its position behind the prefix.
+                Where the language model takes no such mask, outputs have a row for each text.
             mm_encoder_outputs (`dict[str, EVLGenImageOutput]`, *optional*):
                 Outputs of [`get_image_features`] under `"image"`, instead of `pixel_values`, and of
                 [`get_video_features`] under `"video"`, instead of `pixel_values_videos`.
@@ -194,6 +195,8 @@ class EVLGenModel(EVLGenMediaModel):
             if position_ids is not None or segment_ids.shape != inputs_embeds.shape[:2]:
                 wanted = f"shape {tuple(inputs_embeds.shape[:2])}, and no `position_ids` beside them"
                 raise ValueError(f"`segment_ids` must have {wanted}, but have {tuple(segment_ids.shape)}.")
+            if attention_mask is not None and not torch.equal(attention_mask.bool(), segment_ids >= 0):
+                raise ValueError("`segment_ids` must be -1 where `attention_mask` is 0, and there alone, but are not.")
             texts = separate(segment_ids)
             length = texts.mask.shape[1]
             if can_share(self.language_model):

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.utils import logging, torch_compilable_check
+from transformers.utils import torch_compilable_check
 
 from configuration_evlgen import EVLGenConfig
-
-logger = logging.get_logger(__name__)
 
 Grid = tuple[int, int]  # rows and columns of tiles
 

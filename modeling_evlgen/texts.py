@@ -108,7 +108,10 @@ class SeparateTexts:
         `logits` and `logits_to_keep` are those of shared rows, as in `forward`. `targets` are those of [`targets`].
         """
         has_target = targets != -100  # (texts, length)
-        if not torch.is_tensor(logits_to_keep):
+        is_mask = torch.is_tensor(logits_to_keep) and logits_to_keep.dtype == torch.bool
+        if not is_mask and (torch.is_tensor(logits_to_keep) or logits_to_keep != 0):
+            raise ValueError("`logits_to_keep` must be 0 or a mask of shape (batch, sequence) beside `segment_ids`.")
+        if not is_mask:
             rows = self.rows.expand_as(targets)[has_target]
             return logits[rows, self.places[has_target]], targets[has_target]
         has_target &= self.take(logits_to_keep)
@@ -119,6 +122,8 @@ class SeparateTexts:
 def separate(segment_ids: torch.LongTensor) -> SeparateTexts:
     """Finds the tokens of each text. Texts are in the order of their rows."""
     counts = segment_ids.amax(dim=1)  # (batch,)
+    if counts.min() < 1:
+        raise ValueError(f"`segment_ids` must number the texts of each row from 1, but have {counts.tolist()} texts.")
     rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)  # (texts,)
     numbers = torch.cat([torch.arange(1, count + 1) for count in counts.tolist()]).to(rows.device)  # (texts,)
     of_rows = segment_ids[rows]  # (texts, sequence)

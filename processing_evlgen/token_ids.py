@@ -82,7 +82,9 @@ def repeat_for_texts(
     has_placeholders = any(token in prompt for prompt in flat for token in budgets)
     for token, numbers in budgets.items():
         # Without placeholders, each image gets one.
-        own = [{prompt.count(token) if has_placeholders else bool(numbers) for prompt in row} for row in prompts]
+        own = [{prompt.count(token) if has_placeholders else int(bool(numbers)) for prompt in row} for row in prompts]
+        if not has_placeholders and numbers and len(numbers) != len(counts):
+            raise ValueError(f"`suffix` holds {len(counts)} lists, but there are {len(numbers)} images or videos.")
         if any(len(found) > 1 for found in own) or sum(map(max, own)) != len(numbers):
             wanted = f"the {token} placeholders of an image's texts must be as many as its images or videos"
             raise ValueError(f"`text`: {wanted}, {len(numbers)} in all, but they are {list(map(sorted, own))}.")
@@ -308,6 +310,7 @@ def pad(
             columns[name][index] = columns[name][index][kept]
     if texts_per_image is not None:
         columns = share_prefixes(processor, columns, texts_per_image)
+        limit = max(limit, *map(len, columns["input_ids"]))  # of a row
     padded = tokenizer.pad(
         {"input_ids": columns["input_ids"]},
         padding=arguments.get("padding", True),

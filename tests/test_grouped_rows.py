@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import datasets
@@ -11,6 +14,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
+from transformers.utils import logging
 
 from common.arguments import DataArguments
 from common.data.collator import BAD_ROWS, CaptionCollator, TrainingCollator
@@ -18,7 +22,7 @@ from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
 from common.evaluation.captions import majority_accuracy
 
-from .helpers import COLORS, save_towers, tiny_model, tiny_processor
+from .helpers import COLORS, ROOT, save_towers, tiny_model, tiny_processor
 from .training import assert_same_weights, flags, kill_after, logged, png, start, stream_of
 
 IMAGES = 8
@@ -82,7 +86,9 @@ def test_a_batch_has_all_texts_or_draws_some_anew_in_each_epoch(tmp_path):
     assert texts_of(collator(rows), processor) == drawn[3]  # as a resumed run draws
     arguments.texts_per_image = 1
     assert "segment_ids" not in collator(rows)
-    assert (CaptionCollator(processor, arguments, training=False)(rows)["labels"] != -100).any()
+    held_out = CaptionCollator(processor, arguments, training=False)(rows)
+    first = [ids[labels != -100] for ids, labels in zip(held_out["input_ids"], held_out["labels"], strict=True)]
+    assert processor.batch_decode(first, skip_special_tokens=True) == [row["caption"][0] for row in rows]
 
 
 def test_questions_of_one_image_share_a_row_and_are_asked_one_by_one_when_held_out(tmp_path):
@@ -113,6 +119,15 @@ def test_questions_of_one_image_share_a_row_and_are_asked_one_by_one_when_held_o
     assert test[2]["image"] == train[0]["image"]
     assert majority_accuracy(train, test, arguments) == 3 / 4
 
+    bad = {**rows[0], "answer": ["red"]}  # for three questions
+    split = Dataset.from_list([*rows, bad]).cast_column("image", datasets.Image())
+    split.to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match=r"the row with the caption .*`question` holds 3 texts, but `answer` 1"):
+        load_datasets(arguments, seed=0)
+    arguments.skip_bad_rows = True
+    train, test = load_datasets(arguments, seed=0)
+    assert len(test) == 4 and len(train) == 3 and majority_accuracy(train, test, arguments) == 3 / 4
+
 
 def test_a_bad_text_costs_that_text_alone(tmp_path):
     arguments = DataArguments(**save_rows(tmp_path), skip_bad_rows=True)
@@ -131,19 +146,41 @@ def test_a_bad_text_costs_that_text_alone(tmp_path):
 def test_features_are_computed_once_for_each_image(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
     arguments = DataArguments(**save_rows(tmp_path), group_by="name", cache_features=True)
-    model = tiny_model()
+    model, seen = tiny_model(), []
     processor = tiny_processor(model)
+    model.vision_tower.register_forward_hook(lambda tower, inputs, output: seen.append(len(output[0])))
     splits = load_datasets(arguments, seed=0)
     plain = CaptionCollator(processor, arguments, training=True)(list(splits[0]))
     train, _ = cache_features(model, processor, *splits, arguments, seed=0)
-    assert len(train) == IMAGES
+    assert len(train) == IMAGES and sum(seen) == 2 * IMAGES  # with the held-out ones
     batch = CaptionCollator(processor, arguments, training=True)(list(train))
     assert torch.equal(batch["input_ids"], plain["input_ids"])
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(**batch).loss, model(**plain).loss, rtol=1e-3, atol=0)
 
 
-def test_a_stream_joins_rows_that_are_read_together_and_resumes_at_the_same_row(tmp_path):
+def test_grouping_copies_no_images_and_is_the_same_in_every_process(tmp_path):
+    code = f"""
+import sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "examples")]}
+from common.arguments import DataArguments
+from common.data.loading import load_datasets
+train, _ = load_datasets(DataArguments(**{save_rows(tmp_path)}, group_by="name", prompt_column="question"), seed=0)
+print(train._fingerprint, len(train.cache_files))
+"""
+    Dataset.from_parquet(str(tmp_path / "rows.parquet")).map(lambda row: {"question": "what?"}).to_parquet(
+        tmp_path / "rows.parquet"
+    )
+    printed = set()
+    for seed in "02":
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "HF_HOME": str(tmp_path / "hf_home")}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        printed.add(run.stdout.splitlines()[-1])
+    assert len(printed) == 1 and not list((tmp_path / "hf_home").rglob("cache-*.arrow"))
+
+
+def test_a_stream_joins_rows_that_are_read_together_and_resumes_at_the_same_row(tmp_path, caplog):
+    logging.enable_propagation()
     arguments = DataArguments(**save_rows(tmp_path), test_split="", streaming=True, group_by="name")
     stream = stream_of(arguments, buffer_size=ROWS)
     rows = list(islice(iter(stream), IMAGES))
@@ -151,6 +188,9 @@ def test_a_stream_joins_rows_that_are_read_together_and_resumes_at_the_same_row(
     small = stream_of(arguments, buffer_size=12)
     read = [row["caption"] for row in islice(iter(small), 12)]
     assert any(len(texts) > 1 for texts in read)
+    assert small.describe() != stream_of(replace(arguments, group_by=None), buffer_size=12).describe()
+    small.split(rank=0, world_size=2, num_workers=1)
+    assert "Rows of one image are then read apart" in caplog.text
     killed, resumed = stream_of(arguments, buffer_size=12), stream_of(arguments, buffer_size=12)
     first = [row["caption"] for row in islice(iter(killed), 5)]
     resumed.load_states(dict([killed.position]), 0)
@@ -174,7 +214,7 @@ def test_data_sets_of_a_mixture_are_grouped_by_columns_of_their_own(tmp_path):
     ("changes", "message"),
     [
         ({"group_by": "nothing"}, "`group_by` is 'nothing', but the data set has"),
-        ({"group_by": "image"}, "`group_by`: 'image' must hold names or numbers"),
+        ({"group_by": "image"}, "`group_by`: 'image' must hold names or whole numbers"),
         ({"group_by": "name", "messages_column": "caption"}, "`messages_column` has one conversation in a row"),
         ({"texts_per_image": 2, "messages_column": "caption"}, "`messages_column` has one conversation in a row"),
     ],

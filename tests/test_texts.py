@@ -165,6 +165,7 @@ def test_a_list_for_each_image_makes_one_row_of_prefix_and_texts():
     prefix, answer = decode(batch["input_ids"][0][first == 0]), decode(batch["input_ids"][0][first == 2])
     assert prefix.startswith("<s><|im_start|>user\n<image>") and prefix.endswith("<image>what is")
     assert answer.startswith(" a cat?<|im_end|>") and answer.endswith("assistant\na dog</s>")
+    assert processor(images=noise_images(2), suffix=[["a"] * 9, ["b"]], padding="max_length", max_length=32)
     assert decode(batch["labels"][0][(first == 2) & (batch["labels"][0] != -100)]) == "a dog</s>"
 
 
@@ -175,7 +176,7 @@ def test_a_list_for_each_image_makes_one_row_of_prefix_and_texts():
         ({"suffix": [["a"], []]}, r"`suffix` must hold a list of texts for each image, but entry 1 is \[\]"),
         ({"suffix": [["a"], "b"]}, r"`suffix` must hold a list of texts for each image, but entry 1 is 'b'"),
         ({"suffix": [["a"], [3]]}, "`suffix` must be a string or a list of strings, but holds a int"),
-        ({"suffix": [["a"]]}, "`text`: .* 2 in all"),
+        ({"suffix": [["a"]]}, "`suffix` holds 1 lists, but there are 2 images or videos"),
         ({"suffix": [["a", "b"], ["c"]], "text": [["q"], ["r"]]}, r"`suffix` holds \[2, 1\] texts .* \[1, 1\]"),
         ({"suffix": [["a", "b"], ["c"]], "text": ["q"]}, r"`suffix` holds \[2, 1\] texts"),
         ({"suffix": [["a", "b"], ["c"]], "text": [["<image>q", "r"], ["<image>"]]}, "`text`: .* placeholders"),
@@ -198,6 +199,13 @@ def test_segment_ids_are_for_training_and_fit_their_ids():
         model.generate(**{name: value for name, value in batch.items() if name != "labels"})
     with pytest.raises(ValueError, match=r"`segment_ids` must have shape \(1, "):
         model(**{**batch, "segment_ids": batch["segment_ids"][:, 1:]})
+    with pytest.raises(ValueError, match="`segment_ids` must be -1 where `attention_mask` is 0"):
+        model(**{**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])})
+    with pytest.raises(ValueError, match=r"`segment_ids` must number the texts .* but have \[0\] texts"):
+        model(**{**batch, "segment_ids": torch.zeros_like(batch["segment_ids"])})
+    for kept in (1, torch.tensor([0])):
+        with pytest.raises(ValueError, match="`logits_to_keep` must be 0 or a mask"):
+            model(**batch, logits_to_keep=kept)
 
 
 @pytest.mark.parametrize("media", ["tiles", "videos"])

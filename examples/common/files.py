@@ -62,7 +62,7 @@ def media_paths(rows: Dataset, column: str) -> Iterator[str]:
                 values = pc.list_flatten(values)
             if pa.types.is_struct(values.type):
                 values = pc.struct_field(values, "path")
-            if pa.types.is_string(values.type):
+            if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
                 yield from filter(None, values.to_pylist())
 
 

@@ -185,7 +185,9 @@ def fold_batch_norms(tower: PreTrainedModel) -> PreTrainedModel:
 
     Other towers are returned as they are. So is one whose batch norms do not follow the convolutions before them.
     """
-    folded, conv_name, count = copy.deepcopy(tower), None, 0
+    if not any(isinstance(module, nn.BatchNorm2d) for module in tower.modules()):
+        return tower
+    folded, conv_name = copy.deepcopy(tower), None
     for name, module in list(folded.named_modules()):
         if isinstance(module, nn.Conv2d):
             conv_name = name
@@ -195,9 +197,7 @@ def fold_batch_norms(tower: PreTrainedModel) -> PreTrainedModel:
                 return tower
             folded.set_submodule(conv_name, fuse_conv_bn_eval(conv, module))
             folded.set_submodule(name, nn.Sequential(*module.children()))  # timm's have an activation inside
-            conv_name, count = None, count + 1
-    if not count:
-        return tower
+            conv_name = None
     pixels = torch.linspace(-1, 1, 3 * math.prod(size := find_image_size(tower.config))).view(1, 3, *size).sin()
     pixels = pixels.to(tower.device, tower.dtype)
     wanted, found = (extract_vision_tokens(net, pixels) for net in (tower, folded))

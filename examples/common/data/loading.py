@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -222,23 +223,32 @@ def select_split(
 
 
 def arrange_texts(rows: Dataset, data_args: DataArguments, groups: bool) -> Dataset:
-    """Makes a row of all rows of an image; or else a row of each question, as held-out rows have one each.
-
-    `datasets` writes the new rows to its cache.
-    """
+    """Joins the rows of each image. Without `groups`, splits lists of questions, which are asked one by one."""
     columns = [getattr(data_args, name) for name in data_args.used_columns[1:]]
     texts = rows.select_columns([name for name in (*columns, data_args.group_by) if name in rows.column_names])
-    if groups:
-        arranged = group_rows(({**row, ROW: index} for index, row in enumerate(texts)), data_args)
-    elif data_args.prompt_column and isinstance(rows.features[data_args.prompt_column], List):
-        parts = (split_texts({**row, ROW: index}, data_args) for index, row in enumerate(texts))
-        arranged = [part for row in parts for part in row]
-    else:
+    if not groups and not isinstance(rows.features.get(data_args.prompt_column), List):
         return rows
-    replaced = {*columns, data_args.group_by} - {None, getattr(data_args, data_args.used_columns[0])}
-    images = rows.select([row[ROW] for row in arranged]).remove_columns([*replaced & {*rows.column_names}])
-    lists = Dataset.from_dict({column: [row[column] for row in arranged] for column in columns})
-    return concatenate_datasets([images, lists], axis=1)
+    numbered = ({**row, ROW: index} for index, row in enumerate(texts))
+    arranged = group_rows(numbered, data_args) if groups else list(_split_all(numbered, data_args))
+    places = [row[ROW] for row in arranged]
+    if not groups:  # a row may come several times
+        rows, places = rows.select(places), list(range(len(places)))
+    # The new texts stand beside all rows before the others are left out. So `datasets` copies no images.
+    beside: dict[str, list[Any]] = {column: [None] * len(rows) for column in columns}
+    for place, row in zip(places, arranged, strict=True):
+        for column in columns:
+            beside[column][place] = row[column]
+    replaced = {*columns, data_args.group_by} - {getattr(data_args, data_args.used_columns[0])}
+    images = rows.remove_columns([name for name in rows.column_names if name in replaced])
+    return concatenate_datasets([images, Dataset.from_dict(beside)], axis=1).select(places)
+
+
+def _split_all(rows: Iterable[dict[str, Any]], data_args: DataArguments) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        try:
+            yield from split_texts(row, data_args)
+        except ValueError as error:
+            skip_or_raise(row, data_args, error)
 
 
 def as_source(rows: Dataset | IterableDataset, part: DataArguments, weight: float) -> Source:

@@ -88,7 +88,9 @@ def group_rows(rows: Iterable[dict[str, Any]], data_args: DataArguments) -> list
     for number, row in enumerate(rows):
         key = row.get(data_args.group_by or "")
         if key is not None and not isinstance(key, str | int):
-            raise ValueError(f"`group_by`: {data_args.group_by!r} must hold names or numbers, but holds {key!r:.80}.")
+            raise ValueError(
+                f"`group_by`: {data_args.group_by!r} must hold names or whole numbers, but holds {key!r:.80}."
+            )
         try:
             parts = split_texts(row, data_args)
         except ValueError:  # it is named where its turn comes

@@ -83,7 +83,7 @@ class Source:
     name: str  # in messages
     dataset: IterableDataset
     weight: float = 1.0  # its share of the rows, relative to the other weights
-    group: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] | None = None  # joins the rows of one image
+    group: partial[list[dict[str, Any]]] | None = None  # joins the rows of one image
     splittable: bool = True  # False: readers have no shards of their own; each reads all rows and keeps its share
 
     @property
@@ -197,15 +197,18 @@ class CaptionStream(torch.utils.data.IterableDataset):
         for source in self.sources if rank == 0 else []:
             if source.num_shards < num_readers:
                 times = num_readers // count_shard_groups(source.num_shards, num_readers)
+                apart = " Rows of one image are then read apart, and few are grouped." if source.group else ""
                 logger.warning(
                     f"{source.name} has {source.num_shards} shards for {num_readers} readers ({world_size} processes "
                     f"x {workers} workers): {times} of them read each shard and share its rows. With {num_readers} "
-                    "shards or more, each shard is read once."
+                    f"shards or more, each shard is read once.{apart}"
                 )
 
     def describe(self) -> dict[str, Any]:
         """The settings under which a state is valid."""
         sources = [[source.name, source.weight, source.num_shards] for source in self.sources]
+        for described, source in zip(sources, self.sources, strict=True):
+            described += [source.group.keywords["data_args"].group_by] if source.group else []
         return {"seed": self.seed, "shuffle_buffer": self.buffer_size, "data sets, weights and shards": sources}
 
     def load_states(self, states: dict[int, dict[str, Any]], next_reader: int) -> None:

@@ -10,7 +10,7 @@ from transformers import BatchFeature
 
 from common.arguments import DataArguments, GenerationArguments
 from common.data.collator import CaptionCollator
-from common.data.rows import count_images, split_texts, true_captions
+from common.data.rows import count_images, find_error, split_texts, true_captions
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -65,7 +65,7 @@ def majority_accuracy(train: Any, test: Any, data_args: DataArguments) -> float:
     """Accuracy, 0 to 1, of the most frequent training answer to the same question, or else to all questions."""
     counts: defaultdict[str | None, Counter] = defaultdict(Counter)
     for row in _select_texts(train, data_args):
-        for part in split_texts(row, data_args):
+        for part in _split_good(row, data_args):
             answer = part[data_args.caption_column]
             counts[part[data_args.prompt_column]][answer] += 1
             counts[None][answer] += 1
@@ -73,6 +73,14 @@ def majority_accuracy(train: Any, test: Any, data_args: DataArguments) -> float:
     rows = _select_texts(test, data_args)
     guesses = [majority.get(row[data_args.prompt_column], majority[None]) for row in rows]
     return sum(guess in true_captions(row, data_args) for guess, row in zip(guesses, rows, strict=True)) / len(rows)
+
+
+def _split_good(row: dict[str, Any], data_args: DataArguments) -> list[dict[str, Any]]:
+    """The texts of a row that training could use."""
+    try:
+        return [part for part in split_texts(row, data_args) if find_error(part, data_args) is None]
+    except ValueError:
+        return []
 
 
 def _select_texts(dataset: Any, data_args: DataArguments) -> Any:

@@ -59,7 +59,7 @@ class EVLGenTrainer(Trainer):
         self.script_args = script_args
         if isinstance(self.model, EVLGenForConditionalGeneration):
             choose_towers(self.model, None)  # raises now, not after hours, if the model cannot be saved
-        self._num_texts, self._logged_step = 0, 0  # texts since the last log, if images have several
+        self._shares_rows, self._num_texts, self._logged_step = False, 0, 0  # texts since the step of the last log
         self.scalars: set[str] = set()  # names of parameters that are vectors of one under FSDP and DeepSpeed
         self._prepare_partition(data_collator)
         # Of a stream, after the last batch: whose turn it is, and the state of each reader of this process.
@@ -120,6 +120,8 @@ class EVLGenTrainer(Trainer):
         if checkpoint is not None:
             check_settings_of_run(checkpoint, self._settings, self.model.config)
             state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        if self.args.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` must be 0: the model computes logits of the targets alone.")
         if self.args.neftune_noise_alpha is not None and is_frozen(self.model.language_model):
             raise ValueError("`neftune_noise_alpha` needs `--lora text`: a frozen language model gets no noise.")
         if not isinstance(self.model, PeftModel) and (output_dir / ADAPTER_CONFIG_NAME).exists():
@@ -182,15 +184,16 @@ class EVLGenTrainer(Trainer):
             reader, state = position
             self.positions["states"][str(reader)] = state
             self.positions["next_reader"] = (reader + 1) % max(1, self.args.dataloader_num_workers)
-        if "segment_ids" in inputs:
-            self._num_texts += int(inputs["segment_ids"].amax(dim=1).sum())
+        shares = "segment_ids" in inputs
+        self._shares_rows |= shares
+        self._num_texts += int(inputs["segment_ids"].amax(dim=1).sum()) if shares else len(inputs["input_ids"])
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds how many texts a step had, if images have several."""
         if "loss" in logs:
             texts = sum(gather_object([self._num_texts]))
-            if texts:
+            if any(gather_object([self._shares_rows])):
                 logs["texts_per_step"] = round(texts / max(1, self.state.global_step - self._logged_step), 1)
             self._num_texts, self._logged_step = 0, self.state.global_step
         super().log(logs, *args, **kwargs)
@@ -238,6 +241,8 @@ class EVLGenTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise ValueError(f"optimizer.pt or scheduler.pt in {checkpoint} cannot be used: {error}") from error
 
