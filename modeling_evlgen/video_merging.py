@@ -235,7 +235,7 @@ def _read_in_parts(frames: Frames) -> Iterator[tuple[torch.Tensor, torch.Tensor]
 
 
 def _with_seconds(frames: Frames) -> Iterator[tuple[torch.Tensor, float]]:
-    timed = None
+    timed, before = None, -math.inf
     for index, frame in enumerate(frames):
         is_timed = isinstance(frame, tuple) and len(frame) == 2
         pixels, time = frame if is_timed else (frame, index)
@@ -247,4 +247,9 @@ def _with_seconds(frames: Frames) -> Iterator[tuple[torch.Tensor, float]]:
         timed = is_timed
         if not hasattr(time, "__float__") or isinstance(time, bool):
             raise TypeError(f"`frames` must yield times in seconds, but yields {time!r}.")
-        yield pixels, float(time)
+        if float(time) < before:
+            raise ValueError(
+                f"`frames` must yield frames in their order, but one of {time} s follows one of {before} s."
+            )
+        before = float(time)
+        yield pixels, before
