@@ -3,8 +3,8 @@
     python examples/app.py --model outputs/demo
 
 The page says what the model was trained on, streams the text, and lists tokens and milliseconds of each part of the
-model. The images in `--examples` can be tried with a click. The server listens on this machine only, unless `--host` is
-given. Except for a model from the Hub, neither the server nor the page contacts another machine. Needs `.[app]`.
+model. The images in `--examples` can be tried with a click. The server listens on this machine only, unless `--host`
+is given. Except for a model from the Hub, neither the server nor the page contacts another machine. Needs `.[app]`.
 `--model` may be an adapter's folder, from finetune.py. The model's connector must be a TomeFormer, or a Q-Former that
 chooses tokens: others have nothing to show. docs/publish.md makes a Space on the Hub of it.
 """
@@ -157,9 +157,9 @@ def draw_layer(shown: Shown | None, layer: int) -> list[tuple[Image.Image, str]]
 def figures(shown: Shown) -> str:
     """Returns a Markdown table of the tokens and the milliseconds of each part."""
     frames, merging = shown.num_frames, shown.merging
-    tokens = f"{merging.counts[0]}" if frames == 1 else f"{frames} frames x {merging.counts[0]}"
+    seen = f"{merging.counts[0]}" if frames == 1 else f"{frames} frames x {merging.counts[0]}"
     rows = ["| part | tokens | ms |", "|---|---|---|"]
-    for part, tokens in (("tower", tokens), ("connector", merging.num_image_tokens), ("language model", "")):
+    for part, tokens in (("tower", seen), ("connector", merging.num_image_tokens), ("language model", "")):
         time = f"{merging.milliseconds[part]:.1f}" if part in merging.milliseconds else "…"
         rows.append(f"| {part} | {tokens} | {time} |")
     return "\n".join(rows)

@@ -54,7 +54,7 @@ DECODING = {
 WITHOUT_EFFECT = {"min_new_tokens": 0, "length_penalty": 1, "prompt": ""}
 # What the figures mean, by the start of a metric's type.
 MEANING = {
-    "cider": "CIDEr-D counts the words and phrases that a caption shares with the true ones, and rare ones count more. "
+    "cider": "CIDEr-D counts the words and phrases that a caption shares with the true ones. Rare ones count more. "
     "As printed here, it is at most 1,000. Only scores over the same images and references can be compared: where "
     "captions are short and alike, hundreds are common, while good captions of COCO's photographs score 100 to 150.",
     "bleu": "BLEU-n is the share of a caption's phrases of up to n words that stand in a true caption too.",
@@ -62,7 +62,7 @@ MEANING = {
     "meteor": "METEOR compares words with those of the true captions, and lets word forms and synonyms count.",
     "spice": "SPICE compares the things, attributes and relations of a caption with those of the true ones.",
     "accuracy": "Accuracy is the share of answers that are the true one.",
-    "vqa_accuracy": "VQA accuracy counts an answer as right if at least three of ten people gave it, and less if fewer.",
+    "vqa_accuracy": "VQA accuracy counts an answer as right if three of ten people gave it, and less if fewer did.",
 }
 _SIGNATURE = "\n<!-- Written by EVLGen's examples/publish.py: sha256 {} -->\n"
 # Files of an earlier publication that are deleted. Loaded beside the new ones, they would give another model.

@@ -9,7 +9,8 @@ layer. After a TomeFormer's last layer it is the position in the soft prompt. Fo
 shows the tokens that the queries attend to.
 
 The frames of a video are averaged to one set of tokens before the connector, so they share one merging. It is drawn
-over each of them. With `video_mode` "merge" a token lives through some frames: it has its colour in each of them. `--model` may be an adapter's folder, from finetune.py. Videos need `.[video]`.
+over each of them. With `video_mode` "merge" a token lives through some frames: it has its colour in each of them.
+`--model` may be an adapter's folder, from finetune.py. Videos need `.[video]`.
 """
 
 import argparse

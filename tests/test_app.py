@@ -19,10 +19,10 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import publish
 import pytest
 import torch
 import yaml
-import publish
 from finetune import LoraArguments, add_lora
 from huggingface_hub.utils import httpx
 from PIL import Image

