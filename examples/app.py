@@ -47,6 +47,7 @@ QUEUE_SIZE = 16  # requests that may wait; one is served at a time
 SESSIONS = 64  # visitors whose frames are kept in memory, for the slider
 SHOWN_FRAMES = 16  # of a video
 SHEET = "captions.png"  # held-out images with captions, which training leaves beside its model
+NARROW = ".gradio-container { max-width: 1000px !important; }"  # a gallery cuts off larger pictures
 WHOLE = {"step": 1, "precision": 0}  # of a slider; Gradio itself rounds the value on the server
 PROMPT_CHARACTERS = 10_000  # checked before the prompt is tokenised: 20 MB take 26 s
 # A visitor who presses Stop may leave a thread behind. Hooks belong to the model, so they would record both threads.
@@ -330,7 +331,7 @@ def output_column(names: list[str]) -> tuple[gr.Textbox, gr.Markdown, gr.Slider,
     shown = {"label": "Layer of the connector", "info": info, "elem_id": "layer"}
     layer = make_slider(0, len(names), len(names), **WHOLE, **shown)
     layout = {"fit_columns": False, "height": "auto", "buttons": ["download", "fullscreen"], "format": "png"}
-    gallery = gr.Gallery(show_label=False, **layout, elem_id="gallery")
+    gallery = gr.Gallery(show_label=False, elem_id="gallery", **layout)
     table = gr.Markdown(elem_id="figures")
     return text, table, layer, gallery
 
@@ -357,6 +358,7 @@ def main(argv: list[str] | None = None) -> None:
     page.launch(
         allowed_paths=[str(path.resolve()) for path in examples],
         share=False,
+        css=NARROW,
         server_name=arguments.host,
         server_port=arguments.port,
         max_file_size=int(2**20 * arguments.max_mb),

@@ -8,7 +8,10 @@ import argparse
 import importlib.util
 import inspect
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,7 +75,7 @@ FOREIGN = ("python3 -m venv", "pip install", "python -m pytest", "ruff", "pre-co
 # test_harnesses.py, test_app.py and test_many_machines.py run them.
 FOREIGN += ("python -m lm_eval", "python -m lmms_eval", "mkdir", "cp", "sbatch")
 FOREIGN_OPTIONS = {"--enable-prompt-embeds", "--trust-remote-code", "--chat-template", "--mm-processor-kwargs"}
-FOREIGN_OPTIONS |= {"--gpu-memory-utilization", "--trust-request-mm-kwargs"}
+FOREIGN_OPTIONS |= {"--gpu-memory-utilization", "--trust-request-mm-kwargs", "--requeue"}
 FOREIGN_OPTIONS |= {"--apply_chat_template", "--device", "--model_args"}  # of the harnesses
 # Recipes that keep their connector, with fields that suit the tiny tower: it gives 17 tokens.
 CROWDED_RECIPE = "examples/configs/crowded.yaml"
@@ -180,6 +183,11 @@ def run(command: Command, work: Path, monkeypatch) -> None:
     if "--image_size" in command.arguments:
         arguments += ["--image_size", "32"]
     main = main_of(command.kind, command.name)
+    if command.name == "caption_with_ray":  # its cluster ends with its process
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        program = [sys.executable, "examples/caption_with_ray.py"]
+        subprocess.run([*program, *arguments], env=environment, check=True)
+        return
     if command.name == "app":
         monkeypatch.setattr("gradio.Blocks.launch", lambda page, **settings: None)
     elif command.name == "evaluate_vqa":

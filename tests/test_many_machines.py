@@ -19,7 +19,7 @@ from .training import CONNECTOR, arguments, flags, save_captioner, save_recipe
 
 # Slurm's programs as the script calls them. The first start of a job fails on its second machine.
 SLURM = {
-    "accelerate": f'exec {shlex.quote(sys.executable)} -m accelerate.commands.launch "$@"',
+    "accelerate": f'shift; exec {shlex.quote(sys.executable)} -m accelerate.commands.launch "$@"',
     "scontrol": "echo 127.0.0.1; echo 127.0.0.2",
     "sleep": "",
     "srun": """
