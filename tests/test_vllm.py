@@ -213,7 +213,8 @@ def test_the_documented_requests_by_curl_and_from_python_are_answered(server, tm
         texts.append(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
     reply = json.loads(texts[0])["choices"][0]["message"]["content"]
     assert reply == texts[1].removesuffix("\n")
-    assert reply == server.processor.tokenizer.decode(server.expected([image]), skip_special_tokens=True)
+    expected = server.processor.tokenizer.decode(server.expected([image]), skip_special_tokens=True)
+    assert reply.rstrip("\ufffd") == expected.rstrip("\ufffd")  # vLLM leaves out half a character at the end
 
 
 @needs_vllm
