@@ -47,7 +47,8 @@ QUEUE_SIZE = 16  # requests that may wait; one is served at a time
 SESSIONS = 64  # visitors whose frames are kept in memory, for the slider
 SHOWN_FRAMES = 16  # of a video
 SHEET = "captions.png"  # held-out images with captions, which training leaves beside its model
-NARROW = ".gradio-container { max-width: 1000px !important; margin: auto !important; }"  # a gallery cuts off larger pictures
+# A gallery cuts off larger pictures.
+NARROW = ".gradio-container { max-width: 1000px !important; margin: auto !important; }"
 WHOLE = {"step": 1, "precision": 0}  # of a slider; Gradio itself rounds the value on the server
 PROMPT_CHARACTERS = 10_000  # checked before the prompt is tokenised: 20 MB take 26 s
 # A visitor who presses Stop may leave a thread behind. Hooks belong to the model, so they would record both threads.
