@@ -34,10 +34,10 @@ def captioned(tmp_path_factory):
     for number, rows in enumerate((range(0, 5), range(5, 9), range(9, 10))):
         images = [{"bytes": data[row], "path": None} for row in rows]
         pq.write_table(pa.table({"id": list(rows), "image": images}), folder / "shards" / f"{number}.parquet")
-    shared = {"model": model, "inputs": [folder / "shards"], "batch_size": 2, "max_new_tokens": 6}
-    given = flags(**shared, output_dir=folder / "captions", num_workers=2)
+    shared = {"model": model, "batch_size": 2, "max_new_tokens": 6}
+    given = flags(**shared, input_dir=folder / "shards", output_dir=folder / "captions", num_workers=2)
     first = caption(*given)
-    caption_folder.main(flags(**shared, output_dir=folder / "one"))
+    caption_folder.main(flags(**shared, inputs=[folder / "shards"], output_dir=folder / "one"))
     return folder, given, first
 
 
@@ -68,14 +68,11 @@ def test_a_run_goes_on_with_the_files_that_are_missing(captioned):
 
 
 @pytest.mark.attack
-def test_inputs_that_are_missing_or_ambiguous_are_named(captioned, tmp_path):
+def test_a_folder_without_files_and_bad_numbers_are_named(tmp_path):
     import caption_with_ray
 
-    folder, _, _ = captioned
-    with pytest.raises(ValueError, match=r"`inputs`: there is no Parquet file .*nowhere"):
-        caption_with_ray.find_parts([str(tmp_path / "nowhere")], "out")
-    shard = str(folder / "shards" / "0.parquet")
-    with pytest.raises(ValueError, match=r"`inputs`: .*0\.parquet and .*0\.parquet have one name"):
-        caption_with_ray.find_parts([str(folder / "shards"), shard], "out")
+    with pytest.raises(ValueError, match=r"`input_dir`: there is no Parquet file in '.*nowhere'"):
+        caption_with_ray.main(flags(input_dir=tmp_path / "nowhere", output_dir=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="`num_workers` must be an integer of 1 or more"):
         caption_with_ray.RayArguments(num_workers=0)
