@@ -75,7 +75,7 @@ FOREIGN = ("python3 -m venv", "pip install", "python -m pytest", "ruff", "pre-co
 # test_harnesses.py, test_app.py and test_many_machines.py run them.
 FOREIGN += ("python -m lm_eval", "python -m lmms_eval", "mkdir", "cp", "sbatch")
 FOREIGN_OPTIONS = {"--enable-prompt-embeds", "--trust-remote-code", "--chat-template", "--mm-processor-kwargs"}
-FOREIGN_OPTIONS |= {"--gpu-memory-utilization", "--trust-request-mm-kwargs", "--requeue"}
+FOREIGN_OPTIONS |= {"--gpu-memory-utilization", "--trust-request-mm-kwargs", "--requeue", "--head", "--address"}
 FOREIGN_OPTIONS |= {"--apply_chat_template", "--device", "--model_args"}  # of the harnesses
 # Recipes that keep their connector, with fields that suit the tiny tower: it gives 17 tokens.
 CROWDED_RECIPE = "examples/configs/crowded.yaml"
