@@ -18,6 +18,8 @@ extras = {
     "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
     # examples/: reports, and logs for TensorBoard.
     "train": ["matplotlib>=3.11", "tensorboard>=2.21"],
+    # examples/caption_with_ray.py: captions on a cluster.
+    "ray": ["ray[data]>=2.50"],
     "trl": ["trl>=1.16"],
     "quality": ["ruff>=0.14"],
     "test": ["pytest>=8.3", "pytest-xdist>=3.8", "selenium>=4.51"],

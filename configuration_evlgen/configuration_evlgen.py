@@ -101,6 +101,8 @@ class EVLGenConfig(CheckedConfig):
             SHA-256 of the base models. A checkpoint that names its towers is not loaded with others.
         adapted_towers (`list[str]`, *optional*):
             The towers that an adapter was merged into, of `"vision_model"` and `"text_model"`.
+        training_data (`list[str]`, *optional*):
+            Names of the data sets that the model was trained on, as the scripts note them for its card and its page.
         towers (`str`, *optional*):
             `"include"` if checkpoints hold the frozen towers, `"reference"` if they only name them. See
             [`~EVLGenForConditionalGeneration.save_pretrained`] for the default.
@@ -134,6 +136,7 @@ class EVLGenConfig(CheckedConfig):
     vision_model_fingerprint: str | None = None
     text_model_fingerprint: str | None = None
     adapted_towers: list[str] | None = None
+    training_data: list[str] | None = None
     towers: str | None = None
 
     def __post_init__(self, **kwargs: Any):

@@ -2,21 +2,11 @@
 
     python examples/app.py --model outputs/demo
 
-The page streams the text and lists tokens and milliseconds of each part of the model. The server listens on this
-machine only, unless `--host` is given. Except for a model from the Hub, neither the server nor the page contacts
-another machine. Needs `.[app]`. `--model` may be an adapter's folder, from finetune.py. The model's connector must be
-a TomeFormer, or a Q-Former that chooses tokens: others have nothing to show.
-
-A Space on the Hub consists of this script, the code that it imports, and the model. `examples/space` has the Space's
-`requirements.txt` and its `README.md`. The first lines of that file give the Hub the versions of Gradio and Python and
-the script to start:
-
-    mkdir -p my-space/outputs
-    cp -r examples/app*.py examples/common examples/space/* *_evlgen my-space
-    cp -r outputs/demo my-space/outputs
-    hf upload you/my-space my-space --repo-type space
-
-If the model is on the Hub already, omit the third line and set the Space's variable `EVLGEN_MODEL` to its name.
+The page says what the model was trained on, streams the text, and lists tokens and milliseconds of each part of the
+model. The images in `--examples` can be tried with a click. The server listens on this machine only, unless `--host`
+is given. Except for a model from the Hub, neither the server nor the page contacts another machine. Needs `.[app]`.
+`--model` may be an adapter's folder, from finetune.py. The model's connector must be a TomeFormer, or a Q-Former that
+chooses tokens: others have nothing to show. docs/publish.md makes a Space on the Hub of it.
 """
 
 import argparse
@@ -31,9 +21,10 @@ from threading import Event, Lock
 from typing import Any
 
 import torch
-from app_uploads import read_file
+from app_uploads import IMAGES, read_file
 from PIL import Image
 from transformers import TextIteratorStreamer
+from transformers.utils import cached_file
 
 from common.evaluation.merging_overlay import (
     SIDE,
@@ -55,6 +46,9 @@ import gradio as gr
 QUEUE_SIZE = 16  # requests that may wait; one is served at a time
 SESSIONS = 64  # visitors whose frames are kept in memory, for the slider
 SHOWN_FRAMES = 16  # of a video
+SHEET = "captions.png"  # held-out images with captions, which training leaves beside its model
+# A gallery cuts off larger pictures.
+NARROW = ".gradio-container { max-width: 1000px !important; margin: auto !important; }"
 WHOLE = {"step": 1, "precision": 0}  # of a slider; Gradio itself rounds the value on the server
 PROMPT_CHARACTERS = 10_000  # checked before the prompt is tokenised: 20 MB take 26 s
 # A visitor who presses Stop may leave a thread behind. Hooks belong to the model, so they would record both threads.
@@ -151,30 +145,43 @@ def describe(
 
 
 def draw_layer(shown: Shown | None, layer: int) -> list[tuple[Image.Image, str]]:
-    """Returns each frame with a title and, once the model has run, the frame with a layer's tokens drawn over it."""
-    if shown is None:
+    """Returns each frame with a layer's tokens drawn over it, and a title; nothing before the model has run."""
+    if shown is None or shown.merging is None:
         return []
-    merging = shown.merging
-    drawn = []
+    merging, drawn = shown.merging, []
     for number, frame in enumerate(shown.frames):
         name = "image" if len(shown.frames) == 1 else f"frame {number + 1}"
-        drawn.append((frame, name))
-        if merging is not None:
-            title = f"{name}, layer {layer}: {merging.counts[layer]} tokens"
-            drawn.append((draw_groups(frame, merging.of_frame(layer, number)), title))
+        title = f"{name}, layer {layer}: {merging.counts[layer]} tokens"
+        drawn.append((draw_groups(frame, merging.of_frame(layer, number)), title))
     return drawn
 
 
 def figures(shown: Shown) -> str:
-    """Returns a Markdown table of tokens and of the milliseconds of each part."""
+    """Returns a Markdown table of the tokens and the milliseconds of each part."""
     frames, merging = shown.num_frames, shown.merging
-    cells = {
-        "vision tokens": f"{merging.counts[0]}" if frames == 1 else f"{frames} frames x {merging.counts[0]}",
-        "soft-prompt tokens": f"{merging.num_image_tokens}",
-    }
-    for part in ("tower", "connector", "language model"):
-        cells[part] = f"{merging.milliseconds[part]:.1f} ms" if part in merging.milliseconds else "…"
-    return "\n".join(f"| {' | '.join(row)} |" for row in (cells, ["---"] * len(cells), cells.values()))
+    seen = f"{merging.counts[0]}" if frames == 1 else f"{frames} frames x {merging.counts[0]}"
+    rows = ["| part | tokens | ms |", "|---|---|---|"]
+    for part, tokens in (("tower", seen), ("connector", merging.num_image_tokens), ("language model", "")):
+        time = f"{merging.milliseconds[part]:.1f}" if part in merging.milliseconds else "…"
+        rows.append(f"| {part} | {tokens} | {time} |")
+    return "\n".join(rows)
+
+
+def describe_model(model: EVLGenForConditionalGeneration, name: str) -> str:
+    """A title in Markdown, and what the model was trained on."""
+    config = model.config
+    media = "videos and images" if config.is_for_videos else "images"
+    data = ", ".join(f"`{data}`" for data in config.training_data or ())
+    known = f"It was trained on {data}." if data else "Its training data is not named."
+    warning = "Images of another kind get fluent but wrong text."
+    tokens = f"The {config.num_vision_tokens} tokens of an image become {config.num_image_tokens}."
+    return f"# EVLGen\n`{name}` captions {media}. {known} {warning} {tokens}"
+
+
+def find_sheet(name: str) -> Image.Image | None:
+    """The contact sheet of the model's training, if its folder or repository has one."""
+    path = cached_file(name, SHEET, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else Image.open(path)
 
 
 @contextmanager
@@ -235,18 +242,25 @@ def make_preview(frame: Image.Image) -> Image.Image:
     return frame
 
 
-def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, max_mb: float) -> gr.Blocks:
+def build_page(
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    max_mb: float,
+    name: str = "The model",
+    sheet: Image.Image | None = None,
+    examples: list[Path] | None = None,
+) -> gr.Blocks:
     """Builds the page for files of up to `max_mb`. A ValueError names a connector or tower that it cannot show."""
     patch_grid(model)
     names = layer_names(model)
 
     @shown_errors()
-    def preview(path: str | None) -> tuple[Shown | None, list, str, str]:
+    def preview(path: str | None) -> tuple[Shown | None, gr.Gallery, list, str, str]:
         if path is None:
-            return None, [], "", ""
+            return None, gr.Gallery([], visible=False), [], "", ""
         _, frames = read_upload(path, processor)
         shown = Shown([make_preview(frames[number]) for number in shown_frames(len(frames))])
-        return shown, draw_layer(shown, 0), "", ""
+        return shown, gr.Gallery(shown.frames, columns=min(4, len(shown.frames)), visible=True), [], "", ""
 
     def answer(
         path: str | None, prompt: str | None, layer: int, num_tokens: int, *options: Any
@@ -254,56 +268,72 @@ def build_page(model: EVLGenForConditionalGeneration, processor: EVLGenProcessor
         with shown_errors():  # as a decorator it would end before the first step
             settings = generation_settings(*options)
             modality, frames = read_upload(path, processor)
-            drawn = None
             steps = describe(model, processor, modality, frames, prompt or "", settings, num_tokens)
-            for text, shown in steps:
-                drawn = draw_layer(shown, layer) if drawn is None else gr.skip()
+            for step, (text, shown) in enumerate(steps):
+                columns = min(2, len(shown.frames))
+                drawn = gr.skip() if step else gr.Gallery(draw_layer(shown, layer), columns=columns)
                 yield text, figures(shown), shown, drawn
 
     with gr.Blocks(title="EVLGen", delete_cache=(3600, 3600)) as page:
         shown = gr.State()
+        gr.Markdown(describe_model(model, name))
+        if sheet is not None:
+            with gr.Accordion("What it knows: held-out images with its captions", open=False):
+                gr.Image(sheet, show_label=False, interactive=False)
         with gr.Row():
             with gr.Column():
-                file, prompt, start, stop, options = input_column(max_mb, model.generation_config.max_new_tokens)
+                file, picture, tries, prompt, start, stop = input_column(max_mb, examples or [])
+                options = sampling_sliders(model.generation_config.max_new_tokens)
                 low, high = model.config.image_token_range or [processor.num_image_tokens] * 2
                 texts = {"label": "Tokens of the soft prompt", "info": "Fewer are faster, more show more."}
                 layout = {"visible": low < high, "elem_id": "tokens", **WHOLE}
                 num_tokens = make_slider(low, max(high, low + 1), processor.num_image_tokens, **texts, **layout)
-            with gr.Column(scale=2):
+            with gr.Column():
                 text, table, layer, gallery = output_column(names)
-        file.change(preview, file, [shown, gallery, text, table])
+        file.change(preview, file, [shown, picture, gallery, text, table])
         layer.release(shown_errors()(draw_layer), [shown, layer], gallery)
         inputs, outputs = [file, prompt, layer, num_tokens, *options], [text, table, shown, gallery]
         running = gr.on([start.click, prompt.submit], answer, inputs, outputs)
         stop.click(None, cancels=running)
+        tries.click(lambda sample: sample[0], tries, file)
     return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
 
 
-def input_column(max_mb: float, max_new_tokens: int | None) -> tuple[Any, ...]:
-    """Creates the inputs: file, prompt, the two buttons, and sliders in the order of [`generation_settings`]."""
+def input_column(max_mb: float, examples: list[Path]) -> tuple[Any, ...]:
+    """Creates the inputs: file, its picture, images to try, prompt, and the two buttons."""
     file = uploads_only(gr.File(label=f"Image or video, at most {max_mb:g} MB", elem_id="file", height=120))
+    picture = gr.Gallery(show_label=False, visible=False, height="auto", format="png", elem_id="picture", buttons=[])
+    samples = [[str(path)] for path in examples]
+    shown = {"label": "Or try one of these", "visible": bool(samples), "elem_id": "examples"}
+    tries = gr.Dataset(components=[gr.Image(render=False)], samples=samples, **shown)
     prompt = gr.Textbox(label="Prompt", placeholder="none", elem_id="prompt", max_length=PROMPT_CHARACTERS)
     with gr.Row():
         start = gr.Button("Describe", variant="primary", elem_id="start")
         stop = gr.Button("Stop", elem_id="stop")
-    options = [
-        make_slider(1, 10, 1, "Beams", info="Text is streamed with 1.", **WHOLE),
-        make_slider(0, 2, 0, "Temperature", info="0 takes the likeliest token.", step=0.05),
-        make_slider(0.05, 1, 1, "Top-p", info="For temperatures above 0.", step=0.05),
-        make_slider(1, 256, min(max_new_tokens or 30, 256), "Max new tokens", **WHOLE),
-    ]
-    return file, prompt, start, stop, options
+    return file, picture, tries, prompt, start, stop
+
+
+def sampling_sliders(max_new_tokens: int | None) -> list[gr.Slider]:
+    """Creates the folded sliders, in the order of [`generation_settings`]."""
+    with gr.Accordion("Sampling", open=False, elem_id="sampling"):
+        return [
+            make_slider(1, 10, 1, "Beams", info="Text is streamed with 1.", **WHOLE),
+            make_slider(0, 2, 0, "Temperature", info="0 takes the likeliest token.", step=0.05),
+            make_slider(0.05, 1, 1, "Top-p", info="For temperatures above 0.", step=0.05),
+            make_slider(1, 256, min(max_new_tokens or 30, 256), "Max new tokens", **WHOLE),
+        ]
 
 
 def output_column(names: list[str]) -> tuple[gr.Textbox, gr.Markdown, gr.Slider, gr.Gallery]:
-    """Creates the outputs: text, figures, the slider of layers, and the gallery of frames."""
+    """Creates the outputs: text, figures, the slider of layers, and the gallery of drawn frames."""
     text = gr.Textbox(label="Text", elem_id="text", interactive=False)
-    table = gr.Markdown(elem_id="figures")
     info = "0 is before the choice of tokens, 1 after it." if "choice" in names else "0 is before the first layer."
+    info += " Patches of one token share a colour."
     shown = {"label": "Layer of the connector", "info": info, "elem_id": "layer"}
     layer = make_slider(0, len(names), len(names), **WHOLE, **shown)
-    layout = {"columns": 2, "fit_columns": False, "height": "auto", "buttons": ["download", "fullscreen"]}
-    gallery = gr.Gallery(label="Patches of one token share a number", **layout, format="png", elem_id="gallery")
+    layout = {"fit_columns": False, "height": "auto", "buttons": ["download", "fullscreen"], "format": "png"}
+    gallery = gr.Gallery(show_label=False, elem_id="gallery", **layout)
+    table = gr.Markdown(elem_id="figures")
     return text, table, layer, gallery
 
 
@@ -312,6 +342,8 @@ def main(argv: list[str] | None = None) -> None:
     default_model = os.environ.get("EVLGEN_MODEL", "outputs/demo")
     model_help = "Captioner: a folder or a name on the Hub. Default: $EVLGEN_MODEL or outputs/demo."
     parser.add_argument("--model", default=default_model, help=model_help)
+    own = Path(__file__).with_name("images") / "try"
+    parser.add_argument("--examples", type=Path, default=own, help="Folder of images to try: the first six are shown.")
     parser.add_argument("--max_mb", type=float, default=50.0, help="Largest file that is read, in MB of 2^20 bytes.")
     parser.add_argument("--host", help="Address to listen on. Default: $GRADIO_SERVER_NAME or 127.0.0.1.")
     parser.add_argument("--port", type=int, help="Port. Default: the first free one from 7860.")
@@ -320,9 +352,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--max_mb must be above 0, but is {arguments.max_mb:g}")
     model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, arguments.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    page = build_page(model, EVLGenProcessor.from_pretrained(arguments.model), arguments.max_mb)
+    processor, sheet = EVLGenProcessor.from_pretrained(arguments.model), find_sheet(arguments.model)
+    examples = sorted(path for path in arguments.examples.glob("*") if path.suffix.lower() in IMAGES)[:6]
+    name = Path(arguments.model).resolve().name if Path(arguments.model).exists() else arguments.model
+    page = build_page(model, processor, arguments.max_mb, name, sheet, examples)
     page.launch(
+        allowed_paths=[str(path.resolve()) for path in examples],
         share=False,
+        css=NARROW,
         server_name=arguments.host,
         server_port=arguments.port,
         max_file_size=int(2**20 * arguments.max_mb),

@@ -44,7 +44,26 @@ from processing_evlgen import EVLGenProcessor
 SHEET = "captions.png"  # the contact sheet that pretrain.py writes beside its model
 CARD = "README.md"
 CONNECTORS = {"tomeformer": "a TomeFormer", "evlgen_qformer": "a Q-Former", "evlgen_mlp": "an MLP"}
-DECODING = ("num_beams", "min_new_tokens", "max_new_tokens", "length_penalty", "prompt")  # settings in the card
+# How the card names the settings of an evaluation. Those that change nothing are left out.
+DECODING = {
+    "min_new_tokens": "at least {} tokens",
+    "max_new_tokens": "at most {} tokens",
+    "length_penalty": "length penalty {}",
+    "prompt": "the prompt `{}`",
+}
+WITHOUT_EFFECT = {"min_new_tokens": 0, "length_penalty": 1, "prompt": ""}
+# What the figures mean, by the start of a metric's type.
+MEANING = {
+    "cider": "CIDEr-D counts the words and phrases that a caption shares with the true ones. Rare ones count more. "
+    "As printed here, it is at most 1,000. Only scores over the same images and references can be compared: where "
+    "captions are short and alike, hundreds are common, while good captions of COCO's photographs score 100 to 150.",
+    "bleu": "BLEU-n is the share of a caption's phrases of up to n words that stand in a true caption too.",
+    "rouge_l": "ROUGE-L is the longest sequence of words that a caption shares with a true one, for their lengths.",
+    "meteor": "METEOR compares words with those of the true captions, and lets word forms and synonyms count.",
+    "spice": "SPICE compares the things, attributes and relations of a caption with those of the true ones.",
+    "accuracy": "Accuracy is the share of answers that are the true one.",
+    "vqa_accuracy": "VQA accuracy counts an answer as right if three of ten people gave it, and less if fewer did.",
+}
 _SIGNATURE = "\n<!-- Written by EVLGen's examples/publish.py: sha256 {} -->\n"
 # Files of an earlier publication that are deleted. Loaded beside the new ones, they would give another model.
 STALE = ["*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG, BASE_MODEL, SHEET]
@@ -131,15 +150,25 @@ def read_results(paths: list[str]) -> list[dict[str, Any]]:
             kept = {name: entry[name] for name in ("task", "dataset", "metrics", "num_rows", "settings", "model")}
             if not {"weights", "dtype"} <= kept["settings"].keys():  # they identify the model
                 raise ValueError("its settings lack weights and dtype")
-            decoding = ", ".join(f"{name} {value}" for name, value in entry["settings"].items() if name in DECODING)
             # `task`, `dataset` and `metrics` hold arguments of `EvalResult`.
             shared = {f"{part}_{name}": value for part in ("task", "dataset") for name, value in entry[part].items()}
             metrics = [{f"metric_{name}": value for name, value in metric.items()} for metric in entry["metrics"]]
             shown = [EvalResult(**shared, **metric) for metric in metrics]
+            decoding = describe_decoding(entry["settings"])
             results.append(kept | {"notes": entry.get("notes", []), "decoding": decoding, "eval_results": shown})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"`results`: {path} is not the results.json of an evaluation: {error!r}") from error
     return results
+
+
+def describe_decoding(settings: dict[str, Any]) -> str:
+    """Names the settings of an evaluation in words, as in "5 beams, at least 8 tokens"."""
+    num_beams = settings.get("num_beams", 1)
+    words = [f"{num_beams} beams" if num_beams > 1 else "the likeliest token each time"]
+    for name, text in DECODING.items():
+        if settings.get(name, WITHOUT_EFFECT.get(name)) not in (None, WITHOUT_EFFECT.get(name)):
+            words.append(text.format(settings[name]))
+    return ", ".join(words)
 
 
 def check_results(results: list[dict[str, Any]], arguments: PublishArguments) -> None:
@@ -202,10 +231,15 @@ def model_card(
 ) -> ModelCard:
     """Fills in the card. `results` come from [`read_results`]; `adapter_of` names an adapter's model on the Hub."""
     name = arguments.repo_id.split("/")[-1]
+    trained = config.training_data or []  # names with a slash are on the Hub
+    measured = {metric["type"] for entry in results for metric in entry["metrics"]}
+    requirements = ["transformers", "torchvision", *(["peft"] if adapter_of else [])]
+    requirements += ["timm"] if config.vision_config.model_type == "timm_wrapper" else []
+    requirements += ["av"] if config.is_for_videos else []
     bases = [name for name in (config.vision_model_name_or_path, config.text_model_name_or_path) if is_on_hub(name)]
     data = ModelCardData(
         base_model=[adapter_of] if adapter_of else bases or None,
-        datasets=arguments.datasets or None,
+        datasets=list(dict.fromkeys([*arguments.datasets, *(name for name in trained if "/" in name)])) or None,
         eval_results=[result for entry in results for result in entry["eval_results"]] or None,
         language="en",
         library_name="peft" if adapter_of else "transformers",
@@ -222,7 +256,10 @@ def model_card(
         connector=CONNECTORS[config.connector_config.model_type],
         is_video=config.is_for_videos,
         trained_parameters=trained_parameters,
+        other_data=[name for name in trained if "/" not in name],
+        requirements=" ".join(requirements),
         results=results,
+        meanings=[text for name, text in MEANING.items() if any(kind.startswith(name) for kind in measured)],
         has_sheet=Path(arguments.model, SHEET).exists(),
         adapter_of=adapter_of,
         is_on_hub=is_on_hub,

@@ -4,12 +4,13 @@
     python examples/visualize_merging.py --model outputs/demo-video --videos video.mp4 --output merging.png
 
 Each row shows an image as the model receives it, and its patches after each layer of the connector. Patches of one
-token share a colour and a number, the token's position after that layer. After a TomeFormer's last layer it is the
-position in the soft prompt. For a Q-Former that chooses, "choice" shows the tokens that the queries attend to.
+token share a colour. Where there are at most 32 tokens, they also share a number, the token's position after that
+layer. After a TomeFormer's last layer it is the position in the soft prompt. For a Q-Former that chooses, "choice"
+shows the tokens that the queries attend to.
 
 The frames of a video are averaged to one set of tokens before the connector, so they share one merging. It is drawn
-over each of them. With `video_mode` "merge" a token lives through some frames: it has its number and its colour in
-each of them. `--model` may be an adapter's folder, from finetune.py. Videos need `.[video]`.
+over each of them. With `video_mode` "merge" a token lives through some frames: it has its colour in each of them.
+`--model` may be an adapter's folder, from finetune.py. Videos need `.[video]`.
 """
 
 import argparse

@@ -7,9 +7,11 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 from finetune import LoraArguments, add_lora
 from PIL import Image
+from pyarrow import parquet as pq
 from transformers import BertConfig, BertModel
 
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -103,6 +105,9 @@ def save_data(folder: Path) -> None:
             save_split(folder / kind / split, colors, [*map(write, colors)], suffix, write_medium)
     for name in ("shards", "data/laion", "data/ccs"):
         write_tars(folder / name, [8], suffix="jpg")
+    parts = [{"image": {"bytes": (folder / "my_images" / "train" / "0.png").read_bytes(), "path": None}}] * 3
+    (folder / "my_parquet").mkdir()
+    pq.write_table(pa.Table.from_pylist(parts), folder / "my_parquet" / "0.parquet")
     for name in ("image.png", "a.png", "b.png", "video.mp4"):
         write_medium("red", folder / name)
     for name in ("pairs.csv", "held_out.csv"):

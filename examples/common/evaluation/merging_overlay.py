@@ -17,7 +17,8 @@ from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput, Q
 from modeling_evlgen.video_merging import merge_videos
 
 SIDE = 448  # width and height in pixels of a drawn image
-TINT = 0.6  # opacity of a token's colour over the image, 0 to 1
+TINT = 0.35  # opacity of a token's colour over the image, 0 to 1
+MAX_NUMBERED = 32  # tokens in a drawing with numbers; more of them would hide the image
 
 
 @dataclass
@@ -143,7 +144,7 @@ def resize_to_side(image: Image.Image) -> Image.Image:
 
 
 def draw_groups(image: Image.Image, groups: np.ndarray) -> Image.Image:
-    """Tints, outlines and numbers the patches of each token.
+    """Tints and outlines the patches of each token, and numbers its regions if there are at most [`MAX_NUMBERED`].
 
     All patches of a token have one colour and one number, the token's position. The colour is that of the token's
     first patch, so that it stays the same from layer to layer. Images are RGB, SIDE x SIDE pixels.
@@ -155,10 +156,11 @@ def draw_groups(image: Image.Image, groups: np.ndarray) -> Image.Image:
     pixels = (1 - TINT) * np.asarray(image, dtype=np.float64) + TINT * colors[rows][:, columns]
     labels = groups[rows][:, columns]  # (SIDE, SIDE)
     # A dark outline where two neighbouring pixels belong to different tokens.
-    pixels[1:][labels[1:] != labels[:-1]] *= 0.2
-    pixels[:, 1:][labels[:, 1:] != labels[:, :-1]] *= 0.2
+    pixels[1:][labels[1:] != labels[:-1]] *= 0.5
+    pixels[:, 1:][labels[:, 1:] != labels[:, :-1]] *= 0.5
     drawn = Image.fromarray(pixels.round().astype(np.uint8))
-    _write_numbers(drawn, groups)
+    if len(first_patches) <= MAX_NUMBERED:
+        _write_numbers(drawn, groups)
     return drawn
 
 
@@ -171,14 +173,13 @@ def _color(patch: int) -> tuple[float, float, float]:
 
 
 def _write_numbers(drawn: Image.Image, groups: np.ndarray) -> None:
-    """Writes each token's number into the upper left patch of each of its regions, as large as the patch allows."""
+    """Writes each token's number once into each of its regions, into the upper patch at its left."""
     height, width = (SIDE / count for count in groups.shape)  # of a patch
-    patch = min(height, width)
-    digits = len(str(groups.max()))
-    font = ImageFont.load_default(size=patch * min(0.75, 1.4 / digits))
-    draw = ImageDraw.Draw(drawn)
+    font = ImageFont.load_default(size=0.55 * min(height, width))
+    draw, rest = ImageDraw.Draw(drawn), Image.fromarray(groups.astype(np.int32))
     for (row, column), token in np.ndenumerate(groups):
-        if (row and groups[row - 1, column] == token) or (column and groups[row, column - 1] == token):
+        if rest.getpixel((column, row)) < 0:  # of a region that has its number
             continue
+        ImageDraw.floodfill(rest, (column, row), -1)
         center = (width * (column + 0.5), height * (row + 0.5))
-        draw.text(center, str(token), "black", font, anchor="mm", stroke_width=patch / 20, stroke_fill="white")
+        draw.text(center, str(token), "black", font, anchor="mm", stroke_width=1, stroke_fill="white")

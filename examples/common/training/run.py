@@ -4,6 +4,7 @@ The report has drawings: the loss curve, and held-out images with their generate
 """
 
 import json
+import os
 import textwrap
 from collections.abc import Callable, Sized
 from pathlib import Path
@@ -19,12 +20,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments
 from common.data.collator import BAD_ROWS, CaptionCollator, read_bad_rows
+from common.data.loading import read_mixture
 from common.data.rows import open_media, true_captions
 from common.demo.scenes import DEMO_CREDITS
 from common.evaluation.captions import evaluate_captions, majority_accuracy
 from common.processes import use_all_cores
 from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer, choose_attention
+from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -78,6 +81,7 @@ def train_and_report(
     `measure` adds figures of the script's own. It gets the generated captions of the held-out rows.
     """
     is_main, output_dir = trainer.is_world_process_zero(), Path(trainer.args.output_dir)
+    note_training_data(trainer.model.config, trainer.eval_collator.data_args)
     if is_main:
         print(trainer.model.describe_parameters())
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -97,6 +101,13 @@ def train_and_report(
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(_summary(output_dir, metrics, data_args))
     return metrics
+
+
+def note_training_data(config: EVLGenConfig, data_args: DataArguments) -> None:
+    """Adds the names of the run's data sets to those of earlier runs. Of a folder only the last name is kept."""
+    names = [part.dataset for _, part in read_mixture(data_args)]
+    names = [Path(name).resolve().name if os.path.exists(name) else name for name in names]
+    config.training_data = list(dict.fromkeys([*(config.training_data or ()), *names]))
 
 
 def _evaluate(trainer: EVLGenTrainer, generation_args: GenerationArguments) -> tuple[dict[str, float], list[str]]:
