@@ -181,7 +181,13 @@ class DataArguments(FrameArguments):
     )
     train_split: str = HfArg(default="train", help="Split to train on.")
     test_split: str | None = HfArg(default="test", help="Held-out split; empty for none.")
+    test_size: float | None = HfArg(
+        default=None, help="Hold out this share or number of the images of `train_split`, in place of a `test_split`."
+    )
     image_column: str = HfArg(default="image", help="Column of images, paths or URLs.")
+    image_root: str | None = HfArg(
+        default=None, help="Folder that relative paths start from. Default: that of the file that names them."
+    )
     video_column: str | None = HfArg(default=None, help="Column of videos; default: images are read.")
     caption_column: str = HfArg(default="caption", help="Column of captions, one or a list of them for each image.")
     group_by: str | None = HfArg(default=None, help="Column that rows of one image share: they become one row.")
@@ -207,6 +213,10 @@ class DataArguments(FrameArguments):
         for name in ("max_train_samples", "max_test_samples", "texts_per_image"):
             check_count(name, getattr(self, name), 1, optional=True)
         check_count("max_pixels", self.max_pixels, 1)
+        size = self.test_size
+        is_number = isinstance(size, int | float)
+        if size is not None and not (is_number and (0 < size < 1 or (size >= 1 and float(size).is_integer()))):
+            raise ValueError(f"`test_size` must be a share between 0 and 1, or a number of images, but is {size!r}.")
 
     @property
     def draws_views(self) -> bool:
@@ -280,7 +290,9 @@ class EvaluationArguments(AnswerArguments):
     data_files: dict[str, Any] | str | None = HfArg(default=None, help="Files or patterns of each split, as JSON.")
     dataset_config: str | None = HfArg(default=None, help="Configuration of a data set on the Hub.")
     test_split: str = HfArg(default="test", help="Split of the dataset, or of a benchmark with splits.")
+    test_size: float | None = HfArg(default=None, help="The share or number of images that training held out by it.")
     image_column: str = HfArg(default="image", help="The dataset's column of images, paths or URLs.")
+    image_root: str | None = HfArg(default=None, help="Folder of relative paths. Default: that of the dataset's file.")
     max_samples: int | None = HfArg(default=None, help="Only the first rows, for a quick look.")
 
     def __post_init__(self) -> None:

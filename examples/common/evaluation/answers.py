@@ -36,7 +36,7 @@ from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
 
 # Arguments that give the origin of the rows. Answers do not depend on the annotations.
-SOURCE = ("benchmark", "dataset_config", "data_files", "test_split", "media_dir", "max_samples")
+SOURCE = ("benchmark", "dataset_config", "data_files", "test_split", "test_size", "media_dir", "max_samples")
 
 
 class PromptCollator(CaptionCollator):
@@ -65,7 +65,8 @@ def load_dataset_rows(
     A cell of `caption_column` holds a text, several texts, or VQAv2's dicts with an `answer`; else it raises a
     ValueError. `columns` are further arguments of the data.
     """
-    given = {key: getattr(evaluation_args, key) for key in ("data_files", "dataset_config", "test_split")}
+    names = ("data_files", "dataset_config", "test_split", "test_size", "image_root")
+    given = {key: getattr(evaluation_args, key) for key in names}
     columns |= {"caption_column": caption_column, "image_column": evaluation_args.image_column}
     data_args = DataArguments(dataset=name, **given, **columns)
     rows = select_split(load_splits(data_args), "test_split", data_args, None)

@@ -41,7 +41,7 @@ ROWS_OF_STEP = " x ".join(STEP_SIZE)
 # Arguments that leave the trained weights alone, or name what `rows` below covers wherever it lies.
 IGNORED_ARGUMENTS = {
     *("towers", "dataset", "data_files", "dataset_config", "train_split", "test_split", "max_test_samples"),
-    *("skip_bad_rows", "max_pixels", "max_train_samples", "mixture", "shuffle_buffer", "streaming"),
+    *("skip_bad_rows", "max_pixels", "max_train_samples", "mixture", "shuffle_buffer", "streaming", "image_root"),
 }
 
 
