@@ -1,7 +1,6 @@
 """What `caption_folder.py` leaves: a table of captions, `.txt` files, and an HTML page to look at."""
 
 import base64
-import csv
 import html
 import io
 import json
@@ -16,6 +15,7 @@ import pyarrow as pa
 from caption_folder_items import read_item
 from datasets import Dataset
 from pyarrow import parquet as pq
+from pyarrow.csv import CSVWriter
 from tqdm import tqdm
 
 from common.evaluation.answer_folder import ANSWERS, read_lines
@@ -56,17 +56,16 @@ def write_captions(items: Dataset, folder: Path, file_type: str) -> dict[str, in
             yield row
 
     with replacing(path) as partial_path:
-        if file_type == "parquet":
+        if file_type == "jsonl":
+            with partial_path.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
+        elif file_type == "csv":
+            schema = CAPTION.remove(2)
+            with CSVWriter(partial_path, schema) as writer:
+                write_batches(writer, (row for row in rows() if "error" not in row), schema)
+        else:
             with pq.ParquetWriter(partial_path, CAPTION) as writer:
                 write_batches(writer, rows(), CAPTION)
-        else:
-            with partial_path.open("w", encoding="utf-8", newline="\n") as file:
-                if file_type == "jsonl":
-                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
-                else:
-                    table = csv.DictWriter(file, ["file_name", "caption"], lineterminator="\n")
-                    table.writeheader()
-                    table.writerows(row for row in rows() if "error" not in row)
     print(f"{path} holds {counts['captioned']} captions.")
     if broken_names:
         rest = "" if file_type == "csv" else " and have an `error` there"

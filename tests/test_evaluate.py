@@ -185,7 +185,7 @@ def test_another_model_of_the_same_name_is_noticed(work, tmp_path, monkeypatch):
         ({"answer": None}, "`caption_column` must .* None"),
         ({"question": None}, "`prompt_column` must .* None"),
         ({"answer": ["red", "blue"]}, "at least 2 people"),
-        ({"image": "b.png"}, r"row 1: `image` is missing: .*'b\.png'"),
+        ({"image": "b.png"}, r"`image_column` names files that are missing, 1 in all: .*/b\.png\."),
     ],
 )
 def test_questions_without_an_answer_or_image_are_refused_before_loading(row, message, work, tmp_path, monkeypatch):

@@ -166,7 +166,9 @@ class FrameArguments:
 
 
 @dataclass
-class DataArguments(FrameArguments):
+class DatasetArguments:
+    """Where rows lie, for training and evaluation."""
+
     dataset: str | None = HfArg(
         default=None,
         help="openmoji-scenes, crowded-scenes, easy-vqa, or what `datasets.load_dataset` takes: a folder, a name on "
@@ -174,13 +176,7 @@ class DataArguments(FrameArguments):
     )
     data_files: dict[str, Any] | str | None = HfArg(default=None, help="Files or patterns of each split, as JSON.")
     dataset_config: str | None = HfArg(default=None, help="Configuration of a data set on the Hub.")
-    mixture: list[dict[str, Any]] | str | None = HfArg(
-        default=None,
-        help="Several data sets to train on: a list of {dataset, weight, data_files, caption_column, ...}; "
-        "JSON or a YAML file on the command line. `dataset` then gives the held-out rows only.",
-    )
-    train_split: str = HfArg(default="train", help="Split to train on.")
-    test_split: str | None = HfArg(default="test", help="Held-out split; empty for none.")
+    test_split: str | None = HfArg(default="test", help="Held-out split, or that of a benchmark; empty for none.")
     test_size: float | None = HfArg(
         default=None, help="Hold out this share or number of the images of `train_split`, in place of a `test_split`."
     )
@@ -188,6 +184,22 @@ class DataArguments(FrameArguments):
     image_root: str | None = HfArg(
         default=None, help="Folder that relative paths start from. Default: that of the file that names them."
     )
+
+    def __post_init__(self) -> None:
+        size = self.test_size
+        is_number = isinstance(size, int | float)
+        if size is not None and not (is_number and (0 < size < 1 or (size >= 1 and float(size).is_integer()))):
+            raise ValueError(f"`test_size` must be a share between 0 and 1, or a number of images, but is {size!r}.")
+
+
+@dataclass
+class DataArguments(FrameArguments, DatasetArguments):
+    mixture: list[dict[str, Any]] | str | None = HfArg(
+        default=None,
+        help="Several data sets to train on: a list of {dataset, weight, data_files, caption_column, ...}; "
+        "JSON or a YAML file on the command line. `dataset` then gives the held-out rows only.",
+    )
+    train_split: str = HfArg(default="train", help="Split to train on.")
     video_column: str | None = HfArg(default=None, help="Column of videos; default: images are read.")
     caption_column: str = HfArg(default="caption", help="Column of captions, one or a list of them for each image.")
     group_by: str | None = HfArg(default=None, help="Column that rows of one image share: they become one row.")
@@ -209,14 +221,11 @@ class DataArguments(FrameArguments):
     skip_bad_rows: bool = HfArg(default=False, help="Skip and list rows with an unreadable image or no caption.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        FrameArguments.__post_init__(self)
+        DatasetArguments.__post_init__(self)
         for name in ("max_train_samples", "max_test_samples", "texts_per_image"):
             check_count(name, getattr(self, name), 1, optional=True)
         check_count("max_pixels", self.max_pixels, 1)
-        size = self.test_size
-        is_number = isinstance(size, int | float)
-        if size is not None and not (is_number and (0 < size < 1 or (size >= 1 and float(size).is_integer()))):
-            raise ValueError(f"`test_size` must be a share between 0 and 1, or a number of images, but is {size!r}.")
 
     @property
     def draws_views(self) -> bool:
@@ -279,22 +288,14 @@ class AnswerArguments(CaptionerArguments):
 
 
 @dataclass
-class EvaluationArguments(AnswerArguments):
+class EvaluationArguments(AnswerArguments, DatasetArguments):
     output_dir: str | None = HfArg(default=None, help="Folder of the results. Default: one in outputs/evaluation.")
     benchmark: str | None = HfArg(default=None, help="A published benchmark; the table in the script lists them.")
     annotations: str | None = HfArg(default=None, help="The benchmark's annotation file, as published.")
     media_dir: str | None = HfArg(default=None, help="Folder of the benchmark's images or videos.")
-    dataset: str | None = HfArg(
-        default=None, help="Instead of a benchmark: a demo, or what `datasets.load_dataset` takes, as in training."
-    )
-    data_files: dict[str, Any] | str | None = HfArg(default=None, help="Files or patterns of each split, as JSON.")
-    dataset_config: str | None = HfArg(default=None, help="Configuration of a data set on the Hub.")
-    test_split: str = HfArg(default="test", help="Split of the dataset, or of a benchmark with splits.")
-    test_size: float | None = HfArg(default=None, help="The share or number of images that training held out by it.")
-    image_column: str = HfArg(default="image", help="The dataset's column of images, paths or URLs.")
-    image_root: str | None = HfArg(default=None, help="Folder of relative paths. Default: that of the dataset's file.")
     max_samples: int | None = HfArg(default=None, help="Only the first rows, for a quick look.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        AnswerArguments.__post_init__(self)
+        DatasetArguments.__post_init__(self)
         check_count("max_samples", self.max_samples, 1, optional=True)

@@ -279,10 +279,10 @@ def locate_files(
     ]
     if missing:
         names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        message = f"`{data_args.used_columns[0]}`: {len(missing)} files are missing: {names}."
+        message = f"`{data_args.used_columns[0]}` names files that are missing, {len(missing)} in all: {names}."
         message += f" Relative paths start from {root}; `--image_root` names another folder." if root else ""
         if not data_args.skip_bad_rows:
-            raise ValueError(f"{message} (`--skip_bad_rows true` goes on without them.)")
+            raise ValueError(message)
         logger.warning(message)
     return rows
 

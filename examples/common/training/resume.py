@@ -185,5 +185,6 @@ def check_settings_of_run(checkpoint: str, settings: dict[str, Any], config: EVL
         raise ValueError(
             f"`resume_from_checkpoint`: {checkpoint} is of a run with other settings: {'; '.join(changed)}. A resumed "
             "run keeps its settings, but for its length and output. To train these weights with other settings, start "
-            f"a new run from them: examples/finetune.py --lora none --model {checkpoint}"
+            "a new run from them: examples/finetune.py --config examples/configs/finetune-captions.yaml --model "
+            f"{checkpoint}"
         )
