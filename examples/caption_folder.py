@@ -17,7 +17,7 @@ files are not on it. A file that was replaced since then, by its size or time, i
 replaced is refused, and so are other settings and a second run in the same folder.
 """
 
-import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
+import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait
 
 import os
 from collections import Counter
@@ -190,4 +190,4 @@ def write_outputs(items: Dataset, folder: Path, folder_args: FolderArguments) ->
 
 
 if __name__ == "__main__":
-    main()
+    common.processes.run_script(main)

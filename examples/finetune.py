@@ -18,7 +18,7 @@ a whole model. `--text_quantization int8` or `int4` keeps the frozen language mo
 LoRA is by Hu et al., ICLR 2022; adapters and quantised language models are by PEFT, bitsandbytes and torchao.
 """
 
-import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
+import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait
 
 import os
 import re
@@ -153,4 +153,4 @@ def quantization_config(bits: Literal["int8", "int4"] | None) -> Any | None:
 
 
 if __name__ == "__main__":
-    main()
+    common.processes.run_script(main)

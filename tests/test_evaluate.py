@@ -37,7 +37,7 @@ def save_questions(folder, *rows):
 def test_easy_vqa_is_answered_by_the_model(work, tmp_path):
     """A real model: its answer in a batch is that of `generate` for the single question."""
     demo_packages_or_skip()
-    changes = {"dataset": "easy-vqa", "max_samples": 6}
+    changes = {"dataset": "easy-vqa", "max_test_samples": 6}
     results = evaluate_vqa.main(options(work, tmp_path / "out", **changes))
     assert results["num_rows"] == 6 and 0 <= value(results, "Accuracy [%]") <= 100
     evaluate_vqa.main(options(work, tmp_path / "single", **changes, batch_size=1))

@@ -180,12 +180,14 @@ class DatasetArguments:
     test_size: float | None = HfArg(
         default=None, help="Hold out this share or number of the images of `train_split`, in place of a `test_split`."
     )
+    max_test_samples: int | None = HfArg(default=None, help="Use only the first held-out samples.")
     image_column: str = HfArg(default="image", help="Column of images, paths or URLs.")
     image_root: str | None = HfArg(
         default=None, help="Folder that relative paths start from. Default: that of the file that names them."
     )
 
     def __post_init__(self) -> None:
+        check_count("max_test_samples", self.max_test_samples, 1, optional=True)
         size = self.test_size
         is_number = isinstance(size, int | float)
         if size is not None and not (is_number and (0 < size < 1 or (size >= 1 and float(size).is_integer()))):
@@ -205,7 +207,6 @@ class DataArguments(FrameArguments, DatasetArguments):
     group_by: str | None = HfArg(default=None, help="Column that rows of one image share: they become one row.")
     texts_per_image: int | None = HfArg(default=None, help="Texts of an image to draw in each epoch. Default: all.")
     max_train_samples: int | None = HfArg(default=None, help="Use only the first samples.")
-    max_test_samples: int | None = HfArg(default=None, help="Use only the first held-out samples.")
     streaming: bool = HfArg(default=False, help="Read while training; needs max_steps.")
     shuffle_buffer: int = HfArg(default=1000, help="Rows of a stream that each reader holds and shuffles.")
     prompt: str = HfArg(default="", help="Prompt that stands with each image.")
@@ -223,7 +224,7 @@ class DataArguments(FrameArguments, DatasetArguments):
     def __post_init__(self) -> None:
         FrameArguments.__post_init__(self)
         DatasetArguments.__post_init__(self)
-        for name in ("max_train_samples", "max_test_samples", "texts_per_image"):
+        for name in ("max_train_samples", "texts_per_image"):
             check_count(name, getattr(self, name), 1, optional=True)
         check_count("max_pixels", self.max_pixels, 1)
 
@@ -293,9 +294,7 @@ class EvaluationArguments(AnswerArguments, DatasetArguments):
     benchmark: str | None = HfArg(default=None, help="A published benchmark; the table in the script lists them.")
     annotations: str | None = HfArg(default=None, help="The benchmark's annotation file, as published.")
     media_dir: str | None = HfArg(default=None, help="Folder of the benchmark's images or videos.")
-    max_samples: int | None = HfArg(default=None, help="Only the first rows, for a quick look.")
 
     def __post_init__(self) -> None:
         AnswerArguments.__post_init__(self)
         DatasetArguments.__post_init__(self)
-        check_count("max_samples", self.max_samples, 1, optional=True)

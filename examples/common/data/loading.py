@@ -212,11 +212,12 @@ def select_split(
 
     A ValueError names a missing split or column, and the first files that are missing.
     """
-    name = getattr(data_args, argument if data_args.test_size is None else "train_split")
+    source = argument if data_args.test_size is None else "train_split"
+    name = getattr(data_args, source)
     if name not in splits:
         hint = '; --test_size 0.1 holds out a tenth of a split, and --test_split "" nothing'
-        hint = "" if argument == "train_split" or data_args.test_size is not None else hint
-        raise ValueError(f"`{argument}` is {name!r}, but the data set has {sorted(splits)}{hint}.")
+        hint = "" if source == "train_split" else hint
+        raise ValueError(f"`{source}` is {name!r}, but the data set has {sorted(splits)}{hint}.")
     rows = splits[name]
     columns = rows.column_names or list(next(iter(rows)))  # a stream may not know its columns
     used = {argument: getattr(data_args, argument) for argument in data_args.used_columns}

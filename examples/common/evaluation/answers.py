@@ -37,7 +37,7 @@ from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
 
 # Arguments that give the origin of the rows. Answers do not depend on the annotations.
-SOURCE = ("benchmark", "dataset_config", "data_files", "test_split", "test_size", "media_dir", "max_samples")
+SOURCE = ("benchmark", "dataset_config", "data_files", "test_split", "test_size", "media_dir", "max_test_samples")
 
 
 class PromptCollator(CaptionCollator):
