@@ -37,6 +37,7 @@ from common.evaluation.merging_overlay import (
     trace_merging,
 )
 from common.models import load_captioner
+from common.processes import run_script
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -371,4 +372,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

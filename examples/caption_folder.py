@@ -2,74 +2,67 @@
 
     accelerate launch examples/caption_folder.py --model outputs/demo --inputs my_images --output_dir outputs/mine
 
-`--inputs` are folders with all files below them, single files, and shards. Shards are WebDataset's `.tar`, and
-`.parquet` with images in `--column`. `--media video` captions videos and needs `.[video]`. Several processes
-(`--num_processes 8`; on CPUs also `--multi_gpu`) share the work.
+`--inputs` are folders with all files below them, single files, patterns in quotes such as "photos/*.jpg", and shards.
+Shards are WebDataset's `.tar`, and `.parquet` with images in `--column`. `--media video` captions videos and needs
+`.[video]`. Several processes (`--num_processes 8`; on CPUs also `--multi_gpu`) share the work.
 
-`captions.jsonl`, or `captions.parquet` with `--format parquet`, has a row for each image, in the order of the names,
-with any number of processes. It has `file`, `text`, and an `error` if the image could not be read. Such images are
-named as they come and counted at the end, and the run goes on.
+`captions.jsonl` has a row for each image, in the order of the names, with any number of processes. It has `file_name`,
+relative to the folder of all inputs, `caption`, and an `error` if the image could not be read. Such images are named
+as they come and counted at the end, and the run goes on. `--format parquet` or `csv` writes another table. A `.csv`
+leaves such images out. `captions.html` shows some images with their captions. `--txt_files` writes a file for each
+caption. A run that has ended can be started again for another format.
 
 A run that was interrupted goes on when it is started again. `items.arrow` lists the items at the first start; later
 files are not on it. A file that was replaced since then, by its size or time, is captioned again. A shard that was
 replaced is refused, and so are other settings and a second run in the same folder.
 """
 
-import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
+import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 from caption_folder_items import ITEM, check_shards, is_current, list_items, read_item
+from caption_folder_outputs import MAX_NAMES, shortened, write_batches, write_captions, write_page, write_txt_files
 from datasets import Dataset
 from PIL import Image
-from pyarrow import parquet as pq
 from tqdm import tqdm
 from transformers import BatchFeature
 from transformers.hf_argparser import HfArg
 
 from common.arguments import AnswerArguments, FrameArguments, GenerationArguments, check_count, parse_arguments
-from common.evaluation.answer_folder import (
-    ANSWERS,
-    SETTINGS,
-    check_settings,
-    has_answers,
-    join_answers,
-    read_lines,
-    run_folder,
-)
+from common.evaluation.answer_folder import SETTINGS, check_settings, has_answers, join_answers, run_folder
 from common.evaluation.answers import answer_pending, answering_settings, load_answering_model, start_processes
 from common.files import replacing
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import MAX_PIXELS
 
-ROWS = 10_000  # held in memory and written together
-MAX_NAMES = 10  # names in a message about many items
 ITEMS = "items.arrow"
-CAPTION = pa.schema({"file": pa.string(), "text": pa.string(), "error": pa.string()})
 
 
 @dataclass
 class FolderArguments(AnswerArguments, FrameArguments):
-    inputs: list[str] = HfArg(default_factory=list, help="Folders, .tar and .parquet shards, files.")
+    inputs: list[str] = HfArg(default_factory=list, help="Folders, files, patterns, .tar and .parquet.")
     output_dir: str = HfArg(default="outputs/captions", help="Folder of the captions.")
     media: Literal["image", "video"] = HfArg(default="image", help="Type of the items.")
     column: str | None = HfArg(default=None, help="Column of a .parquet; default: image or video, as `--media`.")
     prompt: str = HfArg(default="", help="Prompt that stands with each item.")
     max_pixels: int = HfArg(default=MAX_PIXELS, help="Largest image or frame that is read, in pixels.")
-    format: Literal["jsonl", "parquet"] = HfArg(default="jsonl", help="File type of the captions.")
+    format: Literal["jsonl", "csv", "parquet"] = HfArg(default="jsonl", help="File type of the captions.")
+    txt_files: Literal["beside", "output"] | None = HfArg(
+        default=None, help="Also write each caption into a .txt file: beside its image, or in output_dir/txt."
+    )
+    html_images: int = HfArg(default=100, help="Images at equal distances on the page captions.html; 0: no page.")
 
     def __post_init__(self) -> None:
         AnswerArguments.__post_init__(self)
         FrameArguments.__post_init__(self)
         check_count("max_pixels", self.max_pixels, 1)
+        check_count("html_images", self.html_images, 0)
 
 
 class ItemCollator:
@@ -83,7 +76,7 @@ class ItemCollator:
 
     def __call__(self, items: list[dict[str, Any]]) -> BatchFeature:
         args = self.folder_args
-        read = [read_item(item, args.media, args.column, args.frames, args.max_pixels) for item in items]
+        read = [read_item(item, *reading(args)) for item in items]
         batch = self.prompts([self.stand_in if media is None else media for media, _ in read])
         batch["details"] = [details for _, details in read]
         return batch
@@ -91,6 +84,11 @@ class ItemCollator:
     def prompts(self, sources: list[Any]) -> BatchFeature:
         args, prompts = self.folder_args, [self.folder_args.prompt] * len(sources)
         return self.processor(**{f"{args.media}s": sources}, text=prompts, do_sample_frames=False)
+
+
+def reading(args: FolderArguments) -> tuple[Any, ...]:
+    """How items are opened: arguments of [`read_item`]."""
+    return args.media, args.column, args.frames, args.max_pixels
 
 
 def main(argv: list[str] | None = None) -> dict[str, int]:
@@ -119,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
             drop_changed(items, folder)
         ids = range(len(items))
         answer_pending(items, ids, collate, model, processor, generation_args, folder_args, folder, state)
-        return write_captions(items, folder, folder_args.format) if state.is_main_process else {}
+        return write_outputs(items, folder, folder_args) if state.is_main_process else {}
 
 
 def is_new_run(folder: Path) -> bool:
@@ -167,13 +165,8 @@ def drop_changed(items: Dataset, folder: Path) -> None:
 
     join_answers(folder, range(len(items)), keep)
     if changed:
-        names = [items[index]["file"] for index in sorted(changed[:MAX_NAMES])]
+        names = [items[index]["file_name"] for index in sorted(changed[:MAX_NAMES])]
         print(f"{len(changed)} files changed and are captioned again: {shortened(names, len(changed))}")
-
-
-def shortened(names: list[str], count: int) -> str:
-    """The first names of many, for a message."""
-    return ", ".join(names[:MAX_NAMES]) + (", …" if count > MAX_NAMES else "")
 
 
 def check_length(collate: ItemCollator, text_config: Any, max_new_tokens: int) -> None:
@@ -187,38 +180,14 @@ def check_length(collate: ItemCollator, text_config: Any, max_new_tokens: int) -
         )
 
 
-def write_captions(items: Dataset, folder: Path, file_type: str) -> dict[str, int]:
-    """Writes the answers with the names of their items, and returns the numbers of captioned and broken items."""
-    path, counts, broken_names = folder / f"captions.{file_type}", Counter(captioned=0, broken=0), []
-
-    def rows() -> Iterator[dict[str, Any]]:
-        answers = read_lines(folder / ANSWERS)
-        for item, (_, answer) in zip(items.select_columns("file"), answers, strict=True):
-            counts["broken" if "error" in answer else "captioned"] += 1
-            if "error" in answer and len(broken_names) < MAX_NAMES:
-                broken_names.append(item["file"])
-            yield {"file": item["file"], **{name: answer[name] for name in ("text", "error") if name in answer}}
-
-    written = tqdm(rows(), "Writing", len(items))
-    with replacing(path) as partial_path:
-        if file_type == "jsonl":
-            with partial_path.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in written)
-        else:
-            with pq.ParquetWriter(partial_path, CAPTION) as writer:
-                write_batches(writer, written, CAPTION)
-    print(f"{path} holds {counts['captioned']} captions.")
-    if broken_names:
-        names = shortened(broken_names, counts["broken"])
-        print(f"{counts['broken']} could not be read and have an `error` there: {names}")
-    return dict(counts)
-
-
-def write_batches(writer: Any, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> None:
-    remaining = iter(rows)
-    while batch := list(islice(remaining, ROWS)):
-        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+def write_outputs(items: Dataset, folder: Path, folder_args: FolderArguments) -> dict[str, int]:
+    """Writes the captions as they are wanted, and returns the numbers of captioned and broken items."""
+    if folder_args.txt_files:
+        write_txt_files(items, folder, folder_args.txt_files)
+    if folder_args.html_images:
+        write_page(items, folder, folder_args.html_images, *reading(folder_args))
+    return write_captions(items, folder, folder_args.format)
 
 
 if __name__ == "__main__":
-    main()
+    common.processes.run_script(main)

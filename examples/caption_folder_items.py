@@ -9,6 +9,8 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
+from glob import glob, has_magic
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +31,7 @@ SUFFIXES = {
 SHARDS = (".tar", ".parquet")
 ITEM = pa.schema(
     {
-        "file": pa.string(),  # the name: a path, or a shard's path and the name or row in the shard
+        "file_name": pa.string(),  # relative to the folder of all inputs; of a shard with the name or row in it
         "path": pa.binary(),  # the file on disk; its name need not be UTF-8
         "shard_size": pa.int64(),  # of a shard, in bytes
         "shard_time": pa.int64(),  # of its last change, in nanoseconds since 1970
@@ -50,18 +52,31 @@ def list_items(inputs: list[str], media: Media, column: str, left_out: Counter) 
     read gives an item with an `error`, and so does a file that is no regular file, such as a named pipe.
     """
     suffixes = SUFFIXES[media] + SHARDS
+    base = os.path.commonpath([os.path.abspath(_folder_of(source)) for source in inputs])
     for source in inputs:
-        if not os.path.exists(source):
+        is_path = os.path.exists(source)  # its name may hold brackets
+        found = [source] if is_path else sorted(map(os.path.normpath, glob(source, recursive=True)))
+        if not found:
             raise ValueError(f"`inputs`: there is no {source}.")
-        is_folder = os.path.isdir(source)
-        for path in _walk(source, left_out) if is_folder else [source]:
-            suffix = Path(path).suffix.lower()
-            if suffix in suffixes:
-                yield from _items_of(path, media, column)
-            elif is_folder:
-                left_out[suffix or "(no suffix)"] += 1
-            else:
-                raise ValueError(f"`inputs` must be folders or files of {', '.join(suffixes)}, but {path} is neither.")
+        folders = {path for path in found if os.path.isdir(path)}
+        for top in (path for path in found if folders.isdisjoint(map(str, Path(path).parents))):
+            for path in _walk(top, left_out) if top in folders else [top]:
+                suffix = Path(path).suffix.lower()
+                if suffix in suffixes:
+                    yield from _items_of(path, os.path.relpath(path, base), media, column)
+                elif top in folders or not is_path:
+                    left_out[suffix or "(no suffix)"] += 1
+                else:
+                    wanted = ", ".join(suffixes)
+                    raise ValueError(f"`inputs` must be folders or files of {wanted}, but {path} is neither.")
+
+
+def _folder_of(source: str) -> str:
+    """The folder that an input names, or that holds the file or the pattern."""
+    if os.path.isdir(source):
+        return source
+    parts = Path(source).parent.parts
+    return str(Path(*parts if os.path.exists(source) else takewhile(lambda part: not has_magic(part), parts)))
 
 
 def _walk(folder: str, left_out: Counter) -> Iterator[str]:
@@ -76,41 +91,45 @@ def _walk(folder: str, left_out: Counter) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in sorted(files))
 
 
-def _items_of(path: str, media: Media, column: str) -> Iterator[dict[str, Any]]:
+def _items_of(path: str, name: str, media: Media, column: str) -> Iterator[dict[str, Any]]:
     suffix = Path(path).suffix.lower()
     if os.path.exists(path) and not os.path.isfile(path):  # opening a named pipe would wait for a writer
-        items = [{"file": path, "error": f"`inputs`: {path!r} is no regular file."}]
+        items = [{"file_name": name, "error": f"`inputs`: {path!r} is no regular file."}]
     elif suffix == ".tar":
-        items = _tar_items(path, media)
+        items = _tar_items(path, name, media)
     elif suffix == ".parquet":
-        items = _parquet_items(path, column)
+        items = _parquet_items(path, name, column)
     else:
-        items = [{"file": path}]
+        items = [{"file_name": name}]
     common = dict.fromkeys(ITEM.names) | {"path": os.fsencode(os.path.abspath(path))}
     if suffix in SHARDS:
         common["shard_size"], common["shard_time"] = file_state(path) or (None, None)
     for item in items:
-        yield {**common, **item, "file": os.fsencode(item["file"]).decode(errors="backslashreplace")}
+        yield {**common, **item, "file_name": os.fsencode(item["file_name"]).decode(errors="backslashreplace")}
 
 
-def _tar_items(path: str, media: Media) -> Iterator[dict[str, Any]]:
+def _tar_items(path: str, name: str, media: Media) -> Iterator[dict[str, Any]]:
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # tarfile would keep all of them in memory
                 if member.isdir() or Path(member.name).suffix.lower() not in SUFFIXES[media]:
                     continue
-                name = f"{path}/{member.name}"
-                error = None if member.isreg() else f"{name}: a link in a .tar is not followed."
-                yield {"file": name, "offset": member.offset_data, "size": member.size, "error": error}
+                error = None if member.isreg() else f"{path}/{member.name}: a link in a .tar is not followed."
+                yield {
+                    "file_name": f"{name}/{member.name}",
+                    "offset": member.offset_data,
+                    "size": member.size,
+                    "error": error,
+                }
             tar.fileobj.seek(tar.offset)  # tarfile takes any broken header for the end
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"no header at byte {tar.offset} and no end; the rest is lost")
     except (tarfile.TarError, OSError) as error:
-        yield {"file": path, "error": f"`inputs`: {path!r} cannot be read: {error}"}
+        yield {"file_name": name, "error": f"`inputs`: {path!r} cannot be read: {error}"}
 
 
-def _parquet_items(path: str, column: str) -> Iterator[dict[str, Any]]:
+def _parquet_items(path: str, name: str, column: str) -> Iterator[dict[str, Any]]:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -118,7 +137,7 @@ def _parquet_items(path: str, column: str) -> Iterator[dict[str, Any]]:
             if sum(sizes) != file.metadata.num_rows:  # a damaged number could stand for any number of items
                 raise OSError(f"its row groups have {sum(sizes)} rows, but it has {file.metadata.num_rows}")
     except (OSError, pa.ArrowException) as error:
-        yield {"file": path, "error": f"`inputs`: {path!r} cannot be read: {error}"}
+        yield {"file_name": name, "error": f"`inputs`: {path!r} cannot be read: {error}"}
         return
     if column not in schema.names:
         raise ValueError(f"`column` is {column!r}, but {path} has {schema.names}.")
@@ -128,7 +147,7 @@ def _parquet_items(path: str, column: str) -> Iterator[dict[str, Any]]:
     index = 0
     for group, size in enumerate(sizes):
         for row in range(size):
-            yield {"file": f"{path}/{index}", "row_group": group, "row": row}
+            yield {"file_name": f"{name}/{index}", "row_group": group, "row": row}
             index += 1
 
 
@@ -164,7 +183,7 @@ def read_item(
         return load_rgb_frames(source, **frames, max_pixels=max_pixels), details
     # An IndexError comes from a row group with fewer rows than were listed.
     except (OSError, ValueError, IndexError, pa.ArrowException) as error:
-        message = str(error) if item["file"] in str(error) else f"{item['file']}: {error}"
+        message = str(error) if item["file_name"] in str(error) else f"{item['file_name']}: {error}"
         return None, details | {"error": message.encode(errors="backslashreplace").decode()}  # names need not be UTF-8
 
 
@@ -182,12 +201,12 @@ def _source(item: dict[str, Any], column: str) -> Any:
             data = file.read(item["size"])
         if len(data) < item["size"]:
             raise ValueError(f"only {len(data)} of its {item['size']} bytes are there.")
-        return {"bytes": data, "path": item["file"]}
+        return {"bytes": data, "path": item["file_name"]}
     if item["row_group"] is None:
         return path
     value = _row_group(path, item["row_group"], column)[item["row"]].as_py()
     if isinstance(value, bytes):
-        return {"bytes": value, "path": item["file"]}
+        return {"bytes": value, "path": item["file_name"]}
     if isinstance(value, str) or (isinstance(value, dict) and (value.get("bytes") or value.get("path"))):
         return value
     raise ValueError(f"`column` must hold an image or a video, but holds {str(value)[:80]}.")

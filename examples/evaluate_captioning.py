@@ -26,7 +26,7 @@ SPICE, as in `--metrics cider bleu rouge_l spice`, needs Java 8 or 11 on PATH an
 A run that was interrupted goes on when it is started again. Two runs cannot use one `--output_dir` at a time.
 """
 
-import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
+import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait
 
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with state.main_process_first():  # the others find the data set in the cache
             rows, data_args = load_rows(name, evaluation_args, caption_args)
         total = len(rows)
-        rows = rows.select(range(min(total, evaluation_args.max_samples or total)))
+        rows = rows.select(range(min(total, evaluation_args.max_test_samples or total)))
         references = rows["captions"][:] if any(rows["captions"]) else None
         metric = load_metric(caption_args.metrics) if references and state.is_main_process else None
         texts = answer_rows(name, rows, data_args, generation_args, evaluation_args, folder, state)
@@ -159,4 +159,4 @@ def score(
 
 
 if __name__ == "__main__":
-    main()
+    common.processes.run_script(main)

@@ -27,7 +27,7 @@ columns, as in the training scripts, and by the `--rule` that scores them.
 A run that was interrupted goes on when it is started again. Two runs cannot use one `--output_dir` at a time.
 """
 
-import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
+import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,7 +117,7 @@ def load_rows(
     if not evaluation_args.benchmark and not evaluation_args.dataset:
         # Spread over the split, so that all types of questions are among them.
         rows = rows.select(range(0, total, total // DEMO_QUESTIONS)).take(DEMO_QUESTIONS)
-    rows = rows.select(range(min(len(rows), evaluation_args.max_samples or total)))
+    rows = rows.select(range(min(len(rows), evaluation_args.max_test_samples or total)))
     clean = question_args.clean_questions
     if bool(evaluation_args.benchmark) if clean is None else clean:
         cleaned = [clean_question(question) for question in rows[column]]
@@ -159,4 +159,4 @@ def score(
 
 
 if __name__ == "__main__":
-    main()
+    common.processes.run_script(main)

@@ -35,6 +35,7 @@ from transformers.hf_argparser import HfArg
 
 from common.arguments import parse_arguments
 from common.models import load_captioner
+from common.processes import run_script
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.soft_prompts import join_tiles
 from modeling_evlgen.video import encode_images
@@ -196,4 +197,4 @@ def load_exported(name: str, path: Path) -> Callable[[torch.Tensor], torch.Tenso
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

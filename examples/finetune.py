@@ -2,12 +2,14 @@
 
     python examples/finetune.py
 
-trains the demo's captioner on easy-VQA's questions. Your own data are captions as in `pretrain.py`, questions with
-`--prompt_column question --caption_column answer --prompt "Question: {} Short answer:"`, or conversations in the usual
-`messages` format with `--messages_column messages`:
+trains the demo's captioner on easy-VQA's questions. Other recipes are for captions and conversations of your own:
 
+    accelerate launch examples/finetune.py --config examples/configs/finetune-captions.yaml --model path/to/model \
+        --dataset my_images
     accelerate launch examples/finetune.py --config examples/configs/finetune-chat.yaml --model path/to/model \
         --dataset path/to/folder
+
+Questions take `--prompt_column question --caption_column answer --prompt "Question: {} Short answer:"`.
 
 The result in `output_dir` is an adapter with the trained connector in it. Pipelines, `AutoModel` and the other scripts
 load it like a model, as long as its base model stays where it was. `--lora none` trains the connector alone and saves
@@ -16,7 +18,7 @@ a whole model. `--text_quantization int8` or `int4` keeps the frozen language mo
 LoRA is by Hu et al., ICLR 2022; adapters and quantised language models are by PEFT, bitsandbytes and torchao.
 """
 
-import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
+import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait
 
 import os
 import re
@@ -87,6 +89,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         quantization = quantization_config(model_args.text_quantization)
         model = load_trainable(model_args.model, quantization_config=quantization)
         allow_token_range(model, processor, model_args.image_token_range)
+        model.generation_config.max_new_tokens = generation_args.max_new_tokens
         model.to(training_args.device)
         splits = cache_features(model, processor, *splits, data_args, training_args.seed)
         if lora_args.lora != "none":
@@ -150,4 +153,4 @@ def quantization_config(bits: Literal["int8", "int4"] | None) -> Any | None:
 
 
 if __name__ == "__main__":
-    main()
+    common.processes.run_script(main)

@@ -10,7 +10,7 @@ trains the demo's captioner on animated emoji, which npm fetches. Your own video
 The folder holds videos and a `metadata.jsonl` with their `file_name` and `caption`.
 """
 
-import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
+import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,4 +68,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    common.processes.run_script(main)

@@ -17,7 +17,7 @@ Data that outgrow a disk are streamed, and several data sets are mixed by weight
 A run that was killed goes on with `--resume_from_checkpoint true`, from the last checkpoint in `output_dir`.
 """
 
-import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
+import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait
 
 from collections.abc import Iterator
 from itertools import islice
@@ -105,4 +105,4 @@ def _features(
 
 
 if __name__ == "__main__":
-    main()
+    common.processes.run_script(main)

@@ -36,6 +36,7 @@ from transformers.hf_argparser import HfArg
 
 from common.arguments import parse_arguments
 from common.models import load_captioner
+from common.processes import run_script
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import BASE_MODEL, TOWERS, check_base, find_adapter, hash_weights, is_on_hub
@@ -364,4 +365,4 @@ def caption(published: str, arguments: PublishArguments) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

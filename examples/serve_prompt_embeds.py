@@ -29,6 +29,7 @@ from transformers.hf_argparser import HfArg
 
 from common.arguments import CaptionerArguments, parse_arguments
 from common.models import load_trainable
+from common.processes import run_script
 from configuration_evlgen import EVLGenConfig
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.soft_prompts import check_finite, embed_ids
@@ -159,4 +160,4 @@ def main(argv: list[str] | None = None) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

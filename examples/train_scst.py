@@ -7,7 +7,7 @@ temporal contextualizer are trained. Reward, baseline and length of the samples 
 CIDEr-D are those of the training captions.
 """
 
-import common.processes  # isort: skip  # noqa: F401 - first, since it sets how PyTorch's threads wait
+import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait
 
 import math
 from collections import Counter, defaultdict
@@ -305,4 +305,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    common.processes.run_script(main)

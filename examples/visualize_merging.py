@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.evaluation.merging_overlay import SIDE, draw_groups, layer_names, resize_to_side, trace_merging
 from common.models import load_captioner
+from common.processes import run_script
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import load_rgb_image
@@ -93,4 +94,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -113,6 +113,9 @@ def save_data(folder: Path) -> None:
     for name in ("pairs.csv", "held_out.csv"):
         rows = [f"{image}.png,{text}" for image in "ab" for text in ("red", "a red image", "all red", "it is red")]
         (folder / name).write_text("\n".join(["image,caption", *rows]))
+    save_split(folder / "photos", ["red", "blue"], [{"caption": "red"}, {"caption": "blue"}], save=write_medium)
+    for name in "ab":
+        shutil.copy(folder / f"{name}.png", folder / "photos")  # `pairs.csv` names them
     for file in (FIXTURES / "benchmarks").iterdir():
         shutil.copy(file, folder)
     for file in ("dataset_coco.json", "v2_OpenEnded_mscoco_val2014_questions.json"):

@@ -106,7 +106,7 @@ def test_nocaps_is_scored_by_domain(work, tmp_path, monkeypatch):
 
 def test_scores_of_a_part_of_a_benchmark_have_a_note(work, tmp_path, monkeypatch, capsys):
     FixedAnswers(monkeypatch, ["a red circle"] * 2)
-    results = evaluate_captioning.main(options(work, tmp_path, **karpathy(work), max_samples=2))
+    results = evaluate_captioning.main(options(work, tmp_path, **karpathy(work), max_test_samples=2))
     subset, weights = results["notes"]
     assert subset == "Only 2 of 3 rows were answered: the scores cannot be compared with those of all."
     assert weights.startswith("CIDEr's n-gram weights come from the references of only 2")
@@ -179,7 +179,7 @@ def test_ok_vqa_is_scored_with_lemmas(work, tmp_path, monkeypatch):
         ({"benchmark": "coco"}, "`benchmark` must .* 'coco'"),
         ({"dataset": "easy-vqa"}, "`benchmark` and `dataset`"),
         ({"split_file": "list.txt"}, "`split_file` is not read for coco-karpathy"),
-        ({"max_samples": 0}, "`max_samples` must .* 0"),
+        ({"max_test_samples": 0}, "`max_test_samples` must .* 0"),
         ({"media_dir": "/nowhere"}, "`media_dir`: /nowhere"),
         ({"annotations": "/nowhere.json"}, r"`annotations`: /nowhere\.json"),
         ({"annotations": PUBLISHED / "test_list.txt"}, r"`annotations`: .*test_list\.txt"),

@@ -9,14 +9,19 @@ import subprocess
 import tarfile
 import time
 import tracemalloc
+from collections import Counter
 
 import caption_folder
 import pyarrow as pa
 import pytest
+from caption_folder_items import list_items
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from pyarrow import parquet as pq
 
+from common.arguments import DataArguments
+from common.data.loading import load_datasets
+from common.data.rows import open_media
 from common.evaluation.answer_folder import join_answers, read_lines
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
@@ -26,6 +31,7 @@ from .helpers import ROOT, generate_new, noise_images, save_animation, tiny_mode
 from .training import flags, png, save_captioner, start
 
 BROKEN = b"no image"
+SHARD = [f"shard.tar/x/{name}.png" for name in (1, 2, 0)]  # of `save_mixed`
 SCRIPT = ROOT / "examples" / "caption_folder.py"
 
 
@@ -64,7 +70,7 @@ def save_mixed(folder):
     save_parquet(folder / "z.parquet", [{"bytes": png(image), "path": None} for image in images[5:]], row_group_size=2)
     names = ["a.png", "b.png", "broken.png", "z.parquet/0", "z.parquet/1", "z.parquet/2", "deep/c.jpg"]
     names += [f"deep/shard.tar/x/{name}.png" for name in (1, 2, 0)]
-    return [f"{folder}/{name}" for name in names]
+    return names
 
 
 def save_images(folder, count):
@@ -103,16 +109,110 @@ def test_everything_below_a_folder_is_captioned(model, tmp_path, capsys):
     """Images, a `.tar` and a `.parquet` come in the order of names. Unreadable images are named and counted."""
     names = save_mixed(tmp_path / "in")
     result, rows = run(model, tmp_path, num_workers=1)
-    assert [row["file"] for row in rows] == names and result == {"captioned": 8, "broken": 2}
-    broken = {row["file"]: row["error"] for row in rows if row["text"] is None}
-    assert broken.keys() == {names[2], names[8]} == {row["file"] for row in rows if "error" in row}
+    assert [row["file_name"] for row in rows] == names and result == {"captioned": 8, "broken": 2}
+    broken = {row["file_name"]: row["error"] for row in rows if row["caption"] is None}
+    assert broken.keys() == {names[2], names[8]} == {row["file_name"] for row in rows if "error" in row}
     assert all(name in error and "cannot be read" in error for name, error in broken.items())
     for index, image in ((0, 1), (1, 0), (7, 3), (9, 4), (3, 5), (5, 7)):
-        assert rows[index]["text"] == caption(model, images=noise_images(8)[image])
-    assert len({row["text"] for row in rows}) > 5
+        assert rows[index]["caption"] == caption(model, images=noise_images(8)[image])
+    assert len({row["caption"] for row in rows}) > 5
     printed = capsys.readouterr()
     assert f"2 could not be read and have an `error` there: {names[2]}, {names[8]}\n" in printed.out
     assert "Left out: 1 .txt." in printed.out and printed.err.count("Left out: ") == 2
+
+
+@pytest.mark.parametrize("place", ["metadata.csv", "table"])
+def test_the_captions_of_a_folder_are_a_data_set_to_train_on(place, model, tmp_path):
+    folder = save_images(tmp_path / "in", 9)
+    shutil.move(folder / "003.png", (folder / "deep").mkdir() or folder / "deep" / "c, d.png")
+    assert caption_folder.main(options(model, tmp_path / "out", folder, format="csv")) == {"captioned": 8, "broken": 1}
+    table = tmp_path / "out" / "captions.csv"
+    given = {"dataset": "csv", "data_files": {"train": str(table)}}
+    given |= {"image_column": "file_name", "image_root": str(folder)}
+    if place == "metadata.csv":
+        shutil.copy(table, folder / "metadata.csv")
+        given = {"dataset": str(folder)}
+    data_args = DataArguments(**given, test_size=2)
+    train, test = load_datasets(data_args, seed=0)
+    rows = {row["caption"]: open_media(row, data_args) for split in (train, test) for row in split}
+    assert len(train) == 6 and len(rows) == 8
+    assert all(caption(model, images=image) == text for text, image in rows.items())
+
+
+def test_txt_files_stand_beside_their_images_or_in_the_output_folder(model, tmp_path, capsys):
+    names = save_mixed(tmp_path / "in")
+    (tmp_path / "in" / "b.txt").write_text("my own words")
+    _, rows = run(model, tmp_path, txt_files="beside")
+    captions = {row["file_name"]: f"{row['caption']}\n" for row in rows if row["caption"] is not None}
+    assert "6 captions have no .txt file, since a file with another text was there, or" in capsys.readouterr().out
+    texts = {path.stem: path.read_text() for path in (tmp_path / "in").rglob("*.txt")}
+    own = {"b": "my own words", "notes": "no image"}
+    assert texts == {"a": captions["a.png"], "c": captions["deep/c.jpg"], **own}
+    run(model, tmp_path, txt_files="output")
+    top = tmp_path / "out" / "txt"
+    texts = {str(path.relative_to(top)): path.read_text() for path in top.rglob("*.txt")}
+    assert texts == {os.path.splitext(name)[0] + ".txt": captions[name] for name in names if name in captions}
+    assert "no .txt file" not in capsys.readouterr().out
+
+
+@pytest.mark.attack
+def test_names_do_not_leave_the_output_folder_and_images_of_one_name_share_no_text(model, tmp_path, capsys):
+    images = noise_images(4)
+    save_tar(tmp_path / "in" / "0.tar", {"../../../evil.png": png(images[0]), "/x.png": png(images[1])})
+    for image, suffix in zip(images[2:], ("jpg", "png"), strict=True):
+        image.save(tmp_path / "in" / f"a.{suffix}")
+    _, rows = run(model, tmp_path, txt_files="output")
+    assert not list(tmp_path.rglob("evil.txt"))
+    texts = {path.name: path.read_text() for path in (tmp_path / "out" / "txt").rglob("*.txt")}
+    assert texts == {"x.txt": f"{rows[1]['caption']}\n", "a.txt": f"{rows[2]['caption']}\n"}
+    assert "2 captions have no .txt file" in capsys.readouterr().out
+
+
+def test_patterns_in_quotes_name_files_and_folders(model, tmp_path, monkeypatch):
+    save_mixed(tmp_path / "in")
+    shutil.copytree(tmp_path / "in" / "deep", tmp_path / "in" / "de[e]p")
+    monkeypatch.chdir(tmp_path)
+    for pattern, names in {
+        "in/*.png": ["a.png", "b.png", "broken.png"],
+        "in/**/*.jpg": ["de[e]p/c.jpg", "deep/c.jpg"],
+        "in/d*p/c*": ["de[e]p/c.jpg", "deep/c.jpg"],
+        "in/[an]*": ["a.png"],  # and notes.txt
+        "in/de[e]p": ["c.jpg", *SHARD],
+        "in/de*": [f"{folder}/{name}" for folder in ("de[e]p", "deep") for name in ("c.jpg", *SHARD)],
+        "in/d**": [f"{folder}/{name}" for folder in ("de[e]p", "deep") for name in ("c.jpg", *SHARD)],
+    }.items():
+        found = list(list_items([pattern], "image", "image", Counter()))
+        assert [item["file_name"] for item in found] == names, pattern
+    names = [item["file_name"] for item in list_items(["in/a.png", "in/deep/c.jpg"], "image", "image", Counter())]
+    assert names == ["a.png", "deep/c.jpg"]
+    found = [item["file_name"] for item in list_items(["in/**"], "image", "image", Counter())]
+    assert sorted(found) == sorted(set(found)) and len(found) == 14
+    with pytest.raises(ValueError, match=r"`inputs`: there is no in/\*\.gif"):
+        list(list_items(["in/*.gif"], "image", "image", Counter()))
+
+
+@pytest.mark.attack
+def test_a_page_shows_images_and_captions_and_runs_nothing_that_they_hold(model, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for index, image in enumerate(noise_images(5)):
+        image.save(tmp_path / "in" / f"{index}<img src=x>.png")
+    (tmp_path / "in" / "2<img src=x>.png").write_bytes(BROKEN)
+    said = "<script>alert(1)</script> & {braces}"
+    monkeypatch.setattr(
+        "common.evaluation.answers.generate_texts", lambda model, batch, **_: [said] * len(batch["input_ids"])
+    )
+    run(model, tmp_path, html_images=3)
+    page = (tmp_path / "out" / "captions.html").read_text()
+    assert page.count("<figure>") == page.count("<img") == 3 and "<script" not in page
+    assert (
+        page.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; {braces}")
+        == page.count("data:image/jpeg;base64,")
+        == 2
+    )
+    assert "cannot be read" in page and "4&lt;img src=x&gt;.png" in page and "1&lt;img" not in page
+    (tmp_path / "out" / "captions.html").unlink()
+    run(model, tmp_path, html_images=0)
+    assert not (tmp_path / "out" / "captions.html").exists()
 
 
 def test_tiles_and_tokens_can_be_chosen(model, tmp_path):
@@ -126,7 +226,7 @@ def test_tiles_and_tokens_can_be_chosen(model, tmp_path):
     changes = {"max_tiles": 4, "num_image_tokens": 6}
     _, rows = run(tmp_path / "model", tmp_path, **changes)
     for row, image in zip(rows, images, strict=True):
-        assert row["text"] == caption(tmp_path / "model", images=image, **changes)
+        assert row["caption"] == caption(tmp_path / "model", images=image, **changes)
     with pytest.raises(ValueError, match="other settings: num_image_tokens was 6 and is 11"):
         run(tmp_path / "model", tmp_path, max_tiles=4)
     with pytest.raises(ValueError, match="inputs was"):
@@ -137,9 +237,11 @@ def test_a_prompt_is_answered_with_beams_into_parquet(model, tmp_path):
     save_mixed(tmp_path / "in")
     changes = {"prompt": "what is it?", "num_beams": 2}
     _, rows = run(model, tmp_path, **changes, format="parquet")
-    assert [row["text"] is None for row in rows] == [row["error"] is not None for row in rows]
+    assert [row["caption"] is None for row in rows] == [row["error"] is not None for row in rows]
     other, same = run(model, tmp_path, **changes)  # of the same answers
-    assert other == {"captioned": 8, "broken": 2} and [row["text"] for row in same] == [row["text"] for row in rows]
+    assert other == {"captioned": 8, "broken": 2} and [row["caption"] for row in same] == [
+        row["caption"] for row in rows
+    ]
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert (settings["prompt"], settings["num_beams"]) == ("what is it?", 2)
 
@@ -150,11 +252,15 @@ def test_videos_are_captioned(model, tmp_path):
     save_tar(tmp_path / "in" / "c.tar", {"1.webp": (tmp_path / "in" / "b.webp").read_bytes(), "2.mp4": BROKEN})
     result, rows = run(model, tmp_path, media="video", num_frames=3)
     assert result == {"captioned": 3, "broken": 1} and "c.tar/2.mp4" in rows[3]["error"]
-    assert rows[1]["text"] == rows[2]["text"] == caption(model, videos=str(tmp_path / "in" / "b.webp"), num_frames=3)
-    assert rows[0]["text"] != rows[1]["text"]
+    assert (
+        rows[1]["caption"]
+        == rows[2]["caption"]
+        == caption(model, videos=str(tmp_path / "in" / "b.webp"), num_frames=3)
+    )
+    assert rows[0]["caption"] != rows[1]["caption"]
     shutil.rmtree(tmp_path / "out")
     _, rows = run(model, tmp_path, media="video", fps=5, batch_size=1)
-    assert rows[1]["text"] == caption(model, videos=str(tmp_path / "in" / "b.webp"), fps=5)
+    assert rows[1]["caption"] == caption(model, videos=str(tmp_path / "in" / "b.webp"), fps=5)
 
 
 @pytest.mark.parametrize("media", ["image", "video"])
@@ -183,7 +289,7 @@ def test_columns_of_every_type_are_read(kind, model, tmp_path):
         rows = Dataset.from_dict({"image": [*column, None]}).cast_column("image", value)
     rows.to_parquet(tmp_path / "shard.parquet")
     _, rows = run(model, tmp_path, tmp_path / "shard.parquet", column="image")
-    assert [row["text"] for row in rows[:2]] == [caption(model, images=image) for image in images]
+    assert [row["caption"] for row in rows[:2]] == [caption(model, images=image) for image in images]
     assert kind == "datasets" or "but holds None" in rows[2]["error"]
 
 
@@ -201,9 +307,9 @@ def test_a_broken_shard_is_named_and_the_images_before_the_damage_are_kept(cut, 
     cuts = {"member": data[: last.offset_data + 99], "header": data[: last.offset + 99], "end": data[:end]}
     path.write_bytes(cuts.get(cut) or data[: last.offset] + b"?" * 512 + data[last.offset + 512 :])
     result, rows = run(model, tmp_path)
-    rows = {row["file"].removeprefix(f"{tmp_path}/in/"): row for row in rows}
+    rows = {row["file_name"]: row for row in rows}
     whole = {"1.tar/0.png", "1.tar/1.png", "2.tar/0.png"} | ({"1.tar/2.png"} if cut == "end" else set())
-    assert {name for name, row in rows.items() if row["text"] is not None} == whole
+    assert {name for name, row in rows.items() if row["caption"] is not None} == whole
     partial = {"1.tar/2.png"} if cut == "member" else set()
     assert rows.keys() == whole | {"1.tar", "3.tar", "4.parquet"} | partial
     assert result == {"captioned": len(whole), "broken": 3 + len(partial)}
@@ -219,8 +325,8 @@ def test_names_that_are_not_utf8_are_escaped_and_links_are_counted(model, tmp_pa
             file.write(data)
     _, rows = run(model, tmp_path)
     assert "Left out: 1 links to folders." in capsys.readouterr().out
-    assert [row["file"] for row in rows] == [f"{tmp_path}/in/\\xfe.png", f"{tmp_path}/in/\\xff.png"]
-    assert "error" in rows[0] and rows[1]["text"] == caption(model, images=noise_images(1))
+    assert [row["file_name"] for row in rows] == ["\\xfe.png", "\\xff.png"]
+    assert "error" in rows[0] and rows[1]["caption"] == caption(model, images=noise_images(1))
 
 
 def test_a_killed_run_is_resumed(model, tmp_path, monkeypatch):
@@ -247,10 +353,10 @@ def test_a_killed_run_is_resumed(model, tmp_path, monkeypatch):
     (folder / "000a.png").write_bytes(BROKEN)  # came later
     assert caption_folder.main(options(model, broken, folder, **changes)) == {"captioned": 89, "broken": 1}
     unbroken, resumed = (read(output / "captions.jsonl") for output in (tmp_path / "unbroken", broken))
-    assert resumed[1]["text"] == "from before" != unbroken[1]["text"]
-    unbroken[1]["text"] = "from before"
+    assert resumed[1]["caption"] == "from before" != unbroken[1]["caption"]
+    unbroken[1]["caption"] = "from before"
     assert resumed == unbroken and len(resumed) == 90 and "error" in resumed[7]
-    names = {"answers.jsonl", "captions.jsonl", "items.arrow", "settings.json"}
+    names = {"answers.jsonl", "captions.html", "captions.jsonl", "items.arrow", "settings.json"}
     assert {path.name for path in broken.iterdir()} == names
 
 
@@ -264,7 +370,7 @@ def test_two_processes_caption_as_one(model, tmp_path):
     assert process.returncode == 0, progress
     assert "6/6" in progress and "10/10 [" in progress  # the share of the main process; all that it writes
     rows = read(tmp_path / "two" / "captions.jsonl")
-    assert rows == read(tmp_path / "one" / "captions.jsonl") and [row["file"] for row in rows] == names
+    assert rows == read(tmp_path / "one" / "captions.jsonl") and [row["file_name"] for row in rows] == names
     answers = [entry["id"] for _, entry in read_lines(tmp_path / "two" / "answers.jsonl")]
     assert answers == list(range(10))
 
@@ -299,7 +405,7 @@ def test_a_file_that_vanishes_is_one_that_cannot_be_read(model, tmp_path, monkey
 
     monkeypatch.setattr(caption_folder, "load_answering_model", vanish)  # after the items are listed
     result, rows = run(model, tmp_path)
-    assert result == {"captioned": 2, "broken": 8} and [row["file"] for row in rows] == names
+    assert result == {"captioned": 2, "broken": 8} and [row["file_name"] for row in rows] == names
 
 
 def test_a_replaced_image_is_captioned_again(model, tmp_path, capsys):
@@ -314,10 +420,10 @@ def test_a_replaced_image_is_captioned_again(model, tmp_path, capsys):
     (folder / "005.png").unlink()
     result, rows = run(model, tmp_path)
     assert result == {"captioned": 9, "broken": 0}
-    names = [f"{folder}/00{index}.png" for index in (2, 7)]
+    names = [f"00{index}.png" for index in (2, 7)]
     assert f"2 files changed and are captioned again: {', '.join(names)}\n" in capsys.readouterr().out
-    assert [rows[index]["text"] for index in (2, 7)] == [caption(model, images=fresh[index]) for index in (2, 7)]
-    assert rows[3]["text"] == "from before" and rows[5]["text"]
+    assert [rows[index]["caption"] for index in (2, 7)] == [caption(model, images=fresh[index]) for index in (2, 7)]
+    assert rows[3]["caption"] == "from before" and rows[5]["caption"]
     assert run(model, tmp_path)[1] == rows and "changed" not in capsys.readouterr().out
 
 
@@ -354,7 +460,7 @@ def test_what_is_no_regular_file_is_named_and_not_waited_for(model, tmp_path):
         os.mkfifo(tmp_path / "in" / name)
     result, rows = run(model, tmp_path)
     assert result == {"captioned": 1, "broken": 4}
-    errors = {row["file"].rpartition("/")[2]: row.get("error") for row in rows}
+    errors = {row["file_name"].rpartition("/")[2]: row.get("error") for row in rows}
     assert "No such file" in errors["d.png"]
     for name in ("b.png", "c.tar", "e.parquet"):
         assert errors[name] == f"`inputs`: '{tmp_path}/in/{name}' is no regular file."
@@ -371,12 +477,12 @@ def peak_memory(function, *arguments):
 
 
 def test_neither_items_nor_captions_are_held_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(caption_folder, "ROWS", 100)
+    monkeypatch.setattr("caption_folder_outputs.ROWS", 100)
     save_tar(tmp_path / "many.tar", {f"{index:080}.png": b"" for index in range(3000)})
     arguments = caption_folder.FolderArguments(inputs=[str(tmp_path / "many.tar")], column="image")
     assert peak_memory(caption_folder.load_items, tmp_path / "items.arrow", arguments, True) < 500_000
     items = caption_folder.load_items(tmp_path / "items.arrow", arguments, is_new=False)
-    assert items["file"][2999] == f"{tmp_path}/many.tar/{2999:080}.png"
+    assert items["file_name"][2999] == f"many.tar/{2999:080}.png"
 
     for part in range(2):
         lines = [json.dumps({"id": index, "text": f"{index} " * 300}) + "\n" for index in range(part, 3000, 2)]
@@ -387,4 +493,4 @@ def test_neither_items_nor_captions_are_held_in_memory(tmp_path, monkeypatch):
     for kind in ("jsonl", "parquet"):
         assert peak_memory(caption_folder.write_captions, items, tmp_path, kind) < 1_500_000
         rows = read(tmp_path / f"captions.{kind}")
-        assert [row["text"] for row in rows] == [f"{index} " * 300 for index in range(3000)]
+        assert [row["caption"] for row in rows] == [f"{index} " * 300 for index in range(3000)]

@@ -50,7 +50,7 @@ LITTLE = ["--max_steps", "1", *TINY_BATCHES, "--gradient_accumulation_steps", "1
 LITTLE += ["--report_to", "none", "--disable_tqdm", "true", "--output_dir", "runs/{number}"]
 LITTLE += ["--max_new_tokens", "2", "--min_new_tokens", "0"]
 LITTLE_MODEL = ["--connector_config", json.dumps(CONNECTOR), "--whitening_images", "4", "--torch_compile", "false"]
-FEW = ["--max_samples", "2", "--num_beams", "2", "--max_new_tokens", "2", "--min_new_tokens", "0"]
+FEW = ["--max_test_samples", "2", "--num_beams", "2", "--max_new_tokens", "2", "--min_new_tokens", "0"]
 RUN = {
     "app": [],
     "caption_folder": ["--max_new_tokens", "2", "--output_dir", "runs/{number}"],

@@ -37,7 +37,7 @@ def save_questions(folder, *rows):
 def test_easy_vqa_is_answered_by_the_model(work, tmp_path):
     """A real model: its answer in a batch is that of `generate` for the single question."""
     demo_packages_or_skip()
-    changes = {"dataset": "easy-vqa", "max_samples": 6}
+    changes = {"dataset": "easy-vqa", "max_test_samples": 6}
     results = evaluate_vqa.main(options(work, tmp_path / "out", **changes))
     assert results["num_rows"] == 6 and 0 <= value(results, "Accuracy [%]") <= 100
     evaluate_vqa.main(options(work, tmp_path / "single", **changes, batch_size=1))
@@ -185,7 +185,7 @@ def test_another_model_of_the_same_name_is_noticed(work, tmp_path, monkeypatch):
         ({"answer": None}, "`caption_column` must .* None"),
         ({"question": None}, "`prompt_column` must .* None"),
         ({"answer": ["red", "blue"]}, "at least 2 people"),
-        ({"image": "b.png"}, r"row 1: `image` is missing: .*'b\.png'"),
+        ({"image": "b.png"}, r"`image_column` names files that are missing, 1 in all: .*/b\.png\."),
     ],
 )
 def test_questions_without_an_answer_or_image_are_refused_before_loading(row, message, work, tmp_path, monkeypatch):

@@ -269,7 +269,7 @@ def test_a_towers_image_processor_becomes_a_plain_resize(processor, size, mean, 
     [
         ({"image_column": "photo"}, r"`image_column` is 'photo', but the data set has \['image', 'caption'\]"),
         ({"train_split": "training"}, r"`train_split` is 'training', but the data set has \['test', 'train'\]"),
-        ({"test_split": "dev"}, "`test_split` is 'dev', but .*; --test_split \"\" trains without held-out images"),
+        ({"test_split": "dev"}, "`test_split` is 'dev', but .*; --test_size 0.1 holds out a tenth"),
         ({"cache_features": True, "horizontal_flip": True}, "needs `cached_views`: how many"),
         ({"cached_views": 2, "cache_features": True}, "goes with `cache_features` and with `crop_scale`"),
         ({"cache_features": True, "streaming": True}, "`cache_features` needs the whole data set"),

@@ -64,7 +64,9 @@ def resume(work, output, checkpoint=True, **changes):
 def test_a_resume_with_other_settings_is_refused_by_name(changes, field, work, run):
     with pytest.raises(ValueError, match=rf"is of a run with other settings: .*`{field}` was .* and is ") as error:
         resume(work, run, max_steps=6, **changes)
-    assert "start a new run from them: examples/finetune.py --lora none --model" in str(error.value)
+    assert "a new run from them: examples/finetune.py --config examples/configs/finetune-captions.yaml --model" in str(
+        error.value
+    )
 
 
 def test_another_language_model_does_not_get_the_old_weights(work, run, tmp_path):

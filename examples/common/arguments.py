@@ -166,7 +166,9 @@ class FrameArguments:
 
 
 @dataclass
-class DataArguments(FrameArguments):
+class DatasetArguments:
+    """Where rows lie, for training and evaluation."""
+
     dataset: str | None = HfArg(
         default=None,
         help="openmoji-scenes, crowded-scenes, easy-vqa, or what `datasets.load_dataset` takes: a folder, a name on "
@@ -174,20 +176,37 @@ class DataArguments(FrameArguments):
     )
     data_files: dict[str, Any] | str | None = HfArg(default=None, help="Files or patterns of each split, as JSON.")
     dataset_config: str | None = HfArg(default=None, help="Configuration of a data set on the Hub.")
+    test_split: str | None = HfArg(default="test", help="Held-out split, or that of a benchmark; empty for none.")
+    test_size: float | None = HfArg(
+        default=None, help="Hold out this share or number of the images of `train_split`, in place of a `test_split`."
+    )
+    max_test_samples: int | None = HfArg(default=None, help="Use only the first held-out samples.")
+    image_column: str = HfArg(default="image", help="Column of images, paths or URLs.")
+    image_root: str | None = HfArg(
+        default=None, help="Folder that relative paths start from. Default: that of the file that names them."
+    )
+
+    def __post_init__(self) -> None:
+        check_count("max_test_samples", self.max_test_samples, 1, optional=True)
+        size = self.test_size
+        is_number = isinstance(size, int | float)
+        if size is not None and not (is_number and (0 < size < 1 or (size >= 1 and float(size).is_integer()))):
+            raise ValueError(f"`test_size` must be a share between 0 and 1, or a number of images, but is {size!r}.")
+
+
+@dataclass
+class DataArguments(FrameArguments, DatasetArguments):
     mixture: list[dict[str, Any]] | str | None = HfArg(
         default=None,
         help="Several data sets to train on: a list of {dataset, weight, data_files, caption_column, ...}; "
         "JSON or a YAML file on the command line. `dataset` then gives the held-out rows only.",
     )
     train_split: str = HfArg(default="train", help="Split to train on.")
-    test_split: str | None = HfArg(default="test", help="Held-out split; empty for none.")
-    image_column: str = HfArg(default="image", help="Column of images, paths or URLs.")
     video_column: str | None = HfArg(default=None, help="Column of videos; default: images are read.")
     caption_column: str = HfArg(default="caption", help="Column of captions, one or a list of them for each image.")
     group_by: str | None = HfArg(default=None, help="Column that rows of one image share: they become one row.")
     texts_per_image: int | None = HfArg(default=None, help="Texts of an image to draw in each epoch. Default: all.")
     max_train_samples: int | None = HfArg(default=None, help="Use only the first samples.")
-    max_test_samples: int | None = HfArg(default=None, help="Use only the first held-out samples.")
     streaming: bool = HfArg(default=False, help="Read while training; needs max_steps.")
     shuffle_buffer: int = HfArg(default=1000, help="Rows of a stream that each reader holds and shuffles.")
     prompt: str = HfArg(default="", help="Prompt that stands with each image.")
@@ -203,8 +222,9 @@ class DataArguments(FrameArguments):
     skip_bad_rows: bool = HfArg(default=False, help="Skip and list rows with an unreadable image or no caption.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("max_train_samples", "max_test_samples", "texts_per_image"):
+        FrameArguments.__post_init__(self)
+        DatasetArguments.__post_init__(self)
+        for name in ("max_train_samples", "texts_per_image"):
             check_count(name, getattr(self, name), 1, optional=True)
         check_count("max_pixels", self.max_pixels, 1)
 
@@ -269,20 +289,12 @@ class AnswerArguments(CaptionerArguments):
 
 
 @dataclass
-class EvaluationArguments(AnswerArguments):
+class EvaluationArguments(AnswerArguments, DatasetArguments):
     output_dir: str | None = HfArg(default=None, help="Folder of the results. Default: one in outputs/evaluation.")
     benchmark: str | None = HfArg(default=None, help="A published benchmark; the table in the script lists them.")
     annotations: str | None = HfArg(default=None, help="The benchmark's annotation file, as published.")
     media_dir: str | None = HfArg(default=None, help="Folder of the benchmark's images or videos.")
-    dataset: str | None = HfArg(
-        default=None, help="Instead of a benchmark: a demo, or what `datasets.load_dataset` takes, as in training."
-    )
-    data_files: dict[str, Any] | str | None = HfArg(default=None, help="Files or patterns of each split, as JSON.")
-    dataset_config: str | None = HfArg(default=None, help="Configuration of a data set on the Hub.")
-    test_split: str = HfArg(default="test", help="Split of the dataset, or of a benchmark with splits.")
-    image_column: str = HfArg(default="image", help="The dataset's column of images, paths or URLs.")
-    max_samples: int | None = HfArg(default=None, help="Only the first rows, for a quick look.")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("max_samples", self.max_samples, 1, optional=True)
+        AnswerArguments.__post_init__(self)
+        DatasetArguments.__post_init__(self)

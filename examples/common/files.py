@@ -52,6 +52,11 @@ def file_state(path: str | bytes) -> list[int] | None:
     return [status.st_size, status.st_mtime_ns]
 
 
+def is_local(path: str) -> bool:
+    """Whether a name in a column of images or videos is a path on this machine, not a URL or a base64 string."""
+    return "://" not in path and not path.startswith("data:")
+
+
 def media_paths(rows: Dataset, column: str) -> Iterator[str]:
     """Paths and URLs in a column of images or videos: alone, in lists, or beside the bytes of an `Image` column."""
     flat = rows.select_columns(column).flatten()  # else a batch would also read the bytes beside paths

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from datasets import (
     Dataset,
@@ -17,11 +18,14 @@ from datasets import (
     IterableDataset,
     IterableDatasetDict,
     List,
+    Value,
     Video,
     concatenate_datasets,
     interleave_datasets,
     load_dataset,
+    load_dataset_builder,
 )
+from transformers.utils import logging
 
 from common.arguments import DataArguments
 from common.data.rows import group_rows, read_row, skip_or_raise, split_texts
@@ -30,6 +34,9 @@ from common.demo.crowded_scenes import load_crowded_questions, load_crowded_scen
 from common.demo.easy_vqa import load_easy_vqa, load_easy_vqa_questions
 from common.demo.emoji_videos import load_emoji_videos
 from common.demo.scenes import load_scenes
+from common.files import is_local, media_paths
+
+logger = logging.get_logger(__name__)
 
 DEMO_DATASETS = {
     "openmoji-scenes": load_scenes,
@@ -43,7 +50,8 @@ ROW = "__row__"  # the number of a text's row, while texts are grouped
 WEBDATASET_COLUMNS = ("__key__", "__url__")  # the origin of a row
 COLUMN_ARGUMENTS = ("image_column", "video_column", "caption_column", "prompt_column", "messages_column")
 DATASET_ARGUMENTS = ("dataset", "data_files", "dataset_config", "train_split", "streaming", "max_train_samples")
-DATASET_ARGUMENTS += ("group_by",)
+DATASET_ARGUMENTS += ("group_by", "image_root")
+SPLIT_SEED = 0  # of `test_size`: runs with other seeds and lengths hold out the same rows
 
 
 def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | CaptionStream, Dataset | None]:
@@ -52,14 +60,14 @@ def load_datasets(data_args: DataArguments, seed: int) -> tuple[Dataset | Captio
     Without streaming, an epoch of a mixture has every row of each data set at least once. It ends with the data set
     that is largest for its weight, and repeats rows of the others. A stream does not end. `seed` is for mixing and for
     shuffling streams, which the Trainer cannot shuffle. The held-out split has no bad rows. Raises a ValueError if
-    arguments contradict each other, a split or column does not exist, a held-out row is bad and not to be skipped, or
-    columns of a mixture differ in type.
+    arguments contradict each other, a split, column or file does not exist, a held-out row is bad and not to be
+    skipped, or columns of a mixture differ in type.
     """
     check_arguments(data_args)
     with tolerant_reading():
         splits = load_splits(data_args) if data_args.dataset else {}
         train = load_training_split(data_args, splits, seed)
-        if not data_args.test_split:
+        if not data_args.test_split and data_args.test_size is None:
             return train, None
         test = select_split(splits, "test_split", data_args, data_args.max_test_samples)
         if isinstance(test, IterableDataset):  # it is read many times, in several orders
@@ -91,6 +99,8 @@ def check_arguments(data_args: DataArguments) -> None:
         )
     if data_args.streaming and data_args.test_split and data_args.max_test_samples is None:
         raise ValueError("`streaming` needs `max_test_samples`, or an empty `test_split`.")
+    if data_args.test_size is not None and (data_args.streaming or data_args.mixture):
+        raise ValueError("`test_size` divides one whole data set: it cannot be set with `streaming` or `mixture`.")
     if data_args.messages_column and (data_args.group_by or data_args.texts_per_image):
         raise ValueError("`messages_column` has one conversation in a row: no `group_by` and no `texts_per_image`.")
     if not data_args.dataset and not data_args.mixture:
@@ -190,7 +200,7 @@ def _read_entry(entry: dict[str, Any], data_args: DataArguments) -> tuple[float,
         if bool(entry.get(column, shared)) != bool(shared):
             raise ValueError(f"`mixture`: {shown} sets `{column}`, but the mixture has it at {shared!r}.")
     # Files and configuration of the held-out data set are not an entry's.
-    fields = {"data_files": None, "dataset_config": None, **entry}
+    fields = {"data_files": None, "dataset_config": None, "image_root": None, **entry}
     fields.pop("weight")
     return float(weight), replace(data_args, mixture=None, **fields)
 
@@ -198,11 +208,16 @@ def _read_entry(entry: dict[str, Any], data_args: DataArguments) -> tuple[float,
 def select_split(
     splits: Any, argument: str, data_args: DataArguments, max_samples: int | None
 ) -> Dataset | IterableDataset:
-    """The first rows of a split, with the columns that are used. A ValueError names a missing split or column."""
-    name = getattr(data_args, argument)
+    """The first rows of a split, with the columns that are used. Under `test_size` it is a part of `train_split`.
+
+    A ValueError names a missing split or column, and the first files that are missing.
+    """
+    source = argument if data_args.test_size is None else "train_split"
+    name = getattr(data_args, source)
     if name not in splits:
-        hint = "" if argument == "train_split" else '; --test_split "" trains without held-out images'
-        raise ValueError(f"`{argument}` is {name!r}, but the data set has {sorted(splits)}{hint}.")
+        hint = '; --test_size 0.1 holds out a tenth of a split, and --test_split "" nothing'
+        hint = "" if source == "train_split" else hint
+        raise ValueError(f"`{source}` is {name!r}, but the data set has {sorted(splits)}{hint}.")
     rows = splits[name]
     columns = rows.column_names or list(next(iter(rows)))  # a stream may not know its columns
     used = {argument: getattr(data_args, argument) for argument in data_args.used_columns}
@@ -217,9 +232,85 @@ def select_split(
         raise ValueError(f"`group_by` is {data_args.group_by!r}, but the data set has {columns}.")
     kept = dict.fromkeys([*used.values(), *filter(None, [data_args.group_by])])
     rows = rows.select_columns([*kept, *(column for column in WEBDATASET_COLUMNS if column in columns)])
-    if max_samples is None:
+    if data_args.test_size is not None:
+        rows = rows.select(hold_out(rows, data_args)[argument == "test_split"])
+    if max_samples is not None:
+        rows = rows.take(max_samples if isinstance(rows, IterableDataset) else min(max_samples, len(rows)))
+    return locate_files(rows, media_column, name, data_args)
+
+
+def hold_out(rows: Dataset, data_args: DataArguments) -> tuple[list[int], list[int]]:
+    """Numbers of the rows to train on, and of those held out by `test_size`. Rows of one image stay together."""
+    column = data_args.group_by or getattr(data_args, data_args.used_columns[0])
+    is_name = data_args.group_by or rows.features[column] in (Value("string"), Value("large_string"))
+    names = rows[column] if is_name else [None] * len(rows)
+    numbers: dict[Any, int] = {}  # of each image
+    images = [
+        numbers.setdefault((row,) if name is None else str(name), len(numbers)) for row, name in enumerate(names)
+    ]
+    size = data_args.test_size
+    count = max(1, round(size * len(numbers))) if size < 1 else int(size)
+    if count >= len(numbers):
+        raise ValueError(f"`test_size` is {size}, but `{data_args.train_split}` has {len(numbers)} images.")
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(numbers))
+    is_held_out = np.isin(images, order[:count])
+    return np.flatnonzero(~is_held_out).tolist(), np.flatnonzero(is_held_out).tolist()
+
+
+def locate_files(
+    rows: Dataset | IterableDataset, column: str, split: str, data_args: DataArguments
+) -> Dataset | IterableDataset:
+    """Makes relative paths absolute, and raises a ValueError if local files are missing. A stream is not checked."""
+    if isinstance(rows, IterableDataset) and isinstance((rows.features or {}).get(column), Image | Video):
         return rows
-    return rows.take(max_samples) if isinstance(rows, IterableDataset) else rows.take(min(max_samples, len(rows)))
+    first = next(iter(rows), {}).get(column)
+    first = first[0] if isinstance(first, list) and first else first
+    if isinstance(first, bytes) or (isinstance(first, dict) and first.get("bytes") is not None):
+        return rows
+    sample = Dataset.from_dict({column: [first]}) if isinstance(rows, IterableDataset) else rows
+    root = ""
+    if any(is_local(path) and not os.path.isabs(path) for path in media_paths(sample, column)):
+        root = find_root(split, data_args)
+        settings = {"fn_kwargs": {"column": column, "root": root}, "features": rows.features}
+        rows = rows.map(_join_paths, batched=True, **settings)
+    if isinstance(rows, IterableDataset):
+        return rows
+    missing = [
+        *dict.fromkeys(path for path in media_paths(rows, column) if is_local(path) and not os.path.exists(path))
+    ]
+    if missing:
+        names = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        message = f"`{data_args.used_columns[0]}` names files that are missing, {len(missing)} in all: {names}."
+        message += f" Relative paths start from {root}; `--image_root` names another folder." if root else ""
+        if not data_args.skip_bad_rows:
+            raise ValueError(message)
+        logger.warning(message)
+    return rows
+
+
+def find_root(split: str, data_args: DataArguments) -> str:
+    """The folder that relative paths of a split start from: `image_root`, or that of the files that name them."""
+    root = data_args.image_root
+    if root is None:
+        files = load_dataset_builder(
+            data_args.dataset, data_args.dataset_config, data_files=data_args.data_files or None
+        )
+        folders = {os.path.dirname(path) for path in (files.config.data_files or {}).get(split, [])}
+        if len(folders) > 1:
+            raise ValueError(f"`{split}` is of files in {len(folders)} folders: its relative paths need `image_root`.")
+        root = folders.pop() if folders else ""
+    elif not os.path.isdir(root):
+        raise ValueError(f"`image_root` is {root!r}, which is no folder.")
+    return os.path.abspath(root) if is_local(root) else ""
+
+
+def _join_paths(batch: dict[str, list], column: str, root: str) -> dict[str, list]:
+    def join(value: Any) -> Any:
+        if isinstance(value, list):
+            return [join(part) for part in value]
+        return os.path.join(root, value) if isinstance(value, str) and value and is_local(value) else value
+
+    return {column: [join(value) for value in batch[column]]}
 
 
 def arrange_texts(rows: Dataset, data_args: DataArguments, groups: bool) -> Dataset:

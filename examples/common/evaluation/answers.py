@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import BatchFeature
 
-from common.arguments import AnswerArguments, DataArguments, EvaluationArguments, GenerationArguments
+from common.arguments import AnswerArguments, DataArguments, DatasetArguments, EvaluationArguments, GenerationArguments
 from common.data.collator import CaptionCollator
 from common.data.loading import load_splits, select_split
 from common.data.rows import open_media
@@ -36,7 +37,7 @@ from modeling_evlgen.fingerprints import hash_weights
 from processing_evlgen import EVLGenProcessor
 
 # Arguments that give the origin of the rows. Answers do not depend on the annotations.
-SOURCE = ("benchmark", "dataset_config", "data_files", "test_split", "media_dir", "max_samples")
+SOURCE = ("benchmark", "dataset_config", "data_files", "test_split", "test_size", "media_dir", "max_test_samples")
 
 
 class PromptCollator(CaptionCollator):
@@ -65,9 +66,8 @@ def load_dataset_rows(
     A cell of `caption_column` holds a text, several texts, or VQAv2's dicts with an `answer`; else it raises a
     ValueError. `columns` are further arguments of the data.
     """
-    given = {key: getattr(evaluation_args, key) for key in ("data_files", "dataset_config", "test_split")}
-    columns |= {"caption_column": caption_column, "image_column": evaluation_args.image_column}
-    data_args = DataArguments(dataset=name, **given, **columns)
+    given = {field.name: getattr(evaluation_args, field.name) for field in fields(DatasetArguments)}
+    data_args = DataArguments(**{**given, **columns, "dataset": name, "caption_column": caption_column})
     rows = select_split(load_splits(data_args), "test_split", data_args, None)
     true_texts = [_list_texts(value) for value in rows[caption_column]]
     rows = rows.remove_columns(caption_column).add_column(references, true_texts)

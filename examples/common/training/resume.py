@@ -41,7 +41,7 @@ ROWS_OF_STEP = " x ".join(STEP_SIZE)
 # Arguments that leave the trained weights alone, or name what `rows` below covers wherever it lies.
 IGNORED_ARGUMENTS = {
     *("towers", "dataset", "data_files", "dataset_config", "train_split", "test_split", "max_test_samples"),
-    *("skip_bad_rows", "max_pixels", "max_train_samples", "mixture", "shuffle_buffer", "streaming"),
+    *("skip_bad_rows", "max_pixels", "max_train_samples", "mixture", "shuffle_buffer", "streaming", "image_root"),
 }
 
 
@@ -185,5 +185,6 @@ def check_settings_of_run(checkpoint: str, settings: dict[str, Any], config: EVL
         raise ValueError(
             f"`resume_from_checkpoint`: {checkpoint} is of a run with other settings: {'; '.join(changed)}. A resumed "
             "run keeps its settings, but for its length and output. To train these weights with other settings, start "
-            f"a new run from them: examples/finetune.py --lora none --model {checkpoint}"
+            "a new run from them: examples/finetune.py --config examples/configs/finetune-captions.yaml --model "
+            f"{checkpoint}"
         )

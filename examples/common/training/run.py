@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments
@@ -23,7 +23,7 @@ from common.data.collator import BAD_ROWS, CaptionCollator, read_bad_rows
 from common.data.loading import read_mixture
 from common.data.rows import open_media, true_captions
 from common.demo.scenes import DEMO_CREDITS
-from common.evaluation.captions import evaluate_captions, majority_accuracy
+from common.evaluation.captions import evaluate_captions, generate_texts, majority_accuracy
 from common.processes import use_all_cores
 from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer, choose_attention
@@ -35,6 +35,7 @@ matplotlib.use("Agg")  # draws into files, without a window
 import matplotlib.pyplot as plt
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
+PRINTED = 4  # captions at each evaluation
 
 Measure = Callable[[list[str]], dict[str, float]]
 
@@ -66,7 +67,28 @@ def train_captioner(
         processing_class=processor,
         script_args=(*script_args, data_args),
     )
+    trainer.add_callback(PrintCaptions(trainer, generation_args))
     return train_and_report(trainer, checkpoint, generation_args)
+
+
+class PrintCaptions(TrainerCallback):
+    """Prints captions of the first held-out images at each evaluation, but not where processes divide the weights."""
+
+    def __init__(self, trainer: EVLGenTrainer, generation_args: GenerationArguments):
+        self.trainer, self.generation_args = trainer, generation_args
+
+    def on_evaluate(
+        self, args: EVLGenTrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer, collator = self.trainer, self.trainer.eval_collator
+        if not state.is_world_process_zero or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            return
+        rows = [trainer.eval_dataset[index] for index in range(min(PRINTED, len(trainer.eval_dataset)))]
+        given = collator.processor, self.generation_args, args.autocast_dtype
+        captions = generate_texts(trainer.model, collator.prompts(rows), *given)
+        print(f"Held-out captions after {state.global_step} steps:")
+        for caption, row in zip(captions, rows, strict=True):
+            print(f"  {caption} (true: {true_captions(row, collator.data_args)[0]})")
 
 
 def train_and_report(
