@@ -4,13 +4,15 @@
         --num_workers 2
 
 The Parquet files in `--input_dir` have images in `--column`. For each, `--output_dir` gets a file of the same name,
-with its other columns, the `text`, and an `error` if the image could not be read. The captions are those of
+with its other columns, the `caption`, and an `error` if the image could not be read. The captions are those of
 `caption_folder.py` in one process. A file appears when all its captions are written. So a run that was interrupted
 goes on with the files that are missing: start it again.
 
 Without a cluster (`ray start`), the workers are processes of this machine. All machines need this repository with
 `.[ray]`, and see the same paths. `s3://` paths need the package s3fs, `gs://` needs gcsfs.
 """
+
+import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait
 
 import os
 from collections import Counter
@@ -63,7 +65,7 @@ class Captioner:
                 written = self.caption(batch)
                 writer = writer or stack.enter_context(pq.ParquetWriter(target, written.schema))
                 writer.write_batch(written)
-                captioned, broken = captioned + written["error"].null_count, broken + written["text"].null_count
+                captioned, broken = captioned + written["error"].null_count, broken + written["caption"].null_count
         fsspec.url_to_fs(partial)[0].mv(partial, part["target"])
         return {**part, "captioned": captioned, "broken": broken}
 
@@ -76,7 +78,7 @@ class Captioner:
                 errors[row] = str(error)
         for row, answer in zip(images, self.captioner([*images.values()]), strict=True):
             texts[row] = answer[0]["generated_text"]
-        kept = batch.drop_columns(self.column).append_column("text", pa.array(texts, pa.string()))
+        kept = batch.drop_columns(self.column).append_column("caption", pa.array(texts, pa.string()))
         return kept.append_column("error", pa.array(errors, pa.string()))
 
 
@@ -109,4 +111,4 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    common.processes.run_script(main)

@@ -47,12 +47,12 @@ def test_two_workers_write_the_captions_of_one_process(captioned):
     tables = [pq.read_table(folder / "captions" / f"{number}.parquet") for number in range(3)]
     rows = pa.concat_tables(tables).to_pylist()
     expected = read_lines(folder / "one" / "captions.jsonl")
-    assert [row["id"] for row in rows] == list(range(10)) and rows[0].keys() == {"id", "text", "error"}
+    assert [row["id"] for row in rows] == list(range(10)) and rows[0].keys() == {"id", "caption", "error"}
     for row, single in zip(rows, expected, strict=True):
         if row["id"] == 7:
-            assert row["text"] is None and "cannot be read" in row["error"] and "error" in single
+            assert row["caption"] is None and "cannot be read" in row["error"] and "error" in single
         else:
-            assert row["text"] == single["text"] != "" and row["error"] is None
+            assert row["caption"] == single["caption"] != "" and row["error"] is None
     assert "3 of 3 files are to be captioned" in run.stdout and "2.parquet: 1 captions" in run.stdout
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from itertools import islice
+from pathlib import Path
 
 import finetune
 import pretrain
@@ -15,7 +16,7 @@ from common.arguments import DataArguments
 from common.data.loading import load_datasets
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .helpers import COLORS, ROOT, save_towers, tiny_model
+from .helpers import COLORS, ROOT, save_image_folder, save_towers, tiny_model
 from .training import CONNECTOR, assert_same_weights, flags, logged, save_captioner
 
 CAPTIONS = ROOT / "examples" / "configs" / "finetune-captions.yaml"
@@ -185,3 +186,11 @@ def test_a_captioner_goes_on_with_own_captions_and_shows_held_out_ones(tmp_path,
     printed = capsys.readouterr().out
     assert printed.count("Held-out captions after ") == 4 and "Held-out captions after 8 steps:\n  " in printed
     assert printed.count(" (true: ") == 16
+
+
+def test_texts_beside_the_images_of_a_folder_do_not_take_their_place(tmp_path):
+    folder = Path(save_image_folder(tmp_path / "images", train=3, test=1))
+    for index in range(9):
+        (folder / "train" / f"{index}.txt").write_text("a caption for another trainer")
+    train, test = load_datasets(DataArguments(dataset=str(folder)), seed=0)
+    assert len(train) == 3 and train[0]["caption"] == "a red image" and len(test) == 1

@@ -114,10 +114,15 @@ def load_splits(data_args: DataArguments) -> DatasetDict | IterableDatasetDict:
     """All splits of a data set by name. A ValueError names a data set that is missing or cannot be read."""
     if data_args.dataset in DEMO_DATASETS:
         return DEMO_DATASETS[data_args.dataset]()
+    name, folder = data_args.dataset, None
+    if os.path.isdir(name) and all(any(Path(name).rglob(pattern)) for pattern in ("*.txt", "metadata.*")):
+        # Where captions lie in files beside the images, `datasets` would read these files alone.
+        name, folder = "videofolder" if data_args.video_column == "video" else "imagefolder", name
     try:
         return load_dataset(
-            data_args.dataset,
+            name,
             data_args.dataset_config,
+            data_dir=folder,
             data_files=data_args.data_files or None,
             streaming=data_args.streaming,
         )

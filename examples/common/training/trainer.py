@@ -186,7 +186,7 @@ class EVLGenTrainer(Trainer):
             self.positions["next_reader"] = (reader + 1) % max(1, self.args.dataloader_num_workers)
         shares = "segment_ids" in inputs
         self._shares_rows |= shares
-        self._num_texts += int(inputs["segment_ids"].amax(dim=1).sum()) if shares else len(inputs["input_ids"])
+        self._num_texts += int(inputs["segment_ids"].amax(dim=1).sum()) if shares else len(inputs.get("input_ids", ()))
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
