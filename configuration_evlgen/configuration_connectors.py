@@ -86,6 +86,7 @@ class ConnectorConfig(CheckedConfig):
     """
 
     base_config_key = "connector_config"
+    model_class = model_file = None  # of a connector of one's own; `register_connector` sets them
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -126,8 +127,13 @@ class ConnectorConfig(CheckedConfig):
         raise NotImplementedError
 
     def check_budget(self, budget: int, num_tokens: int, tiles: tuple[int, int] = (1, 1)) -> None:
-        """Raises a ValueError if the connector cannot make `budget` of `num_tokens` tokens from these tiles."""
-        raise NotImplementedError
+        """Raises a ValueError if the connector cannot make `budget` of `num_tokens` tokens from these tiles.
+
+        By default it makes no other number than `default_budget`.
+        """
+        expected = self.default_budget(num_tokens)
+        if budget != expected:
+            raise ValueError(f"`num_image_tokens` must be {expected}, but is {budget}.")
 
     def check_inputs(self, shape: tuple[int, ...], tiles: tuple[int, int]) -> None:
         """Raises a ValueError if input tokens have another width, are too many, or no grid in each tile."""
@@ -355,8 +361,10 @@ def connector_config_class(fields: dict[str, Any]) -> type[ConnectorConfig]:
     """
     model_type = fields.get("model_type", TomeFormerConfig.model_type)
     if model_type not in CONNECTOR_CONFIGS:
-        known = ", ".join(CONNECTOR_CONFIGS)
-        raise ValueError(f"`connector_config`'s `model_type` must be one of {known}, but is {model_type!r}.")
+        known = f"one of {', '.join(CONNECTOR_CONFIGS)}"
+        if "auto_map" in fields:
+            known += "; or `EVLGenForConditionalGeneration.from_pretrained` needs `trust_remote_code=True`"
+        raise ValueError(f"`connector_config`'s `model_type` must be {known}, but is {model_type!r}.")
     return CONNECTOR_CONFIGS[model_type]
 
 

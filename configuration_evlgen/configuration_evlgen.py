@@ -9,8 +9,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module, resolve_trust_remote_code
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .configuration_connectors import CheckedConfig, TomeFormerConfig, connector_config_class
+from .configuration_connectors import CONNECTOR_CONFIGS, CheckedConfig, TomeFormerConfig, connector_config_class
 from .hub_code import AUTO_MAP, CUSTOM_PIPELINES, Pipelines, save_hub_code
 
 # The paper's towers. The default configuration of transformers for the first is EVA ViT-g.
@@ -300,7 +302,29 @@ class EVLGenConfig(CheckedConfig):
         for part in ("vision_config", "text_config"):
             config[part].pop("_name_or_path", None)  # `vision_model_name_or_path` and its peer name the base models
             config[part].pop("quantization_config", None)  # whoever loads the checkpoint chooses it anew
+        if file := self.connector_config.model_file:
+            name = self.connector_config.model_class.__name__
+            config["connector_config"]["auto_map"] = {"AutoModel": f"{file.stem}.{name}"}
         return {**config, "auto_map": dict(AUTO_MAP), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
+        """Reads config.json as [`~PreTrainedConfig.get_config_dict`] does, and loads a connector from its file there.
+
+        Raises a ValueError without `trust_remote_code`, unless the user of a terminal agrees.
+        """
+        trusted, hub = kwargs.pop("trust_remote_code", None), dict(kwargs)
+        if "_from_auto" in hub and __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            trusted = True  # AutoConfig has asked the user before it ran a checkpoint's copy of this file
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        connector = config_dict.get("connector_config") or {}
+        own = (connector.get("auto_map") or {}).get("AutoModel")
+        if own is not None and (trusted or connector.get("model_type") not in CONNECTOR_CONFIGS):
+            from modeling_evlgen.connectors import register_connector  # which imports this package
+
+            resolve_trust_remote_code(trusted, str(pretrained_model_name_or_path), False, True)
+            register_connector(get_class_from_dynamic_module(own, pretrained_model_name_or_path, **hub))
+        return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "EVLGenConfig":
@@ -315,7 +339,8 @@ class EVLGenConfig(CheckedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves config.json and the code that it names, for `AutoConfig` with `trust_remote_code=True`."""
         os.makedirs(save_directory, exist_ok=True)
-        save_hub_code(save_directory)
+        file = self.connector_config.model_file
+        save_hub_code(save_directory, *([file] if file else []))
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 

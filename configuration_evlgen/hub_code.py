@@ -5,10 +5,12 @@ the code lives in three packages. In the copy, `from configuration_evlgen import
 `from .configuration_evlgen import X`. Code that was itself loaded from a checkpoint is copied as it is.
 """
 
+import ast
 import copy
 import inspect
 import os
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,22 @@ class Pipelines(dict):
         return copy.deepcopy(CUSTOM_PIPELINES[task])  # `pipeline` changes what it reads
 
 
-def save_hub_code(save_directory: str | os.PathLike) -> list[Path]:
-    """Writes the code of configuration, model, processor and pipeline into an existing folder. Returns its files."""
+def save_hub_code(save_directory: str | os.PathLike, *files: Path) -> list[Path]:
+    """Writes the code of configuration, model, processor and pipeline into an existing folder. Returns its files.
+
+    The `files` of a connector of one's own go with them.
+    """
+    written = []
+    for source in (*hub_files(), *files):
+        target = Path(save_directory) / source.name
+        code = _CROSS_IMPORT.sub(lambda m: f"{m[1]}from .{m[3] or m[2]} import", source.read_text("utf-8"))
+        target.write_text(code, encoding="utf-8")
+        written.append(target)
+    return written
+
+
+def hub_files() -> list[Path]:
+    """The files of configuration, model, processor and pipeline, wherever they were loaded from."""
     # Imported here, since each of them imports this module. The imports have a second use: the loader copies only the
     # files that a module imports, directly or not. Each module imports this one, and so all others.
     from configuration_evlgen import EVLGenConfig
@@ -56,10 +72,23 @@ def save_hub_code(save_directory: str | os.PathLike) -> list[Path]:
 
     parts = (EVLGenConfig, EVLGenForConditionalGeneration, EVLGenProcessor, EVLGenImageToTextPipeline)
     folders = {Path(inspect.getfile(part)).parent for part in parts}
-    written = []
-    for source in sorted(path for folder in folders for path in folder.glob("*.py") if path.name != "__init__.py"):
-        target = Path(save_directory) / source.name
-        code = _CROSS_IMPORT.sub(lambda m: f"{m[1]}from .{m[3] or m[2]} import", source.read_text("utf-8"))
-        target.write_text(code, encoding="utf-8")
-        written.append(target)
-    return written
+    return sorted(path for folder in folders for path in folder.glob("*.py") if path.name != "__init__.py")
+
+
+def check_file(path: Path) -> None:
+    """Raises a ValueError if a connector's file cannot travel with a checkpoint.
+
+    It must have a name of its own, and import from EVLGen what is in the file that its copy imports from.
+    """
+    others = {file.name for file in hub_files() if file != path}
+    if path.name in others or not path.stem.isidentifier():
+        raise ValueError(f"{path.name} must have another name: one that Python can import and no file of EVLGen has.")
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        line = ast.unparse(node) if isinstance(node, ast.Import | ast.ImportFrom) else ""
+        found = _CROSS_IMPORT.match(line)
+        if found is None and not re.match(r"import (configuration|modeling|processing)_evlgen\b", line):
+            continue
+        module = found and import_module(f"{found[2]}.{found[3] or found[2]}")
+        if module is None or not all(hasattr(module, alias.name) for alias in node.names):
+            wanted = "from modeling_evlgen.connectors import ConnectorConfig"
+            raise ValueError(f"{path.name}: write `{line}` as `{wanted}`, with the file that defines it.")

@@ -254,7 +254,7 @@ def model_card(
         template_path=str(Path(__file__).with_name("publish_card.md")),
         repo_id=arguments.repo_id,
         config=config,
-        connector=CONNECTORS[config.connector_config.model_type],
+        connector=CONNECTORS.get(config.connector_config.model_type, "a connector of its own"),
         is_video=config.is_for_videos,
         trained_parameters=trained_parameters,
         other_data=[name for name in trained if "/" not in name],

@@ -6,22 +6,18 @@ instead of the copy that they hold.
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig, TomeFormerConfig
+from configuration_evlgen import EVLGenConfig
 
-from .connectors import MLPConnector, QFormerConnector, QFormerConnectorOutput
+from .connectors import MLPConnector, QFormerConnector, QFormerConnectorOutput, register_connector
 from .modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel
 from .soft_prompts import EVLGenImageOutput
 from .texts import limit_logits, target_positions
 from .token_merging import TokenMerging, bipartite_soft_matching
 from .tomeformer import TomeFormerModel, TomeFormerOutput
 
-for config_class, model_class in (
-    (TomeFormerConfig, TomeFormerModel),
-    (QFormerConnectorConfig, QFormerConnector),
-    (MLPConnectorConfig, MLPConnector),
-):
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModel.register(config_class, model_class, exist_ok=True)
+for model_class in (TomeFormerModel, QFormerConnector, MLPConnector):
+    AutoConfig.register(model_class.config_class.model_type, model_class.config_class, exist_ok=True)
+    AutoModel.register(model_class.config_class, model_class, exist_ok=True)
 AutoConfig.register(EVLGenConfig.model_type, EVLGenConfig, exist_ok=True)
 for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(EVLGenConfig, EVLGenForConditionalGeneration, exist_ok=True)
@@ -38,5 +34,6 @@ __all__ = [
     "TomeFormerOutput",
     "bipartite_soft_matching",
     "limit_logits",
+    "register_connector",
     "target_positions",
 ]

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.accelerate import get_max_memory
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -121,7 +121,8 @@ def load_connector(
     name_or_path: str | os.PathLike | None, connector_config: ConnectorConfig | dict | None, class_token: bool
 ) -> tuple[ConnectorConfig | dict, PreTrainedModel | None]:
     """Returns the connector's configuration; and the connector, if it starts from a BERT checkpoint."""
-    if isinstance(connector_config, ConnectorConfig):
+    is_config = isinstance(connector_config, PreTrainedConfig)
+    if is_config:
         config_class, fields = type(connector_config), connector_config.to_dict()
     else:
         fields = {"class_token": class_token, **(connector_config or {})}
@@ -130,7 +131,6 @@ def load_connector(
         if unknown:
             raise ValueError(f"`connector_config` holds fields that {config_class.__name__} does not have: {unknown}.")
     if name_or_path is None:
-        is_config = isinstance(connector_config, ConnectorConfig)
         return copy.deepcopy(connector_config) if is_config else config_class(**fields), None
     known = {**_load("connector_model", config_class.get_config_dict, name_or_path, {})[0], **fields}
     config = config_class(**{name: known[name] for name in config_class.field_names() if name in known})

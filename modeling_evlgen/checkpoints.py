@@ -253,7 +253,7 @@ def _read_config(name_or_path: str | os.PathLike, kwargs: dict[str, Any]) -> EVL
     config, changes = kwargs.get("config"), {}
     if isinstance(config, PreTrainedConfig):  # of this or another copy of the code
         return config
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "trust_remote_code") if name in kwargs}
     config_dict, _ = EVLGenConfig.get_config_dict(name_or_path if config is None else config, **hub)
     if config_dict.get("towers") == "reference":
         fields = EVLGenConfig.__dataclass_fields__.keys() - {"dtype"}  # which is the towers' here

@@ -1,12 +1,14 @@
-"""The peers of the TomeFormer: BLIP-2's Q-Former, which may choose tokens, and an MLP.
+"""The peers of the TomeFormer: BLIP-2's Q-Former, which may choose tokens, an MLP, and connectors of one's own.
 
 A connector takes `inputs_embeds`, (batch, tokens, dim), the grid of tiles that they come from, and a number of output
 tokens. It returns an output with `last_hidden_state`, (batch, output tokens, dim).
 """
 
+import inspect
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,7 +18,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 
-from configuration_evlgen.configuration_connectors import ConnectorConfig, MLPConnectorConfig, QFormerConnectorConfig
+from configuration_evlgen.configuration_connectors import (
+    CONNECTOR_CONFIGS,
+    ConnectorConfig,
+    MLPConnectorConfig,
+    QFormerConnectorConfig,
+    TransformerConnectorConfig,
+)
+from configuration_evlgen.hub_code import check_file
 
 from .token_merging import keep_distinctive
 from .tomeformer import (
@@ -164,8 +173,41 @@ class MLPConnector(ConnectorPreTrainedModel):
         return torch.cat([tokens[:, :prefix], means], dim=1)
 
 
-# By the `model_type` of their configurations.
+# By the `model_type` of their configurations, which may be of another copy of the code.
 CONNECTORS = {model.config_class.model_type: model for model in (TomeFormerModel, QFormerConnector, MLPConnector)}
+
+
+def register_connector(model_class: type[PreTrainedModel]) -> None:
+    """Lets models have a connector of one's own. Its file is copied into their checkpoints.
+
+    A connector of the same `model_type` gives way to it. Raises a ValueError that names what the class or its file
+    lacks; docs/connector.md has an example.
+    """
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+        raise ValueError(f"{model_class!r} must be a class that inherits from `ConnectorPreTrainedModel`.")
+    name, config_class = model_class.__name__, model_class.config_class
+    # A class from a checkpoint inherits from the checkpoint's `ConnectorConfig`.
+    if ConnectorConfig.__name__ not in [base.__name__ for base in getattr(config_class, "__mro__", ())]:
+        raise ValueError(f"{name} must name its configuration, as in `config: {name}Config`: a `ConnectorConfig`.")
+    try:
+        inspect.signature(model_class.forward).bind(None, None, (1, 1), None, places=None)
+        file = Path(inspect.getfile(model_class))
+    except TypeError as error:
+        wanted = "a file and `forward(self, inputs_embeds, tiles, budget, places)`"
+        raise ValueError(f"{name} must have {wanted}: {error}.") from error
+    model_type = config_class.model_type
+    if not model_type or model_type in CONNECTORS:
+        raise ValueError(f"{config_class.__name__} needs a `model_type` of its own, but has {model_type!r}.")
+    if config_class.default_budget.__qualname__ == ConnectorConfig.default_budget.__qualname__:
+        raise ValueError(f"{config_class.__name__} lacks `default_budget`, which returns the number of output tokens.")
+    check_file(file)
+    config_class.model_class, config_class.model_file = model_class, file
+    CONNECTOR_CONFIGS[model_type] = config_class
+
+
+def connector_class(config: ConnectorConfig) -> type[PreTrainedModel]:
+    """The class of the connector that a configuration is for."""
+    return config.model_class or CONNECTORS[config.model_type]
 
 
 def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorConfig) -> PreTrainedModel:
@@ -176,8 +218,9 @@ def load_bert_as_connector(name_or_path: str | os.PathLike, config: ConnectorCon
 
     Raises a ValueError if the connector cannot start from BERT, and an OSError if there is no such checkpoint.
     """
-    if config.model_type == MLPConnectorConfig.model_type:
-        raise ValueError("`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is for an MLP.")
-    model_class = CONNECTORS[config.model_type]
+    if not isinstance(config, TransformerConnectorConfig):
+        name = type(config).__name__
+        raise ValueError(f"`connector_model` is for a TomeFormer or a Q-Former, but `connector_config` is a {name}.")
+    model_class = connector_class(config)
     names = getattr(model_class, "bert_names", None)
     return model_class.from_pretrained(name_or_path, config=config, dtype=torch.float32, key_mapping=names)

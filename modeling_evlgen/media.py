@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 from configuration_evlgen import EVLGenConfig
 
 from .checkpoints import EVLGenPreTrainedModel, allow_missing_towers
-from .connectors import CONNECTORS
+from .connectors import connector_class
 from .soft_prompts import Encoded, EVLGenImageOutput, Grid, check_runs, count_placeholders, join_tiles, read_grids
 from .video import TemporalContextualizer, TemporalTower, TimeEmbedding, encode_images, encode_videos, frames_of_videos
 from .video_merging import Frames, merge_stream, merge_videos
@@ -53,7 +53,7 @@ class EVLGenMediaModel(EVLGenPreTrainedModel):
         self.ln_vision = nn.LayerNorm(config.vision_hidden_size)
         self.vision_projection = nn.Linear(config.vision_hidden_size, connector_dim)
         self.time_embedding = TimeEmbedding(connector_dim) if config.video_mode == "merge" else None
-        self.connector = CONNECTORS[config.connector_config.model_type]._from_config(config.connector_config)
+        self.connector = connector_class(config.connector_config)._from_config(config.connector_config)
         self.language_projection = nn.Linear(connector_dim, text_dim)
         # Not every language model takes `logits_to_keep` and `position_ids`.
         self._text_arguments = set(inspect.signature(self.language_model.forward).parameters)

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.fingerprints import save_base
 
+from .documents import blocks_of_page
 from .helpers import (
     COLORS,
     FIXTURES,
@@ -51,6 +52,7 @@ def make_work(folder: Path) -> Path:
     save_one_gpu_sources(folder)
     save_data(folder)
     save_original(folder)
+    save_connector(folder / "perceiver.py")
     return folder
 
 
@@ -134,6 +136,12 @@ def conversation(color: str) -> dict:
 
 def caption(color: str) -> dict:
     return {"caption": f"a {color} image"}
+
+
+def save_connector(path: Path) -> None:
+    """The page's connector of one's own, as a file."""
+    blocks = blocks_of_page(ROOT / "docs" / "connector.md")
+    path.write_text(next(block.code for block in blocks if "class Perceiver(" in block.code))
 
 
 def write_medium(color: str, path: Path) -> None:

@@ -1,18 +1,39 @@
 """The TomeFormer's peers: BLIP-2's Q-Former and an MLP, in the same model, processor, scripts and checkpoints."""
 
+import json
 import re
+import shutil
+from pathlib import Path
 
+import caption_folder
+import pretrain
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import layer_norm
-from transformers import AutoModel, BertConfig, BertModel, Blip2QFormerModel
+from transformers import AutoModel, BertConfig, BertModel, Blip2QFormerModel, dynamic_module_utils
 
-from configuration_evlgen import EVLGenConfig, MLPConnectorConfig, QFormerConnectorConfig, TomeFormerConfig
+from common.models import load_own_connector
+from configuration_evlgen import (
+    CONNECTOR_CONFIGS,
+    EVLGenConfig,
+    MLPConnectorConfig,
+    QFormerConnectorConfig,
+    TomeFormerConfig,
+)
 from modeling_evlgen import EVLGenForConditionalGeneration, MLPConnector, QFormerConnector
 
-from .helpers import generate_new, noise_images, run_clean, save_towers, tiny_model, tiny_processor
-from .training import save_captioner
+from .helpers import (
+    generate_new,
+    noise_images,
+    run_clean,
+    save_image_folder,
+    save_towers,
+    tiny_model,
+    tiny_processor,
+)
+from .placeholders import save_connector
+from .training import arguments, assert_same_weights, save_captioner, save_recipe
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4}
@@ -169,3 +190,123 @@ def test_old_checkpoints_have_a_tomeformer():
     fields = tiny_model().config.to_dict()
     del fields["connector_config"]["model_type"]
     assert isinstance(EVLGenConfig.from_dict(fields).connector_config, TomeFormerConfig)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder with the page's connector and a recipe that trains it."""
+    folder = tmp_path_factory.mktemp("own")
+    save_connector(folder / "perceiver.py")
+    save_image_folder(folder / "data", train=8, test=4)
+    recipe = {**save_towers(folder), "dataset": folder / "data", "connector": folder / "perceiver.py:Perceiver"}
+    recipe["connector_config"] = {**SIZES, **LAYERS, "num_query_tokens": 5, "merge_r": 3}
+    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": 2, "save_steps": 1}
+    return save_recipe(folder, **recipe, **sizes, dataloader_num_workers=0, max_new_tokens=3)
+
+
+def test_a_connector_of_ones_own_is_trained_and_resumed_from_its_file(own, tmp_path, caplog):
+    pretrain.main(arguments(own, tmp_path / "run"))
+    assert "a perceiver.py:Perceiver has no merge_r" in caplog.text.replace(f"{own}/", "")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["connector_config"]["num_query_tokens"] == 5
+    assert (tmp_path / "run" / "checkpoint-1" / "perceiver.py").exists()
+    assert str(own) not in (tmp_path / "run" / "checkpoint-1" / "run.json").read_text()
+    resume = tmp_path / "run" / "checkpoint-1"
+    pretrain.main(arguments(own, tmp_path / "again", resume_from_checkpoint=resume))
+    assert_same_weights(tmp_path / "again", tmp_path / "run")
+    (tmp_path / "perceiver.py").write_text((own / "perceiver.py").read_text() + "\n")
+    changes = {"resume_from_checkpoint": resume, "connector": tmp_path / "perceiver.py:Perceiver"}
+    with pytest.raises(ValueError, match="`connector's file` was"):
+        pretrain.main(arguments(own, tmp_path / "again", **changes))
+
+
+USE_OWN = """
+from transformers import AutoModel, pipeline
+captioner = pipeline("image-to-text", model="model", trust_remote_code=True)
+captioner.model.save_pretrained("again")
+captioner.processor.save_pretrained("again")
+for captioner in (captioner, pipeline("image-to-text", model="again", trust_remote_code=True)):
+    print(ascii(captioner("a.png", do_sample=False, max_new_tokens=8)[0]["generated_text"]))
+AutoModel.from_pretrained("again", trust_remote_code=True)
+AutoModel.from_pretrained("again", trust_remote_code=False)
+"""
+
+
+@pytest.fixture
+def checkpoint(own, tmp_path):
+    """A folder with a checkpoint of the page's connector, which this process does not know, and its caption."""
+    load_own_connector(f"{own}/perceiver.py:Perceiver")
+    model = tiny_model(model_type="my_perceiver", num_query_tokens=5)
+    processor = tiny_processor(model)
+    save_captioner(tmp_path / "model", model)
+    del CONNECTOR_CONFIGS["my_perceiver"]
+    noise_images(1)[0].save(tmp_path / "a.png")
+    new = generate_new(model, processor(images=noise_images(1)[0]))
+    return tmp_path, processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+
+
+def test_a_checkpoint_brings_its_own_connector_into_a_clean_process(checkpoint):
+    folder, caption = checkpoint
+    with pytest.raises(AssertionError, match="Please pass the argument `trust_remote_code=True`") as failed:
+        run_clean(USE_OWN, folder)
+    assert str(failed.value).splitlines().count(ascii(caption)) == 2
+
+
+def test_evlgen_runs_a_checkpoints_connector_only_when_it_is_trusted(checkpoint, monkeypatch):
+    folder, caption = checkpoint
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
+    monkeypatch.chdir(folder)
+    command = ["--model", "model", "--inputs", "a.png", "--max_new_tokens", "8", "--output_dir"]
+    with pytest.raises(ValueError, match="pass the argument `trust_remote_code=True`"):
+        EVLGenForConditionalGeneration.from_pretrained("model")
+    with pytest.raises(ValueError, match=r"`model_type` must be .* needs `trust_remote_code=True`"):
+        AutoModel.from_pretrained("model", trust_remote_code=True)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        caption_folder.main([*command, "refused"])
+    caption_folder.main([*command, "captions", "--trust_remote_code"])
+    (row,) = map(json.loads, Path("captions/captions.jsonl").read_text().splitlines())
+    assert caption in row.values()
+    del CONNECTOR_CONFIGS["my_perceiver"]
+    model = EVLGenForConditionalGeneration.from_pretrained("model", trust_remote_code=True)
+    model.save_pretrained("again")
+    assert Path("again/perceiver.py").read_text() == Path("model/perceiver.py").read_text()
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("class Perceiver(", "class Resampler(", r"perceiver\.py has no class Perceiver"),
+        ("class Perceiver(ConnectorPreTrainedModel)", "class Perceiver(nn.Module)", "must be a class that inherits"),
+        ("    config: PerceiverConfig\n", "", "must name its configuration, as in `config: PerceiverConfig`"),
+        ("my_perceiver", "tomeformer", "needs a `model_type` of its own, but has 'tomeformer'"),
+        ("def default_budget", "def budget", "PerceiverConfig lacks `default_budget`"),
+        (", places=None", "", r"must have a file and `forward\(self, inputs_embeds, tiles, budget, places\)`"),
+        (
+            "import torch\n",
+            "from configuration_evlgen import ConnectorConfig\n",
+            "write `from configuration_evlgen import ConnectorConfig` as",
+        ),
+        ("import torch\n", "import modeling_evlgen\n", "write `import modeling_evlgen` as"),
+        ("import torch\n", "from my_layers import Layer\n", "No module named 'my_layers'"),
+        ("return self.num_query_tokens", "return 7", r"`last_hidden_state` must be \(1, 7, 32\), but is \(1, 5, 32\)"),
+        ("BaseModelOutput(last_hidden_state=queries)", "queries", "fails on .* tokens: .* 'last_hidden_state'"),
+    ],
+)
+def test_what_a_connectors_file_lacks_is_named(old, new, message, own, tmp_path):
+    code = (own / "perceiver.py").read_text()
+    assert old in code
+    (tmp_path / "perceiver.py").write_text(code.replace(old, new))
+    with pytest.raises((ValueError, ImportError), match=message):
+        pretrain.main(arguments(own, tmp_path / "run", connector=tmp_path / "perceiver.py:Perceiver"))
+
+
+@pytest.mark.attack
+def test_a_connectors_file_must_exist_and_not_take_the_name_of_another(own, tmp_path):
+    with pytest.raises(ValueError, match="there is no file"):
+        load_own_connector(f"{tmp_path}/perceiver.py:Perceiver")
+    for name in ("video.py", "my-file.py"):
+        shutil.copy(own / "perceiver.py", tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} must have another name"):
+            load_own_connector(f"{tmp_path / name}:Perceiver")
+    with pytest.raises(ValueError, match="`connector` must be tomeformer, qformer, mlp, or a file"):
+        pretrain.main(arguments(own, tmp_path / "run", connector="perceiver"))

@@ -72,6 +72,7 @@ RUN["convert_original_checkpoint"] += ["--merge_r", "5", "--connector_num_attent
 FOLDERS = {"pretrain": "my_images", "finetune": "my_chats", "finetune_video": "my_videos"}
 # Other programs need the network, an account or a server, write into .git, or are started by .ci/run or other tests.
 FOREIGN = ("python3 -m venv", "pip install", "python -m pytest", "ruff", "pre-commit", "hf", "vllm serve")
+FOREIGN += ("tensorboard", "trackio")
 # test_harnesses.py, test_app.py and test_many_machines.py run them.
 FOREIGN += ("python -m lm_eval", "python -m lmms_eval", "mkdir", "cp", "sbatch")
 FOREIGN_OPTIONS = {"--enable-prompt-embeds", "--trust-remote-code", "--chat-template", "--mm-processor-kwargs"}
@@ -240,7 +241,7 @@ def test_the_links_of_a_page_lead_on_and_the_files_that_it_names_exist(page):
     known = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.suffix in (".py", ".yaml")]
     code = " ".join([*code_spans(page), *(block.code for block in blocks_of_page(page))])
     for name in re.findall(r"[\w./-]+\.(?:py|yaml)\b", code):
-        exists = any(f"/{path}".endswith(f"/{name}") for path in known) or name == "my_mixture.yaml"
+        exists = any(f"/{path}".endswith(f"/{name}") for path in known) or name in ("my_mixture.yaml", "perceiver.py")
         assert exists, f"{page.name} names {name}, which does not exist"
 
 

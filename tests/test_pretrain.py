@@ -72,7 +72,9 @@ def test_trains_saves_and_reports(work, tmp_path):
     assert metrics == json.loads((tmp_path / "metrics.json").read_text())
     for name in ("loss.png", "captions.png"):
         assert min(Image.open(tmp_path / name).size) > 300
-    assert list(tmp_path.rglob("events.out.tfevents*"))  # TensorBoard's
+    tags = tags_of_tensorboard(tmp_path)
+    assert {"train/loss", "eval/loss", "test/exact_captions", "test/loss_gap"} <= set(tags["scalars"])
+    assert tags["images"] == ["test/captions"]
     for folder in (tmp_path, tmp_path / "checkpoint-60"):
         model = EVLGenForConditionalGeneration.from_pretrained(folder)
         assert (folder / "modeling_evlgen.py").exists() and (folder / "processor_config.json").exists()
@@ -81,6 +83,16 @@ def test_trains_saves_and_reports(work, tmp_path):
         base = load_file(work / "text" / "model.safetensors")
         trained = {name.removeprefix("language_model."): t for name, t in weights(folder).items()}
         assert all(torch.equal(tensor, trained[name]) for name, tensor in base.items())
+
+
+def tags_of_tensorboard(output):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tags = {"scalars": [], "images": []}
+    for path in output.rglob("events.out.tfevents*"):  # the Trainer closes its file before the final figures
+        events = EventAccumulator(str(path)).Reload()
+        tags = {kind: tags[kind] + events.Tags()[kind] for kind in tags}
+    return tags
 
 
 def test_cached_features_train_like_images(work, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from argparse import ArgumentParser
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,7 +14,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from configuration_evlgen import read_budgets
+from configuration_evlgen import EVLGenConfig, read_budgets
+from modeling_evlgen.fingerprints import find_adapter
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import MAX_PIXELS, check_max_tiles
 from processing_evlgen.videos import FrameChoice
@@ -28,6 +30,7 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path
     """
     config = ArgumentParser(add_help=False, allow_abbrev=False)
     config.add_argument("--config", type=Path, default=recipe, help="YAML file with any of these arguments.")
+    config.add_argument("--trust_remote_code", action="store_true", help="Run a connector from the model's folder.")
     path, argv = config.parse_known_args(argv)
     parser = HfArgumentParser(dataclass_types, parents=[config], allow_abbrev=False)
     settings = {}
@@ -46,12 +49,22 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None, recipe: Path
         close = get_close_matches(option.lstrip("-"), known, n=1)
         hint = f" Did you mean --{close[0]}?" if close else ""
         raise ValueError(f"Unknown argument {option}.{hint}")
+    if path.trust_remote_code:
+        for arguments in parsed:
+            _load_own_connector(getattr(arguments, "model", None) or getattr(arguments, "image_model", None))
     for arguments in parsed:
         for name, value in vars(arguments).items():  # JSON from the command line
             holds_json = isinstance(value, str) and value.startswith(("{", "["))
             if name in ("connector_config", "data_files", "mixture") and holds_json:
                 setattr(arguments, name, json.loads(value))
     return parsed
+
+
+def _load_own_connector(model: str | None) -> None:
+    """Loads the connector that a checkpoint brings, if any, for all that loads the checkpoint later."""
+    if model is not None:
+        with suppress(OSError):  # a missing model is named where it is loaded
+            EVLGenConfig.get_config_dict(find_adapter(model, {})[0], trust_remote_code=True)
 
 
 def check_count(name: str, value: Any, least: int, optional: bool = False) -> None:
@@ -66,7 +79,7 @@ def check_count(name: str, value: Any, least: int, optional: bool = False) -> No
 class ModelArguments:
     vision_model: str | None = HfArg(default=None, help="Vision tower: a folder or a name on the Hub.")
     text_model: str | None = HfArg(default=None, help="Language model: a folder or a name on the Hub.")
-    connector: Literal["tomeformer", "qformer", "mlp"] = HfArg(default="tomeformer", help="Kind of the connector.")
+    connector: str = HfArg(default="tomeformer", help="tomeformer, qformer, mlp, or one's own: my_file.py:Name.")
     connector_model: str | None = HfArg(default=None, help="BERT checkpoint to start a TomeFormer or Q-Former from.")
     connector_config: dict[str, Any] | str | None = HfArg(
         default=None, help="Fields of its configuration, in place of all of a recipe's; JSON on the command line."
@@ -81,6 +94,9 @@ class ModelArguments:
     )
 
     def __post_init__(self):
+        if self.connector not in ("tomeformer", "qformer", "mlp") and ".py:" not in self.connector:
+            wanted = "tomeformer, qformer, mlp, or a file and its class, as in my_file.py:Name"
+            raise ValueError(f"`connector` must be {wanted}, but is {self.connector!r}.")
         check_count("whitening_images", self.whitening_images, 0)
         check_count("image_size", self.image_size, 1, optional=True)
 
@@ -128,6 +144,8 @@ class EVLGenTrainingArguments(TrainingArguments):
         # bf16 works on a CPU too, but the Trainer accepts it there only with `use_cpu`.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        # Trackers show it. trackio would call a run that it is told more of, after its end, by another name.
+        self.run_name = self.run_name or Path(self.output_dir).name
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             check_count(name, getattr(self, name), 1)
         # Else `from_pretrained` would partition each tower at once under ZeRO-3, together with processes that wait for

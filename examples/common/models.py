@@ -1,15 +1,19 @@
 """Builds or loads a model and its processor, as a script's arguments request."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, TimmWrapperImageProcessor
 from transformers.utils import find_adapter_config_file, logging
 
 from common.arguments import ModelArguments, ProcessorArguments
 from common.demo.towers import prepare_language_model, prepare_vision_tower
 from configuration_evlgen import CONNECTOR_CONFIGS
-from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen import EVLGenForConditionalGeneration, register_connector
 from processing_evlgen import EVLGenProcessor
 
 logger = logging.get_logger(__name__)
@@ -34,6 +38,8 @@ def build_model(
         vision_revision=arguments.vision_revision,
         text_revision=arguments.text_revision,
     )
+    if ".py:" in arguments.connector:
+        try_connector(arguments.connector, model)
     model.config.towers = arguments.towers
     if text_format.max_tiles > 1:
         model.config.check_tiles()
@@ -85,12 +91,44 @@ def allow_token_range(
 
 def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Selects a connector's fields, so that a recipe also works for another one. Unknown ones are refused later."""
-    model_type = {"tomeformer": "tomeformer", "qformer": "evlgen_qformer", "mlp": "evlgen_mlp"}[connector]
+    if ".py:" in connector:
+        model_type = load_own_connector(connector).config_class.model_type
+    else:
+        model_type = {"tomeformer": "tomeformer", "qformer": "evlgen_qformer", "mlp": "evlgen_mlp"}[connector]
     known = set().union(*(config_class.__dataclass_fields__ for config_class in CONNECTOR_CONFIGS.values()))
     omitted = sorted(fields.keys() & known - CONNECTOR_CONFIGS[model_type].__dataclass_fields__.keys())
     if omitted:
         logger.warning(f"`connector_config`: a {connector} has no {', '.join(omitted)}, so they are left out.")
     return {**{name: value for name, value in fields.items() if name not in omitted}, "model_type": model_type}
+
+
+def load_own_connector(connector: str) -> type[torch.nn.Module]:
+    """Imports and registers the connector `my_file.py:Name`. Raises a ValueError that names what is missing."""
+    path, _, name = connector.rpartition(":")
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise ValueError(f"`connector`={connector!r}: there is no file {path}.")
+    spec = importlib.util.spec_from_file_location(f"connector_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise ValueError(f"`connector`={connector!r}: {path.name} has no class {name}.")
+    register_connector(getattr(module, name))
+    return getattr(module, name)
+
+
+@torch.no_grad()
+def try_connector(connector: str, model: EVLGenForConditionalGeneration) -> None:
+    """Runs a connector of one's own once. Raises a ValueError if it does not make the tokens that it promises."""
+    config = model.config.connector_config
+    tokens = torch.zeros(1, model.config.num_vision_tokens, config.hidden_size)
+    expected = (1, model.config.num_image_tokens, config.hidden_size)
+    try:
+        shape = tuple(model.connector(tokens, (1, 1), None, places=None).last_hidden_state.shape)
+    except Exception as error:
+        raise ValueError(f"`connector`={connector!r} fails on {tuple(tokens.shape)} tokens: {error}") from error
+    if shape != expected:
+        raise ValueError(f"`connector`={connector!r}: `last_hidden_state` must be {expected}, but is {shape}.")
 
 
 def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> Any:

@@ -124,6 +124,10 @@ def run_settings(
             path = settings.pop(name)
             if f"{name}_fingerprint" not in settings:
                 settings[f"{name}_fingerprint"] = fingerprint_files(path)
+    if ".py:" in settings.get("connector", ""):
+        path, _, name = settings["connector"].rpartition(":")
+        settings["connector"] = f"{Path(path).name}:{name}"
+        settings["connector's file"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if processor is not None:
         fields = processor.image_processor.to_dict().items()
         settings |= {f"image_processor.{name}": value for name, value in fields if not name.endswith("_type")}

@@ -3,6 +3,7 @@
 The report has drawings: the loss curve, and held-out images with their generated captions.
 """
 
+import importlib
 import json
 import os
 import textwrap
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, integrations, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments
@@ -120,6 +121,7 @@ def train_and_report(
         metrics |= measure(captions) if measure else {}
         images = getattr(trainer.eval_dataset, "images", trainer.eval_dataset)  # cached features keep their images
         draw_contact_sheet(images, captions, data_args, output_dir / "captions.png")
+        report_to_trackers(trainer, metrics, output_dir / "captions.png")
         (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print(_summary(output_dir, metrics, data_args))
     return metrics
@@ -146,6 +148,23 @@ def _evaluate(trainer: EVLGenTrainer, generation_args: GenerationArguments) -> t
         majority = majority_accuracy(trainer.train_dataset, trainer.eval_dataset, data_args)
         metrics["test_majority_per_question"] = majority
     return metrics, captions
+
+
+def report_to_trackers(trainer: EVLGenTrainer, metrics: dict[str, float], sheet: Path) -> None:
+    """Logs the final figures and the contact sheet where `--report_to` has logged the training."""
+    trackers = tuple(integrations.get_reporting_integration_callbacks(trainer.args.report_to))
+    libraries = {"WandbCallback": "wandb", "TrackioCallback": "trackio"}  # which take an image for a figure
+    for callback in trainer.callback_handler.callbacks:
+        if not isinstance(callback, trackers):
+            continue
+        library, figures = libraries.get(type(callback).__name__), dict(metrics)
+        if library is not None:
+            figures["test_captions"] = importlib.import_module(library).Image(str(sheet))
+        callback.on_log(trainer.args, trainer.state, trainer.control, logs=figures, model=trainer.model)
+        if isinstance(callback, integrations.TensorBoardCallback):
+            pixels, step = np.array(Image.open(sheet)), trainer.state.global_step
+            callback.tb_writer.add_image("test/captions", pixels, step, dataformats="HWC")
+            callback.tb_writer.close()
 
 
 def _summary(output_dir: Path, metrics: dict[str, float], data_args: DataArguments) -> str:
