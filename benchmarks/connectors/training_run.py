@@ -19,7 +19,7 @@ from transformers import TrainerCallback, set_seed
 
 from common.arguments import DataArguments, EVLGenTrainingArguments, parse_arguments
 from common.data.collator import CaptionCollator
-from common.data.feature_cache import FeatureDataset, cache_features
+from common.data.feature_cache import FeatureDataset, cache_features, cache_split
 from common.data.loading import load_datasets
 from common.data.rows import split_texts, true_captions
 from common.demo.crowded_scenes import CONCEPTS
@@ -69,7 +69,8 @@ def train(run: Run) -> dict[str, Any]:
             test_args = replace(data_args, dataset="crowded-scenes", prompt_column=None, caption_column="caption")
             splits = splits[0], load_datasets(test_args, args.seed)[1]
         model, processor = build_model(model_args, processor_args)
-        train_dataset, test_dataset = cache_features(model, processor, *splits, data_args, args.seed)
+        train_dataset, _ = cache_features(model, processor, splits[0], None, data_args, args.seed)
+        test_dataset = cache_split(model, splits[1], CaptionCollator(processor, test_args, training=False))
         pretrain.whiten_vision_projection(model, processor, train_dataset, data_args, model_args.whitening_images)
         result["trained_parameters"] = model.num_parameters(only_trainable=True)
         if data.separate:
