@@ -28,6 +28,7 @@ from .soft_prompts import (
     fill_embedded,
 )
 from .texts import (
+    SeparateTexts,
     build_masks,
     can_share,
     count_positions,
@@ -158,8 +159,9 @@ class EVLGenModel(EVLGenMediaModel):
             frame_times=frame_times,
             token_places=token_places,
         )
+        texts = None if segment_ids is None else separate(segment_ids)
         inputs = self._prepare_inputs(
-            input_ids, attention_mask, inputs_embeds, encoded, position_ids, segment_ids, kwargs
+            input_ids, attention_mask, inputs_embeds, encoded, position_ids, segment_ids, texts, kwargs
         )
         outputs = self.get_decoder()(return_dict=True, **inputs)
         return EVLGenModelOutputWithPast(**outputs, image_outputs=encoded["image"], video_outputs=encoded["video"])
@@ -176,6 +178,7 @@ class EVLGenModel(EVLGenMediaModel):
         encoded: Encoded,
         position_ids: torch.LongTensor | None,
         segment_ids: torch.LongTensor | None,
+        texts: SeparateTexts | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
         """The language model's arguments. Texts that cannot share their prefix become rows."""
@@ -191,13 +194,12 @@ class EVLGenModel(EVLGenMediaModel):
         if zero is not None:
             inputs_embeds = inputs_embeds + zero.to(inputs_embeds)
         length = inputs_embeds.shape[1]
-        if segment_ids is not None:
+        if texts is not None:
             if position_ids is not None or segment_ids.shape != inputs_embeds.shape[:2]:
                 wanted = f"shape {tuple(inputs_embeds.shape[:2])}, and no `position_ids` beside them"
                 raise ValueError(f"`segment_ids` must have {wanted}, but have {tuple(segment_ids.shape)}.")
             if attention_mask is not None and not torch.equal(attention_mask.bool(), segment_ids >= 0):
                 raise ValueError("`segment_ids` must be -1 where `attention_mask` is 0, and there alone, but are not.")
-            texts = separate(segment_ids)
             length = texts.mask.shape[1]
             if can_share(self.language_model):
                 position_ids = count_positions(segment_ids)
@@ -297,12 +299,12 @@ class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
             if self.training and not self._saw_targets and not torch.compiler.is_compiling():
                 self._saw_targets = True  # once: the CPU waits for the GPU here
                 warn_of_endless(targets, self.generation_config.eos_token_id)
-        if texts is not None and not can_share(self.language_model):
-            texts = None  # they are rows
-            logits_to_keep = targets != -100 if torch.is_tensor(logits_to_keep) else logits_to_keep
         inputs = self._prepare_inputs(
-            input_ids, attention_mask, inputs_embeds, encoded, position_ids, segment_ids, kwargs
+            input_ids, attention_mask, inputs_embeds, encoded, position_ids, segment_ids, texts, kwargs
         )
+        if texts is not None and not can_share(self.language_model):
+            texts = None  # they are rows now
+            logits_to_keep = targets != -100 if torch.is_tensor(logits_to_keep) else logits_to_keep
         if "logits_to_keep" in self._text_arguments:
             inputs["logits_to_keep"] = logits_to_keep
         else:

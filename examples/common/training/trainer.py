@@ -282,7 +282,7 @@ class EVLGenTrainer(Trainer):
 def choose_attention(model: nn.Module, device: torch.device) -> None:
     """Lets the language model compute attention step by step on a CPU, where PyTorch's fused one is slow to train.
 
-    With it, a step takes 1.2 to 1.3 times as long (benchmarks/speed.py, texts). Generation takes no less time.
+    With it, a step takes 1.1 to 1.3 times as long (benchmarks/speed.py, texts). Generation is no faster with it.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     language_model = getattr(base, "language_model", None)
