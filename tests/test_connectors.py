@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import layer_norm
-from transformers import AutoModel, BertConfig, BertModel, Blip2QFormerModel, dynamic_module_utils
+from transformers import AutoModel, BertConfig, BertModel, Blip2QFormerModel
 
 from common.models import load_own_connector
 from configuration_evlgen import (
@@ -25,6 +25,7 @@ from modeling_evlgen import EVLGenForConditionalGeneration, MLPConnector, QForme
 
 from .helpers import (
     generate_new,
+    modules_cache,
     noise_images,
     run_clean,
     save_image_folder,
@@ -251,9 +252,15 @@ def test_a_checkpoint_brings_its_own_connector_into_a_clean_process(checkpoint):
     assert str(failed.value).splitlines().count(ascii(caption)) == 2
 
 
+@pytest.fixture
+def folder_of_code(checkpoint):
+    with modules_cache(checkpoint[0] / "modules"):
+        yield
+
+
+@pytest.mark.usefixtures("folder_of_code")
 def test_evlgen_runs_a_checkpoints_connector_only_when_it_is_trusted(checkpoint, monkeypatch):
     folder, caption = checkpoint
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
     monkeypatch.chdir(folder)
     command = ["--model", "model", "--inputs", "a.png", "--max_new_tokens", "8", "--output_dir"]
     with pytest.raises(ValueError, match="pass the argument `trust_remote_code=True`"):

@@ -21,7 +21,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from datasets import load_dataset
 from huggingface_hub import constants
-from transformers import PreTrainedModel, ProcessorMixin, dynamic_module_utils
+from transformers import PreTrainedModel, ProcessorMixin
 
 from common import models
 from common.data.loading import DEMO_DATASETS
@@ -41,7 +41,7 @@ from .documents import (
     known_options,
     relative_links,
 )
-from .helpers import ROOT, tiny_tokenizer
+from .helpers import ROOT, modules_cache, tiny_tokenizer
 from .placeholders import CONNECTOR, TEMPORAL, make_work
 from .vllm_server import VLLMServer
 
@@ -118,7 +118,6 @@ def tiny_world(work, monkeypatch):
     """The folder of placeholders, an empty cache, tiny towers and data for the demo, and no Hub."""
     monkeypatch.chdir(work)
     monkeypatch.setattr(constants, "HF_HOME", str(work / "hf_home"))
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(work / "modules"))
     monkeypatch.setattr(models, "prepare_vision_tower", lambda: work / "towers" / "vision")
     monkeypatch.setattr(models, "prepare_language_model", lambda: work / "towers" / "text")
     for name in DEMO_DATASETS:
@@ -128,6 +127,8 @@ def tiny_world(work, monkeypatch):
     monkeypatch.setattr(EVLGenForConditionalGeneration, "from_image_model", lambda name: load(name, **TEMPORAL))
     for part in (PreTrainedModel, ProcessorMixin):
         monkeypatch.setattr(part, "push_to_hub", lambda self, name: self.save_pretrained(f"runs/{name}"))
+    with modules_cache(work / "modules"):
+        yield
 
 
 @pytest.mark.parametrize("command", RUNS.values(), ids=lambda command: f"{command.name} {command.where}")

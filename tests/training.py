@@ -92,8 +92,8 @@ def start(script, arguments, two=False, **kwargs):
 
 def kill_after(process, checkpoint):
     """Kills a run (SIGKILL) as soon as it has a checkpoint, and takes away later ones, if it was too fast."""
-    deadline = time.time() + 240
-    while not (checkpoint / "trainer_state.json").exists():
+    deadline, state = time.time() + 240, checkpoint / "trainer_state.json"
+    while not state.exists() or not state.read_text().endswith("}\n"):  # it is not written at once
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.005)
     launcher = psutil.Process(process.pid)
