@@ -14,7 +14,7 @@ from transformers import BatchFeature
 
 from configuration_evlgen import QFormerConnectorConfig, TomeFormerConfig
 from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput, QFormerConnector, TomeFormerModel
-from modeling_evlgen.video_merging import merge_videos
+from modeling_evlgen.explanations import patch_grid, trace_frames
 
 SIDE = 448  # width and height in pixels of a drawn image
 TINT = 0.35  # opacity of a token's colour over the image, 0 to 1
@@ -104,38 +104,6 @@ def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[tor
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def trace_frames(
-    model: EVLGenForConditionalGeneration, pixel_values: torch.Tensor, frame_times: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Runs the tower on images or one video.
-
-    Returns:
-        The features, `(images or 1, num_vision_tokens, dim)`. For a merged video, the places of its tokens,
-        `(1, num_vision_tokens, 3)`, and the merged token of each frame's tokens, `(frames, num_vision_tokens)`.
-    """
-    if pixel_values.ndim == 4 or model.config.video_mode == "mean":
-        return model.get_vision_features(pixel_values), None, None
-    indices: list[torch.Tensor] = []  # of each merge, (1, tokens of the pool and of the frame)
-    pixel_values, class_token = pixel_values.to(model.vision_tower.dtype), model.config.connector_config.class_token
-    pool = merge_videos(model.vision_tower, pixel_values, None, frame_times, class_token, indices)
-    groups = torch.arange(pool.size.shape[1], device=pixel_values.device).unsqueeze(0)  # (frames so far, tokens)
-    for index in indices:
-        of_pool, of_frame = index.chunk(2, dim=1)
-        groups = torch.cat([of_pool[0, groups], of_frame])
-    return pool.features, pool.places, groups
-
-
-def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
-    """Numbers of tokens before the first patch, and of patches along a side. No square raises a ValueError."""
-    tokens = model.config.num_vision_tokens
-    side = math.isqrt(tokens)
-    prefix = tokens - side * side
-    registers = getattr(model.config.vision_config, "num_register_tokens", 0)
-    if prefix != int(model.config.connector_config.class_token) + registers:
-        raise ValueError(f"The vision tower's patches must form a square, but it gives {tokens} tokens.")
-    return prefix, side
 
 
 def resize_to_side(image: Image.Image) -> Image.Image:
