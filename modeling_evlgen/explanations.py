@@ -192,9 +192,9 @@ class _Media:
         else:
             with frames_of_videos(len(pixels)):
                 tokens = extract_vision_tokens(model.vision_tower, pixels)
-        groups = trace_frames(model, self.pixels, self.times)[2]
-        own = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
-        return tokens, own if groups is None else groups
+        if model.config.video_mode == "merge":
+            return tokens, trace_frames(model, self.pixels, self.times)[2]
+        return tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
 
     def share(self, model: PreTrainedModel, gradients: torch.Tensor) -> list[torch.Tensor]:
         """The map of each word by the mean gradient of its line, `(words, tiles or 1, N, dim)`."""

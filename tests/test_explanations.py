@@ -7,6 +7,7 @@ import torch
 
 from modeling_evlgen import explain
 from modeling_evlgen.explanations import ExplainedWord, explain_sequences, find_words
+from processing_evlgen.pipeline_evlgen import EVLGenImageToTextPipeline, EVLGenVideoToTextPipeline
 
 from .helpers import LAYERS, merging_model, noise_images, tiny_model, tiny_processor
 
@@ -245,3 +246,26 @@ def test_a_language_model_without_gradients_is_an_error(part):
     assert words[0].evidence  # needs no gradient
     with pytest.raises(ValueError, match="must pass gradients"):
         explain(model, processor, noise_images(1)[0], caption=CAPTION)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_pipeline_returns_words(batch_size):
+    model, processor = make()
+    captioner = EVLGenImageToTextPipeline(model=model, processor=processor)
+    options = {"batch_size": batch_size, "max_new_tokens": 6, "num_beams": 2, "num_return_sequences": 2}
+    plain = captioner(noise_images(3), **options)
+    results = captioner(noise_images(3), return_words=True, **options)
+    assert [[{"generated_text": entry["generated_text"]} for entry in row] for row in results] == plain
+    for image, row in zip(noise_images(3), results, strict=True):
+        for entry in row:
+            expected = explain(model, processor, image, caption=entry["generated_text"])
+            assert [word["word"] for word in entry["words"]] == [word.word for word in expected]
+            for word in entry["words"]:
+                assert word.keys() == {"word", "probability", "evidence", "box", "frame"}
+
+
+def test_the_pipeline_of_videos_returns_the_frame_of_each_word():
+    model = video_model("merge")
+    captioner = EVLGenVideoToTextPipeline(model=model, processor=tiny_processor(model))
+    ((entry,),) = captioner([{"video": noise_images(4)}], return_words=True, max_new_tokens=4)
+    assert all(0 <= word["frame"] < 4 and len(word["box"]) == 4 for word in entry["words"])
