@@ -13,11 +13,18 @@ from torch.utils.benchmark import timer
 from transformers import BatchFeature
 
 from configuration_evlgen import QFormerConnectorConfig, TomeFormerConfig
-from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput, QFormerConnector, TomeFormerModel
+from modeling_evlgen import (
+    EVLGenForConditionalGeneration,
+    EVLGenImageOutput,
+    ExplainedWord,
+    QFormerConnector,
+    TomeFormerModel,
+)
 from modeling_evlgen.explanations import patch_grid, trace_frames
 
 SIDE = 448  # width and height in pixels of a drawn image
 TINT = 0.35  # opacity of a token's colour over the image, 0 to 1
+STRIP = 32  # height in pixels of the words below an image
 MAX_NUMBERED = 32  # tokens in a drawing with numbers; more of them would hide the image
 
 
@@ -129,6 +136,29 @@ def draw_groups(image: Image.Image, groups: np.ndarray) -> Image.Image:
     drawn = Image.fromarray(pixels.round().astype(np.uint8))
     if len(first_patches) <= MAX_NUMBERED:
         _write_numbers(drawn, groups)
+    return drawn
+
+
+def draw_words(image: Image.Image, words: list[ExplainedWord], frame: int = 0) -> Image.Image:
+    """Draws the place of each word with an evidence of 1 or more in its own colour; of a video, those in one frame.
+
+    Below the image, of SIDE x SIDE pixels, is a strip with all words. Its shade is their evidence.
+    """
+    drawn = Image.new("RGB", (SIDE, SIDE + STRIP), "white")
+    drawn.paste(image)
+    draw, left, most = ImageDraw.Draw(drawn), 0.0, max([1.0, *(word.evidence for word in words)])
+    width = SIDE / max(20, sum(len(word.word) + 1 for word in words))  # of a letter
+    for number, word in enumerate(words):
+        color = tuple(map(round, _color(number)))
+        share = min(1.0, max(0.0, word.evidence / most))
+        shade = tuple(round(255 + (part - 255) * share) for part in color)
+        right = left + width * (len(word.word) + 1)
+        draw.rectangle((left, SIDE, right, SIDE + STRIP), shade)
+        font = ImageFont.load_default(size=min(0.6 * STRIP, 1.6 * width))
+        draw.text(((left + right) / 2, SIDE + STRIP / 2), word.word, "black", font, anchor="mm")
+        left = right
+        if word.evidence >= 1 and word.frame == frame:
+            draw.rectangle([SIDE * edge for edge in word.box], outline=color, width=4)
     return drawn
 
 
