@@ -1,6 +1,9 @@
 """Records how the connector merges or chooses tokens, and draws it over an image or a video's frames."""
 
+import base64
 import colorsys
+import html
+import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +27,7 @@ from modeling_evlgen.explanations import patch_grid, trace_frames
 
 SIDE = 448  # width and height in pixels of a drawn image
 TINT = 0.35  # opacity of a token's colour over the image, 0 to 1
+DOUBTFUL = 0.5  # words of a lower probability are underlined
 STRIP = 32  # height in pixels of the words below an image
 MAX_NUMBERED = 32  # tokens in a drawing with numbers; more of them would hide the image
 
@@ -160,6 +164,33 @@ def draw_words(image: Image.Image, words: list[ExplainedWord], frame: int = 0) -
         if word.evidence >= 1 and word.frame == frame:
             draw.rectangle([SIDE * edge for edge in word.box], outline=color, width=4)
     return drawn
+
+
+def words_page(frames: list[Image.Image], words: list[ExplainedWord]) -> str:
+    """HTML of a text. Pointing at a word shows its frame, dark where its map is 0 or less. It needs no script.
+
+    Doubtful words are underlined. Images are RGB, SIDE x SIDE pixels.
+    """
+    layers, texts, rules = [f"<img src='{_data_url(frames[0])}'>"], [], []
+    for number, word in enumerate(words):
+        values = word.map[word.frame] if word.map.ndim == 3 else word.map
+        light = values.clamp(min=0) / values.amax().clamp(min=1e-6)  # (rows, columns)
+        light = Image.fromarray((255 * light).byte().numpy()).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        dark = Image.eval(frames[word.frame], lambda value: value // 4)
+        lit = _data_url(Image.composite(frames[word.frame], dark, light))
+        layers.append(f"<img class='place' id='place-{number}' src='{lit}'>")
+        style = " style='text-decoration: underline wavy red'" if word.probability < DOUBTFUL else ""
+        title = f"{word.probability:.0%}, evidence {word.evidence:.1f}"
+        texts.append(f"<span id='word-{number}' title='{title}'{style}>{html.escape(word.word)}</span>")
+        rules.append(f".words:has(#word-{number}:hover) #place-{number} {{ opacity: 1 }}")
+    style = f".words div {{ position: relative; max-width: {SIDE}px }} .words img {{ width: 100% }}"
+    style += " .words .place { position: absolute; left: 0; top: 0; opacity: 0 } " + " ".join(rules)
+    return f"<div class='words'><style>{style}</style><p>{' '.join(texts)}</p><div>{''.join(layers)}</div></div>"
+
+
+def _data_url(image: Image.Image) -> str:
+    image.save(file := io.BytesIO(), "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _color(patch: int) -> tuple[float, float, float]:
