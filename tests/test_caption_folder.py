@@ -500,12 +500,10 @@ def test_neither_items_nor_captions_are_held_in_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_evidence_names_the_least_probable_word_and_the_page_starts_with_it(model, tmp_path, kind, capsys):
     save_mixed(tmp_path / "in")
-    run(model, tmp_path, evidence="true", format=kind, html_images=4, batch_size=3)
+    given = {"evidence": "true", "html_images": 4, "batch_size": 3}
+    caption_folder.main(options(model, tmp_path / "out", tmp_path / "in", format=kind, **given))
     path = tmp_path / "out" / f"captions.{kind}"
-    if kind == "jsonl":
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-    else:
-        rows = (pq.read_table(path) if kind == "parquet" else csv.read_csv(path)).to_pylist()
+    rows = csv.read_csv(path).to_pylist() if kind == "csv" else read(path)
     good = [row for row in rows if row.get("probability") is not None]  # broken images and empty captions have none
     captioner, processor = (part.from_pretrained(model) for part in (EVLGenForConditionalGeneration, EVLGenProcessor))
     for row in good[:2]:

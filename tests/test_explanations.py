@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from modeling_evlgen import explain
 from modeling_evlgen.explanations import ExplainedWord, explain_sequences, find_words
@@ -160,6 +161,24 @@ def test_generated_words_have_the_probabilities_of_their_steps():
     expected = [steps[positions].sum().exp().item() for _, positions in found]
     assert [word.probability for word in words] == pytest.approx(expected, rel=1e-3)
     assert all(word.maps == () for word in words)
+
+
+def test_maps_of_a_model_with_random_weights_do_not_point_at_what_a_word_names():
+    """The bar: of two patches that differ from the rest, the strongest is the word's own at most 70 % of times."""
+    generator, named, other = torch.Generator().manual_seed(0), 0, 0
+    for image in range(32):
+        if image % 4 == 0:
+            model, processor = make(seed=image, **CONNECTORS["qformer"])
+        pixels = torch.full((32, 32, 3), 128, dtype=torch.uint8)
+        places = torch.randperm(16, generator=generator)[:2].tolist()
+        for place, color in zip(places, ([255, 0, 0], [0, 0, 255]), strict=True):
+            row, column = 8 * (place // 4), 8 * (place % 4)
+            pixels[row : row + 8, column : column + 8] = torch.tensor(color, dtype=torch.uint8)
+        words = explain(model, processor, Image.fromarray(pixels.numpy()), caption="a red and a blue")
+        for index, own, wrong in ((1, *places), (4, *reversed(places))):
+            strongest = int(words[index].map.argmax())
+            named, other = named + (strongest == own), other + (strongest == wrong)
+    assert named + other >= 20 and named / (named + other) <= 0.7
 
 
 def test_bfloat16_is_close_to_float32():
