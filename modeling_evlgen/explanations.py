@@ -182,19 +182,17 @@ class _Media:
     @torch.no_grad()
     def trace(self, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
         """The tower's tokens of all tiles or frames, `(frames, N, dim)`, and which of `features` each is part of."""
-        if self.pixels is None:
-            tokens = self.features
-            return tokens, torch.arange(tokens[..., 0].numel(), device=tokens.device).view(tokens.shape[:2])
-        pixels = self.pixels[0].to(model.vision_tower.dtype)  # (frames, channels, height, width)
-        if model.temporal is None:
-            parts = pixels.split(FRAMES_AT_ONCE)
-            tokens = torch.cat([extract_vision_tokens(model.vision_tower, part) for part in parts])
-        else:
-            with frames_of_videos(len(pixels)):
-                tokens = extract_vision_tokens(model.vision_tower, pixels)
-        if model.config.video_mode == "merge":
-            return tokens, trace_frames(model, self.pixels, self.times)[2]
-        return tokens, torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
+        tokens = self.features
+        if self.pixels is not None:
+            pixels = self.pixels[0].to(model.vision_tower.dtype)  # (frames, channels, height, width)
+            at_once = FRAMES_AT_ONCE if model.temporal is None else len(pixels)
+            with frames_of_videos(at_once):
+                parts = [extract_vision_tokens(model.vision_tower, part) for part in pixels.split(at_once)]
+            tokens = torch.cat(parts)
+            if model.config.video_mode == "merge":
+                return tokens, trace_frames(model, self.pixels, self.times)[2]
+        own = torch.arange(self.features[..., 0].numel(), device=tokens.device).view(self.features.shape[:2])
+        return tokens, own.expand(len(tokens), -1)
 
     def share(self, model: PreTrainedModel, gradients: torch.Tensor) -> list[torch.Tensor]:
         """The map of each word by the mean gradient of its line, `(words, tiles or 1, N, dim)`."""
