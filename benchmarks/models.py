@@ -95,14 +95,12 @@ def build(config: EVLGenConfig) -> EVLGenForConditionalGeneration:
     return EVLGenForConditionalGeneration(config).train()
 
 
-def random_batch(
-    model: EVLGenForConditionalGeneration, size: int = BATCH, tokens: int | None = None
-) -> dict[str, torch.Tensor]:
-    """Returns random vision features with a prompt and a caption, behind `tokens` placeholders for each image."""
+def random_batch(model: EVLGenForConditionalGeneration, size: int = BATCH) -> dict[str, torch.Tensor]:
+    """Returns random vision features with a prompt and a caption, behind the placeholders of each image."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(3, config.text_config.vocab_size, (size, PROMPT + CAPTION), generator=generator)
-    images = torch.full((size, tokens or config.num_image_tokens), config.image_token_id)
+    images = torch.full((size, config.num_image_tokens), config.image_token_id)
     input_ids = torch.cat([images, text], dim=1)  # (batch, image tokens + text)
     labels = input_ids.clone()
     labels[:, :-CAPTION] = -100
@@ -159,11 +157,11 @@ def random_step(model: EVLGenForConditionalGeneration) -> Step:
     return training_step(model, repeat(random_batch(model)))
 
 
-def generation(model: EVLGenForConditionalGeneration, beams: int = 5, tokens: int | None = None) -> Step:
-    """Returns the generation of captions of exactly 10 tokens for 8 images."""
-    batch = random_batch(model, 8, tokens)
+def generation(model: EVLGenForConditionalGeneration) -> Step:
+    """Returns the generation of captions of exactly 10 tokens for 8 images, with 5 beams."""
+    batch = random_batch(model, 8)
     inputs = {name: batch[name][:, :-CAPTION] for name in ("input_ids", "attention_mask")}
-    settings = {"num_beams": beams, "do_sample": False, "min_new_tokens": CAPTION, "max_new_tokens": CAPTION}
+    settings = {"num_beams": 5, "do_sample": False, "min_new_tokens": CAPTION, "max_new_tokens": CAPTION}
 
     @torch.autocast("cpu", dtype=torch.bfloat16)
     def generate() -> None:
