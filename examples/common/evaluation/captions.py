@@ -1,6 +1,5 @@
 """Held-out figures of a captioner: its loss with the right and with wrong images, and the captions it generates."""
 
-from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from transformers import BatchFeature
 
 from common.arguments import DataArguments, GenerationArguments
 from common.data.collator import CaptionCollator
-from common.data.rows import count_images, find_error, split_texts, true_captions
+from common.data.rows import count_images, true_captions
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
@@ -59,34 +58,6 @@ class WrongImages(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         donor = self.dataset[self.donors[index]]
         return self.dataset[index] | {name: value for name, value in donor.items() if name in self.image_columns}
-
-
-def majority_accuracy(train: Any, test: Any, data_args: DataArguments) -> float:
-    """Accuracy, 0 to 1, of the most frequent training answer to the same question, or else to all questions."""
-    counts: defaultdict[str | None, Counter] = defaultdict(Counter)
-    for row in _select_texts(train, data_args):
-        for part in _split_good(row, data_args):
-            answer = part[data_args.caption_column]
-            counts[part[data_args.prompt_column]][answer] += 1
-            counts[None][answer] += 1
-    majority = {question: answers.most_common(1)[0][0] for question, answers in counts.items()}
-    rows = _select_texts(test, data_args)
-    guesses = [majority.get(row[data_args.prompt_column], majority[None]) for row in rows]
-    return sum(guess in true_captions(row, data_args) for guess, row in zip(guesses, rows, strict=True)) / len(rows)
-
-
-def _split_good(row: dict[str, Any], data_args: DataArguments) -> list[dict[str, Any]]:
-    """The texts of a row that training could use."""
-    try:
-        return [part for part in split_texts(row, data_args) if find_error(part, data_args) is None]
-    except ValueError:
-        return []
-
-
-def _select_texts(dataset: Any, data_args: DataArguments) -> Any:
-    """The rows without their images."""
-    rows = getattr(dataset, "texts", dataset)  # of cached features
-    return rows.select_columns([data_args.prompt_column, data_args.caption_column])
 
 
 @torch.no_grad()
