@@ -7,25 +7,19 @@ The first argument says what is measured:
 - connectors: TomeFormer, BERT and Q-Former of BERT-base's size, alone
 - steps: a training step and generation with each connector, beside the same frozen towers
 - texts: a step with five captions or questions of each image in one row, beside a row for each
-- quantization: a language model in float32, bfloat16, int8 and int4
-- export: a soft prompt in PyTorch, as a graph of torch.export, and in onnxruntime
 
 Candidates take turns, so that other processes slow all of them alike. Times are medians. Most models have the size of
 the demo, and random weights.
 """
 
 import argparse
-import tempfile
 from functools import partial
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from configuration_evlgen import EVLGenConfig
-from modeling_evlgen import EVLGenForConditionalGeneration
-from processing_evlgen import EVLGenProcessor
 
 from .models import (
     BATCH,
@@ -138,73 +132,15 @@ def compare_texts(rounds: int) -> None:
     print(markdown_table(["five texts an image", *header], rows))
 
 
-# quantization and export
-
-
-def compare_quantization(rounds: int) -> None:
-    """All candidates are loaded from one checkpoint, quantised as by `--text_quantization`."""
-    from finetune import quantization_config
-
-    arguments = {"float32": {}, "bfloat16": {"dtype": torch.bfloat16}}
-    arguments |= {name: {"quantization_config": quantization_config(name)} for name in ("int8", "int4")}
-    with tempfile.TemporaryDirectory() as folder:
-        build(SIZES["demo"]["EVLGen, front-loaded"]).save_pretrained(folder)
-        load = EVLGenForConditionalGeneration.from_pretrained
-        models = {name: load(folder, **others).train() for name, others in arguments.items()}
-    steps = take_turns({name: random_step(model) for name, model in models.items()}, rounds)
-    generations = take_turns({name: generation(model) for name, model in models.items()}, rounds)
-    sizes = [f"{_language_model_bytes(model) / 1e6:.4g}" for model in models.values()]
-    rows = zip(models, sizes, _relative(steps), _relative(generations), strict=True)
-    print(markdown_table(["language model", "MB", "training step", "generation, 5 beams"], rows))
-
-
-def _language_model_bytes(model: EVLGenForConditionalGeneration) -> int:
-    """Size of the language model's weights, packed as they are."""
-    tensors = []
-    for parameter in model.language_model.parameters():
-        flatten = getattr(parameter, "__tensor_flatten__", None)  # torchao's subclasses hold several tensors
-        tensors += [getattr(parameter, name) for name in flatten()[0]] if flatten else [parameter]
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def compare_export(rounds: int, captioner: str) -> None:
-    """From pixels to soft prompt, in float32. Needs `.[export]`."""
-    from export import SoftPrompt, convert_to_onnx, example_pixels, export_graph, load_exported
-
-    prompt = SoftPrompt(EVLGenForConditionalGeneration.from_pretrained(captioner, dtype=torch.float32))
-    size = EVLGenProcessor.from_pretrained(captioner).image_processor.size
-    program = export_graph(prompt, (size["height"], size["width"]))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "soft_prompt.onnx")
-        convert_to_onnx(program).save(path)
-        formats = {"PyTorch": prompt, "torch.export": program.module(), "onnxruntime": load_exported("onnx", path)}
-    rows = []
-    for batch in (1, 8):
-        pixel_values = example_pixels(prompt, (size["height"], size["width"]), batch)
-        with torch.no_grad():
-            seconds = take_turns({name: partial(run, pixel_values) for name, run in formats.items()}, rounds)
-        rows.append([batch, *_relative(seconds)])
-    print(f"{torch.get_num_threads()} threads\n")
-    print(markdown_table(["images", *formats], rows))
-
-
-STOPWATCHES = {
-    "connectors": compare_connectors,
-    "steps": compare_steps,
-    "texts": compare_texts,
-    "quantization": compare_quantization,
-    "export": compare_export,
-}
+STOPWATCHES = {"connectors": compare_connectors, "steps": compare_steps, "texts": compare_texts}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=STOPWATCHES, help="What is measured.")
     parser.add_argument("--rounds", type=int, default=7, help="Rounds over which medians are taken.")
-    parser.add_argument("--model", default="outputs/demo", help="export: a captioner, by folder or name on the Hub.")
     arguments = parser.parse_args(argv)
-    others = {"captioner": arguments.model} if arguments.what == "export" else {}
-    STOPWATCHES[arguments.what](arguments.rounds, **others)
+    STOPWATCHES[arguments.what](arguments.rounds)
 
 
 if __name__ == "__main__":

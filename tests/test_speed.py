@@ -10,7 +10,7 @@ from benchmarks import models, speed
 from benchmarks.models import DEMO_VISION, candidates
 
 from .documents import commands_of_page
-from .helpers import ROOT, save, tiny_model, tiny_processor
+from .helpers import ROOT
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TEXT = LlamaConfig(**TINY, vocab_size=100, pad_token_id=2)
@@ -48,20 +48,6 @@ def test_rows_of_several_texts_are_compared_with_separate_rows(tiny_sizes, capsy
     monkeypatch.setattr(speed, "BATCH", 2)
     rows = measure(capsys, "texts")
     assert [len(row) for row in rows] == [4] * 4 and all(row[0] == 1 for row in rows)
-
-
-def test_quantised_language_models_are_compared_as_they_are_packed(tiny_sizes, capsys):
-    float32, bfloat16, int8, int4 = measure(capsys, "quantization")
-    assert float32[1:] == [1, 1] and float32[0] > bfloat16[0] > int8[0] > int4[0]
-
-
-@pytest.mark.slow
-def test_an_exported_model_is_compared(tmp_path, capsys):
-    pytest.importorskip("onnxruntime")
-    model = tiny_model()
-    save(tmp_path, model, tiny_processor(model))
-    rows = measure(capsys, "export", "--model", str(tmp_path))
-    assert len(rows) == 2 and all(row[0] == 1 and len(row) == 3 for row in rows)
 
 
 def test_the_page_shows_the_command_of_every_stopwatch():
