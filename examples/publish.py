@@ -53,18 +53,6 @@ DECODING = {
     "prompt": "the prompt `{}`",
 }
 WITHOUT_EFFECT = {"min_new_tokens": 0, "length_penalty": 1, "prompt": ""}
-# What the figures mean, by the start of a metric's type.
-MEANING = {
-    "cider": "CIDEr-D counts the words and phrases that a caption shares with the true ones. Rare ones count more. "
-    "As printed here, it is at most 1,000. Only scores over the same images and references can be compared: where "
-    "captions are short and alike, hundreds are common, while good captions of COCO's photographs score 100 to 150.",
-    "bleu": "BLEU-n is the share of a caption's phrases of up to n words that stand in a true caption too.",
-    "rouge_l": "ROUGE-L is the longest sequence of words that a caption shares with a true one, for their lengths.",
-    "meteor": "METEOR compares words with those of the true captions, and lets word forms and synonyms count.",
-    "spice": "SPICE compares the things, attributes and relations of a caption with those of the true ones.",
-    "accuracy": "Accuracy is the share of answers that are the true one.",
-    "vqa_accuracy": "VQA accuracy counts an answer as right if three of ten people gave it, and less if fewer did.",
-}
 _SIGNATURE = "\n<!-- Written by EVLGen's examples/publish.py: sha256 {} -->\n"
 # Files of an earlier publication that are deleted. Loaded beside the new ones, they would give another model.
 STALE = ["*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG, BASE_MODEL, SHEET]
@@ -233,7 +221,6 @@ def model_card(
     """Fills in the card. `results` come from [`read_results`]; `adapter_of` names an adapter's model on the Hub."""
     name = arguments.repo_id.split("/")[-1]
     trained = config.training_data or []  # names with a slash are on the Hub
-    measured = {metric["type"] for entry in results for metric in entry["metrics"]}
     requirements = ["transformers", "torchvision", *(["peft"] if adapter_of else [])]
     requirements += ["timm"] if config.vision_config.model_type == "timm_wrapper" else []
     requirements += ["av"] if config.is_for_videos else []
@@ -260,7 +247,6 @@ def model_card(
         other_data=[name for name in trained if "/" not in name],
         requirements=" ".join(requirements),
         results=results,
-        meanings=[text for name, text in MEANING.items() if any(kind.startswith(name) for kind in measured)],
         has_sheet=Path(arguments.model, SHEET).exists(),
         adapter_of=adapter_of,
         is_on_hub=is_on_hub,
