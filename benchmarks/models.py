@@ -95,27 +95,16 @@ def build(config: EVLGenConfig) -> EVLGenForConditionalGeneration:
     return EVLGenForConditionalGeneration(config).train()
 
 
-def random_batch(model: EVLGenForConditionalGeneration, size: int = BATCH) -> dict[str, torch.Tensor]:
-    """Returns random vision features with a prompt and a caption, behind the placeholders of each image."""
-    config = model.config
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(3, config.text_config.vocab_size, (size, PROMPT + CAPTION), generator=generator)
-    images = torch.full((size, config.num_image_tokens), config.image_token_id)
-    input_ids = torch.cat([images, text], dim=1)  # (batch, image tokens + text)
-    labels = input_ids.clone()
-    labels[:, :-CAPTION] = -100
-    return {
-        "vision_features": torch.randn(size, config.num_vision_tokens, config.vision_hidden_size),
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "labels": labels,
-    }
-
-
-def batch_of_texts(
-    model: EVLGenForConditionalGeneration, images: int, texts: int, prefix: int, prompt: int, answer: int, shared: bool
+def random_batch(
+    model: EVLGenForConditionalGeneration,
+    images: int = BATCH,
+    texts: int = 1,
+    prefix: int = 0,
+    prompt: int = PROMPT,
+    answer: int = CAPTION,
+    shared: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Returns random vision features with several texts of each image: in one row if `shared`, else each in its own.
+    """Returns random vision features with texts of each image: in one row if `shared`, else each in its own.
 
     The texts of an image have `prefix` tokens alike behind it, then `prompt` tokens each, then `answer` ones to learn.
     """

@@ -28,11 +28,11 @@ from .models import (
     PROMPT,
     SIZES,
     Step,
-    batch_of_texts,
     bert_base_connectors,
     build,
     forward_and_backward,
     generation,
+    random_batch,
     random_step,
     share_towers,
     training_step,
@@ -115,7 +115,7 @@ def compare_texts(rounds: int) -> None:
         for cached in (True, False):
             steps = {}
             for shared in (False, True):
-                batch = batch_of_texts(model, BATCH, 5, *lengths, shared=shared)
+                batch = random_batch(model, BATCH, 5, *lengths, shared=shared)
                 if not cached:
                     batch["pixel_values"] = torch.randn(len(batch.pop("vision_features")), 3, 224, 224)
                 steps[shared] = training_step(model, repeat(batch))
