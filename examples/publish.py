@@ -4,12 +4,8 @@
     python examples/publish.py --model outputs/demo --repo_id you/captioner \
         --results outputs/evaluation/demo/openmoji-scenes/results.json --check true
 
-`--results` takes the results.json files of `evaluate_captioning.py` and `evaluate_vqa.py`. They become the card's
-table and its `model-index`. `--check true` then loads the published model in a new process and captions an image. That
-process runs the code that was just uploaded. `--folder` writes everything into a folder and uploads nothing.
-
-The folder of an adapter, from `finetune.py`, is published as an adapter for the model on the Hub that `--base_model`
-names. With `--merge true` it is published as one complete model.
+`--folder` writes everything into a folder and uploads nothing. The folder of an adapter, from `finetune.py`, is
+published as an adapter, or with `--merge true` as one complete model. docs/publish.md has the rest.
 """
 
 import copy
