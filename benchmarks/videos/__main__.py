@@ -7,39 +7,43 @@ tables. A run takes 14 minutes on one core. Before the first one, all videos are
 
 Videos are composed of the features of animated emoji, at one frame a second, and merged to 196 tokens. A connector
 turns them into 36 tokens of the demo's frozen language model. Older lines are of a text decoder of 4 layers, which was
-trained together with a connector, also on means of frames. That code was deleted.
+trained together with a connector, also on means of frames; and of a training loop without the Trainer. Their code was
+deleted.
 """
 
 import argparse
-import itertools
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoTokenizer, get_scheduler, set_seed
+from transformers import AutoTokenizer, set_seed
 
+from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments
+from common.data.collator import CaptionCollator
 from common.demo.towers import prepare_language_model, prepare_vision_tower
+from common.evaluation.captions import generate_captions
 from common.models import connector_fields, load_image_processor
-from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
-from modeling_evlgen.texts import shift_labels
+from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.video_merging import VideoTokens, add_frames, place_frames
 from processing_evlgen import EVLGenProcessor
 
 from ..connectors.methods import connector_of
+from ..connectors.training_run import fit
 from ..results import Result, markdown_table, read_results, spread, train_missing
 from .clips import BACKGROUND_VIDEOS, MOMENT, MOMENTS_ORDER, SHORT_KINDS, compose, load_frames
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 TOKENS = 36  # of the soft prompt
-STEPS, TRAINING_BATCH, TEST_BATCH = 400, 16, 50
-RECIPE = {"lr": 1e-3, "weight_decay": 0.05}
+STEPS, TEST_BATCH = 400, 50
+RECIPE = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.05, "bf16": True}
+RECIPE |= {"per_device_train_batch_size": 16, "dataloader_drop_last": True, "save_strategy": "no"}
 WARMUP_STEPS = 50
 WHITENING_VIDEOS = 200
 VIDEOS_AT_ONCE, FRAMES_AT_ONCE = 32, 8  # while frames are merged
@@ -95,38 +99,39 @@ def merge_clips(frames: torch.Tensor, chosen: torch.Tensor) -> VideoTokens:
     return pool
 
 
-def collate(processor: EVLGenProcessor, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Turns texts into inputs of the model. Videos take the placeholders of images, as their features are cached."""
-    texts = {"text": [row["question"] for row in rows], "suffix": [row["answer"] for row in rows]}
-    features = torch.stack([row["features"] for row in rows]).float()  # (batch, tokens, dim)
-    places = torch.stack([row["places"] for row in rows])  # (batch, tokens, 3)
-    return {**processor(vision_features=features, **texts), "token_places": places}
-
-
 def train(run: Run) -> Result:
     """Trains a run. Returns its loss and the share of right answers of each kind in the test split."""
-    rows = {}
-    for split in ("train", "test"):
-        features, places = merge_split(split).values()
-        if run.method == TIMELESS:
-            places = places * torch.tensor([0.0, 1.0, 1.0])
-        texts = compose(split)[1]
-        rows[split] = [{**t, "features": features[t["clip"]], "places": places[t["clip"]]} for t in texts]
+    rows = {split: load_rows(split, run.method) for split in ("train", "test")}
     set_seed(run.seed)
     features = merge_split("train")["features"]  # (videos, tokens, dim)
     model, processor = build_captioner(run.connector, num_tokens=features.shape[1])
     model.whiten_vision_projection(features[:: max(1, len(features) // WHITENING_VIDEOS)].float())
-    collator = partial(collate, processor)
-    loader = DataLoader(rows["train"], TRAINING_BATCH, shuffle=True, drop_last=True, collate_fn=collator)
-    loss = optimize(model.train(), itertools.chain.from_iterable(itertools.repeat(loader)), run.steps)
-    right = find_right_answers(model.eval(), DataLoader(rows["test"], TEST_BATCH, collate_fn=collator))
-    by_kind = defaultdict(list)
-    for text, is_right in zip(rows["test"], right, strict=True):
-        by_kind[text["kind"]].append(is_right)
-    return {
-        "training_loss": round(loss, 4),
-        "held_out": {kind: round(mean(values), 4) for kind, values in by_kind.items()},
-    }
+    data_args = DataArguments(prompt_column="question", caption_column="answer")
+    collators = [CaptionCollator(processor, data_args, training, seed=run.seed) for training in (True, False)]
+    steps = {"max_steps": run.steps, "warmup_steps": min(WARMUP_STEPS, run.steps // 2)}
+    with tempfile.TemporaryDirectory() as folder:
+        # The last logged loss is the mean of the last tenth of the steps.
+        args = EVLGenTrainingArguments(
+            output_dir=folder, seed=run.seed, logging_steps=max(1, run.steps // 10), **steps, **RECIPE
+        )
+        _, losses = fit(model.train(), rows["train"], collators[0], args, processing_class=processor)
+    answers = generate_captions(
+        model, rows["test"], collators[1], GenerationArguments(), TEST_BATCH, args.autocast_dtype
+    )
+    right = defaultdict(list)
+    for row, answer in zip(rows["test"], answers, strict=True):
+        right[row["kind"]].append(answer == row["answer"])
+    held_out = {kind: round(mean(values), 4) for kind, values in right.items()}
+    return {"training_loss": round(losses[-1][1], 4), "held_out": held_out}
+
+
+def load_rows(split: str, method: str) -> list[dict[str, Any]]:
+    """The texts of a split with their merged videos, in the form of cached features."""
+    features, places = (tensor.numpy() for tensor in merge_split(split).values())
+    if method == TIMELESS:
+        places = places * np.float32([0, 1, 1])
+    texts = compose(split)[1]
+    return [{**t, "vision_features": [features[t["clip"]]], "token_places": [places[t["clip"]]]} for t in texts]
 
 
 def build_captioner(connector: str, num_tokens: int) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
@@ -143,48 +148,9 @@ def build_captioner(connector: str, num_tokens: int) -> tuple[EVLGenForCondition
     )
     tokenizer = AutoTokenizer.from_pretrained(text)
     tokenizer.chat_template = None  # a question follows the video, and its answer the question
-    return model, EVLGenProcessor(load_image_processor(vision), tokenizer, num_image_tokens=TOKENS)
-
-
-def optimize(model: EVLGenForConditionalGeneration, batches: Iterator[dict[str, torch.Tensor]], steps: int) -> float:
-    """Trains with AdamW and a cosine schedule. Returns the mean loss of the last tenth of the steps."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, **RECIPE, fused=True)
-    scheduler = get_scheduler("cosine", optimizer, min(WARMUP_STEPS, steps // 2), steps)
-    losses = []
-    for batch in tqdm(itertools.islice(batches, steps), total=steps, unit="step", mininterval=10):
-        loss = run_model(model, batch)["loss"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        losses.append(loss.item())
-        if len(losses) % 50 == 0:
-            tqdm.write(f"step {len(losses)}: loss {mean(losses[-50:]):.3f}")
-    return mean(losses[-max(1, steps // 10) :])
-
-
-def run_model(model: EVLGenForConditionalGeneration, batch: dict[str, torch.Tensor]) -> Any:
-    """The model's output for a batch of [`collate`], in bfloat16. Logits are those of the answers' positions."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        return model(**limit_logits(batch))
-
-
-@torch.no_grad()
-def find_right_answers(model: EVLGenForConditionalGeneration, loader: DataLoader) -> list[bool]:
-    """Whether greedy generation gives exactly the true answer to each text.
-
-    It does if each token of the answer, and its end, has the highest score after those before it. So one pass is
-    enough.
-    """
-    right: list[bool] = []
-    for batch in tqdm(loader, desc="Test", leave=False):
-        targets = shift_labels(batch["labels"])  # (batch, sequence)
-        is_target = targets != -100
-        is_best = run_model(model, batch)["logits"].argmax(dim=-1) == targets[is_target]  # (kept,)
-        right += [bool(row.all()) for row in is_best.split(is_target.sum(dim=1).tolist())]
-    return right
+    processor = EVLGenProcessor(load_image_processor(vision), tokenizer, num_image_tokens=TOKENS)
+    model.generation_config.update(eos_token_id=processor.end_of_text_id, pad_token_id=tokenizer.pad_token_id)
+    return model, processor
 
 
 def main(argv: list[str] | None = None) -> None:
