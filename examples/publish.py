@@ -41,14 +41,6 @@ from processing_evlgen import EVLGenProcessor
 SHEET = "captions.png"  # the contact sheet that pretrain.py writes beside its model
 CARD = "README.md"
 CONNECTORS = {"tomeformer": "a TomeFormer", "evlgen_qformer": "a Q-Former", "evlgen_mlp": "an MLP"}
-# How the card names the settings of an evaluation. Those that change nothing are left out.
-DECODING = {
-    "min_new_tokens": "at least {} tokens",
-    "max_new_tokens": "at most {} tokens",
-    "length_penalty": "length penalty {}",
-    "prompt": "the prompt `{}`",
-}
-WITHOUT_EFFECT = {"min_new_tokens": 0, "length_penalty": 1, "prompt": ""}
 _SIGNATURE = "\n<!-- Written by EVLGen's examples/publish.py: sha256 {} -->\n"
 # Files of an earlier publication that are deleted. Loaded beside the new ones, they would give another model.
 STALE = ["*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG, BASE_MODEL, SHEET]
@@ -139,21 +131,10 @@ def read_results(paths: list[str]) -> list[dict[str, Any]]:
             shared = {f"{part}_{name}": value for part in ("task", "dataset") for name, value in entry[part].items()}
             metrics = [{f"metric_{name}": value for name, value in metric.items()} for metric in entry["metrics"]]
             shown = [EvalResult(**shared, **metric) for metric in metrics]
-            decoding = describe_decoding(entry["settings"])
-            results.append(kept | {"notes": entry.get("notes", []), "decoding": decoding, "eval_results": shown})
+            results.append(kept | {"notes": entry.get("notes", []), "eval_results": shown})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"`results`: {path} is not the results.json of an evaluation: {error!r}") from error
     return results
-
-
-def describe_decoding(settings: dict[str, Any]) -> str:
-    """Names the settings of an evaluation in words, as in "5 beams, at least 8 tokens"."""
-    num_beams = settings.get("num_beams", 1)
-    words = [f"{num_beams} beams" if num_beams > 1 else "the likeliest token each time"]
-    for name, text in DECODING.items():
-        if settings.get(name, WITHOUT_EFFECT.get(name)) not in (None, WITHOUT_EFFECT.get(name)):
-            words.append(text.format(settings[name]))
-    return ", ".join(words)
 
 
 def check_results(results: list[dict[str, Any]], arguments: PublishArguments) -> None:
