@@ -41,9 +41,10 @@ from .clips import BACKGROUND_VIDEOS, MOMENT, MOMENTS_ORDER, SHORT_KINDS, compos
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 TOKENS = 36  # of the soft prompt
-STEPS, TEST_BATCH = 400, 50
+STEPS = 400
 RECIPE = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.05, "bf16": True}
-RECIPE |= {"per_device_train_batch_size": 16, "dataloader_drop_last": True, "save_strategy": "no"}
+RECIPE |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 50, "dataloader_drop_last": True}
+RECIPE |= {"save_strategy": "no"}
 WARMUP_STEPS = 50
 WHITENING_VIDEOS = 200
 VIDEOS_AT_ONCE, FRAMES_AT_ONCE = 32, 8  # while frames are merged
@@ -115,9 +116,7 @@ def train(run: Run) -> Result:
             output_dir=folder, seed=run.seed, logging_steps=max(1, run.steps // 10), **steps, **RECIPE
         )
         _, losses = fit(model.train(), rows["train"], collators[0], args, processing_class=processor)
-    answers = generate_captions(
-        model, rows["test"], collators[1], GenerationArguments(), TEST_BATCH, args.autocast_dtype
-    )
+    answers = generate_captions(model, rows["test"], collators[1], GenerationArguments(), args)
     right = defaultdict(list)
     for row, answer in zip(rows["test"], answers, strict=True):
         right[row["kind"]].append(answer == row["answer"])

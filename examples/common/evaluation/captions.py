@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import BatchFeature
 
-from common.arguments import DataArguments, GenerationArguments
+from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments
 from common.data.collator import CaptionCollator
 from common.data.rows import count_images, true_captions
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -16,16 +16,12 @@ from processing_evlgen import EVLGenProcessor
 
 @torch.no_grad()
 def caption_loss(
-    model: EVLGenForConditionalGeneration,
-    dataset: Dataset,
-    collator: CaptionCollator,
-    batch_size: int,
-    dtype: torch.dtype,
+    model: EVLGenForConditionalGeneration, dataset: Dataset, collator: CaptionCollator, args: EVLGenTrainingArguments
 ) -> float:
-    """Mean cross-entropy of the captions, in nats per token over all tokens; `dtype` is for autocast."""
+    """Mean cross-entropy of the captions, in nats per token over all tokens."""
     model.eval()
-    loss, tokens = 0.0, 0
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
+    loss, tokens, dtype = 0.0, 0, args.autocast_dtype
+    loader = DataLoader(dataset, batch_size=args.per_device_eval_batch_size, collate_fn=collator)
     for batch in tqdm(loader, desc="Held-out loss", leave=False):
         batch = batch.to(model.device)
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -85,14 +81,13 @@ def generate_captions(
     dataset: Dataset,
     collator: CaptionCollator,
     generation_args: GenerationArguments,
-    batch_size: int,
-    dtype: torch.dtype,
+    args: EVLGenTrainingArguments,
 ) -> list[str]:
     """Generates a caption for each image, in the data set's order."""
     captions = []
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator.prompts)
+    loader = DataLoader(dataset, batch_size=args.per_device_eval_batch_size, collate_fn=collator.prompts)
     for batch in tqdm(loader, "Captions", leave=False):
-        captions += generate_texts(model, batch, collator.processor, generation_args, dtype)
+        captions += generate_texts(model, batch, collator.processor, generation_args, args.autocast_dtype)
     return captions
 
 
@@ -101,17 +96,16 @@ def evaluate_captions(
     dataset: Dataset,
     collator: CaptionCollator,
     generation_args: GenerationArguments,
-    batch_size: int,
-    dtype: torch.dtype,
+    args: EVLGenTrainingArguments,
 ) -> tuple[dict[str, float], list[str]]:
     """Losses with right and wrong images, their gap, the share of exact captions; and the generated captions."""
     data_args = collator.data_args
-    loss = caption_loss(model, dataset, collator, batch_size, dtype)
+    loss = caption_loss(model, dataset, collator, args)
     metrics = {"test_loss": loss}
     references = [true_captions(row, data_args) for row in dataset]
     if len({tuple(captions) for captions in references}) > 1:
-        wrong_loss = caption_loss(model, WrongImages(dataset, data_args), collator, batch_size, dtype)
+        wrong_loss = caption_loss(model, WrongImages(dataset, data_args), collator, args)
         metrics |= {"test_loss_wrong_images": wrong_loss, "test_loss_gap": wrong_loss - loss}
-    generated = generate_captions(model, dataset, collator, generation_args, batch_size, dtype)
+    generated = generate_captions(model, dataset, collator, generation_args, args)
     exact = sum(caption in captions for caption, captions in zip(generated, references, strict=True))
     return {**metrics, "test_exact_captions": exact / len(generated)}, generated

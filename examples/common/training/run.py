@@ -142,8 +142,7 @@ def _evaluate(trainer: EVLGenTrainer, generation_args: GenerationArguments) -> t
         unset_hf_deepspeed_config()
         model = EVLGenForConditionalGeneration.from_pretrained(args.output_dir).to(args.device)
         choose_attention(model, args.device)
-    rows, batch_size = (trainer.eval_dataset, trainer.eval_collator), args.per_device_eval_batch_size
-    return evaluate_captions(model, *rows, generation_args, batch_size, args.autocast_dtype)
+    return evaluate_captions(model, trainer.eval_dataset, trainer.eval_collator, generation_args, args)
 
 
 def report_to_trackers(trainer: EVLGenTrainer, metrics: dict[str, float], sheet: Path) -> None:
