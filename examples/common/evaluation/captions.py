@@ -1,5 +1,6 @@
 """Held-out figures of a captioner: its loss with the right and with wrong images, and the captions it generates."""
 
+from collections import Counter
 from typing import Any
 
 import torch
