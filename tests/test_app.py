@@ -372,12 +372,12 @@ def test_the_page_in_a_browser(server, browser, folder):
     number.send_keys("1", Keys.TAB)
     wait(lambda: drawn_layer(1))
     find("#explain")[0].click()
-    wait(lambda: find("#words span"))
+    wait(lambda: find("#words .place"))
     places = find("#words .place")
-    assert len(places) == len(find("#words span")) and not any(
+    assert len(places) == len(find("#words p span")) and not any(
         place.value_of_css_property("opacity") != "0" for place in places
     )
-    ActionChains(browser).move_to_element(find("#words span")[0]).perform()
+    ActionChains(browser).move_to_element(find("#words p span")[0]).perform()
     wait(lambda: [place.value_of_css_property("opacity") for place in places] == ["1"] + ["0"] * (len(places) - 1))
     size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # a telephone
