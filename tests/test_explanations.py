@@ -46,8 +46,9 @@ def word_log_probs(model, processor, inputs):
     return [scores[positions].sum().item() for _, positions in find_words(processor.tokenizer, ids)]
 
 
-@pytest.mark.parametrize("connector", CONNECTORS)
-@pytest.mark.parametrize("text", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize(
+    ("connector", "text"), [*((name, "llama") for name in CONNECTORS), ("merging", "opt"), ("merging", "gpt2")]
+)
 def test_probabilities_and_evidence_are_those_of_plain_forward_passes(connector, text):
     model, processor = make(text=text, **CONNECTORS[connector])
     (image,) = noise_images(1)
