@@ -148,6 +148,8 @@ def point(run: Run) -> dict[str, list[bool]]:
                 of_tokens = torch.zeros(int(index.max()) + 1).index_add(0, index[0], values.flatten())
                 maps[f"{INTEGRATED}, of a token"] = of_tokens
             for name, strengths in maps.items():
+                if index is None and len(strengths) != len(right):
+                    continue  # tokens of a Q-Former are made of no patches of their own
                 best = strengths.argmax()
                 chosen = best if len(strengths) == len(right) else index[0] == best
                 hits[name].append(bool(right[chosen].any()))
