@@ -184,6 +184,7 @@ def words_page(frames: list[Image.Image], words: list[ExplainedWord]) -> str:
         texts.append(f"<span id='word-{number}' title='{title}'{style}>{html.escape(word.word)}</span>")
         rules.append(f".words:has(#word-{number}:hover) #place-{number} {{ opacity: 1 }}")
     style = f".words div {{ position: relative; max-width: {SIDE}px }} .words img {{ width: 100% }}"
+    style += " .words p { overflow-wrap: anywhere }"
     style += " .words .place { position: absolute; left: 0; top: 0; opacity: 0 } " + " ".join(rules)
     return f"<div class='words'><style>{style}</style><p>{' '.join(texts)}</p><div>{''.join(layers)}</div></div>"
 
