@@ -325,6 +325,7 @@ def build_page(
         stop.click(None, cancels=running)
         tries.click(lambda sample: sample[0], tries, file)
         words[0].click(explain, [file, prompt, text, num_tokens], words[1])
+        text.change(None, None, words[1], js="() => ''")  # the words were those of another text
     return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
 
 

@@ -98,7 +98,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export_for_web(arguments: ExportArguments) -> None:
-    """Writes the folder for transformers.js."""
+    """Writes the folder for transformers.js. It has files of the same names as a checkpoint."""
+    if Path(arguments.output_dir).resolve() == Path(arguments.model).resolve():
+        raise ValueError(f"`output_dir` must differ from the model's folder, but both are {arguments.model}.")
     model = load_trainable(arguments.model, dtype=torch.float32)  # an adapter may change the language model
     language_model = model.language_model  # `SoftPrompt` removes it
     prompt = SoftPrompt(model, arguments.num_image_tokens)

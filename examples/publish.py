@@ -318,12 +318,18 @@ def upload(folder: Path, arguments: PublishArguments) -> None:
 
 
 def upload_space(arguments: PublishArguments) -> None:
-    """Uploads a page from `export.py` as a static Space. A README.md that is there already stays as it is."""
-    folder, api = Path(arguments.model), HfApi()
+    """Uploads a page from `export.py` as a static Space. A README.md in the folder or the Space stays as it is."""
+    folder, api, default = Path(arguments.model), HfApi(), PublishArguments()
+    used = ("model", "space", "license", "private")
+    unused = [name for name, value in vars(arguments).items() if value != getattr(default, name) and name not in used]
+    if unused:
+        raise ValueError(f"`space` uploads a page alone, and cannot be given with: {', '.join(unused)}.")
+    if "/" not in arguments.space:
+        raise ValueError(f"`space` must name the owner, as in you/captions, but is {arguments.space!r}.")
     if not (folder / "index.html").exists() or not (folder / "onnx").exists():
         command = "python examples/export.py --formats transformers.js --page true --output_dir"
         raise ValueError(f"`model`: {folder} holds no page. Write one with: {command} {folder}")
-    if not (folder / CARD).exists():
+    if not (folder / CARD).exists() and not api.file_exists(arguments.space, CARD, repo_type="space"):
         data = SpaceCardData(title=arguments.space.split("/")[-1], sdk="static", license=arguments.license)
         text = "Captions images in the browser. No image leaves it."
         (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")

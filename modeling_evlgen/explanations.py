@@ -65,6 +65,7 @@ class ExplainedWord:
         return (edges / edges.new_tensor(values.shape[::-1]).repeat(2)).tolist()
 
 
+@torch.inference_mode(False)  # it keeps no gradients
 def explain(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -79,7 +80,7 @@ def explain(
     """Explains the words of a caption.
 
     Args:
-        model ([`EVLGenForConditionalGeneration`]): The captioner.
+        model ([`EVLGenForConditionalGeneration`]): The captioner, in evaluation mode.
         processor ([`EVLGenProcessor`]): Its processor.
         image, video (*optional*):
             An image or a video, as the processor takes it. A list is a batch. The frames of a video, and several
@@ -87,17 +88,20 @@ def explain(
         text (`str` or `list[str]`, *optional*): The prompt, or one for each entry of the batch.
         caption (`str` or `list[str]`, *optional*): The text to explain. By default it is generated.
         steps (`int`, *optional*, defaults to 5): Steps of the maps. More are more exact; with 0 there is no map.
-        kwargs: Arguments of `generate`.
+        kwargs: Arguments of `generate`, for a caption that is generated.
 
     Returns:
         A list of [`ExplainedWord`]. For a batch, a list of these lists.
 
     Raises:
-        ValueError: If not exactly one of `image` and `video` is given, a text has no placeholder or a caption has
-            tokens that the model cannot write, or the language model passes no gradient.
+        ValueError: If not exactly one of `image` and `video` is given, a text has no placeholder, a caption has tokens
+            that the model cannot write or comes with `kwargs`, an entry has several captions, the model is in training
+            mode, or its language model passes no gradient.
     """
     if (image is None) == (video is None):
         raise ValueError("Exactly one of `image` and `video` must be given.")
+    if caption is not None and kwargs:
+        raise ValueError(f"With a `caption` nothing is generated, but there are arguments of `generate`: {[*kwargs]}.")
     name, given = ("images", image) if video is None else ("videos", video)
     is_batch = isinstance(given, list)
     media, suffix = {name: given if is_batch else [given]}, {} if caption is None else {"suffix": caption}
@@ -105,6 +109,8 @@ def explain(
         inputs = processor(**media, text=text, **suffix).to(model.device)
     except (ValueError, TypeError) as error:
         raise type(error)(str(error).replace("`suffix`", "`caption`")) from error
+    if "segment_ids" in inputs:
+        raise ValueError(f"`caption` must be one text for each entry, but is {caption!r}.")
     sequences = None
     if caption is None:
         inputs, sequences = generate_once(model, inputs, **kwargs)
@@ -116,6 +122,7 @@ def generate_once(model: PreTrainedModel, inputs: Any, **kwargs: Any) -> tuple[d
     """Generates texts. Returns the inputs with encoded images, so that the tower need not run again, and all ids."""
     inputs = {**inputs, "mm_encoder_outputs": _encode(model, inputs)}
     names = ("input_ids", "attention_mask", "mm_encoder_outputs")
+    kwargs["return_dict_in_generate"] = False
     return inputs, model.generate(**{name: inputs[name] for name in names}, **kwargs)
 
 
@@ -133,6 +140,10 @@ def explain_sequences(
     """
     if type(steps) is not int or steps < 0:
         raise ValueError(f"`steps` must be a whole number, 0 or more, but is {steps!r}.")
+    if model.training:
+        raise ValueError(
+            "`model` must be in evaluation mode, or dropout changes its words. Call `model.eval()` first."
+        )
     encoded = inputs.get("mm_encoder_outputs") or _encode(model, inputs)
     prompts, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     if sequences is None:

@@ -378,6 +378,8 @@ def test_the_page_in_a_browser(server, browser, folder):
     assert all(place.value_of_css_property("opacity") == "0" for place in places)
     ActionChains(browser).move_to_element(find("#words p span")[0]).perform()
     wait(lambda: [place.value_of_css_property("opacity") for place in places] == ["1"] + ["0"] * (len(places) - 1))
+    find("#start")[0].click()
+    wait(lambda: not find("#words .place"))  # they are of the text before
     size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # a telephone
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390

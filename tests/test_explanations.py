@@ -1,5 +1,6 @@
 """modeling_evlgen/explanations.py: probabilities, evidence and maps of words are those of the model's own function."""
 
+import itertools
 import math
 
 import pytest
@@ -85,15 +86,22 @@ def test_maps_have_a_value_for_each_patch_without_class_tokens(vision):
 
 
 def test_tiles_make_one_map_in_the_order_of_the_image():
-    """A change of a tile's tokens changes the map there."""
-    model, processor = make(**CONNECTORS["qformer"], max_position_embeddings=64)
-    image = noise_images(1)[0].resize((64, 32))
-    words = explain(model, processor, [[image]], caption=[CAPTION], steps=20)
-    processor.max_tiles = 2
-    ((*words,),) = explain(model, processor, [[image]], caption=[CAPTION], steps=20)
-    assert {word.map.shape for word in words} == {(4, 8)}
-    for word in words:
-        assert word.map.sum().item() == pytest.approx(word.evidence, abs=1e-3)
+    """With one step, each value is the gradient half-way times the change, at its patch of its tile."""
+    model, processor = make(**CONNECTORS["qformer"], max_position_embeddings=80)
+    processor.max_tiles = 4
+    image = noise_images(1)[0].resize((64, 64))
+    (word,) = explain(model, processor, image, caption="a", steps=1)
+    inputs = processor(images=[image], suffix=["a"])
+    grid, features = inputs.pop("image_grid_thw"), model.get_vision_features(inputs.pop("pixel_values"))
+    assert grid.tolist() == [[1, 2, 2]] and features.shape[:2] == (4, 16)
+    change = features - features.flatten(0, 1).median(dim=0).values
+    halfway = (features - change / 2).requires_grad_()
+    encoded = {"image": model.project_vision_features(halfway, grid)}
+    score = log_probs(model, {**inputs, "mm_encoder_outputs": encoded})[0]
+    shares = (torch.autograd.grad(score, halfway)[0] * change).sum(dim=-1)  # (tiles, patches)
+    for tile, patch in itertools.product(range(4), range(16)):
+        row, column = 4 * (tile // 2) + patch // 4, 4 * (tile % 2) + patch % 4
+        assert word.map[row, column].item() == pytest.approx(shares[tile, patch].item(), rel=1e-3, abs=1e-6)
 
 
 def test_several_images_of_a_text_have_a_map_each():
@@ -130,7 +138,7 @@ def same(words, others, **tolerance):
         values, expected = ([getattr(word, name) for word in given] for given in (words, others))
         assert values == pytest.approx(expected, **{"rel": 1e-3, "abs": 1e-3, **tolerance})
     for word, other in zip(words, others, strict=True):
-        torch.testing.assert_close(word.map, other.map, rtol=0.01, atol=1e-3)
+        torch.testing.assert_close(word.maps, other.maps, rtol=0.01, atol=1e-3)
 
 
 @pytest.mark.parametrize("text", ["llama", "gpt2"])
@@ -138,12 +146,12 @@ def test_a_batch_is_explained_as_its_entries(text):
     """Prompts of different lengths, with generated and with given captions."""
     model, processor = make("clip", text)
     images, prompts, captions = noise_images(2), ["What?", "Question: what is it?"], ["a red circle", "a cat"]
-    for given in (None, captions):
+    for given, settings in ((None, {"do_sample": False, "max_new_tokens": 8}), (captions, {})):
         alone = [
-            explain(model, processor, image, prompt, given and given[index], do_sample=False, max_new_tokens=8)
+            explain(model, processor, image, prompt, given and given[index], **settings)
             for index, (image, prompt) in enumerate(zip(images, prompts, strict=True))
         ]
-        batch = explain(model, processor, images, prompts, given, do_sample=False, max_new_tokens=8)
+        batch = explain(model, processor, images, prompts, given, **settings)
         for words, expected in zip(batch, alone, strict=True):
             same(words, expected)
 
@@ -162,6 +170,8 @@ def test_generated_words_have_the_probabilities_of_their_steps():
     expected = [steps[positions].sum().exp().item() for _, positions in found]
     assert [word.probability for word in words] == pytest.approx(expected, rel=1e-3)
     assert all(word.maps == () for word in words)
+    model.generation_config.return_dict_in_generate = True
+    same(explain(model, processor, noise_images(1)[0], do_sample=False, max_new_tokens=8, steps=0), words)
 
 
 def test_maps_of_a_model_with_random_weights_do_not_point_at_what_a_word_names():
@@ -195,9 +205,10 @@ def test_bfloat16_is_close_to_float32():
 
 def test_explaining_leaves_no_gradient_and_works_where_none_is_kept():
     model, processor = make()
-    with torch.no_grad():
-        words = explain(model, processor, noise_images(1)[0], caption=CAPTION)
-    assert all(not word.map.requires_grad for word in words)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            words = explain(model, processor, noise_images(1)[0], caption=CAPTION)
+        assert words and all(not word.map.requires_grad for word in words)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -228,6 +239,8 @@ def test_a_box_holds_the_strongest_patch_and_its_neighbours_of_half_its_value():
         ({"caption": ""}, "`caption` must not be empty"),
         ({"caption": ["a", "b"]}, "`caption` has 2 entries"),
         ({"caption": 3}, "`caption`"),
+        ({"image": noise_images(1), "caption": [["a", "b"]]}, "`caption` must be one text for each entry"),
+        ({"num_image_tokens": 2}, r"nothing is generated, but .* \['num_image_tokens'\]"),
         ({"image": None}, "Exactly one of `image` and `video`"),
         ({"video": [[]]}, "Exactly one of `image` and `video`"),
         ({"steps": -1}, "`steps` must be"),
@@ -241,6 +254,13 @@ def test_bad_inputs_are_named(given, message):
     given = {"image": noise_images(1)[0], "caption": CAPTION, **given}
     with pytest.raises((ValueError, TypeError), match=message):
         explain(model, processor, **given)
+
+
+@pytest.mark.attack
+def test_a_model_with_dropout_is_an_error():
+    model, processor = make()
+    with pytest.raises(ValueError, match="`model` must be in evaluation mode"):
+        explain(model.train(), processor, noise_images(1)[0], caption=CAPTION)
 
 
 @pytest.mark.attack

@@ -181,6 +181,15 @@ def test_what_a_browser_cannot_run_is_refused_before_anything_is_written(process
     assert not (tmp_path / "web").exists()
 
 
+@pytest.mark.attack
+def test_the_models_own_folder_is_not_overwritten(tmp_path):
+    save_captioner(tmp_path, tiny_model())
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="`output_dir` must differ from the model's folder"):
+        export.main(flags(model=tmp_path, output_dir=tmp_path / ".", formats="transformers.js"))
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
 def test_an_adapter_has_to_be_merged_first(tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
@@ -199,7 +208,6 @@ def test_models_that_a_browser_cannot_run_are_refused_by_name():
     processor.image_processor.do_center_crop = True
     with pytest.raises(ValueError, match=r"its image processor must resize .* and crop nothing"):
         export_web.export_web(prompt, language_model, processor, "float32")
-    processor.image_processor.do_center_crop = False
 
 
 def test_special_tokens_that_a_tokenizer_adds_are_written_by_the_template():

@@ -301,4 +301,24 @@ def test_a_page_is_uploaded_as_a_static_space(hub, tmp_path, capsys):
     files = hub.repos["spaces", "user/captions"].at("main").files
     assert files["README.md"].endswith(b"More.")
     assert [name for name in files if name.startswith("onnx/")] == ["onnx/embed_tokens_quantized.onnx"]
-    assert capsys.readouterr().out.count("Published: ") == 2
+    (folder / "README.md").unlink()  # as in a page that was exported anew
+    publish.main(given)
+    assert hub.repos["spaces", "user/captions"].at("main").files["README.md"].endswith(b"More.")
+    assert capsys.readouterr().out.count("Published: ") == 3
+
+
+@pytest.mark.attack
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--folder", "out"], "`space` uploads a page alone, and cannot be given with: folder"),
+        (["--repo_id", "a/b", "--check", "true"], "given with: repo_id, check"),
+        (["--space", "captions"], "`space` must name the owner, as in you/captions, but is 'captions'"),
+    ],
+)
+def test_a_space_with_other_options_is_refused(options, message, hub, tmp_path):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "index.html").write_text("page")
+    with pytest.raises(ValueError, match=message):
+        publish.main(["--model", str(tmp_path), "--space", "user/captions", *options])
+    assert not hub.repos

@@ -1,4 +1,4 @@
-"""benchmarks/words: places of drawings, and the area under the curve. The maps are those of test_explanations.py."""
+"""benchmarks/words at tiny sizes, its places of drawings, and the area under the curve."""
 
 import json
 
@@ -6,7 +6,27 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.words import __main__ as words
 from benchmarks.words.__main__ import RESULTS, area_under_curve, print_tables, touched
+from modeling_evlgen import explanations
+
+from .helpers import save, tiny_model, tiny_processor
+
+
+@pytest.mark.parametrize("connector", [{"class_token": False}, {"model_type": "evlgen_mlp", "pool_size": 2}])
+def test_each_noun_of_a_caption_is_measured(connector, tmp_path, monkeypatch):
+    model = tiny_model("siglip", **connector)
+    save(tmp_path / "model", model, tiny_processor(model))
+    monkeypatch.setattr(words, "SCENES", 2)
+    monkeypatch.setattr(words, "CAPTIONED", 2)
+    monkeypatch.setattr(explanations, "find_words", None)  # the benchmark sets it
+    hits = words.measure(words.Run(str(tmp_path / "model"), "scenes"))["hits"]
+    # Tokens of the MLP are made of no patches of their own.
+    assert {name: len(found) for name, found in hits.items()} == dict.fromkeys(
+        ["integrated gradients", "integrated gradients, of a token"][: 1 + ("class_token" in connector)], 4
+    )
+    doubt = words.measure(words.Run(str(tmp_path / "model"), "half-size"))["doubt"]
+    assert [*doubt] == ["wrong", "probability", "evidence"]  # random weights write no nouns
 
 
 def test_patches_touch_a_box_that_they_overlap():

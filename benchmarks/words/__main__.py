@@ -5,7 +5,8 @@
 appends to `benchmarks/words/results.jsonl` what it lacks, a line for each model and data, and prints the tables. The
 data are the demo's held-out scenes; the same with drawings of half the size, which the demo often names wrongly; and
 crowded scenes. A map is right if its strongest patch, or a patch of its strongest token, touches the drawing that the
-noun names. Language models are in bfloat16, which takes a quarter of the time.
+noun names. Language models are in bfloat16, which takes a quarter of the time. Lines of results have other methods,
+too, whose code was deleted.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 from common.demo import crowded_scenes, scenes
-from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput, explain, explanations
+from modeling_evlgen import EVLGenForConditionalGeneration, explain, explanations
 from modeling_evlgen.explanations import find_words
 from processing_evlgen import EVLGenProcessor
 
@@ -28,8 +29,7 @@ from ..results import Result, markdown_table, read_results, spread, train_missin
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 DATA = ("scenes", "half-size", "crowded")
-CAPTIONED, SLOW = 60, 4  # scenes that are captioned, to find wrong names; scenes for methods that take long
-INTEGRATED = "integrated gradients"
+SCENES, CAPTIONED = 12, 60  # whose maps are measured; that are captioned, to find wrong names
 
 Scene = tuple[Image.Image, str, list[tuple[str, scenes.Box]]]  # with its caption, and the box of each drawing
 
@@ -38,7 +38,6 @@ Scene = tuple[Image.Image, str, list[tuple[str, scenes.Box]]]  # with its captio
 class Run:
     model: str
     data: str
-    scenes: int
 
     @property
     def name(self) -> str:
@@ -68,14 +67,9 @@ def touched(boxes: list[scenes.Box], image: Image.Image, rows: int, columns: int
     return mask.flatten()
 
 
-def load(name: str, shuffled: bool = False) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
-    """A captioner; `shuffled`, each tensor of its connector has its numbers in a random order."""
-    model = EVLGenForConditionalGeneration.from_pretrained(name, attn_implementation="eager")
+def load(name: str) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
+    model = EVLGenForConditionalGeneration.from_pretrained(name)
     model.language_model.bfloat16()
-    torch.manual_seed(0)
-    for weight in model.parameters():
-        if shuffled and weight.requires_grad:
-            weight.data = weight.data.flatten()[torch.randperm(weight.numel())].view_as(weight)
     return model, EVLGenProcessor.from_pretrained(name)
 
 
@@ -85,10 +79,10 @@ def find_nouns(*given: Any) -> list[tuple[str, list[int]]]:
     return [(word, positions) for word, positions in find_words(*given) if word in nouns]
 
 
-def explain_nouns(captioner: Any, image: Image.Image, caption: str | None, steps: int) -> dict[str, tuple[float, ...]]:
+def explain_nouns(captioner: Any, image: Image.Image, steps: int, **given: Any) -> dict[str, tuple[float, ...]]:
     """Of each noun of a caption, the probability, the evidence and the map. Some nouns have two words."""
     explanations.find_words = find_nouns
-    words = explain(*captioner, image, caption=caption, steps=steps, do_sample=False, max_new_tokens=60)
+    words = explain(*captioner, image, steps=steps, **given)
     found = {}
     for index in range(len(words)):
         for part in (words[index : index + 2], words[index : index + 1]):
@@ -101,58 +95,19 @@ def explain_nouns(captioner: Any, image: Image.Image, caption: str | None, steps
     return found
 
 
-def rival_maps(captioner: Any, image: Image.Image, caption: str, noun: str, slow: bool) -> dict[str, torch.Tensor]:
-    """What other methods give the patches, `(patches,)`, or the tokens of the soft prompt, `(tokens,)`."""
-    model, processor = captioner
-    inputs = processor(images=[image], suffix=[caption])
-    number = int((inputs["labels"] != -100).sum())
-    start = processor.tokenizer(caption[: caption.index(noun)].rstrip())["input_ids"]
-    place = len(start) - number - 1  # of the token before the noun
-    features = model.get_vision_features(inputs.pop("pixel_values")).requires_grad_()
-    prompt = model.project_vision_features(features).pooler_output  # (1, tokens, dim)
-
-    def run(prompts: torch.Tensor, **options: Any) -> Any:
-        rows = {name: inputs[name].expand(len(prompts), -1) for name in ("input_ids", "attention_mask")}
-        encoded = {"image": EVLGenImageOutput(pooler_output=prompts)}
-        output = model(**rows, mm_encoder_outputs=encoded, **options)
-        return output.logits[:, place].float().log_softmax(-1)[:, inputs["input_ids"][0, place + 1]], output
-
-    score, output = run(prompt, output_attentions=True)
-    (gradient,) = torch.autograd.grad(score.sum(), features)
-    median = features.median(dim=1, keepdim=True).values
-    is_image = inputs["input_ids"][0] == processor.image_token_id
-    maps = {
-        "one gradient": (gradient * (features - median)).sum(dim=-1)[0].detach(),
-        "attention of the last layer": output.attentions[-1][0, :, place, is_image].float().mean(dim=0).detach(),
-    }
-    if slow:
-        with torch.no_grad():
-            is_left_out = torch.eye(prompt.shape[1], dtype=torch.bool)[..., None]
-            maps["leaving out one token"] = -run(prompt.mean(dim=1, keepdim=True).where(is_left_out, prompt))[0]
-    return maps
-
-
 def point(run: Run) -> dict[str, list[bool]]:
-    """Whether the map of each noun is right, by method."""
-    hits = defaultdict(list)
-    captioner, shuffled = load(run.model), load(run.model, shuffled=True)
-    for number, (image, caption, drawings) in enumerate(draw(run.data, run.scenes)):
-        index = captioner[0].get_image_features(captioner[1](images=[image])["pixel_values"]).output_index
-        randomly = explain_nouns(shuffled, image, caption, explanations.STEPS) if number < SLOW else {}
-        for noun, (_, _, values) in explain_nouns(captioner, image, caption, explanations.STEPS).items():
+    """Whether the strongest patch of each noun is right, and a patch of its strongest token."""
+    hits, (model, processor) = defaultdict(list), load(run.model)
+    for image, caption, drawings in draw(run.data, SCENES):
+        index = model.get_image_features(processor(images=[image])["pixel_values"]).output_index
+        found = explain_nouns((model, processor), image, explanations.STEPS, caption=caption)
+        for noun, (_, _, values) in found.items():
             right = touched([box for name, box in drawings if name == noun], image, *values.shape)
-            maps = {INTEGRATED: values.flatten(), **rival_maps(captioner, image, caption, noun, number < SLOW)}
-            if randomly:
-                maps[f"{INTEGRATED}, random connector"] = randomly[noun][2].flatten()
-            if index is not None:
+            hits["integrated gradients"].append(bool(right[values.argmax()]))
+            if index is not None:  # tokens of a Q-Former are made of no patches of their own
                 of_tokens = torch.zeros(int(index.max()) + 1).index_add(0, index[0], values.flatten())
-                maps[f"{INTEGRATED}, of a token"] = of_tokens
-            for name, strengths in maps.items():
-                if index is None and len(strengths) != len(right):
-                    continue  # tokens of a Q-Former are made of no patches of their own
-                best = strengths.argmax()
-                chosen = best if len(strengths) == len(right) else index[0] == best
-                hits[name].append(bool(right[chosen].any()))
+                is_strongest = index[0] == of_tokens.argmax()
+                hits["integrated gradients, of a token"].append(bool(right[is_strongest].any()))
     return hits
 
 
@@ -161,7 +116,8 @@ def doubt(run: Run) -> dict[str, list[float]]:
     numbers: dict[str, list[float]] = {"wrong": [], "probability": [], "evidence": []}
     captioner = load(run.model)
     for image, _, drawings in draw(run.data, CAPTIONED):
-        for noun, (probability, evidence) in explain_nouns(captioner, image, None, steps=0).items():
+        found = explain_nouns(captioner, image, steps=0, do_sample=False, max_new_tokens=60)
+        for noun, (probability, evidence) in found.items():
             numbers["wrong"].append(noun not in dict(drawings))
             numbers["probability"].append(probability)
             numbers["evidence"].append(evidence)
@@ -201,9 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["outputs/demo"], help="Default: outputs/demo.")
     parser.add_argument("--data", nargs="+", choices=DATA, default=DATA[:2], help="Default: all but crowded scenes.")
-    parser.add_argument("--scenes", type=int, default=12, help="Scenes whose maps are measured. Default: 12.")
     arguments = parser.parse_args(argv)
-    runs = [Run(model, data, arguments.scenes) for data in arguments.data for model in arguments.models]
+    runs = [Run(model, data) for data in arguments.data for model in arguments.models]
     train_missing(runs, RESULTS, measure)
     print_tables(list(read_results(RESULTS).values()))
 
