@@ -49,6 +49,7 @@ import gradio as gr
 
 QUEUE_SIZE = 16  # requests that may wait; one is served at a time
 SESSIONS = 64  # visitors whose frames are kept in memory, for the slider
+MAX_NEW_TOKENS = 256  # of the slider, and of a text whose words are explained
 SHOWN_FRAMES = 16  # of a video
 SHEET = "captions.png"  # held-out images with captions, which training leaves beside its model
 # A gallery cuts off larger pictures.
@@ -164,6 +165,8 @@ def light_up(
     given = {"text": [prompt], "suffix": [text], "num_image_tokens": num_image_tokens, **sampling}
     sources = [frames] if modality == "videos" else frames
     inputs = processor(**{modality: sources}, **given).to(model.device)
+    if (inputs["labels"] != -100).sum() > MAX_NEW_TOKENS + 1:  # with the end; each word is a backward pass
+        raise ValueError(f"The text has more than {MAX_NEW_TOKENS} tokens.")
     (words,) = explain_sequences(model, processor, inputs, None)
     return words_page([resize_to_side(frame) for frame in frames], words)
 
@@ -350,7 +353,7 @@ def sampling_sliders(max_new_tokens: int | None) -> list[gr.Slider]:
             make_slider(1, 10, 1, "Beams", info="Text is streamed with 1.", **WHOLE),
             make_slider(0, 2, 0, "Temperature", info="0 takes the likeliest token.", step=0.05),
             make_slider(0.05, 1, 1, "Top-p", info="For temperatures above 0.", step=0.05),
-            make_slider(1, 256, min(max_new_tokens or 30, 256), "Max new tokens", **WHOLE),
+            make_slider(1, MAX_NEW_TOKENS, min(max_new_tokens or 30, MAX_NEW_TOKENS), "Max new tokens", **WHOLE),
         ]
 
 

@@ -48,9 +48,10 @@ def export_web(
             "embed_tokens": export_embedding(language_model.get_input_embeddings(), prompt.model.config),
             "decoder_model_merged": export_decoder(language_model),
         }
-    except (RuntimeError, TypeError, ValueError) as error:  # where code depends on values
+    except (RuntimeError, TypeError, ValueError) as error:  # such as code that depends on values
         towers = f"{type(prompt.model.vision_tower).__name__} or {type(language_model).__name__}"
-        raise ValueError(f"`model`: {towers} cannot be exported, since no graph does for all inputs.") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"`model`: {towers} cannot be exported: {reason}") from error
     for name, graph in graphs.items():
         if dtype == "int8":
             quantize(graph.graph)

@@ -74,17 +74,17 @@ class FixedAnswers:
     def __init__(self, monkeypatch, texts):
         self.texts = texts
         self.original = answers.write_part
-        monkeypatch.setattr(answers, "generate_texts", self)
+        monkeypatch.setattr(answers, "generate_answers", self)
         monkeypatch.setattr(answers, "write_part", self.write_part)
 
     def write_part(self, *args):
         self.remaining = iter(self.texts)  # each run starts again at the first text
         self.original(*args)
 
-    def __call__(self, model, batch, processor, generation_args, dtype):
+    def __call__(self, model, batch, processor, generation_args, dtype, seconds):
         self.generation_args = generation_args
         self.prompts = processor.batch_decode(batch["input_ids"], skip_special_tokens=True)
-        return [next(self.remaining) for _ in self.prompts]
+        return [{"text": next(self.remaining)} for _ in self.prompts]
 
 
 def value(results, name):

@@ -119,7 +119,7 @@ def test_tiles_and_the_number_of_tokens_change_the_merging():
 
 
 @pytest.mark.parametrize("kind", ["images", "videos"])
-def test_words_light_up_their_places_and_doubtful_ones_are_underlined(captioner, kind):
+def test_words_light_up_their_places_and_doubtful_ones_are_underlined(captioner, kind, monkeypatch):
     model, processor = captioner
     frames = noise_images(1 if kind == "images" else 4)
     page = app.light_up(model, processor, kind, frames, "", "a <b>red</b> circle", processor.num_image_tokens)
@@ -130,6 +130,9 @@ def test_words_light_up_their_places_and_doubtful_ones_are_underlined(captioner,
     assert page.count("underline") == sum(word.probability < 0.5 for word in words)
     with pytest.raises(ValueError, match="no text"):
         app.light_up(model, processor, kind, frames, "", " ", processor.num_image_tokens)
+    monkeypatch.setattr(app, "MAX_NEW_TOKENS", 3)
+    with pytest.raises(ValueError, match="more than 3 tokens"):  # as only a client without the page can send it
+        app.light_up(model, processor, kind, frames, "", "a red circle and a cat", processor.num_image_tokens)
 
 
 def test_a_place_is_bright_and_the_rest_is_dark():

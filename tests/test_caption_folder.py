@@ -199,8 +199,9 @@ def test_a_page_shows_images_and_captions_and_runs_nothing_that_they_hold(model,
         image.save(tmp_path / "in" / f"{index}<img src=x>.png")
     (tmp_path / "in" / "2<img src=x>.png").write_bytes(BROKEN)
     said = "<script>alert(1)</script> & {braces}"
+    answer = {"text": said}
     monkeypatch.setattr(
-        "common.evaluation.answers.generate_texts", lambda model, batch, **_: [said] * len(batch["input_ids"])
+        "common.evaluation.answers.generate_answers", lambda model, batch, **_: [answer] * len(batch["input_ids"])
     )
     run(model, tmp_path, html_images=3)
     page = (tmp_path / "out" / "captions.html").read_text()
@@ -214,6 +215,11 @@ def test_a_page_shows_images_and_captions_and_runs_nothing_that_they_hold(model,
     (tmp_path / "out" / "captions.html").unlink()
     run(model, tmp_path, html_images=0)
     assert not (tmp_path / "out" / "captions.html").exists()
+    shutil.rmtree(tmp_path / "out")
+    answer |= {"least_probable": said, "probability": 0.1, "evidence": 1.0}
+    run(model, tmp_path, evidence="true")
+    page = (tmp_path / "out" / "captions.html").read_text()
+    assert page.count("&lt;script&gt;") == 2 * 4 and "<script" not in page and page.count("<img") == 5
 
 
 def test_tiles_and_tokens_can_be_chosen(model, tmp_path):

@@ -29,7 +29,7 @@ from common.data.collator import CaptionCollator
 from common.data.loading import load_splits, select_split
 from common.data.rows import open_media
 from common.evaluation.answer_folder import ANSWERS, check_settings, find_answers, join_answers, read_answers
-from common.evaluation.captions import generate_answers, generate_texts
+from common.evaluation.captions import generate_answers
 from common.models import load_captioner
 from common.processes import use_all_cores
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -222,10 +222,7 @@ def answer_pending(
     loader = DataLoader(rows, batch_sampler=share, collate_fn=collate, num_workers=answer_args.num_workers)
     options = {"processor": processor, "generation_args": generation_args, "dtype": getattr(torch, answer_args.dtype)}
     seconds: Counter = Counter()
-    if evidence:
-        generate = partial(generate_answers, model.to(state.device), **options, seconds=seconds)
-    else:
-        generate = partial(generate_texts, model.to(state.device), **options)
+    generate = partial(generate_answers, model.to(state.device), **options, seconds=seconds if evidence else None)
     part = folder / f"answers.part-{state.process_index}.jsonl"
     write_part(part, ids, share, loader, generate, state.is_main_process)
     if seconds and state.is_main_process:
@@ -243,7 +240,7 @@ def write_part(
     ids: Sequence[int | str],
     share: list[range],
     loader: DataLoader,
-    generate: Callable[[BatchFeature], list[Any]],
+    generate: Callable[[BatchFeature], list[dict[str, Any]]],
     progress: bool,
 ) -> None:
     """Writes the answers to each batch as soon as they are generated, so that a kill loses one batch at most."""
@@ -251,10 +248,9 @@ def write_part(
     with bar, path.open("a", encoding="utf-8") as file:
         for indices, batch in zip(share, loader, strict=True):
             details = batch.pop("details", [{}] * len(indices))
-            for index, text, detail in zip(indices, generate(batch), details, strict=True):
-                found = {"text": None} if "error" in detail else text if isinstance(text, dict) else {"text": text}
-                answer = {"id": ids[index], **found, **detail}
-                file.write(json.dumps(answer) + "\n")
+            for index, answer, detail in zip(indices, generate(batch), details, strict=True):
+                answer = {"text": None} if "error" in detail else answer
+                file.write(json.dumps({"id": ids[index], **answer, **detail}) + "\n")
                 if "error" in detail:
                     bar.write(f"Left out: {detail['error']}", file=sys.stderr)
             file.flush()
