@@ -167,7 +167,8 @@ def light_up(
     inputs = processor(**{modality: sources}, **given).to(model.device)
     if (inputs["labels"] != -100).sum() > MAX_NEW_TOKENS + 1:  # with the end; each word is a backward pass
         raise ValueError(f"The text has more than {MAX_NEW_TOKENS} tokens.")
-    (words,) = explain_sequences(model, processor, inputs, None)
+    with _MERGING_LOCK:
+        (words,) = explain_sequences(model, processor, inputs, None)
     return words_page([resize_to_side(frame) for frame in frames], words)
 
 

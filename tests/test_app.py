@@ -174,8 +174,11 @@ def test_threads_that_are_left_behind_do_not_mix_mergings(captioner):
 
     expected = [groups(image) for image in noise_images(4)]
     slow = captioner[0].connector.encoder.layer[0].register_forward_hook(lambda *_: time.sleep(0.05))
+    explained = [*captioner, "images", noise_images(1), "", "a cat", captioner[1].num_image_tokens]
     with ThreadPoolExecutor(max_workers=4) as executor:
+        explaining = executor.submit(app.light_up, *explained)
         assert list(executor.map(groups, noise_images(4))) == expected
+        assert explaining.result()
     slow.remove()
 
 

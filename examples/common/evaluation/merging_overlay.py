@@ -80,13 +80,15 @@ def trace_merging(
         features, places, index = trace_frames(model, pixel_values, times)
     with timed(milliseconds, "connector"), recorded_merging(model) as layers:
         soft_prompt = model.project_vision_features(features, grid, [num_image_tokens], places)
-    layers = [torch.arange(layers[0].shape[1])[None], *layers]  # (1, tokens of all tiles) each
+    # On the CPU, (1, tokens of all tiles) each.
+    layers = [torch.arange(layers[0].shape[1])[None], *(layer.cpu() for layer in layers)]
     counts = [int(layer.max()) + 1 for layer in layers]
     if index is not None:
-        layers = [layer[0, index if frames is None else index[frames]] for layer in layers]  # (frames, tokens) each
+        index = index.cpu() if frames is None else index[frames].cpu()
+        layers = [layer[0, index] for layer in layers]  # (frames, tokens) each
     prefix, side = patch_grid(model)
     rows, columns = (1, 1) if grid is None else grid[0, 1:].tolist()  # of tiles
-    groups = [layer[:, prefix:].reshape(-1, rows * side, columns * side).cpu().numpy() for layer in layers]
+    groups = [layer[:, prefix:].reshape(-1, rows * side, columns * side).numpy() for layer in layers]
     groups = [group[0] if len(group) == 1 else group for group in groups]
     return soft_prompt, Merging(groups, counts, num_image_tokens, milliseconds)
 
