@@ -96,28 +96,15 @@ def build(config: EVLGenConfig) -> EVLGenForConditionalGeneration:
 
 
 def random_batch(
-    model: EVLGenForConditionalGeneration, size: int = BATCH, tokens: int | None = None
+    model: EVLGenForConditionalGeneration,
+    images: int = BATCH,
+    texts: int = 1,
+    prefix: int = 0,
+    prompt: int = PROMPT,
+    answer: int = CAPTION,
+    shared: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Returns random vision features with a prompt and a caption, behind `tokens` placeholders for each image."""
-    config = model.config
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randint(3, config.text_config.vocab_size, (size, PROMPT + CAPTION), generator=generator)
-    images = torch.full((size, tokens or config.num_image_tokens), config.image_token_id)
-    input_ids = torch.cat([images, text], dim=1)  # (batch, image tokens + text)
-    labels = input_ids.clone()
-    labels[:, :-CAPTION] = -100
-    return {
-        "vision_features": torch.randn(size, config.num_vision_tokens, config.vision_hidden_size),
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "labels": labels,
-    }
-
-
-def batch_of_texts(
-    model: EVLGenForConditionalGeneration, images: int, texts: int, prefix: int, prompt: int, answer: int, shared: bool
-) -> dict[str, torch.Tensor]:
-    """Returns random vision features with several texts of each image: in one row if `shared`, else each in its own.
+    """Returns random vision features with texts of each image: in one row if `shared`, else each in its own.
 
     The texts of an image have `prefix` tokens alike behind it, then `prompt` tokens each, then `answer` ones to learn.
     """
@@ -159,11 +146,11 @@ def random_step(model: EVLGenForConditionalGeneration) -> Step:
     return training_step(model, repeat(random_batch(model)))
 
 
-def generation(model: EVLGenForConditionalGeneration, beams: int = 5, tokens: int | None = None) -> Step:
-    """Returns the generation of captions of exactly 10 tokens for 8 images."""
-    batch = random_batch(model, 8, tokens)
+def generation(model: EVLGenForConditionalGeneration) -> Step:
+    """Returns the generation of captions of exactly 10 tokens for 8 images, with 5 beams."""
+    batch = random_batch(model, 8)
     inputs = {name: batch[name][:, :-CAPTION] for name in ("input_ids", "attention_mask")}
-    settings = {"num_beams": beams, "do_sample": False, "min_new_tokens": CAPTION, "max_new_tokens": CAPTION}
+    settings = {"num_beams": 5, "do_sample": False, "min_new_tokens": CAPTION, "max_new_tokens": CAPTION}
 
     @torch.autocast("cpu", dtype=torch.bfloat16)
     def generate() -> None:

@@ -16,7 +16,6 @@ import common.processes  # isort: skip  # first, since it sets how PyTorch's thr
 
 import os
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,16 +57,15 @@ class Captioner:
 
     def __call__(self, part: dict[str, str]) -> dict[str, Any]:
         """Captions the file `source` into the file `target`, and counts its images."""
-        partial, captioned, broken = part["target"] + ".tmp", 0, 0
-        with fsspec.open(part["source"], "rb") as source, fsspec.open(partial, "wb") as target, ExitStack() as stack:
-            writer = None
-            for batch in pq.ParquetFile(source).iter_batches(self.batch_size):
-                written = self.caption(batch)
-                writer = writer or stack.enter_context(pq.ParquetWriter(target, written.schema))
-                writer.write_batch(written)
-                captioned, broken = captioned + written["error"].null_count, broken + written["caption"].null_count
+        partial = part["target"] + ".tmp"
+        with fsspec.open(part["source"], "rb") as source, fsspec.open(partial, "wb") as target:
+            file = pq.ParquetFile(source)
+            captioned = [self.caption(batch) for batch in file.iter_batches(self.batch_size)]  # without their images
+            schema = self.caption(pa.RecordBatch.from_pylist([], file.schema_arrow)).schema
+            table = pa.Table.from_batches(captioned, schema)
+            pq.write_table(table, target)
         fsspec.url_to_fs(partial)[0].mv(partial, part["target"])
-        return {**part, "captioned": captioned, "broken": broken}
+        return {**part, "captioned": table["error"].null_count, "broken": table["caption"].null_count}
 
     def caption(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         texts, errors, images = [None] * len(batch), [None] * len(batch), {}

@@ -9,21 +9,8 @@ A published benchmark is read from its own files, here by several processes:
     accelerate launch --num_processes 8 examples/evaluate_captioning.py --model path/to/model \
         --benchmark coco-karpathy --annotations dataset_coco.json --media_dir coco
 
-| benchmark | `--annotations` | `--media_dir` |
-|---|---|---|
-| `coco-karpathy` | `dataset_coco.json`, or a split in COCO's format | COCO's images, or the folder of `val2014` |
-| `nocaps` | `nocaps_val_4500_captions.json` | the validation images |
-| `flickr30k` | `dataset_flickr30k.json` | the images |
-| `msr-vtt` | `test_videodatainfo.json` | `video7010.mp4` and so on |
-| `msvd` | `AllVideoDescriptions.txt` or `MSR Video Description Corpus.csv`, and `--split_file` | the videos |
-
-A file in COCO's format holds one split; `--test_split` is then its name in the results. Your own data are given by
-`--dataset` and its columns, as in the training scripts. Their captions may have a single token.
-
-SPICE, as in `--metrics cider bleu rouge_l spice`, needs Java 8 or 11 on PATH and a download of 0.4 GB,
-`python -m pycocoevalcap.spice.get_stanford_models`. METEOR and SPICE are tried on a caption first.
-
-A run that was interrupted goes on when it is started again. Two runs cannot use one `--output_dir` at a time.
+docs/evaluate.md names the files of each benchmark. Your own data are given by `--dataset` and its columns, as in the
+training scripts. A run that was interrupted goes on when it is started again.
 """
 
 import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait

@@ -11,20 +11,9 @@ A published benchmark is read from its own files, here by several processes:
         --questions v2_OpenEnded_mscoco_val2014_questions.json --annotations v2_mscoco_val2014_annotations.json \
         --media_dir coco
 
-| benchmark | `--questions` | `--annotations` | `--media_dir` |
-|---|---|---|---|
-| `vqav2` | `v2_OpenEnded_mscoco_val2014_questions.json` | `v2_mscoco_val2014_annotations.json` | COCO's images |
-| `ok-vqa` | `OpenEnded_mscoco_val2014_questions.json` | `mscoco_val2014_annotations.json` | COCO's images |
-| `gqa` | `testdev_balanced_questions.json` | | the images |
-
-COCO's images may lie in folders such as `val2014`. Without `--annotations`, as for VQAv2's test splits, the answers
-are written in the form of its test server.
-
-Scores are those of LAVIS, which the original uses. Answers to OK-VQA are lemmatised, which needs `.[vqa]`. Answers to
-GQA are normalised as those to VQAv2. Your own data, or a benchmark's copy on the Hub, are given by `--dataset` and its
-columns, as in the training scripts, and by the `--rule` that scores them.
-
-A run that was interrupted goes on when it is started again. Two runs cannot use one `--output_dir` at a time.
+docs/evaluate.md names the files of each benchmark, and its rules, which are those of LAVIS. Your own data, or a
+benchmark's copy on the Hub, are given by `--dataset` and its columns, as in the training scripts, and by the `--rule`
+that scores them. A run that was interrupted goes on when it is started again.
 """
 
 import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait

@@ -6,14 +6,9 @@ trains the demo's captioner on easy-VQA's questions. Other recipes are for capti
 
     accelerate launch examples/finetune.py --config examples/configs/finetune-captions.yaml --model path/to/model \
         --dataset my_images
-    accelerate launch examples/finetune.py --config examples/configs/finetune-chat.yaml --model path/to/model \
-        --dataset path/to/folder
 
-Questions take `--prompt_column question --caption_column answer --prompt "Question: {} Short answer:"`.
-
-The result in `output_dir` is an adapter with the trained connector in it. Pipelines, `AutoModel` and the other scripts
-load it like a model, as long as its base model stays where it was. `--lora none` trains the connector alone and saves
-a whole model. `--text_quantization int8` or `int4` keeps the frozen language model small.
+docs/adapt.md has questions, conversations and quantised language models. The result in `output_dir` is an adapter
+with the trained connector in it, which loads like a model. `--lora none` saves a whole model.
 
 LoRA is by Hu et al., ICLR 2022; adapters and quantised language models are by PEFT, bitsandbytes and torchao.
 """

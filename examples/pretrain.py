@@ -9,12 +9,8 @@ A recipe names other towers and data; the command line changes its values:
 
     accelerate launch examples/pretrain.py --config examples/configs/opt-2.7b.yaml --dataset path/to/folder
 
-Data that outgrow a disk are streamed, and several data sets are mixed by weight:
-
-    accelerate launch examples/pretrain.py --config examples/configs/opt-2.7b.yaml --streaming true --test_split "" \
-        --mixture examples/configs/laion-ccs-coco.yaml
-
 A run that was killed goes on with `--resume_from_checkpoint true`, from the last checkpoint in `output_dir`.
+docs/train.md and docs/data.md have the rest, such as data that are streamed and mixed.
 """
 
 import common.processes  # isort: skip  # first, since it sets how PyTorch's threads wait
@@ -98,10 +94,9 @@ def _features(
         batch = batch.to(model.device)
         if "vision_features" in batch:
             yield batch["vision_features"]
-        elif "pixel_values" in batch:
-            yield model.get_vision_features(batch["pixel_values"])
         else:
-            yield model.get_vision_features(batch["pixel_values_videos"], frame_times=batch["frame_times"])
+            pixels = batch["pixel_values_videos"] if "pixel_values_videos" in batch else batch["pixel_values"]
+            yield model.get_vision_features(pixels, frame_times=batch.get("frame_times"))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,8 @@
     python examples/publish.py --model outputs/demo --repo_id you/captioner \
         --results outputs/evaluation/demo/openmoji-scenes/results.json --check true
 
-`--results` takes the results.json files of `evaluate_captioning.py` and `evaluate_vqa.py`. They become the card's
-table and its `model-index`. `--check true` then loads the published model in a new process and captions an image. That
-process runs the code that was just uploaded. `--folder` writes everything into a folder and uploads nothing.
-
-The folder of an adapter, from `finetune.py`, is published as an adapter for the model on the Hub that `--base_model`
-names. With `--merge true` it is published as one complete model.
+`--folder` writes everything into a folder and uploads nothing. The folder of an adapter, from `finetune.py`, is
+published as an adapter, or with `--merge true` as one complete model. docs/publish.md has the rest.
 """
 
 import copy
@@ -45,26 +41,6 @@ from processing_evlgen import EVLGenProcessor
 SHEET = "captions.png"  # the contact sheet that pretrain.py writes beside its model
 CARD = "README.md"
 CONNECTORS = {"tomeformer": "a TomeFormer", "evlgen_qformer": "a Q-Former", "evlgen_mlp": "an MLP"}
-# How the card names the settings of an evaluation. Those that change nothing are left out.
-DECODING = {
-    "min_new_tokens": "at least {} tokens",
-    "max_new_tokens": "at most {} tokens",
-    "length_penalty": "length penalty {}",
-    "prompt": "the prompt `{}`",
-}
-WITHOUT_EFFECT = {"min_new_tokens": 0, "length_penalty": 1, "prompt": ""}
-# What the figures mean, by the start of a metric's type.
-MEANING = {
-    "cider": "CIDEr-D counts the words and phrases that a caption shares with the true ones. Rare ones count more. "
-    "As printed here, it is at most 1,000. Only scores over the same images and references can be compared: where "
-    "captions are short and alike, hundreds are common, while good captions of COCO's photographs score 100 to 150.",
-    "bleu": "BLEU-n is the share of a caption's phrases of up to n words that stand in a true caption too.",
-    "rouge_l": "ROUGE-L is the longest sequence of words that a caption shares with a true one, for their lengths.",
-    "meteor": "METEOR compares words with those of the true captions, and lets word forms and synonyms count.",
-    "spice": "SPICE compares the things, attributes and relations of a caption with those of the true ones.",
-    "accuracy": "Accuracy is the share of answers that are the true one.",
-    "vqa_accuracy": "VQA accuracy counts an answer as right if three of ten people gave it, and less if fewer did.",
-}
 _SIGNATURE = "\n<!-- Written by EVLGen's examples/publish.py: sha256 {} -->\n"
 # Files of an earlier publication that are deleted. Loaded beside the new ones, they would give another model.
 STALE = ["*.safetensors", "*.safetensors.index.json", ADAPTER_CONFIG, BASE_MODEL, SHEET]
@@ -155,21 +131,10 @@ def read_results(paths: list[str]) -> list[dict[str, Any]]:
             shared = {f"{part}_{name}": value for part in ("task", "dataset") for name, value in entry[part].items()}
             metrics = [{f"metric_{name}": value for name, value in metric.items()} for metric in entry["metrics"]]
             shown = [EvalResult(**shared, **metric) for metric in metrics]
-            decoding = describe_decoding(entry["settings"])
-            results.append(kept | {"notes": entry.get("notes", []), "decoding": decoding, "eval_results": shown})
+            results.append(kept | {"notes": entry.get("notes", []), "eval_results": shown})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"`results`: {path} is not the results.json of an evaluation: {error!r}") from error
     return results
-
-
-def describe_decoding(settings: dict[str, Any]) -> str:
-    """Names the settings of an evaluation in words, as in "5 beams, at least 8 tokens"."""
-    num_beams = settings.get("num_beams", 1)
-    words = [f"{num_beams} beams" if num_beams > 1 else "the likeliest token each time"]
-    for name, text in DECODING.items():
-        if settings.get(name, WITHOUT_EFFECT.get(name)) not in (None, WITHOUT_EFFECT.get(name)):
-            words.append(text.format(settings[name]))
-    return ", ".join(words)
 
 
 def check_results(results: list[dict[str, Any]], arguments: PublishArguments) -> None:
@@ -233,7 +198,6 @@ def model_card(
     """Fills in the card. `results` come from [`read_results`]; `adapter_of` names an adapter's model on the Hub."""
     name = arguments.repo_id.split("/")[-1]
     trained = config.training_data or []  # names with a slash are on the Hub
-    measured = {metric["type"] for entry in results for metric in entry["metrics"]}
     requirements = ["transformers", "torchvision", *(["peft"] if adapter_of else [])]
     requirements += ["timm"] if config.vision_config.model_type == "timm_wrapper" else []
     requirements += ["av"] if config.is_for_videos else []
@@ -260,7 +224,6 @@ def model_card(
         other_data=[name for name in trained if "/" not in name],
         requirements=" ".join(requirements),
         results=results,
-        meanings=[text for name, text in MEANING.items() if any(kind.startswith(name) for kind in measured)],
         has_sheet=Path(arguments.model, SHEET).exists(),
         adapter_of=adapter_of,
         is_on_hub=is_on_hub,

@@ -1,8 +1,7 @@
 """Captions images or videos with a language model that a vLLM server already serves.
 
-EVLGen's language model is frozen, so any deployment of that model can caption. This script computes the soft prompts
-and sends them as prompt embeddings (https://docs.vllm.ai/en/stable/features/prompt_embeds). It loads the vision tower,
-the connector and the table of input embeddings, but not the language model's layers.
+This script computes the soft prompts and sends them as prompt embeddings
+(https://docs.vllm.ai/en/stable/features/prompt_embeds). It does not load the language model's layers.
 
     vllm serve facebook/opt-2.7b --enable-prompt-embeds
     python examples/serve_prompt_embeds.py --model path/to/model --images a.png b.png

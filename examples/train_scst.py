@@ -293,8 +293,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     before = None
     if eval_dataset is not None and trainer.is_world_process_zero():
-        batches = training_args.per_device_eval_batch_size, training_args.autocast_dtype
-        before = generate_captions(model, eval_dataset, trainer.eval_collator, generation_args, *batches)
+        before = generate_captions(model, eval_dataset, trainer.eval_collator, generation_args, training_args)
 
     def measure(captions: list[str]) -> dict[str, float]:
         truths = [true_captions(row, data_args) for row in eval_dataset]

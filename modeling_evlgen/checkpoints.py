@@ -5,13 +5,15 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, logging
 
@@ -203,6 +205,10 @@ class EVLGenPreTrainedModel(PreTrainedModel):
             )
         return self
 
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(*args, **kwargs)  # the only hook of `activation_checkpointing_enable`
+        _checkpoint_frozen_layers(self.language_model)
+
     def describe_parameters(self) -> str:
         """One line for each part: how many parameters it has, and how many of them are trained."""
         lines = []
@@ -236,6 +242,26 @@ class EVLGenPreTrainedModel(PreTrainedModel):
             whiten_inputs(self.vision_projection, (self._normalize(batch, device).flatten(0, 1) for batch in batches))
         except ValueError as error:
             raise ValueError(f"`vision_features` cannot be whitened: {error}") from error
+
+
+def _checkpoint_frozen_layers(tower: nn.Module) -> None:
+    """Computes the layers of a frozen tower again in the backward pass, instead of keeping their activations.
+
+    transformers checkpoints a layer only if its `training` is True, which may switch on its dropout as well. Here a
+    layer stays in evaluation mode, in both forward passes. `activation_checkpointing_enable` switches it on.
+    """
+    for layer in tower.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and getattr(layer.forward, "func", None) is not _run_frozen:
+            layer.forward = partial(_run_frozen, layer, layer.forward)
+
+
+def _run_frozen(layer: GradientCheckpointingLayer, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    # A second forward pass would write to a cache again.
+    has_cache = any(isinstance(argument, Cache) for argument in (*args, *kwargs.values()))
+    if layer.gradient_checkpointing and not layer.training and torch.is_grad_enabled() and not has_cache:
+        # The user's `activation_checkpointing_kwargs` are in this function alone.
+        return layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
+    return forward(*args, **kwargs)
 
 
 def allow_missing_towers(model: PreTrainedModel, keys: tuple[list[str], list[str]]) -> None:

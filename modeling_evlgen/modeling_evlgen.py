@@ -1,17 +1,16 @@
 """EVLGen: a frozen vision tower, a TomeFormer and a frozen language model, trained by the caption loss alone."""
 
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import can_return_tuple
 
 from configuration_evlgen import EVLGenConfig
@@ -31,6 +30,7 @@ from .texts import (
     SeparateTexts,
     build_masks,
     can_share,
+    check_length,
     count_positions,
     mask_labels,
     select_positions,
@@ -72,10 +72,6 @@ class EVLGenModel(EVLGenMediaModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _can_compile_fullgraph = True  # with a language model that can
-
-    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
-        super()._set_gradient_checkpointing(*args, **kwargs)  # the only hook of `activation_checkpointing_enable`
-        _checkpoint_frozen_layers(self.language_model)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
@@ -208,7 +204,7 @@ class EVLGenModel(EVLGenMediaModel):
             else:
                 inputs_embeds, attention_mask = texts.take(inputs_embeds), texts.mask
             kwargs["use_cache"] = False
-        _check_length(length, kwargs.get(_CACHE), self.config)
+        check_length(length, kwargs.get(_CACHE), self.config)
         if position_ids is not None and "position_ids" in self._text_arguments:
             kwargs["position_ids"] = position_ids
         if self.training:
@@ -377,16 +373,6 @@ class EVLGenForConditionalGeneration(EVLGenModel, GenerationMixin):
         return super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
 
 
-def _check_length(length: int, cache: Any, config: EVLGenConfig) -> None:
-    """Raises a ValueError if new tokens, after those in the cache, are more than the language model has positions."""
-    limit = getattr(config.text_config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:  # a model without positions, whose cache may not know its length
-        return
-    length += cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-    if isinstance(limit, int) and isinstance(length, int) and length > limit:  # in a graph, lengths may be symbols
-        raise ValueError(f"`input_ids` has {length} tokens, but the language model has places for {limit}.")
-
-
 def _zero_of_trained_parts(model: EVLGenMediaModel) -> torch.Tensor:
     """Returns a zero whose gradient reaches all trained parts, as that of images does.
 
@@ -400,23 +386,3 @@ def _zero_of_trained_parts(model: EVLGenMediaModel) -> torch.Tensor:
         pixels = torch.zeros(1, channels, *find_image_size(tower.config), device=device)
         features = features + 0 * model.get_vision_features(pixels).sum().to(features)
     return 0 * model.project_vision_features(features).pooler_output.sum()
-
-
-def _checkpoint_frozen_layers(tower: nn.Module) -> None:
-    """Computes the layers of a frozen tower again in the backward pass, instead of keeping their activations.
-
-    transformers checkpoints a layer only if its `training` is True, which may switch on its dropout as well. Here a
-    layer stays in evaluation mode, in both forward passes. `activation_checkpointing_enable` switches it on.
-    """
-    for layer in tower.modules():
-        if isinstance(layer, GradientCheckpointingLayer) and getattr(layer.forward, "func", None) is not _run_frozen:
-            layer.forward = partial(_run_frozen, layer, layer.forward)
-
-
-def _run_frozen(layer: GradientCheckpointingLayer, forward: Any, *args: Any, **kwargs: Any) -> Any:
-    # A second forward pass would write to a cache again.
-    has_cache = any(isinstance(argument, Cache) for argument in (*args, *kwargs.values()))
-    if layer.gradient_checkpointing and not layer.training and torch.is_grad_enabled() and not has_cache:
-        # The user's `activation_checkpointing_kwargs` are in this function alone.
-        return layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
-    return forward(*args, **kwargs)

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
+from configuration_evlgen import EVLGenConfig
+
 logger = logging.get_logger(__name__)
 
 _MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")  # others read no mask of their caller's
@@ -38,6 +40,16 @@ def mask_labels(
 def shift_labels(labels: torch.LongTensor) -> torch.LongTensor:
     """Returns the target of each position: the label of the next. Both are `(batch, sequence)`."""
     return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def check_length(length: int, cache: Any, config: EVLGenConfig) -> None:
+    """Raises a ValueError if new tokens, after those in the cache, are more than the language model has positions."""
+    limit = getattr(config.text_config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:  # a model without positions, whose cache may not know its length
+        return
+    length += cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    if isinstance(limit, int) and isinstance(length, int) and length > limit:  # in a graph, lengths may be symbols
+        raise ValueError(f"`input_ids` has {length} tokens, but the language model has places for {limit}.")
 
 
 def warn_of_endless(targets: torch.LongTensor, end_ids: int | list[int] | None) -> None:

@@ -1,7 +1,7 @@
 """EVLGen's processor: images, videos and text in, model inputs and labels out."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,12 +16,11 @@ from configuration_evlgen.hub_code import AUTO_MAP, save_hub_code
 
 from .conversations import encode_conversations, join_parts
 from .images import MAX_PIXELS, check_max_tiles, count_tiles, flatten_images, load_rgb_image, prepare_images
-from .token_ids import count_texts, encode_text, pad, repeat_for_texts
+from .token_ids import EVLGenBatch, count_texts, encode_text, pad, repeat_for_texts
 from .video_processing_evlgen import EVLGenVideoProcessor, EVLGenVideosKwargs, flatten_videos
 from .videos import FrameChoice, iterate_rgb_frames
 
 _INPUTS = ("images", "text", "suffix", "videos", "messages", "vision_features", "image_grid_thw", "encoded_video")
-EXACT_INPUTS = ("frame_times", "token_places")  # they stay float32: in bfloat16, 300 and 301 seconds are one time
 
 
 class EVLGenImagesKwargs(ImagesKwargs, total=False):
@@ -34,36 +33,6 @@ class EVLGenProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: EVLGenImagesKwargs
     videos_kwargs: EVLGenVideosKwargs
     _defaults = {}  # transformers 5.19 reads it
-
-
-class EVLGenBatch(BatchFeature):
-    """A `BatchFeature` in which `labels` are -100 on placeholders, whoever sets them.
-
-    TRL's collators set `batch["labels"]` to a copy of `input_ids`, and its trainers compute loss, entropy and accuracy
-    of these labels outside of the model. So the model's own masking of labels does not reach them.
-    """
-
-    placeholder_ids: Sequence[int] = ()  # the processor sets them
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name == "labels" and torch.is_tensor(value):
-            value = value.masked_fill(torch.isin(value, value.new_tensor(self.placeholder_ids)), -100)
-        super().__setitem__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "placeholder_ids": self.placeholder_ids}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.placeholder_ids = state.pop("placeholder_ids")
-        super().__setstate__(state)
-
-    def to(self, *args: Any, **kwargs: Any) -> "EVLGenBatch":
-        """As `BatchFeature.to`, but times stay float32."""
-        kept = {name: self[name] for name in EXACT_INPUTS if torch.is_tensor(self.get(name))}
-        super().to(*args, **kwargs)
-        for name, tensor in kept.items():
-            self[name] = tensor.to(self[name].device)
-        return self
 
 
 class EVLGenProcessor(ProcessorMixin):
@@ -257,12 +226,10 @@ class EVLGenProcessor(ProcessorMixin):
         texts_per_image = count_texts(suffix)
         if messages is not None:
             columns = encode_conversations(self, messages, budgets, images_per_text)
-        elif texts_per_image is None:
-            columns = encode_text(self, text, suffix, budgets, images_per_text, text_arguments)
         else:
-            columns = encode_text(
-                self, *repeat_for_texts(self, text, suffix, budgets, images_per_text), text_arguments
-            )
+            texts = text, suffix, budgets, images_per_text
+            texts = texts if texts_per_image is None else repeat_for_texts(self, *texts)
+            columns = encode_text(self, *texts, text_arguments)
         data: dict[str, Any] = pad(self, columns, text_arguments, texts_per_image)
         if text_arguments["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])

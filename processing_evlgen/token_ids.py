@@ -1,17 +1,50 @@
-"""Token ids of prompts and of their captions or answers, with labels or offsets.
+"""Token ids of prompts and of their captions or answers, with labels or offsets, and the batch that holds them.
 
 `processor` is an [`EVLGenProcessor`]. `budgets` are by placeholder, images first: the number of tokens of each image
 and of each video. Columns hold a list for each text: `input_ids`, and optionally `labels` and `offset_mapping`.
 """
 
 import re
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+import torch
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.tokenization_utils_base import TruncationStrategy
 
+EXACT_INPUTS = ("frame_times", "token_places")  # they stay float32: in bfloat16, 300 and 301 seconds are one time
 _FILLS = {"labels": -100, "offset_mapping": (0, 0), "segment_ids": -1}  # for padding, by column
+
+
+class EVLGenBatch(BatchFeature):
+    """A `BatchFeature` in which `labels` are -100 on placeholders, whoever sets them.
+
+    TRL's collators set `batch["labels"]` to a copy of `input_ids`, and its trainers compute loss, entropy and accuracy
+    of these labels outside of the model. So the model's own masking of labels does not reach them.
+    """
+
+    placeholder_ids: Sequence[int] = ()  # the processor sets them
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name == "labels" and torch.is_tensor(value):
+            value = value.masked_fill(torch.isin(value, value.new_tensor(self.placeholder_ids)), -100)
+        super().__setitem__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "placeholder_ids": self.placeholder_ids}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.placeholder_ids = state.pop("placeholder_ids")
+        super().__setstate__(state)
+
+    def to(self, *args: Any, **kwargs: Any) -> "EVLGenBatch":
+        """As `BatchFeature.to`, but times stay float32."""
+        kept = {name: self[name] for name in EXACT_INPUTS if torch.is_tensor(self.get(name))}
+        super().to(*args, **kwargs)
+        for name, tensor in kept.items():
+            self[name] = tensor.to(self[name].device)
+        return self
 
 
 def clean_caption(caption: str, max_words: int = 50) -> str:

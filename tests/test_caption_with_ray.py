@@ -76,3 +76,13 @@ def test_a_folder_without_files_and_bad_numbers_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="`num_workers` must be an integer of 1 or more"):
         caption_with_ray.RayArguments(num_workers=0)
+
+
+def test_a_file_without_rows_gets_one_without_captions(tmp_path):
+    from caption_with_ray import Captioner
+
+    model = save_captioner(tmp_path / "model", tiny_model())
+    source, target = (str(tmp_path / name) for name in ("a.parquet", "b.parquet"))
+    pq.write_table(pa.table({"id": pa.array([], pa.int64()), "image": pa.array([], pa.binary())}), source)
+    part = Captioner("image", 2, model)({"source": source, "target": target})
+    assert part["captioned"] == 0 and pq.read_table(target).column_names == ["id", "caption", "error"]

@@ -20,7 +20,6 @@ from common.arguments import DataArguments
 from common.data.collator import BAD_ROWS, CaptionCollator, TrainingCollator
 from common.data.feature_cache import cache_features
 from common.data.loading import load_datasets
-from common.evaluation.captions import majority_accuracy
 
 from .helpers import COLORS, ROOT, save_towers, tiny_model, tiny_processor
 from .training import assert_same_weights, flags, kill_after, logged, png, start, stream_of
@@ -117,7 +116,6 @@ def test_questions_of_one_image_share_a_row_and_are_asked_one_by_one_when_held_o
         ("what color?", "blue"),
     ]
     assert test[2]["image"] == train[0]["image"]
-    assert majority_accuracy(train, test, arguments) == 3 / 4
 
     bad = {**rows[0], "answer": ["red"]}  # for three questions
     split = Dataset.from_list([*rows, bad]).cast_column("image", datasets.Image())
@@ -126,7 +124,7 @@ def test_questions_of_one_image_share_a_row_and_are_asked_one_by_one_when_held_o
         load_datasets(arguments, seed=0)
     arguments.skip_bad_rows = True
     train, test = load_datasets(arguments, seed=0)
-    assert len(test) == 4 and len(train) == 3 and majority_accuracy(train, test, arguments) == 3 / 4
+    assert len(test) == 4 and len(train) == 3
 
 
 def test_a_bad_text_costs_that_text_alone(tmp_path):

@@ -4,7 +4,6 @@ from collections import Counter
 
 import pytest
 import torch
-from huggingface_hub import constants
 
 from benchmarks.results import read_results
 from benchmarks.videos import __main__ as videos
@@ -28,13 +27,13 @@ def synthetic(monkeypatch, tmp_path):
     monkeypatch.setattr(videos, "prepare_vision_tower", lambda: towers["vision_model"])
     monkeypatch.setattr(videos, "prepare_language_model", lambda: towers["text_model"])
     monkeypatch.setattr(videos, "RESULTS", tmp_path / "results.jsonl")
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    videos.merge_split.cache_clear()
 
 
 @pytest.mark.parametrize("connector", videos.CONNECTORS)
 def test_methods_are_trained_measured_and_compared(connector, synthetic, monkeypatch, capsys):
     monkeypatch.setattr(videos.Run.__init__, "__defaults__", (0, 1))  # one step
-    methods = [videos.TIMELESS, videos.PARTS_MEANS]
+    methods = [videos.TIMELESS, videos.MERGE]
     videos.main(["--connector", connector, "--methods", *methods])
     kinds = {text["kind"] for text in compose("test")[1]}
     results = read_results(videos.RESULTS).values()
@@ -66,9 +65,9 @@ def test_videos_are_merged_as_the_model_merges_them():
     """Also those of more frames than are merged at once."""
     torch.manual_seed(0)
     frames, chosen = torch.randn(5, 16, 8), torch.randint(5, (2, 11))
-    pooled = videos.pool_merge(frames, chosen)
-    for video, features, places in zip(chosen, *pooled.values(), strict=True):
+    pool = videos.merge_clips(frames, chosen)
+    for video, features, places in zip(chosen, pool.features, pool.places, strict=True):
         placed = place_frames(frames[video], torch.arange(11.0), class_token=False)
         expected = add_frames(None, placed, [torch.tensor([0])] * 11, class_token=False)
-        torch.testing.assert_close(features, expected.features[0].half())
+        torch.testing.assert_close(features, expected.features[0])
         torch.testing.assert_close(places, expected.places[0])

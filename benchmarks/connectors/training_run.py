@@ -149,11 +149,10 @@ class HeldOutCurve(TrainerCallback):
         data, step = DATASETS[self.run.dataset], state.global_step
         if step not in data.eval_steps:
             return
-        evaluation = args.per_device_eval_batch_size, args.autocast_dtype
-        loss = caption_loss(model, self.dataset, self.collator, *evaluation)
-        figures = {"loss": loss, "gap": caption_loss(model, self.wrong_images, self.collator, *evaluation) - loss}
+        loss = caption_loss(model, self.dataset, self.collator, args)
+        figures = {"loss": loss, "gap": caption_loss(model, self.wrong_images, self.collator, args) - loss}
         if step in data.caption_steps:  # generation takes as long as many steps
-            captions = generate_captions(model, self.dataset, self.collator, self.generation_args, *evaluation)
+            captions = generate_captions(model, self.dataset, self.collator, self.generation_args, args)
             figures["exact"] = mean(map(list.__contains__, self.references, captions))
             if self.run.dataset == "crowded-scenes":
                 figures["named"] = name_score(captions, [references[0] for references in self.references])

@@ -309,7 +309,7 @@ class AnswerArguments(CaptionerArguments):
 @dataclass
 class EvaluationArguments(AnswerArguments, DatasetArguments):
     output_dir: str | None = HfArg(default=None, help="Folder of the results. Default: one in outputs/evaluation.")
-    benchmark: str | None = HfArg(default=None, help="A published benchmark; the table in the script lists them.")
+    benchmark: str | None = HfArg(default=None, help="A published benchmark; docs/evaluate.md lists them.")
     annotations: str | None = HfArg(default=None, help="The benchmark's annotation file, as published.")
     media_dir: str | None = HfArg(default=None, help="Folder of the benchmark's images or videos.")
 

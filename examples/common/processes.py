@@ -8,7 +8,7 @@ from typing import Any
 
 # GNU's OpenMP lets a waiting thread spin 300,000 times before it sleeps. Beside other busy processes it mostly spins
 # while the thread that it waits for cannot run, and a step takes several times as long. After 1,000 spins it does not,
-# and an idle machine is as fast (benchmarks/speed.py). OpenMP reads this when PyTorch is loaded, so scripts
+# and an idle machine is as fast (docs/speed.md). OpenMP reads this when PyTorch is loaded, so scripts
 # import this module first.
 if "OMP_WAIT_POLICY" not in os.environ:  # somebody's own choice
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

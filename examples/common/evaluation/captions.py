@@ -1,6 +1,5 @@
 """Held-out figures of a captioner: its loss with the right and with wrong images, and the captions it generates."""
 
-from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -8,25 +7,21 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import BatchFeature
 
-from common.arguments import DataArguments, GenerationArguments
+from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments
 from common.data.collator import CaptionCollator
-from common.data.rows import count_images, find_error, split_texts, true_captions
+from common.data.rows import count_images, true_captions
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
 
 @torch.no_grad()
 def caption_loss(
-    model: EVLGenForConditionalGeneration,
-    dataset: Dataset,
-    collator: CaptionCollator,
-    batch_size: int,
-    dtype: torch.dtype,
+    model: EVLGenForConditionalGeneration, dataset: Dataset, collator: CaptionCollator, args: EVLGenTrainingArguments
 ) -> float:
-    """Mean cross-entropy of the captions, in nats per token over all tokens; `dtype` is for autocast."""
+    """Mean cross-entropy of the captions, in nats per token over all tokens."""
     model.eval()
-    loss, tokens = 0.0, 0
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator)
+    loss, tokens, dtype = 0.0, 0, args.autocast_dtype
+    loader = DataLoader(dataset, batch_size=args.per_device_eval_batch_size, collate_fn=collator)
     for batch in tqdm(loader, desc="Held-out loss", leave=False):
         batch = batch.to(model.device)
         with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -61,34 +56,6 @@ class WrongImages(Dataset):
         return self.dataset[index] | {name: value for name, value in donor.items() if name in self.image_columns}
 
 
-def majority_accuracy(train: Any, test: Any, data_args: DataArguments) -> float:
-    """Accuracy, 0 to 1, of the most frequent training answer to the same question, or else to all questions."""
-    counts: defaultdict[str | None, Counter] = defaultdict(Counter)
-    for row in _select_texts(train, data_args):
-        for part in _split_good(row, data_args):
-            answer = part[data_args.caption_column]
-            counts[part[data_args.prompt_column]][answer] += 1
-            counts[None][answer] += 1
-    majority = {question: answers.most_common(1)[0][0] for question, answers in counts.items()}
-    rows = _select_texts(test, data_args)
-    guesses = [majority.get(row[data_args.prompt_column], majority[None]) for row in rows]
-    return sum(guess in true_captions(row, data_args) for guess, row in zip(guesses, rows, strict=True)) / len(rows)
-
-
-def _split_good(row: dict[str, Any], data_args: DataArguments) -> list[dict[str, Any]]:
-    """The texts of a row that training could use."""
-    try:
-        return [part for part in split_texts(row, data_args) if find_error(part, data_args) is None]
-    except ValueError:
-        return []
-
-
-def _select_texts(dataset: Any, data_args: DataArguments) -> Any:
-    """The rows without their images."""
-    rows = getattr(dataset, "texts", dataset)  # of cached features
-    return rows.select_columns([data_args.prompt_column, data_args.caption_column])
-
-
 @torch.no_grad()
 def generate_texts(
     model: EVLGenForConditionalGeneration,
@@ -114,14 +81,13 @@ def generate_captions(
     dataset: Dataset,
     collator: CaptionCollator,
     generation_args: GenerationArguments,
-    batch_size: int,
-    dtype: torch.dtype,
+    args: EVLGenTrainingArguments,
 ) -> list[str]:
     """Generates a caption for each image, in the data set's order."""
     captions = []
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collator.prompts)
+    loader = DataLoader(dataset, batch_size=args.per_device_eval_batch_size, collate_fn=collator.prompts)
     for batch in tqdm(loader, "Captions", leave=False):
-        captions += generate_texts(model, batch, collator.processor, generation_args, dtype)
+        captions += generate_texts(model, batch, collator.processor, generation_args, args.autocast_dtype)
     return captions
 
 
@@ -130,17 +96,16 @@ def evaluate_captions(
     dataset: Dataset,
     collator: CaptionCollator,
     generation_args: GenerationArguments,
-    batch_size: int,
-    dtype: torch.dtype,
+    args: EVLGenTrainingArguments,
 ) -> tuple[dict[str, float], list[str]]:
     """Losses with right and wrong images, their gap, the share of exact captions; and the generated captions."""
     data_args = collator.data_args
-    loss = caption_loss(model, dataset, collator, batch_size, dtype)
+    loss = caption_loss(model, dataset, collator, args)
     metrics = {"test_loss": loss}
     references = [true_captions(row, data_args) for row in dataset]
     if len({tuple(captions) for captions in references}) > 1:
-        wrong_loss = caption_loss(model, WrongImages(dataset, data_args), collator, batch_size, dtype)
+        wrong_loss = caption_loss(model, WrongImages(dataset, data_args), collator, args)
         metrics |= {"test_loss_wrong_images": wrong_loss, "test_loss_gap": wrong_loss - loss}
-    generated = generate_captions(model, dataset, collator, generation_args, batch_size, dtype)
+    generated = generate_captions(model, dataset, collator, generation_args, args)
     exact = sum(caption in captions for caption, captions in zip(generated, references, strict=True))
     return {**metrics, "test_exact_captions": exact / len(generated)}, generated

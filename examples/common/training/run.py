@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import textwrap
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from common.data.collator import BAD_ROWS, CaptionCollator, read_bad_rows
 from common.data.loading import read_mixture
 from common.data.rows import open_media, true_captions
 from common.demo.scenes import DEMO_CREDITS
-from common.evaluation.captions import evaluate_captions, generate_texts, majority_accuracy
+from common.evaluation.captions import evaluate_captions, generate_texts
 from common.processes import use_all_cores
 from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer, choose_attention
@@ -136,18 +136,13 @@ def note_training_data(config: EVLGenConfig, data_args: DataArguments) -> None:
 
 def _evaluate(trainer: EVLGenTrainer, generation_args: GenerationArguments) -> tuple[dict[str, float], list[str]]:
     """Figures of the held-out rows, and their generated captions."""
-    model, args, data_args = trainer.model, trainer.args, trainer.eval_collator.data_args
+    model, args = trainer.model, trainer.args
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         # The weights are divided among processes, and the others have ended. The saved model is whole.
         unset_hf_deepspeed_config()
         model = EVLGenForConditionalGeneration.from_pretrained(args.output_dir).to(args.device)
         choose_attention(model, args.device)
-    rows, batch_size = (trainer.eval_dataset, trainer.eval_collator), args.per_device_eval_batch_size
-    metrics, captions = evaluate_captions(model, *rows, generation_args, batch_size, args.autocast_dtype)
-    if data_args.prompt_column and isinstance(trainer.train_dataset, Sized):
-        majority = majority_accuracy(trainer.train_dataset, trainer.eval_dataset, data_args)
-        metrics["test_majority_per_question"] = majority
-    return metrics, captions
+    return evaluate_captions(model, trainer.eval_dataset, trainer.eval_collator, generation_args, args)
 
 
 def report_to_trackers(trainer: EVLGenTrainer, metrics: dict[str, float], sheet: Path) -> None:

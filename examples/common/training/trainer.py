@@ -26,7 +26,7 @@ from common.training.resume import RUN_NAME, check_settings_of_run, run_settings
 from modeling_evlgen import EVLGenForConditionalGeneration, limit_logits
 from modeling_evlgen.fingerprints import choose_towers, save_base
 from modeling_evlgen.vision_tower import is_frozen
-from processing_evlgen.processing_evlgen import EXACT_INPUTS
+from processing_evlgen.token_ids import EXACT_INPUTS
 
 logger = logging.get_logger(__name__)
 
