@@ -3,8 +3,10 @@
     python examples/app.py --model outputs/demo
 
 The page says what the model was trained on, streams the text, and lists tokens and milliseconds of each part of the
-model. The images in `--examples` can be tried with a click. The server listens on this machine only, unless `--host`
-is given. Except for a model from the Hub, neither the server nor the page contacts another machine. Needs `.[app]`.
+model. The images in `--examples` can be tried with a click. After another one, pointing at a word of the text lights
+up its place, and doubtful words are underlined (docs/words.md). The server listens on this machine only, unless
+`--host` is given. Except for a model from the Hub, neither the server nor the page contacts another machine. Needs
+`.[app]`.
 `--model` may be an adapter's folder, from finetune.py. The model's connector must be a TomeFormer, or a Q-Former that
 chooses tokens: others have nothing to show. docs/publish.md makes a Space on the Hub of it.
 """
@@ -31,14 +33,15 @@ from common.evaluation.merging_overlay import (
     Merging,
     draw_groups,
     layer_names,
-    patch_grid,
     resize_to_side,
     timed,
     trace_merging,
+    words_page,
 )
 from common.models import load_captioner
 from common.processes import run_script
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.explanations import explain_sequences, patch_grid
 from processing_evlgen import EVLGenProcessor
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: no telemetry, no check for newer versions
@@ -143,6 +146,26 @@ def describe(
     for text in stream_text(model, processor, inputs, settings, merging.milliseconds):
         yield text, shown
     yield text, shown
+
+
+def light_up(
+    model: EVLGenForConditionalGeneration,
+    processor: EVLGenProcessor,
+    modality: str,
+    frames: list[Image.Image],
+    prompt: str,
+    text: str,
+    num_image_tokens: int,
+) -> str:
+    """HTML of a text whose words light up their places; arguments as in [`describe`]."""
+    if not 0 < len(text.strip()) <= PROMPT_CHARACTERS or len(prompt) > PROMPT_CHARACTERS:
+        raise ValueError("There is no text yet, or it is too long.")
+    sampling = {"do_sample_frames": False} if modality == "videos" else {}
+    given = {"text": [prompt], "suffix": [text], "num_image_tokens": num_image_tokens, **sampling}
+    sources = [frames] if modality == "videos" else frames
+    inputs = processor(**{modality: sources}, **given).to(model.device)
+    (words,) = explain_sequences(model, processor, inputs, None)
+    return words_page([resize_to_side(frame) for frame in frames], words)
 
 
 def draw_layer(shown: Shown | None, layer: int) -> list[tuple[Image.Image, str]]:
@@ -275,6 +298,10 @@ def build_page(
                 drawn = gr.skip() if step else gr.Gallery(draw_layer(shown, layer), columns=columns)
                 yield text, figures(shown), shown, drawn
 
+    @shown_errors()
+    def explain(path: str | None, prompt: str | None, text: str | None, num_tokens: int) -> str:
+        return light_up(model, processor, *read_upload(path, processor), prompt or "", text or "", num_tokens)
+
     with gr.Blocks(title="EVLGen", delete_cache=(3600, 3600)) as page:
         shown = gr.State()
         gr.Markdown(describe_model(model, name))
@@ -290,13 +317,14 @@ def build_page(
                 layout = {"visible": low < high, "elem_id": "tokens", **WHOLE}
                 num_tokens = make_slider(low, max(high, low + 1), processor.num_image_tokens, **texts, **layout)
             with gr.Column():
-                text, table, layer, gallery = output_column(names)
+                text, words, table, layer, gallery = output_column(names)
         file.change(preview, file, [shown, picture, gallery, text, table])
         layer.release(shown_errors()(draw_layer), [shown, layer], gallery)
         inputs, outputs = [file, prompt, layer, num_tokens, *options], [text, table, shown, gallery]
         running = gr.on([start.click, prompt.submit], answer, inputs, outputs)
         stop.click(None, cancels=running)
         tries.click(lambda sample: sample[0], tries, file)
+        words[0].click(explain, [file, prompt, text, num_tokens], words[1])
     return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
 
 
@@ -325,9 +353,10 @@ def sampling_sliders(max_new_tokens: int | None) -> list[gr.Slider]:
         ]
 
 
-def output_column(names: list[str]) -> tuple[gr.Textbox, gr.Markdown, gr.Slider, gr.Gallery]:
-    """Creates the outputs: text, figures, the slider of layers, and the gallery of drawn frames."""
+def output_column(names: list[str]) -> tuple[gr.Textbox, list[Any], gr.Markdown, gr.Slider, gr.Gallery]:
+    """Creates the outputs: text, button and HTML of its words, figures, the slider of layers, and drawn frames."""
     text = gr.Textbox(label="Text", elem_id="text", interactive=False)
+    words = [gr.Button("Where does each word come from?", elem_id="explain"), gr.HTML(elem_id="words")]
     info = "0 is before the choice of tokens, 1 after it." if "choice" in names else "0 is before the first layer."
     info += " Patches of one token share a colour."
     shown = {"label": "Layer of the connector", "info": info, "elem_id": "layer"}
@@ -335,7 +364,7 @@ def output_column(names: list[str]) -> tuple[gr.Textbox, gr.Markdown, gr.Slider,
     layout = {"fit_columns": False, "height": "auto", "buttons": ["download", "fullscreen"], "format": "png"}
     gallery = gr.Gallery(show_label=False, elem_id="gallery", **layout)
     table = gr.Markdown(elem_id="figures")
-    return text, table, layer, gallery
+    return text, words, table, layer, gallery
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,8 @@ Shards are WebDataset's `.tar`, and `.parquet` with images in `--column`. `--med
 relative to the folder of all inputs, `caption`, and an `error` if the image could not be read. Such images are named
 as they come and counted at the end, and the run goes on. `--format parquet` or `csv` writes another table. A `.csv`
 leaves such images out. `captions.html` shows some images with their captions. `--txt_files` writes a file for each
-caption. A run that has ended can be started again for another format.
+caption. A run that has ended can be started again for another format. `--evidence true` adds the least probable word
+of each caption, its probability and its evidence (docs/words.md). The page then shows the most doubtful captions.
 
 A run that was interrupted goes on when it is started again. `items.arrow` lists the items at the first start; later
 files are not on it. A file that was replaced since then, by its size or time, is captioned again. A shard that was
@@ -53,6 +54,7 @@ class FolderArguments(AnswerArguments, FrameArguments):
     prompt: str = HfArg(default="", help="Prompt that stands with each item.")
     max_pixels: int = HfArg(default=MAX_PIXELS, help="Largest image or frame that is read, in pixels.")
     format: Literal["jsonl", "csv", "parquet"] = HfArg(default="jsonl", help="File type of the captions.")
+    evidence: bool = HfArg(default=False, help="Add the least probable word of each caption, and its numbers.")
     txt_files: Literal["beside", "output"] | None = HfArg(
         default=None, help="Also write each caption into a .txt file: beside its image, or in output_dir/txt."
     )
@@ -110,13 +112,15 @@ def main(argv: list[str] | None = None) -> dict[str, int]:
                 "inputs": [os.path.abspath(source) for source in folder_args.inputs],
                 **{name: getattr(folder_args, name) for name in ("media", "column", "prompt", "max_pixels")},
                 **(folder_args.frames if folder_args.media == "video" else {"num_frames": None}),
+                **({"evidence": True} if folder_args.evidence else {}),
                 **answering_settings(model, processor, generation_args, folder_args),
             }
             check_settings(folder, settings)  # before answers are dropped
             check_shards(items)
             drop_changed(items, folder)
         ids = range(len(items))
-        answer_pending(items, ids, collate, model, processor, generation_args, folder_args, folder, state)
+        given = model, processor, generation_args, folder_args, folder, state, folder_args.evidence
+        answer_pending(items, ids, collate, *given)
         return write_outputs(items, folder, folder_args) if state.is_main_process else {}
 
 
@@ -185,8 +189,8 @@ def write_outputs(items: Dataset, folder: Path, folder_args: FolderArguments) ->
     if folder_args.txt_files:
         write_txt_files(items, folder, folder_args.txt_files)
     if folder_args.html_images:
-        write_page(items, folder, folder_args.html_images, *reading(folder_args))
-    return write_captions(items, folder, folder_args.format)
+        write_page(items, folder, folder_args.html_images, folder_args.evidence, *reading(folder_args))
+    return write_captions(items, folder, folder_args.format, folder_args.evidence)
 
 
 if __name__ == "__main__":

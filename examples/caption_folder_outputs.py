@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from common.files import replacing, write_whole
 ROWS = 10_000  # held in memory and written together
 MAX_NAMES = 10  # names in a message about many items
 CAPTION = pa.schema({"file_name": pa.string(), "caption": pa.string(), "error": pa.string()})
+DOUBT = {"least_probable": pa.string(), "probability": pa.float64(), "evidence": pa.float64()}
 FIGURE = '<figure><img src="{image}" alt=""><figcaption>{text}<br><small>{name}</small></figcaption></figure>\n'
 PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
@@ -41,11 +43,13 @@ def caption_rows(items: Dataset, folder: Path) -> Iterator[dict[str, Any]]:
     answers = read_lines(folder / ANSWERS)
     for item, (_, answer) in zip(items.select_columns("file_name"), answers, strict=True):
         error = {"error": answer["error"]} if "error" in answer else {}
-        yield {"file_name": item["file_name"], "caption": answer["text"], **error}
+        doubt = {name: answer[name] for name in DOUBT if name in answer}
+        yield {"file_name": item["file_name"], "caption": answer["text"], **doubt, **error}
 
 
-def write_captions(items: Dataset, folder: Path, file_type: str) -> dict[str, int]:
+def write_captions(items: Dataset, folder: Path, file_type: str, evidence: bool = False) -> dict[str, int]:
     """Writes the table of captions, and returns the numbers of captioned and broken items. A CSV leaves these out."""
+    schema = pa.schema([*CAPTION, *DOUBT.items()]) if evidence else CAPTION
     path, counts, broken_names = folder / f"captions.{file_type}", Counter(captioned=0, broken=0), []
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -60,12 +64,12 @@ def write_captions(items: Dataset, folder: Path, file_type: str) -> dict[str, in
             with partial_path.open("w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows())
         elif file_type == "csv":
-            schema = CAPTION.remove(2)
+            schema = schema.remove(2)
             with CSVWriter(partial_path, schema) as writer:
                 write_batches(writer, (row for row in rows() if "error" not in row), schema)
         else:
-            with pq.ParquetWriter(partial_path, CAPTION) as writer:
-                write_batches(writer, rows(), CAPTION)
+            with pq.ParquetWriter(partial_path, schema) as writer:
+                write_batches(writer, rows(), schema)
     print(f"{path} holds {counts['captioned']} captions.")
     if broken_names:
         rest = "" if file_type == "csv" else " and have an `error` there"
@@ -95,13 +99,19 @@ def write_txt_files(items: Dataset, folder: Path, place: Literal["beside", "outp
         print(f"{count} captions have no .txt file, since {reason}: {shortened(left_out, count)}")
 
 
-def write_page(items: Dataset, folder: Path, num_images: int, *reading: Any) -> None:
-    """Writes `captions.html`: thumbnails of images at equal distances. `reading` are arguments of [`read_item`]."""
-    step = -(-len(items) // num_images)
-    figures = []
-    rows = islice(caption_rows(items, folder), 0, None, step)
-    for item, row in zip(items.select(range(0, len(items), step)), rows, strict=True):
-        media, _ = read_item(item, *reading)
+def write_page(items: Dataset, folder: Path, num_images: int, evidence: bool, *reading: Any) -> None:
+    """Writes `captions.html`: thumbnails of images at equal distances. `reading` are arguments of [`read_item`].
+
+    With `evidence` it shows the images whose captions have the least probable words, these first.
+    """
+    step, figures = -(-len(items) // num_images), []
+    rows = enumerate(caption_rows(items, folder))
+    if evidence:
+        shown = nsmallest(num_images, rows, key=lambda row: row[1].get("probability", 1.0))
+    else:
+        shown = islice(rows, 0, None, step)
+    for index, row in shown:
+        media, _ = read_item(items[index], *reading)
         image = media[len(media) // 2] if isinstance(media, list) else media
         source = ""
         if image is not None:
@@ -111,6 +121,9 @@ def write_page(items: Dataset, folder: Path, num_images: int, *reading: Any) -> 
         text, name = (
             html.escape(row.get(key) or "") for key in ("error" if "error" in row else "caption", "file_name")
         )
+        if "probability" in row:
+            word = html.escape(row["least_probable"])
+            name += f"<br>{word}: {row['probability']:.0%}, evidence {row['evidence']:.1f}"
         figures.append(FIGURE.format(image=source, text=text, name=name))
     write_whole(folder / "captions.html", PAGE.format(figures="".join(figures)))
 

@@ -18,6 +18,9 @@ number, for a checkpoint with an `image_token_range`. Its images have one grid o
 `--tile_grid 2 3` exports a graph for images of 2 rows and 3 columns of tiles, `(images, 6, channels, height, width)`:
 the processor's `pixel_values.unflatten(0, (-1, 6))`.
 
+`--formats transformers.js` writes a folder for browsers and Node, which holds the language model as well. With
+`--dtype int8` it takes a quarter. `--page true` adds a page that needs no server.
+
 `--check true` compares both files with the model on 8 images, in batches of 1, 3 and 4. Differences are relative to
 the soft prompt's largest value. For torch.export they must be at most 1e-5, and for onnxruntime at most 1e-3. One
 image may exceed onnxruntime's limit: it sums in another order, and so may merge another of two equally similar pairs.
@@ -27,14 +30,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from export_web import convert_to_onnx, export_web, write_web
 from torch import nn
 from transformers.hf_argparser import HfArg
 
 from common.arguments import parse_arguments
-from common.models import load_captioner
+from common.models import load_captioner, load_trainable
 from common.processes import run_script
 from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.soft_prompts import join_tiles
@@ -44,6 +47,7 @@ from processing_evlgen.images import MAX_TILES
 
 PIXELS, SOFT_PROMPT = "pixel_values", "soft_prompt"  # the ONNX graph's input and output
 SETTINGS = "image_processor.json"
+WEB = "transformers.js"
 BATCH_SIZES = (1, 3, 4)
 # Largest relative difference, and the number of images that may exceed it.
 TOLERANCES = {"pt2": (1e-5, 0), "onnx": (1e-3, 1)}
@@ -53,16 +57,20 @@ TOLERANCES = {"pt2": (1e-5, 0), "onnx": (1e-3, 1)}
 class ExportArguments:
     model: str = HfArg(default="outputs/demo", help="Captioner: a folder or a name on the Hub.")
     output_dir: str = HfArg(default="outputs/export", help="Folder for the exported files.")
-    formats: list[str] = HfArg(default_factory=lambda: ["pt2"], help="pt2, onnx or both.")
-    dtype: str = HfArg(default="float32", help="dtype of the vision tower: float32, or bfloat16 for pt2.")
+    formats: list[str] = HfArg(default_factory=lambda: ["pt2"], help="pt2, onnx or both, or transformers.js.")
+    dtype: str = HfArg(default="float32", help="float32, or bfloat16 for pt2, or int8 for transformers.js.")
     num_image_tokens: int | None = HfArg(default=None, help="Tokens of a soft prompt. Default: the checkpoint's.")
     tile_grid: list[int] = HfArg(default_factory=lambda: [1, 1], help="Rows and columns of tiles of each image.")
+    page: bool = HfArg(default=False, help="With transformers.js, add a page.")
     check: bool = HfArg(default=False, help="Compare the exported files with the model.")
 
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse_arguments(ExportArguments, argv=argv)
     check_arguments(arguments)
+    if arguments.formats == [WEB]:
+        export_for_web(arguments)
+        return
     load = EVLGenForConditionalGeneration.from_pretrained
     model = load_captioner("model", load, arguments.model, dtype=getattr(torch, arguments.dtype))
     processor = EVLGenProcessor.from_pretrained(arguments.model)
@@ -80,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     if "pt2" in files:
         torch.export.save(program, files["pt2"], extra_files={SETTINGS: image_processor.to_json_string()})
     if "onnx" in files:
-        onnx_program = convert_to_onnx(program)
+        onnx_program = convert_to_onnx(program, PIXELS, SOFT_PROMPT)
         onnx_program.model.metadata_props[SETTINGS] = image_processor.to_json_string()
         onnx_program.save(files["onnx"])
     for name, path in files.items():
@@ -89,17 +97,31 @@ def main(argv: list[str] | None = None) -> None:
             compare(prompt, tile_size, name, path)
 
 
+def export_for_web(arguments: ExportArguments) -> None:
+    """Writes the folder for transformers.js."""
+    model = load_trainable(arguments.model, dtype=torch.float32)  # an adapter may change the language model
+    language_model = model.language_model  # `SoftPrompt` removes it
+    prompt = SoftPrompt(model, arguments.num_image_tokens)
+    processor = EVLGenProcessor.from_pretrained(arguments.model)
+    graphs, files = export_web(prompt, language_model, processor, arguments.dtype)
+    write_web(Path(arguments.output_dir), graphs, files, arguments.dtype, arguments.page)
+
+
 def check_arguments(arguments: ExportArguments) -> None:
     """Raises a ValueError if there is no such format, dtype or grid, or onnxruntime does not support the dtype."""
-    unknown = sorted(set(arguments.formats) - set(TOLERANCES))
-    if unknown or not arguments.formats:
-        raise ValueError(f"`formats` must be some of {', '.join(TOLERANCES)}, but is {arguments.formats}.")
+    is_web = arguments.formats == [WEB]
+    if not is_web and (set(arguments.formats) - set(TOLERANCES) or not arguments.formats):
+        known = f"some of {', '.join(TOLERANCES)}, or {WEB} alone"
+        raise ValueError(f"`formats` must be {known}, but is {arguments.formats}.")
     grid = arguments.tile_grid
     sides = grid if isinstance(grid, list) and len(grid) == 2 else [0]
     if not all(type(side) is int and side >= 1 for side in sides) or math.prod(sides) > MAX_TILES:
         wanted = f"two integers of 1 or more, for at most {MAX_TILES} tiles"
         raise ValueError(f"`tile_grid` must be {wanted}, but is {grid}.")
-    dtypes = ["float32"] if "onnx" in arguments.formats else ["float32", "bfloat16"]
+    given = {"tile_grid": grid != [1, 1], "check": arguments.check} if is_web else {"page": arguments.page}
+    if any(given.values()):
+        raise ValueError(f"`{max(given, key=given.get)}` is not for `formats` {' '.join(arguments.formats)}.")
+    dtypes = ["float32"] if "onnx" in arguments.formats else ["float32", "int8" if is_web else "bfloat16"]
     if arguments.dtype not in dtypes:
         dtypes, formats = " or ".join(dtypes), " ".join(arguments.formats)
         raise ValueError(f"`dtype` must be {dtypes} with `formats` {formats}, but is {arguments.dtype!r}.")
@@ -154,14 +176,6 @@ def export_graph(prompt: SoftPrompt, tile_size: tuple[int, int]) -> torch.export
     # Without gradients a temporal contextualizer splits its batch, and the graph would fix the number of parts.
     with torch.enable_grad():
         return torch.export.export(prompt, (example_pixels(prompt, tile_size, 2),), dynamic_shapes=shapes)
-
-
-def convert_to_onnx(program: torch.export.ExportedProgram) -> Any:
-    """Converts the graph to a `torch.onnx.ONNXProgram`."""
-    try:
-        return torch.onnx.export(program, input_names=[PIXELS], output_names=[SOFT_PROMPT], verbose=False)
-    except ImportError as error:
-        raise ImportError('ONNX needs further packages. Install them with: pip install -e ".[export]"') from error
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@
         --results outputs/evaluation/demo/openmoji-scenes/results.json --check true
 
 `--folder` writes everything into a folder and uploads nothing. The folder of an adapter, from `finetune.py`, is
-published as an adapter, or with `--merge true` as one complete model. docs/publish.md has the rest.
+published as an adapter, or with `--merge true` as one complete model. `--space` uploads a page of `export.py` as a
+static Space. docs/publish.md has the rest.
 """
 
 import copy
@@ -21,7 +22,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, SpaceCardData
 from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
@@ -74,10 +75,14 @@ class PublishArguments:
     folder: str | None = HfArg(default=None, help="Write everything into this folder and upload nothing.")
     check: bool = HfArg(default=False, help="Load the published model in a new process and caption an image.")
     image: str | None = HfArg(default=None, help="The image to caption. Default: the model's contact sheet.")
+    space: str | None = HfArg(default=None, help="Static Space to upload to, as in you/captions: `model` is a page.")
 
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse_arguments(PublishArguments, argv=argv)
+    if arguments.space is not None:
+        upload_space(arguments)
+        return
     check_arguments(arguments)
     results = read_results(arguments.results)
     check_results(results, arguments)
@@ -309,6 +314,23 @@ def upload(folder: Path, arguments: PublishArguments) -> None:
     except Exception as error:
         error.add_note(f"{arguments.repo_id} is as it was, or empty if it is new. The same command tries again.")
         raise
+    print(f"Published: {commit.commit_url}")
+
+
+def upload_space(arguments: PublishArguments) -> None:
+    """Uploads a page from `export.py` as a static Space. A README.md that is there already stays as it is."""
+    folder, api = Path(arguments.model), HfApi()
+    if not (folder / "index.html").exists() or not (folder / "onnx").exists():
+        command = "python examples/export.py --formats transformers.js --page true --output_dir"
+        raise ValueError(f"`model`: {folder} holds no page. Write one with: {command} {folder}")
+    if not (folder / CARD).exists():
+        data = SpaceCardData(title=arguments.space.split("/")[-1], sdk="static", license=arguments.license)
+        text = "Captions images in the browser. No image leaves it."
+        (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
+    api.create_repo(arguments.space, repo_type="space", space_sdk="static", private=arguments.private, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=arguments.space, repo_type="space", folder_path=folder, delete_patterns=["onnx/*"]
+    )
     print(f"Published: {commit.commit_url}")
 
 

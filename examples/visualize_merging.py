@@ -2,6 +2,7 @@
 
     python examples/visualize_merging.py --model outputs/demo --images a.png b.png --output merging.png
     python examples/visualize_merging.py --model outputs/demo-video --videos video.mp4 --output merging.png
+    python examples/visualize_merging.py --model outputs/demo --images a.png --words --output words.png
 
 Each row shows an image as the model receives it, and its patches after each layer of the connector. Patches of one
 token share a colour. Where there are at most 32 tokens, they also share a number, the token's position after that
@@ -10,6 +11,7 @@ shows the tokens that the queries attend to.
 
 The frames of a video are averaged to one set of tokens before the connector, so they share one merging. It is drawn
 over each of them. With `video_mode` "merge" a token lives through some frames: it has its colour in each of them.
+`--words` draws the words that the model writes, with their places, and works with any connector (docs/words.md).
 `--model` may be an adapter's folder, from finetune.py. Videos need `.[video]`.
 """
 
@@ -18,10 +20,18 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from common.evaluation.merging_overlay import SIDE, draw_groups, layer_names, resize_to_side, trace_merging
+from common.evaluation.merging_overlay import (
+    SIDE,
+    draw_groups,
+    draw_words,
+    layer_names,
+    resize_to_side,
+    trace_merging,
+)
 from common.models import load_captioner
 from common.processes import run_script
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.explanations import explain_sequences, generate_once
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.images import load_rgb_image
 from processing_evlgen.videos import load_rgb_frames
@@ -32,9 +42,9 @@ Panel = tuple[str, Image.Image]  # a title, and an image of SIDE x SIDE pixels
 
 
 def panels_of(
-    model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, modality: str, source: str
+    model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, modality: str, source: str, words: bool = False
 ) -> list[list[Panel]]:
-    """Draws an image (`"images"`) or a video's frames (`"videos"`), and their tokens after each layer."""
+    """Draws an image (`"images"`) or a video's frames (`"videos"`), and their tokens after each layer, or words."""
     if modality == "images":
         frames, names = [load_rgb_image(source)], ["image"]
         inputs = processor(images=frames)
@@ -43,6 +53,11 @@ def panels_of(
         places = [f"frame {number} of {len(frames)}" for number in range(1, len(frames) + 1)]
         names = [f"{place}, {seconds:.1f} s" for place, seconds in zip(places, frames.times, strict=True)]
         inputs = processor(videos=[frames], do_sample_frames=False)
+    if words:
+        generated, sequences = generate_once(model, inputs.to(model.device), do_sample=False)
+        (found,) = explain_sequences(model, processor, generated, sequences)
+        drawn = [draw_words(resize_to_side(frame), found, number) for number, frame in enumerate(frames)]
+        return [[(name, panel)] for name, panel in zip(names, drawn, strict=True)]
     _, merging = trace_merging(model, inputs.to(model.device), processor.num_image_tokens)
     rows = []
     for number, (frame, name) in enumerate(zip(frames, names, strict=True)):
@@ -56,17 +71,14 @@ def panels_of(
     return rows
 
 
-def draw_merging(
-    model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, images: list[str], videos: list[str], path: Path
-) -> None:
+def draw_rows(rows: list[list[Panel]], path: Path) -> None:
     """Draws one row for each image and for each frame of a video, one column for each layer, to a PNG file."""
-    rows = [row for image in images for row in panels_of(model, processor, "images", image)]
-    rows += [row for video in videos for row in panels_of(model, processor, "videos", video)]
-    size = (len(rows[0]) * (SIDE + GAP) - GAP, len(rows) * (TITLE + SIDE + GAP) - GAP)
+    height = TITLE + rows[0][0][1].height + GAP
+    size = (len(rows[0]) * (SIDE + GAP) - GAP, len(rows) * height - GAP)
     drawing = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(drawing), ImageFont.load_default(size=0.65 * TITLE)
     for number, row in enumerate(rows):
-        top = number * (TITLE + SIDE + GAP)
+        top = number * height
         for column, (title, panel) in enumerate(row):
             left = column * (SIDE + GAP)
             draw.text((left + SIDE / 2, top + TITLE / 2), title, "black", font, anchor="mm")
@@ -82,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--num_image_tokens", type=int, help="Tokens after the last layer. Default: the model's number."
     )
+    parser.add_argument("--words", action="store_true", help="Draw words and their places instead of the merging.")
     parser.add_argument("--output", type=Path, default=Path("merging.png"), help="PNG file to write.")
     arguments = parser.parse_args(argv)
     if not arguments.images and not arguments.videos:
@@ -89,7 +102,9 @@ def main(argv: list[str] | None = None) -> None:
     model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, arguments.model)
     own = {} if arguments.num_image_tokens is None else {"num_image_tokens": arguments.num_image_tokens}
     processor = EVLGenProcessor.from_pretrained(arguments.model, **own)
-    draw_merging(model, processor, arguments.images, arguments.videos, arguments.output)
+    sources = [("images", path) for path in arguments.images] + [("videos", path) for path in arguments.videos]
+    drawn = (panels_of(model, processor, *source, words=arguments.words) for source in sources)
+    draw_rows([row for rows in drawn for row in rows], arguments.output)
     print(f"Drew {len(arguments.images)} images and {len(arguments.videos)} videos to {arguments.output}.")
 
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from configuration_evlgen import EVLGenConfig
 
 from .connectors import MLPConnector, QFormerConnector, QFormerConnectorOutput, register_connector
+from .explanations import ExplainedWord, explain
 from .modeling_evlgen import EVLGenForConditionalGeneration, EVLGenModel
 from .soft_prompts import EVLGenImageOutput
 from .texts import limit_logits, target_positions
@@ -26,6 +27,7 @@ __all__ = [
     "EVLGenForConditionalGeneration",
     "EVLGenImageOutput",
     "EVLGenModel",
+    "ExplainedWord",
     "MLPConnector",
     "QFormerConnector",
     "QFormerConnectorOutput",
@@ -33,6 +35,7 @@ __all__ = [
     "TomeFormerModel",
     "TomeFormerOutput",
     "bipartite_soft_matching",
+    "explain",
     "limit_logits",
     "register_connector",
     "target_positions",

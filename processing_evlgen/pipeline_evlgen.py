@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, Pipeline
 
+from modeling_evlgen.explanations import explain_sequences, generate_once
+
+_WORD = ("word", "probability", "evidence", "box", "frame")
 _PROCESSOR_ARGUMENTS = {"max_tiles", "num_image_tokens", "num_frames", "fps"}
 
 
@@ -29,11 +32,12 @@ class EVLGenImageToTextPipeline(Pipeline):
                 a `"prompt"`; or a list, a generator, or a data set or column of `datasets` with these.
             kwargs:
                 `prompt` (`str`, by default empty), `batch_size`, the processor's `max_tiles`, `num_image_tokens`,
-                `num_frames` and `fps`, and any argument of `generate`.
+                `num_frames` and `fps`, and any argument of `generate`. `return_words=True` explains each word.
 
         Returns:
             For one image, `[{"generated_text": str}, …]` with `num_return_sequences` entries. For a list, a list of
-            these. For a data set or a generator, an iterator over these.
+            these. For a data set or a generator, an iterator over these. With `return_words` each entry has `"words"`,
+            a list of dicts with the fields of [`ExplainedWord`]: `word`, `probability`, `evidence`, `box` and `frame`.
         """
         # transformers takes torch's data sets and generators as many images, and anything else as one.
         if type(images).__module__.startswith("datasets."):
@@ -60,20 +64,34 @@ class EVLGenImageToTextPipeline(Pipeline):
             batch.setdefault("frame_mask", torch.ones_like(batch["frame_times"], dtype=torch.bool))
         return dict(batch)
 
-    def _forward(self, model_inputs: dict[str, torch.Tensor], **generate_kwargs: Any) -> dict[str, torch.Tensor]:
+    def _forward(
+        self, model_inputs: dict[str, torch.Tensor], return_words: bool = False, **generate_kwargs: Any
+    ) -> dict[str, Any]:
         batch, prompt_length = model_inputs["input_ids"].shape
         # Private, but there is no public way to the defaults that transformers' own pipelines give to `generate`.
         if hasattr(self, "_prepare_generate_kwargs"):
             generate_kwargs = self._prepare_generate_kwargs(generate_kwargs, return_dict_in_generate=False)
         else:  # transformers before 5.20 keeps its defaults in the pipeline's own configuration
             generate_kwargs = {"generation_config": self.generation_config, **generate_kwargs}
-        sequences = self.model.generate(**model_inputs, **generate_kwargs)  # (batch * returned, sequence)
-        new_tokens = sequences[:, prompt_length:]
-        return {"generated": new_tokens.reshape(batch, -1, new_tokens.shape[1])}  # (batch, returned, new tokens)
+        words: list[Any] = []
+        if return_words:
+            model_inputs, sequences = generate_once(self.model, model_inputs, **generate_kwargs)
+            words = explain_sequences(self.model, self.processor, model_inputs, sequences)
+        else:
+            sequences = self.model.generate(**model_inputs, **generate_kwargs)  # (batch * returned, sequence)
+        new_tokens = sequences[:, prompt_length:].reshape(batch, -1, sequences.shape[1] - prompt_length)
+        returned = new_tokens.shape[1]
+        of_rows = [tuple(words[row * returned : (row + 1) * returned]) for row in range(batch)]
+        return {"generated": new_tokens, "words": of_rows}  # (batch, returned, new tokens), and of each row a tuple
 
-    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
         texts = self.processor.batch_decode(model_outputs["generated"][0], skip_special_tokens=True)
-        return [{"generated_text": text.strip()} for text in texts]
+        results: list[dict[str, Any]] = [{"generated_text": text.strip()} for text in texts]
+        words = model_outputs["words"]
+        words = words[0] if isinstance(words, list) else words  # transformers takes batches of several apart
+        for result, explained in zip(results, words, strict=False):
+            result["words"] = [{name: getattr(word, name) for name in _WORD} for word in explained]
+        return results
 
 
 class EVLGenVideoToTextPipeline(EVLGenImageToTextPipeline):

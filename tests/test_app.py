@@ -1,5 +1,6 @@
 """examples/app.py: the page's functions without a browser, the real page in Chromium, and the Space of publish.md."""
 
+import base64
 import html
 import http.client
 import importlib
@@ -27,7 +28,7 @@ from finetune import LoraArguments, add_lora
 from huggingface_hub.utils import httpx
 from PIL import Image
 
-from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen import EVLGenForConditionalGeneration, ExplainedWord, explain
 from processing_evlgen import EVLGenProcessor
 from processing_evlgen.videos import VideoFrames
 
@@ -41,7 +42,7 @@ app = importlib.import_module("app")
 @pytest.fixture(scope="module")
 def captioner():
     model = tiny_model()
-    model.generation_config.max_new_tokens = 80  # long enough to be seen while it is streamed
+    model.generation_config.max_new_tokens = 50  # long enough to be seen while it is streamed
     return model, tiny_processor(model)
 
 
@@ -115,6 +116,30 @@ def test_tiles_and_the_number_of_tokens_change_the_merging():
     assert text == generated(model, processor, batch)
     assert shown.merging.groups[-1].shape == (8, 8)
     assert shown.merging.counts[0] == 65 and shown.merging.counts[-1] == shown.merging.num_image_tokens == 6
+
+
+@pytest.mark.parametrize("kind", ["images", "videos"])
+def test_words_light_up_their_places_and_doubtful_ones_are_underlined(captioner, kind):
+    model, processor = captioner
+    frames = noise_images(1 if kind == "images" else 4)
+    page = app.light_up(model, processor, kind, frames, "", "a <b>red</b> circle", processor.num_image_tokens)
+    given = {"image": frames[0]} if kind == "images" else {"video": frames}
+    given = {name: [value] for name, value in given.items()}
+    (words,) = explain(model, processor, caption=["a <b>red</b> circle"], **given)
+    assert page.count("<span") == page.count("class='place'") == len(words) == 3 and "<b>" not in page
+    assert page.count("underline") == sum(word.probability < 0.5 for word in words)
+    with pytest.raises(ValueError, match="no text"):
+        app.light_up(model, processor, kind, frames, "", " ", processor.num_image_tokens)
+
+
+def test_a_place_is_bright_and_the_rest_is_dark():
+    values = torch.zeros(2, 2)
+    values[1, 0] = 3.0
+    white = Image.new("RGB", (app.SIDE, app.SIDE), "white")
+    page = app.words_page([white], [ExplainedWord("frog", 0.9, 3.0, (values,))])
+    lit = Image.open(BytesIO(base64.b64decode(page.split("base64,")[2].split("'")[0])))
+    assert lit.getpixel((20, app.SIDE - 20))[0] > 240 and lit.getpixel((app.SIDE - 20, 20))[0] < 80
+    assert "underline" not in page and "90%, evidence 3.0" in page
 
 
 def test_sampling_draws_as_generate_does(captioner):
@@ -302,6 +327,7 @@ _WATCH = """
 
 
 def test_the_page_in_a_browser(server, browser, folder):
+    from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
@@ -322,7 +348,7 @@ def test_the_page_in_a_browser(server, browser, folder):
     browser.execute_script(_WATCH)
     find("#start")[0].click()
     model, processor = (kind.from_pretrained(folder) for kind in (EVLGenForConditionalGeneration, EVLGenProcessor))
-    text, merged = described(model, processor, settings=(1, 0, 1, 80))
+    text, merged = described(model, processor, settings=(1, 0, 1, 50))
     wait(lambda: find("#text textarea, #text input")[0].get_attribute("value") == text != "")
     seen = browser.execute_script("return window.seen")
     # As it was streamed. A slow browser draws several pieces at once.
@@ -345,6 +371,13 @@ def test_the_page_in_a_browser(server, browser, folder):
     number.send_keys(Keys.CONTROL, "a")
     number.send_keys("1", Keys.TAB)
     wait(lambda: drawn_layer(1))
+    find("#explain")[0].click()
+    wait(lambda: find("#words .place"))
+    places = find("#words .place")
+    assert len(places) == len(find("#words p span"))
+    assert all(place.value_of_css_property("opacity") == "0" for place in places)
+    ActionChains(browser).move_to_element(find("#words p span")[0]).perform()
+    wait(lambda: [place.value_of_css_property("opacity") for place in places] == ["1"] + ["0"] * (len(places) - 1))
     size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # a telephone
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390

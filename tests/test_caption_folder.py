@@ -17,13 +17,14 @@ import pytest
 from caption_folder_items import list_items
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
+from pyarrow import csv
 from pyarrow import parquet as pq
 
 from common.arguments import DataArguments
 from common.data.loading import load_datasets
 from common.data.rows import open_media
 from common.evaluation.answer_folder import join_answers, read_lines
-from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen import EVLGenForConditionalGeneration, explain
 from processing_evlgen import EVLGenProcessor
 
 from .evaluation import animate
@@ -494,3 +495,31 @@ def test_neither_items_nor_captions_are_held_in_memory(tmp_path, monkeypatch):
         assert peak_memory(caption_folder.write_captions, items, tmp_path, kind) < 1_500_000
         rows = read(tmp_path / f"captions.{kind}")
         assert [row["caption"] for row in rows] == [f"{index} " * 300 for index in range(3000)]
+
+
+def test_evidence_names_the_least_probable_word_and_the_page_starts_with_it(model, tmp_path, capsys):
+    save_mixed(tmp_path / "in")
+    given = {"evidence": "true", "html_images": 4, "batch_size": 3}
+    tables = {}
+    for kind in ("jsonl", "csv", "parquet"):  # the later ones of the same answers
+        caption_folder.main(options(model, tmp_path / "out", tmp_path / "in", format=kind, **given))
+        path = tmp_path / "out" / f"captions.{kind}"
+        rows = csv.read_csv(path).to_pylist() if kind == "csv" else read(path)
+        tables[kind] = [row for row in rows if row.get("probability") is not None]
+    assert tables["jsonl"] == tables["csv"] == [row for row in tables["parquet"] if row.pop("error") is None]
+    good = tables["jsonl"]  # broken images and empty captions have no probability
+    captioner, processor = (part.from_pretrained(model) for part in (EVLGenForConditionalGeneration, EVLGenProcessor))
+    for row in good[:2]:
+        given = {"do_sample": False, "max_new_tokens": 6, "steps": 0}
+        words = explain(captioner, processor, str(tmp_path / "in" / row["file_name"]), **given)
+        least = min(words, key=lambda word: word.probability)
+        assert row["least_probable"] == least.word
+        assert row["probability"] == pytest.approx(least.probability, rel=1e-3)
+        assert row["evidence"] == pytest.approx(least.evidence, abs=1e-3)
+    page = (tmp_path / "out" / "captions.html").read_text()
+    doubtful = sorted(good, key=lambda row: row["probability"])[:4]
+    places = [page.index(f"<small>{row['file_name']}<br>{row['least_probable']}: ") for row in doubtful]
+    assert page.count("<figure>") == 4 and places == sorted(places)
+    assert "A caption took" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="evidence was True and is None"):
+        run(model, tmp_path)

@@ -92,6 +92,23 @@ def test_first_concept_is_drawn_in_the_first_half():
         assert len(other.getcolors()) > 1
 
 
+def test_the_boxes_of_scenes_hold_all_that_is_drawn():
+    for row in draw_scenes("test", 8):
+        scene = Image.open(io.BytesIO(row["image"]))
+        background = scene.getpixel((0, 0))
+        assert all(concept in row["caption"] for concept in row["boxes"]) and len(row["boxes"]) == 2
+        for box in row["boxes"].values():
+            assert len(scene.crop(box).getcolors(2**16)) > 2
+            scene.paste(background, box)
+        assert scene.getcolors() == [(224 * 224, background)]
+
+
+def test_crowds_have_a_box_for_each_drawing():
+    for _, rows, boxes in crowded_scenes.draw_crowds("test", 8):
+        assert len(boxes) == sum(map(len, rows))
+        assert all(0 <= left < right <= 448 and 0 <= top < bottom <= 448 for left, top, right, bottom in boxes)
+
+
 def test_a_preparation_that_is_killed_or_overtaken_leaves_nothing_that_looks_complete(cache):
     def write(folder, name):
         folder.mkdir()

@@ -72,7 +72,7 @@ RUN["convert_original_checkpoint"] += ["--merge_r", "5", "--connector_num_attent
 FOLDERS = {"pretrain": "my_images", "finetune": "my_chats", "finetune_video": "my_videos"}
 # Other programs need the network, an account or a server, write into .git, or are started by .ci/run or other tests.
 FOREIGN = ("python3 -m venv", "pip install", "python -m pytest", "ruff", "pre-commit", "hf", "vllm serve")
-FOREIGN += ("tensorboard", "trackio")
+FOREIGN += ("tensorboard", "trackio", "python -m http.server", "npm install")
 # test_harnesses.py, test_app.py and test_many_machines.py run them.
 FOREIGN += ("python -m lm_eval", "python -m lmms_eval", "mkdir", "cp", "sbatch")
 FOREIGN_OPTIONS = {"--enable-prompt-embeds", "--trust-remote-code", "--chat-template", "--mm-processor-kwargs"}
@@ -192,6 +192,12 @@ def run(command: Command, work: Path, monkeypatch) -> None:
         return
     if command.name == "app":
         monkeypatch.setattr("gradio.Blocks.launch", lambda page, **settings: None)
+    elif "transformers.js" in command.arguments:  # test_export_web.py makes the graphs
+        arguments += ["--formats", "transformers.js"]
+        files = {"config.json": {}, "tokenizer.json": {}}
+        monkeypatch.setattr("export.export_web", lambda *given: ({}, files))
+    elif "--space" in command.arguments:  # test_publish.py uploads to one
+        monkeypatch.setattr("publish.upload_space", lambda arguments: None)
     elif command.name == "evaluate_vqa":
         monkeypatch.setattr("evaluate_vqa.easy_vqa_questions", lambda split: tiny_questions())
     elif command.name == "finetune_video":

@@ -96,7 +96,7 @@ def test_onnxruntime_equals_the_model(vision, connector, budget, tmp_path):
     model = build(vision, connector)
     model.config.image_token_range = None if budget is None else [2, 17]
     prompt = SoftPrompt(model, budget)
-    convert_to_onnx(export_graph(prompt, SIZE)).save(tmp_path / "soft_prompt.onnx")
+    convert_to_onnx(export_graph(prompt, SIZE), "pixel_values", "soft_prompt").save(tmp_path / "soft_prompt.onnx")
     run = export.load_exported("onnx", tmp_path / "soft_prompt.onnx")
     assert_same(prompt, run, atol=1e-5, rtol=1e-4)
 

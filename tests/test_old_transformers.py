@@ -39,6 +39,9 @@ assert answers("model", AutoModelForImageTextToText)[0] == ids
 settings = dict(model="model", trust_remote_code=True)
 texts = [pipeline("image-to-text", **settings)("0.png", prompt="a", max_new_tokens=8, do_sample=False)]
 texts.append(pipeline(**settings)("0.png", prompt="a", max_new_tokens=8, do_sample=False))
+explained = pipeline(**settings)("0.png", max_new_tokens=8, do_sample=False, return_words=True)[0]["words"]
+texts.append([(word["word"], round(word["probability"], 3), word["frame"]) for word in explained])
+assert explained
 chat = pipeline("image-text-to-text", **settings)
 texts.append(chat(images="0.png", text="<image>a", max_new_tokens=8, generate_kwargs=dict(do_sample=False)))
 processor.save_pretrained({again!r})

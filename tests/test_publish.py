@@ -8,7 +8,7 @@ import publish
 import pytest
 import torch
 from finetune import LoraArguments, add_lora
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, SpaceCard
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from publish import PublishArguments, is_edited, model_card, read_results, sign
@@ -279,3 +279,26 @@ def test_the_papers_card_names_its_base_models(tmp_path):
     assert "```bash\npip install transformers torchvision av\n```" in card.text
     assert "[facebook/opt-2.7b](https://huggingface.co/facebook/opt-2.7b), revision `abc`" in card.text
     assert "The model ignores the order of a video's frames." in card.text
+
+
+def test_a_page_is_uploaded_as_a_static_space(hub, tmp_path, capsys):
+    folder = tmp_path / "web"
+    given = ["--model", str(folder), "--space", "user/captions", "--license", "bsd-3-clause"]
+    (folder / "onnx").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"`model`: .* holds no page"):
+        publish.main(given)
+    assert not hub.repos
+    (folder / "index.html").write_text("page")
+    (folder / "onnx" / "embed_tokens.onnx").write_bytes(b"float32")
+    publish.main(given)
+    files = hub.repos["spaces", "user/captions"].at("main").files
+    assert {*files} == {"README.md", "index.html", "onnx/embed_tokens.onnx"}
+    card = SpaceCard(files["README.md"].decode())
+    assert (card.data.sdk, card.data.title, card.data.license) == ("static", "captions", "bsd-3-clause")
+    (folder / "README.md").write_text(files["README.md"].decode() + "More.")
+    (folder / "onnx" / "embed_tokens.onnx").rename(folder / "onnx" / "embed_tokens_quantized.onnx")
+    publish.main(given)
+    files = hub.repos["spaces", "user/captions"].at("main").files
+    assert files["README.md"].endswith(b"More.")
+    assert [name for name in files if name.startswith("onnx/")] == ["onnx/embed_tokens_quantized.onnx"]
+    assert capsys.readouterr().out.count("Published: ") == 2

@@ -9,7 +9,7 @@ import visualize_merging
 from PIL import Image
 
 from common.evaluation import merging_overlay
-from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen import EVLGenForConditionalGeneration, ExplainedWord, explain
 
 from .helpers import noise_images, save, save_animation, tiny_model, tiny_processor
 
@@ -163,3 +163,29 @@ def test_each_frame_of_a_merged_video_has_a_merging_of_its_own(captioner):
     _, merging = merging_overlay.trace_merging(model, inputs, model.config.num_image_tokens, frames=[0, 3])
     assert all(groups.shape == (2, 4, 4) for groups in merging.groups)
     assert not np.array_equal(merging.of_frame(2, 0), merging.of_frame(2, 1))
+
+
+def test_words_are_drawn_with_their_places(captioner):
+    """Each word of the model has a cell of the strip, and an outline in its colour on its own frame alone."""
+    values = torch.zeros(2, 4, 4)
+    values[1, 1, 2] = 5.0
+    places = [ExplainedWord("frog", 0.9, 5.0, (values,)), ExplainedWord("the", 0.9, 0.1, (values,))]
+    white = Image.new("RGB", (merging_overlay.SIDE,) * 2, "white")
+    first, second = (np.asarray(merging_overlay.draw_words(white, places, frame)) for frame in range(2))
+    side = merging_overlay.SIDE
+    assert (first[:side] == 255).all()
+    rows, columns = (second[:side] != 255).any(axis=2).nonzero()
+    assert [rows.min(), rows.max(), columns.min(), columns.max()] == pytest.approx([112, 224, 224, 336], abs=4)
+    assert (first[side:] != 255).any() and np.array_equal(first[side:], second[side:])
+
+    model = EVLGenForConditionalGeneration.from_pretrained(captioner)
+    found = explain(model, tiny_processor(model), noise_images(1)[0], do_sample=False)
+    output = captioner / "words.png"
+    sources = ["--images", str(captioner / "0.png"), "--videos", str(captioner / "video.webp")]
+    visualize_merging.main(["--model", str(captioner), *sources, "--words", "--output", str(output)])
+    height = visualize_merging.TITLE + side + merging_overlay.STRIP + visualize_merging.GAP
+    drawing = np.asarray(Image.open(output))
+    assert drawing.shape[:2] == (5 * height - visualize_merging.GAP, side)
+    expected = merging_overlay.draw_words(merging_overlay.resize_to_side(noise_images(1)[0]), found)
+    panel = drawing[visualize_merging.TITLE :][: side + merging_overlay.STRIP]
+    assert np.array_equal(panel, expected)

@@ -29,7 +29,7 @@ from PIL import Image as PILImage
 
 from common.demo.cache import prepare_once
 from common.demo.scenes import CONCEPTS as DEMO_CONCEPTS
-from common.demo.scenes import HELD_OUT_STEPS, rasterise, with_article
+from common.demo.scenes import HELD_OUT_STEPS, Box, rasterise, with_article
 
 CONCEPTS = (
     *DEMO_CONCEPTS,
@@ -81,20 +81,24 @@ def _write(folder: Path) -> None:
 
 
 def _rows(split: str) -> Iterator[dict[str, Any]]:
-    for scene, (image, rows) in enumerate(draw_crowds(split, SPLITS[split])):
+    for scene, (image, rows, _) in enumerate(draw_crowds(split, SPLITS[split])):
         yield {"image": {"bytes": image}, "caption": caption(rows), "questions": questions(rows, scene)}
 
 
-def draw_crowds(split: str, count: int) -> Iterator[tuple[bytes, list[list[str]]]]:
-    """Draws the first scenes of a split, the same in every run: PNG bytes, and the things of each row of drawings."""
+def draw_crowds(split: str, count: int) -> Iterator[tuple[bytes, list[list[str]], list[Box]]]:
+    """Draws the first scenes of a split, the same in every run.
+
+    Each is PNG bytes, the things of each row of drawings, and the boxes of all in reading order.
+    """
     seed = ("train", "test").index(split)
     # One generator draws what is shown, and another one how. The 1 is part of the seed of all published scenes.
     layouts, pixels = np.random.default_rng((seed, 0)), np.random.default_rng((seed, SIZE, 1))
     for _ in range(count):
         rows = draw_layout(layouts, held_out=split == "test")
         image = io.BytesIO()
-        draw_crowd([[rasterise(thing) for thing in row] for row in rows], pixels).save(image, format="PNG")
-        yield image.getvalue(), rows
+        scene, boxes = draw_crowd([[rasterise(thing) for thing in row] for row in rows], pixels)
+        scene.save(image, format="PNG")
+        yield image.getvalue(), rows, boxes
 
 
 def draw_layout(rng: np.random.Generator, held_out: bool) -> list[list[str]]:
@@ -116,9 +120,9 @@ def draw_layout(rng: np.random.Generator, held_out: bool) -> list[list[str]]:
     return [[CONCEPTS[i] for i in concepts[end - length : end]] for length, end in zip(lengths, ends, strict=True)]
 
 
-def draw_crowd(rows: list[list[PILImage.Image]], rng: np.random.Generator) -> PILImage.Image:
+def draw_crowd(rows: list[list[PILImage.Image]], rng: np.random.Generator) -> tuple[PILImage.Image, list[Box]]:
     """Draws rows of drawings. Sizes, places and directions of the drawings are random; no two of them touch."""
-    scene = PILImage.fromarray(draw_background(rng))
+    scene, boxes = PILImage.fromarray(draw_background(rng)), []
     height = min(SIZE // len(rows), 2 * DRAWING_SIZES[1])
     top = rng.integers(0, SIZE - height * len(rows), endpoint=True)
     for row, drawings in enumerate(rows):
@@ -131,10 +135,11 @@ def draw_crowd(rows: list[list[PILImage.Image]], rng: np.random.Generator) -> PI
             drawing = drawing.resize(sides, PILImage.Resampling.LANCZOS)
             if rng.random() < 0.5:
                 drawing = drawing.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
-            left = column * width + rng.integers(0, width - sides[0], endpoint=True)
-            upper = top + row * height + rng.integers(0, height - sides[1], endpoint=True)
-            scene.paste(drawing, (int(left), int(upper)), mask=drawing)
-    return scene
+            left = int(column * width + rng.integers(0, width - sides[0], endpoint=True))
+            upper = int(top + row * height + rng.integers(0, height - sides[1], endpoint=True))
+            scene.paste(drawing, (left, upper), mask=drawing)
+            boxes.append((left, upper, left + sides[0], upper + sides[1]))
+    return scene, boxes
 
 
 def draw_background(rng: np.random.Generator) -> np.ndarray:

@@ -47,6 +47,8 @@ DRAWING_SIZES = (64, 96)  # smallest and largest longer side of a drawing, in pi
 # relation is clear.
 SHIFT_ALONG, SHIFT_ACROSS = 8, 24
 
+Box = tuple[int, int, int, int]  # left, upper, right and lower edge of a drawing in pixels
+
 RECIPE = 2  # of the cached folder; raise it with every change to images or captions
 
 
@@ -72,7 +74,10 @@ def held_out_pairs() -> set[frozenset[str]]:
 
 
 def draw_scenes(split: str, count: int) -> Iterator[dict]:
-    """Draws the first scenes of a split, the same in every run, as `{"image": PNG bytes, "caption": text}`."""
+    """Draws the first scenes of a split, the same in every run.
+
+    A row is `{"image": PNG bytes, "caption": text, "boxes": dict}`. The dict has the box of each concept.
+    """
     held_out = held_out_pairs()
     combinations = [
         (first, second, relation)
@@ -85,14 +90,17 @@ def draw_scenes(split: str, count: int) -> Iterator[dict]:
             order = rng.permutation(len(combinations))
         first, second, relation = combinations[order[index % len(combinations)]]
         image = io.BytesIO()
-        draw_scene(first, second, RELATIONS[relation], rng).save(image, format="PNG")
-        yield {"image": image.getvalue(), "caption": f"{with_article(first)} {relation} {with_article(second)}"}
+        scene, boxes = draw_scene(first, second, RELATIONS[relation], rng)
+        scene.save(image, format="PNG")
+        caption = f"{with_article(first)} {relation} {with_article(second)}"
+        yield {"image": image.getvalue(), "caption": caption, "boxes": boxes}
 
 
-def draw_scene(first: str, second: str, axis: int, rng: np.random.Generator) -> PILImage.Image:
+def draw_scene(first: str, second: str, axis: int, rng: np.random.Generator) -> tuple[PILImage.Image, dict[str, Box]]:
     """Draws two concepts into the left and right (axis 0) or upper and lower half (axis 1) of an RGB image."""
     # Pale, because the drawings have black outlines and many are dark.
     scene = PILImage.new("RGB", (SCENE_SIZE, SCENE_SIZE), tuple(rng.integers(215, 256, size=3).tolist()))
+    boxes = {}
     for half, concept in enumerate((first, second)):
         drawing = rasterise(concept)
         scale = rng.uniform(*DRAWING_SIZES) / max(drawing.size)
@@ -105,7 +113,8 @@ def draw_scene(first: str, second: str, axis: int, rng: np.random.Generator) -> 
         center[1 - axis] += rng.integers(-SHIFT_ACROSS, SHIFT_ACROSS, endpoint=True)
         corner = center - np.array(drawing.size) // 2
         scene.paste(drawing, tuple(corner.tolist()), mask=drawing)
-    return scene
+        boxes[concept] = (*corner.tolist(), *(corner + drawing.size).tolist())
+    return scene, boxes
 
 
 @cache
@@ -130,7 +139,10 @@ def with_article(noun: str) -> str:
 
 
 def save_splits(folder: Path, splits: dict[str, Iterable[dict]]) -> None:
-    """Saves rows `{"image": PNG bytes, "caption": text}` of each split for `datasets.load_from_disk`."""
+    """Saves `image` (PNG bytes) and `caption` of each split's rows for `datasets.load_from_disk`."""
     features = Features({"image": Image(), "caption": Value("string")})
-    saved = {split: Dataset.from_list(list(rows), features=features, split=split) for split, rows in splits.items()}
+    saved = {}
+    for split, rows in splits.items():
+        kept = [{name: row[name] for name in features} for row in rows]
+        saved[split] = Dataset.from_list(kept, features=features, split=split)
     DatasetDict(saved).save_to_disk(folder)

@@ -29,7 +29,7 @@ from common.data.collator import CaptionCollator
 from common.data.loading import load_splits, select_split
 from common.data.rows import open_media
 from common.evaluation.answer_folder import ANSWERS, check_settings, find_answers, join_answers, read_answers
-from common.evaluation.captions import generate_texts
+from common.evaluation.captions import generate_answers, generate_texts
 from common.models import load_captioner
 from common.processes import use_all_cores
 from modeling_evlgen import EVLGenForConditionalGeneration
@@ -196,11 +196,13 @@ def answer_pending(
     answer_args: AnswerArguments,
     folder: Path,
     state: PartialState,
+    evidence: bool = False,
 ) -> None:
     """Answers each row that has no answer in `folder` yet. Afterwards `answers.jsonl` has an answer to every row.
 
     `collate` makes the prompts of a batch of rows. It may add a list `details`: what is kept beside the text of each
-    row. A row with an `"error"` gets no text. The processes separate at the end.
+    row. A row with an `"error"` gets no text. With `evidence`, an answer has its least probable word, too. The
+    processes separate at the end.
     """
     path = folder / ANSWERS
     if state.is_main_process:
@@ -219,9 +221,16 @@ def answer_pending(
     share = batches[start:end]  # neighbours, which often lie in the same file
     loader = DataLoader(rows, batch_sampler=share, collate_fn=collate, num_workers=answer_args.num_workers)
     options = {"processor": processor, "generation_args": generation_args, "dtype": getattr(torch, answer_args.dtype)}
-    generate = partial(generate_texts, model.to(state.device), **options)
+    seconds: Counter = Counter()
+    if evidence:
+        generate = partial(generate_answers, model.to(state.device), **options, seconds=seconds)
+    else:
+        generate = partial(generate_texts, model.to(state.device), **options)
     part = folder / f"answers.part-{state.process_index}.jsonl"
     write_part(part, ids, share, loader, generate, state.is_main_process)
+    if seconds and state.is_main_process:
+        texts, words = (seconds[name] / sum(map(len, share)) for name in ("texts", "evidence"))
+        print(f"A caption took {texts:.3f} s, and its evidence {words:.3f} s ({words / texts:.0%}).")
 
     state.wait_for_everyone()
     state.destroy_process_group()  # the main process scores alone, and the others end
@@ -234,7 +243,7 @@ def write_part(
     ids: Sequence[int | str],
     share: list[range],
     loader: DataLoader,
-    generate: Callable[[BatchFeature], list[str]],
+    generate: Callable[[BatchFeature], list[Any]],
     progress: bool,
 ) -> None:
     """Writes the answers to each batch as soon as they are generated, so that a kill loses one batch at most."""
@@ -243,7 +252,8 @@ def write_part(
         for indices, batch in zip(share, loader, strict=True):
             details = batch.pop("details", [{}] * len(indices))
             for index, text, detail in zip(indices, generate(batch), details, strict=True):
-                answer = {"id": ids[index], "text": None if "error" in detail else text, **detail}
+                found = {"text": None} if "error" in detail else text if isinstance(text, dict) else {"text": text}
+                answer = {"id": ids[index], **found, **detail}
                 file.write(json.dumps(answer) + "\n")
                 if "error" in detail:
                     bar.write(f"Left out: {detail['error']}", file=sys.stderr)

@@ -1,8 +1,10 @@
 """Held-out figures of a captioner: its loss with the right and with wrong images, and the captions it generates."""
 
+from collections import Counter
 from typing import Any
 
 import torch
+from torch.utils.benchmark import timer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import BatchFeature
@@ -11,6 +13,7 @@ from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationA
 from common.data.collator import CaptionCollator
 from common.data.rows import count_images, true_captions
 from modeling_evlgen import EVLGenForConditionalGeneration
+from modeling_evlgen.explanations import explain_sequences, generate_once
 from processing_evlgen import EVLGenProcessor
 
 
@@ -65,15 +68,43 @@ def generate_texts(
     dtype: torch.dtype,
 ) -> list[str]:
     """Generates a text for each prompt of a batch, and strips it; `dtype` is for autocast."""
+    return [answer["text"] for answer in generate_answers(model, batch, processor, generation_args, dtype)]
+
+
+@torch.no_grad()
+def generate_answers(
+    model: EVLGenForConditionalGeneration,
+    batch: BatchFeature,
+    processor: EVLGenProcessor,
+    generation_args: GenerationArguments,
+    dtype: torch.dtype,
+    seconds: Counter | None = None,
+) -> list[dict[str, Any]]:
+    """As [`generate_texts`], under `"text"`. With `seconds` also the least probable word of each, and its numbers.
+
+    `seconds` adds up the time of the `"texts"` and that of the `"evidence"`.
+    """
     model.eval()
-    batch = batch.to(model.device)
+    batch, start = batch.to(model.device), timer()
     options = {name: getattr(generation_args, name) for name in ("num_beams", "min_new_tokens", "max_new_tokens")}
     if generation_args.num_beams > 1:  # `generate` warns of a length penalty without beams
         options["length_penalty"] = generation_args.length_penalty
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        sequences = model.generate(**batch, do_sample=False, **options)
+        if seconds is None:
+            sequences, explained = model.generate(**batch, do_sample=False, **options), []
+        else:
+            inputs, sequences = generate_once(model, batch, do_sample=False, **options)
+            between = timer()
+            explained = explain_sequences(model, processor, inputs, sequences, steps=0)
+            seconds.update({"texts": between - start, "evidence": timer() - between})
     new_tokens = sequences[:, batch["input_ids"].shape[1] :]  # (batch, new tokens)
-    return [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
+    answers: list[dict[str, Any]] = [{"text": text.strip()} for text in texts]
+    for answer, words in zip(answers, explained, strict=False):
+        if words:
+            word = min(words, key=lambda word: word.probability)
+            answer |= {"least_probable": word.word, "probability": word.probability, "evidence": word.evidence}
+    return answers
 
 
 def generate_captions(

@@ -1,6 +1,9 @@
 """Records how the connector merges or chooses tokens, and draws it over an image or a video's frames."""
 
+import base64
 import colorsys
+import html
+import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +16,19 @@ from torch.utils.benchmark import timer
 from transformers import BatchFeature
 
 from configuration_evlgen import QFormerConnectorConfig, TomeFormerConfig
-from modeling_evlgen import EVLGenForConditionalGeneration, EVLGenImageOutput, QFormerConnector, TomeFormerModel
-from modeling_evlgen.video_merging import merge_videos
+from modeling_evlgen import (
+    EVLGenForConditionalGeneration,
+    EVLGenImageOutput,
+    ExplainedWord,
+    QFormerConnector,
+    TomeFormerModel,
+)
+from modeling_evlgen.explanations import patch_grid, trace_frames
 
 SIDE = 448  # width and height in pixels of a drawn image
 TINT = 0.35  # opacity of a token's colour over the image, 0 to 1
+DOUBTFUL = 0.5  # words of a lower probability are underlined
+STRIP = 32  # height in pixels of the words below an image
 MAX_NUMBERED = 32  # tokens in a drawing with numbers; more of them would hide the image
 
 
@@ -106,38 +117,6 @@ def recorded_merging(model: EVLGenForConditionalGeneration) -> Iterator[list[tor
             hook.remove()
 
 
-def trace_frames(
-    model: EVLGenForConditionalGeneration, pixel_values: torch.Tensor, frame_times: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Runs the tower on images or one video.
-
-    Returns:
-        The features, `(images or 1, num_vision_tokens, dim)`. For a merged video, the places of its tokens,
-        `(1, num_vision_tokens, 3)`, and the merged token of each frame's tokens, `(frames, num_vision_tokens)`.
-    """
-    if pixel_values.ndim == 4 or model.config.video_mode == "mean":
-        return model.get_vision_features(pixel_values), None, None
-    indices: list[torch.Tensor] = []  # of each merge, (1, tokens of the pool and of the frame)
-    pixel_values, class_token = pixel_values.to(model.vision_tower.dtype), model.config.connector_config.class_token
-    pool = merge_videos(model.vision_tower, pixel_values, None, frame_times, class_token, indices)
-    groups = torch.arange(pool.size.shape[1], device=pixel_values.device).unsqueeze(0)  # (frames so far, tokens)
-    for index in indices:
-        of_pool, of_frame = index.chunk(2, dim=1)
-        groups = torch.cat([of_pool[0, groups], of_frame])
-    return pool.features, pool.places, groups
-
-
-def patch_grid(model: EVLGenForConditionalGeneration) -> tuple[int, int]:
-    """Numbers of tokens before the first patch, and of patches along a side. No square raises a ValueError."""
-    tokens = model.config.num_vision_tokens
-    side = math.isqrt(tokens)
-    prefix = tokens - side * side
-    registers = getattr(model.config.vision_config, "num_register_tokens", 0)
-    if prefix != int(model.config.connector_config.class_token) + registers:
-        raise ValueError(f"The vision tower's patches must form a square, but it gives {tokens} tokens.")
-    return prefix, side
-
-
 def resize_to_side(image: Image.Image) -> Image.Image:
     """Resizes an image to SIDE x SIDE pixels without a crop, as the image processor does at the tower's size."""
     return image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -162,6 +141,57 @@ def draw_groups(image: Image.Image, groups: np.ndarray) -> Image.Image:
     if len(first_patches) <= MAX_NUMBERED:
         _write_numbers(drawn, groups)
     return drawn
+
+
+def draw_words(image: Image.Image, words: list[ExplainedWord], frame: int = 0) -> Image.Image:
+    """Draws the place of each word with an evidence of 1 or more in its own colour; of a video, those in one frame.
+
+    Below the image, of SIDE x SIDE pixels, is a strip with all words. Its shade is their evidence.
+    """
+    drawn = Image.new("RGB", (SIDE, SIDE + STRIP), "white")
+    drawn.paste(image)
+    draw, left, most = ImageDraw.Draw(drawn), 0.0, max([1.0, *(word.evidence for word in words)])
+    width = SIDE / max(20, sum(len(word.word) + 1 for word in words))  # of a letter
+    for number, word in enumerate(words):
+        color = tuple(map(round, _color(number)))
+        share = min(1.0, max(0.0, word.evidence / most))
+        shade = tuple(round(255 + (part - 255) * share) for part in color)
+        right = left + width * (len(word.word) + 1)
+        draw.rectangle((left, SIDE, right, SIDE + STRIP), shade)
+        font = ImageFont.load_default(size=min(0.6 * STRIP, 1.6 * width))
+        draw.text(((left + right) / 2, SIDE + STRIP / 2), word.word, "black", font, anchor="mm")
+        left = right
+        if word.evidence >= 1 and word.frame == frame:
+            draw.rectangle([SIDE * edge for edge in word.box], outline=color, width=4)
+    return drawn
+
+
+def words_page(frames: list[Image.Image], words: list[ExplainedWord]) -> str:
+    """HTML of a text. Pointing at a word shows its frame, dark where its map is 0 or less. It needs no script.
+
+    Doubtful words are underlined. Images are RGB, SIDE x SIDE pixels.
+    """
+    layers, texts, rules = [f"<img src='{_data_url(frames[0])}'>"], [], []
+    for number, word in enumerate(words):
+        values = word.map[word.frame] if word.map.ndim == 3 else word.map
+        light = values.clamp(min=0) / values.amax().clamp(min=1e-6)  # (rows, columns)
+        light = Image.fromarray((255 * light).byte().numpy()).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        dark = Image.eval(frames[word.frame], lambda value: value // 4)
+        lit = _data_url(Image.composite(frames[word.frame], dark, light))
+        layers.append(f"<img class='place' id='place-{number}' src='{lit}'>")
+        style = " style='text-decoration: underline wavy red'" if word.probability < DOUBTFUL else ""
+        title = f"{word.probability:.0%}, evidence {word.evidence:.1f}"
+        texts.append(f"<span id='word-{number}' title='{title}'{style}>{html.escape(word.word)}</span>")
+        rules.append(f".words:has(#word-{number}:hover) #place-{number} {{ opacity: 1 }}")
+    style = f".words div {{ position: relative; max-width: {SIDE}px }} .words img {{ width: 100% }}"
+    style += " .words p { overflow-wrap: anywhere }"
+    style += " .words .place { position: absolute; left: 0; top: 0; opacity: 0 } " + " ".join(rules)
+    return f"<div class='words'><style>{style}</style><p>{' '.join(texts)}</p><div>{''.join(layers)}</div></div>"
+
+
+def _data_url(image: Image.Image) -> str:
+    image.save(file := io.BytesIO(), "JPEG")
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _color(patch: int) -> tuple[float, float, float]:
