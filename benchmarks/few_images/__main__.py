@@ -21,9 +21,8 @@ from typing import Any
 
 import finetune
 import numpy as np
-import torch
 
-from common.arguments import DataArguments, GenerationArguments
+from common.arguments import DataArguments, EVLGenTrainingArguments, GenerationArguments
 from common.data.collator import CaptionCollator
 from common.demo.scenes import RELATIONS, draw_scene, load_scenes, with_article
 from common.evaluation.captions import generate_captions
@@ -113,7 +112,8 @@ def old_share(folder: str | Path) -> float:
     data_args = DataArguments()
     collator = CaptionCollator(EVLGenProcessor.from_pretrained(folder), data_args, training=False)
     rows = load_scenes()["test"].select(range(TEST_IMAGES))
-    captions = generate_captions(model, rows, collator, GenerationArguments(), 50, torch.bfloat16)
+    args = EVLGenTrainingArguments(output_dir=str(folder), per_device_eval_batch_size=50, bf16=True)
+    captions = generate_captions(model, rows, collator, GenerationArguments(), args)
     return mean(caption == row["caption"] for caption, row in zip(captions, rows, strict=True))
 
 
