@@ -20,7 +20,7 @@ PUBLISHED = read_results(few_images.RESULTS)
 @pytest.fixture
 def few_steps(monkeypatch, tmp_path):
     """Two steps on gray scenes, an empty file of results, and a data set in place of the demo's scenes."""
-    monkeypatch.setattr(few_images, "draw_scene", lambda *args: Image.new("RGB", (40, 40), "gray"))
+    monkeypatch.setattr(few_images, "draw_scene", lambda *args: (Image.new("RGB", (40, 40), "gray"), {}))
     monkeypatch.setattr(few_images, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(few_images, "TEST_IMAGES", 4)
     monkeypatch.setattr(few_images.Run, "steps", 2)

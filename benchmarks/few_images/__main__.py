@@ -93,7 +93,7 @@ def new_scenes(split: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
             order = rng.permutation(len(pairs))
         first, second = pairs[order[index % len(pairs)]]
         relation = rng.choice(list(RELATIONS))
-        image = draw_scene(first, second, RELATIONS[relation], rng)
+        image, _ = draw_scene(first, second, RELATIONS[relation], rng)
         yield {"image": image, "caption": f"{with_article(first)} {relation} {with_article(second)}"}
 
 
