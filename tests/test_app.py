@@ -379,11 +379,16 @@ def test_the_page_in_a_browser(server, browser, folder):
     wait(lambda: drawn_layer(1))
     find("#explain")[0].click()
     wait(lambda: find("#words .place"))
-    places = find("#words .place")
-    assert len(places) == len(find("#words p span"))
-    assert all(place.value_of_css_property("opacity") == "0" for place in places)
+
+    def opacities():
+        """Read at once, since the page may draw the words anew."""
+        code = "return [...document.querySelectorAll('#words .place')].map((place) => getComputedStyle(place).opacity)"
+        return browser.execute_script(code)
+
+    wait(lambda: set(opacities()) == {"0"} and len(opacities()) == len(find("#words p span")))
+    wait(lambda: not find(".generating"))  # the page no longer changes
     ActionChains(browser).move_to_element(find("#words p span")[0]).perform()
-    wait(lambda: [place.value_of_css_property("opacity") for place in places] == ["1"] + ["0"] * (len(places) - 1))
+    wait(lambda: opacities() == ["1"] + ["0"] * (len(opacities()) - 1))
     find("#start")[0].click()
     wait(lambda: not find("#words .place"))  # they are of the text before
     size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}

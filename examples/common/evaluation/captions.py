@@ -1,10 +1,10 @@
 """Held-out figures of a captioner: its loss with the right and with wrong images, and the captions it generates."""
 
 from collections import Counter
+from time import perf_counter
 from typing import Any
 
 import torch
-from torch.utils.benchmark import timer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import BatchFeature
@@ -85,7 +85,7 @@ def generate_answers(
     `seconds` adds up the time of the `"texts"` and that of the `"evidence"`.
     """
     model.eval()
-    batch, start = batch.to(model.device), timer()
+    batch, start = batch.to(model.device), perf_counter()
     options = {name: getattr(generation_args, name) for name in ("num_beams", "min_new_tokens", "max_new_tokens")}
     if generation_args.num_beams > 1:  # `generate` warns of a length penalty without beams
         options["length_penalty"] = generation_args.length_penalty
@@ -94,9 +94,9 @@ def generate_answers(
             sequences, explained = model.generate(**batch, do_sample=False, **options), []
         else:
             inputs, sequences = generate_once(model, batch, do_sample=False, **options)
-            between = timer()
+            between = perf_counter()  # `generate` reads each token, so a GPU has finished
             explained = explain_sequences(model, processor, inputs, sequences, steps=0)
-            seconds.update({"texts": between - start, "evidence": timer() - between})
+            seconds.update({"texts": between - start, "evidence": perf_counter() - between})
     new_tokens = sequences[:, batch["input_ids"].shape[1] :]  # (batch, new tokens)
     texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
     answers: list[dict[str, Any]] = [{"text": text.strip()} for text in texts]
