@@ -23,7 +23,6 @@ from threading import Event, Lock
 from typing import Any
 
 import torch
-from app_uploads import IMAGES, read_file
 from PIL import Image
 from transformers import TextIteratorStreamer
 from transformers.utils import cached_file
@@ -45,7 +44,11 @@ from modeling_evlgen.explanations import explain_sequences, patch_grid
 from processing_evlgen import EVLGenProcessor
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: no telemetry, no check for newer versions
-import gradio as gr
+try:
+    import gradio as gr
+    from app_uploads import IMAGES, read_file
+except ModuleNotFoundError as error:
+    raise ImportError(f'The page needs {error.name}. Install it with: pip install -e ".[app]"') from error
 
 QUEUE_SIZE = 16  # requests that may wait; one is served at a time
 SESSIONS = 64  # visitors whose frames are kept in memory, for the slider

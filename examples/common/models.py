@@ -98,7 +98,9 @@ def connector_fields(connector: str, fields: dict[str, Any]) -> dict[str, Any]:
     known = set().union(*(config_class.__dataclass_fields__ for config_class in CONNECTOR_CONFIGS.values()))
     omitted = sorted(fields.keys() & known - CONNECTOR_CONFIGS[model_type].__dataclass_fields__.keys())
     if omitted:
-        logger.warning(f"`connector_config`: a {connector} has no {', '.join(omitted)}, so they are left out.")
+        logger.warning(
+            f"`connector_config`: {connector} has no fields {', '.join(omitted)}: the recipe's values are left out."
+        )
     return {**{name: value for name, value in fields.items() if name not in omitted}, "model_type": model_type}
 
 
