@@ -207,7 +207,7 @@ def own(tmp_path_factory):
 
 def test_a_connector_of_ones_own_is_trained_and_resumed_from_its_file(own, tmp_path, caplog):
     pretrain.main(arguments(own, tmp_path / "run"))
-    assert "a perceiver.py:Perceiver has no merge_r" in caplog.text.replace(f"{own}/", "")
+    assert "perceiver.py:Perceiver has no fields merge_r" in caplog.text.replace(f"{own}/", "")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["connector_config"]["num_query_tokens"] == 5
     assert (tmp_path / "run" / "checkpoint-1" / "perceiver.py").exists()
     assert str(own) not in (tmp_path / "run" / "checkpoint-1" / "run.json").read_text()
