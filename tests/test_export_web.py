@@ -24,7 +24,7 @@ from .training import flags, save_captioner
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the export extra")
 onnx_ir = pytest.importorskip("onnx_ir", reason="needs the export extra")
-from .web_model import WebModel  # noqa: E402
+from benchmarks.browser import WebModel, compare  # noqa: E402
 
 needs_node = pytest.mark.skipif("EVLGEN_NODE_MODULES" not in os.environ, reason="EVLGEN_NODE_MODULES names no folder")
 needs_browser = pytest.mark.skipif(
@@ -69,6 +69,14 @@ def test_images_of_all_sizes_get_the_ids_of_generate(size, llama):
     image = draw(size)
     prompt, expected = expect(model, processor, image, QUESTION)
     assert web.generate(web.encode(image), prompt, 8) == expected
+
+
+def test_the_benchmark_counts_equal_ids_and_bytes(llama):
+    model, processor, folder = llama
+    checkpoint = folder.parent / "model"
+    header, _, own, web = compare(model, processor, checkpoint, [folder], noise_images(2)).splitlines()
+    assert header == "| folder | MB of weights | equal of 2 | seconds |"
+    assert own.startswith(f"| {checkpoint} | 0 | 2 | 0.") and web.startswith(f"| {folder} | 0 | 2 | 0.")
 
 
 def test_the_graph_resizes_as_the_image_processor(tmp_path):
