@@ -3,11 +3,11 @@
     python examples/app.py --model outputs/demo
 
 The page says what the model was trained on, streams the text, and lists tokens and milliseconds of each part of the
-model. The images in `--examples` can be tried with a click. "Where does each word come from?" explains the text: a word
-that is pointed at lights up its place, and doubtful words are underlined (docs/words.md). The server listens on this
-machine only, unless `--host` is given. Except for a model from the Hub, neither the server nor the page contacts
-another machine. Needs `.[app]`. `--model` may be an adapter's folder, from finetune.py. The model's connector must be a
-TomeFormer, or a Q-Former that chooses tokens: others have nothing to show. docs/publish.md makes a Space of it.
+model. The images in `--examples` can be tried with a click. "Where does each word come from?" explains the text: a
+word that is pointed at lights up its place, and doubtful words are underlined (docs/words.md). The server listens on
+this machine only, unless `--host` is given. Except for a model from the Hub, neither the server nor the page contacts
+another machine. Needs `.[app]`. `--model` may be an adapter's folder, from finetune.py. The model's connector must be
+a TomeFormer, or a Q-Former that chooses tokens: others have nothing to show. docs/publish.md makes a Space of it.
 """
 
 import argparse
