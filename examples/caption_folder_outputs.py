@@ -123,7 +123,7 @@ def write_page(items: Dataset, folder: Path, num_images: int, evidence: bool, *r
         )
         if "probability" in row:
             word = html.escape(row["least_probable"])
-            name += f"<br>{word}: {row['probability']:.0%}, evidence {row['evidence']:.1f}"
+            name += f"<br>{word}: {row['probability']:.0%}, evidence {row['evidence']:z.1f}"
         figures.append(FIGURE.format(image=source, text=text, name=name))
     write_whole(folder / "captions.html", PAGE.format(figures="".join(figures)))
 

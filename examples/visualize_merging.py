@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         "--num_image_tokens", type=int, help="Tokens after the last layer. Default: the model's number."
     )
     parser.add_argument("--words", action="store_true", help="Draw words and their places instead of the merging.")
-    parser.add_argument("--output", type=Path, default=Path("merging.png"), help="PNG file to write.")
+    parser.add_argument("--output", type=Path, help="PNG file to write. Default: merging.png or words.png.")
     arguments = parser.parse_args(argv)
     if not arguments.images and not arguments.videos:
         parser.error("at least one of --images and --videos must be given")
@@ -104,8 +104,9 @@ def main(argv: list[str] | None = None) -> None:
     processor = EVLGenProcessor.from_pretrained(arguments.model, **own)
     sources = [("images", path) for path in arguments.images] + [("videos", path) for path in arguments.videos]
     drawn = (panels_of(model, processor, *source, words=arguments.words) for source in sources)
-    draw_rows([row for rows in drawn for row in rows], arguments.output)
-    print(f"Drew {len(arguments.images)} images and {len(arguments.videos)} videos to {arguments.output}.")
+    output = arguments.output or Path("words.png" if arguments.words else "merging.png")
+    draw_rows([row for rows in drawn for row in rows], output)
+    print(f"Drew {len(arguments.images)} images and {len(arguments.videos)} videos to {output}.")
 
 
 if __name__ == "__main__":

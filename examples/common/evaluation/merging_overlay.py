@@ -182,7 +182,7 @@ def words_page(frames: list[Image.Image], words: list[ExplainedWord]) -> str:
         lit = _data_url(Image.composite(frames[word.frame], dark, light))
         layers.append(f"<img class='place' id='place-{number}' src='{lit}'>")
         style = " style='text-decoration: underline wavy red'" if word.probability < DOUBTFUL else ""
-        title = f"{word.probability:.0%}, evidence {word.evidence:.1f}"
+        title = f"{word.probability:.0%}, evidence {word.evidence:z.1f}"
         texts.append(f"<span id='word-{number}' title='{title}'{style}>{html.escape(word.word)}</span>")
         rules.append(f".words:has(#word-{number}:hover) #place-{number} {{ opacity: 1 }}")
     style = f".words div {{ position: relative; max-width: {SIDE}px }} .words img {{ width: 100% }}"
