@@ -168,13 +168,11 @@ def print_tables(results: list[Result]) -> None:
             for name, hits in result["hits"].items():
                 shares[name].append(sum(hits) / len(hits))
             if result["doubt"]:
-                wrong, *numbers = (torch.tensor(values) for values in result["doubt"].values())
-                doubts = dict(
-                    zip(("probability", "evidence", "confidence"), (-values for values in numbers), strict=True)
-                )
-                doubts["probability and evidence"] = sum(
-                    doubts[name].argsort().argsort() for name in ("probability", "evidence")
-                )
+                numbers = {name: torch.tensor(values) for name, values in result["doubt"].items()}
+                wrong = numbers.pop("wrong")
+                doubts = {name: -values for name, values in numbers.items()}
+                ranks = [doubts[name].argsort().argsort() for name in ("probability", "evidence")]
+                doubts["probability and evidence"] = sum(ranks)
                 for name, values in doubts.items():
                     shares[f"wrong names by {name}, area"].append(area_under_curve(values, wrong.bool()))
                 shares["wrong names"].append(wrong.float().mean().item())
