@@ -141,17 +141,18 @@ def same(words, others, **tolerance):
         torch.testing.assert_close(word.maps, other.maps, rtol=0.01, atol=1e-3)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("text", ["llama", "gpt2"])
-def test_a_batch_is_explained_as_its_entries(text):
+def test_a_batch_is_explained_as_its_entries(text, steps):
     """Prompts of different lengths, with generated and with given captions."""
     model, processor = make("clip", text)
     images, prompts, captions = noise_images(2), ["What?", "Question: what is it?"], ["a red circle", "a cat"]
     for given, settings in ((None, {"do_sample": False, "max_new_tokens": 8}), (captions, {})):
         alone = [
-            explain(model, processor, image, prompt, given and given[index], **settings)
+            explain(model, processor, image, prompt, given and given[index], steps=steps, **settings)
             for index, (image, prompt) in enumerate(zip(images, prompts, strict=True))
         ]
-        batch = explain(model, processor, images, prompts, given, **settings)
+        batch = explain(model, processor, images, prompts, given, steps=steps, **settings)
         for words, expected in zip(batch, alone, strict=True):
             same(words, expected)
 
