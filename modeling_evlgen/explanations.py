@@ -29,6 +29,9 @@ class ExplainedWord:
     Args:
         word (`str`): The word, without the spaces around it. Punctuation counts in no word.
         probability (`float`): That of its tokens, given the image and the text before it, 0 to 1.
+        confidence (`float`):
+            Its highest probability at any place of the text, 0 to 1; of several tokens, the least one's. So a name is
+            not doubtful because it might as well have come first.
         evidence (`float`): The log-probability, less that without an image, in nats.
         maps (`tuple[torch.Tensor]`):
             For each image or video of the text, what each patch adds to the evidence: float32, `(rows, columns)` or
@@ -38,6 +41,7 @@ class ExplainedWord:
 
     word: str
     probability: float
+    confidence: float
     evidence: float
     maps: tuple[torch.Tensor, ...] = ()
 
@@ -280,22 +284,26 @@ def _explain(model: PreTrainedModel, texts: list[_Text], steps: int) -> list[lis
     with torch.set_grad_enabled(steps > 0):
         lines = [[item.draw_line(points).requires_grad_(steps > 0) for item in text.media] for text in texts]
         explained = []
-        for text, of_text, scores in zip(texts, lines, _score(model, texts, lines), strict=True):
+        for text, of_text, log_probs in zip(texts, lines, _score(model, texts, lines), strict=True):
+            tokens = log_probs.diagonal(dim1=1, dim2=2)  # (points, new): each at its own place
+            scores = [tokens[:, positions].sum(dim=1) for _, positions in text.words]  # (points,) each
             maps: list[tuple[torch.Tensor, ...]] = [()] * len(scores)
             if steps and scores:
                 maps = _draw_maps(model, text.media, of_text, [score[2:].mean() for score in scores])
-            numbers = [score[:2].tolist() for score in scores]  # the log-probabilities with the image and without
-            explained.append(
-                [
-                    ExplainedWord(word, math.exp(given), given - none, map_)
-                    for (word, _), (given, none), map_ in zip(text.words, numbers, maps, strict=True)
-                ]
-            )
+            words = []
+            for (word, positions), score, map_ in zip(text.words, scores, maps, strict=True):
+                given, none = score[:2].tolist()
+                confidence = log_probs[0][:, positions].amax(dim=0).amin().exp().item()
+                words.append(ExplainedWord(word, math.exp(given), confidence, given - none, map_))
+            explained.append(words)
     return explained
 
 
-def _score(model: PreTrainedModel, texts: list[_Text], lines: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    """The log-probability of each word of each text, `(points,)`, with media from their lines."""
+def _score(model: PreTrainedModel, texts: list[_Text], lines: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The log-probability of each new token of a text at each of their places, `(points, new, new)`.
+
+    The media are those of the lines.
+    """
     prompts: dict[str, list[torch.Tensor]] = {"image": [], "video": []}  # in the order of the rows below
     for text, of_text in zip(texts, lines, strict=True):
         encoded = [item.encode(model, line) for item, line in zip(text.media, of_text, strict=True)]
@@ -309,10 +317,10 @@ def _score(model: PreTrainedModel, texts: list[_Text], lines: list[list[torch.Te
     mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()  # (texts * points, sequence)
     inputs = {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": outputs}
     logits = model(**inputs, logits_to_keep=ids.shape[1] - first + 1, use_cache=False).logits[:, :-1]
-    log_probs = logits.float().log_softmax(dim=-1).gather(2, ids[:, first:, None]).squeeze(2)
+    log_probs = logits.float().log_softmax(dim=-1).unflatten(0, (len(texts), points))
     return [
-        [of_text[:, text.start - first :][:, positions].sum(dim=1) for _, positions in text.words]
-        for text, of_text in zip(texts, log_probs.unflatten(0, (len(texts), points)), strict=True)
+        of_text[:, text.start - first : len(text.ids) - first, text.ids[text.start :]]
+        for text, of_text in zip(texts, log_probs, strict=True)
     ]
 
 

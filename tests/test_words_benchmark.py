@@ -29,7 +29,7 @@ def test_each_noun_of_a_caption_is_measured(connector, tmp_path, monkeypatch):
         hits = words.measure(words.Run(str(tmp_path / "model"), "videos"))["hits"]
         assert {name: len(found) for name, found in hits.items()} == {"integrated gradients": 4}
     doubt = words.measure(words.Run(str(tmp_path / "model"), "half-size"))["doubt"]
-    assert [*doubt] == ["wrong", "probability", "evidence"]  # random weights write no nouns
+    assert [*doubt] == ["wrong", "probability", "evidence", "confidence"]  # random weights write no nouns
 
 
 def test_patches_touch_a_drawing_that_they_overlap_in_its_frames():

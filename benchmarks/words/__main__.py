@@ -100,7 +100,7 @@ def find_nouns(*given: Any) -> list[tuple[str, list[int]]]:
 
 
 def explain_nouns(captioner: Any, steps: int, **given: Any) -> dict[str, tuple[float, ...]]:
-    """Of each noun of one caption, the probability, the evidence and the map. Some nouns have two words."""
+    """Of each noun of one caption, the numbers of [`doubt`], and the map. Some nouns have two words."""
     explanations.find_words = find_nouns
     (words,) = explain(*captioner, steps=steps, **given)
     found = {}
@@ -110,7 +110,8 @@ def explain_nouns(captioner: Any, steps: int, **given: Any) -> dict[str, tuple[f
             if noun in crowded_scenes.CONCEPTS:
                 sums = [sum(word.map for word in part)] if steps else []
                 probability = torch.tensor([word.probability for word in part]).prod().item()
-                found[noun] = (probability, sum(word.evidence for word in part), *sums)
+                confidence = min(word.confidence for word in part)
+                found[noun] = (probability, sum(word.evidence for word in part), confidence, *sums)
                 break
     return found
 
@@ -124,7 +125,7 @@ def point(run: Run) -> dict[str, list[bool]]:
             given = {"image": frames}
             index = model.get_image_features(processor(images=frames)["pixel_values"]).output_index
         found = explain_nouns((model, processor), explanations.STEPS, caption=[caption], **given)
-        for noun, (_, _, values) in found.items():
+        for noun, (*_, values) in found.items():
             values = values.view(-1, *values.shape[-2:])  # (frames, rows, columns)
             right = touched(noun, drawings, frames[0], values.shape).flatten()
             hits["integrated gradients"].append(bool(right[values.argmax()]))
@@ -136,15 +137,15 @@ def point(run: Run) -> dict[str, list[bool]]:
 
 
 def doubt(run: Run) -> dict[str, list[float]]:
-    """Of each noun of generated captions: whether it is wrong, its probability and its evidence."""
-    numbers: dict[str, list[float]] = {"wrong": [], "probability": [], "evidence": []}
+    """Of each noun of generated captions: whether it is wrong, its probability, its evidence and its confidence."""
+    numbers: dict[str, list[float]] = {"wrong": [], "probability": [], "evidence": [], "confidence": []}
     captioner = load(run)
     for frames, _, drawings in draw(run.data, CAPTIONED):
         found = explain_nouns(captioner, 0, image=frames, do_sample=False, max_new_tokens=60)
-        for noun, (probability, evidence) in found.items():
-            numbers["wrong"].append(noun not in {name for name, *_ in drawings})
-            numbers["probability"].append(probability)
-            numbers["evidence"].append(evidence)
+        for noun, found_numbers in found.items():
+            is_wrong = noun not in {name for name, *_ in drawings}
+            for values, number in zip(numbers.values(), (is_wrong, *found_numbers), strict=True):
+                values.append(number)
     return numbers
 
 
@@ -167,10 +168,15 @@ def print_tables(results: list[Result]) -> None:
             for name, hits in result["hits"].items():
                 shares[name].append(sum(hits) / len(hits))
             if result["doubt"]:
-                wrong, probability, evidence = (torch.tensor(values) for values in result["doubt"].values())
-                ranks = [-values.argsort().argsort() for values in (probability, evidence)]
-                for name, doubts in (("probability", -probability), ("evidence", -evidence), ("both", sum(ranks))):
-                    shares[f"wrong names by {name}, area"].append(area_under_curve(doubts, wrong.bool()))
+                wrong, *numbers = (torch.tensor(values) for values in result["doubt"].values())
+                doubts = dict(
+                    zip(("probability", "evidence", "confidence"), (-values for values in numbers), strict=True)
+                )
+                doubts["probability and evidence"] = sum(
+                    doubts[name].argsort().argsort() for name in ("probability", "evidence")
+                )
+                for name, values in doubts.items():
+                    shares[f"wrong names by {name}, area"].append(area_under_curve(values, wrong.bool()))
                 shares["wrong names"].append(wrong.float().mean().item())
         if shares:
             print(
