@@ -13,6 +13,7 @@ from datasets import Image as ImageFeature
 from huggingface_hub import constants
 from PIL import Image
 from pretrain import whiten_vision_projection
+from safetensors.numpy import save_file
 
 from common.arguments import DataArguments
 from common.data import feature_cache
@@ -95,18 +96,18 @@ def test_two_runs_that_want_the_same_features_compute_them_once(monkeypatch):
 
 @pytest.mark.parametrize("max_tiles", [1, 4])
 @pytest.mark.parametrize(
-    ("suffix", "damage"),
+    "damage",
     [
-        ("npy", lambda path: path.unlink()),
-        ("npy", lambda path: os.truncate(path, path.stat().st_size - 1)),
-        ("npy", lambda path: np.save(path, np.zeros(3))),
-        ("json", lambda path: path.write_text('{"grids": 10')),
-        ("json", lambda path: path.write_text('{"grids": [[[2, -2]]], "bad_rows": {}}')),
+        lambda path: os.truncate(path, path.stat().st_size - 1),
+        lambda path: os.truncate(path, 4),
+        lambda path: path.write_text('{"grids": 10'),
+        lambda path: save_file({"grids": np.zeros(3)}, path),
+        lambda path: save_file({"vision_features": np.zeros(3)}, path, {"bad_rows": "{}"}),
     ],
 )
-def test_a_damaged_part_of_a_cache_is_computed_again(max_tiles, suffix, damage, tmp_path, monkeypatch, caplog):
+def test_a_damaged_part_of_a_cache_is_computed_again(max_tiles, damage, tmp_path, monkeypatch, caplog):
     whole = values(cached(max_tiles=max_tiles))
-    damage(min((tmp_path / "hf_home" / "evlgen_features").rglob(f"*.{suffix}")))
+    damage(min((tmp_path / "hf_home" / "evlgen_features").rglob("*.safetensors")))
     tower = Tower(monkeypatch)
     assert np.array_equal(whole, values(cached(max_tiles=max_tiles)))
     assert tower.images == 4 and "are damaged and computed again" in caplog.text
