@@ -5,11 +5,9 @@ are slow to read. So each few rows, a part, have a safetensors file of their own
 """
 
 import copy
-import errno
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -35,6 +33,7 @@ from common.data.collator import CaptionCollator
 from common.data.rows import start_of_text
 from common.files import file_state, media_paths, replacing
 from modeling_evlgen import EVLGenForConditionalGeneration, video_merging
+from modeling_evlgen.checkpoints import check_disk_space
 from modeling_evlgen.fingerprints import hash_weights
 from modeling_evlgen.vision_tower import extract_vision_tokens, find_image_size
 from processing_evlgen import EVLGenProcessor
@@ -112,11 +111,7 @@ def cache_features(
 
 
 def cache_split(
-    model: EVLGenForConditionalGeneration,
-    dataset: Dataset,
-    views: CaptionCollator,
-    num_views: int = 1,
-    batch_size: int | None = None,
+    model: EVLGenForConditionalGeneration, dataset: Dataset, views: CaptionCollator, num_views: int = 1
 ) -> FeatureDataset:
     """Runs the vision tower over a split, or finds its features on disk.
 
@@ -130,10 +125,9 @@ def cache_split(
     is_video = data_args.video_column is not None
     max_tiles = 1 if is_video else views.processor.max_tiles
     part_rows = max(1, (PART_VIDEOS if is_video else PART_TILES) // (num_views * max_tiles))
-    if batch_size is None:
-        # The activations of four images stay in a processor's cache. Batches of 32 took the demo's CNN twice as long.
-        batch_size = 4 if model.device.type == "cpu" else 32
-    batch_size = 1 if is_video else batch_size  # the frames of many videos would fill memory
+    # The activations of four images stay in a processor's cache. Batches of 32 took the demo's CNN twice as long.
+    # The frames of many videos would fill memory.
+    batch_size = 1 if is_video else 4 if model.device.type == "cpu" else 32
     tile_bytes = config.num_vision_tokens * (2 * config.vision_hidden_size + 12 * (config.video_mode == "merge"))
 
     folder = Path(constants.HF_HOME) / "evlgen_features" / _key(model, dataset, views, num_views)
@@ -147,7 +141,7 @@ def cache_split(
             for number in [number for number, part in enumerate(parts) if part is None]:
                 # At first each view counts as one tile, then as many as the views before it had.
                 tiles_of_row = num_tiles / done if done else num_views
-                _check_room(folder, (left - done) * tiles_of_row * tile_bytes)
+                check_disk_space(folder, (left - done) * tiles_of_row * tile_bytes, "The cache of vision features")
                 parts[number], tiles = _compute_part(model, dataset, ranges[number], views, num_views, batch_size)
                 with replacing(_path(folder, number)) as path:
                     grids, bad_rows = parts[number]
@@ -215,14 +209,6 @@ def _read_part(path: Path) -> Part | None:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         logger.warning(f"The cached vision features in {path} are damaged and computed again: {error}")
         return None
-
-
-def _check_room(folder: Path, needed: float) -> None:
-    """Raises an OSError if the disk has no room for so many bytes of features."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        message = f"{folder.parent} (in $HF_HOME) has {free / 1e9:.1f} GB, but the vision features need"
-        raise OSError(errno.ENOSPC, f"{message} {needed / 1e9:.1f} GB or more")
 
 
 def _compute_part(
