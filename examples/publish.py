@@ -145,8 +145,8 @@ def read_results(paths: list[str]) -> list[dict[str, Any]]:
 def check_results(results: list[dict[str, Any]], arguments: PublishArguments) -> None:
     """Raises a ValueError if results were not measured with the weights that are published."""
     for path, entry in zip(arguments.results, results, strict=True):
-        load, dtype = EVLGenForConditionalGeneration.from_pretrained, entry["settings"]["dtype"]
-        weights = hash_weights(load_captioner("model", load, arguments.model, dtype=dtype).state_dict())
+        model = load_captioner(arguments.model, dtype=entry["settings"]["dtype"])
+        weights = hash_weights(model.state_dict())
         if weights != entry["settings"]["weights"] or arguments.merge:
             raise ValueError(
                 f"`results`: {path} was measured on {entry['model']}, whose weights differ from the published ones."
@@ -171,7 +171,7 @@ def write_model(folder: Path, arguments: PublishArguments, results: list[dict[st
     if arguments.merge and not is_adapter:
         raise ValueError(f"`merge` needs an adapter, but there is no {ADAPTER_CONFIG} in {arguments.model}.")
     name = find_adapter(source, {})[0] if arguments.merge else arguments.model
-    model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, name)
+    model = load_captioner(name)
     adapter = load_file(source / SAFETENSORS_WEIGHTS_NAME) if is_adapter else {}
     described, adapter_of = model.config, None
     if is_adapter and not arguments.merge:
