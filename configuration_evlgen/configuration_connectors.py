@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _COUNTS += ("type_vocab_size", "num_query_tokens", "cross_attention_frequency", "pool_size", "num_distinctive_tokens")
 _DEVIATIONS = ("initializer_range", "position_initializer_range", "output_position_initializer_range")
-_DEVIATIONS += ("branch_initializer_range", "query_initializer_range", "layer_norm_eps")
+_DEVIATIONS += ("branch_initializer_range", "layer_norm_eps")
 _RANGES = dict.fromkeys(_COUNTS, (1, math.inf)) | dict.fromkeys(_DEVIATIONS, (0, math.inf))
 _RANGES |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), (0, 1))
 # Options that connectors had. Each is refused where it is set, since the model would give other words without it.
@@ -260,7 +260,6 @@ class QFormerConnectorConfig(TransformerConnectorConfig):
 
     Args:
         num_query_tokens (`int`, defaults to 32): Number of queries, and so of tokens in the soft prompt.
-        query_initializer_range (`float`, defaults to 0.02): Standard deviation of fresh queries.
         cross_attention_frequency (`int`, defaults to 2):
             Queries attend to visual tokens in every layer whose index is a multiple of this.
         position_initializer_range (`float`, *optional*):
@@ -275,7 +274,6 @@ class QFormerConnectorConfig(TransformerConnectorConfig):
     model_type = "evlgen_qformer"
 
     num_query_tokens: int = 32
-    query_initializer_range: float | int = 0.02
     cross_attention_frequency: int = 2
     num_distinctive_tokens: int | None = None
 

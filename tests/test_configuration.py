@@ -98,7 +98,6 @@ def test_fields_of_a_wrong_type_are_refused(config_class, name, value):
         *((config_class, "hidden_act", "swish2") for config_class in CONNECTORS),
         (TomeFormerConfig, "hidden_size", 0),
         (TomeFormerConfig, "hidden_dropout_prob", 2.0),
-        (QFormerConnectorConfig, "query_initializer_range", -1),
         (QFormerConnectorConfig, "num_distinctive_tokens", 0),
         (MLPConnectorConfig, "branch_initializer_range", -0.1),
         (MLPConnectorConfig, "pool_size", 0),
