@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from PIL import Image
 from pretrain import whiten_vision_projection
 from safetensors.numpy import save_file
+from transformers import SegformerConfig, SegformerModel
 
 from common.arguments import DataArguments
 from common.data import feature_cache
@@ -23,7 +24,7 @@ from common.data.feature_cache import cache_features, cache_split
 from common.data.loading import load_datasets
 from modeling_evlgen.vision_tower import extract_vision_tokens
 
-from .helpers import noise_images, save_split, tiny_model, tiny_processor
+from .helpers import join, noise_images, save_split, tiny_model, tiny_processor, tiny_towers
 
 SIZES = [(64, 64), (16, 16), (64, 32), (96, 32), (40, 70), (32, 64), (20, 30), (64, 64)]  # width and height
 GRIDS = [[2, 2], [1, 1], [1, 2], [1, 3], [2, 2], [2, 1], [1, 1], [2, 2]]  # rows and columns
@@ -86,6 +87,20 @@ def test_caching_that_is_killed_goes_on_where_it_was(max_tiles, before, after, t
         assert np.array_equal(whole, values(cached(max_tiles=max_tiles)))
         assert tower.images == after
         after = 0
+
+
+def test_a_feature_map_that_lies_channel_by_channel_is_cached_token_by_token():
+    sizes = {"hidden_sizes": [4, 8, 8, 16], "depths": [1] * 4, "sr_ratios": [1] * 4, "num_attention_heads": [1] * 4}
+    model = join(SegformerModel(SegformerConfig(**sizes, image_size=64)).eval(), tiny_towers()[1], image_size=64)
+    views, rows = CaptionCollator(tiny_processor(model), DataArguments(), training=False), rows_of()
+    views.processor.image_processor.size = {"height": 64, "width": 64}
+    batches = [views([row])["pixel_values"] for row in rows]
+    with torch.no_grad():
+        features = extract_vision_tokens(model.vision_tower, batches[0])
+        expected = [model.get_vision_features(pixels)[0] for pixels in batches]
+    assert features.shape == (1, 4, 16) and not features.is_contiguous()
+    for row, wanted in zip(cache_split(model, rows, views), expected, strict=True):
+        torch.testing.assert_close(torch.tensor(row["vision_features"][0]).float(), wanted, atol=1e-2, rtol=1e-2)
 
 
 def test_two_runs_that_want_the_same_features_compute_them_once(monkeypatch):

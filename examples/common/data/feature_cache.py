@@ -236,7 +236,9 @@ def _compute_part(
     batches = iter(lambda: list(islice(tiles, batch_size)), [])
     computed = [_run_tower(model, views.processor, batch) for batch in batches]
     names = computed[0] if computed else ()
-    return (grids, bad_rows), {name: np.concatenate([batch[name] for batch in computed]) for name in names}
+    arrays = {name: np.concatenate([batch[name] for batch in computed]) for name in names}
+    # A feature map may lie in memory channel by channel, and safetensors would write it so, without a word.
+    return (grids, bad_rows), {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
 def _read_tiles(row: dict[str, Any], views: CaptionCollator, view: int) -> tuple[list[Any], tuple[int, int]]:
