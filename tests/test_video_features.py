@@ -118,7 +118,7 @@ def test_caching_of_videos_that_is_killed_goes_on_where_it_was(rows, tmp_path, m
 
 
 @pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, path.stat().st_size - 1)])
-def test_features_without_their_places_are_computed_again(damage, rows, tmp_path, monkeypatch):
+def test_a_missing_or_damaged_file_of_merged_videos_is_computed_again(damage, rows, tmp_path, monkeypatch):
     whole = cached(rows)
     kept = values(whole)
     damage(min((tmp_path / "hf_home" / "evlgen_features").rglob("*.safetensors")))
