@@ -10,8 +10,8 @@ Shards are WebDataset's `.tar`, and `.parquet` with images in `--column`. `--med
 relative to the folder of all inputs, `caption`, and an `error` if the image could not be read. Such images are named
 as they come and counted at the end, and the run goes on. `--format parquet` or `csv` writes another table. A `.csv`
 leaves such images out. `captions.html` shows some images with their captions. `--txt_files` writes a file for each
-caption. A run that has ended can be started again for another format. `--evidence true` adds the least probable word
-of each caption, its probability and its evidence (docs/words.md). The page then shows the most doubtful captions.
+caption. A run that has ended can be started again for another format. `--evidence true` adds the least certain word
+of each caption, and its numbers (docs/words.md). The page then shows the most doubtful captions.
 
 A run that was interrupted goes on when it is started again. `items.arrow` lists the items at the first start; later
 files are not on it. A file that was replaced since then, by its size or time, is captioned again. A shard that was
@@ -54,7 +54,7 @@ class FolderArguments(AnswerArguments, FrameArguments):
     prompt: str = HfArg(default="", help="Prompt that stands with each item.")
     max_pixels: int = HfArg(default=MAX_PIXELS, help="Largest image or frame that is read, in pixels.")
     format: Literal["jsonl", "csv", "parquet"] = HfArg(default="jsonl", help="File type of the captions.")
-    evidence: bool = HfArg(default=False, help="Add the least probable word of each caption, and its numbers.")
+    evidence: bool = HfArg(default=False, help="Add the least certain word of each caption, and its numbers.")
     txt_files: Literal["beside", "output"] | None = HfArg(
         default=None, help="Also write each caption into a .txt file: beside its image, or in output_dir/txt."
     )

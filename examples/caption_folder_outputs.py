@@ -20,12 +20,13 @@ from pyarrow.csv import CSVWriter
 from tqdm import tqdm
 
 from common.evaluation.answer_folder import ANSWERS, read_lines
+from common.evaluation.captions import NUMBERS
 from common.files import replacing, write_whole
 
 ROWS = 10_000  # held in memory and written together
 MAX_NAMES = 10  # names in a message about many items
 CAPTION = pa.schema({"file_name": pa.string(), "caption": pa.string(), "error": pa.string()})
-DOUBT = {"least_probable": pa.string(), "probability": pa.float64(), "evidence": pa.float64()}
+DOUBT = {"least_certain": pa.string(), **dict.fromkeys(NUMBERS, pa.float64())}
 FIGURE = '<figure><img src="{image}" alt=""><figcaption>{text}<br><small>{name}</small></figcaption></figure>\n'
 PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
@@ -102,12 +103,12 @@ def write_txt_files(items: Dataset, folder: Path, place: Literal["beside", "outp
 def write_page(items: Dataset, folder: Path, num_images: int, evidence: bool, *reading: Any) -> None:
     """Writes `captions.html`: thumbnails of images at equal distances. `reading` are arguments of [`read_item`].
 
-    With `evidence` it shows the images whose captions have the least probable words, these first.
+    With `evidence` it shows the images whose captions have the least certain words, these first.
     """
     step, figures = -(-len(items) // num_images), []
     rows = enumerate(caption_rows(items, folder))
     if evidence:
-        shown = nsmallest(num_images, rows, key=lambda row: row[1].get("probability", 1.0))
+        shown = nsmallest(num_images, rows, key=lambda row: row[1].get("confidence", 1.0))
     else:
         shown = islice(rows, 0, None, step)
     for index, row in shown:
@@ -121,9 +122,9 @@ def write_page(items: Dataset, folder: Path, num_images: int, evidence: bool, *r
         text, name = (
             html.escape(row.get(key) or "") for key in ("error" if "error" in row else "caption", "file_name")
         )
-        if "probability" in row:
-            word = html.escape(row["least_probable"])
-            name += f"<br>{word}: {row['probability']:.0%}, evidence {row['evidence']:z.1f}"
+        if "confidence" in row:
+            word = html.escape(row["least_certain"])
+            name += f"<br>{word}: {row['confidence']:.0%}, evidence {row['evidence']:z.1f}"
         figures.append(FIGURE.format(image=source, text=text, name=name))
     write_whole(folder / "captions.html", PAGE.format(figures="".join(figures)))
 

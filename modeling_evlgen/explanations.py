@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .soft_prompts import Encoded, EVLGenImageOutput, Grid, read_grids
@@ -19,6 +20,7 @@ from .video_merging import merge_videos
 from .vision_tower import extract_vision_tokens
 
 STEPS = 5  # of a map
+TEXTS_AT_ONCE = 8  # without maps
 
 
 @dataclass
@@ -27,6 +29,9 @@ class ExplainedWord:
     Args:
         word (`str`): The word, without the spaces around it. Punctuation counts in no word.
         probability (`float`): That of its tokens, given the image and the text before it, 0 to 1.
+        confidence (`float`):
+            Its highest probability at any place of the text, 0 to 1; of several tokens, the least one's. So a name is
+            not doubtful because it might as well have come first.
         evidence (`float`): The log-probability, less that without an image, in nats.
         maps (`tuple[torch.Tensor]`):
             For each image or video of the text, what each patch adds to the evidence: float32, `(rows, columns)` or
@@ -36,6 +41,7 @@ class ExplainedWord:
 
     word: str
     probability: float
+    confidence: float
     evidence: float
     maps: tuple[torch.Tensor, ...] = ()
 
@@ -156,13 +162,15 @@ def explain_sequences(
         new_ids = sequences[:, prompts.shape[1] :]
         rows = [(prompts[row // repeats][mask[row // repeats]], ids) for row, ids in enumerate(new_ids)]
     ends = {processor.end_of_text_id, processor.tokenizer.pad_token_id}
-    explained, media = [], _split_media(model, inputs, encoded)
+    texts, media = [], _split_media(model, inputs, encoded)
     for row, (prompt, ids) in enumerate(rows):
-        texts = list(itertools.takewhile(lambda token: token not in ends, ids.tolist()))
-        words = find_words(processor.tokenizer, texts)
-        ids = torch.cat([prompt, ids[: len(texts)]])[None]
-        explained.append(_explain(model, ids, len(texts), words, media[row * len(media) // len(rows)], steps))
-    return explained
+        new_ids = list(itertools.takewhile(lambda token: token not in ends, ids.tolist()))
+        words = find_words(processor.tokenizer, new_ids)
+        ids = torch.cat([prompt, ids[: len(new_ids)]])
+        texts.append(_Text(ids, len(prompt), words, media[row * len(media) // len(rows)]))
+    size = 1 if steps else TEXTS_AT_ONCE  # the graph of a map takes memory
+    batches = [texts[index : index + size] for index in range(0, len(texts), size)]
+    return [words for batch in batches for words in _explain(model, batch, steps)]
 
 
 @dataclass
@@ -181,6 +189,11 @@ class _Media:
     def baseline(self) -> torch.Tensor:
         """The token that stands for no image: the median of the image's, `(dim,)`. Most of an image is background."""
         return self.features.flatten(0, 1).median(dim=0).values
+
+    def draw_line(self, points: list[float]) -> torch.Tensor:
+        """Features between no image, 0, and the image, 1: `(points, tiles or 1, N, dim)`, float32."""
+        at = torch.tensor(points, device=self.features.device)[:, None, None, None]
+        return self.baseline + at * (self.features.float() - self.baseline)
 
     def encode(self, model: PreTrainedModel, lines: torch.Tensor) -> torch.Tensor:
         """The soft prompts, `(points, budget, text_dim)`, of other features, `(points, tiles, N, dim)`."""
@@ -255,47 +268,66 @@ def _list_media(name: str, inputs: Any, output: Any) -> list[_Media]:
     return media
 
 
-def _explain(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    num_new: int,
-    words: list[tuple[str, list[int]]],
-    media: list[_Media],
-    steps: int,
-) -> list[ExplainedWord]:
-    """Explains the words at positions of the last `num_new` of `ids`, `(1, sequence)`."""
-    if not words:
-        return []
+@dataclass
+class _Text:
+    """A prompt and its text, ids of `(sequence,)`. The text begins at `start`. `words` have places in it."""
+
+    ids: torch.Tensor
+    start: int
+    words: list[tuple[str, list[int]]]
+    media: list[_Media]
+
+
+def _explain(model: PreTrainedModel, texts: list[_Text], steps: int) -> list[list[ExplainedWord]]:
+    """Explains the words of texts. With steps there is one."""
     points = [1.0, 0.0, *((step + 0.5) / steps for step in range(steps))]  # of each line: the image, nothing, between
-    at = torch.tensor(points, device=ids.device)[:, None, None, None]
     with torch.set_grad_enabled(steps > 0):
-        lines = [
-            (item.baseline + at * (item.features.float() - item.baseline)).requires_grad_(steps > 0) for item in media
-        ]  # (points, tiles, N, dim) each
-        encoded: dict[str, Any] = {}
-        for name in {item.name for item in media}:
-            prompts = [item.encode(model, line) for item, line in zip(media, lines, strict=True) if item.name == name]
-            in_rows = tuple(prompt for row in zip(*prompts, strict=True) for prompt in row)
-            encoded[name] = EVLGenImageOutput(pooler_output=in_rows)
-        ids = ids.expand(len(points), -1)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": encoded}
-        logits = model(**inputs, logits_to_keep=num_new + 1, use_cache=False).logits[:, -num_new - 1 : -1]
-        log_probs = logits.float().log_softmax(dim=-1).gather(2, ids[:, -num_new:, None]).squeeze(2)  # (points, new)
-        of_words = torch.stack([log_probs[:, positions].sum(dim=1) for _, positions in words])  # (words, points)
-        maps: list[tuple[torch.Tensor, ...]] = [()] * len(words)
-        if steps:
-            maps = _draw_maps(model, media, lines, of_words[:, 2:].mean(dim=1))
-    real, without = of_words[:, :2].detach().T.tolist()
+        lines = [[item.draw_line(points).requires_grad_(steps > 0) for item in text.media] for text in texts]
+        explained = []
+        for text, of_text, log_probs in zip(texts, lines, _score(model, texts, lines), strict=True):
+            tokens = log_probs.diagonal(dim1=1, dim2=2)  # (points, new): each at its own place
+            scores = [tokens[:, positions].sum(dim=1) for _, positions in text.words]  # (points,) each
+            maps: list[tuple[torch.Tensor, ...]] = [()] * len(scores)
+            if steps and scores:
+                maps = _draw_maps(model, text.media, of_text, [score[2:].mean() for score in scores])
+            words = []
+            for (word, positions), score, map_ in zip(text.words, scores, maps, strict=True):
+                given, none = score[:2].tolist()
+                confidence = log_probs[0][:, positions].amax(dim=0).amin().exp().item()
+                words.append(ExplainedWord(word, math.exp(given), confidence, given - none, map_))
+            explained.append(words)
+    return explained
+
+
+def _score(model: PreTrainedModel, texts: list[_Text], lines: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The log-probability of each new token of a text at each of their places, `(points, new, new)`.
+
+    The media are those of the lines.
+    """
+    prompts: dict[str, list[torch.Tensor]] = {"image": [], "video": []}  # in the order of the rows below
+    for text, of_text in zip(texts, lines, strict=True):
+        encoded = [item.encode(model, line) for item, line in zip(text.media, of_text, strict=True)]
+        for of_point in zip(*encoded, strict=True):
+            for item, prompt in zip(text.media, of_point, strict=True):
+                prompts[item.name].append(prompt)
+    outputs = {name: EVLGenImageOutput(pooler_output=tuple(given)) for name, given in prompts.items() if given}
+    points, first = len(lines[0][0]), min(text.start for text in texts)
+    ids = pad_sequence([text.ids for text in texts], batch_first=True).repeat_interleave(points, dim=0)
+    lengths = torch.tensor([len(text.ids) for text in texts], device=ids.device).repeat_interleave(points)
+    mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()  # (texts * points, sequence)
+    inputs = {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": outputs}
+    logits = model(**inputs, logits_to_keep=ids.shape[1] - first + 1, use_cache=False).logits[:, :-1]
+    log_probs = logits.float().log_softmax(dim=-1).unflatten(0, (len(texts), points))
     return [
-        ExplainedWord(word, math.exp(given), given - none, map_)
-        for (word, _), given, none, map_ in zip(words, real, without, maps, strict=True)
+        of_text[:, text.start - first : len(text.ids) - first, text.ids[text.start :]]
+        for text, of_text in zip(texts, log_probs, strict=True)
     ]
 
 
 def _draw_maps(
-    model: PreTrainedModel, media: list[_Media], lines: list[torch.Tensor], scores: torch.Tensor
+    model: PreTrainedModel, media: list[_Media], lines: list[torch.Tensor], scores: list[torch.Tensor]
 ) -> list[tuple[torch.Tensor, ...]]:
-    """The maps of each word by its mean score on the lines, `(words,)`."""
+    """The maps of each word by its mean score on the lines, `()`."""
     of_words = [torch.autograd.grad(score, lines, retain_graph=True) for score in scores if score.requires_grad]
     # Kernels for inference may cut the gradient in attention alone. The first word is reached past it.
     if not any(gradient.any() for gradients in of_words[len(scores) > 1 :] for gradient in gradients):

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, Pipeline
 
 from modeling_evlgen.explanations import explain_sequences, generate_once
 
-_WORD = ("word", "probability", "evidence", "box", "frame")
+_WORD = ("word", "probability", "confidence", "evidence", "box", "frame")
 _PROCESSOR_ARGUMENTS = {"max_tiles", "num_image_tokens", "num_frames", "fps"}
 
 
@@ -37,7 +37,8 @@ class EVLGenImageToTextPipeline(Pipeline):
         Returns:
             For one image, `[{"generated_text": str}, …]` with `num_return_sequences` entries. For a list, a list of
             these. For a data set or a generator, an iterator over these. With `return_words` each entry has `"words"`,
-            a list of dicts with the fields of [`ExplainedWord`]: `word`, `probability`, `evidence`, `box` and `frame`.
+            a list of dicts with fields of [`ExplainedWord`]: `word`, `probability`, `confidence`, `evidence`, `box`
+            and `frame`.
         """
         # transformers takes torch's data sets and generators as many images, and anything else as one.
         if type(images).__module__.startswith("datasets."):

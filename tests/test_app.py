@@ -127,7 +127,7 @@ def test_words_light_up_their_places_and_doubtful_ones_are_underlined(captioner,
     given = {name: [value] for name, value in given.items()}
     (words,) = explain(model, processor, caption=["a <b>red</b> circle"], **given)
     assert page.count("<span") == page.count("class='place'") == len(words) == 3 and "<b>" not in page
-    assert page.count("underline") == sum(word.probability < 0.5 for word in words)
+    assert page.count("underline") == sum(word.confidence < 0.5 for word in words)
     with pytest.raises(ValueError, match="no text"):
         app.light_up(model, processor, kind, frames, "", " ", processor.num_image_tokens)
     monkeypatch.setattr(app, "MAX_NEW_TOKENS", 3)
@@ -139,7 +139,7 @@ def test_a_place_is_bright_and_the_rest_is_dark():
     values = torch.zeros(2, 2)
     values[1, 0] = 3.0
     white = Image.new("RGB", (app.SIDE, app.SIDE), "white")
-    page = app.words_page([white], [ExplainedWord("frog", 0.9, 3.0, (values,))])
+    page = app.words_page([white], [ExplainedWord("frog", 0.9, 0.9, 3.0, (values,))])
     lit = Image.open(BytesIO(base64.b64decode(page.split("base64,")[2].split("'")[0])))
     assert lit.getpixel((20, app.SIDE - 20))[0] > 240 and lit.getpixel((app.SIDE - 20, 20))[0] < 80
     assert "underline" not in page and "90%, evidence 3.0" in page

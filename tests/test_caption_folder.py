@@ -216,7 +216,7 @@ def test_a_page_shows_images_and_captions_and_runs_nothing_that_they_hold(model,
     run(model, tmp_path, html_images=0)
     assert not (tmp_path / "out" / "captions.html").exists()
     shutil.rmtree(tmp_path / "out")
-    answer |= {"least_probable": said, "probability": 0.1, "evidence": 1.0}
+    answer |= {"least_certain": said, "probability": 0.1, "confidence": 0.1, "evidence": 1.0}
     run(model, tmp_path, evidence="true")
     page = (tmp_path / "out" / "captions.html").read_text()
     assert page.count("&lt;script&gt;") == 2 * 4 and "<script" not in page and page.count("<img") == 5
@@ -504,7 +504,7 @@ def test_neither_items_nor_captions_are_held_in_memory(tmp_path, monkeypatch):
         assert [row["caption"] for row in rows] == [f"{index} " * 300 for index in range(3000)]
 
 
-def test_evidence_names_the_least_probable_word_and_the_page_starts_with_it(model, tmp_path, capsys):
+def test_evidence_names_the_least_certain_word_and_the_page_starts_with_it(model, tmp_path, capsys):
     save_mixed(tmp_path / "in")
     given = {"evidence": "true", "html_images": 4, "batch_size": 3}
     tables = {}
@@ -512,20 +512,21 @@ def test_evidence_names_the_least_probable_word_and_the_page_starts_with_it(mode
         caption_folder.main(options(model, tmp_path / "out", tmp_path / "in", format=kind, **given))
         path = tmp_path / "out" / f"captions.{kind}"
         rows = csv.read_csv(path).to_pylist() if kind == "csv" else read(path)
-        tables[kind] = [row for row in rows if row.get("probability") is not None]
+        tables[kind] = [row for row in rows if row.get("confidence") is not None]
     assert tables["jsonl"] == tables["csv"] == [row for row in tables["parquet"] if row.pop("error") is None]
     good = tables["jsonl"]  # broken images and empty captions have no probability
     captioner, processor = (part.from_pretrained(model) for part in (EVLGenForConditionalGeneration, EVLGenProcessor))
     for row in good[:2]:
         given = {"do_sample": False, "max_new_tokens": 6, "steps": 0}
         words = explain(captioner, processor, str(tmp_path / "in" / row["file_name"]), **given)
-        least = min(words, key=lambda word: word.probability)
-        assert row["least_probable"] == least.word
-        assert row["probability"] == pytest.approx(least.probability, rel=1e-3)
+        least = min(words, key=lambda word: word.confidence)
+        assert row["least_certain"] == least.word
+        for name in ("probability", "confidence"):
+            assert row[name] == pytest.approx(getattr(least, name), rel=1e-3)
         assert row["evidence"] == pytest.approx(least.evidence, abs=1e-3)
     page = (tmp_path / "out" / "captions.html").read_text()
-    doubtful = sorted(good, key=lambda row: row["probability"])[:4]
-    places = [page.index(f"<small>{row['file_name']}<br>{row['least_probable']}: ") for row in doubtful]
+    doubtful = sorted(good, key=lambda row: row["confidence"])[:4]
+    places = [page.index(f"<small>{row['file_name']}<br>{row['least_certain']}: ") for row in doubtful]
     assert page.count("<figure>") == 4 and places == sorted(places)
     assert "A caption took" in capsys.readouterr().out
     with pytest.raises(ValueError, match="evidence was True and is None"):

@@ -34,23 +34,27 @@ def make(vision="siglip", text="llama", **connector):
 
 
 def log_probs(model, inputs):
-    """The log-probability of each labelled token by a plain forward pass."""
+    """The log-probability of each labelled token at each of their places, by a plain forward pass."""
     labels = inputs["labels"][0]
     logits = model(**{name: inputs[name] for name in inputs if name != "labels"}).logits[0, :-1].float()
-    positions = (labels[1:] != -100).nonzero().flatten()
-    return logits.log_softmax(-1)[positions, labels[1:][positions]]
+    positions = (labels[1:] != -100).nonzero().flatten()[:-1]  # but for the end of the text
+    return logits.log_softmax(-1)[positions][:, labels[1:][positions]]
+
+
+def word_positions(processor, inputs):
+    ids = inputs["labels"][0][inputs["labels"][0] != -100][:-1].tolist()
+    return [positions for _, positions in find_words(processor.tokenizer, ids)]
 
 
 def word_log_probs(model, processor, inputs):
-    ids = inputs["labels"][0][inputs["labels"][0] != -100][:-1].tolist()
-    scores = log_probs(model, inputs)
-    return [scores[positions].sum().item() for _, positions in find_words(processor.tokenizer, ids)]
+    scores = log_probs(model, inputs).diagonal()
+    return [scores[positions].sum().item() for positions in word_positions(processor, inputs)]
 
 
 @pytest.mark.parametrize(
     ("connector", "text"), [*((name, "llama") for name in CONNECTORS), ("merging", "opt"), ("merging", "gpt2")]
 )
-def test_probabilities_and_evidence_are_those_of_plain_forward_passes(connector, text):
+def test_the_numbers_of_words_are_those_of_plain_forward_passes(connector, text):
     model, processor = make(text=text, **CONNECTORS[connector])
     (image,) = noise_images(1)
     words = explain(model, processor, image, caption=CAPTION)
@@ -58,6 +62,10 @@ def test_probabilities_and_evidence_are_those_of_plain_forward_passes(connector,
     inputs = processor(images=[image], suffix=[CAPTION])
     expected = word_log_probs(model, processor, inputs)
     assert [word.probability for word in words] == pytest.approx([math.exp(score) for score in expected], rel=1e-3)
+    highest = log_probs(model, inputs).amax(dim=0).exp()
+    confidences = [min(highest[position].item() for position in word) for word in word_positions(processor, inputs)]
+    assert [word.confidence for word in words] == pytest.approx(confidences, rel=1e-3)
+    assert any(word.confidence > 1.1 * word.probability for word in words)  # some are more probable elsewhere
     features = model.get_vision_features(inputs.pop("pixel_values"))
     median = features.median(dim=1, keepdim=True).values.expand_as(features)
     without = word_log_probs(model, processor, {**inputs, "vision_features": median})
@@ -97,7 +105,7 @@ def test_tiles_make_one_map_in_the_order_of_the_image():
     change = features - features.flatten(0, 1).median(dim=0).values
     halfway = (features - change / 2).requires_grad_()
     encoded = {"image": model.project_vision_features(halfway, grid)}
-    score = log_probs(model, {**inputs, "mm_encoder_outputs": encoded})[0]
+    score = log_probs(model, {**inputs, "mm_encoder_outputs": encoded})[0, 0]
     shares = (torch.autograd.grad(score, halfway)[0] * change).sum(dim=-1)  # (tiles, patches)
     for tile, patch in itertools.product(range(4), range(16)):
         row, column = 4 * (tile // 2) + patch // 4, 4 * (tile % 2) + patch % 4
@@ -134,24 +142,25 @@ def test_videos_have_a_map_of_each_frame(mode):
 
 def same(words, others, **tolerance):
     assert [word.word for word in words] == [other.word for other in others]
-    for name in ("probability", "evidence"):
+    for name in ("probability", "confidence", "evidence"):
         values, expected = ([getattr(word, name) for word in given] for given in (words, others))
         assert values == pytest.approx(expected, **{"rel": 1e-3, "abs": 1e-3, **tolerance})
     for word, other in zip(words, others, strict=True):
         torch.testing.assert_close(word.maps, other.maps, rtol=0.01, atol=1e-3)
 
 
+@pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("text", ["llama", "gpt2"])
-def test_a_batch_is_explained_as_its_entries(text):
+def test_a_batch_is_explained_as_its_entries(text, steps):
     """Prompts of different lengths, with generated and with given captions."""
     model, processor = make("clip", text)
     images, prompts, captions = noise_images(2), ["What?", "Question: what is it?"], ["a red circle", "a cat"]
     for given, settings in ((None, {"do_sample": False, "max_new_tokens": 8}), (captions, {})):
         alone = [
-            explain(model, processor, image, prompt, given and given[index], **settings)
+            explain(model, processor, image, prompt, given and given[index], steps=steps, **settings)
             for index, (image, prompt) in enumerate(zip(images, prompts, strict=True))
         ]
-        batch = explain(model, processor, images, prompts, given, **settings)
+        batch = explain(model, processor, images, prompts, given, steps=steps, **settings)
         for words, expected in zip(batch, alone, strict=True):
             same(words, expected)
 
@@ -224,9 +233,9 @@ def test_words_have_their_tokens_but_no_punctuation():
 
 def test_a_box_holds_the_strongest_patch_and_its_neighbours_of_half_its_value():
     values = torch.tensor([[0.0, 0.1, 0.9, 0.0], [0.0, 0.6, 1.0, 0.2], [0.0, 0.0, 0.0, 0.0], [0.7, 0.0, 0.0, 0.0]])
-    assert ExplainedWord("a", 1, 1, (values,)).box == [0.25, 0, 0.75, 0.5]
-    assert ExplainedWord("a", 1, 1, (-1 - values,)).box == [0, 0, 1, 1]  # nothing speaks for the word
-    video = ExplainedWord("a", 1, 1, (torch.stack([0.5 * values, values.T]),))
+    assert ExplainedWord("a", 1, 1, 1, (values,)).box == [0.25, 0, 0.75, 0.5]
+    assert ExplainedWord("a", 1, 1, 1, (-1 - values,)).box == [0, 0, 1, 1]  # nothing speaks for the word
+    video = ExplainedWord("a", 1, 1, 1, (torch.stack([0.5 * values, values.T]),))
     assert video.frame == 1 and video.box == [0, 0.25, 0.5, 0.75]
 
 
@@ -301,7 +310,7 @@ def test_the_pipeline_returns_words(batch_size):
             expected = explain(model, processor, image, caption=entry["generated_text"])
             assert [word["word"] for word in entry["words"]] == [word.word for word in expected]
             for word in entry["words"]:
-                assert word.keys() == {"word", "probability", "evidence", "box", "frame"}
+                assert word.keys() == {"word", "probability", "confidence", "evidence", "box", "frame"}
 
 
 def test_the_pipeline_of_videos_returns_the_frame_of_each_word():

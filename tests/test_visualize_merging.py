@@ -158,7 +158,7 @@ def test_words_are_drawn_with_their_places(captioner):
     """Each word of the model has a cell of the strip, and an outline in its colour on its own frame alone."""
     values = torch.zeros(2, 4, 4)
     values[1, 1, 2] = 5.0
-    places = [ExplainedWord("frog", 0.9, 5.0, (values,)), ExplainedWord("the", 0.9, 0.1, (values,))]
+    places = [ExplainedWord("frog", 0.9, 0.9, 5.0, (values,)), ExplainedWord("the", 0.9, 0.9, 0.1, (values,))]
     white = Image.new("RGB", (merging_overlay.SIDE,) * 2, "white")
     first, second = (np.asarray(merging_overlay.draw_words(white, places, frame)) for frame in range(2))
     side = merging_overlay.SIDE

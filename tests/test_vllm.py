@@ -205,8 +205,8 @@ def test_replies_are_those_of_generate(server, tmp_path):
 def test_the_documented_requests_by_curl_and_from_python_are_answered(server, tmp_path):
     image = noise_images(1)[0]
     image.save(tmp_path / "image.png")
-    blocks = [block for block in blocks_of_page(ROOT / "docs" / "serve.md") if block.language in ("sh", "py")]
-    curl, python = (block.code for block in blocks)
+    blocks = [block.code for block in blocks_of_page(ROOT / "docs" / "serve.md")]
+    curl, python = (code for code in blocks if "chat/completions" in code or "from openai" in code)
     texts = []
     for command in (["bash", "-c", curl], [os.environ["EVLGEN_VLLM_PYTHON"], "-c", python]):
         command[-1] = command[-1].replace("http://127.0.0.1:8000/", server.url("")).replace("outputs/demo", "model")

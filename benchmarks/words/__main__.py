@@ -3,10 +3,11 @@
     python -m benchmarks.words --models outputs/demo outputs/seed1 outputs/seed2
 
 appends to `benchmarks/words/results.jsonl` what it lacks, a line for each model and data, and prints the tables. The
-data are the demo's held-out scenes; the same with drawings of half the size, which the demo often names wrongly; and
-crowded scenes. A map is right if its strongest patch, or a patch of its strongest token, touches the drawing that the
-noun names. Language models are in bfloat16, which takes a quarter of the time. Lines of results have other methods,
-too, whose code was deleted.
+data are the demo's held-out scenes; the same with drawings of half the size, which the demo often names wrongly;
+merged videos, which show the first drawing alone and then the second; and crowded scenes. A map is right if its
+strongest patch, or a patch of its strongest token, touches the drawing that the noun names. In a video it must also be
+in a frame that shows the drawing. Language models are in bfloat16, which takes a quarter of the time. Lines of results
+have other methods, too, whose code was deleted.
 """
 
 import argparse
@@ -28,10 +29,12 @@ from processing_evlgen import EVLGenProcessor
 from ..results import Result, markdown_table, read_results, spread, train_missing
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-DATA = ("scenes", "half-size", "crowded")
+DATA = ("scenes", "half-size", "videos", "crowded")
+FRAMES = 2  # of each drawing of a video
 SCENES, CAPTIONED = 12, 60  # whose maps are measured; that are captioned, to find wrong names
 
-Scene = tuple[Image.Image, str, list[tuple[str, scenes.Box]]]  # with its caption, and the box of each drawing
+Drawing = tuple[str, scenes.Box, slice]  # its name, its box, and the frames that show it
+Scene = tuple[list[Image.Image], str, list[Drawing]]  # an image has one frame; with its caption
 
 
 @dataclass(frozen=True)
@@ -48,29 +51,46 @@ def draw(data: str, count: int) -> Iterator[Scene]:
     if data == "crowded":
         for image, rows, boxes in crowded_scenes.draw_crowds("test", count):
             nouns = [noun for row in rows for noun in row]
-            yield Image.open(io.BytesIO(image)), crowded_scenes.caption(rows), list(zip(nouns, boxes, strict=True))
+            drawings = [(noun, box, slice(1)) for noun, box in zip(nouns, boxes, strict=True)]
+            yield [Image.open(io.BytesIO(image))], crowded_scenes.caption(rows), drawings
         return
     sizes = scenes.DRAWING_SIZES
-    scenes.DRAWING_SIZES = sizes if data == "scenes" else tuple(size // 2 for size in sizes)
+    scenes.DRAWING_SIZES = tuple(size // 2 for size in sizes) if data == "half-size" else sizes
     rows = list(scenes.draw_scenes("test", count))
     scenes.DRAWING_SIZES = sizes
     for row in rows:
-        yield Image.open(io.BytesIO(row["image"])), row["caption"], list(row["boxes"].items())
+        image, boxes = Image.open(io.BytesIO(row["image"])), row["boxes"].items()
+        if data == "videos":  # one drawing after the other, FRAMES frames each
+            frames = [hide(image, box) for _, box in reversed(boxes) for _ in range(FRAMES)]
+            drawings = [(noun, box, slice(n * FRAMES, (n + 1) * FRAMES)) for n, (noun, box) in enumerate(boxes)]
+        else:
+            frames, drawings = [image], [(noun, box, slice(1)) for noun, box in boxes]
+        yield frames, row["caption"], drawings
 
 
-def touched(boxes: list[scenes.Box], image: Image.Image, rows: int, columns: int) -> torch.Tensor:
-    """Whether a patch touches one of the boxes, `(rows * columns,)`."""
-    mask = torch.zeros(rows, columns, dtype=torch.bool)
-    width, height = image.width / columns, image.height / rows
-    for left, upper, right, lower in boxes:
-        mask[int(upper / height) : -int(-lower // height), int(left / width) : -int(-right // width)] = True
-    return mask.flatten()
+def hide(image: Image.Image, box: scenes.Box) -> Image.Image:
+    """A scene without one of its drawings."""
+    hidden = image.copy()
+    hidden.paste(image.getpixel((0, 0)), box)
+    return hidden
 
 
-def load(name: str) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
-    model = EVLGenForConditionalGeneration.from_pretrained(name)
+def touched(noun: str, drawings: list[Drawing], image: Image.Image, shape: torch.Size) -> torch.Tensor:
+    """Whether a patch of a map, `(frames, rows, columns)`, touches a drawing of that name. Its shape is the map's."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    width, height = image.width / shape[2], image.height / shape[1]
+    for name, (left, upper, right, lower), frames in drawings:
+        if name == noun:
+            rows = slice(int(upper / height), -int(-lower // height))
+            mask[frames, rows, int(left / width) : -int(-right // width)] = True
+    return mask
+
+
+def load(run: Run) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
+    mode = {"video_mode": "merge"} if run.data == "videos" else {}
+    model = EVLGenForConditionalGeneration.from_pretrained(run.model, **mode)
     model.language_model.bfloat16()
-    return model, EVLGenProcessor.from_pretrained(name)
+    return model, EVLGenProcessor.from_pretrained(run.model)
 
 
 def find_nouns(*given: Any) -> list[tuple[str, list[int]]]:
@@ -79,10 +99,10 @@ def find_nouns(*given: Any) -> list[tuple[str, list[int]]]:
     return [(word, positions) for word, positions in find_words(*given) if word in nouns]
 
 
-def explain_nouns(captioner: Any, image: Image.Image, steps: int, **given: Any) -> dict[str, tuple[float, ...]]:
-    """Of each noun of a caption, the probability, the evidence and the map. Some nouns have two words."""
+def explain_nouns(captioner: Any, steps: int, **given: Any) -> dict[str, tuple[float, ...]]:
+    """Of each noun of one caption, the numbers of [`doubt`], and the map. Some nouns have two words."""
     explanations.find_words = find_nouns
-    words = explain(*captioner, image, steps=steps, **given)
+    (words,) = explain(*captioner, steps=steps, **given)
     found = {}
     for index in range(len(words)):
         for part in (words[index : index + 2], words[index : index + 1]):
@@ -90,19 +110,24 @@ def explain_nouns(captioner: Any, image: Image.Image, steps: int, **given: Any) 
             if noun in crowded_scenes.CONCEPTS:
                 sums = [sum(word.map for word in part)] if steps else []
                 probability = torch.tensor([word.probability for word in part]).prod().item()
-                found[noun] = (probability, sum(word.evidence for word in part), *sums)
+                confidence = min(word.confidence for word in part)
+                found[noun] = (probability, sum(word.evidence for word in part), confidence, *sums)
                 break
     return found
 
 
 def point(run: Run) -> dict[str, list[bool]]:
     """Whether the strongest patch of each noun is right, and a patch of its strongest token."""
-    hits, (model, processor) = defaultdict(list), load(run.model)
-    for image, caption, drawings in draw(run.data, SCENES):
-        index = model.get_image_features(processor(images=[image])["pixel_values"]).output_index
-        found = explain_nouns((model, processor), image, explanations.STEPS, caption=caption)
-        for noun, (_, _, values) in found.items():
-            right = touched([box for name, box in drawings if name == noun], image, *values.shape)
+    hits, (model, processor) = defaultdict(list), load(run)
+    for frames, caption, drawings in draw(run.data, SCENES):
+        given, index = {"video": [frames]}, None
+        if run.data != "videos":
+            given = {"image": frames}
+            index = model.get_image_features(processor(images=frames)["pixel_values"]).output_index
+        found = explain_nouns((model, processor), explanations.STEPS, caption=[caption], **given)
+        for noun, (*_, values) in found.items():
+            values = values.view(-1, *values.shape[-2:])  # (frames, rows, columns)
+            right = touched(noun, drawings, frames[0], values.shape).flatten()
             hits["integrated gradients"].append(bool(right[values.argmax()]))
             if index is not None:  # tokens of a Q-Former are made of no patches of their own
                 of_tokens = torch.zeros(int(index.max()) + 1).index_add(0, index[0], values.flatten())
@@ -112,15 +137,15 @@ def point(run: Run) -> dict[str, list[bool]]:
 
 
 def doubt(run: Run) -> dict[str, list[float]]:
-    """Of each noun of generated captions: whether it is wrong, its probability and its evidence."""
-    numbers: dict[str, list[float]] = {"wrong": [], "probability": [], "evidence": []}
-    captioner = load(run.model)
-    for image, _, drawings in draw(run.data, CAPTIONED):
-        found = explain_nouns(captioner, image, steps=0, do_sample=False, max_new_tokens=60)
-        for noun, (probability, evidence) in found.items():
-            numbers["wrong"].append(noun not in dict(drawings))
-            numbers["probability"].append(probability)
-            numbers["evidence"].append(evidence)
+    """Of each noun of generated captions: whether it is wrong, its probability, its evidence and its confidence."""
+    numbers: dict[str, list[float]] = {"wrong": [], "probability": [], "evidence": [], "confidence": []}
+    captioner = load(run)
+    for frames, _, drawings in draw(run.data, CAPTIONED):
+        found = explain_nouns(captioner, 0, image=frames, do_sample=False, max_new_tokens=60)
+        for noun, found_numbers in found.items():
+            is_wrong = noun not in {name for name, *_ in drawings}
+            for values, number in zip(numbers.values(), (is_wrong, *found_numbers), strict=True):
+                values.append(number)
     return numbers
 
 
@@ -131,7 +156,8 @@ def area_under_curve(doubts: torch.Tensor, is_wrong: torch.Tensor) -> float:
 
 
 def measure(run: Run) -> Result:
-    return {"hits": {} if run.data == "half-size" else point(run), "doubt": {} if run.data == "scenes" else doubt(run)}
+    with_doubt = run.data in ("half-size", "crowded")
+    return {"hits": {} if run.data == "half-size" else point(run), "doubt": doubt(run) if with_doubt else {}}
 
 
 def print_tables(results: list[Result]) -> None:
@@ -142,10 +168,13 @@ def print_tables(results: list[Result]) -> None:
             for name, hits in result["hits"].items():
                 shares[name].append(sum(hits) / len(hits))
             if result["doubt"]:
-                wrong, probability, evidence = (torch.tensor(values) for values in result["doubt"].values())
-                ranks = [-values.argsort().argsort() for values in (probability, evidence)]
-                for name, doubts in (("probability", -probability), ("evidence", -evidence), ("both", sum(ranks))):
-                    shares[f"wrong names by {name}, area"].append(area_under_curve(doubts, wrong.bool()))
+                numbers = {name: torch.tensor(values) for name, values in result["doubt"].items()}
+                wrong = numbers.pop("wrong")
+                doubts = {name: -values for name, values in numbers.items()}
+                ranks = [doubts[name].argsort().argsort() for name in ("probability", "evidence")]
+                doubts["probability and evidence"] = sum(ranks)
+                for name, values in doubts.items():
+                    shares[f"wrong names by {name}, area"].append(area_under_curve(values, wrong.bool()))
                 shares["wrong names"].append(wrong.float().mean().item())
         if shares:
             print(
@@ -156,7 +185,7 @@ def print_tables(results: list[Result]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["outputs/demo"], help="Default: outputs/demo.")
-    parser.add_argument("--data", nargs="+", choices=DATA, default=DATA[:2], help="Default: all but crowded scenes.")
+    parser.add_argument("--data", nargs="+", choices=DATA, default=DATA[:3], help="Default: all but crowded scenes.")
     arguments = parser.parse_args(argv)
     runs = [Run(model, data) for data in arguments.data for model in arguments.models]
     train_missing(runs, RESULTS, measure)

@@ -201,7 +201,7 @@ def answer_pending(
     """Answers each row that has no answer in `folder` yet. Afterwards `answers.jsonl` has an answer to every row.
 
     `collate` makes the prompts of a batch of rows. It may add a list `details`: what is kept beside the text of each
-    row. A row with an `"error"` gets no text. With `evidence`, an answer has its least probable word, too. The
+    row. A row with an `"error"` gets no text. With `evidence`, an answer has its least certain word, too. The
     processes separate at the end.
     """
     path = folder / ANSWERS

@@ -16,6 +16,8 @@ from modeling_evlgen import EVLGenForConditionalGeneration
 from modeling_evlgen.explanations import explain_sequences, generate_once
 from processing_evlgen import EVLGenProcessor
 
+NUMBERS = ("probability", "confidence", "evidence")  # of an explained word
+
 
 @torch.no_grad()
 def caption_loss(
@@ -80,7 +82,7 @@ def generate_answers(
     dtype: torch.dtype,
     seconds: Counter | None = None,
 ) -> list[dict[str, Any]]:
-    """As [`generate_texts`], under `"text"`. With `seconds` also the least probable word of each, and its numbers.
+    """As [`generate_texts`], under `"text"`. With `seconds` also the least certain word of each, and its numbers.
 
     `seconds` adds up the time of the `"texts"` and that of the `"evidence"`.
     """
@@ -102,8 +104,8 @@ def generate_answers(
     answers: list[dict[str, Any]] = [{"text": text.strip()} for text in texts]
     for answer, words in zip(answers, explained, strict=False):
         if words:
-            word = min(words, key=lambda word: word.probability)
-            answer |= {"least_probable": word.word, "probability": word.probability, "evidence": word.evidence}
+            word = min(words, key=lambda word: word.confidence)
+            answer |= {"least_certain": word.word, **{name: getattr(word, name) for name in NUMBERS}}
     return answers
 
 

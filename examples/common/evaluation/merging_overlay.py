@@ -27,7 +27,7 @@ from modeling_evlgen.explanations import patch_grid, trace_frames
 
 SIDE = 448  # width and height in pixels of a drawn image
 TINT = 0.35  # opacity of a token's colour over the image, 0 to 1
-DOUBTFUL = 0.5  # words of a lower probability are underlined
+DOUBTFUL = 0.5  # words of a lower confidence are underlined
 STRIP = 32  # height in pixels of the words below an image
 MAX_NUMBERED = 32  # tokens in a drawing with numbers; more of them would hide the image
 
@@ -181,8 +181,8 @@ def words_page(frames: list[Image.Image], words: list[ExplainedWord]) -> str:
         dark = Image.eval(frames[word.frame], lambda value: value // 4)
         lit = _data_url(Image.composite(frames[word.frame], dark, light))
         layers.append(f"<img class='place' id='place-{number}' src='{lit}'>")
-        style = " style='text-decoration: underline wavy red'" if word.probability < DOUBTFUL else ""
-        title = f"{word.probability:.0%}, evidence {word.evidence:z.1f}"
+        style = " style='text-decoration: underline wavy red'" if word.confidence < DOUBTFUL else ""
+        title = f"{word.confidence:.0%}, evidence {word.evidence:z.1f}"
         texts.append(f"<span id='word-{number}' title='{title}'{style}>{html.escape(word.word)}</span>")
         rules.append(f".words:has(#word-{number}:hover) #place-{number} {{ opacity: 1 }}")
     style = f".words div {{ position: relative; max-width: {SIDE}px }} .words img {{ width: 100% }}"
