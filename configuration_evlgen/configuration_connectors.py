@@ -10,19 +10,24 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-# The smallest and the largest value of each numeric field. No connector has all of these fields.
+# The smallest and the largest value of each numeric field. No configuration has all of these fields.
 _COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 _COUNTS += ("type_vocab_size", "num_query_tokens", "cross_attention_frequency", "pool_size", "num_distinctive_tokens")
+_COUNTS += ("num_vision_tokens", "vision_hidden_size", "temporal_hidden_size", "temporal_num_attention_heads")
 _DEVIATIONS = ("initializer_range", "position_initializer_range", "output_position_initializer_range")
-_DEVIATIONS += ("branch_initializer_range", "query_initializer_range", "layer_norm_eps")
+_DEVIATIONS += ("branch_initializer_range", "layer_norm_eps")
 _RANGES = dict.fromkeys(_COUNTS, (1, math.inf)) | dict.fromkeys(_DEVIATIONS, (0, math.inf))
+_RANGES |= dict.fromkeys(("image_token_id", "video_token_id"), (0, math.inf))
 _RANGES |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), (0, 1))
 # Options that connectors had. Each is refused where it is set, since the model would give other words without it.
 _DELETED = ("distinctive_factor", "num_merged_tokens", "size_weighting", "keep_order")
 
 
 class CheckedConfig(PreTrainedConfig):
-    """A configuration that checks the types of its fields, and raises a TypeError that names the first wrong one."""
+    """A configuration that checks its fields. A wrong type raises a TypeError, and a number out of range a ValueError.
+
+    The message names the first wrong field.
+    """
 
     def __post_init__(self, **kwargs: Any):
         for name in self.field_names():
@@ -32,6 +37,8 @@ class CheckedConfig(PreTrainedConfig):
             except TypeError:
                 expected = inspect.formatannotation(annotation)
                 raise TypeError(f"`{name}` must be of type {expected}, but is {value!r}.") from None
+            if name in _RANGES and value is not None:
+                _check_range(name, value, *_RANGES[name])
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -57,14 +64,14 @@ class CheckedConfig(PreTrainedConfig):
         names = [name for name in cls.field_names() if name in kwargs and name not in cls.sub_configs]
         return super().from_dict({**config_dict, **{name: kwargs.pop(name) for name in names}}, **kwargs)
 
-    def _check_range(self, name: str, low: float, high: float = math.inf) -> None:
-        """Raises a ValueError if a field is neither None nor a finite number from `low` to `high`."""
-        value = getattr(self, name)
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"`{name}` must be finite, but is {value}.")
-        if value is not None and not low <= value <= high:
-            expected = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise ValueError(f"`{name}` must be {expected}, but is {value}.")
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises a ValueError if a field is no finite number from `low` to `high`."""
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` must be finite, but is {value}.")
+    if not low <= value <= high:
+        expected = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise ValueError(f"`{name}` must be {expected}, but is {value}.")
 
 
 class ConnectorConfig(CheckedConfig):
@@ -105,10 +112,6 @@ class ConnectorConfig(CheckedConfig):
                     "checkpoint with the code that it holds: `trust_remote_code=True` without EVLGen installed."
                 )
         super().__post_init__(**kwargs)
-        fields = self.field_names()
-        for name, (low, high) in _RANGES.items():
-            if name in fields:
-                self._check_range(name, low, high)
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, but is {self.hidden_act!r}.")
         heads = getattr(self, "num_attention_heads", 1)
@@ -143,11 +146,9 @@ class ConnectorConfig(CheckedConfig):
         prefix, num_tiles = int(self.class_token), math.prod(tiles)
         tokens = (shape[1] - prefix) / num_tiles + prefix  # of one tile
         if self.max_position_embeddings is not None and tokens > self.max_position_embeddings:
-            limit, where = (
-                f"`max_position_embeddings` ({self.max_position_embeddings})",
-                " in each tile" * (num_tiles > 1),
-            )
-            raise ValueError(f"`inputs_embeds` has {tokens:g} tokens{where}, more than {limit}.")
+            found = f"{tokens:g} tokens{' in each tile' * (num_tiles > 1)}"
+            limit = f"`max_position_embeddings` ({self.max_position_embeddings})"
+            raise ValueError(f"`inputs_embeds` has {found}, more than {limit}.")
         if num_tiles > 1 and math.isqrt(int(tokens) - prefix) ** 2 != tokens - prefix:
             found = f"{shape[1]} tokens in {tiles[0]} x {tiles[1]} tiles"
             raise ValueError(f"`tiles` must have a square grid of patches each, but {found} have none.")
@@ -260,7 +261,6 @@ class QFormerConnectorConfig(TransformerConnectorConfig):
 
     Args:
         num_query_tokens (`int`, defaults to 32): Number of queries, and so of tokens in the soft prompt.
-        query_initializer_range (`float`, defaults to 0.02): Standard deviation of fresh queries.
         cross_attention_frequency (`int`, defaults to 2):
             Queries attend to visual tokens in every layer whose index is a multiple of this.
         position_initializer_range (`float`, *optional*):
@@ -275,7 +275,6 @@ class QFormerConnectorConfig(TransformerConnectorConfig):
     model_type = "evlgen_qformer"
 
     num_query_tokens: int = 32
-    query_initializer_range: float | int = 0.02
     cross_attention_frequency: int = 2
     num_distinctive_tokens: int | None = None
 

@@ -152,13 +152,6 @@ class EVLGenConfig(CheckedConfig):
         self.custom_pipelines = Pipelines("video-to-text" if self.is_for_videos else "image-to-text")
         connector_config_class({"model_type": self.connector_config.model_type})  # raises where it is no connector
 
-        for name in (
-            "num_vision_tokens",
-            "vision_hidden_size",
-            "temporal_hidden_size",
-            "temporal_num_attention_heads",
-        ):
-            self._check_range(name, 1)
         self._complete("num_vision_tokens", _num_vision_tokens(self.vision_config))
         self._complete("vision_hidden_size", getattr(self.vision_config, "hidden_size", None))
         self._fit_connector(class_token_is_given)
@@ -280,8 +273,6 @@ class EVLGenConfig(CheckedConfig):
             self.image_token_id = self.text_config.get_text_config().vocab_size
         if self.video_token_id is None:
             self.video_token_id = self.image_token_id + 1
-        for name in ("image_token_id", "video_token_id"):
-            self._check_range(name, 0)
         if self.image_token_id == self.video_token_id:
             raise ValueError(f"`image_token_id` and `video_token_id` must differ, but both are {self.image_token_id}.")
 

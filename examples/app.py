@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not arguments.max_mb > 0:
         parser.error(f"--max_mb must be above 0, but is {arguments.max_mb:g}")
-    model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, arguments.model)
+    model = load_captioner(arguments.model)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     processor, sheet = EVLGenProcessor.from_pretrained(arguments.model), find_sheet(arguments.model)
     examples = sorted(path for path in arguments.examples.glob("*") if path.suffix.lower() in IMAGES)[:6]

@@ -71,8 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.formats == [WEB]:
         export_for_web(arguments)
         return
-    load = EVLGenForConditionalGeneration.from_pretrained
-    model = load_captioner("model", load, arguments.model, dtype=getattr(torch, arguments.dtype))
+    model = load_captioner(arguments.model, dtype=getattr(torch, arguments.dtype))
     processor = EVLGenProcessor.from_pretrained(arguments.model)
     image_processor = processor.image_processor
     prompt = SoftPrompt(model, arguments.num_image_tokens, tuple(arguments.tile_grid))

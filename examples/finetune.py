@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     checkpoint = start_run(training_args)
 
     with training_args.main_process_first(desc="preparing model and data"):
-        processor = load_trainable(model_args.model, "model", EVLGenProcessor.from_pretrained)
+        processor = load_trainable(model_args.model, load=EVLGenProcessor.from_pretrained)
         data_args.complete_frames(processor)
         splits = load_datasets(data_args, training_args.seed)
         quantization = quantization_config(model_args.text_quantization)

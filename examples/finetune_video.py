@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     checkpoint = start_run(training_args)
 
     with training_args.main_process_first(desc="preparing model and data"):
-        processor = load_trainable(model_args.image_model, "image_model", EVLGenProcessor.from_pretrained)
+        processor = load_trainable(model_args.image_model, "image_model", load=EVLGenProcessor.from_pretrained)
         data_args.complete_frames(processor)
         splits = load_datasets(data_args, training_args.seed)
         load = EVLGenForConditionalGeneration.from_pretrained
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             load = EVLGenForConditionalGeneration.from_image_model
         names = ("temporal_frame_positions", "video_mode")  # those that are not given stay the image model's
         fields = {name: getattr(model_args, name) for name in names if getattr(model_args, name)}
-        model = load_trainable(model_args.image_model, "image_model", load, **fields)
+        model = load_trainable(model_args.image_model, "image_model", load=load, **fields)
         model.to(training_args.device)
         splits = cache_features(model, processor, *splits, data_args, training_args.seed)
 

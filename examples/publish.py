@@ -9,7 +9,6 @@ published as an adapter, or with `--merge true` as one complete model. `--space`
 static Space. docs/publish.md has the rest.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -145,8 +144,8 @@ def read_results(paths: list[str]) -> list[dict[str, Any]]:
 def check_results(results: list[dict[str, Any]], arguments: PublishArguments) -> None:
     """Raises a ValueError if results were not measured with the weights that are published."""
     for path, entry in zip(arguments.results, results, strict=True):
-        load, dtype = EVLGenForConditionalGeneration.from_pretrained, entry["settings"]["dtype"]
-        weights = hash_weights(load_captioner("model", load, arguments.model, dtype=dtype).state_dict())
+        model = load_captioner(arguments.model, dtype=entry["settings"]["dtype"])
+        weights = hash_weights(model.state_dict())
         if weights != entry["settings"]["weights"] or arguments.merge:
             raise ValueError(
                 f"`results`: {path} was measured on {entry['model']}, whose weights differ from the published ones."
@@ -171,9 +170,9 @@ def write_model(folder: Path, arguments: PublishArguments, results: list[dict[st
     if arguments.merge and not is_adapter:
         raise ValueError(f"`merge` needs an adapter, but there is no {ADAPTER_CONFIG} in {arguments.model}.")
     name = find_adapter(source, {})[0] if arguments.merge else arguments.model
-    model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, name)
+    model = load_captioner(name)
     adapter = load_file(source / SAFETENSORS_WEIGHTS_NAME) if is_adapter else {}
-    described, adapter_of = model.config, None
+    adapter_of = None
     if is_adapter and not arguments.merge:
         adapter_of = copy_adapter(source, folder, arguments.base_model)
         trained = sum(weight.numel() for weight in adapter.values())
@@ -184,13 +183,12 @@ def write_model(folder: Path, arguments: PublishArguments, results: list[dict[st
             adapted = [argument for argument, tower in TOWERS.items() if any(f".{tower}." in name for name in adapter)]
             model.config.adapted_towers = adapted
         trained = model.num_parameters() - sum(getattr(model, tower).num_parameters() for tower in TOWERS.values())
-        described = copy.deepcopy(model.config)  # the card names private towers, the published configuration does not
         save_model(model, folder, arguments.towers)
-        described.towers = EVLGenConfig.from_pretrained(folder).towers
+        model.config.towers = EVLGenConfig.from_pretrained(folder).towers
     EVLGenProcessor.from_pretrained(arguments.model).save_pretrained(folder)
     if (source / SHEET).exists():
         Image.open(source / SHEET).save(folder / SHEET)  # a link could lead to anything
-    return str(model_card(arguments, described, trained, results, adapter_of))
+    return str(model_card(arguments, model.config, trained, results, adapter_of))
 
 
 def model_card(
@@ -253,8 +251,6 @@ def save_model(model: EVLGenForConditionalGeneration, folder: Path, towers: str 
     private = [argument for argument, name in names.items() if not is_on_hub(name)]
     if private and towers == "reference":
         raise ValueError(f'`towers` cannot be "reference": {names[private[0]]!r} is not on the Hub.')
-    for argument in private:
-        setattr(model.config, f"{argument}_name_or_path", None)
     model.save_pretrained(folder, towers="include" if private else towers)
 
 

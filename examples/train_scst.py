@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     checkpoint = start_run(training_args)
 
     with training_args.main_process_first(desc="preparing model and data"):
-        processor = load_trainable(scst_args.model, "model", EVLGenProcessor.from_pretrained)
+        processor = load_trainable(scst_args.model, load=EVLGenProcessor.from_pretrained)
         data_args.complete_frames(processor)
         splits = load_datasets(data_args, training_args.seed)
         if data_args.prompt_column and isinstance(splits[0].features[data_args.prompt_column], List):

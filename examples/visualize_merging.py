@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not arguments.images and not arguments.videos:
         parser.error("at least one of --images and --videos must be given")
-    model = load_captioner("model", EVLGenForConditionalGeneration.from_pretrained, arguments.model)
+    model = load_captioner(arguments.model)
     own = {} if arguments.num_image_tokens is None else {"num_image_tokens": arguments.num_image_tokens}
     processor = EVLGenProcessor.from_pretrained(arguments.model, **own)
     sources = [("images", path) for path in arguments.images] + [("videos", path) for path in arguments.videos]

@@ -170,7 +170,7 @@ class EVLGenPreTrainedModel(PreTrainedModel):
         towers = choose_towers(self, towers, state_dict)
         if towers == "reference":
             state_dict = {name: tensor for name, tensor in state_dict.items() if not _is_towers(name)}
-        _check_disk_space(save_directory, sum(tensor.nbytes for tensor in state_dict.values()))
+        check_disk_space(save_directory, sum(tensor.nbytes for tensor in state_dict.values()), "The checkpoint")
         # config.json records what this checkpoint holds; the model's own wish is for the next one.
         fields: dict[str, str | None] = {"towers": towers}
         if towers == "include":  # a folder's path says nothing to whoever gets the checkpoint
@@ -305,13 +305,13 @@ def _quantize_only_language_model(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "quantization_config": quantization_config}
 
 
-def _check_disk_space(save_directory: str | os.PathLike, needed: int) -> None:
-    """Raises an `OSError` if fewer than `needed` bytes are free where `save_directory` is, or will be."""
-    folder = Path(save_directory).absolute()
-    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+def check_disk_space(folder: str | os.PathLike, needed: float, what: str) -> None:
+    """Raises an `OSError` if fewer than `needed` bytes are free where `folder` is, or will be, for `what`."""
+    path = Path(folder).absolute()
+    free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.is_dir())).free
     if needed > free:
-        message = f"The checkpoint needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
-        raise OSError(errno.ENOSPC, message, str(save_directory))
+        message = f"{what} needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+        raise OSError(errno.ENOSPC, message, str(folder))
 
 
 def _is_towers(name: str) -> bool:

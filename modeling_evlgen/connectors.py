@@ -93,7 +93,7 @@ class QFormerConnector(ConnectorPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, QFormerConnector):
-            init.normal_(module.query_tokens, std=self.config.query_initializer_range)
+            init.normal_(module.query_tokens, std=self.config.initializer_range)
 
     def embed_tokens(
         self, inputs_embeds: torch.Tensor, tiles: tuple[int, int] = (1, 1), places: torch.Tensor | None = None

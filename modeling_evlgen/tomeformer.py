@@ -11,11 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.bert.modeling_bert import eager_attention_forward
+from transformers.models.bert.modeling_bert import BertIntermediate, eager_attention_forward
 
 from configuration_evlgen.configuration_connectors import MLPConnectorConfig, TomeFormerConfig
 
@@ -234,16 +233,6 @@ class TomeFormerAttention(nn.Module):
         return self.output(context, hidden_states), metric
 
 
-class TomeFormerIntermediate(nn.Module):
-    def __init__(self, config: TomeFormerConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.dense(hidden_states))  # (batch, tokens, intermediate)
-
-
 class TomeFormerLayer(GradientCheckpointingLayer):
     """One BERT layer with a merge between its two residual branches."""
 
@@ -251,7 +240,7 @@ class TomeFormerLayer(GradientCheckpointingLayer):
         super().__init__()
         self.class_token = config.class_token
         self.attention = TomeFormerAttention(config)
-        self.intermediate = TomeFormerIntermediate(config)
+        self.intermediate = BertIntermediate(config)
         self.output = TomeFormerBranchOutput(config, config.intermediate_size)
 
     def forward(self, hidden_states: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

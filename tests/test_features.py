@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from datasets import Image as ImageFeature
 from huggingface_hub import constants
 from PIL import Image
 from pretrain import whiten_vision_projection
+from safetensors.numpy import save_file
 
 from common.arguments import DataArguments
 from common.data import feature_cache
@@ -50,7 +52,7 @@ def processor_for(model, max_tiles=4):
 def cached(rows=None, model=None, max_tiles=1, **data):
     model = model or tiny_model()
     views = CaptionCollator(processor_for(model, max_tiles), DataArguments(**data), training=False)
-    return cache_split(model, rows_of() if rows is None else rows, views, batch_size=4)
+    return cache_split(model, rows_of() if rows is None else rows, views)
 
 
 def values(dataset):
@@ -95,16 +97,18 @@ def test_two_runs_that_want_the_same_features_compute_them_once(monkeypatch):
 
 @pytest.mark.parametrize("max_tiles", [1, 4])
 @pytest.mark.parametrize(
-    ("suffix", "damage"),
+    "damage",
     [
-        ("npy", lambda path: os.truncate(path, path.stat().st_size - 1)),
-        ("npy", lambda path: np.save(path, np.zeros(3))),
-        ("json", lambda path: path.write_text('{"grids": [[[2, -2]]], "bad_rows": {}}')),
+        lambda path: os.truncate(path, path.stat().st_size - 1),
+        lambda path: os.truncate(path, 4),
+        lambda path: path.write_text('{"grids": 10'),
+        lambda path: save_file({"grids": np.zeros(3)}, path),
+        lambda path: save_file({"vision_features": np.zeros(3)}, path, {"bad_rows": "{}"}),
     ],
 )
-def test_a_damaged_part_of_a_cache_is_computed_again(max_tiles, suffix, damage, tmp_path, monkeypatch, caplog):
+def test_a_damaged_part_of_a_cache_is_computed_again(max_tiles, damage, tmp_path, monkeypatch, caplog):
     whole = values(cached(max_tiles=max_tiles))
-    damage(min((tmp_path / "hf_home" / "evlgen_features").rglob(f"*.{suffix}")))
+    damage(min((tmp_path / "hf_home" / "evlgen_features").rglob("*.safetensors")))
     tower = Tower(monkeypatch)
     assert np.array_equal(whole, values(cached(max_tiles=max_tiles)))
     assert tower.images == 4 and "are damaged and computed again" in caplog.text
@@ -154,9 +158,9 @@ def test_other_images_of_the_same_names_are_not_taken_from_the_cache(load, tmp_p
 @pytest.mark.parametrize(("max_tiles", "free", "images"), [(1, 1000, 0), (4, 17 * 16 * 2 * 8, 4)])
 def test_a_full_disk_is_told_as_soon_as_it_is_known(max_tiles, free, images, monkeypatch):
     """Of several tiles, after the first part: its rows have more than one tile each."""
-    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     tower = Tower(monkeypatch)
-    with pytest.raises(OSError, match=r"\$HF_HOME\) has 0\.0 GB"):
+    with pytest.raises(OSError, match=r"vision features needs .* only 0\.00 GB are free: .*evlgen_features"):
         cached(max_tiles=max_tiles)
     assert tower.images == images
 

@@ -98,7 +98,7 @@ def test_cached_features_train_like_images(work, tmp_path):
     plain = pretrain.main(arguments(work, tmp_path / "images", **unmerged))
     features = pretrain.main(arguments(work, tmp_path / "features", **unmerged, cache_features=True))
     assert features["test_loss"] == pytest.approx(plain["test_loss"], abs=1e-2)
-    cached = list((tmp_path / "hf_home" / "evlgen_features").rglob("*.npy"))
+    cached = list((tmp_path / "hf_home" / "evlgen_features").rglob("*.safetensors"))
     assert len(cached) == 2
     before = [path.stat().st_mtime_ns for path in cached]
     pretrain.main(arguments(work, tmp_path / "again", cache_features=True))
@@ -319,4 +319,4 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     command = [sys.executable, "-m", "accelerate.commands.launch", str(script), *little, "--output_dir", str(tmp_path)]
     assert subprocess.run(command, cwd=ROOT, env=fresh, timeout=300).returncode == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["test_loss"] < 10
-    assert len(list((tmp_path / "hf_home" / "evlgen_features").rglob("*.npy"))) == 2
+    assert len(list((tmp_path / "hf_home" / "evlgen_features").rglob("*.safetensors"))) == 2

@@ -121,7 +121,7 @@ def test_caching_of_videos_that_is_killed_goes_on_where_it_was(rows, tmp_path, m
 def test_features_without_their_places_are_computed_again(damage, rows, tmp_path, monkeypatch):
     whole = cached(rows)
     kept = values(whole)
-    damage(min((tmp_path / "hf_home" / "evlgen_features").rglob("*.places.npy")))
+    damage(min((tmp_path / "hf_home" / "evlgen_features").rglob("*.safetensors")))
     tower = Tower(monkeypatch)
     again = values(cached(rows))
     assert tower.images == 1

@@ -5,9 +5,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from statistics import mean
 from typing import Any
@@ -37,7 +35,7 @@ from .methods import (
     STAGE_ONE_WARMUP,
     connector_of,
 )
-from .two_stage import CaptionVocabulary, StageOne, collate
+from .two_stage import CaptionVocabulary, StageOne, StageOneCollator
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,11 @@ def parse(run: Run, arguments: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def fit(
-    model: torch.nn.Module, dataset: FeatureDataset, collator: Callable, args: EVLGenTrainingArguments, **others: Any
+    model: torch.nn.Module,
+    dataset: FeatureDataset,
+    collator: CaptionCollator,
+    args: EVLGenTrainingArguments,
+    **others: Any,
 ) -> tuple[int, list[list[float]]]:
     """Trains a model. Returns the floating-point operations of a step, and the logged losses with their steps."""
     batch = collator(list(islice(dataset, args.per_device_train_batch_size)))
@@ -121,7 +123,8 @@ def train_stage_one(
 ) -> dict[str, Any]:
     """Trains the Q-Former of the model by BLIP-2's first stage. Returns the cost of a step and the losses."""
     captions = [true_captions(row, collator.data_args)[0] for row in dataset.texts]
-    vocabulary = CaptionVocabulary(collator.processor.tokenizer, captions)
+    pairs = StageOneCollator(collator.processor, collator.data_args, training=True)
+    pairs.vocabulary = CaptionVocabulary(collator.processor.tokenizer, captions)
     args = replace(
         args,
         max_steps=STAGE_ONE_STEPS,
@@ -129,8 +132,7 @@ def train_stage_one(
         warmup_steps=STAGE_ONE_WARMUP,
         per_device_train_batch_size=STAGE_ONE_BATCH,
     )
-    stage = StageOne(model, len(vocabulary)).train()
-    flops, losses = fit(stage, dataset, partial(collate, vocabulary=vocabulary, data_args=collator.data_args), args)
+    flops, losses = fit(StageOne(model, len(pairs.vocabulary)).train(), dataset, pairs, args)
     settings = {"stage_one_steps": STAGE_ONE_STEPS, "stage_one_batch_size": STAGE_ONE_BATCH}
     return {**settings, "stage_one_flops_per_step": flops, "stage_one_training_loss": losses}
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, PreTrainedTokenizerBase
 
-from common.arguments import DataArguments
+from common.data.collator import CaptionCollator
 from common.data.rows import true_captions
 from modeling_evlgen import EVLGenForConditionalGeneration, QFormerConnector
 
@@ -43,14 +43,16 @@ class CaptionVocabulary:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
-def collate(
-    rows: list[dict[str, Any]], vocabulary: CaptionVocabulary, data_args: DataArguments
-) -> dict[str, torch.Tensor]:
-    """Makes a batch for [`StageOne`] of cached vision features and captions."""
-    return {
-        "vision_features": torch.from_numpy(np.stack([row["vision_features"][0] for row in rows])).float(),
-        "text_ids": vocabulary.encode([true_captions(row, data_args)[0] for row in rows]),
-    }
+class StageOneCollator(CaptionCollator):
+    """Makes batches for [`StageOne`] of cached vision features and captions."""
+
+    vocabulary: CaptionVocabulary
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {
+            "vision_features": torch.from_numpy(np.stack([row["vision_features"][0] for row in rows])).float(),
+            "text_ids": self.vocabulary.encode([true_captions(row, self.data_args)[0] for row in rows]),
+        }
 
 
 class StageOne(nn.Module):

@@ -112,10 +112,10 @@ def make_output_folder(folder: Path) -> None:
 
 
 @contextmanager
-def only_run_in(folder: Path, argument: str = "output_dir") -> Iterator[None]:
+def only_run_in(folder: Path) -> Iterator[None]:
     """Locks an existing folder against other runs while open. The lock ends with the process, even if it is killed.
 
-    Raises a ValueError if another run has locked it. The message names that run, and `argument` as the folder's.
+    Raises a ValueError if another run has locked it. The message names that run.
     """
     run_path = folder / "_run.json"  # the Trainer does not push files that start with "_" to the Hub
     lock = FileLock(folder / "_run.lock", timeout=LOCK_SECONDS)
@@ -124,7 +124,7 @@ def only_run_in(folder: Path, argument: str = "output_dir") -> Iterator[None]:
     except Timeout:
         run = json.loads(run_path.read_text(encoding="utf-8")) if run_path.exists() else {}
         other = f": process {run['pid']} on {run['host']}, started {run['started']}: {run['command']}" if run else ""
-        message = f"`{argument}`: another run writes to {folder}{other}. Wait for it, or name another folder."
+        message = f"`output_dir`: another run writes to {folder}{other}. Wait for it, or name another folder."
         raise ValueError(message) from None
     try:
         run = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)}

@@ -133,8 +133,13 @@ def try_connector(connector: str, model: EVLGenForConditionalGeneration) -> None
         raise ValueError(f"`connector`={connector!r}: `last_hidden_state` must be {expected}, but is {shape}.")
 
 
-def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: Any) -> Any:
-    """Returns `load(name_or_path, **kwargs)`. A missing model raises a ValueError that names `argument`."""
+def load_captioner(
+    name_or_path: str,
+    argument: str = "model",
+    load: Callable = EVLGenForConditionalGeneration.from_pretrained,
+    **kwargs: Any,
+) -> Any:
+    """Loads a model, or its processor. A missing one raises a ValueError that names `argument`."""
     try:
         return load(name_or_path, **kwargs)
     except OSError as error:
@@ -142,20 +147,14 @@ def load_captioner(argument: str, load: Callable, name_or_path: str, **kwargs: A
         raise ValueError(f"`{argument}`={name_or_path!r} cannot be loaded{hint}: {error}") from error
 
 
-def load_trainable(
-    name_or_path: str,
-    argument: str = "model",
-    load: Callable = EVLGenForConditionalGeneration.from_pretrained,
-    **kwargs: Any,
-) -> Any:
-    """Loads a model or its processor to train it further. An adapter is refused: it would not be trained."""
-
-    if load_captioner(argument, find_adapter_config_file, name_or_path) is not None:
+def load_trainable(name_or_path: str, argument: str = "model", **kwargs: Any) -> Any:
+    """Loads as [`load_captioner`] does, to train further. An adapter is refused: it would not be trained."""
+    if load_captioner(name_or_path, argument, find_adapter_config_file) is not None:
         raise ValueError(
             f"`{argument}`={name_or_path!r} is an adapter. Merge it into its model first: "
             f"python examples/publish.py --model {name_or_path} --merge true --folder MERGED"
         )
-    return load_captioner(argument, load, name_or_path, **kwargs)
+    return load_captioner(name_or_path, argument, **kwargs)
 
 
 def load_image_processor(vision_model: str, **kwargs: Any) -> CLIPImageProcessor:

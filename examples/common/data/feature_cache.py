@@ -1,16 +1,13 @@
 """Features of a frozen vision tower, computed once and read from disk in every epoch.
 
 `Dataset.map` would start again at the first row after a kill, and would write float16 arrays as lists of Arrow, which
-are slow to read. So each few rows, a part, have a NumPy file of their own, which appears when it is whole. Beside it
-lie a JSON file and, for merged videos, the places of their tokens.
+are slow to read. So each few rows, a part, have a safetensors file of their own, which appears when it is whole.
 """
 
 import copy
-import errno
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -22,8 +19,9 @@ import torch
 from datasets import Dataset
 from filelock import FileLock
 from huggingface_hub import constants
-from numpy.lib.format import open_memmap
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
@@ -33,8 +31,9 @@ from transformers.utils import logging
 from common.arguments import DataArguments
 from common.data.collator import CaptionCollator
 from common.data.rows import start_of_text
-from common.files import file_state, media_paths, replacing, write_whole
+from common.files import file_state, media_paths, replacing
 from modeling_evlgen import EVLGenForConditionalGeneration, video_merging
+from modeling_evlgen.checkpoints import check_disk_space
 from modeling_evlgen.fingerprints import hash_weights
 from modeling_evlgen.vision_tower import extract_vision_tokens, find_image_size
 from processing_evlgen import EVLGenProcessor
@@ -44,8 +43,7 @@ from processing_evlgen.videos import VideoFrames
 logger = logging.get_logger(__name__)
 
 PART_TILES, PART_VIDEOS = 256, 32  # at most, in one part: about as much work as a kill may undo
-SUFFIXES = {"vision_features": ".npy", "token_places": ".places.npy"}
-Arrays = dict[str, tuple[type, tuple[int, int]]]  # by the keys of SUFFIXES: the type, and (tokens, dim) of each tile
+Part = tuple[np.ndarray, dict[str, str]]  # grids, int64, (rows, views, 2), and texts of bad rows by row
 
 
 class FeatureDataset(torch.utils.data.Dataset):
@@ -53,19 +51,17 @@ class FeatureDataset(torch.utils.data.Dataset):
 
     They are a list with an entry for each view, of shape (tokens, dim), or (rows of tiles, columns of tiles, tokens,
     dim) if `is_tiled`. Merged videos have `token_places` as well, of shape (tokens, 3) each. `images` are all rows,
-    `parts` the content of the JSON files in `folder`, in order, and `names` the keys of `SUFFIXES` that each row has.
+    and `parts` are those of the files in `folder`, in order.
     """
 
-    def __init__(
-        self, images: Dataset, media_column: str, folder: Path, parts: list[dict], names: list[str], is_tiled: bool
-    ):
-        bad = {int(row) for part in parts for row in part["bad_rows"]}
+    def __init__(self, images: Dataset, media_column: str, folder: Path, parts: list[Part], is_tiled: bool):
+        bad = {int(row) for _, bad_rows in parts for row in bad_rows}
         self.rows = [row for row in range(len(images)) if row not in bad]
         self.images = images if len(self.rows) == len(images) else images.select(self.rows)
         self.texts = self.images.remove_columns(media_column)
-        self.folder, self.names, self.is_tiled = folder, names, is_tiled
-        self.part_rows = len(parts[0]["grids"]) if parts else 1
-        grids = [np.array(part["grids"]) for part in parts]  # (rows, views, 2) each
+        self.folder, self.is_tiled = folder, is_tiled
+        grids = [grids for grids, _ in parts]  # (rows, views, 2) each
+        self.part_rows = len(grids[0]) if grids else 1
         counts = [grid.prod(axis=2) for grid in grids]
         self.grids = np.concatenate(grids) if grids else np.empty((0, 1, 2), dtype=int)
         # Of each view, the position of its first tile in its part, (rows, views).
@@ -77,13 +73,13 @@ class FeatureDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, found = self.rows[index], dict(self.texts[index])
-        for name in self.names:
-            path = self.folder / f"{row // self.part_rows:06}{SUFFIXES[name]}"
-            values = open_memmap(path, mode="r")  # not read from disk yet
-            found[name] = [
-                values[start : start + grid.prod()].reshape(*(grid if self.is_tiled else ()), *values.shape[1:])
-                for start, grid in zip(self.starts[row], self.grids[row], strict=True)
-            ]
+        with safe_open(_path(self.folder, row // self.part_rows), "numpy") as file:
+            for name in set(file.keys()) - {"grids"}:
+                values = file.get_slice(name)  # not read from disk yet
+                found[name] = []
+                for start, grid in zip(self.starts[row].tolist(), self.grids[row].tolist(), strict=True):
+                    tiles = values[start : start + math.prod(grid)]
+                    found[name].append(tiles.reshape(*(grid if self.is_tiled else ()), *tiles.shape[1:]))
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,11 +111,7 @@ def cache_features(
 
 
 def cache_split(
-    model: EVLGenForConditionalGeneration,
-    dataset: Dataset,
-    views: CaptionCollator,
-    num_views: int = 1,
-    batch_size: int | None = None,
+    model: EVLGenForConditionalGeneration, dataset: Dataset, views: CaptionCollator, num_views: int = 1
 ) -> FeatureDataset:
     """Runs the vision tower over a split, or finds its features on disk.
 
@@ -133,39 +125,38 @@ def cache_split(
     is_video = data_args.video_column is not None
     max_tiles = 1 if is_video else views.processor.max_tiles
     part_rows = max(1, (PART_VIDEOS if is_video else PART_TILES) // (num_views * max_tiles))
-    if batch_size is None:
-        # The activations of four images stay in a processor's cache. Batches of 32 took the demo's CNN twice as long.
-        batch_size = 4 if model.device.type == "cpu" else 32
-    batch_size = 1 if is_video else batch_size  # the frames of many videos would fill memory
-    arrays = {"vision_features": (np.float16, (config.num_vision_tokens, config.vision_hidden_size))}
-    if is_video and config.video_mode == "merge":
-        arrays["token_places"] = (np.float32, (config.num_vision_tokens, 3))
+    # The activations of four images stay in a processor's cache. Batches of 32 took the demo's CNN twice as long.
+    # The frames of many videos would fill memory.
+    batch_size = 1 if is_video else 4 if model.device.type == "cpu" else 32
+    tile_bytes = config.num_vision_tokens * (2 * config.vision_hidden_size + 12 * (config.video_mode == "merge"))
 
     folder = Path(constants.HF_HOME) / "evlgen_features" / _key(model, dataset, views, num_views)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):  # another run may compute the same features
         ranges = [range(row, min(row + part_rows, len(dataset))) for row in range(0, len(dataset), part_rows)]
-        parts = [_read_part(folder / f"{number:06}", arrays) for number in range(len(ranges))]
+        parts = [_read_part(_path(folder, number)) for number in range(len(ranges))]
         left = sum(len(rows) for rows, part in zip(ranges, parts, strict=True) if part is None)
         done = num_tiles = 0
         with tqdm(total=left, desc="Vision features", unit="row", disable=not left) as progress, folded_tower(model):
             for number in [number for number, part in enumerate(parts) if part is None]:
                 # At first each view counts as one tile, then as many as the views before it had.
                 tiles_of_row = num_tiles / done if done else num_views
-                _check_room(folder, (left - done) * tiles_of_row, *arrays.values())
-                parts[number], computed = _compute_part(model, dataset, ranges[number], views, num_views, batch_size)
-                _save_part(folder / f"{number:06}", parts[number], arrays, computed)
-                num_tiles += int(np.prod(parts[number]["grids"], axis=2).sum())
+                check_disk_space(folder, (left - done) * tiles_of_row * tile_bytes, "The cache of vision features")
+                parts[number], tiles = _compute_part(model, dataset, ranges[number], views, num_views, batch_size)
+                with replacing(_path(folder, number)) as path:
+                    grids, bad_rows = parts[number]
+                    save_file({"grids": grids, **tiles}, path, {"bad_rows": json.dumps(bad_rows)})
+                num_tiles += int(grids.prod(axis=2).sum())
                 done += len(ranges[number])
                 progress.update(len(ranges[number]))
-    bad_rows = {row: text for part in parts for row, text in part["bad_rows"].items()}
+    bad_rows = {row: text for _, texts in parts for row, text in texts.items()}
     if bad_rows:
         message = f"{len(bad_rows)} of {len(dataset)} rows are bad, by number and caption: {bad_rows}"
         if not data_args.skip_bad_rows:
             raise ValueError(f"{message} (`--skip_bad_rows true` goes on without them.)")
         logger.warning(f"Left out: {message}.")
     column = data_args.video_column or data_args.image_column
-    return FeatureDataset(dataset, column, folder, parts, list(arrays), is_tiled=max_tiles > 1)
+    return FeatureDataset(dataset, column, folder, parts, is_tiled=max_tiles > 1)
 
 
 @contextmanager
@@ -204,31 +195,20 @@ def fold_batch_norms(tower: PreTrainedModel) -> PreTrainedModel:
     return folded if (found - wanted).abs().max() < 1e-3 * wanted.abs().max() else tower
 
 
-def _read_part(stem: Path, arrays: Arrays) -> dict[str, Any] | None:
-    """The JSON file of a part: grids `(rows, views, 2)`, texts of bad rows. None if a file is missing or damaged."""
-    path = stem.with_suffix(".json")
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"{number:06}.safetensors"
+
+
+def _read_part(path: Path) -> Part | None:
+    """What a part's file says of its rows. None if it is missing or damaged."""
     if not path.exists():
         return None
     try:
-        part = json.loads(path.read_text(encoding="utf-8"))
-        num_tiles = int(np.array(part["grids"], dtype=np.uint64).prod(axis=2).sum())
-        for name, (dtype, shape) in arrays.items():
-            array = open_memmap(stem.with_suffix(SUFFIXES[name]), mode="r")  # refuses a pickle and an archive
-            if (array.dtype, array.shape) != (dtype, (num_tiles, *shape)):
-                raise ValueError(f"`{name}` are {array.dtype} {array.shape}, not {(num_tiles, *shape)}")
-        return {**part, "bad_rows": dict(part["bad_rows"])}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        with safe_open(path, "numpy") as file:
+            return file.get_tensor("grids"), json.loads(file.metadata()["bad_rows"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         logger.warning(f"The cached vision features in {path} are damaged and computed again: {error}")
         return None
-
-
-def _check_room(folder: Path, num_tiles: float, *arrays: tuple[type, tuple[int, int]]) -> None:
-    """Raises an OSError if the disk has no room for the features of so many tiles."""
-    needed = num_tiles * sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in arrays)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        message = f"{folder.parent} (in $HF_HOME) has {free / 1e9:.1f} GB, but the vision features need"
-        raise OSError(errno.ENOSPC, f"{message} {needed / 1e9:.1f} GB or more")
 
 
 def _compute_part(
@@ -238,8 +218,8 @@ def _compute_part(
     views: CaptionCollator,
     num_views: int,
     batch_size: int,
-) -> tuple[dict[str, Any], list[list[np.ndarray]]]:
-    """What [`_read_part`] returns, and the arrays of each batch of tiles."""
+) -> tuple[Part, dict[str, np.ndarray]]:
+    """What [`_read_part`] returns, and the arrays of all tiles by their names."""
     grids, bad_rows = np.zeros((len(rows), num_views, 2), np.int64), {}
 
     def cut_all() -> Iterator[Image.Image | VideoFrames]:
@@ -255,16 +235,8 @@ def _compute_part(
     tiles = cut_all()
     batches = iter(lambda: list(islice(tiles, batch_size)), [])
     computed = [_run_tower(model, views.processor, batch) for batch in batches]
-    return {"grids": grids.tolist(), "bad_rows": bad_rows}, computed
-
-
-def _save_part(stem: Path, part: dict[str, Any], arrays: Arrays, computed: list[list[np.ndarray]]) -> None:
-    """Writes the files of a part, that with the grids last, since it shows that all is there."""
-    for index, (name, (dtype, shape)) in enumerate(arrays.items()):
-        tiles = np.concatenate([np.empty((0, *shape), dtype), *(batch[index] for batch in computed)])
-        with replacing(stem.with_suffix(SUFFIXES[name])) as partial_path, partial_path.open("wb") as file:
-            np.save(file, tiles)
-    write_whole(stem.with_suffix(".json"), json.dumps(part))
+    names = computed[0] if computed else ()
+    return (grids, bad_rows), {name: np.concatenate([batch[name] for batch in computed]) for name in names}
 
 
 def _read_tiles(row: dict[str, Any], views: CaptionCollator, view: int) -> tuple[list[Any], tuple[int, int]]:
@@ -284,7 +256,7 @@ def _read_tiles(row: dict[str, Any], views: CaptionCollator, view: int) -> tuple
 @torch.no_grad()
 def _run_tower(
     model: EVLGenForConditionalGeneration, processor: EVLGenProcessor, media: list[Image.Image] | list[VideoFrames]
-) -> list[np.ndarray]:
+) -> dict[str, np.ndarray]:
     """Features, float16, `(media, tokens, dim)`; of merged videos also places, float32, `(videos, tokens, 3)`."""
     device = model.vision_tower.device
     if isinstance(media[0], VideoFrames):
@@ -296,7 +268,8 @@ def _run_tower(
     features = features.half().cpu()
     if not features.isfinite().all():
         raise ValueError("The vision tower's features do not fit float16, so they cannot be cached.")
-    return [features.numpy()] if places is None else [features.numpy(), places.cpu().numpy()]
+    found = {"vision_features": features.numpy()}
+    return found if places is None else {**found, "token_places": places.cpu().numpy()}
 
 
 def _key(model: EVLGenForConditionalGeneration, dataset: Dataset, views: CaptionCollator, num_views: int) -> str:

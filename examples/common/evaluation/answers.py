@@ -152,8 +152,7 @@ def _identify_medium(medium: Any) -> Any:
 
 def load_answering_model(answer_args: AnswerArguments) -> tuple[EVLGenForConditionalGeneration, EVLGenProcessor]:
     """Loads a model in the precision in which it answers, and its processor with the requested tiles and tokens."""
-    load, dtype = EVLGenForConditionalGeneration.from_pretrained, getattr(torch, answer_args.dtype)
-    model = load_captioner("model", load, answer_args.model, dtype=dtype)
+    model = load_captioner(answer_args.model, dtype=getattr(torch, answer_args.dtype))
     processor = EVLGenProcessor.from_pretrained(answer_args.model, **answer_args.layout)
     model.config.read_budgets("num_image_tokens", processor.num_image_tokens, 1)  # raises out of range
     if processor.max_tiles > 1:

@@ -182,14 +182,14 @@ def gqa_rows(questions: str, media_dir: str) -> list[dict[str, Any]]:
         return rows
 
 
-def clean_question(question: str, max_words: int = 50) -> str:
-    """Cleans a question as the original does: lower case, without ``.!"()*#:;~``, `max_words` words.
+def clean_question(question: str) -> str:
+    """Cleans a question as the original does: lower case, without ``.!"()*#:;~``, 50 words.
 
     Source: `BlipQuestionProcessor` of the original (lavis/processors/blip_processors.py). The original also truncates
     the prompt to 32 tokens, and with it long questions. That is not done here.
     """
     words = re.sub(r'[.!"()*#:;~]', "", question.lower()).rstrip(" ").split(" ")
-    return " ".join(words[:max_words])
+    return " ".join(words[:50])
 
 
 def _check_folder(media_dir: str | None) -> None:

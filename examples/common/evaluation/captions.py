@@ -62,18 +62,6 @@ class WrongImages(Dataset):
 
 
 @torch.no_grad()
-def generate_texts(
-    model: EVLGenForConditionalGeneration,
-    batch: BatchFeature,
-    processor: EVLGenProcessor,
-    generation_args: GenerationArguments,
-    dtype: torch.dtype,
-) -> list[str]:
-    """Generates a text for each prompt of a batch, and strips it; `dtype` is for autocast."""
-    return [answer["text"] for answer in generate_answers(model, batch, processor, generation_args, dtype)]
-
-
-@torch.no_grad()
 def generate_answers(
     model: EVLGenForConditionalGeneration,
     batch: BatchFeature,
@@ -82,9 +70,10 @@ def generate_answers(
     dtype: torch.dtype,
     seconds: Counter | None = None,
 ) -> list[dict[str, Any]]:
-    """As [`generate_texts`], under `"text"`. With `seconds` also the least certain word of each, and its numbers.
+    """Generates a text for each prompt of a batch, and strips it, under `"text"`; `dtype` is for autocast.
 
-    `seconds` adds up the time of the `"texts"` and that of the `"evidence"`.
+    With `seconds`, an answer also has its least certain word, and its numbers. `seconds` adds up the time of the
+    `"texts"` and that of the `"evidence"`.
     """
     model.eval()
     batch, start = batch.to(model.device), perf_counter()
@@ -120,7 +109,8 @@ def generate_captions(
     captions = []
     loader = DataLoader(dataset, batch_size=args.per_device_eval_batch_size, collate_fn=collator.prompts)
     for batch in tqdm(loader, "Captions", leave=False):
-        captions += generate_texts(model, batch, collator.processor, generation_args, args.autocast_dtype)
+        answers = generate_answers(model, batch, collator.processor, generation_args, args.autocast_dtype)
+        captions += [answer["text"] for answer in answers]
     return captions
 
 

@@ -24,7 +24,7 @@ from common.data.collator import BAD_ROWS, CaptionCollator, read_bad_rows
 from common.data.loading import read_mixture
 from common.data.rows import open_media, true_captions
 from common.demo.scenes import DEMO_CREDITS
-from common.evaluation.captions import evaluate_captions, generate_texts
+from common.evaluation.captions import evaluate_captions, generate_answers
 from common.processes import use_all_cores
 from common.training.resume import find_checkpoint
 from common.training.trainer import EVLGenTrainer, choose_attention
@@ -86,10 +86,10 @@ class PrintCaptions(TrainerCallback):
             return
         rows = [trainer.eval_dataset[index] for index in range(min(PRINTED, len(trainer.eval_dataset)))]
         given = collator.processor, self.generation_args, args.autocast_dtype
-        captions = generate_texts(trainer.model, collator.prompts(rows), *given)
+        answers = generate_answers(trainer.model, collator.prompts(rows), *given)
         print(f"Held-out captions after {state.global_step} steps:")
-        for caption, row in zip(captions, rows, strict=True):
-            print(f"  {caption} (true: {true_captions(row, collator.data_args)[0]})")
+        for answer, row in zip(answers, rows, strict=True):
+            print(f"  {answer['text']} (true: {true_captions(row, collator.data_args)[0]})")
 
 
 def train_and_report(

@@ -42,7 +42,7 @@ class EVLGenTrainer(Trainer):
         self,
         *,
         args: TrainingArguments,
-        data_collator: Any,
+        data_collator: CaptionCollator,
         train_dataset: Any,
         eval_dataset: Any = None,
         script_args: tuple[Any, ...] = (),
@@ -52,9 +52,7 @@ class EVLGenTrainer(Trainer):
             args.eval_strategy = IntervalStrategy.NO
         data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(args=args, data_collator=TrainingCollator(data_collator, train_dataset), **data, **kwargs)
-        self.eval_collator = data_collator
-        if isinstance(data_collator, CaptionCollator):
-            self.eval_collator = CaptionCollator(data_collator.processor, data_collator.data_args, training=False)
+        self.eval_collator = CaptionCollator(data_collator.processor, data_collator.data_args, training=False)
         self.add_callback(CountEpochs(data_collator, isinstance(train_dataset, CaptionStream)))
         self.script_args = script_args
         if isinstance(self.model, EVLGenForConditionalGeneration):
@@ -65,7 +63,7 @@ class EVLGenTrainer(Trainer):
         # Of a stream, after the last batch: whose turn it is, and the state of each reader of this process.
         self.positions: dict[str, Any] = {"next_reader": 0, "states": {}}
 
-    def _prepare_partition(self, data_collator: Any) -> None:
+    def _prepare_partition(self, data_collator: CaptionCollator) -> None:
         """Changes what FSDP and DeepSpeed cannot divide among processes."""
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             return
@@ -73,9 +71,7 @@ class EVLGenTrainer(Trainer):
             if parameter.ndim == 0:  # such as `temporal.0.alpha`; `_save` makes it a scalar again
                 parameter.data = parameter.data.view(1)
                 self.scalars.add(name)
-        if not isinstance(data_collator, CaptionCollator) or data_collator.data_args.video_column is not None:
-            return
-        if data_collator.processor.max_tiles > 1:
+        if data_collator.data_args.video_column is None and data_collator.processor.max_tiles > 1:
             self._keep_connector_whole()
 
     def _keep_connector_whole(self) -> None:
@@ -294,12 +290,11 @@ class CountEpochs(TrainerCallback):
     """Gives the collator the epoch that its random draws depend on, and counts the one endless epoch of a stream from
     its first step. The Trainer would count that from the last resume."""
 
-    def __init__(self, collator: Any, is_stream: bool):
+    def __init__(self, collator: CaptionCollator, is_stream: bool):
         self.collator, self.is_stream = collator, is_stream
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
-        if isinstance(self.collator, CaptionCollator):
-            self.collator.epoch = int(state.epoch or 0)
+        self.collator.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         if self.is_stream:
