@@ -8,7 +8,11 @@ import sys
 
 import caption_folder
 import pretrain
+import pytest
 from safetensors.torch import load_file
+
+from common.arguments import DataArguments
+from common.data.loading import load_splits
 
 from .helpers import ROOT, save_image_folder, save_towers
 from .training import CONNECTOR, arguments, save_recipe
@@ -68,3 +72,11 @@ def test_the_documented_jobs_run_scripts_with_arguments_that_they_know():
 
 
 CAPTION = (caption_folder.FolderArguments, caption_folder.GenerationArguments)
+
+
+def test_a_package_that_s3_needs_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(
+        ValueError, match="`dataset`: 'parquet' cannot be read: ImportError: Install s3fs to access S3"
+    ):
+        load_splits(DataArguments(dataset="parquet", data_files={"train": "s3://bucket/a.parquet"}))

@@ -1,5 +1,6 @@
 """Videos: reading videos, the temporal contextualizer in any transformer tower, and batches of videos and images."""
 
+import copy
 import math
 import random
 import threading
@@ -556,3 +557,15 @@ print(repr(one[0]["generated_text"]))
 """
     assert run_clean(code, tmp_path).strip().splitlines()[-1] == repr(caption)
     assert (tmp_path / "again" / "video_merging.py").exists()
+
+
+def test_a_copy_has_contextualizers_of_its_own():
+    model = video_model()
+    twin = copy.deepcopy(model)
+    videos = noise(1, 3)
+    with torch.no_grad():
+        expected = model.get_vision_features(videos)
+        for contextualizer in model.temporal:
+            contextualizer.alpha.zero_()
+        torch.testing.assert_close(twin.get_vision_features(videos), expected)
+        assert not torch.allclose(model.get_vision_features(videos), expected)
