@@ -16,18 +16,8 @@ datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0  # it waits for pyarrow after
 torch.set_num_threads(1)  # tiny models lose more to waiting threads than they gain
 ATTACK = re.compile("kill|damag|cut_off|broken|link|foreign|thread|stale|replaced|sign_flip|time_out|two_runs")
 # Files that start processes and take longest. They come first, so that no worker is left alone with one at the end.
-SLOW_FILES = (
-    "pretrain",
-    "distributed",
-    "streaming",
-    "export",
-    "export_web",
-    "harnesses",
-    "checkpoints",
-    "hub",
-    "docs",
-    "app",
-)
+SLOW_FILES = ("docs", "app", "distributed", "pretrain", "checkpoints", "caption_folder", "export_web", "streaming")
+SLOW_FILES += ("many_machines", "caption_with_ray", "hub", "old_transformers", "export")
 
 
 def pytest_collection_modifyitems(items):

@@ -367,14 +367,29 @@ def test_a_killed_run_is_resumed(model, tmp_path, monkeypatch):
     assert {path.name for path in broken.iterdir()} == names
 
 
-def test_two_processes_caption_as_one(model, tmp_path):
+def test_two_processes_caption_as_one_and_refuse_a_folder_that_they_do_not_share(model, tmp_path):
+    """Each process has a working directory of its own, as machines with disks of their own have folders."""
     names = save_mixed(tmp_path / "in")
     one = options(model, tmp_path / "one", tmp_path / "in", batch_size=3)
     caption_folder.main(one)
     two = options(model, tmp_path / "two", tmp_path / "in", batch_size=3)
-    process = start(SCRIPT, two, two=True, stderr=subprocess.PIPE, text=True)
-    _, progress = process.communicate(timeout=240)
+    (tmp_path / "script.py").write_text(f"""
+import os, pretrain, caption_folder
+os.makedirs({str(tmp_path)!r} + "/" + os.environ["RANK"])
+os.chdir({str(tmp_path)!r} + "/" + os.environ["RANK"])
+for main, given in (pretrain.main, ["--output_dir", "out"]), (caption_folder.main, ["--inputs", "images"]):
+    try:
+        main(given)
+    except ValueError as error:
+        print(error)
+caption_folder.main({two})
+""")
+    process = start(tmp_path / "script.py", [], two=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output, progress = process.communicate(timeout=240)
     assert process.returncode == 0, progress
+    for folder in ("out", "outputs/captions"):
+        message = f"`output_dir`: {folder} must be one folder for all processes, but 1 of 2 see another one"
+        assert output.count(message) == 2  # on both
     assert "6/6" in progress and "10/10 [" in progress  # the share of the main process; all that it writes
     rows = read(tmp_path / "two" / "captions.jsonl")
     assert rows == read(tmp_path / "one" / "captions.jsonl") and [row["file_name"] for row in rows] == names
@@ -457,20 +472,6 @@ def test_answers_of_an_unknown_list_are_refused(model, tmp_path):
     items.unlink()
     with pytest.raises(ValueError, match=r"`output_dir`: .*no items\.arrow"):
         run(model, tmp_path, prompt="what is it?")
-
-
-def test_what_is_no_regular_file_is_named_and_not_waited_for(model, tmp_path):
-    (tmp_path / "in").mkdir()
-    noise_images(1)[0].save(tmp_path / "in" / "a.png")
-    os.symlink(tmp_path / "nowhere.png", tmp_path / "in" / "d.png")
-    for name in ("b.png", "c.tar", "e.parquet"):
-        os.mkfifo(tmp_path / "in" / name)
-    result, rows = run(model, tmp_path)
-    assert result == {"captioned": 1, "broken": 4}
-    errors = {row["file_name"].rpartition("/")[2]: row.get("error") for row in rows}
-    assert "No such file" in errors["d.png"]
-    for name in ("b.png", "c.tar", "e.parquet"):
-        assert errors[name] == f"`inputs`: '{tmp_path}/in/{name}' is no regular file."
 
 
 def peak_memory(function, *arguments):

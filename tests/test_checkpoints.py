@@ -115,8 +115,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("towers", ["include", "reference"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "towers"), [*((kind, "include") for kind in MODELS), ("video tomeformer", "reference")]
+)
 def test_a_model_with_offloaded_parts_generates_the_same_and_can_be_saved(kind, towers, tmp_path):
     connector_config, fields = MODELS[kind]
     model = build(save_towers(tmp_path / "base"), connector_config, **fields)
@@ -145,29 +146,13 @@ def test_a_model_with_offloaded_parts_generates_the_same_and_can_be_saved(kind, 
     same(load(tmp_path / "again"), model)
 
 
-@pytest.mark.parametrize("towers", ["include", "reference"])
-def test_an_image_model_becomes_a_video_model(towers, model, tmp_path):
-    model.save_pretrained(tmp_path / "model", towers=towers)
-    sizes = {"temporal_hidden_size": 8, "temporal_num_attention_heads": 2}
-    video = EVLGenForConditionalGeneration.from_image_model(tmp_path / "model", **sizes)
-    assert not video.training and all(contextualizer.alpha == 0 for contextualizer in video.temporal)
-    assert all(p.dtype == torch.float32 and p.requires_grad for p in video.temporal.parameters())
-    video.save_pretrained(tmp_path / "video")
-    saved = {name.split(".")[0] for name in load_file(tmp_path / "video" / "model.safetensors")}
-    assert saved >= {"temporal", "connector"} and ("vision_tower" in saved) == (towers == "include")
-
-
 def change_json(path, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 @pytest.mark.parametrize(
     ("part", "field", "value"),
-    [
-        ("vision", None, None),
-        ("text", "rope_parameters.rope_theta", 5.0),
-        ("vision", "layer_norm_eps", 0.5),
-    ],
+    [("vision", None, None), ("text", "rope_parameters.rope_theta", 5.0), ("vision", "layer_norm_eps", 0.5)],
 )
 def test_a_tower_with_other_weights_or_another_configuration_is_refused(part, field, value, model, tmp_path):
     model.save_pretrained(tmp_path / "model", towers="reference")
@@ -194,12 +179,9 @@ def test_a_tower_with_other_weights_or_another_configuration_is_refused(part, fi
     ("part", "field", "value"),
     [
         ("text", "num_key_value_heads", 2),
-        ("text", "num_key_value_heads", 0),
         ("text", "head_dim", 8),
         ("vision", "patch_size", 4),
-        ("vision", "patch_size", [8, 8]),
         ("vision", "image_size", 64),
-        ("vision", "image_size", 0),
     ],
 )
 def test_a_field_that_does_not_fit_the_weights_is_named(part, field, value, model, tmp_path):
@@ -233,7 +215,7 @@ def test_a_towers_config_may_differ_in_what_does_not_matter(model, tmp_path):
 
 @pytest.mark.parametrize(
     ("vision", "text"),
-    [("eva", "opt"), ("siglip", "qwen2"), ("dinov2", "gpt2"), ("convnext", "llama"), ("timm_cnn", "llama")],
+    [("eva", "opt"), ("dinov2", "gpt2"), ("timm_cnn", "llama")],
 )
 def test_any_towers_can_be_named(vision, text, tmp_path, caplog):
     model = build(save_towers(tmp_path / "base", vision, text), text_attn_implementation="eager")

@@ -58,24 +58,6 @@ def test_a_peer_is_trained_in_place_of_the_tomeformer(peer):
     assert any(name.startswith("connector.") for name in trained)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("peer", PEERS)
-def test_a_checkpoint_of_a_peer_loads_in_a_clean_process(peer, tmp_path):
-    model = tiny_model(**PEERS[peer])
-    processor = tiny_processor(model)
-    save_captioner(tmp_path / "model", model)
-    image = noise_images(1)[0]
-    image.save(tmp_path / "a.png")
-    new = generate_new(model, processor(images=image))
-    code = """
-from transformers import pipeline
-captioner = pipeline("image-to-text", model="model", trust_remote_code=True)
-print(ascii(captioner("a.png", do_sample=False, max_new_tokens=8)[0]["generated_text"]))
-"""
-    caption = processor.batch_decode(new, skip_special_tokens=True)[0].strip()
-    assert run_clean(code, tmp_path).splitlines()[-1] == ascii(caption)
-
-
 def test_the_qformer_is_transformers_own_with_queries_and_positions():
     torch.manual_seed(0)
     connector = AutoModel.from_config(QFormerConnectorConfig(**SIZES, **LAYERS, **QFORMER)).eval()
@@ -278,7 +260,6 @@ def test_evlgen_runs_a_checkpoints_connector_only_when_it_is_trusted(checkpoint,
     assert Path("again/perceiver.py").read_text() == Path("model/perceiver.py").read_text()
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -293,7 +274,6 @@ def test_evlgen_runs_a_checkpoints_connector_only_when_it_is_trusted(checkpoint,
             "from configuration_evlgen import ConnectorConfig\n",
             "write `from configuration_evlgen import ConnectorConfig` as",
         ),
-        ("import torch\n", "import modeling_evlgen\n", "write `import modeling_evlgen` as"),
         ("import torch\n", "from my_layers import Layer\n", "No module named 'my_layers'"),
         ("return self.num_query_tokens", "return 7", r"`last_hidden_state` must be \(1, 7, 32\), but is \(1, 5, 32\)"),
         ("BaseModelOutput(last_hidden_state=queries)", "queries", "fails on .* tokens: .* 'last_hidden_state'"),
@@ -307,7 +287,6 @@ def test_what_a_connectors_file_lacks_is_named(old, new, message, own, tmp_path)
         pretrain.main(arguments(own, tmp_path / "run", connector=tmp_path / "perceiver.py:Perceiver"))
 
 
-@pytest.mark.attack
 def test_a_connectors_file_must_exist_and_not_take_the_name_of_another(own, tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
         load_own_connector(f"{tmp_path}/perceiver.py:Perceiver")

@@ -230,7 +230,6 @@ ATTENTION = "VLconnector.encoder.layer.{}.attention.self"
         ({"VL_proj.bias": None}, "Missing tensors: vision_projection.bias"),
         ({"VL_proj.weight": torch.zeros(48, 65)}, r"(?s)Misshapen tensors: .* vision_projection.weight: .*\[48, 65\]"),
         ({f"{ATTENTION.format(1000000)}.query.bias": torch.zeros(48)}, "Missing tensors: connector.encoder.layer.3."),
-        ({f"{ATTENTION.format('last')}.query.bias": torch.zeros(48)}, "Unknown tensors: connector.encoder.layer.last"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_written(change, message, tmp_path):

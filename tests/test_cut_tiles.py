@@ -32,7 +32,6 @@ def image(height, width):
         (64, 64, 3, (1, 1)),  # other grids would keep no more pixels
         (32, 96, 4, (1, 3)),
         (1000, 1000, 1, (1, 1)),
-        (1, 10_000, 9, (1, 1)),
         (100, 10_000, 9, (1, 9)),
     ],
 )
@@ -137,10 +136,8 @@ def test_videos_take_budgets():
     ("arguments", "message"),
     [
         ({"num_image_tokens": [3, -1]}, r"`num_image_tokens` must .* \[3, -1\]"),
-        ({"num_image_tokens": 2.5}, "`num_image_tokens` must .* 2.5"),
         ({"num_image_tokens": [3]}, "`num_image_tokens` holds 1 numbers, but there are 2"),
         ({"max_tiles": 101}, "`max_tiles` must .* 101"),
-        ({"max_tiles": True}, "`max_tiles` must .* True"),
         ({"max_tiles": 4, "size": {"height": 64, "width": 64}}, "`size` cannot be given with `max_tiles`"),
         ({"num_video_tokens": 4}, "`num_video_tokens` is gone"),
     ],

@@ -103,12 +103,6 @@ def test_the_boxes_of_scenes_hold_all_that_is_drawn():
         assert scene.getcolors() == [(224 * 224, background)]
 
 
-def test_crowds_have_a_box_for_each_drawing():
-    for _, rows, boxes in crowded_scenes.draw_crowds("test", 8):
-        assert len(boxes) == sum(map(len, rows))
-        assert all(0 <= left < right <= 448 and 0 <= top < bottom <= 448 for left, top, right, bottom in boxes)
-
-
 def test_a_preparation_that_is_killed_or_overtaken_leaves_nothing_that_looks_complete(cache):
     def write(folder, name):
         folder.mkdir()

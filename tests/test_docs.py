@@ -8,10 +8,7 @@ import argparse
 import importlib.util
 import inspect
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -185,12 +182,10 @@ def run(command: Command, work: Path, monkeypatch) -> None:
     if "--image_size" in command.arguments:
         arguments += ["--image_size", "32"]
     main = main_of(command.kind, command.name)
-    if command.name == "caption_with_ray":  # its cluster ends with its process
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        program = [sys.executable, "examples/caption_with_ray.py"]
-        subprocess.run([*program, *arguments], env=environment, check=True)
-        return
-    if command.name == "app":
+    if command.name == "caption_with_ray":  # whose files are there: test_caption_with_ray.py starts a cluster
+        (work / "runs" / number).mkdir()
+        (work / "runs" / number / "0.parquet").touch()
+    elif command.name == "app":
         monkeypatch.setattr("gradio.Blocks.launch", lambda page, **settings: None)
     elif "transformers.js" in command.arguments:  # test_export_web.py makes the graphs
         arguments += ["--formats", "transformers.js"]

@@ -94,7 +94,10 @@ def test_the_graph_resizes_as_the_image_processor(tmp_path):
         assert (levels > 0.5).float().mean() < 0.005, size  # four photographs: 0.2 to 0.3 %
 
 
-@pytest.mark.parametrize("text", ["llama", "qwen2", "gpt2", "opt"])
+SLOW_TEXTS = [pytest.param(text, marks=pytest.mark.slow) for text in ("qwen2", "gpt2")]
+
+
+@pytest.mark.parametrize("text", ["llama", *SLOW_TEXTS, "opt"])
 def test_each_language_model_generates_its_ids_from_an_empty_cache(text, tmp_path, request, monkeypatch):
     if text == "llama":
         model, processor, folder = request.getfixturevalue("llama")
@@ -173,11 +176,7 @@ def test_a_documented_program_needs_onnxruntime_alone(llama, tmp_path, monkeypat
         ({}, {"tile_grid": [2, 3]}, "`tile_grid` is not for `formats` transformers.js"),
         ({}, {"check": "true"}, "`check` is not for"),
         ({}, {"dtype": "bfloat16"}, "`dtype` must be float32 or int8 with `formats` transformers.js"),
-        (
-            {},
-            {"formats": ["onnx", "transformers.js"]},
-            "`formats` must be .* transformers.js alone",
-        ),
+        ({}, {"formats": ["onnx", "transformers.js"]}, "`formats` must be .* transformers.js alone"),
         ({}, {"formats": "onnx", "page": "true"}, "`page` is not for `formats` onnx"),
     ],
 )
@@ -189,7 +188,6 @@ def test_what_a_browser_cannot_run_is_refused_before_anything_is_written(process
     assert not (tmp_path / "web").exists()
 
 
-@pytest.mark.attack
 def test_the_models_own_folder_is_not_overwritten(tmp_path):
     save_captioner(tmp_path, tiny_model())
     before = (tmp_path / "config.json").read_bytes()

@@ -170,7 +170,6 @@ def test_other_images_of_the_same_names_are_not_taken_from_the_cache(load, tmp_p
     assert not np.allclose(before, values(cached(load(paths))))
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize(("max_tiles", "free", "images"), [(1, 1000, 0), (4, 17 * 16 * 2 * 8, 4)])
 def test_a_full_disk_is_told_as_soon_as_it_is_known(max_tiles, free, images, monkeypatch):
     """Of several tiles, after the first part: its rows have more than one tile each."""

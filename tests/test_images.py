@@ -97,7 +97,6 @@ def test_paths_base64_rows_and_arrays_are_read(tmp_path):
         ({"images": [7]}, TypeError, "`images` must .* holds a int"),
         ({"images": np.zeros((8, 8))}, ValueError, r"`images`: .* has the shape \(8, 8\)"),
         ({"images": np.full((8, 8, 3), None)}, TypeError, "`images`: .* has the dtype object"),
-        ({"images": np.zeros((8, 8, 2), np.uint8)}, ValueError, r"`images`: .* 1, 3 or 4 channels.* \(8, 8, 2\)"),
         ({"images": torch.zeros(5, 8, 8), "max_tiles": 4}, ValueError, r"`images`: .* channels.* \(5, 8, 8\)"),
         ({"videos": np.zeros((3, 8, 8, 2))}, ValueError, r"`videos`: .* 1, 3 or 4 channels.* \(8, 8, 2\)"),
         ({"videos": 7}, TypeError, "`videos` must .* holds int"),
@@ -109,7 +108,6 @@ def test_images_and_videos_of_another_type_or_shape_are_refused(media, error, me
         make_processor()(**media)
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize("image", [Image.new("RGB", (0, 10)), np.zeros((0, 10, 3), np.uint8), torch.zeros(3, 4, 0)])
 def test_images_without_pixels_are_refused(image):
     with pytest.raises(ValueError, match=r"`images`: .*(has 0 x 10 pixels|has no pixels)"):
@@ -140,7 +138,6 @@ def test_an_image_with_too_many_pixels_is_refused_undecoded(tmp_path, monkeypatc
         make_processor()(images=str(tmp_path / "image.png"), max_pixels=1599)
 
 
-@pytest.mark.attack
 def test_an_image_that_is_thinner_than_any_picture_is_refused_undecoded(tmp_path, monkeypatch):
     """Where the shortest edge becomes 224 pixels, a line of 1 x 60,000 takes 9 GB. The Bayeux Tapestry is read."""
     shortest = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
@@ -200,7 +197,6 @@ class Drip(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from common.arguments import DataArguments
 from common.data.loading import load_splits
 
-from .helpers import ROOT, noise_images, save_image_folder, save_towers, tiny_model
-from .training import CONNECTOR, arguments, flags, save_captioner, save_recipe
+from .helpers import ROOT, save_image_folder, save_towers
+from .training import CONNECTOR, arguments, save_recipe
 
 # Slurm's programs as the script calls them. The first start of a job fails on its second machine.
 SLURM = {
@@ -59,18 +59,6 @@ def test_two_machines_train_as_one_with_twice_the_batch_and_go_on_after_a_failur
         assert weight.allclose(found[name], atol=1e-4, rtol=1e-3), name
 
 
-def test_two_machines_caption_as_one(tmp_path):
-    model = save_captioner(tmp_path / "model", tiny_model())
-    (tmp_path / "images").mkdir()
-    for index, image in enumerate(noise_images(7)):
-        image.save(tmp_path / "images" / f"{index}.png")
-    given = {"model": model, "inputs": [tmp_path / "images"], "batch_size": 2, "max_new_tokens": 6}
-    caption_folder.main(flags(**given, output_dir=tmp_path / "one"))
-    assert submit(tmp_path, "caption_folder", *flags(**given, output_dir=tmp_path / "two")) == 2
-    captions = [(tmp_path / name / "captions.jsonl").read_text() for name in ("one", "two")]
-    assert captions[0] == captions[1] and captions[0].count("\n") == 7
-
-
 def test_the_documented_jobs_run_scripts_with_arguments_that_they_know():
     text = (ROOT / "docs" / "many_machines.md").read_text(encoding="utf-8")
     jobs = [
@@ -86,7 +74,6 @@ def test_the_documented_jobs_run_scripts_with_arguments_that_they_know():
 CAPTION = (caption_folder.FolderArguments, caption_folder.GenerationArguments)
 
 
-@pytest.mark.attack
 def test_a_package_that_s3_needs_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(

@@ -68,8 +68,8 @@ def test_data_sets_on_disk_are_mixed_until_all_were_seen(tmp_path):
         ({"streaming": True}, {}, "is to be streamed, which takes `--streaming true`"),
         ({"prompt_column": "question"}, {}, "sets `prompt_column`, but the mixture has it at None"),
         ({}, {"test_split": "test"}, "needs a `dataset` with held-out rows, or an empty `test_split`"),
-        ({}, {"mixture": "nowhere.yaml"}, "`mixture` is 'nowhere.yaml', which is no YAML file"),
         ({}, {"streaming": True, "shuffle_buffer": 0}, "`shuffle_buffer` must be 1 or more, but is 0"),
+        ({}, {"mixture": "nowhere.yaml"}, "`mixture` is 'nowhere.yaml', which is no YAML file"),
     ],
 )
 def test_mixtures_that_cannot_work_are_refused(entry, changes, message, tmp_path):

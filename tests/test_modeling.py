@@ -43,9 +43,12 @@ def training_batch(processor):
     return processor(images=noise_images(2), text=PROMPTS, suffix=CAPTIONS)
 
 
-@pytest.mark.parametrize("text", TEXT_CONFIGS)
-@pytest.mark.parametrize("vision", VISION_CONFIGS)
-def test_any_tower_with_any_language_model(vision, text):
+# Towers and language models know nothing of each other, so each stands beside one of the other kind.
+@pytest.mark.parametrize(
+    ("vision", "text"),
+    [*((vision, "opt") for vision in VISION_CONFIGS), *(("clip", text) for text in ("llama", "qwen2", "gpt2"))],
+)
+def test_any_tower_and_any_language_model(vision, text):
     model = tiny_model(vision, text)
     processor = tiny_processor(model)
     batch = training_batch(processor)
@@ -190,17 +193,7 @@ def test_cached_features_replace_the_image():
 
 
 @pytest.mark.parametrize("text", TEXT_CONFIGS)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"num_beams": 3},
-        {"num_beams": 3, "num_return_sequences": 2},
-        {"repetition_penalty": 1.5},
-        {"cache_implementation": "static"},
-    ],
-    ids=["greedy", "beam", "beam-returned", "penalty", "static"],
-)
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"repetition_penalty": 1.5}])
 def test_a_batch_generates_what_its_members_generate_alone(text, settings):
     model = tiny_model("clip", text)
     processor = tiny_processor(model)
@@ -219,9 +212,7 @@ def test_a_batch_generates_what_its_members_generate_alone(text, settings):
     ("settings", "message"),
     [
         ({"prompt_lookup_num_tokens": 2}, "is not supported: it reads the prompt's ids"),
-        ({"encoder_repetition_penalty": 1.2}, "is not supported: it reads the prompt's ids"),
         ({"num_beams": 2.5}, "`num_beams` must be a whole number, 1 or more, but is 2.5"),
-        ({"num_beams": 0}, "`num_beams` must be a whole number, 1 or more, but is 0"),
     ],
 )
 def test_options_of_generation_that_cannot_work_are_refused(settings, message):
@@ -308,14 +299,6 @@ def test_captions_are_greedy_even_if_the_language_model_samples_in_chats():
     assert model.generation_config.eos_token_id == 2
 
 
-@torch.no_grad()
-def test_a_prompt_may_be_prefilled_in_chunks():
-    model = tiny_model()
-    batch = tiny_processor(model)(images=noise_images(2), text=PROMPTS)
-    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    assert torch.equal(model.generate(**batch, prefill_chunk_size=8, **settings), model.generate(**batch, **settings))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -339,7 +322,7 @@ def test_bad_input_is_named(changes, message):
         model(**{**batch, **changes})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("vision", ["clip", "timm_cnn"])
 def test_nothing_is_generated_from_values_that_are_not_finite(vision, value):
     model = tiny_model(vision, max_position_embeddings=512)
@@ -421,13 +404,15 @@ def test_towers_of_two_dtypes_are_refused():
         EVLGenForConditionalGeneration.from_vision_text_pretrained(tower, language_model.to(torch.bfloat16))
 
 
-def test_compiles_without_a_graph_break_and_states_it_to_transformers():
-    model = tiny_model().eval()
+def test_compiles_only_once_without_a_graph_break_and_states_it_to_transformers():
+    model = tiny_model(pre_norm=True).eval()
     batch = dict(training_batch(tiny_processor(model)))
-    expected = model(**batch).loss
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**batch).loss, expected)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for pixels in (batch["pixel_values"], batch["pixel_values"].flip(0)):
+            batch["pixel_values"] = pixels
+            torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)
     assert model._can_compile_fullgraph
 
 
@@ -482,6 +467,14 @@ def test_the_loss_is_nan_where_no_token_is_a_target():
     model = tiny_model()
     batch = training_batch(tiny_processor(model))
     assert model(**{**batch, "labels": torch.full_like(batch["labels"], -100)}).loss.isnan()
+
+
+@torch.no_grad()
+def test_a_prompt_may_be_prefilled_in_chunks():
+    model = tiny_model()
+    batch = tiny_processor(model)(images=noise_images(2), text=PROMPTS)
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(**batch, prefill_chunk_size=8, **settings), model.generate(**batch, **settings))
 
 
 @torch.no_grad()

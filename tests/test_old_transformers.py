@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from modeling_evlgen import EVLGenForConditionalGeneration
 
-from .helpers import noise_images, run_clean, save, tiny_model, tiny_processor
+from .helpers import modules_cache, noise_images, run_clean, save, tiny_model, tiny_processor
 
 OLDEST = ("transformers==5.19.0", "huggingface_hub==1.33.0")
 
@@ -65,7 +65,7 @@ def oldest_transformers_or_skip():
 
 
 @pytest.mark.parametrize("video_mode", [pytest.param("mean", marks=pytest.mark.slow), "merge"])
-def test_a_checkpoint_gives_the_same_ids_on_the_oldest_transformers(video_mode, tmp_path):
+def test_a_checkpoint_gives_the_same_ids_on_the_oldest_transformers(video_mode, tmp_path, monkeypatch, capsys):
     oldest = oldest_transformers_or_skip()
     tiny_model("siglip", "opt").save_pretrained(tmp_path / "image")
     model = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "image", video_mode=video_mode)
@@ -73,9 +73,11 @@ def test_a_checkpoint_gives_the_same_ids_on_the_oldest_transformers(video_mode, 
     save(tmp_path / "model", model, processor)
     for index, image in enumerate(noise_images(3)):
         image.save(tmp_path / f"{index}.png")
-    runs = {}
-    for name, path in (("newest", []), ("oldest", [str(oldest)])):
-        output = run_clean(USE_CHECKPOINT.format(path=path, again=f"again-{name}"), tmp_path)
-        runs[name] = json.loads(output.strip().splitlines()[-1])
+    monkeypatch.chdir(tmp_path)
+    with modules_cache(tmp_path / "modules"):
+        exec(USE_CHECKPOINT.format(path=[], again="again-newest"), {})
+    outputs = {"newest": capsys.readouterr().out}
+    outputs["oldest"] = run_clean(USE_CHECKPOINT.format(path=[str(oldest)], again="again-oldest"), tmp_path)
+    runs = {name: json.loads(output.strip().splitlines()[-1]) for name, output in outputs.items()}
     assert runs["oldest"][0] == "5.19.0" != runs["newest"][0]
     assert runs["oldest"][1:] == runs["newest"][1:]

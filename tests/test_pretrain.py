@@ -18,14 +18,11 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel, SiglipVisionModel
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, OPENAI_CLIP_MEAN
 
-from common.arguments import DataArguments
-from common.data.collator import CaptionCollator
 from common.models import load_image_processor
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import ROOT, demo_packages_or_skip, run_clean, save_image_folder, save_one_gpu_sources, save_towers
-from .hub_server import HubServer
+from .helpers import ROOT, demo_packages_or_skip, save_image_folder, save_one_gpu_sources, save_towers
 from .training import (
     CONNECTOR,
     LAYERS,
@@ -123,35 +120,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(work, tmp_path):
     # `max_steps` sets the learning rate's schedule, so the run is cut off from outside.
     kill_after(start(SCRIPT, arguments(work, broken, **steps)), broken / "checkpoint-2")
     (broken / "checkpoint-4").mkdir()  # a checkpoint that was being written
-    assert start(SCRIPT, arguments(work, broken, **steps, resume_from_checkpoint=True)).wait(timeout=120) == 0
+    pretrain.main(arguments(work, broken, **steps, resume_from_checkpoint=True))
     assert_same_weights(tmp_path / "unbroken", broken)
-
-
-STREAM = {"streaming": True, "test_split": "", "max_steps": 2, "clean_captions": True, "shuffle_buffer": 1}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"eval_strategy": "steps", "eval_steps": 2}, STREAM], ids=["folder", "stream"])
-def test_two_processes_train_as_one_with_twice_the_batch(changes, work, tmp_path):
-    """Their batches are padded to different lengths."""
-    expected = pretrain.main(arguments(work, tmp_path / "one", **changes))
-    two = arguments(work, tmp_path / "two", **changes, per_device_train_batch_size=2)
-    assert start(SCRIPT, two, two=True).wait(timeout=240) == 0
-    assert_same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, rtol=1e-3)
-    if expected:
-        found = json.loads((tmp_path / "two" / "metrics.json").read_text())
-        assert found["test_loss"] == pytest.approx(expected["test_loss"], abs=1e-4)
-
-
-def test_a_run_can_publish_its_model(work, tmp_path):
-    with HubServer() as hub:
-        changes = {"push_to_hub": True, "hub_model_id": "user/captioner", "max_steps": 2, "test_split": ""}
-        command = [sys.executable, str(SCRIPT), *arguments(work, tmp_path / "out", **changes)]
-        environment = {**hub.client_env(tmp_path / "hf_home"), "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=240)
-        published = hub.files("user/captioner")
-    names = {"README.md", "config.json", "model.safetensors", "processing_evlgen.py", "tokenizer.json"}
-    assert names <= published.keys()
 
 
 def parquet(folder, rows):
@@ -159,41 +129,11 @@ def parquet(folder, rows):
     return {"dataset": "parquet", "data_files": {"train": str(folder / "train.parquet")}}
 
 
-def webdataset(folder, rows):
-    return name_tars(train=write_tars(folder, [len(rows)]))
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("kind", [parquet, webdataset])
-def test_reads_the_users_files(kind, streaming, work, rows, tmp_path):
-    changes = {**kind(tmp_path, rows), "test_split": "", "streaming": streaming, "max_steps": 2}
-    assert pretrain.main(arguments(work, tmp_path / "out", **changes)) == {}
-    assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_answers_questions_of_a_column(work, rows, tmp_path):
-    rows = rows.add_column("question", [f"what is {index}?" for index in range(len(rows))])
-    changes = {**parquet(tmp_path, rows), "prompt_column": "question", "prompt": "Question: {} Short answer:"}
-    pretrain.main(arguments(work, tmp_path / "out", **changes, test_split="", eval_strategy="steps", eval_steps=2))
-    data = DataArguments(prompt_column="question", prompt=changes["prompt"])
-    processor = EVLGenProcessor.from_pretrained(tmp_path / "out")
-    batch = CaptionCollator(processor, data, training=False)([rows[3]])
-    assert "Question: what is 3? Short answer: a black image" in processor.tokenizer.decode(batch["input_ids"][0])
-
-
 def test_a_resume_without_a_checkpoint_says_so(work, tmp_path, caplog):
     pretrain.main(arguments(work, tmp_path, max_steps=1, test_split="", resume_from_checkpoint=True))
     assert "There is no complete checkpoint in" in caplog.text and "will replace" not in caplog.text
     pretrain.main(arguments(work, tmp_path, max_steps=1, test_split=""))
     assert f"{tmp_path} holds a model. The model trained now will replace it." in caplog.text
-
-
-def test_draws_one_of_several_captions(work, rows, tmp_path):
-    several = Dataset.from_list([{**row, "caption": [row["caption"], "an image"]} for row in rows])
-    several.cast_column("image", rows.features["image"]).to_parquet(tmp_path / "train.parquet")
-    files = {name: str(tmp_path / "train.parquet") for name in ("train", "test")}
-    metrics = pretrain.main(arguments(work, tmp_path / "out", dataset="parquet", data_files=files))
-    assert 0 <= metrics["test_exact_captions"] <= 1
 
 
 ONE_EPOCH = {"num_train_epochs": 1, "max_steps": -1}
@@ -224,7 +164,6 @@ def test_a_broken_image_is_named_or_skipped(cache_features, work, with_a_broken_
     [
         ('{"file_name": "0.png", "caption": "caf\u00e9"}'.encode("latin-1"), "in UTF-8"),
         (b"", r"Empty: .*train/metadata\.jsonl"),
-        (b"\n", r"Empty: .*train/metadata\.jsonl"),
     ],
 )
 def test_metadata_that_cannot_be_read_are_named(content, message, work, with_a_broken_image, tmp_path):
@@ -235,10 +174,7 @@ def test_metadata_that_cannot_be_read_are_named(content, message, work, with_a_b
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [
-        ({"caption": None}, "`caption` must hold a caption, but is None"),
-        ({"image": None}, "None is no image"),
-    ],
+    [({"caption": None}, "`caption` must hold a caption, but is None"), ({"image": None}, "None is no image")],
 )
 def test_a_row_without_a_caption_or_an_image_is_named_or_skipped(bad, message, work, rows, tmp_path, capsys):
     changed = [*rows.to_list()[:3], rows.to_list()[3] | bad, *rows.to_list()[4:]]
@@ -253,7 +189,6 @@ def test_a_row_without_a_caption_or_an_image_is_named_or_skipped(bad, message, w
     ("processor", "size", "mean"),
     [
         (transformers.CLIPImageProcessor(), 224, OPENAI_CLIP_MEAN),
-        (transformers.SiglipImageProcessor(), 224, [0.5] * 3),
         (transformers.BlipImageProcessor(size={"height": 364, "width": 364}), 364, OPENAI_CLIP_MEAN),
         (transformers.ConvNextImageProcessor(size={"shortest_edge": 384}), 384, IMAGENET_STANDARD_MEAN),
         (
@@ -261,7 +196,6 @@ def test_a_row_without_a_caption_or_an_image_is_named_or_skipped(bad, message, w
             224,
             [0.485] * 3,
         ),
-        (transformers.DeiTImageProcessor(), 224, IMAGENET_STANDARD_MEAN),
     ],
     ids=lambda value: type(value).__name__ if hasattr(value, "size") else None,
 )
@@ -280,10 +214,8 @@ def test_a_towers_image_processor_becomes_a_plain_resize(processor, size, mean, 
     ("changes", "message"),
     [
         ({"image_column": "photo"}, r"`image_column` is 'photo', but the data set has \['image', 'caption'\]"),
-        ({"train_split": "training"}, r"`train_split` is 'training', but the data set has \['test', 'train'\]"),
         ({"test_split": "dev"}, "`test_split` is 'dev', but .*; --test_size 0.1 holds out a tenth"),
         ({"cache_features": True, "horizontal_flip": True}, "needs `cached_views`: how many"),
-        ({"cached_views": 2, "cache_features": True}, "goes with `cache_features` and with `crop_scale`"),
         ({"cache_features": True, "streaming": True}, "`cache_features` needs the whole data set"),
         ({"streaming": True}, "`streaming` needs `max_test_samples`, or an empty `test_split`"),
         ({"dataset": ""}, "`dataset` is needed"),
@@ -369,15 +301,6 @@ def test_a_run_resumes_from_checkpoints_without_towers(work, tmp_path, caplog):
     assert EVLGenForConditionalGeneration.from_pretrained(tmp_path).config.towers == "reference"
 
 
-@pytest.mark.parametrize(("connector", "tokens"), [("qformer", 32), ("mlp", 17)])
-def test_the_peers_are_trained_by_the_same_script_and_recipe(work, tmp_path, caplog, connector, tokens):
-    pretrain.main(arguments(work, tmp_path, connector=connector))
-    assert "merge_r" in caplog.text and "are left out" in caplog.text
-    model = EVLGenForConditionalGeneration.from_pretrained(tmp_path)
-    assert model.config.connector_config.model_type == f"evlgen_{connector}"
-    assert (model.config.num_image_tokens, model.config.connector_config.intermediate_size) == (tokens, 64)
-
-
 def test_the_main_job_runs_from_the_command_line(tmp_path):
     """`accelerate launch examples/pretrain.py` with real weights and real images, but few of them and two steps."""
     demo_packages_or_skip(tmp_path / "hf_home")
@@ -397,9 +320,3 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     assert subprocess.run(command, cwd=ROOT, env=fresh, timeout=300).returncode == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["test_loss"] < 10
     assert len(list((tmp_path / "hf_home" / "evlgen_features").rglob("*.safetensors"))) == 2
-    code = f"""
-from transformers import pipeline
-captioner = pipeline("image-to-text", model={str(tmp_path)!r}, trust_remote_code=True)
-print(captioner({str(tmp_path / "loss.png")!r})[0]["generated_text"])
-"""
-    assert run_clean(code, tmp_path).strip()

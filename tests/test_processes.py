@@ -43,7 +43,6 @@ def stops(error):
     raise error
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize(
     "error", [ValueError("`model` is\n 'x'"), TypeError("`model` is 'x'"), ImportError("`model` is 'x'")]
 )

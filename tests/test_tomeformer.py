@@ -138,18 +138,6 @@ def test_tokens_can_be_matched_by_their_hidden_states():
         tiny_config(merge_metric="values")
 
 
-@pytest.mark.parametrize("options", [{}, {"pre_norm": True}])
-def test_compiles_without_a_graph_break_and_only_once(options):
-    model = TomeFormerModel(tiny_config(**options)).eval()
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for seed in (0, 1):
-            output, expected = compiled(tokens(seed=seed)), model(tokens(seed=seed))
-            assert torch.equal(output.output_index, expected.output_index)
-            torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_runs_in_half_precision_and_under_autocast(dtype):
     model = TomeFormerModel(tiny_config()).eval()

@@ -1,7 +1,5 @@
 """The training scripts on images of several tiles and with a range of image tokens, end to end on tiny models."""
 
-import json
-
 import finetune
 import numpy as np
 import pretrain
@@ -14,7 +12,7 @@ from common.training.trainer import EVLGenTrainer
 from modeling_evlgen import EVLGenForConditionalGeneration
 from processing_evlgen import EVLGenProcessor
 
-from .helpers import run_clean, save_split, save_towers
+from .helpers import save_split, save_towers
 from .training import LAYERS, arguments, assert_same_weights, flags, save_recipe
 
 RANGE = [4, 16]
@@ -63,29 +61,9 @@ def budgets(monkeypatch):
     return seen
 
 
-CAPTION = """
-import json
-from PIL import Image
-from transformers import AutoModel, AutoProcessor
-
-model = AutoModel.from_pretrained({folder!r}, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained({folder!r}, trust_remote_code=True)
-images = [Image.open(path) for path in {images!r}]
-found = [processor.max_tiles, processor.image_token_range, model.config.image_token_range]
-for budget in (4, 9, 16):
-    inputs = processor(images=images, num_image_tokens=budget)
-    new = model.generate(**inputs, do_sample=False, max_new_tokens=4)[:, inputs["input_ids"].shape[1]:]
-    placeholders = (inputs["input_ids"] == processor.image_token_id).sum(dim=1).tolist()
-    found.append([placeholders, inputs["image_grid_thw"].tolist(), processor.batch_decode(new)])
-print(json.dumps(found))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", [{}, {"cache_features": True, "cached_views": 2}], ids=["images", "cache"])
-def test_a_killed_run_goes_on_to_the_same_weights_and_captions_with_any_number_of_tokens(
-    cache, work, tmp_path, budgets, monkeypatch
-):
+def test_a_killed_run_goes_on_to_the_same_weights(cache, work, tmp_path, budgets, monkeypatch):
     changes = {**cache, "crop_scale": [0.5, 1.0], "whitening_images": 8}
     metrics = pretrain.main(arguments(work, tmp_path / "unbroken", **changes))
     unbroken = list(budgets)
@@ -106,13 +84,6 @@ def test_a_killed_run_goes_on_to_the_same_weights_and_captions_with_any_number_o
     pretrain.main(arguments(work, tmp_path / "broken", **changes, resume_from_checkpoint=True))
     assert budgets == unbroken[2:]
     assert_same_weights(tmp_path / "unbroken", tmp_path / "broken")
-
-    images = [str(work / "images" / "test" / f"{index}.png") for index in range(3)]
-    output = run_clean(CAPTION.format(folder=str(tmp_path / "broken"), images=images), tmp_path)
-    tiles, processor_range, model_range, *found = json.loads(output.splitlines()[-1])
-    assert tiles == 4 and processor_range == model_range == RANGE
-    for budget, (placeholders, grids, captions) in zip((4, 9, 16), found, strict=True):
-        assert placeholders == [budget] * 3 and grids == [[1, 2, 2], [1, 1, 1], [1, 1, 2]] and len(captions) == 3
 
 
 def test_streams_and_workers_draw_too(work, tmp_path, budgets):

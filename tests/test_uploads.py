@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from processing_evlgen.videos import load_rgb_frames
-
 from .helpers import encode_video, noise_images, save_animation, save_sound
 
 pytest.importorskip("av", reason="needs the app extra")
@@ -83,7 +81,6 @@ def test_a_small_file_with_a_huge_image_is_refused_before_it_is_decoded(tmp_path
         uploads.read_file(tmp_path / "bomb.png", 4)
 
 
-@pytest.mark.attack
 @pytest.mark.parametrize("size", [(1, 2_000_000), (20_100, 100)])
 def test_an_image_that_is_thinner_than_any_picture_is_refused(tmp_path, size, monkeypatch):
     """To shrink a line of 60 million pixels took half a minute, and all other visitors waited."""
@@ -101,7 +98,7 @@ def save_video(path, count, codec="mpeg4", size=32, moving=False):
     encode_video(path, noise_images(count, size) if moving else count * noise_images(1, size), codec, rate=25)
 
 
-@pytest.mark.parametrize("name", ["video.mp4", "video.mkv", "video.avi", "video.webp", "video.gif"])
+@pytest.mark.parametrize("name", ["video.mp4", "video.avi", "video.webp"])
 def test_a_video_that_is_too_long_is_refused_before_it_is_decoded(tmp_path, name, monkeypatch):
     animated = name.endswith(("webp", "gif"))
     if animated:
@@ -128,7 +125,6 @@ def gif(width, height, frames, extension=b""):
     ("content", "message"),
     [
         (gif(8000, 8000, 300), "has over 16 million pixels in a frame, more than are read"),  # 90 s and 2 GB
-        (gif(4000, 4000, 32), "is too long: at most 31 frames of this size are read"),
         (gif(1, 1, 200_000), "is too long: at most 20000 frames of this size are read"),  # 10 s
         (gif(1, 1, 2, b"!\xfe" + 2_000_000 * b"\x01A" + b"\x00"), "takes too long to read"),  # 4 minutes
     ],
@@ -183,11 +179,3 @@ def test_large_frames_are_shrunk_and_images_are_not(tmp_path, monkeypatch):
     save_animation(tmp_path / "video.webp", noise_images(2))
     sizes = [uploads.read_file(tmp_path / name, 4)[1][0].size for name in ("video.mp4", "video.webp", "image.png")]
     assert sizes == [(22, 22), (20, 20), (40, 40)]
-
-
-def test_the_frames_are_those_of_the_processor(tmp_path):
-    save_video(tmp_path / "video.mp4", 11, moving=True)
-    frames = uploads.read_file(tmp_path / "video.mp4", 4)[1]
-    expected = load_rgb_frames(tmp_path / "video.mp4", 4)
-    assert all(np.array_equal(frame, other) for frame, other in zip(frames, expected, strict=True))
-    assert not np.array_equal(frames[0], frames[1])

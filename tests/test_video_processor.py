@@ -4,16 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoProcessor, AutoVideoProcessor, SiglipImageProcessor
-from transformers.video_utils import load_video
+from transformers import AutoProcessor, SiglipImageProcessor
 
 from processing_evlgen import EVLGenProcessor, EVLGenVideoProcessor
 
 from .helpers import (
     noise_images,
-    run_clean,
-    save,
-    save_animation,
     tiny_image_processor,
     tiny_model,
     tiny_processor,
@@ -22,8 +18,6 @@ from .helpers import (
 from .test_processing import make_processor
 
 pytest.importorskip("av", reason="needs the video extra")
-from .test_video import shades, write_video
-from .test_video_files import hide_start
 
 
 def number_of_frames(batch):
@@ -84,43 +78,6 @@ def test_a_checkpoint_without_a_video_processor_is_read_as_before(frames, expect
     assert number_of_frames(after) == expected
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert number_of_frames(EVLGenProcessor.from_pretrained(tmp_path, num_frames=5)(**media)) == 5
-
-
-def test_the_video_processor_is_loaded_without_the_repository(tmp_path):
-    model = tiny_model()
-    processor = tiny_processor(model)
-    processor.video_processor.num_frames = 3
-    save(tmp_path / "model", model, processor)
-    assert type(AutoVideoProcessor.from_pretrained(tmp_path / "model")) is EVLGenVideoProcessor
-    write_video(tmp_path / "video.mp4", 9)
-    code = """
-from transformers import AutoProcessor, AutoVideoProcessor
-videos = AutoVideoProcessor.from_pretrained("model", trust_remote_code=True)
-print(videos("video.mp4", return_tensors="pt")["pixel_values_videos"].shape)
-AutoProcessor.from_pretrained("model", trust_remote_code=True).save_pretrained("again")
-again = AutoProcessor.from_pretrained("again", trust_remote_code=True)
-print(again(videos="video.mp4")["pixel_values_videos"].shape)
-"""
-    assert run_clean(code, tmp_path).splitlines()[-2:] == ["torch.Size([1, 3, 3, 32, 32])"] * 2
-
-
-@pytest.mark.parametrize("kind", ["webm", "mp4", "webp"])
-def test_transformers_own_reader_fails_where_ours_reads(kind, tmp_path):
-    """Why videos.py exists. It can go when this test fails for all kinds."""
-    path = str(tmp_path / f"video.{kind}")
-    if kind == "webm":  # which does not state its number of frames
-        write_video(path, 16, "libvpx")
-    elif kind == "mp4":  # with a hidden start
-        write_video(tmp_path / "whole.mp4", 24)
-        hide_start(tmp_path / "whole.mp4", path, 14)
-    else:
-        save_animation(path, shades(16))
-    assert number_of_frames(make_processor()(videos=path)) == 4
-    try:
-        frames, _ = load_video(path, num_frames=4, backend="pyav")
-    except Exception:  # of many types
-        return
-    assert len(frames) != 4
 
 
 def test_a_number_of_frames_is_the_video_processors_and_one_in_a_call_counts():
