@@ -212,14 +212,30 @@ def test_data_sets_of_a_mixture_are_grouped_by_columns_of_their_own(tmp_path):
     ("changes", "message"),
     [
         ({"group_by": "nothing"}, "`group_by` is 'nothing', but the data set has"),
-        ({"group_by": "image"}, "`group_by`: 'image' must hold names or whole numbers"),
+        ({"group_by": "score"}, "`group_by`: 'score' must hold names, whole numbers or images"),
         ({"group_by": "name", "messages_column": "caption"}, "`messages_column` has one conversation in a row"),
         ({"texts_per_image": 2, "messages_column": "caption"}, "`messages_column` has one conversation in a row"),
     ],
 )
 def test_columns_that_do_not_group_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        load_datasets(DataArguments(**save_rows(tmp_path), **changes), seed=0)
+        load_datasets(DataArguments(**save_rows(tmp_path, score=0.5), **changes), seed=0)
+
+
+def test_rows_are_grouped_by_their_images(tmp_path):
+    """By the files of a folder, and by the bytes in a table: there, images 0 and 4 are the same, and so on."""
+    train, _ = load_datasets(DataArguments(**save_rows(tmp_path), group_by="image"), seed=0)
+    assert len(train) == 4 and sum(len(row["caption"]) for row in train) == ROWS
+    folder = tmp_path / "folder" / "train"
+    folder.mkdir(parents=True)
+    lines = []
+    for index, captions in CAPTIONS.items():
+        (folder / f"{index}.png").write_bytes(png(COLORS[index % 4]))
+        lines += [json.dumps({"file_name": f"{index}.png", "caption": caption}) for caption in captions]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    arguments = DataArguments(dataset=str(folder.parent), test_split="", group_by="image")
+    train, _ = load_datasets(arguments, seed=0)
+    assert sorted(map(sorted, (row["caption"] for row in train))) == sorted(CAPTIONS.values())
 
 
 def test_bad_lists_are_named(tmp_path):

@@ -1,5 +1,6 @@
 """One row of a data set: its image or video opened, its texts checked, split and joined."""
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -87,9 +88,11 @@ def group_rows(rows: Iterable[dict[str, Any]], data_args: DataArguments) -> list
     bad = []
     for number, row in enumerate(rows):
         key = row.get(data_args.group_by or "")
+        if isinstance(key, dict) and key.keys() == {"bytes", "path"}:  # a cell of images
+            key = key["path"] if key["bytes"] is None else hashlib.sha256(key["bytes"]).hexdigest()
         if key is not None and not isinstance(key, str | int):
             raise ValueError(
-                f"`group_by`: {data_args.group_by!r} must hold names or whole numbers, but holds {key!r:.80}."
+                f"`group_by`: {data_args.group_by!r} must hold names, whole numbers or images, but holds {key!r:.80}."
             )
         try:
             parts = split_texts(row, data_args)
